@@ -1,0 +1,57 @@
+"""Watch, diagnose and steer what attention does while a transformer trains.
+
+Public names are resolved on first use (PEP 562), so that ``import lightning_qk.functional`` costs no more
+than ``import torch``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_qk._version import __version__
+
+if TYPE_CHECKING:
+    from lightning_qk.callbacks.attention import AttentionMonitor
+    from lightning_qk.callbacks.locater import LocAteR
+    from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
+    from lightning_qk.data.text import TextDataModule
+    from lightning_qk.heads.projections import HeadProjections
+    from lightning_qk.heads.reader import head_projections
+    from lightning_qk.module import TransformerModule
+    from lightning_qk.regularizers.locater import locater_penalty
+
+_HOME = {
+    "AttentionMonitor": "lightning_qk.callbacks.attention",
+    "HeadProjections": "lightning_qk.heads.projections",
+    "LocAteR": "lightning_qk.callbacks.locater",
+    "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
+    "TextDataModule": "lightning_qk.data.text",
+    "TransformerModule": "lightning_qk.module",
+    "head_projections": "lightning_qk.heads.reader",
+    "locater_penalty": "lightning_qk.regularizers.locater",
+}
+
+__all__ = [
+    "AttentionMonitor",
+    "HeadProjections",
+    "LocAteR",
+    "QKSpectrumMonitor",
+    "TextDataModule",
+    "TransformerModule",
+    "__version__",
+    "head_projections",
+    "locater_penalty",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""Lightning callbacks. With the ready-made job, the only code that knows Lightning."""

@@ -1,0 +1,280 @@
+"""What the monitors share: when to measure, how to log, what to remember, the report at the end."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_qk.callbacks._trainer import (
+    check_lightning,
+    is_logged_step,
+    logging_step,
+    model_info,
+    run_directory,
+)
+from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.layers import layer_labels
+from lightning_qk.logging.loggers import describe_config, log_figure, log_histogram, log_scalars
+
+REPORT_NAME = "lightning_qk_report.html"
+RECORD_NAME = "lightning_qk_record.safetensors"
+
+
+class Monitor(Callback):
+    """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass."""
+
+    group: str
+    """Prefix of the log keys."""
+    layer_statistics: tuple[str, ...]
+    """Statistics that are logged for every layer."""
+    figure_statistics: tuple[str, ...]
+    """Statistics that are drawn as layer × head heatmaps."""
+
+    def __init__(
+        self,
+        every_n_steps: int | None,
+        *,
+        per_head: bool,
+        figures_every: int,
+        report: bool,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(
+                f"expected every_n_steps to be at least 1, got {every_n_steps}: pass None to follow the "
+                "trainer's log_every_n_steps"
+            )
+        if figures_every < 0:
+            raise ValueError(f"expected figures_every to be 0 (never) or more, got {figures_every}")
+        self.every_n_steps = every_n_steps
+        self.per_head = per_head
+        self.figures_every = figures_every
+        self.report = report
+        self.history: History | None = None
+        self.labels: dict[str, str] = {}
+        self.notes: list[str] = []
+        self._logged = 0
+        self._directory: str | None = None
+        self._is_due = False
+        self._steps_before = 0
+        self._reported = False
+        self._gave_up = False
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a trainer of another package, whose hooks and classes differ."""
+        check_lightning(trainer, type(self).__name__)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Agree on where the report goes and describe this monitor in the run's config."""
+        self._directory = run_directory(trainer)
+        self._reported = self._gave_up = False
+        describe_config(trainer, {type(self).__name__: self.settings()})
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide whether the step that this batch belongs to is measured."""
+        self._steps_before = trainer.global_step
+        self._is_due = is_logged_step(trainer, self.every_n_steps)
+        self.begin_batch(self._is_due)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure and log once the optimizer has stepped."""
+        self.end_batch()
+        # With gradient accumulation the step ends with its last micro-batch.
+        if not self._is_due or trainer.global_step == self._steps_before or self._gave_up:
+            return
+        try:
+            values = self.measure(trainer, pl_module)
+            if values is not None:
+                self.publish(trainer, pl_module, values)
+        except Exception as error:
+            self._gave_up = True
+            self.note(f"it stopped measuring ({type(error).__name__}: {error}); training goes on")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the last figures and leave the report."""
+        self.finish(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the report of what was seen until then."""
+        self.finish(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, so that a resumed run reports the whole run."""
+        return {} if self.history is None else {"history": self.history.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history of a checkpoint."""
+        if "history" in state_dict:
+            self.history = History.from_state_dict(state_dict["history"])
+
+    # What a monitor has to say
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Arguments as they go into the run's config."""
+
+    @abstractmethod
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        """Statistic → flat values of all heads after a step, reduced over ranks; None if there is nothing."""
+
+    @abstractmethod
+    def contribute(self, record: RunRecord) -> None:
+        """Add what this monitor remembers to the run's record."""
+
+    def begin_batch(self, is_due: bool) -> None:
+        """Before a batch: get ready to listen when it is to be measured."""
+
+    def end_batch(self) -> None:
+        """After a batch: stop listening."""
+
+    def histograms(self) -> Mapping[str, Tensor]:
+        """Log key → values to show as a histogram beside the scalars."""
+        return {}
+
+    # What a monitor can use
+
+    def remember_layers(self, heads: Mapping[str, int], cross: Iterable[str]) -> None:
+        """Fix the layers; a history of other layers (of a changed model) starts anew."""
+        self.labels = layer_labels(list(heads), cross=set(cross))
+        layers = tuple(self.labels[name] for name in heads)
+        if (
+            self.history is None
+            or self.history.layers != layers
+            or self.history.heads != tuple(heads.values())
+        ):
+            self.history = History(layers, list(heads.values()))
+
+    def note(self, sentence: str) -> None:
+        """Say something once, in the log and in the report."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            rank_zero_warn(f"{type(self).__name__}: {sentence}")
+
+    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        """Send the statistics of one step to the history, the loggers and ``trainer.callback_metrics``."""
+        history = self.history
+        assert history is not None  # remember_layers comes before the first measurement
+        step = logging_step(trainer)
+        values = {name: value.detach().to("cpu", torch.float32) for name, value in values.items()}
+        history.append(step, values)
+        self._note_non_finite(history, values, step)
+        scalars = self.aggregate(history, values)
+        # For EarlyStopping, ModelCheckpoint and the like; the loggers get them from here, at this step.
+        overall = {key: value for key, value in scalars.items() if key.count("/") == 2 and "layer" not in key}
+        pl_module.log_dict(overall, logger=False, on_step=True, on_epoch=False)
+        log_scalars(trainer, scalars, step)
+        if not trainer.is_global_zero:
+            return
+        for key, tensor in self.histograms().items():
+            log_histogram(trainer, key, tensor, step)
+        if self.figures_every and self._logged % self.figures_every == 0:
+            self.log_figures(trainer, step)
+        self._logged += 1
+
+    def aggregate(self, history: History, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scalars to log: over the model, per layer, and per head where asked."""
+        scalars: dict[str, float] = {}
+        for name, flat in values.items():
+            if name.endswith("_se"):
+                continue
+            finite = flat[flat.isfinite()]
+            if not finite.numel():
+                continue
+            for reduction in ("mean", "min", "max"):
+                scalars[f"{self.group}/{name}/{reduction}"] = getattr(finite, reduction)().item()
+            for label, heads in zip(history.layers, history.split(flat), strict=True):
+                if name in self.layer_statistics and heads.isfinite().any():
+                    scalars[f"{self.group}/{label}/{name}"] = heads[heads.isfinite()].mean().item()
+                if self.per_head:
+                    scalars.update(
+                        (f"{self.group}/{label}/head_{index:02d}/{name}", value)
+                        for index, value in enumerate(heads.tolist())
+                        if value == value
+                    )
+        return scalars
+
+    def log_figures(self, trainer: Trainer, step: int) -> None:
+        """Layer × head heatmaps of the newest values."""
+        from lightning_qk.logging.figures import heatmap
+
+        history = self.history
+        if history is None or not trainer.loggers:
+            return
+        for name in self.figure_statistics:
+            if name in history.values and history.values[name][-1].isfinite().any():
+                log_figure(trainer, f"{self.group}/heatmap/{name}", heatmap(history, name), step)
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Last figures, then, from the last of the monitors, the report of all of them."""
+        if not trainer.is_global_zero or self._reported or trainer.fast_dev_run:
+            return
+        self._reported = True
+        monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
+        try:
+            if self.figures_every and self.history is not None and len(self.history):
+                self.log_figures(trainer, self.history.steps[-1])
+            if self.report and all(monitor._reported for monitor in monitors if monitor.report):
+                self._write_report(trainer, pl_module, monitors)
+        except Exception as error:
+            self.note(f"the report could not be written ({type(error).__name__}: {error})")
+
+    def _write_report(
+        self, trainer: Trainer, pl_module: LightningModule, monitors: Iterable["Monitor"]
+    ) -> None:
+        from pathlib import Path
+
+        from lightning_qk.callbacks.locater import LocAteR
+        from lightning_qk.logging.health import print_health
+        from lightning_qk.logging.report import write_report
+
+        record = RunRecord(info=model_info(trainer, pl_module))
+        for monitor in monitors:
+            monitor.contribute(record)
+            record.notes.extend(note for note in monitor.notes if note not in record.notes)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LocAteR):
+                callback.contribute(record)
+        if not any(len(history) for history in (record.spectrum, record.attention) if history is not None):
+            return
+        folder = Path(self._directory or trainer.default_root_dir)
+        record.save(folder / RECORD_NAME)
+        path = write_report(record, folder / REPORT_NAME)
+        print_health(record)
+        print(f"Report: {path}")
+
+    def _note_non_finite(self, history: History, values: Mapping[str, Tensor], step: int) -> None:
+        name = self.witness
+        if name not in values:
+            return
+        for label, heads in zip(history.layers, history.split(values[name]), strict=True):
+            bad = [str(index) for index, ok in enumerate(heads.isfinite().tolist()) if not ok]
+            if bad and self.expects(label):
+                module = next((module for module, own in self.labels.items() if own == label), label)
+                self._note_once_a_layer(label, step, module, bad)
+
+    witness: str
+    """A statistic that is not finite exactly when something is wrong with a head."""
+
+    def expects(self, label: str) -> bool:
+        """Whether the layer has a finite value of the witness when all is well."""
+        return True
+
+    def _note_once_a_layer(self, label: str, step: int, module: str, heads: list[str]) -> None:
+        start = f"{self.subject} of {module} "
+        if not any(sentence.startswith(start) for sentence in self.notes):
+            self.note(
+                f"{start}are not finite at step {step} in head {', '.join(heads)}: training goes on; look for a "
+                "learning rate that is too high or an overflow in half precision"
+            )
+
+    subject: str
+    """What is not finite then, in the plural."""

@@ -1,0 +1,78 @@
+"""Questions to a Lightning Trainer: is this step logged, under which number, and where do files go."""
+
+import os
+
+import lightning
+import torch
+import transformers
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_qk._version import __version__
+
+
+def check_lightning(trainer: object, name: str) -> None:
+    """Refuse the Trainer of ``pytorch_lightning``, a package of its own whose classes differ.
+
+    Raises:
+        TypeError: the trainer is not one of ``lightning``.
+    """
+    if not isinstance(trainer, Trainer):
+        home = type(trainer).__module__.split(".")[0]
+        raise TypeError(
+            f"expected {name} in a lightning.pytorch.Trainer, got one of the package {home}: import Trainer, "
+            "LightningModule and callbacks from lightning.pytorch, not from pytorch_lightning"
+        )
+
+
+def logging_step(trainer: Trainer) -> int:
+    """The step under which Lightning itself logs the values of this batch.
+
+    The same number keeps the monitors' rows together with the loss in every logger. It counts batches that
+    stepped, so that several optimizers do not count twice as ``trainer.global_step`` would.
+    """
+    loop = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if loop is None else loop)
+
+
+def is_logged_step(trainer: Trainer, every_n_steps: int | None) -> bool:
+    """Whether the step that the current batch belongs to is to be logged."""
+    every = trainer.log_every_n_steps if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return True
+    return every > 0 and (logging_step(trainer) + 1) % every == 0
+
+
+def run_directory(trainer: Trainer) -> str:
+    """Folder of this run: the first logger's own, the same on every rank.
+
+    A collective call under several processes.
+    """
+    folder = trainer.log_dir  # TensorBoard's and CSV's own run folder, other loggers' save_dir
+    logger = trainer.logger
+    if logger is not None and not hasattr(logger, "log_dir") and folder is not None:
+        parts = [str(part) for part in (logger.name, logger.version) if part is not None]
+        folder = os.path.join(folder, *parts)
+    return trainer.strategy.broadcast(folder or trainer.default_root_dir)
+
+
+def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    """Facts about a run that its report prints."""
+    kinds = sorted(
+        {type(module).__name__ for module in pl_module.modules() if _is_whole_model(module)}
+    )
+    parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+    return {
+        "Model": ", ".join(kinds) or type(pl_module).__name__,
+        "LightningModule": type(pl_module).__name__,
+        "Parameters": f"{parameters:,}",
+        "Optimizer steps": f"{trainer.global_step:,}",
+        "Precision": str(trainer.precision),
+        "Processes": str(trainer.world_size),
+        "Device": str(pl_module.device),
+        "Versions": f"lightning-qk {__version__}, torch {torch.__version__}, lightning "
+        f"{lightning.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def _is_whole_model(module: torch.nn.Module) -> bool:
+    return isinstance(module, transformers.PreTrainedModel) and type(module).__name__.count("For") > 0

@@ -1,0 +1,138 @@
+"""Callback: per-head QK-eigenspectra while a model trains."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_qk.callbacks._monitor import Monitor
+from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.heads.reader import head_projections, unread
+from lightning_qk.logging.history import RunRecord
+from lightning_qk.metrics.spectrum import QKSpectrum
+
+
+class QKSpectrumMonitor(Monitor):
+    """Logs the eigenspectrum of ``W_QK`` of every head, read from the weights after an optimizer step.
+
+    Works in any job whose LightningModule holds Hugging Face transformers, wherever they hang; nothing in the
+    module changes. It costs nothing on the steps that it does not log.
+
+    Logged keys, for each statistic of :class:`~lightning_qk.metrics.spectrum.QKSpectrum`:
+
+    - ``qk/<statistic>/mean``, ``/min``, ``/max`` over all heads, also in ``trainer.callback_metrics``;
+    - ``qk/layer_03/<statistic>`` for eig_mean, eig_var, sym_var and asymmetry, means over the layer's heads
+      (``encoder_layer_03`` and so on where a model has several stacks);
+    - ``qk/layer_03/head_05/<statistic>`` with ``per_head=True``;
+    - ``qk/heatmap/<statistic>`` layer × head figures and ``qk/eigenvalues/modulus``, ``qk/eigenvalues/real``
+      histograms, to loggers that can show them.
+
+    At the end of training the monitors print a table of the layers' health and write one HTML report into the
+    run's folder. Weights that are not finite are named and training goes on.
+
+    Args:
+        every_n_steps: measure at every n-th optimizer step; None follows the trainer's
+            ``log_every_n_steps``.
+        support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
+        fold_norm: read the weights with the gain of the norm that feeds them, see
+            :func:`~lightning_qk.head_projections`.
+        per_head: also log one scalar a head.
+        figures_every: draw figures at every n-th measurement and at the end; 0 for never.
+        report: write the report at the end.
+
+    Raises:
+        TypeError: the trainer is one of the package ``pytorch_lightning``.
+        ValueError: the module holds no transformer whose attention can be read, or an argument is out of
+            range.
+    """
+
+    group = "qk"
+    layer_statistics = ("eig_mean", "eig_var", "sym_var", "asymmetry")
+    figure_statistics = ("eig_mean", "sym_var", "asymmetry")
+    subject = "query and key weights"
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        *,
+        support: Support = "model",
+        fold_norm: bool = False,
+        per_head: bool = False,
+        figures_every: int = 10,
+        report: bool = True,
+    ) -> None:
+        super().__init__(every_n_steps, per_head=per_head, figures_every=figures_every, report=report)
+        support_size(torch.empty(1, 1), support)
+        self.support: Support = support
+        self.fold_norm = fold_norm
+        self._metric: QKSpectrum | None = None
+        self._eigenvalues_step: int | None = None
+        self._cross: set[str] = set()
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments as they go into the run's config."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "support": self.support,
+            "fold_norm": self.fold_norm,
+        }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers; raise here, before any work, where there are none."""
+        super().on_fit_start(trainer, pl_module)
+        with torch.no_grad():
+            projections = head_projections(pl_module, fold_norm=self.fold_norm)
+        for name, reason in unread(pl_module).items():
+            self.note(f"{name} is left out: {reason}")
+        if self.fold_norm and (plain := [name for name, head in projections.items() if not head.norm_folded]):
+            self.note(f"no norm was found to fold into {', '.join(plain)}: their weights are taken as they are")
+        heads = {name: head.heads for name, head in projections.items()}
+        self._cross = {name for name, head in projections.items() if not head.self_attention}
+        self.remember_layers(heads, self._cross)
+        self._metric = QKSpectrum(heads, self.support)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember where a fresh run started from; not logged."""
+        if trainer.global_step == 0 and self.history is not None and not len(self.history):
+            values = self.measure(trainer, pl_module)
+            if values is not None:
+                self.history.append(0, values)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        """Spectra of all heads, reduced over ranks."""
+        metric = self._metric
+        assert metric is not None  # on_fit_start
+        metric.to(pl_module.device).reset()
+        with torch.no_grad():
+            metric.update(head_projections(pl_module, fold_norm=self.fold_norm))
+        return metric.compute()
+
+    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        """As every monitor; the eigenvalues belong to the same step."""
+        super().publish(trainer, pl_module, values)
+        assert self.history is not None
+        self._eigenvalues_step = self.history.steps[-1]
+
+    def histograms(self) -> Mapping[str, Tensor]:
+        """Eigenvalues of all heads, by modulus and by real part."""
+        if self._metric is None or not self._metric.eigenvalues:
+            return {}
+        eigenvalues = torch.cat([value.flatten() for value in self._metric.eigenvalues.values()])
+        return {"qk/eigenvalues/modulus": eigenvalues.abs(), "qk/eigenvalues/real": eigenvalues.real}
+
+    witness = "trace"
+
+    def expects(self, label: str) -> bool:
+        """Cross-attention has no eigenvalues."""
+        return all(self.labels[name] != label for name in self._cross)
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add the history and the newest eigenvalues to the record."""
+        record.spectrum = self.history
+        if self._metric is not None:
+            record.eigenvalues = {
+                self.labels[name]: value.detach().cpu() for name, value in self._metric.eigenvalues.items()
+            }
+            record.eigenvalues_step = self._eigenvalues_step

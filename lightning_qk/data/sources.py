@@ -1,0 +1,197 @@
+"""Rows of text from files or a data set's name, with an error that says what is wrong with them."""
+
+import codecs
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    # Fields of a .tsv have no quoting: a lone quotation mark is text.
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+
+SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
+"""What data sets call their splits."""
+
+
+def looks_like_file(source: str) -> bool:
+    """Whether a source is meant as a file rather than as the name of a data set on the hub."""
+    path = Path(source)
+    return (
+        path.is_file() or path.is_absolute() or path.suffix.lower() in _READERS or source.startswith((".", "~"))
+    )
+
+
+def check_files(paths: Sequence[str]) -> list[Path]:
+    """Make sure that files can be read at all, before anything is read.
+
+    Args:
+        paths: the files of one split.
+
+    Returns:
+        The files as absolute paths.
+
+    Raises:
+        ValueError: a file is missing or empty, or the files are of different or unknown kinds.
+    """
+    found = [Path(path).expanduser().resolve() for path in paths]
+    if not found:
+        raise ValueError("expected at least one file, got an empty list: name the files to read")
+    for path in found:
+        suffix = path.suffix.lower()
+        if suffix not in _READERS:
+            raise ValueError(
+                f"expected a file that ends in {', '.join(_READERS)}, got {path.name!r} ({path}): "
+                "convert it or rename it"
+            )
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "no such file"
+            raise ValueError(f"expected a text file, got {what}: {path}; correct the path")
+        if path.stat().st_size == 0:
+            raise ValueError(f"expected text in {path}, got an empty file: fill it or leave it out")
+    suffixes = sorted({path.suffix.lower() for path in found})
+    if len(suffixes) > 1:
+        raise ValueError(f"expected files of one kind, got {' and '.join(suffixes)}: convert them to one of these")
+    return found
+
+
+def _check_encoding(path: Path, encoding: str) -> None:
+    """Decode a file once, so that a wrong encoding is told with its place."""
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+    except LookupError as error:
+        raise ValueError(
+            f"expected the name of a text encoding such as utf-8 or latin-1, got {encoding!r}: correct encoding="
+        ) from error
+    before = pending = 0
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(1 << 20)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeError as error:
+                # The decoder counts from the bytes that it kept of the chunk before.
+                position = before - pending + getattr(error, "start", 0)
+                raise ValueError(
+                    f"expected {encoding} text in {path}, got a byte that is none at position {position}: "
+                    "save the file as UTF-8 again, or pass its encoding="
+                ) from error
+            if not chunk:
+                return
+            before += len(chunk)
+            pending = len(decoder.getstate()[0])
+
+
+def read_files(paths: Sequence[Path], cache_dir: Path, *, encoding: str = "utf-8") -> "Dataset":
+    """Read the files of one split.
+
+    A row is a line of a ``.txt`` file (column ``text``), a line of a ``.csv`` or ``.tsv`` file with a header, an
+    object of a ``.json`` or ``.jsonl`` file, or a row of a ``.parquet`` file.
+
+    Args:
+        paths: files of one kind, as :func:`check_files` returns them.
+        cache_dir: folder for the Arrow tables.
+        encoding: of the text; Parquet and JSON are UTF-8 always.
+
+    Raises:
+        ValueError: the text is not in that encoding, or the files cannot be parsed.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    builder, options = _READERS[paths[0].suffix.lower()]
+    if builder in ("text", "csv"):
+        options = {**options, "encoding": encoding}
+    for path in paths:
+        if builder != "parquet":
+            _check_encoding(path, "utf-8" if builder == "json" else encoding)
+    try:
+        return load_dataset(
+            builder,
+            data_files={"train": [str(path) for path in paths]},
+            split="train",
+            cache_dir=str(cache_dir),
+            **options,
+        )
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        # The library wraps the parser's own complaint, which is the one that helps.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(
+            f"expected {builder} rows with the same columns in {', '.join(map(str, paths))}, got a file that cannot "
+            f"be parsed ({_first_line(cause)}): mend that file"
+        ) from error
+
+
+def read_dataset(name: str, config_name: str | None = None) -> "dict[str, Dataset]":
+    """Load a data set by its name on the hub, or from a folder on this machine.
+
+    Args:
+        name: name on the hub (``"stanfordnlp/sst2"``) or a folder.
+        config_name: which of its configurations (``"wikitext-2-raw-v1"``).
+
+    Returns:
+        Its splits ``train``, ``val`` and ``test``, as far as it has them.
+
+    Raises:
+        ValueError: there is no such data set, or it has no split ``train``.
+    """
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    try:
+        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+            loaded = load_from_disk(name)
+        else:
+            loaded = load_dataset(name, config_name)
+    except Exception as error:  # the hub's client has a dozen kinds, all with long messages
+        raise ValueError(
+            f"expected 'stdlib', a file, or a data set on the Hugging Face hub as source, got {name!r} "
+            f"({_first_line(error)}): correct the name, or check the network"
+        ) from error
+    splits = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
+    found: dict[str, Dataset] = {}
+    for split, names in SPLIT_NAMES.items():
+        for candidate in names:
+            if candidate in splits:
+                found[split] = splits[candidate]
+                break
+    if "train" not in found:
+        raise ValueError(
+            f"expected a split 'train' in the data set {name!r}, got {', '.join(map(str, splits))}: "
+            "pick another data set, or save its rows to a file"
+        )
+    return found
+
+
+def require_column(rows: "Dataset", column: str, option: str, where: str) -> None:
+    """Make sure that the rows have a column.
+
+    Args:
+        rows: rows of one split.
+        column: the column that is needed.
+        option: the argument of the data module that names it.
+        where: what the rows were read from, for the message.
+
+    Raises:
+        ValueError: there is no such column; the message names those that exist.
+    """
+    if column not in rows.column_names:
+        raise ValueError(
+            f"expected a column {column!r} in {where}, got the columns {', '.join(map(repr, rows.column_names))}: "
+            f"pass {option}="
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,126 @@
+"""Tokenizers: two that are made here, and any from a folder or the hub."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_SPECIAL = {
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "cls_token": "<cls>",
+    "sep_token": "<sep>",
+    "mask_token": "<mask>",
+}
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
+    """A tokenizer that needs no file: one token a byte of UTF-8, and the special tokens.
+
+    Tokens 0 to 255 are the bytes. Decoding gives back the text exactly, whatever is in it; a text that
+    contains the name of a special token is bytes like any other.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # Byte-level BPE writes each byte as a printable character; those of printable bytes are the bytes.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    alphabet = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return _wrap(backend)
+
+
+def word_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """A word-level tokenizer: the most frequent words between white space, the rest is ``<unk>``.
+
+    Args:
+        texts: what to count the words in.
+        vocab_size: size of the vocabulary, the seven special tokens included.
+
+    Raises:
+        ValueError: the vocabulary has no room for a word.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if vocab_size <= len(_SPECIAL):
+        raise ValueError(
+            f"expected a vocab_size above {len(_SPECIAL)}, the number of special tokens, got {vocab_size}: raise it"
+        )
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text.split())
+    for token in _SPECIAL.values():
+        counts.pop(token, None)
+    # Ties are broken by the word, so that the vocabulary does not depend on the order of the texts.
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - len(_SPECIAL)]
+    vocab = {word: index for index, word in enumerate([*_SPECIAL.values(), *words])}
+    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token=_SPECIAL["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _wrap(backend, split_special_tokens=False)
+
+
+def _wrap(backend: object, split_special_tokens: bool = True) -> "PreTrainedTokenizerFast":
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **_SPECIAL,
+        # Without these two, text is not decoded to what it was.
+        split_special_tokens=split_special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+    cls, sep = _SPECIAL["cls_token"], _SPECIAL["sep_token"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:1 {sep}:1",
+        special_tokens=[(cls, tokenizer.cls_token_id), (sep, tokenizer.sep_token_id)],
+    )
+    return tokenizer
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer.
+
+    Args:
+        name: ``"bytes"``, a folder, or a name on the Hugging Face hub.
+
+    Raises:
+        ValueError: there is no tokenizer of that name.
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing files, network, broken JSON: all end in this one line
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"expected 'bytes', 'words', a folder with a tokenizer, or a name on the Hugging Face hub as tokenizer, "
+            f"got {name!r} ({lines[0] if lines else type(error).__name__}): correct it, or check the network"
+        ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and others have none
+    return tokenizer
+
+
+def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token that ends a document: ``eos``, else ``sep``.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError(
+        f"expected a tokenizer with an eos or a sep token to put between documents, got {tokenizer.name_or_path!r} "
+        "with neither: set tokenizer.eos_token and save it again"
+    )

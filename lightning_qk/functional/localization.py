@@ -1,0 +1,576 @@
+r"""Where attention goes: statistics of softmax rows, by chunks, never a whole n × n map.
+
+One query row at a time sees its visible keys; a statistic is a number per row, and what is returned is its
+mean over the valid rows. Rows may be sampled: uniformly and without replacement within each sequence, so that
+means are unbiased, with standard errors of a stratified sample.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._precision import at_least_float32, full_precision
+
+ROW_STATISTICS = (
+    "entropy",
+    "entropy_normalized",
+    "participation",
+    "max_prob",
+    "logit_std",
+    "distance",
+    "distance_spread",
+    "diagonal",
+    "sink_first",
+    "sink_learnt",
+    "linear_share",
+)
+"""Statistics that are means over query rows."""
+
+MEAN_STATISTICS = (*ROW_STATISTICS, "sink_rate")
+"""Statistics that are means, with a standard error when rows are sampled."""
+
+EXTREMES = ("max_logit", "max_abs_logit")
+"""Statistics that are maxima; over sampled rows, a lower bound of the maximum over all rows."""
+
+STATISTICS = (*MEAN_STATISTICS, *EXTREMES)
+
+# Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
+# model comes near: softmax of a pair this far down is 0 in every precision.
+_MASKED_BELOW = -9e3
+# Elements of one chunk of logits: 16 MiB in float32, so that a chunk stays in reach of the caches.
+_CHUNK_ELEMENTS = 1 << 22
+_SINK_RATE_THRESHOLD = 0.3
+# A key counts for sink_rate when it is seen by at least this share of the rows that see the most-seen key.
+_SINK_RATE_MIN_SEEN = 0.25
+
+
+class AttentionSums(NamedTuple):
+    """Additive form of the statistics: sums over sequences, micro-batches and ranks give their pooled means.
+
+    Attributes:
+        total: weighted sums, shape ``(len(MEAN_STATISTICS), batch, heads)``.
+        weight: number of rows that each sum stands for (of sequences for ``sink_rate``), same shape.
+        variance: sampling variance of ``total``, same shape; 0 where every row was used.
+        maximum: shape ``(len(EXTREMES), batch, heads)``; −inf for a sequence without valid rows.
+    """
+
+    total: Tensor
+    weight: Tensor
+    variance: Tensor
+    maximum: Tensor
+
+
+def attention_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    rows: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int = 0,
+    self_attention: bool | None = None,
+    per_sequence: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    r"""Statistics of attention per head, in memory linear in the sequence length.
+
+    With logits ``ω_ij = softcap(scaling q_i·k_j) + bias_ij``, probabilities ``p_ij`` of the softmax over the
+    ``n_i`` keys visible to row i, before dropout:
+
+    ===================== ====================================================================================
+    entropy               ``−Σ_j p_ij log p_ij``, nats
+    entropy_normalized    entropy over ``log n_i``; rows with one visible key are left out
+    participation         ``1 / Σ_j p_ij²``, effective number of keys
+    max_prob              ``max_j p_ij``
+    max_logit             maximum of ω over all visible pairs
+    max_abs_logit         maximum of abs(ω) over all visible pairs
+    logit_std             standard deviation of ω over the row's visible keys
+    distance              ``Σ_j p_ij |i − j|``, positions
+    distance_spread       standard deviation of ``|i − j|`` under p, positions
+    diagonal              ``p_ii``
+    sink_first            probability of the first key that the row can see
+    sink_learnt           probability of the learnt sink (only with ``sinks``)
+    sink_rate             share of keys that receive more than 0.3 on average from the rows that see them;
+                          keys seen by fewer than a quarter as many rows as the most-seen key are left out
+    linear_share          share of the row's visible keys with ``0 < 1/n_i + (ω_ij − mean_j ω_ij)/n_i < 1``,
+                          the window of the piecewise linear softmax
+    ===================== ====================================================================================
+
+    Sources: entropy, distance and participation are standard; sink_rate after Gu et al. 2024 (arXiv
+    2410.10781; threshold 0.3); linear_share is the measured counterpart of Bao et al. 2024's signal
+    propagation probability (derived). A learnt sink is part of the softmax's denominator, of entropy (with
+    ``n_i + 1`` outcomes) and of participation; it is no key, so that it has no distance and no max_prob.
+
+    Args:
+        query: after rotary encoding and norms, as the attention function gets it, shape
+            ``(batch, heads, n, d_head)``.
+        key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
+        mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating
+            and added to the logits, where −9000 and below means not visible.
+        is_causal: row i sees the keys up to position ``query_offset + i``.
+        scaling: factor on the dot products; None means ``d_head ** -0.5``.
+        rows: how many query rows to sample in each sequence; None for all.
+        sliding_window: a key is visible only when fewer than this many positions away.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        bias: added to the logits, broadcastable to ``(batch, heads, n, m)``.
+        sinks: learnt extra logit of each head, shape ``(heads,)``.
+        query_mask: rows to count, boolean ``(batch, n)``.
+        query_offset: position of the first query on the axis of the keys (of a cache, say).
+        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding
+            and its own row is left out. None: when ``n == m``.
+        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``,
+            means over all rows of the batch.
+        generator: where sampled rows are drawn from; None is torch's global generator.
+
+    Rows that see no key are left out.
+
+    Returns:
+        A dict of float tensors, ``(heads,)`` or ``(batch, heads)``: the statistics above and, with ``rows``,
+        the standard error of each mean as ``<name>_se`` (that of sink_rate is approximate: a threshold on
+        sampled means). Maxima over sampled rows are lower bounds and have no standard error. NaN where no
+        row counts.
+
+    Raises:
+        ValueError: shapes that do not fit, or ``rows`` below 1.
+    """
+    sums = attention_sums(
+        query,
+        key,
+        mask=mask,
+        is_causal=is_causal,
+        scaling=scaling,
+        rows=rows,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        bias=bias,
+        sinks=sinks,
+        query_mask=query_mask,
+        query_offset=query_offset,
+        self_attention=self_attention,
+        generator=generator,
+    )
+    if not per_sequence:
+        sums = AttentionSums(
+            sums.total.sum(1), sums.weight.sum(1), sums.variance.sum(1), sums.maximum.amax(1)
+        )
+    out = finish(sums, standard_errors=rows is not None)
+    if sinks is None:
+        out = {name: value for name, value in out.items() if not name.startswith("sink_learnt")}
+    return out
+
+
+def finish(sums: AttentionSums, *, standard_errors: bool) -> dict[str, Tensor]:
+    """Turn sums into means, with ``<name>_se`` where asked; NaN where nothing was counted."""
+    mean = sums.total / sums.weight
+    out = dict(zip(MEAN_STATISTICS, mean, strict=True))
+    maximum = sums.maximum.masked_fill(sums.maximum == -math.inf, math.nan)
+    out.update(zip(EXTREMES, maximum, strict=True))
+    if standard_errors:
+        error = sums.variance.sqrt() / sums.weight
+        out.update((f"{name}_se", value) for name, value in zip(MEAN_STATISTICS, error, strict=True))
+    return out
+
+
+@torch.no_grad()
+def attention_sums(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    rows: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int = 0,
+    self_attention: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> AttentionSums:
+    """The additive form of :func:`attention_statistics`, for accumulation; same arguments."""
+    problem = _Problem.check(
+        query, key, mask, bias, sinks, query_mask, is_causal, sliding_window, query_offset, scaling, softcap
+    )
+    n, m = query.shape[2], key.shape[2]
+    if self_attention is None:
+        self_attention = n == m
+    if rows is not None and rows < 1:
+        raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
+    with full_precision(query.device):
+        valid = _valid_rows(problem, query_mask, self_attention)
+        index = None
+        if rows is not None and rows < n:
+            index = _sample(valid, rows, generator)
+        return _sums(problem, valid, index)
+
+
+class _Problem(NamedTuple):
+    """One attention call, checked: what the chunks are computed from."""
+
+    query: Tensor  # (batch, heads, n, d_head), any float dtype
+    key: Tensor  # (batch, kv_heads, m, d_head), float32 at least
+    mask: Tensor | None  # 4-D, broadcastable
+    bias: Tensor | None  # 4-D, broadcastable
+    sinks: Tensor | None  # (heads,)
+    is_causal: bool
+    sliding_window: int | None
+    query_offset: int
+    scaling: float
+    softcap: float | None
+
+    @classmethod
+    def check(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        query_mask: Tensor | None,
+        is_causal: bool,
+        sliding_window: int | None,
+        query_offset: int,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> "_Problem":
+        if (
+            query.dim() != 4
+            or key.dim() != 4
+            or query.shape[0] != key.shape[0]
+            or query.shape[3] != key.shape[3]
+            or key.shape[1] == 0
+            or query.shape[1] % key.shape[1]
+        ):
+            raise ValueError(
+                "expected query (batch, heads, n, d_head) and key (batch, kv_heads, m, d_head) with kv_heads "
+                f"dividing heads, got {tuple(query.shape)} and {tuple(key.shape)}: pass the tensors as the "
+                "attention function receives them"
+            )
+        batch, heads, n, d_head = query.shape
+        full = (batch, heads, n, key.shape[2])
+        if mask is not None:
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise ValueError(
+                    f"expected a boolean mask (True = visible) or an additive floating one, got {mask.dtype}: "
+                    "convert a mask of zeros and ones with .bool()"
+                )
+            mask = _broadcast(mask, full, "mask")
+        if bias is not None:
+            bias = _broadcast(bias, full, "bias")
+        if sinks is not None and sinks.numel() != heads:
+            raise ValueError(f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}")
+        if query_mask is not None and query_mask.shape != (batch, n):
+            raise ValueError(
+                f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}"
+            )
+        return cls(
+            query=query,
+            key=at_least_float32(key),
+            mask=mask,
+            bias=bias,
+            sinks=sinks,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            query_offset=query_offset,
+            scaling=d_head**-0.5 if scaling is None else float(scaling),
+            softcap=softcap,
+        )
+
+    def rows(self, index: slice | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits, visibility and positions of some query rows.
+
+        Args:
+            index: a slice of rows, or indices of shape ``(batch, rows)``, others for each sequence.
+
+        Returns:
+            logits ``(batch, heads, rows, m)``; visibility ``(batch|1, heads|1, rows, m)`` or None when every
+            key is visible; positions ``(batch|1, rows)``.
+        """
+        query = _take(self.query, index).to(self.key.dtype)
+        batch, heads, count, d_head = query.shape
+        kv_heads, m = self.key.shape[1:3]
+        # Query heads of one group become rows of one product: key heads are never repeated in memory.
+        grouped = (query * self.scaling).reshape(batch, kv_heads, heads // kv_heads * count, d_head)
+        logits = (grouped @ self.key.mT).view(batch, heads, count, m)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.bias is not None:
+            logits += _take(self.bias, index)
+        visible = None
+        if self.mask is not None:
+            mask = _take(self.mask, index)
+            if mask.dtype == torch.bool:
+                visible = mask
+            else:
+                visible = mask > _MASKED_BELOW
+                logits += mask
+        position = self.positions(index)
+        if (geometry := self.geometry(position)) is not None:
+            visible = geometry if visible is None else visible & geometry
+        return logits, visible, position
+
+    def visible(self, index: slice) -> Tensor | None:
+        """Visibility alone, as :meth:`rows` gives it."""
+        visible = None
+        if self.mask is not None:
+            mask = _take(self.mask, index)
+            visible = mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
+        if (geometry := self.geometry(self.positions(index))) is not None:
+            visible = geometry if visible is None else visible & geometry
+        return visible
+
+    def positions(self, index: slice | Tensor) -> Tensor:
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=self.query.device)[None]
+        return index + self.query_offset
+
+    def geometry(self, position: Tensor) -> Tensor | None:
+        """What position alone makes visible, ``(batch|1, 1, rows, m)``, or None for everything."""
+        if not self.is_causal and self.sliding_window is None:
+            return None
+        ahead = torch.arange(self.key.shape[2], device=position.device) - position[:, None, :, None]
+        visible = ahead <= 0 if self.is_causal else None
+        if self.sliding_window is not None:
+            near = ahead.abs() < self.sliding_window
+            visible = near if visible is None else visible & near
+        return visible
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        batch, heads = self.query.shape[:2]
+        size = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * self.key.shape[2]))
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+
+
+def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Tensor:
+    """View with four dimensions, checked to broadcast; size-1 dimensions of batch and heads are kept."""
+    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    if tensor.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"expected a {name} that broadcasts to (batch, heads, n, m) = {full}, got {tuple(tensor.shape)}: "
+            f"a padding mask of shape (batch, m) becomes {name}[:, None, None, :].bool()"
+        )
+    return tensor.view(shape).expand(-1, -1, full[2], full[3])
+
+
+def _take(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    """Rows of ``(batch|1, heads|1, n, x)``: a slice for all, or ``(batch, rows)`` indices a sequence."""
+    if isinstance(index, slice):
+        return tensor[:, :, index]
+    batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    return tensor[batch, :, index].transpose(1, 2)
+
+
+def _valid_rows(problem: _Problem, query_mask: Tensor | None, self_attention: bool) -> Tensor:
+    """Rows that see a key and are no padding, boolean ``(batch, n)``."""
+    batch, _, n, _ = problem.query.shape
+    m = problem.key.shape[2]
+    device = problem.query.device
+    valid = torch.ones(batch, n, dtype=torch.bool, device=device)
+    if problem.mask is not None:
+        sees = []
+        seen = torch.zeros(batch, m, dtype=torch.bool, device=device)
+        for chunk in problem.chunks(n):
+            visible = problem.visible(chunk)
+            assert visible is not None  # there is a mask
+            visible = visible.any(1)
+            sees.append(visible.any(-1).expand(batch, -1))
+            seen |= visible.any(-2)
+        valid = torch.cat(sees, dim=1)
+        if self_attention and n == m:
+            valid = valid & seen
+        elif self_attention and problem.query_offset + n <= m:
+            valid = valid & seen[:, problem.query_offset : problem.query_offset + n]
+    elif problem.is_causal and problem.query_offset < 0:
+        valid = valid & (problem.positions(slice(0, n)) >= 0)
+    if query_mask is not None:
+        valid = valid & query_mask.to(device=device, dtype=torch.bool)
+    return valid
+
+
+def _sample(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
+    """``rows`` indices of distinct rows for each sequence, ``(batch, rows)``, valid ones first, at random."""
+    device = "cpu" if generator is None else generator.device
+    order = torch.rand(valid.shape, generator=generator, device=device).to(valid.device)
+    return order.masked_fill(~valid, 2.0).topk(rows, dim=1, largest=False).indices
+
+
+def _sums(problem: _Problem, valid: Tensor, index: Tensor | None) -> AttentionSums:
+    batch, heads, n, _ = problem.query.shape
+    m = problem.key.shape[2]
+    dtype, device = problem.key.dtype, problem.key.device
+    count = n if index is None else index.shape[1]
+    used = valid if index is None else valid.gather(1, index)
+
+    values = torch.zeros(len(ROW_STATISTICS), batch, heads, count, dtype=dtype, device=device)
+    counted = torch.zeros_like(values, dtype=torch.bool)
+    received = torch.zeros(batch, heads, m, dtype=dtype, device=device)
+    received_sq = torch.zeros_like(received)
+    seen = torch.zeros(batch, 1, m, dtype=dtype, device=device)
+    maximum = torch.full((len(EXTREMES), batch, heads), -math.inf, dtype=dtype, device=device)
+    for chunk in problem.chunks(count):
+        keep = used[:, chunk]
+        chunk_values, chunk_counted, extremes, probability, visible = _row_statistics(
+            problem, chunk if index is None else index[:, chunk], keep
+        )
+        values[..., chunk] = chunk_values
+        counted[..., chunk] = chunk_counted
+        maximum = torch.maximum(maximum, extremes)
+        weight = keep[:, None, None].to(dtype)
+        received += (weight @ probability).squeeze(-2)
+        received_sq += (weight @ probability.square_()).squeeze(-2)
+        seen_here = (weight @ visible.to(dtype)).squeeze(-2) if visible is not None else weight.sum(-1)
+        seen = seen + seen_here
+
+    # Each sampled row stands for population / sampled rows of its sequence.
+    population = valid.sum(1).to(dtype)
+    sampled = used.sum(1).to(dtype)
+    scale = (population / sampled.clamp_min(1))[:, None]
+    values = torch.where(counted, values, torch.zeros((), dtype=dtype, device=device))
+    here = counted.to(dtype)
+    row_total, row_weight = values.sum(-1), here.sum(-1)
+    centre = row_total / row_weight.clamp_min(1)
+    squares = (here * (values - centre[..., None]).square()).sum(-1)
+    # Variance of an estimated total: N² (1 − R/N) s² / R. One sampled row of many says nothing about spread.
+    spread = squares / (sampled - 1)[:, None]
+    finite_population = population.square() * (1 - sampled / population.clamp_min(1)) / sampled.clamp_min(1)
+    variance = torch.where((sampled < population)[:, None], finite_population[:, None] * spread, 0.0)
+
+    rate, rate_variance = _sink_rate(received, received_sq, seen, (sampled < population)[:, None])
+    has_rows = (sampled > 0)[:, None].expand_as(rate).to(dtype)
+    return AttentionSums(
+        total=torch.cat([row_total * scale, (rate * has_rows)[None]]),
+        weight=torch.cat([row_weight * scale, has_rows[None]]),
+        variance=torch.cat([variance, (rate_variance * has_rows)[None]]),
+        maximum=maximum,
+    )
+
+
+def _row_statistics(
+    problem: _Problem, index: slice | Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Statistics of some rows.
+
+    Returns:
+        values and which of them count, ``(len(ROW_STATISTICS), batch, heads, rows)``; maxima
+        ``(len(EXTREMES), batch, heads)``; probabilities ``(batch, heads, rows, m)``; visibility.
+    """
+    logits, visible, position = problem.rows(index)
+    batch, heads, count, m = logits.shape
+    dtype = logits.dtype
+    hidden = None if visible is None else ~visible
+    if visible is None:
+        keys = torch.full((1, 1, 1), m, dtype=dtype, device=logits.device)
+    else:
+        keys = visible.sum(-1).to(dtype)
+    keep_rows = (keep[:, None] & (keys > 0)).expand(batch, heads, count)
+
+    # Moments of the logits over visible keys.
+    if hidden is not None:
+        logits.masked_fill_(hidden, 0.0)
+    mean = logits.sum(-1) / keys.clamp_min(1)
+    deviation = logits - mean[..., None]
+    inside = (deviation > -1) & (deviation < (keys - 1)[..., None])
+    if visible is not None:
+        inside &= visible
+        deviation.masked_fill_(hidden, 0.0)
+    linear = inside.sum(-1) / keys.clamp_min(1)
+    logit_std = (deviation.square_().sum(-1) / keys.clamp_min(1)).sqrt()
+    del deviation, inside
+    max_abs = torch.maximum(logits.amax(-1), -logits.amin(-1))
+    if hidden is not None:
+        logits.masked_fill_(hidden, -math.inf)
+    top = logits.amax(-1)
+    extremes = torch.stack([top, max_abs]).masked_fill(~keep_rows, -math.inf).amax(-1)
+
+    # Softmax, shifted by the row's maximum so that entropy does not cancel where logits are large.
+    sink = None if problem.sinks is None else problem.sinks.to(dtype).view(1, heads, 1)
+    peak = top if sink is None else torch.maximum(top, sink)
+    peak = peak.masked_fill(peak == -math.inf, 0.0)
+    logits -= peak[..., None]
+    probability = logits.exp()
+    partition = probability.sum(-1)
+    if sink is not None:
+        partition = partition + (sink - peak).exp()
+    partition = partition.clamp_min(torch.finfo(dtype).tiny)
+    probability /= partition[..., None]
+    if hidden is not None:
+        logits.masked_fill_(hidden, 0.0)
+    entropy = partition.log() - (probability.unsqueeze(-2) @ logits.unsqueeze(-1)).flatten(-3)
+    square = probability.square().sum(-1)
+    outcomes = keys
+    if sink is None:
+        learnt = torch.zeros_like(entropy)
+    else:
+        learnt = (sink - peak).exp() / partition
+        entropy = entropy - learnt * (sink - peak)
+        square = square + learnt.square()
+        outcomes = keys + 1
+    entropy = entropy.clamp_min(0.0)
+
+    distance = (position[..., None] - torch.arange(m, device=position.device)).abs().to(dtype)[:, None]
+    travelled = (probability * distance).sum(-1)
+    # Centred: a difference of squares of positions loses float32's digits in long sequences.
+    mass = probability.sum(-1)
+    spread = probability * (distance - travelled[..., None]).square()
+    spread = spread.sum(-1) + (1 - mass).clamp_min(0.0) * travelled.square() * (sink is not None)
+    diagonal = _pick(probability, position[:, None], (position >= 0) & (position < m))
+    first = None if visible is None else visible.to(torch.uint8).argmax(-1)
+    sink_first = probability[..., 0] if first is None else _pick(probability, first, None)
+
+    values = torch.stack(
+        [
+            entropy,
+            entropy / outcomes.log(),
+            square.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
+            probability.amax(-1),
+            logit_std,
+            travelled,
+            spread.sqrt(),
+            diagonal,
+            sink_first,
+            learnt,
+            linear,
+        ]
+    )
+    counted = keep_rows.expand(len(ROW_STATISTICS), -1, -1, -1).clone()
+    counted[ROW_STATISTICS.index("entropy_normalized")] &= outcomes > 1
+    counted[ROW_STATISTICS.index("sink_learnt")] &= sink is not None
+    return values, counted, extremes, probability, visible
+
+
+def _pick(probability: Tensor, key_index: Tensor, inside: Tensor | None) -> Tensor:
+    """Probability of one key a row; 0 where the index lies outside the keys."""
+    m = probability.shape[-1]
+    index = key_index.clamp(0, m - 1).expand(probability.shape[:-1])
+    picked = probability.gather(-1, index[..., None]).squeeze(-1)
+    return picked if inside is None else torch.where(inside[:, None], picked, 0.0)
+
+
+def _sink_rate(
+    received: Tensor, received_sq: Tensor, seen: Tensor, is_sampled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Share of keys that receive more than the threshold on average, and its approximate variance.
+
+    With sampled rows each key's mean is uncertain; taking the keys as independent, the count of those above
+    the threshold has variance Σ π (1 − π) with π the normal probability of being above it. Derived.
+    """
+    eligible = (seen > 0) & (seen >= _SINK_RATE_MIN_SEEN * seen.amax(-1, keepdim=True))
+    mean = received / seen.clamp_min(1)
+    number = eligible.sum(-1).clamp_min(1)
+    rate = ((mean > _SINK_RATE_THRESHOLD) & eligible).sum(-1) / number
+    variance = (received_sq / seen.clamp_min(1) - mean.square()).clamp_min(1e-12) / seen.clamp_min(2)
+    above = torch.special.ndtr((mean - _SINK_RATE_THRESHOLD) / variance.sqrt())
+    doubt = (above * (1 - above) * eligible).sum(-1) / number.square()
+    return rate.to(mean.dtype), torch.where(is_sampled, doubt, torch.zeros_like(doubt)).to(mean.dtype)

@@ -1,0 +1,244 @@
+r"""Spectrum of the bilinear form of attention heads, from d_head × d_head products.
+
+A head's logits are ``scaling * x_i^T W_QK x_j`` with ``W_QK = W_q^T W_k``, a ``d_model × d_model`` matrix of
+rank ``d_head``. Everything here comes from ``B = W_k W_q^T`` and the Gram matrices ``W_q W_q^T`` and
+``W_k W_k^T``, all ``d_head × d_head``: the large matrix is never formed. The non-zero eigenvalues of
+``W_QK`` are those of ``B``.
+
+Leading dimensions are free: ``(heads, d_head, d_model)`` for one layer, ``(layers, heads, d_head, d_model)``
+for all layers of one shape in one batched product.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional.rotary import Rotary, rotate
+
+Support = Literal["model", "head"]
+
+MOMENTS = (
+    "trace",
+    "trace_sq",
+    "frobenius_sq",
+    "eig_mean",
+    "eig_var",
+    "sym_var",
+    "asymmetry",
+    "concentration",
+)
+"""Names of the entries that :func:`qk_moments` returns."""
+
+
+def qk_moments(
+    query: Tensor, key: Tensor, sigma: Tensor | None = None, *, support: Support = "model"
+) -> dict[str, Tensor]:
+    r"""Moments of the eigenvalues of ``W_QK = W_q^T W_k``, per head, without forming it.
+
+    After Bao et al., ICML 2024 (arXiv 2402.02098): eigenvalue mean and variance as stated there, symmetric
+    variance, asymmetry and concentration derived. The softmax scale is not part of ``W_QK``.
+
+    Args:
+        query: query weights, shape ``(..., heads, d_head, d_model)``.
+        key: key weights, shape ``(..., kv_heads, d_head, d_model)``; ``kv_heads`` divides ``heads``
+            (grouped-query attention).
+        sigma: covariance of the tokens, shape ``(d_model, d_model)`` or ``(..., d_model, d_model)`` with the
+            leading dimensions of ``query`` before ``heads``; None means the identity. With it every
+            quantity is that of ``Σ^½ W_QK Σ^½``.
+        support: what the spectrum is averaged over. ``"model"``: all ``d_model`` eigenvalues, the zeros
+            included, as in the paper's square matrix. ``"head"``: the ``d_head`` that can be non-zero.
+
+    Returns:
+        A dict of float tensors of shape ``(..., heads)``, with ``n`` the size of the support, ``λ`` the
+        eigenvalues and ``S`` the symmetric part of ``W_QK``:
+
+        - ``trace``: tr W_QK = Σ λ.
+        - ``trace_sq``: tr W_QK² = Σ λ²; negative where complex pairs dominate.
+        - ``frobenius_sq``: ‖W_QK‖²_F.
+        - ``eig_mean``: trace / n.
+        - ``eig_var``: Σ (λ − eig_mean)² / n, as a complex sum, which is real; negative where complex pairs
+          dominate.
+        - ``sym_var``: variance of the eigenvalues of S over the support, tr S² / n − eig_mean². Never
+          negative: S is a difference of two positive matrices of rank d_head, so that it has at most d_head
+          eigenvalues of one sign and (tr S)² ≤ d_head tr S².
+        - ``asymmetry``: (‖W_QK‖² − tr W_QK²) / (2 ‖W_QK‖²) in [0, 1]; 0 symmetric, 1 antisymmetric. NaN for
+          a head of zeros.
+        - ``concentration``: trace² / (n tr S²) = eig_mean² / (eig_mean² + sym_var) in [0, 1]; 1 when all
+          eigenvalues on the support are the same, at most d_head / d_model for ``support="model"``. NaN
+          where S is zero.
+
+        Computed in float32 at least, in float64 for float64 input, whatever autocast says.
+
+    Raises:
+        ValueError: shapes that do not fit, among them projections of different widths (cross-attention from
+            another space, which has no eigenvalues: see :func:`qk_singular_values`), or an unknown support.
+
+    Example:
+        >>> weight = torch.eye(2, 3)[None]  # one head, d_head = 2, d_model = 3
+        >>> moments = qk_moments(weight, 2 * weight)
+        >>> moments["trace"].item(), round(moments["eig_mean"].item(), 4)
+        (4.0, 1.3333)
+    """
+    n = support_size(query, support)
+    with full_precision(query.device):
+        query, key = _prepare(query, key, square=True)
+        small, gram_query, gram_key = _products(query, key, sigma)
+        d_head = query.shape[-2]
+
+        trace = small.diagonal(dim1=-2, dim2=-1).sum(-1)
+        trace_sq = (small * small.mT).sum((-2, -1))
+        frobenius_sq = (gram_query * gram_key).sum((-2, -1))
+        mean = trace / n
+        # Centred before squaring: Σ λ² / n − mean² would cancel where the spectrum concentrates, which is
+        # what a regularizer aims at. The n − d_head eigenvalues that are zero add mean² each.
+        centred = small - mean[..., None, None] * torch.eye(d_head, dtype=small.dtype, device=small.device)
+        eig_var = ((centred * centred.mT).sum((-2, -1)) + (n - d_head) * mean.square()) / n
+        symmetric_sq = (trace_sq + frobenius_sq) / 2
+        return {
+            "trace": trace,
+            "trace_sq": trace_sq,
+            "frobenius_sq": frobenius_sq,
+            "eig_mean": mean,
+            "eig_var": eig_var,
+            "sym_var": symmetric_sq / n - mean.square(),
+            "asymmetry": (frobenius_sq - trace_sq) / (2 * frobenius_sq),
+            "concentration": trace.square() / (n * symmetric_sq),
+        }
+
+
+def qk_eigenvalues(
+    query: Tensor,
+    key: Tensor,
+    *,
+    offset: int | Tensor | None = None,
+    rotary: Rotary | None = None,
+    sigma: Tensor | None = None,
+) -> Tensor:
+    r"""The ``d_head`` eigenvalues of ``W_QK = W_q^T W_k`` that can be non-zero, per head.
+
+    Under rotary position encoding the form between a query at position i and a key at position j is
+    ``W_q^T R_Δ W_k`` with Δ = j − i; its eigenvalues are those of ``R_Δ W_k W_q^T``, so that a spectrum per
+    offset costs one more ``d_head × d_head`` eigenproblem and no large product. Derived.
+
+    Args:
+        query: query weights, shape ``(..., heads, d_head, d_model)``.
+        key: key weights, shape ``(..., kv_heads, d_head, d_model)``.
+        offset: relative position Δ of the key (negative: before the query), an int or an integer tensor of
+            shape ``(offsets,)``. Needs ``rotary``. None or 0: the form at the same position.
+        rotary: the layer's rotation, see :class:`~lightning_qk.functional.rotary.Rotary`.
+        sigma: covariance of the tokens, see :func:`qk_moments`.
+
+    Returns:
+        Complex eigenvalues in descending order of modulus, shape ``(..., heads, d_head)``, or
+        ``(offsets, ..., heads, d_head)`` for a tensor of offsets. NaN for a head whose weights are not
+        finite.
+
+    Raises:
+        ValueError: shapes that do not fit, or an offset without a rotation.
+    """
+    with full_precision(query.device):
+        query, key = _prepare(query, key, square=True)
+        small, _, _ = _products(query, key, sigma, grams=False)
+        if offset is not None:
+            if rotary is None:
+                raise ValueError(
+                    f"expected the layer's rotation with offset={offset!r}, got rotary=None: pass rotary=, "
+                    "or leave offset out for a layer without rotary position encoding"
+                )
+            small = rotate(small, rotary, torch.as_tensor(offset, device=small.device))
+        # LAPACK refuses the whole batch for one head that is not finite: that head alone becomes NaN.
+        finite = small.isfinite().all(-1).all(-1)[..., None]
+        values = torch.linalg.eigvals(torch.where(finite[..., None], small, torch.zeros_like(small)))
+        values = values.gather(-1, values.abs().argsort(dim=-1, descending=True))
+        return torch.where(finite, values, torch.full_like(values, complex("nan")))
+
+
+def qk_singular_values(query: Tensor, key: Tensor) -> Tensor:
+    """The ``d_head`` singular values of ``W_QK = W_q^T W_k`` that can be non-zero, per head.
+
+    Defined also for cross-attention, where queries and keys live in different spaces. Taken from the
+    triangular factors of ``W_q^T`` and ``W_k^T``. Derived.
+
+    Args:
+        query: query weights, shape ``(..., heads, d_head, d_query)``.
+        key: key weights, shape ``(..., kv_heads, d_head, d_key)``; ``d_key`` may differ from ``d_query``.
+
+    Returns:
+        Singular values in descending order, shape ``(..., heads, min(d_head, d_query, d_key))``. NaN for a
+        head whose weights are not finite.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    with full_precision(query.device):
+        query, key = _prepare(query, key, square=False)
+        groups = query.shape[-3] // key.shape[-3]
+        key = key.repeat_interleave(groups, dim=-3)
+        finite = (query.isfinite().all(-1).all(-1) & key.isfinite().all(-1).all(-1))[..., None]
+        query, key = (torch.where(finite[..., None], w, torch.zeros_like(w)) for w in (query, key))
+        factor_query = torch.linalg.qr(query.mT, mode="r").R
+        factor_key = torch.linalg.qr(key.mT, mode="r").R
+        values = torch.linalg.svdvals(factor_query @ factor_key.mT)
+        return torch.where(finite, values, torch.full_like(values, torch.nan))
+
+
+def _prepare(query: Tensor, key: Tensor, *, square: bool) -> tuple[Tensor, Tensor]:
+    """Raise to float32 at least and check the shapes."""
+    if query.dim() < 3 or key.dim() != query.dim() or key.shape[:-3] != query.shape[:-3]:
+        raise ValueError(
+            "expected query (..., heads, d_head, d_model) and key (..., kv_heads, d_head, d_model) with the "
+            f"same leading dimensions, got {tuple(query.shape)} and {tuple(key.shape)}: split the weights "
+            "into heads first, as head_projections does"
+        )
+    heads, d_head, width = query.shape[-3:]
+    kv_heads, key_d_head, key_width = key.shape[-3:]
+    if d_head != key_d_head or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"expected one d_head and a number of heads that kv_heads divides, got query {tuple(query.shape)} "
+            f"and key {tuple(key.shape)}: check how the weights were split into heads"
+        )
+    if square and width != key_width:
+        raise ValueError(
+            f"expected query and key weights of one width, got {width} and {key_width}: such "
+            "cross-attention has no eigenvalues, use qk_singular_values"
+        )
+    dtype = torch.promote_types(at_least_float32(query).dtype, at_least_float32(key).dtype)
+    return query.to(dtype), key.to(dtype)
+
+
+def _products(
+    query: Tensor, key: Tensor, sigma: Tensor | None, *, grams: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``W_k Σ W_q^T``, ``W_q Σ W_q^T`` and ``W_k Σ W_k^T``, each ``(..., heads, d_head, d_head)``.
+
+    Key weights are not repeated for grouped queries: the Gram matrices are, which are d_head × d_head.
+    """
+    groups = query.shape[-3] // key.shape[-3]
+    weighted_query, weighted_key = query, key
+    if sigma is not None:
+        d_model = query.shape[-1]
+        if sigma.shape[-2:] != (d_model, d_model):
+            raise ValueError(
+                f"expected sigma of shape (..., {d_model}, {d_model}), as wide as the tokens, got "
+                f"{tuple(sigma.shape)}: pass the covariance of the layer's own inputs"
+            )
+        sigma = sigma.to(query.dtype)
+        sigma = sigma if sigma.dim() == 2 else sigma.unsqueeze(-3)
+        weighted_query, weighted_key = query @ sigma, key @ sigma
+    # (kv_heads, groups, d_head, d_model) against (kv_heads, 1, d_model, d_head).
+    grouped = weighted_query.unflatten(-3, (key.shape[-3], groups))
+    small = (key.unsqueeze(-3) @ grouped.mT).flatten(-4, -3)
+    if not grams:
+        return small, small, small
+    gram_query = weighted_query @ query.mT
+    gram_key = (weighted_key @ key.mT).repeat_interleave(groups, dim=-3)
+    return small, gram_query, gram_key
+
+
+def support_size(query: Tensor, support: Support) -> int:
+    """Number of eigenvalues that the spectrum is averaged over: d_model or d_head."""
+    if support not in get_args(Support):
+        raise ValueError(f"expected support to be 'model' or 'head', got {support!r}: pass one of the two")
+    return query.shape[-1 if support == "model" else -2]

@@ -1,0 +1,88 @@
+"""Find the attention layers of a model and what surrounds each of them."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_qk.heads.layouts import find_layout
+
+_ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
+# What surrounds attention carries its name too: outputs, biases, projections.
+_NAMED_ATTENTION = re.compile(r"(attention|attn)(block|layer|subsample|poolinghead|module)?$", re.IGNORECASE)
+_CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention|decoder)", re.IGNORECASE)
+
+
+class Site(NamedTuple):
+    """One attention layer where it stands.
+
+    Attributes:
+        name: qualified name in the model.
+        module: the layer.
+        ancestors: the modules that contain it, nearest first.
+        config: the nearest configuration, or None.
+        is_cross: its names or flags say that keys come from other tokens than queries.
+    """
+
+    name: str
+    module: nn.Module
+    ancestors: tuple[nn.Module, ...]
+    config: Any
+    is_cross: bool
+
+
+def attention_sites(model: nn.Module) -> Iterator[Site]:
+    """Yield every attention layer in module order, shared ones once.
+
+    A layer is a module with an attention-like class name whose children fit a layout. One that fits none
+    counts if its class is named attention, it has weights of its own and it contains no attention.
+    """
+    modules = dict(model.named_modules())
+    fitting = {name for name, module in modules.items() if _fits(module)}
+    named = {name for name, module in modules.items() if _is_named_attention(module)}
+    holders = {parent for name in fitting | named for parent in _parents(name)}
+    for name, module in modules.items():
+        if name in fitting or (name in named and name not in holders):
+            ancestors = tuple(modules[parent] for parent in _parents(name))
+            yield Site(
+                name, module, ancestors, _config(module, ancestors), _is_cross(name, module, ancestors)
+            )
+
+
+def _parents(name: str) -> list[str]:
+    """Qualified names of the modules that contain one, nearest first, the model itself ("") last."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _fits(module: nn.Module) -> bool:
+    return _ATTENTION.search(type(module).__name__) is not None and find_layout(module) is not None
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    if _NAMED_ATTENTION.search(type(module).__name__) is None:
+        return False
+    own = (module, *module.children())
+    return any(parameter.dim() >= 2 for owner in own for parameter in owner.parameters(recurse=False))
+
+
+def _config(module: nn.Module, ancestors: tuple[nn.Module, ...]) -> Any:
+    for owner in (module, *ancestors):
+        config = getattr(owner, "config", None)
+        if config is not None and not isinstance(config, nn.Module | Tensor):
+            return config
+    return None
+
+
+def _is_cross(name: str, module: nn.Module, ancestors: tuple[nn.Module, ...]) -> bool:
+    for flag in ("is_cross_attention", "is_cross_attn"):
+        value = getattr(module, flag, None)
+        if isinstance(value, bool):
+            return value
+    # Only what lies below the layer's index counts: a whole model may be called a cross-encoder.
+    parts = name.split(".")
+    indices = [place for place, part in enumerate(parts) if part.isdigit()]
+    near = parts[indices[-1] + 1 :] if indices else parts[-2:]
+    owners = (module, *ancestors[: max(len(near) - 1, 0)])
+    return any(_CROSS.search(text) for text in (*near, *(type(owner).__name__ for owner in owners)))

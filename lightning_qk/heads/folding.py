@@ -1,0 +1,142 @@
+"""Which norm feeds an attention layer, found by running the layer around it with everything replaced."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.heads.norms import Norm, is_norm, read_norm
+from lightning_qk.heads.qk_norm import Rows, qk_norms
+
+
+class _Reached(Exception):
+    """The attention was called; carries the first tensor that it was given."""
+
+    def __init__(self, given: Tensor | None) -> None:
+        self.given = given
+
+
+class _Target(nn.Module):
+    """Stands for the attention and ends the run."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        raise _Reached(next(tensors, None))
+
+
+class _Marker(nn.Module):
+    """Stands for a norm: gives a new tensor by which it is recognized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.given.append(torch.zeros_like(x))
+        return self.given[-1]
+
+
+class _Through(nn.Module):
+    """Stands for a dropout or an identity."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+def feeding_norm(module: nn.Module, ancestors: Sequence[nn.Module], weight: Tensor) -> Norm | None:
+    """Find the norm whose output is exactly what the attention layer is given.
+
+    The forward of the module around the layer is run, on a copy whose norms return marked tensors and whose
+    attention records what reaches it. Neither the model nor its hooks take part. Pre-norm layers are found in
+    this way whatever their names; post-norm layers, where the norm of the previous layer feeds this one, are
+    not.
+
+    Args:
+        module: the attention layer.
+        ancestors: the modules that contain it, nearest first.
+        weight: of the query projection, shape (out, d_model): tells the width, device and type of the input.
+
+    Returns:
+        The norm, or None where it could not be proved.
+    """
+    known = qk_norms(module).values()
+    if any(is_norm(child) and all(child is not norm for norm in known) for child in module.children()):
+        # A norm of the layer's own may come between its input and the projections.
+        return None
+    child = module
+    for parent in ancestors:
+        if isinstance(parent, nn.ModuleList | nn.ModuleDict):
+            return None
+        given = weight.new_zeros(1, 2, weight.shape[1])
+        reached, markers = _run(parent, child, given)
+        if reached is None:
+            return None
+        for marker, norm in markers.items():
+            if any(reached is out for out in marker.given):
+                return read_norm(norm, weight.shape[1:])
+        if reached is not given:
+            return None
+        child = parent
+    return None
+
+
+def _run(
+    parent: nn.Module, child: nn.Module, given: Tensor
+) -> tuple[Tensor | None, dict[_Marker, nn.Module]]:
+    """Run the parent up to the child; the tensor that reached it, and the norm of each marker."""
+    markers: dict[_Marker, nn.Module] = {}
+    stand_ins: dict[str, nn.Module | None] = {}
+    for name, module in parent._modules.items():
+        if module is child:
+            stand_ins[name] = _Target()
+        elif module is None:
+            stand_ins[name] = None
+        elif isinstance(module, nn.Identity | nn.Dropout):
+            stand_ins[name] = _Through()
+        elif is_norm(module):
+            marker = _Marker()
+            markers[marker] = module
+            stand_ins[name] = marker
+        else:
+            stand_ins[name] = module
+    copy = object.__new__(type(parent))
+    copy.__dict__.update({**parent.__dict__, "_modules": stand_ins})
+    forward = type(parent).forward
+    arguments = list(inspect.signature(forward).parameters.values())[1:]
+    required = {
+        argument.name: None
+        for argument in arguments[1:]
+        if argument.default is argument.empty
+        and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+    }
+    try:
+        with torch.no_grad():
+            forward(copy, given, **required)
+    except _Reached as end:
+        return end.given, markers
+    except Exception:
+        return None, markers
+    return None, markers
+
+
+def fold_input_norm(norm: Norm, rows: Rows) -> Rows:
+    """Fold the gain, centering and offset of a norm into the map that it feeds.
+
+    Args:
+        norm: over the map's input, shape (d_in,).
+        rows: weight (heads, d_head, d_in) and bias (heads, d_head) or None.
+
+    Returns:
+        The map of the normalized, unscaled input, in float32 at least.
+    """
+    weight = rows.weight.to(norm.gain.dtype)
+    bias = None if rows.bias is None else rows.bias.to(norm.gain.dtype)
+    if norm.offset is not None:
+        shift = weight @ norm.offset
+        bias = shift if bias is None else bias + shift
+    weight = weight * norm.gain
+    if norm.centered:
+        weight = weight - weight.mean(-1, keepdim=True)
+    return Rows(weight, bias)

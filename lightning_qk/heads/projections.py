@@ -1,0 +1,60 @@
+"""The query and key weights of one attention layer, split into heads."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_qk.functional.rotary import Rotary
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProjections:
+    """Query and key projections of every head of one attention layer.
+
+    A head computes ``q = query[h] @ x + query_bias[h]`` and ``k = key[g] @ x + key_bias[g]`` with
+    ``g = h // (heads // kv_heads)``, and its logits are ``scaling * q · k``. The tensors are differentiable
+    views of the live parameters wherever the layout allows.
+
+    Attributes:
+        query: shape ``(heads, d_head, d_query)``.
+        key: shape ``(kv_heads, d_head, d_key)``; fewer key heads than heads under grouped-query attention.
+        query_bias: shape ``(heads, d_head)``, or None.
+        key_bias: shape ``(kv_heads, d_head)``, or None.
+        scaling: the factor on ``q · k`` before the softmax.
+        layout: the name of the weight layout that was read.
+        rotary: how the layer rotates q and k with position, or None where it does not, or not by a position
+            in a sequence (images).
+        qk_norm: a norm stands between projection and dot product. Its gain is folded into the weights (for
+            LayerNorm, the removal of the mean too; its offset is left out); the head is then not bilinear and
+            the spectrum is that of the form before normalization.
+        self_attention: queries and keys come from the same tokens. False for cross-attention, where
+            eigenvalues mean nothing.
+        norm_folded: the gain of the norm that feeds the layer is part of the weights: asked for with
+            ``fold_norm=True``, and found.
+    """
+
+    query: Tensor = field(repr=False)
+    key: Tensor = field(repr=False)
+    query_bias: Tensor | None = field(repr=False)
+    key_bias: Tensor | None = field(repr=False)
+    scaling: float
+    layout: str
+    rotary: Rotary | None = None
+    qk_norm: bool = False
+    self_attention: bool = True
+    norm_folded: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.query.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key heads."""
+        return self.key.shape[0]
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return self.query.shape[1]

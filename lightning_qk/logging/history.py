@@ -1,0 +1,236 @@
+"""What a monitor remembers of a run: per-head statistics over steps, bounded in memory."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class History:
+    """Per-head statistics at the logged steps of one monitor.
+
+    Heads of all layers lie flat, one after the other in the order of ``layers``, so that layers with
+    different numbers of heads need no padding. When more than ``max_points`` steps were kept, every second
+    one is dropped and from then on only every second one is kept: memory is bounded however long the run.
+    The newest point is always there.
+
+    Args:
+        layers: labels of the layers, in the model's order.
+        heads: number of heads of each layer.
+        max_points: how many steps to keep, at least 2.
+    """
+
+    def __init__(self, layers: Sequence[str], heads: Sequence[int], max_points: int = 256) -> None:
+        if len(layers) != len(heads):
+            raise ValueError(f"expected one head count a layer, got {len(heads)} for {len(layers)} layers")
+        if max_points < 2:
+            raise ValueError(f"expected max_points of at least 2, got {max_points}: pass how many steps to keep")
+        self.layers = tuple(layers)
+        self.heads = tuple(int(h) for h in heads)
+        self.max_points = max_points
+        self.steps: list[int] = []
+        self.values: dict[str, list[Tensor]] = {}
+        self._stride = 1
+        self._seen = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def statistics(self) -> list[str]:
+        """Names of the statistics that were recorded."""
+        return list(self.values)
+
+    def append(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Record one step.
+
+        A step that is the newest already is completed or overwritten. A step before the newest one means that
+        the run was set back: what came at or after it is forgotten.
+
+        Args:
+            step: the logger's step.
+            values: statistic → float tensor of shape ``(sum(heads),)``; NaN where a head has no value.
+
+        Raises:
+            ValueError: a tensor does not have one value a head. Nothing was recorded then.
+        """
+        step, total = int(step), sum(self.heads)
+        flat = {}
+        for name, value in values.items():
+            if value.numel() != total:
+                raise ValueError(f"expected {total} values of {name!r}, one a head, got {value.numel()}")
+            # A copy: the caller may go on writing into its tensor.
+            flat[name] = value.detach().to("cpu", torch.float32, copy=True).reshape(-1)
+        self._rewind(step)
+        if not self.steps or step > self.steps[-1]:
+            # The newest point replaces the last one when that was kept only for being the newest.
+            if self.steps and (self._seen - 1) % self._stride != 0:
+                self._drop(len(self.steps) - 1)
+            self.steps.append(step)
+            self._seen += 1
+        for name in flat:
+            self.values.setdefault(name, [])
+        for column in self.values.values():
+            column.extend(torch.full((total,), torch.nan) for _ in range(len(self.steps) - len(column)))
+        for name, value in flat.items():
+            self.values[name][-1] = value
+        if len(self.steps) > self.max_points:
+            self._stride *= 2
+            for index in range(len(self.steps) - 2, 0, -1):
+                if index % 2:
+                    self._drop(index)
+
+    def _rewind(self, step: int) -> None:
+        if not self.steps or step >= self.steps[-1]:
+            return
+        while self.steps and self.steps[-1] >= step:
+            self._drop(len(self.steps) - 1)
+        # Only the last point could lie off the stride, and it is gone.
+        self._seen = (len(self.steps) - 1) * self._stride + 1 if self.steps else 0
+
+    def _drop(self, index: int) -> None:
+        del self.steps[index]
+        for column in self.values.values():
+            del column[index]
+
+    def series(self, statistic: str) -> Tensor:
+        """Every head over the kept steps, shape ``(points, sum(heads))``."""
+        return torch.stack(self.values[statistic])
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Split the last dimension of a flat tensor into one tensor a layer."""
+        return list(flat.split(list(self.heads), dim=-1))
+
+    def layer_series(self, statistic: str) -> Tensor:
+        """Mean over the heads of each layer, heads without a value left out, shape ``(points, layers)``."""
+        return torch.stack([part.nanmean(dim=-1) for part in self.split(self.series(statistic))], dim=-1)
+
+    def grid(self, statistic: str, index: int = -1) -> Tensor:
+        """One kept step as a picture, shape ``(layers, max(heads))``, NaN beyond a layer's last head."""
+        out = torch.full((len(self.layers), max(self.heads)), torch.nan)
+        for row, part in zip(out, self.split(self.values[statistic][index]), strict=True):
+            row[: part.numel()] = part
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after a resume: plain values and tensors."""
+        return {
+            "layers": list(self.layers),
+            "heads": list(self.heads),
+            "max_points": self.max_points,
+            "steps": list(self.steps),
+            "values": {name: self.series(name) for name in self.values} if self.steps else {},
+            "stride": self._stride,
+            "seen": self._seen,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "History":
+        """The history that :meth:`state_dict` described."""
+        history = cls(state["layers"], state["heads"], state["max_points"])
+        history.steps = [int(step) for step in state["steps"]]
+        history.values = {name: list(value) for name, value in state["values"].items()}
+        history._stride = int(state["stride"])
+        history._seen = int(state["seen"])
+        return history
+
+
+@dataclass
+class RunRecord:
+    """What the report, the health table and the figures are made from.
+
+    Attributes:
+        spectrum: history of :class:`~lightning_qk.QKSpectrumMonitor`, or None.
+        attention: history of :class:`~lightning_qk.AttentionMonitor`, or None.
+        eigenvalues: layer label → complex eigenvalues of W_QK, shape ``(heads, d_head)``, the newest ones.
+        eigenvalues_step: the step that the eigenvalues belong to.
+        scalars: name → (steps, values) of run-level curves, such as ``locater/penalty``.
+        info: facts about the run to print: model, parameters, versions.
+        notes: sentences that a reader has to know, such as layers that were not captured.
+    """
+
+    spectrum: History | None = None
+    attention: History | None = None
+    eigenvalues: dict[str, Tensor] = field(default_factory=dict)
+    eigenvalues_step: int | None = None
+    scalars: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    info: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the record as one safetensors file, from which the report can be made again.
+
+        The file appears whole or not at all.
+        """
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        meta: dict[str, Any] = {
+            "eigenvalues": list(self.eigenvalues),
+            "eigenvalues_step": self.eigenvalues_step,
+            "scalars": self.scalars,
+            "info": self.info,
+            "notes": self.notes,
+        }
+        for index, value in enumerate(self.eigenvalues.values()):
+            # A copy: layers may be views of one batched tensor, which safetensors refuses.
+            tensors[f"eigenvalues/{index}"] = torch.view_as_real(value.to("cpu", torch.complex64)).clone(
+                memory_format=torch.contiguous_format
+            )
+        for group in ("spectrum", "attention"):
+            history: History | None = getattr(self, group)
+            if history is None:
+                continue
+            state = history.state_dict()
+            values = state.pop("values")
+            meta[group] = {**state, "statistics": list(values)}
+            tensors.update({f"{group}/{name}": value.contiguous() for name, value in values.items()})
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata={"lightning_qk": json.dumps(meta)})
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RunRecord":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no such record.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = json.loads((file.metadata() or {})["lightning_qk"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"expected a record that a monitor wrote (lightning_qk_record.safetensors), got {path}: "
+                "pass the file from the run's log folder"
+            ) from error
+        record = cls(
+            eigenvalues={
+                label: torch.view_as_complex(tensors[f"eigenvalues/{index}"])
+                for index, label in enumerate(meta["eigenvalues"])
+            },
+            eigenvalues_step=meta["eigenvalues_step"],
+            scalars={name: (list(steps), list(values)) for name, (steps, values) in meta["scalars"].items()},
+            info=meta["info"],
+            notes=meta["notes"],
+        )
+        for group in ("spectrum", "attention"):
+            if group in meta:
+                state = meta[group]
+                state["values"] = {name: tensors[f"{group}/{name}"] for name in state.pop("statistics")}
+                setattr(record, group, History.from_state_dict(state))
+        return record

@@ -1,0 +1,1 @@
+"""torchmetrics that accumulate per-head statistics and reduce them over ranks."""

@@ -1,0 +1,1 @@
+"""Differentiable penalties on attention."""
