@@ -9,6 +9,9 @@ os.environ.setdefault("WANDB_SILENT", "true")
 import pytest
 import torch
 
+# Tiny tensors gain nothing from threads, and on a busy machine threads that wait for each other cost minutes.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -1,7 +1,7 @@
 """What the monitors share: when to measure, how to log, what to remember, the report at the end."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class Monitor(Callback):
     """Statistics that are logged for every layer."""
     figure_statistics: tuple[str, ...]
     """Statistics that are drawn as layer × head heatmaps."""
+    witness: str
+    """A statistic that is not finite exactly when something is wrong with a head."""
+    subject: str
+    """What is not finite then, in the plural."""
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class Monitor(Callback):
         self._steps_before = 0
         self._reported = False
         self._gave_up = False
+        self._found_non_finite = False
 
     # Lightning's hooks
 
@@ -72,7 +77,7 @@ class Monitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes and describe this monitor in the run's config."""
         self._directory = run_directory(trainer)
-        self._reported = self._gave_up = False
+        self._reported = self._gave_up = self._found_non_finite = False
         describe_config(trainer, {type(self).__name__: self.settings()})
 
     def on_train_batch_start(
@@ -89,15 +94,8 @@ class Monitor(Callback):
         """Measure and log once the optimizer has stepped."""
         self.end_batch()
         # With gradient accumulation the step ends with its last micro-batch.
-        if not self._is_due or trainer.global_step == self._steps_before or self._gave_up:
-            return
-        try:
-            values = self.measure(trainer, pl_module)
-            if values is not None:
-                self.publish(trainer, pl_module, values)
-        except Exception as error:
-            self._gave_up = True
-            self.note(f"it stopped measuring ({type(error).__name__}: {error}); training goes on")
+        if self._is_due and trainer.global_step != self._steps_before:
+            self.attempt(lambda: self._measure_and_publish(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the last figures and leave the report."""
@@ -153,6 +151,16 @@ class Monitor(Callback):
         ):
             self.history = History(layers, list(heads.values()))
 
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do something for which training must not stop; after one failure nothing is tried again."""
+        if self._gave_up:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._gave_up = True
+            self.note(f"it stopped measuring ({type(error).__name__}: {error}); training goes on")
+
     def note(self, sentence: str) -> None:
         """Say something once, in the log and in the report."""
         if sentence not in self.notes:
@@ -166,7 +174,7 @@ class Monitor(Callback):
         step = logging_step(trainer)
         values = {name: value.detach().to("cpu", torch.float32) for name, value in values.items()}
         history.append(step, values)
-        self._note_non_finite(history, values, step)
+        self.note_non_finite(values, f"at step {step}")
         scalars = self.aggregate(history, values)
         # For EarlyStopping, ModelCheckpoint and the like; the loggers get them from here, at this step.
         overall = {key: value for key, value in scalars.items() if key.count("/") == 2 and "layer" not in key}
@@ -251,30 +259,30 @@ class Monitor(Callback):
         print_health(record)
         print(f"Report: {path}")
 
-    def _note_non_finite(self, history: History, values: Mapping[str, Tensor], step: int) -> None:
-        name = self.witness
-        if name not in values:
+    def note_non_finite(self, values: Mapping[str, Tensor], when: str) -> None:
+        """Name the layers and heads whose values are not finite, the first time: NaN soon spreads to all."""
+        history = self.history
+        if self._found_non_finite or history is None or self.witness not in values:
             return
-        for label, heads in zip(history.layers, history.split(values[name]), strict=True):
+        found = []
+        for label, heads in zip(history.layers, history.split(values[self.witness]), strict=True):
             bad = [str(index) for index, ok in enumerate(heads.isfinite().tolist()) if not ok]
             if bad and self.expects(label):
-                module = next((module for module, own in self.labels.items() if own == label), label)
-                self._note_once_a_layer(label, step, module, bad)
+                module = next(module for module, own in self.labels.items() if own == label)
+                found.append(f"{module} (head {', '.join(bad)})")
+        if found:
+            self._found_non_finite = True
+            shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more layers" if len(found) > 3 else "")
+            self.note(
+                f"{self.subject} are not finite {when} in {shown}: training goes on; look for a learning rate "
+                "that is too high, or an overflow in half precision"
+            )
 
-    witness: str
-    """A statistic that is not finite exactly when something is wrong with a head."""
+    def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = self.measure(trainer, pl_module)
+        if values is not None:
+            self.publish(trainer, pl_module, values)
 
     def expects(self, label: str) -> bool:
         """Whether the layer has a finite value of the witness when all is well."""
         return True
-
-    def _note_once_a_layer(self, label: str, step: int, module: str, heads: list[str]) -> None:
-        start = f"{self.subject} of {module} "
-        if not any(sentence.startswith(start) for sentence in self.notes):
-            self.note(
-                f"{start}are not finite at step {step} in head {', '.join(heads)}: training goes on; look for a "
-                "learning rate that is too high or an overflow in half precision"
-            )
-
-    subject: str
-    """What is not finite then, in the plural."""

@@ -51,6 +51,7 @@ class QKSpectrumMonitor(Monitor):
     group = "qk"
     layer_statistics = ("eig_mean", "eig_var", "sym_var", "asymmetry")
     figure_statistics = ("eig_mean", "sym_var", "asymmetry")
+    witness = "trace"
     subject = "query and key weights"
 
     def __init__(
@@ -94,13 +95,17 @@ class QKSpectrumMonitor(Monitor):
         self._metric = QKSpectrum(heads, self.support)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember where a fresh run started from; not logged."""
+        """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
         if trainer.global_step == 0 and self.history is not None and not len(self.history):
-            values = self.measure(trainer, pl_module)
-            if values is not None:
-                self.history.append(0, values)
+            self.attempt(lambda: self._remember_start(trainer, pl_module))
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+    def _remember_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = self.measure(trainer, pl_module)
+        assert self.history is not None  # on_fit_start
+        self.history.append(-1, values)
+        self.note_non_finite(values, "before the first step")
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Spectra of all heads, reduced over ranks."""
         metric = self._metric
         assert metric is not None  # on_fit_start
@@ -121,8 +126,6 @@ class QKSpectrumMonitor(Monitor):
             return {}
         eigenvalues = torch.cat([value.flatten() for value in self._metric.eigenvalues.values()])
         return {"qk/eigenvalues/modulus": eigenvalues.abs(), "qk/eigenvalues/real": eigenvalues.real}
-
-    witness = "trace"
 
     def expects(self, label: str) -> bool:
         """Cross-attention has no eigenvalues."""

@@ -94,7 +94,7 @@ class PaddingCollator:
             )
         from transformers import DataCollatorWithPadding
 
-        self._pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+        self._pad = DataCollatorWithPadding(tokenizer)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad rows to ``input_ids`` and ``attention_mask``, each ``(batch, length)``, and ``labels`` ``(batch,)``."""

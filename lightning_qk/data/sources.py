@@ -174,7 +174,7 @@ def read_dataset(name: str, config_name: str | None = None) -> "dict[str, Datase
 
 
 def require_column(rows: "Dataset", column: str, option: str, where: str) -> None:
-    """Make sure that the rows have a column.
+    """Make sure that the rows have a column, and one of text where text is asked for.
 
     Args:
         rows: rows of one split.
@@ -183,12 +183,17 @@ def require_column(rows: "Dataset", column: str, option: str, where: str) -> Non
         where: what the rows were read from, for the message.
 
     Raises:
-        ValueError: there is no such column; the message names those that exist.
+        ValueError: there is no such column, and the message names those that exist; or it holds no text.
     """
     if column not in rows.column_names:
         raise ValueError(
             f"expected a column {column!r} in {where}, got the columns {', '.join(map(repr, rows.column_names))}: "
             f"pass {option}="
+        )
+    dtype = getattr(rows.features[column], "dtype", "a nested type")
+    if option == "text_column" and dtype not in ("string", "large_string"):
+        raise ValueError(
+            f"expected text in the column {column!r} of {where}, got values of type {dtype}: pass text_column="
         )
 
 

@@ -62,18 +62,18 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenize
     vocab = {word: index for index, word in enumerate([*_SPECIAL.values(), *words])}
     backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token=_SPECIAL["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _wrap(backend, split_special_tokens=False)
+    return _wrap(backend)
 
 
-def _wrap(backend: object, split_special_tokens: bool = True) -> "PreTrainedTokenizerFast":
+def _wrap(backend: object) -> "PreTrainedTokenizerFast":
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **_SPECIAL,
-        # Without these two, text is not decoded to what it was.
-        split_special_tokens=split_special_tokens,
+        # The name of a special token in a text is text.
+        split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
     cls, sep = _SPECIAL["cls_token"], _SPECIAL["sep_token"]
@@ -85,11 +85,12 @@ def _wrap(backend: object, split_special_tokens: bool = True) -> "PreTrainedToke
     return tokenizer
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(name: str, role: str = "tokenizer") -> "PreTrainedTokenizerBase":
     """Load a tokenizer.
 
     Args:
         name: ``"bytes"``, a folder, or a name on the Hugging Face hub.
+        role: what the user gave the name for, for the message.
 
     Raises:
         ValueError: there is no tokenizer of that name.
@@ -103,8 +104,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     except Exception as error:  # missing files, network, broken JSON: all end in this one line
         lines = str(error).strip().splitlines()
         raise ValueError(
-            f"expected 'bytes', 'words', a folder with a tokenizer, or a name on the Hugging Face hub as tokenizer, "
-            f"got {name!r} ({lines[0] if lines else type(error).__name__}): correct it, or check the network"
+            f"expected a folder or a name on the Hugging Face hub as {role}, got {name!r} "
+            f"({lines[0] if lines else type(error).__name__}): correct it, check the network, or take the tokenizer "
+            "'bytes' or 'words'"
         ) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and others have none

@@ -1,33 +1,32 @@
 """Which norm feeds an attention layer, found by running the layer around it with everything replaced."""
 
-import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.norms import Norm, is_norm, read_norm
+from lightning_qk.heads.probing import Stop, Through, run_copy
 from lightning_qk.heads.qk_norm import Rows, qk_norms
 
 
-class _Reached(Exception):
-    """The attention was called; carries the first tensor that it was given."""
-
-    def __init__(self, given: Tensor | None) -> None:
-        self.given = given
-
-
 class _Target(nn.Module):
-    """Stands for the attention and ends the run."""
+    """Stands for the attention: keeps the first tensor that it is given and ends the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        raise _Reached(next(tensors, None))
+        self.reached = next(tensors, None)
+        raise Stop
 
 
 class _Marker(nn.Module):
-    """Stands for a norm: gives a new tensor by which it is recognized."""
+    """Stands for a norm: gives new tensors by which it is recognized."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +35,6 @@ class _Marker(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.given.append(torch.zeros_like(x))
         return self.given[-1]
-
-
-class _Through(nn.Module):
-    """Stands for a dropout or an identity."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return x
 
 
 def feeding_norm(module: nn.Module, ancestors: Sequence[nn.Module], weight: Tensor) -> Norm | None:
@@ -87,38 +79,21 @@ def _run(
 ) -> tuple[Tensor | None, dict[_Marker, nn.Module]]:
     """Run the parent up to the child; the tensor that reached it, and the norm of each marker."""
     markers: dict[_Marker, nn.Module] = {}
-    stand_ins: dict[str, nn.Module | None] = {}
-    for name, module in parent._modules.items():
+    target = _Target()
+    stand_ins: dict[str, nn.Module | None] = dict(parent._modules)
+    for name, module in parent.named_children():
         if module is child:
-            stand_ins[name] = _Target()
-        elif module is None:
-            stand_ins[name] = None
+            stand_ins[name] = target
         elif isinstance(module, nn.Identity | nn.Dropout):
-            stand_ins[name] = _Through()
+            stand_ins[name] = Through()
         elif is_norm(module):
             marker = _Marker()
             markers[marker] = module
             stand_ins[name] = marker
-        else:
-            stand_ins[name] = module
-    copy = object.__new__(type(parent))
-    copy.__dict__.update({**parent.__dict__, "_modules": stand_ins})
-    forward = type(parent).forward
-    arguments = list(inspect.signature(forward).parameters.values())[1:]
-    required = {
-        argument.name: None
-        for argument in arguments[1:]
-        if argument.default is argument.empty
-        and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
-    }
-    try:
-        with torch.no_grad():
-            forward(copy, given, **required)
-    except _Reached as end:
-        return end.given, markers
-    except Exception:
-        return None, markers
-    return None, markers
+    # A module that cannot be run alone proves nothing; what reached the target before that counts.
+    with suppress(Exception):
+        run_copy(parent, stand_ins, given)
+    return target.reached, markers
 
 
 def fold_input_norm(norm: Norm, rows: Rows) -> Rows:

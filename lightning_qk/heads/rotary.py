@@ -1,21 +1,25 @@
 """The rotation that an attention layer applies, found in the model's own rotary module."""
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.rotary import Rotary
+from lightning_qk.heads.probing import Stop, Through, run_copy
 
 
 def read_rotary(module: nn.Module, ancestors: Sequence[nn.Module], config: Any, d_head: int) -> Rotary | None:
     """Find the frequencies and the pairing that a layer rotates with.
 
-    A layer rotates if its forward calls a function named like ``apply_rotary_pos_emb``; the pairing is found
-    by calling that function on one coordinate. The frequencies are the live buffer of the nearest rotary
-    module among the layer's ancestors, of the layer's own type where a model has several.
+    A layer rotates if its forward calls a function named like ``apply_rotary_pos_emb`` and, run on a copy,
+    comes to use the angles that it is given: some models rotate in some of their layers only. The pairing is
+    found by calling that function on one coordinate. The frequencies are the live buffer of the nearest
+    rotary module among the layer's ancestors, of the layer's own type where a model has several.
 
     Args:
         module: the attention layer.
@@ -27,13 +31,83 @@ def read_rotary(module: nn.Module, ancestors: Sequence[nn.Module], config: Any, 
         The rotation, or None where the layer does not rotate, or not by one position in a sequence (images).
     """
     apply = _rotary_function(module)
-    if apply is None or getattr(module, "use_rope", True) in (False, 0):
+    if apply is None:
         return None
     inv_freq = _frequencies(module, ancestors, _layer_type(module, ancestors, config))
     if inv_freq is None or 2 * inv_freq.numel() not in _rotated_widths(module, config, d_head):
         return None
-    interleaved = _is_interleaved(apply, d_head, 2 * inv_freq.numel())
-    return None if interleaved is None else Rotary(inv_freq, interleaved)
+    pairing = _pairing(apply, d_head, 2 * inv_freq.numel())
+    if pairing is None or not _uses_angles(module, config):
+        return None
+    return Rotary(-inv_freq if pairing.backward else inv_freq, pairing.interleaved)
+
+
+class _Pairing(NamedTuple):
+    """Which coordinates turn together, and whether by the angle or by its opposite."""
+
+    interleaved: bool
+    backward: bool
+
+
+class _AnglesUsed(Exception):
+    """The forward touched the angles."""
+
+
+class _Angles(tuple[Any, ...]):
+    """Stands for (cos, sin), or for one tensor of angles; whatever is done with it but unpacking raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _AnglesUsed
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise _AnglesUsed
+
+
+class _UntilDispatch:
+    """A configuration that ends the run where attention is dispatched."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_attn_implementation":
+            raise Stop
+        return getattr(self._config, name)
+
+
+class _Zeros(nn.Module):
+    """Stands for a projection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+def _uses_angles(module: nn.Module, config: Any) -> bool:
+    """Whether the forward uses its ``position_embeddings``; True where a run does not tell."""
+    if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+        return True
+    stand_ins: dict[str, nn.Module | None] = dict(module._modules)
+    width = 0
+    for name, child in module.named_children():
+        stand_ins[name] = Through()
+        if isinstance(child, nn.Linear):
+            stand_ins[name] = _Zeros(child.out_features)
+            width = width or child.in_features
+    # Nested, since cos and sin are unpacked and used apart.
+    angles = _Angles((_Angles(), _Angles()))
+    try:
+        given = torch.zeros(1, 2, width)
+        run_copy(module, stand_ins, given, config=_UntilDispatch(config), position_embeddings=angles)
+    except Stop:
+        return False
+    except Exception:
+        return True
+    return True
 
 
 def _rotary_function(module: nn.Module) -> Callable[..., Any] | None:
@@ -89,28 +163,34 @@ def _rotated_widths(module: nn.Module, config: Any, d_head: int) -> set[int]:
     for holder in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
         share = holder.get("partial_rotary_factor")
         if share is not None:
-            widths.add(int(d_head * share))
-    share = getattr(config, "partial_rotary_factor", None)
-    if share is not None:
-        widths.add(int(d_head * share))
+            # An odd width still takes a last pair.
+            widths.add(2 * math.ceil(int(d_head * share) / 2))
     return widths
 
 
 @lru_cache(maxsize=256)
-def _is_interleaved(apply: Callable[..., Any], d_head: int, rotated: int) -> bool | None:
+def _pairing(apply: Callable[..., Any], d_head: int, rotated: int) -> _Pairing | None:
     """Turn the first coordinate by a quarter and see where it goes; None where that does not tell."""
     probe = torch.zeros(1, 1, 1, d_head)
     probe[..., 0] = 1
-    cos, sin = torch.zeros(1, 1, rotated), torch.ones(1, 1, rotated)
-    for width in (d_head, rotated):
-        # Some functions rotate the first coordinates of a head, others take just the part to rotate.
+    # Some functions rotate the first coordinates of a head, others take just the part to rotate.
+    for part in (probe, probe[..., :rotated]):
         try:
             with torch.no_grad():
-                turned = apply(probe[..., :width], probe[..., :width], cos, sin)[0].flatten()
+                turned = apply(**_quarter_turn(apply, part, rotated))
         except Exception:
             continue
-        if rotated > 2 and turned[rotated // 2] == 1:
-            return False
-        if turned[1] == 1:
-            return rotated > 2
+        turned = (turned if isinstance(turned, Tensor) else turned[0]).flatten()
+        for interleaved, partner in ((False, rotated // 2), (True, 1)):
+            if abs(turned[partner]) == 1:
+                return _Pairing(interleaved, backward=bool(turned[partner] < 0))
     return None
+
+
+def _quarter_turn(apply: Callable[..., Any], part: Tensor, rotated: int) -> dict[str, Any]:
+    """Arguments that turn q, and k where there is one, by a quarter: cos and sin, or complex angles."""
+    names = list(inspect.signature(apply).parameters)
+    if "sin" not in names:
+        return {**dict.fromkeys(names[:2], part), names[2]: torch.full((1, 1, rotated // 2), 1j)}
+    angles = {"cos": torch.zeros(1, 1, rotated), "sin": torch.ones(1, 1, rotated)}
+    return {name: angles.get(name, part) for name in names[: names.index("sin") + 1]}

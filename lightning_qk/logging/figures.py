@@ -165,7 +165,7 @@ def over_time(history: History, statistic: str) -> "Figure":
     elif style.share:
         _share_limits(axes, finite)
     _layer_legend(figure, axes, [history.layers[i] for i in shown], [colors[i] for i in shown])
-    _axis_labels(axes, "step", style.label)
+    _axis_labels(axes, "step", style.unit or "dimensionless")
     _title(figure, f"{style.title}, mean of each layer's heads")
     return figure
 
@@ -189,7 +189,8 @@ def entropy_against_variance(record: RunRecord) -> "Figure":
         axes.set_xscale("log")
     if describe(y_name).share:
         _share_limits(axes, torch.cat([y for _, _, y in points]))
-    _axis_labels(axes, describe(x_name).label, describe(y_name).label)
+    y_style = describe(y_name)
+    _axis_labels(axes, describe(x_name).title, y_style.title if y_style.share else y_style.label)
     _title(figure, f"Entropy against spectral variance\n{_steps_of(record)}")
     return figure
 
@@ -460,8 +461,9 @@ def _annotate(axes: "Axes", grid: Any, image: Any) -> None:
                 continue
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
+            text = f"{value:.0f}" if 100 <= abs(value) < 10_000 else f"{value:.2g}"
             axes.text(
-                column, row, f"{value:.2g}", ha="center", va="center", fontsize=6.5, color="white" if dark else _INK
+                column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else _INK
             )
 
 

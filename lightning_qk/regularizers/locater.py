@@ -31,8 +31,11 @@ def locater_penalty(
     LocAteR of Bao et al., ICML 2024 (arXiv 2402.02098), shrinks the spectrum's scale and keeps its mean. With
     S the symmetric part of ``W_QK`` and n the size of the support, the sum over heads of
 
-    - ``form="variance"``: ``tr S²/n − (tr S/n)²``, which puts no first-order pressure on the mean;
-    - ``form="target"``: ``tr S²/n + ν (tr S/n − c)²``, which holds the mean at c.
+    - ``form="variance"``: ``tr S²/n − (tr S/n)²``, which puts no pressure on a shift of all n eigenvalues;
+    - ``form="target"``: ``tr S²/n + ν (tr S/n − c)²``, which pulls the mean to c.
+
+    Eigenvalues that are all the same and eigenvalues that are all zero have no variance both: against a weak
+    enough loss the variance form shrinks the mean with the scale, and the target form holds it.
 
     Both forms are ours (derived): the paper's coefficient and the way it holds the mean are not stated in
     the text at hand. The plain ``tr W_QK²`` would be unbounded below for a non-symmetric ``W_QK``.

@@ -1,0 +1,72 @@
+"""LightningCLI for the ready-made job, apart from the command so that its help stays quick."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning_qk.data.text import TextDataModule
+from lightning_qk.module import TransformerModule
+
+
+def _data_seed(seed: bool | int) -> int:
+    return 0 if isinstance(seed, bool) else seed
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the config beside the logs; without a logger there is no place for it that is surely free."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class _JobCLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("model.task", "data.task")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # The command has taken its own options out of sys.argv, which the parent warns about.
+        self.config = parser.parse_args(args)
+
+
+def _parser_options(prog: str) -> dict[str, Any]:
+    each = {command: {"exit_on_error": False} for command in LightningCLI.subcommands()}
+    return {"prog": prog, "exit_on_error": False, **each}
+
+
+def run(args: list[str], prog: str) -> None:
+    """Parse the arguments, build model, data and trainer, and run the command.
+
+    Args:
+        args: the trainer's command and its options.
+        prog: name of the program, for the help.
+
+    Raises:
+        argparse.ArgumentError: the arguments do not make a job.
+    """
+    _JobCLI(
+        TransformerModule,
+        TextDataModule,
+        args=args,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs=_parser_options(prog),
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"config_filename": "lightning_qk_config.yaml", "overwrite": True},
+    )
+
+
+def option_names(command: str) -> list[str]:
+    """Names of a command's options as a config has them.
+
+    Args:
+        command: one of the trainer's commands.
+    """
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(TransformerModule, "model")
+    parser.add_lightning_class_args(TextDataModule, "data")
+    parser.add_method_arguments(Trainer, command, skip=set(LightningCLI.subcommands()[command]))
+    return [action.dest for action in parser._actions if action.dest != "help"] + ["seed_everything", "config"]

@@ -1,0 +1,222 @@
+"""Scalars, figures, histograms and settings to the trainer's loggers: all that knows a Lightning logger.
+
+Everything here runs on global rank zero and does nothing on the others. A logger that fails never stops the
+training: the first failure of a logger is warned about, and after three in a row it is left alone, since a
+logger that cannot reach its server may wait a minute each time.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from lightning_qk.logging.figures import to_png
+
+if TYPE_CHECKING:
+    import numpy as np
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import Logger
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+WANDB_STEP = "trainer/global_step"
+WANDB_SECTIONS = ("qk/*", "attn/*", "hidden/*", "locater/*")
+# W&B shows at most this many bins of a histogram.
+MAX_BINS = 64
+_MAX_FAILURES = 3
+
+_failures: "WeakKeyDictionary[Logger, int]" = WeakKeyDictionary()
+_defined: "WeakSet[Any]" = WeakSet()
+
+
+def log_scalars(trainer: "Trainer", values: Mapping[str, float], step: int) -> None:
+    """Log numbers to every logger, all in one row.
+
+    Non-finite numbers are left out: some backends refuse them and others draw them as zero, while a gap in a
+    curve cannot be taken for a value.
+
+    Args:
+        trainer: the trainer.
+        values: key → number.
+        step: the optimizer step, as Lightning's own rows have it.
+    """
+    finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
+    if not finite:
+        return
+    _to_each(trainer, "scalars", lambda logger: logger.log_metrics(finite, step=step))
+
+
+def log_figure(trainer: "Trainer", key: str, figure: "Figure", step: int) -> None:
+    """Log a figure as an image to W&B and TensorBoard, and as an artifact to MLflow. Others get nothing.
+
+    Args:
+        trainer: the trainer.
+        key: the log key.
+        figure: the figure.
+        step: the optimizer step.
+    """
+    png: list[bytes] = []
+
+    def send(logger: "Logger") -> None:
+        kind = _kind(logger)
+        if kind is None:
+            return
+        if kind == "mlflow":
+            logger.experiment.log_figure(logger.run_id, figure, f"{key}/step_{step:08d}.png")  # type: ignore[attr-defined]
+            return
+        if not png:
+            png.append(to_png(figure))
+        if kind == "wandb":
+            logger.log_image(key, [_image(png[0])], step=step)  # type: ignore[attr-defined]
+        else:
+            import numpy as np
+
+            # Not add_figure, which imports pyplot and would render the figure a second time.
+            logger.experiment.add_image(key, np.asarray(_image(png[0])), step, dataformats="HWC")  # type: ignore[attr-defined]
+
+    _to_each(trainer, key, send)
+
+
+def log_histogram(trainer: "Trainer", key: str, values: "ArrayLike", step: int) -> None:
+    """Log how values are distributed to W&B and TensorBoard. Others get nothing.
+
+    Args:
+        trainer: the trainer.
+        key: the log key.
+        values: real numbers, any shape; a tensor on the CPU will do. Non-finite ones are left out.
+        step: the optimizer step.
+    """
+    import numpy as np
+
+    finite = np.asarray(values, dtype=np.float64).reshape(-1)
+    finite = finite[np.isfinite(finite)]
+    if not finite.size:
+        return
+
+    def send(logger: "Logger") -> None:
+        kind = _kind(logger)
+        if kind == "wandb":
+            import wandb
+
+            logger.log_metrics({key: wandb.Histogram(np_histogram=_binned(finite))}, step=step)  # type: ignore[dict-item]
+        elif kind == "tensorboard":
+            logger.experiment.add_histogram(key, finite, step)  # type: ignore[attr-defined]
+
+    _to_each(trainer, key, send)
+
+
+def describe_config(trainer: "Trainer", settings: Mapping[str, Any]) -> None:
+    """Put settings into the run's configuration, each under ``lightning_qk/<name>``.
+
+    W&B gets them in ``config``, TensorBoard and CSV in ``hparams.yaml``, the others as hyperparameters. To be
+    called in ``setup``, before Lightning writes its own hyperparameters.
+
+    Args:
+        trainer: the trainer.
+        settings: name → plain values, mappings or sequences of them. Anything else is written as text.
+    """
+    plain = {f"lightning_qk/{name}": _plain(value) for name, value in settings.items()}
+
+    def send(logger: "Logger") -> None:
+        if _kind(logger) == "tensorboard":
+            # log_hyperparams would start a second entry in the HParams tab. Lightning saves this mapping.
+            logger.hparams.update(plain)  # type: ignore[attr-defined]
+        else:
+            logger.log_hyperparams(plain)
+
+    _to_each(trainer, "settings", send)
+
+
+def _to_each(trainer: "Trainer", what: str, send: "Callable[[Logger], None]") -> None:
+    """Call ``send`` with every logger that works."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        failures = _failures.get(logger, 0)
+        if failures >= _MAX_FAILURES:
+            continue
+        try:
+            _define_wandb_axes(logger)
+            send(logger)
+        except Exception as error:
+            # Anything may come out of a logger: network, disk, account. None of it is worth the training.
+            _failures[logger] = failures + 1
+            if failures == 0:
+                _warn(logger, what, error)
+        else:
+            _failures.pop(logger, None)
+
+
+def _warn(logger: "Logger", what: str, error: Exception) -> None:
+    import warnings
+
+    name = type(logger).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if _kind(logger) == "wandb":
+        mend = "run `wandb login`, or pass WandbLogger(offline=True) and `wandb sync` later"
+    else:
+        mend = f"check the settings of {name} and that its folder or server can be written to"
+    warnings.warn(
+        f"{name} could not log {what} ({reason[:200]}); training goes on without it: {mend}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _kind(logger: "Logger") -> str | None:
+    """Which of the loggers with pictures it is. None of these imports loads the logger's own package."""
+    from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+
+    if isinstance(logger, WandbLogger):
+        return "wandb"
+    if isinstance(logger, TensorBoardLogger):
+        return "tensorboard"
+    return "mlflow" if isinstance(logger, MLFlowLogger) else None
+
+
+def _define_wandb_axes(logger: "Logger") -> None:
+    """Draw our sections over the optimizer step.
+
+    WandbLogger does so for every key of a run that it has started, but not for one that it was handed. W&B's
+    own step, which counts rows, is never passed: rows of different steps would be dropped.
+    """
+    if _kind(logger) != "wandb":
+        return
+    run = logger.experiment  # type: ignore[attr-defined]
+    if run in _defined:
+        return
+    # A run that mirrors TensorBoard has that one's step.
+    settings = getattr(run, "settings", None)
+    if not getattr(settings, "sync_tensorboard", None):
+        prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if getattr(logger, "_prefix", "") else ""  # type: ignore[attr-defined]
+        run.define_metric(WANDB_STEP)
+        for section in WANDB_SECTIONS:
+            run.define_metric(f"{prefix}{section}", step_metric=WANDB_STEP, step_sync=True)
+    _defined.add(run)
+
+
+def _image(png: bytes) -> Any:
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _binned(values: "np.ndarray") -> tuple["np.ndarray", "np.ndarray"]:
+    import numpy as np
+
+    low, high = float(values.min()), float(values.max())
+    # numpy refuses bins that floating point cannot tell apart.
+    distinct = (high - low) > 1e-9 * max(abs(low), abs(high))
+    return np.histogram(values, bins=MAX_BINS if distinct else 1)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    return str(value)

@@ -1,0 +1,5 @@
+"""The ready-made LightningModule."""
+
+from lightning_qk.module.transformer import TransformerModule
+
+__all__ = ["TransformerModule"]

@@ -1,0 +1,214 @@
+"""Networks from configs, folders and hub names, fitted to a tokenizer and to labels."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_AUTO_CLASS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+}
+_TOKEN_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    return getattr(transformers, _AUTO_CLASS[task])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def make_config(
+    fields: Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    label_names: Sequence[str] | None = None,
+) -> "PreTrainedConfig":
+    """A config from its fields. Vocabulary, special tokens and labels come from the data unless they are given.
+
+    Args:
+        fields: ``model_type`` and the fields of that type's config.
+        tokenizer: gives the vocabulary size and the special tokens.
+        label_names: names of the classes.
+
+    Raises:
+        ValueError: no or an unknown ``model_type``, a misspelt field, a value that the config refuses, or a
+            vocabulary smaller than the tokenizer's.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    given = dict(fields)
+    model_type = given.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(
+            f"expected model_type among the fields of the model, got {', '.join(given) or 'no fields'}: "
+            "add for example model_type: gpt2"
+        )
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
+        raise ValueError(
+            f"expected a model_type that transformers has, got {model_type!r}: "
+            + (f"did you mean {close[0]!r}?" if close else "correct the spelling")
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    defaults = config_class()
+    known = {*defaults.to_dict(), *config_class.attribute_map, "num_labels"}
+    for name in sorted(set(given) - known):
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if close:
+            raise ValueError(
+                f"expected the fields of a {model_type} config, got {name!r}: did you mean {close[0]!r}?"
+            )
+        rank_zero_warn(f"{name!r} is no field of a {model_type} config that its defaults show; it is passed on as it is")
+    if tokenizer is not None:
+        size = len(tokenizer)
+        if given.get("vocab_size", size) < size:
+            raise ValueError(
+                f"expected a vocab_size of at least {size}, the tokenizer's, got {given['vocab_size']}: leave it out, "
+                "then it is taken from the tokenizer"
+            )
+        given.setdefault("vocab_size", size)
+        for field in _TOKEN_FIELDS:
+            # A default of the config points at another vocabulary.
+            if hasattr(defaults, field):
+                given.setdefault(field, getattr(tokenizer, field))
+    if label_names is not None:
+        given.pop("num_labels", None)
+        given["id2label"] = dict(enumerate(label_names))
+        given["label2id"] = {name: index for index, name in enumerate(label_names)}
+    try:
+        return AutoConfig.for_model(model_type, **given)
+    except Exception as error:  # each config checks its fields in its own way
+        detail = " ".join(str(error).split())
+        raise ValueError(f"expected fields that make a {model_type} config, got {detail}: correct them") from error
+
+
+def network_from_config(
+    config: "PreTrainedConfig", task: str, attn_implementation: str | None = None
+) -> "PreTrainedModel":
+    """A network with random weights, in the default dtype.
+
+    Args:
+        config: as :func:`make_config` returns it.
+        task: one of the three.
+        attn_implementation: None is what transformers picks.
+
+    Raises:
+        ValueError: the model type does not do this task, or has no such attention.
+    """
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        return _auto_class(task).from_config(config, dtype=torch.get_default_dtype(), **options)
+    except (ValueError, ImportError) as error:
+        raise _refused(config.model_type, task, attn_implementation, error) from error
+
+
+def network_from_pretrained(
+    name: str,
+    task: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    label_names: Sequence[str] | None = None,
+    attn_implementation: str | None = None,
+) -> "PreTrainedModel":
+    """A network with pretrained weights, in the default dtype.
+
+    Args:
+        name: a folder or a name on the Hugging Face hub.
+        task: one of the three.
+        tokenizer: has to fit the network's vocabulary.
+        label_names: names of the classes; a head for another number of classes starts from random weights.
+        attn_implementation: None is what transformers picks.
+
+    Raises:
+        ValueError: no model of that name, it does not do this task, or the tokenizer has more tokens.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # missing files, network, broken JSON: all end in this one line
+        raise ValueError(
+            f"expected a folder with a model, a name on the Hugging Face hub, or the fields of a config as model, got "
+            f"{name!r} ({_first_line(error)}): correct it, or check the network"
+        ) from error
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if label_names is not None:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {label: index for index, label in enumerate(label_names)}
+        options["ignore_mismatched_sizes"] = True
+    if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id  # GPT-2 and others have none; a classifier needs it
+    try:
+        network = _auto_class(task).from_pretrained(name, config=config, dtype=torch.get_default_dtype(), **options)
+    except (ValueError, ImportError) as error:
+        raise _refused(config.model_type, task, attn_implementation, error) from error
+    except OSError as error:
+        raise ValueError(
+            f"expected the weights of a model in {name!r}, got none that can be read ({_first_line(error)}): "
+            "correct the name, or check the network"
+        ) from error
+    size = network.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and len(tokenizer) > size:
+        raise ValueError(
+            f"expected a tokenizer of at most {size} tokens for the model {name!r}, got one of {len(tokenizer)}: "
+            "pass the model's own as tokenizer"
+        )
+    return network
+
+
+def check_length(network: "PreTrainedModel", length: int) -> None:
+    """Make sure that texts are no longer than the network's table of positions.
+
+    Args:
+        network: any.
+        length: tokens of the longest text.
+
+    Raises:
+        ValueError: they are longer.
+    """
+    positions = getattr(network.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or length <= positions:
+        return
+    tables = {m.num_embeddings for m in network.modules() if isinstance(m, nn.Embedding)}
+    if tables & {positions, positions + 2}:  # OPT and BART have two rows more; rotary models have no table
+        raise ValueError(
+            f"expected texts of at most {positions} tokens, the model's max_position_embeddings, got {length}: lower "
+            "block_size or max_length, or give a new model more positions"
+        )
+
+
+def config_to_text(config: "PreTrainedConfig") -> str:
+    """A config as JSON, to keep in a checkpoint."""
+    return json.dumps({**json.loads(config.to_json_string(use_diff=False)), "model_type": config.model_type})
+
+
+def config_from_text(text: str) -> "PreTrainedConfig":
+    """The config that :func:`config_to_text` wrote."""
+    from transformers import CONFIG_MAPPING
+
+    fields = json.loads(text)
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+
+
+def _refused(model_type: str, task: str, attn_implementation: str | None, error: BaseException) -> ValueError:
+    if str(error).startswith("Unrecognized configuration class"):
+        return ValueError(
+            f"expected a model type that transformers has an {_AUTO_CLASS[task]} of, got {model_type!r}: "
+            "pick another model or another task"
+        )
+    return ValueError(
+        f"expected a {model_type} that can be built for {task} with attn_implementation={attn_implementation!r}, got "
+        f"{_first_line(error)}: change the one that it names"
+    )

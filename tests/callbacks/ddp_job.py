@@ -1,0 +1,75 @@
+"""Run by torchrun in two processes: what the callbacks do under DDP, saved for the test to compare."""
+
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+import models
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, locater_penalty
+
+WEIGHT = 5.0
+
+
+class KeepGradients(L.Callback):
+    """The gradients of the last optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self.keep(pl_module))
+
+    def keep(self, pl_module: L.LightningModule) -> None:
+        self.gradients = {name: p.grad.clone() for name, p in pl_module.named_parameters()}
+
+
+def job(loss=None) -> models.Job:
+    torch.manual_seed(3)
+    out = models.Job(loss=loss, lr=0.01)
+    for module in out.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # processes would draw other masks than one process does
+    return out
+
+
+def data(processes: int) -> DataLoader:
+    """Every process its share of the same batches of eight; Lightning's own sampler would shuffle."""
+    dataset = models.tokens(32).dataset
+    sampler = DistributedSampler(dataset, processes, int(os.environ.get("RANK", 0)), shuffle=False)
+    return DataLoader(dataset, batch_size=8 // processes, sampler=sampler)
+
+
+def run(folder: Path, processes: int) -> None:
+    arguments = {"max_steps": 2, "log_every_n_steps": 1, "use_distributed_sampler": False}
+    if processes > 1:
+        arguments |= {"strategy": "ddp", "devices": processes}
+    results = {}
+    cases = {
+        "term": (job(lambda module: WEIGHT * locater_penalty(module)), []),
+        "callback": (job(), [LocAteR(WEIGHT)]),
+    }
+    for name, (module, callbacks) in cases.items():
+        keep = KeepGradients()
+        models.trainer([*callbacks, keep], **arguments).fit(
+            module, data(processes)
+        )
+        results[name] = keep.gradients
+    spectrum, attention = QKSpectrumMonitor(), AttentionMonitor(rows=None)
+    watched = models.trainer(
+        [spectrum, attention], logger=CSVLogger(folder, version=processes), **arguments
+    )
+    watched.fit(job(), data(processes))
+    results["attention"] = {name: attention.history.series(name) for name in attention.history.statistics}
+    results["spectrum"] = {name: spectrum.history.series(name) for name in spectrum.history.statistics}
+    results["metrics"] = {key: float(value) for key, value in watched.callback_metrics.items()}
+    torch.save(results, folder / f"{processes}_{watched.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,60 @@
+"""Two processes on gloo against one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_qk.callbacks._monitor import REPORT_NAME
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    script = str(Path(__file__).with_name("ddp_job.py"))
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for command in ([sys.executable, script, str(folder), "1"], [*torchrun, script, str(folder), "2"]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {name: torch.load(folder / f"{name}.pt") for name in ("1_0", "2_0", "2_1")} | {"folder": folder}
+
+
+def error(got: dict, want: dict) -> float:
+    return max(((got[name] - want[name]).norm() / want[name].norm().clamp_min(1e-12)).item() for name in want)
+
+
+def test_the_callbacks_gradient_is_that_of_a_loss_term(results):
+    for rank in ("2_0", "2_1"):
+        assert error(results[rank]["callback"], results[rank]["term"]) < 1e-5
+    # And the same as in one process with the whole batch.
+    assert error(results["2_0"]["callback"], results["1_0"]["callback"]) < 1e-4
+
+
+def test_attention_is_pooled_over_ranks(results):
+    for rank in ("2_0", "2_1"):
+        for name, want in results["1_0"]["attention"].items():
+            torch.testing.assert_close(
+                results[rank]["attention"][name], want, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name
+            )
+
+
+def test_spectra_and_logged_values_agree(results):
+    for rank in ("2_0", "2_1"):
+        for name, want in results["1_0"]["spectrum"].items():
+            torch.testing.assert_close(
+                results[rank]["spectrum"][name], want, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name
+            )
+    assert results["2_0"]["metrics"].keys() == results["2_1"]["metrics"].keys()
+    for key, value in results["2_0"]["metrics"].items():
+        if key.startswith(("attn/", "qk/")):
+            assert value == pytest.approx(results["2_1"]["metrics"][key], rel=1e-5, abs=1e-7)
+
+
+def test_one_report(results):
+    assert len(list((results["folder"] / "lightning_logs" / "2").rglob(REPORT_NAME))) == 1

@@ -1,0 +1,218 @@
+"""The callback's gradient against the penalty as a term of the loss, and its schedule, state and errors."""
+
+import math
+
+import lightning as L
+import models
+import pytest
+import torch
+
+from lightning_qk import LocAteR, head_projections, locater_penalty
+
+WEIGHT = 5.0
+
+
+class Recorder(L.Callback):
+    """Keeps the gradients that the optimizer steps with, after clipping."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda *_: self.keep(pl_module))
+
+    def keep(self, pl_module: L.LightningModule) -> None:
+        self.gradients.append(
+            {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+        )
+
+
+def gradients_of(loss=None, callbacks=(), model=models.gpt2, **kwargs) -> list[dict[str, torch.Tensor]]:
+    L.seed_everything(3, verbose=False)
+    recorder = Recorder()
+    job = models.Job(model(), loss=loss, lr=0.01)
+    models.trainer([*callbacks, recorder], max_steps=2, **kwargs).fit(job, models.tokens())
+    assert len(recorder.gradients) == 2
+    return recorder.gradients
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        {},
+        {"accumulate_grad_batches": 4},
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["variance", "target"])
+def test_gradient_equals_that_of_a_loss_term(setup, form):
+    target = 0.01 if form == "target" else None
+    term = gradients_of(
+        loss=lambda job: WEIGHT * locater_penalty(job, form=form, target=target), **setup
+    )
+    callback = gradients_of(callbacks=[LocAteR(WEIGHT, form=form, target=target)], **setup)
+    without = gradients_of(**setup)
+    for with_term, with_callback, plain in zip(term, callback, without, strict=True):
+        assert set(with_term) == set(with_callback)
+        for name, want in with_term.items():
+            error = (with_callback[name] - want).norm() / want.norm().clamp_min(1e-12)
+            assert error < 1e-5, name
+        assert any(not torch.equal(with_callback[name], plain[name]) for name in plain)
+
+
+def test_every_layer_once_with_several_optimizers():
+    class Manual(models.Job):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = self.inner["network"](input_ids=batch, labels=batch).loss
+            if self.extra_loss is not None:
+                loss = loss + self.extra_loss(self)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            first = list(self.inner["network"].transformer.h[0].parameters())
+            ids = {id(p) for p in first}
+            rest = [p for p in self.parameters() if id(p) not in ids]
+            return [torch.optim.SGD(first, lr=0.1), torch.optim.SGD(rest, lr=0.1)]
+
+    weights = []
+    for loss, callbacks in (
+        (lambda job: WEIGHT * locater_penalty(job), []),
+        (None, [LocAteR(WEIGHT)]),
+    ):
+        L.seed_everything(3, verbose=False)
+        job = Manual(loss=loss)
+        models.trainer(callbacks, max_steps=2).fit(job, models.tokens())
+        weights.append([p.detach().clone() for p in job.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_weights_are_left_alone():
+    job = models.Job(optimizer="adamw")
+    for parameter in job.inner["network"].transformer.h[0].parameters():
+        parameter.requires_grad = False
+    before = job.inner["network"].transformer.h[0].attn.c_attn.weight.clone()
+    models.trainer([LocAteR(WEIGHT)]).fit(job, models.tokens())
+    assert torch.equal(job.inner["network"].transformer.h[0].attn.c_attn.weight, before)
+    assert job.inner["network"].transformer.h[0].attn.c_attn.weight.grad is None
+
+
+def test_shrinks_the_spectrum_and_logs():
+    job = models.Job()
+    before = locater_penalty(job).item()
+    trainer = models.trainer([LocAteR(40.0)], max_steps=8)
+    trainer.fit(job, models.tokens())
+    assert locater_penalty(job).item() < 0.9 * before
+    metrics = trainer.callback_metrics
+    assert metrics["locater/weight"].item() == 40.0
+    assert 0 < metrics["locater/penalty"].item() < before
+    # The logged loss does not contain it.
+    torch.testing.assert_close(metrics["train/loss"], job.losses[-1])
+
+
+def test_modules_by_pattern():
+    job = models.Job(lr=0.1)
+    for parameter in job.parameters():
+        parameter.requires_grad = True
+    name = next(iter(head_projections(job)))
+    gradients = []
+    for callbacks in ([], [LocAteR(WEIGHT, modules=name)]):
+        gradients.append(gradients_of(callbacks=callbacks)[0])
+    changed = {key for key, value in gradients[0].items() if not torch.equal(value, gradients[1][key])}
+    assert changed == {f"{name}.c_attn.weight"}
+
+
+def test_linear_warm_up():
+    callback = LocAteR(2.0, schedule="linear", warmup_steps=4)
+    assert [callback.current_weight(step) for step in (0, 1, 2, 4, 9)] == [0.0, 0.5, 1.0, 2.0, 2.0]
+    assert [LocAteR(2.0).current_weight(step) for step in (0, 9)] == [2.0, 2.0]
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(round(trainer.callback_metrics.get("locater/weight", torch.tensor(-1.0)).item(), 6))
+
+    trainer = models.trainer(
+        [LocAteR(2.0, schedule="linear", warmup_steps=4), Watch()], max_steps=3, accumulate_grad_batches=2
+    )
+    trainer.fit(models.Job(), models.tokens())
+    assert trainer.callback_metrics["locater/weight"].item() == 1.0
+
+
+def test_means_at_the_start_survive_a_resume(tmp_path):
+    def fit(steps, checkpoint=None):
+        L.seed_everything(3, verbose=False)
+        job = models.Job(lr=0.05)
+        callback = LocAteR(WEIGHT, form="target", nu=10.0)
+        trainer = models.trainer([callback], max_steps=steps, max_epochs=-1, default_root_dir=tmp_path)
+        trainer.fit(job, models.tokens(), ckpt_path=checkpoint)
+        return job, callback, trainer
+
+    job, whole, trainer = fit(6)
+    _, first, trainer = fit(3)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed_job, resumed, _ = fit(6, tmp_path / "half.ckpt")
+    for name, mean in whole._start_means.items():
+        assert torch.equal(resumed._start_means[name], mean)
+        assert torch.equal(first._start_means[name], mean)
+    assert resumed.history.steps == whole.history.steps
+    for a, b in zip(resumed.history.values["locater/penalty"], whole.history.values["locater/penalty"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+
+
+def test_two_callbacks_in_one_trainer():
+    first, second = LocAteR(1.0, modules="*.h.0.*"), LocAteR(1.0, modules="*.h.1.*")
+    assert first.state_key != second.state_key
+    models.trainer([first, second]).fit(models.Job(), models.tokens())
+
+
+def test_weights_that_are_not_finite_do_not_stop_training():
+    job = models.Job()
+    with torch.no_grad():
+        job.inner["network"].transformer.h[1].attn.c_attn.weight[0, 0] = torch.nan
+    trainer = models.trainer([LocAteR(1.0)])
+    with pytest.warns(UserWarning, match="the penalty is nan at step 0"):
+        trainer.fit(job, models.tokens())
+    assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": -1.0}, "expected a finite weight of at least 0, got -1.0"),
+        ({"weight": math.nan}, "expected a finite weight of at least 0, got nan"),
+        ({"weight": math.inf}, "got inf"),
+        ({"weight": 1.0, "nu": -1.0}, "finite nu"),
+        ({"weight": 1.0, "form": "spread"}, "'variance' or 'target', got 'spread'"),
+        ({"weight": 1.0, "support": "all"}, "support to be"),
+        ({"weight": 1.0, "target": 1.0}, "no target with form='variance'"),
+        ({"weight": 1.0, "form": "target", "target": math.nan}, "finite target"),
+        ({"weight": 1.0, "schedule": "cosine"}, "'constant' or 'linear'"),
+        ({"weight": 1.0, "schedule": "linear"}, "warmup_steps above 0"),
+        ({"weight": 1.0, "warmup_steps": 5}, "0 with 'constant', got 5"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LocAteR(**arguments)
+
+
+def test_errors_come_before_training():
+    class Plain(models.Job):
+        def __init__(self):
+            super().__init__(torch.nn.Linear(2, 2))
+
+    with pytest.raises(ValueError, match="expected a model that contains transformer attention"):
+        models.trainer([LocAteR(1.0)]).fit(Plain(), models.tokens())
+    with pytest.raises(ValueError, match=r"matches none of 2"):
+        models.trainer([LocAteR(1.0, modules="decoder.*")]).fit(models.Job(), models.tokens())

@@ -1,0 +1,329 @@
+"""The monitors in an existing job: numbers, cadence, and a training run that does not notice them."""
+
+import lightning as L
+import models
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
+from lightning_qk.callbacks._monitor import RECORD_NAME, REPORT_NAME
+from lightning_qk.functional import attention_statistics, qk_moments
+from lightning_qk.logging.history import RunRecord
+
+
+def monitors(**kwargs) -> list:
+    arguments = {"figures_every": 0, "report": False, **kwargs}
+    return [QKSpectrumMonitor(**arguments), AttentionMonitor(rows=None, **arguments)]
+
+
+def read_csv(folder) -> list[dict[str, str]]:
+    import csv
+
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_training_does_not_notice(implementation):
+    def fit(callbacks):
+        L.seed_everything(11, verbose=False)
+        job = models.Job(models.gpt2(attn_implementation=implementation), optimizer="adamw")
+        loader = models.tokens(64)
+        shuffled = torch.utils.data.DataLoader(loader.dataset, batch_size=4, shuffle=True)
+        models.trainer(callbacks, max_steps=10).fit(job, shuffled)
+        return job, torch.get_rng_state()
+
+    plain, rng = fit([])
+    watched, rng_watched = fit([QKSpectrumMonitor(), AttentionMonitor(rows=5)])
+    assert all(torch.equal(a, b) for a, b in zip(plain.losses, watched.losses, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert torch.equal(rng, rng_watched)
+
+
+def test_spectrum_is_that_of_the_weights_after_the_step():
+    spectrum, _ = callbacks = monitors()
+    job = models.Job(lr=0.1)
+    start = {name: qk_moments(head.query, head.key) for name, head in head_projections(job).items()}
+    trainer = models.trainer(callbacks)
+    trainer.fit(job, models.tokens())
+    history = spectrum.history
+    assert history.layers == ("layer_00", "layer_01")
+    assert history.steps == [-1, 0, 1, 2, 3]  # where it started from, then every step under Lightning's number
+    for index, moments in ((0, start), (-1, None)):
+        now = moments or {
+            name: qk_moments(head.query, head.key) for name, head in head_projections(job).items()
+        }
+        for statistic in ("eig_mean", "sym_var", "trace_sq"):
+            want = torch.stack([value[statistic] for value in now.values()])
+            torch.testing.assert_close(history.grid(statistic, index), want.detach())
+    overall = history.values["sym_var"][-1]
+    assert trainer.callback_metrics["qk/sym_var/mean"].item() == pytest.approx(overall.mean().item())
+    assert trainer.callback_metrics["qk/sym_var/max"].item() == pytest.approx(overall.max().item())
+
+
+def test_attention_is_pooled_over_the_micro_batches_of_a_step():
+    _, attention = callbacks = monitors()
+    job = models.Job(lr=0.0)
+    for module in job.modules():  # the same forward again below
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loader = models.tokens(16, batch_size=4)
+    models.trainer(callbacks, max_steps=1, accumulate_grad_batches=4).fit(job, loader)
+    # One batch of everything, layer by layer, from hidden states.
+    network = job.inner["network"].eval()
+    everything = torch.cat(list(loader))
+    with torch.no_grad():
+        states = network(input_ids=everything, output_hidden_states=True).hidden_states
+        for index, (block, head) in enumerate(
+            zip(network.transformer.h, head_projections(network).values(), strict=True)
+        ):
+            x = block.ln_1(states[index])
+            query = torch.einsum("hde,bne->bhnd", head.query, x) + head.query_bias[:, None]
+            key = torch.einsum("hde,bne->bhnd", head.key, x) + head.key_bias[:, None]
+            want = attention_statistics(query, key, is_causal=True, scaling=head.scaling)
+            for statistic, value in want.items():
+                got = attention.history.grid(statistic)[index]
+                torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-5, msg=statistic)
+
+
+@pytest.mark.parametrize(
+    ("every", "log_every", "accumulate", "steps"),
+    [(None, 3, 1, [2, 5]), (2, 50, 1, [1, 3, 5, 7]), (1, 50, 4, [0, 1]), (None, 2, 2, [1, 3])],
+)
+def test_cadence(every, log_every, accumulate, steps, tmp_path):
+    callbacks = monitors(every_n_steps=every)
+    logger = CSVLogger(tmp_path)
+    trainer = models.trainer(
+        callbacks,
+        max_steps=-1,
+        max_epochs=1,
+        log_every_n_steps=log_every,
+        accumulate_grad_batches=accumulate,
+        logger=logger,
+    )
+    trainer.fit(models.Job(), models.tokens(32))
+    assert callbacks[1].history.steps == steps
+    assert callbacks[0].history.steps == [-1, *steps]
+    rows = read_csv(tmp_path / "lightning_logs" / "version_0")
+    for key in ("qk/eig_var/mean", "attn/entropy/mean", "qk/layer_01/eig_var", "attn/layer_00/entropy"):
+        assert [int(row["step"]) for row in rows if key in row] == steps
+    if every is None:  # the same numbers as the loss
+        assert [int(row["step"]) for row in rows if "train/loss" in row] == steps
+
+
+def test_validation_is_not_training(tmp_path):
+    _, attention = callbacks = monitors()
+    calls = []
+    hear = attention._hear
+    attention._hear = lambda name, call: (calls.append(name), hear(name, call))
+    models.trainer(callbacks, max_steps=4, val_check_interval=2, num_sanity_val_steps=2).fit(
+        models.Job(), models.tokens(), models.tokens()
+    )
+    assert len(calls) == 4 * 2
+
+
+def test_per_head_scalars_and_few_keys_by_default(tmp_path):
+    for per_head in (False, True):
+        logger = CSVLogger(tmp_path, version=str(per_head))
+        models.trainer(monitors(per_head=per_head), max_steps=1, logger=logger).fit(
+            models.Job(), models.tokens()
+        )
+        keys = set().union(*read_csv(tmp_path / "lightning_logs" / str(per_head)))
+        assert ("attn/layer_01/head_03/entropy" in keys) == per_head
+        assert ("qk/layer_01/head_03/eig_var" in keys) == per_head
+        assert per_head or len(keys) < 120
+
+
+def test_each_alone_and_wherever_the_models_hang(tmp_path):
+    class Pair(models.Job):
+        def __init__(self):
+            super().__init__(models.llama())
+            self.teacher = models.bert().requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.teacher(input_ids=batch)
+            return super().training_step(batch, batch_idx)
+
+    for callback in (*monitors(), LocAteR(0.1)):
+        trainer = models.trainer([callback])
+        trainer.fit(Pair(), models.tokens())
+        if isinstance(callback, LocAteR):
+            assert "locater/penalty" in trainer.callback_metrics
+        else:
+            assert len(callback.history.layers) == 4
+            assert all(value.isfinite().all() for value in callback.history.series(callback.witness))
+
+
+def test_cross_attention():
+    class Translate(models.Job):
+        def training_step(self, batch, batch_idx):
+            return self.inner["network"](input_ids=batch, labels=batch[:, :9].contiguous()).loss
+
+    spectrum, attention = callbacks = monitors()
+    models.trainer(callbacks).fit(Translate(models.t5()), models.tokens())
+    cross = [index for index, label in enumerate(attention.history.layers) if "cross" in label]
+    assert len(cross) == 2
+    for index in range(6):
+        is_cross = index in cross
+        assert attention.history.grid("entropy")[index].isfinite().all()
+        assert attention.history.grid("distance")[index].isnan().all() == is_cross
+        assert spectrum.history.grid("trace")[index].isnan().all() == is_cross
+        assert spectrum.history.grid("singular_max")[index].isfinite().all() == is_cross
+    assert not [note for note in spectrum.notes + attention.notes if "finite" in note]
+
+
+def test_weights_that_are_not_finite_are_named_and_training_goes_on():
+    callbacks = monitors()
+    job = models.Job(lr=0.0)
+    with torch.no_grad():
+        job.inner["network"].transformer.h[1].attn.c_attn.weight[:, 9] = torch.nan  # query of head 1
+    trainer = models.trainer(callbacks)
+    with pytest.warns(UserWarning) as caught:
+        trainer.fit(job, models.tokens())
+    assert trainer.global_step == 4
+    messages = [str(w.message) for w in caught if "not finite" in str(w.message)]
+    spectrum = [m for m in messages if m.startswith("QKSpectrumMonitor")]
+    assert len(spectrum) == 1
+    assert "before the first step in inner.network.transformer.h.1.attn (head 1):" in spectrum[0]
+    attention = [m for m in messages if m.startswith("AttentionMonitor")]
+    assert len(attention) == 1
+    assert "at step 0 in inner.network.transformer.h.1.attn (head 1):" in attention[0]
+
+
+def test_layers_without_a_captured_call_are_named_once():
+    class Half(models.Job):
+        def __init__(self):
+            super().__init__()
+            self.unused = models.bert()
+
+    _, attention = callbacks = monitors()
+    with pytest.warns(UserWarning, match="no attention call of 2 of 4 layers was seen"):
+        models.trainer(callbacks).fit(Half(), models.tokens())
+    assert len(attention.notes) == 1
+    assert attention.history.grid("entropy")[:2].isfinite().all()
+
+
+def test_a_monitor_that_fails_does_not_stop_training(monkeypatch):
+    spectrum, attention = monitors()
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(spectrum, "measure", fail)
+    trainer = models.trainer([spectrum, attention])
+    with pytest.warns(UserWarning, match=r"stopped measuring \(RuntimeError: no memory\)"):
+        trainer.fit(models.Job(), models.tokens())
+    assert trainer.global_step == 4
+    assert len(attention.history) == 4
+
+
+def test_history_survives_a_resume(tmp_path):
+    def fit(steps, checkpoint=None):
+        callbacks = monitors()
+        L.seed_everything(3, verbose=False)
+        trainer = models.trainer(callbacks, max_steps=steps, max_epochs=-1)
+        trainer.fit(models.Job(), models.tokens(), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return callbacks
+
+    fit(3)
+    spectrum, attention = fit(6, tmp_path / "last.ckpt")
+    assert attention.history.steps == [0, 1, 2, 3, 4, 5]
+    assert spectrum.history.steps == [-1, 0, 1, 2, 3, 4, 5]
+
+
+class TestReport:
+    def fit(self, tmp_path, callbacks, fail_at=None):
+        class Fails(models.Job):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == fail_at:
+                    raise RuntimeError("the user's own error")
+                return super().training_step(batch, batch_idx)
+
+        trainer = models.trainer(callbacks, logger=CSVLogger(tmp_path))
+        trainer.fit(Fails(), models.tokens())
+
+    def test_one_report_of_all(self, tmp_path, capsys):
+        self.fit(tmp_path, [QKSpectrumMonitor(), LocAteR(0.1), AttentionMonitor()])
+        folder = tmp_path / "lightning_logs" / "version_0"
+        page = (folder / REPORT_NAME).read_text()
+        assert "GPT2LMHeadModel" in page
+        assert "layer_01" in page
+        record = RunRecord.load(folder / RECORD_NAME)
+        assert record.spectrum is not None
+        assert record.attention is not None
+        assert record.scalars["locater/penalty"][0] == [0, 1, 2, 3]
+        assert set(record.eigenvalues) == {"layer_00", "layer_01"}
+        assert record.eigenvalues_step == 3
+        printed = capsys.readouterr().out
+        assert "layer_01" in printed
+        assert printed.count(REPORT_NAME) == 1
+
+    def test_what_was_seen_is_kept_when_training_fails(self, tmp_path):
+        from transformers.modeling_utils import AttentionInterface
+
+        before = AttentionInterface.get_interface
+        with pytest.raises(RuntimeError, match="the user's own error"):
+            self.fit(tmp_path, [QKSpectrumMonitor(), AttentionMonitor()], fail_at=3)
+        record = RunRecord.load(tmp_path / "lightning_logs" / "version_0" / RECORD_NAME)
+        assert record.attention.steps == [0, 1, 2]
+        assert AttentionInterface.get_interface is before
+
+    def test_none_when_asked_or_in_a_fast_dev_run(self, tmp_path):
+        self.fit(tmp_path, [QKSpectrumMonitor(report=False), AttentionMonitor(report=False)])
+        models.trainer([QKSpectrumMonitor()], fast_dev_run=True, default_root_dir=tmp_path).fit(
+            models.Job(), models.tokens()
+        )
+        assert not list(tmp_path.rglob(REPORT_NAME))
+
+    def test_a_folder_that_cannot_be_written_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            "lightning_qk.logging.report.write_report",
+            lambda *args: (_ for _ in ()).throw(OSError("no space left")),
+        )
+        with pytest.warns(UserWarning, match="report could not be written"):
+            self.fit(tmp_path, [QKSpectrumMonitor()])
+
+
+class TestErrors:
+    def test_a_module_without_a_transformer(self):
+        job = models.Job(torch.nn.Linear(2, 2))
+        for callback in monitors():
+            with pytest.raises(ValueError, match="expected a model that contains transformer attention"):
+                models.trainer([callback]).fit(job, models.tokens())
+
+    def test_another_packages_trainer(self, tmp_path):
+        pytorch_lightning = pytest.importorskip("pytorch_lightning")
+
+        class Other(pytorch_lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.network = models.gpt2()
+
+            def training_step(self, batch, batch_idx):
+                return self.network(input_ids=batch, labels=batch).loss
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        for callback in (*monitors(), LocAteR(1.0)):
+            trainer = pytorch_lightning.Trainer(
+                max_steps=1, callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu"
+            )
+            with pytest.raises(TypeError, match="got one of the package pytorch_lightning: import Trainer"):
+                trainer.fit(Other(), models.tokens())
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: QKSpectrumMonitor(every_n_steps=0), "every_n_steps to be at least 1"),
+            (lambda: QKSpectrumMonitor(support="all"), "support to be"),
+            (lambda: AttentionMonitor(rows=0), "rows to be at least 1"),
+            (lambda: AttentionMonitor(figures_every=-1), "figures_every"),
+        ],
+    )
+    def test_bad_arguments(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make()

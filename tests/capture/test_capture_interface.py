@@ -1,0 +1,267 @@
+"""Captured attention against the model's own softmax, and the model left bit-identical."""
+
+import copy
+
+import models
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from lightning_qk.capture.call import statistics_arguments
+from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.functional import attention_statistics
+from lightning_qk.heads.reader import find_attention, head_projections
+
+PADDING = torch.ones(2, 12, dtype=torch.long)
+PADDING[1, :4] = 0
+RIGHT = torch.ones(2, 12, dtype=torch.long)
+RIGHT[1, -4:] = 0
+
+
+def batch() -> torch.Tensor:
+    return torch.randint(3, models.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def capture(model: nn.Module, **inputs: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    kinds = {name: head.self_attention for name, head in head_projections(model).items()}
+    out = {}
+
+    def listen(name, call):
+        out[name] = attention_statistics(**statistics_arguments(call, self_attention=kinds[name]))
+
+    listening = AttentionCapture({m: n for n, m in find_attention(model).items()}, listen)
+    listening.install()
+    listening.enabled = True
+    try:
+        model(**inputs)
+    finally:
+        listening.remove()
+    assert listening.problems == {}
+    assert listening.heard == set(kinds)
+    return out
+
+
+def own_maps(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Attention maps that an eager copy of the model returns, by layer."""
+    model = copy.deepcopy(model).eval()
+    model.set_attn_implementation("eager")
+    output = model(**inputs, output_attentions=True)
+    if "decoder_attentions" in output:
+        found = [output.encoder_attentions, output.decoder_attentions, output.cross_attentions]
+        maps = [[layer[index] for layer in found] for index in range(2)]
+        names = find_attention(model)
+        order = ["encoder.block.{}.layer.0", "decoder.block.{}.layer.0", "decoder.block.{}.layer.1"]
+        return {
+            next(name for name in names if name.startswith(prefix.format(i))): value
+            for i in range(2)
+            for prefix, value in zip(order, maps[i], strict=True)
+        }
+    return dict(zip(find_attention(model), output.attentions, strict=True))
+
+
+def from_map(p: torch.Tensor, keep: torch.Tensor, sink: bool) -> dict[str, torch.Tensor]:
+    """Statistics that need probabilities alone; keep: queries that count."""
+    p = p.double()
+    n, m = p.shape[2:]
+    if sink:
+        p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], dim=-1)
+    weight = keep[:, None, :].double().expand(p.shape[:3])
+    tokens = p[..., :m]
+    distance = (torch.arange(n)[:, None] - torch.arange(m)).abs().double()
+
+    def mean(rows):
+        return (rows * weight).sum((0, 2)) / weight.sum((0, 2))
+
+    return {
+        "entropy": mean(torch.special.entr(p.clamp_min(0)).sum(-1)),
+        "participation": mean(1 / p.square().sum(-1)),
+        "max_prob": mean(tokens.amax(-1)),
+        "distance": mean((tokens * distance).sum(-1)),
+    }
+
+
+CASES = {
+    "gpt2": (models.gpt2, "sdpa"),
+    "gpt2 eager": (models.gpt2, "eager"),
+    "bert": (models.bert, "sdpa"),
+    "bert eager": (models.bert, "eager"),
+    "llama": (models.llama, "sdpa"),
+    "llama eager": (models.llama, "eager"),
+    "mistral": (models.mistral, "sdpa"),
+    "mistral eager": (models.mistral, "eager"),
+    "gpt_oss eager": (models.gpt_oss, "eager"),
+    "gemma2 eager": (models.gemma2, "eager"),
+    "t5": (models.t5, "sdpa"),
+    "t5 eager": (models.t5, "eager"),
+}
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_are_those_of_the_models_own_attention(case, padding):
+    kind, implementation = CASES[case]
+    model = kind(attn_implementation=implementation).eval()
+    inputs = {"input_ids": batch()}
+    keep = torch.ones(2, 12, dtype=torch.bool)
+    if padding is not None:
+        inputs["attention_mask"] = PADDING if padding == "left" else RIGHT
+        keep = inputs["attention_mask"].bool()
+    if "t5" in case:
+        inputs["decoder_input_ids"] = batch()[:, :9]
+    with torch.no_grad():
+        got = capture(model, **inputs)
+        maps = own_maps(model, **inputs)
+    assert list(maps) == list(got) or set(maps) == set(got)
+    for name, p in maps.items():
+        rows = keep if p.shape[2] == 12 else torch.ones(2, 9, dtype=torch.bool)
+        for statistic, want in from_map(p, rows, sink="gpt_oss" in case).items():
+            value = got[name][statistic].double()
+            torch.testing.assert_close(
+                value, want, rtol=1e-4, atol=1e-4, msg=lambda m, s=statistic: f"{name} {s}: {m}"
+            )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_bit_identical_in_training_with_dropout(case):
+    kind, implementation = CASES[case]
+    model = kind(attn_implementation=implementation).train()
+    inputs = {"input_ids": batch(), "labels": batch(), "attention_mask": PADDING}
+
+    def run(listen: bool):
+        model.zero_grad()
+        torch.manual_seed(7)
+        heard = []
+        listening = AttentionCapture(
+            {m: n for n, m in find_attention(model).items()}, lambda name, call: heard.append(call)
+        )
+        if listen:
+            listening.install()
+            listening.enabled = True
+        output = model(**inputs)
+        output.loss.backward()
+        listening.remove()
+        assert bool(heard) == listen
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return output.logits, output.loss, gradients
+
+    logits, loss, gradients = run(listen=False)
+    logits_heard, loss_heard, gradients_heard = run(listen=True)
+    assert torch.equal(logits, logits_heard)
+    assert torch.equal(loss, loss_heard)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients_heard, strict=True))
+
+
+def test_dropout_is_not_part_of_the_statistics():
+    model = models.gpt2().train()
+    model.config.attn_pdrop = 0.9
+    for module in find_attention(model).values():
+        module.attn_dropout.p = 0.9
+    model.transformer.drop.p = 0.0
+    training = capture(model, input_ids=batch())
+    # The first layer sees the same hidden states in both modes.
+    name = next(iter(training))
+    torch.testing.assert_close(
+        training[name]["entropy"], capture(model.eval(), input_ids=batch())[name]["entropy"]
+    )
+
+
+def test_the_interface_is_left_as_it_was():
+    before = AttentionInterface.get_interface, dict(vars(AttentionInterface))
+    model = models.gpt2()
+    one, two = (
+        AttentionCapture({m: n for n, m in find_attention(model).items()}, lambda *_: None) for _ in "ab"
+    )
+    one.install()
+    two.install()
+    one.install()
+    one.remove()
+    assert AttentionInterface.get_interface is not before[0]
+    two.remove()
+    two.remove()
+    assert AttentionInterface.get_interface is before[0]
+    assert set(vars(AttentionInterface)) == set(before[1])
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"].__name__ == "sdpa_attention_forward"
+    assert not hasattr(ALL_ATTENTION_FUNCTIONS["sdpa"], "_lightning_qk_tap")
+
+
+def test_two_models_do_not_hear_each_other():
+    first, second = models.gpt2(), models.gpt2()
+    heard = {"first": 0, "second": 0}
+
+    def count(which):
+        def listen(name, call):
+            heard[which] += 1
+
+        return listen
+
+    captures = [
+        AttentionCapture({m: n for n, m in find_attention(model).items()}, count(which))
+        for which, model in (("first", first), ("second", second))
+    ]
+    for listening in captures:
+        listening.install()
+        listening.enabled = True
+    first(input_ids=batch())
+    captures[0].enabled = False
+    first(input_ids=batch())
+    second(input_ids=batch())
+    for listening in captures:
+        listening.remove()
+    assert heard == {"first": 2, "second": 2}
+
+
+def test_gradient_checkpointing_counts_once():
+    for reentrant in (True, False):
+        model = models.gpt2().train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        calls = []
+        listening = AttentionCapture(
+            {m: n for n, m in find_attention(model).items()}, lambda name, call, calls=calls: calls.append(name)
+        )
+        listening.install()
+        listening.enabled = True
+        embeddings = model.transformer.wte(batch()).detach().requires_grad_()
+        model(inputs_embeds=embeddings, labels=batch()).loss.backward()
+        listening.remove()
+        assert len(calls) == 2
+
+
+def test_a_listener_that_fails_does_not_harm_the_model():
+    model = models.gpt2().eval()
+    want = model(input_ids=batch()).logits
+
+    def fail(name, call):
+        raise RuntimeError("out of ideas")
+
+    listening = AttentionCapture({m: n for n, m in find_attention(model).items()}, fail)
+    listening.install()
+    listening.enabled = True
+    try:
+        assert torch.equal(model(input_ids=batch()).logits, want)
+    finally:
+        listening.remove()
+    assert len(listening.problems) == 2
+    assert "out of ideas" in next(iter(listening.problems.values()))
+
+
+def test_unknown_implementations_are_named():
+    def custom(module, query, key, value, attention_mask, **kwargs):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("own_kernel", custom)
+    try:
+        model = models.gpt2()
+        model.set_attn_implementation("own_kernel")
+        listening = AttentionCapture(
+            {m: n for n, m in find_attention(model).items()},
+            lambda name, call: statistics_arguments(call, self_attention=True),
+        )
+        listening.install()
+        listening.enabled = True
+        model(input_ids=batch())
+        listening.remove()
+    finally:
+        AttentionInterface._global_mapping.pop("own_kernel")
+    assert len(listening.problems) == 2
+    assert "own_kernel" in next(iter(listening.problems.values()))

@@ -1,0 +1,100 @@
+"""Read an offline W&B run back from its ``.wandb`` file.
+
+The file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB that hold records of
+(CRC32 4 bytes, length 2 bytes, type 1 byte, data). A record that does not fit a block is split into a first,
+middle and last part. Each whole record is one protobuf message. wandb 0.31 ships the messages and no
+reader for the log.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_HEADER, _BLOCK = 7, 32768
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+@dataclass
+class WandbRun:
+    """What an offline run holds.
+
+    Attributes:
+        history: rows in the order they were logged, key → value; a dict for an image or a histogram.
+        config: the run's configuration.
+        files: paths of the run's files, such as images, relative to its ``files`` folder.
+        metrics: name or glob of ``define_metric`` → its step metric.
+        directory: the run's folder.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    metrics: dict[str, str] = field(default_factory=dict)
+    directory: Path = Path()
+
+    def column(self, key: str) -> list[tuple[int, Any]]:
+        """(trainer/global_step, value) of every row that has the key."""
+        return [(row["trainer/global_step"], row[key]) for row in self.history if key in row]
+
+
+def read_wandb_run(folder: str | Path) -> WandbRun:
+    """The one offline run below ``folder`` (the ``save_dir`` of the logger). Call ``wandb.finish()`` first."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    paths = sorted({path.resolve() for path in Path(folder).rglob("*.wandb")})
+    if len(paths) != 1:
+        raise ValueError(f"expected one .wandb file below {folder}, got {len(paths)}: {paths}")
+    run = WandbRun(directory=paths[0].parent)
+    for data in _records(paths[0].read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            row: dict[str, Any] = {}
+            _update(row, record.history.item)
+            run.history.append(row)
+        elif kind == "run":
+            _update(run.config, record.run.config.update)
+        elif kind == "config":
+            _update(run.config, record.config.update)
+        elif kind == "metric":
+            run.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+    files = run.directory / "files"
+    run.files = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
+    return run
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    if data[:4] != b":W&B":
+        raise ValueError(f"expected a file that begins with :W&B, got {data[:4]!r}")
+    position, parts = _HEADER, b""
+    while position + 7 <= len(data):
+        left = _BLOCK - position % _BLOCK
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        payload = data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind == _FULL:
+            yield payload
+        elif kind == _FIRST:
+            parts = payload
+        elif kind in (_MIDDLE, _LAST):
+            parts += payload
+            if kind == _LAST:
+                yield parts
+        else:
+            raise ValueError(f"expected a record type from 1 to 4, got {kind} at byte {position}")
+
+
+def _update(into: dict[str, Any], items: Any) -> None:
+    for item in items:
+        target = into
+        *parents, last = [item.key] if item.key else list(item.nested_key)
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = json.loads(item.value_json)
