@@ -90,29 +90,33 @@ _originals: dict[str, Callable[..., Any]] = {}
 def _patch() -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    get_interface: Callable[..., Any] = AttentionInterface.get_interface
+    # transformers 5.0 has no get_interface: its models subscript the mapping, all but eager ones.
+    get_interface: Callable[..., Any] | None = getattr(AttentionInterface, "get_interface", None)
     getitem: Callable[..., Any] = AttentionInterface.__getitem__
-    _originals["get_interface"] = get_interface
+    if get_interface is not None:
+        look_up = get_interface
+
+        @functools.wraps(look_up)
+        def tapped_get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
+            return _tap(look_up(self, attn_implementation, default), attn_implementation)
+
+        _originals["get_interface"] = look_up
+        AttentionInterface.get_interface = tapped_get_interface
     if "__getitem__" in vars(AttentionInterface):
         _originals["__getitem__"] = getitem
 
-    @functools.wraps(get_interface)
-    def tapped_get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
-        return _tap(get_interface(self, attn_implementation, default), attn_implementation)
-
-    # A few models subscript the mapping instead.
     @functools.wraps(getitem)
     def tapped_getitem(self: Any, name: str) -> Any:
         return _tap(getitem(self, name), name)
 
-    AttentionInterface.get_interface = tapped_get_interface
     AttentionInterface.__getitem__ = tapped_getitem
 
 
 def _unpatch() -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.get_interface = _originals.pop("get_interface")
+    if "get_interface" in _originals:
+        AttentionInterface.get_interface = _originals.pop("get_interface")
     if "__getitem__" in _originals:
         AttentionInterface.__getitem__ = _originals.pop("__getitem__")
     else:

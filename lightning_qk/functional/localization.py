@@ -40,8 +40,8 @@ STATISTICS = (*MEAN_STATISTICS, *EXTREMES)
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
 _MASKED_BELOW = -9e3
-# Elements of one chunk of logits: 16 MiB in float32, so that a chunk stays in reach of the caches.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements of one chunk of logits, 4 MiB in float32: the passes over a chunk stay in the caches.
+_CHUNK_ELEMENTS = 1 << 20
 _SINK_RATE_THRESHOLD = 0.3
 # A key counts for sink_rate when it is seen by at least this share of the rows that see the most-seen key.
 _SINK_RATE_MIN_SEEN = 0.25

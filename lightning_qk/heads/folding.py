@@ -26,7 +26,7 @@ class _Target(nn.Module):
 
 
 class _Marker(nn.Module):
-    """Stands for a norm: gives new tensors by which it is recognized."""
+    """Stands for a norm, or for what is of no interest: gives new tensors by which it is recognized."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,8 @@ def feeding_norm(module: nn.Module, ancestors: Sequence[nn.Module], weight: Tens
         # A norm of the layer's own may come between its input and the projections.
         return None
     child = module
-    for parent in ancestors:
+    # A layer nests its attention at most this deep; what is beyond is the whole network.
+    for parent in ancestors[:3]:
         if isinstance(parent, nn.ModuleList | nn.ModuleDict):
             return None
         given = weight.new_zeros(1, 2, weight.shape[1])
@@ -86,10 +87,10 @@ def _run(
             stand_ins[name] = target
         elif isinstance(module, nn.Identity | nn.Dropout):
             stand_ins[name] = Through()
-        elif is_norm(module):
-            marker = _Marker()
-            markers[marker] = module
-            stand_ins[name] = marker
+        else:
+            marker = stand_ins[name] = _Marker()
+            if is_norm(module):
+                markers[marker] = module
     # A module that cannot be run alone proves nothing; what reached the target before that counts.
     with suppress(Exception):
         run_copy(parent, stand_ins, given)

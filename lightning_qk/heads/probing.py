@@ -39,7 +39,8 @@ def run_copy(
         Exception: whatever the forward raises, `Stop` included.
     """
     copy = object.__new__(type(module))
-    copy.__dict__.update({**module.__dict__, "_modules": dict(children)})
+    # Out of training mode, since dropout would draw from the global generator.
+    copy.__dict__.update({**module.__dict__, "_modules": dict(children), "training": False})
     if "config" in known:
         copy.__dict__["config"] = known.pop("config")
     forward = type(module).forward

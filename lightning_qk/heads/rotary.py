@@ -139,11 +139,7 @@ def _layer_type(module: nn.Module, ancestors: Sequence[nn.Module], config: Any) 
 def _frequencies(module: nn.Module, ancestors: Sequence[nn.Module], layer_type: str | None) -> Tensor | None:
     """The 1-D ``inv_freq`` buffer that is nearest to the layer and of its type."""
     for owner in (module, *ancestors):
-        children = dict(owner.named_children())
-        holders = [child for name, child in children.items() if "rotary" in name or "rope" in name]
-        if layer_type == "sliding_attention" and "rotary_emb_local" in children:
-            # transformers before 5 kept a second module for the local layers.
-            holders = [children["rotary_emb_local"]]
+        holders = [child for name, child in owner.named_children() if "rotary" in name or "rope" in name]
         for holder in holders:
             buffers = dict(holder.named_buffers(recurse=False))
             found = buffers.get(f"{layer_type}_inv_freq", buffers.get("inv_freq"))

@@ -1,1 +1,1 @@
-
+"""Where statistics go: histories, loggers, figures, the health table and the report."""

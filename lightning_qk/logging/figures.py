@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 _INK = "#222222"
 _QUIET = "#8a8a8a"
 _EMPTY = "#e4e4e4"
+# On a coloured cell, whose colour no theme changes.
+_ON_BRIGHT, _ON_DARK = "#1a1a1a", "#ffffff"
 _POINT = "#31688e"
+_REFERENCE = "#b5570f"
 _TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE = 10.0, 9.0, 8.0
 _MAX_TICKS = 16
 _MAX_PANELS = 12
@@ -38,12 +41,14 @@ class Statistic:
         unit: its unit, or an empty string.
         share: it lies between 0 and 1, and is drawn on that scale.
         signed: zero is its middle, and is drawn as the middle colour.
+        peak: of several heads the largest counts, not the mean.
     """
 
     title: str
     unit: str = ""
     share: bool = False
     signed: bool = False
+    peak: bool = False
 
     @property
     def label(self) -> str:
@@ -61,14 +66,14 @@ STATISTICS = {
     "asymmetry": Statistic("asymmetry of W_QK", share=True),
     "concentration": Statistic("eigenvalue concentration", share=True),
     "propagation": Statistic("predicted signal propagation", "probability", share=True),
-    "spectral_radius": Statistic("largest |eigenvalue|"),
-    "singular_max": Statistic("largest singular value"),
+    "spectral_radius": Statistic("largest |eigenvalue|", peak=True),
+    "singular_max": Statistic("largest singular value", peak=True),
     "entropy": Statistic("attention entropy", "nats"),
     "entropy_normalized": Statistic("normalized attention entropy", "entropy / log keys", share=True),
     "participation": Statistic("participation", "effective keys"),
     "max_prob": Statistic("largest attention probability", share=True),
-    "max_logit": Statistic("largest logit", signed=True),
-    "max_abs_logit": Statistic("largest |logit|"),
+    "max_logit": Statistic("largest logit", signed=True, peak=True),
+    "max_abs_logit": Statistic("largest |logit|", peak=True),
     "logit_std": Statistic("standard deviation of logits"),
     "distance": Statistic("attention distance", "positions"),
     "distance_spread": Statistic("spread of attention distance", "positions"),
@@ -88,6 +93,17 @@ def describe(statistic: str) -> Statistic:
         base = describe(statistic.removesuffix("_se"))
         return Statistic(f"standard error of {base.title}", base.unit)
     return Statistic(statistic.replace("_", " "))
+
+
+def by_layer(history: History, statistic: str) -> Tensor:
+    """What :func:`over_time` draws, shape ``(points, layers)``, NaN where a layer has no finite value."""
+    series = history.series(statistic).double()
+    series = torch.where(series.isfinite(), series, torch.nan)
+    if not describe(statistic).peak:
+        return torch.stack([part.nanmean(dim=-1) for part in history.split(series)], dim=-1)
+    largest = [part.nan_to_num(nan=-math.inf).amax(dim=-1) for part in history.split(series)]
+    stacked = torch.stack(largest, dim=-1)
+    return torch.where(stacked.isfinite(), stacked, torch.nan)
 
 
 def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
@@ -125,7 +141,7 @@ def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
     rows, columns = _thin(layers), _thin(heads)
     axes.set_yticks(rows, [labels[i] for i in rows])
     axes.set_xticks(columns, [str(i) for i in columns])
-    axes.set_xlabel("head")
+    axes.set_xlabel("head", fontsize=_LABEL_SIZE, color=_INK)
     if np.isfinite(grid).sum() <= _ANNOTATE_BELOW:
         _annotate(axes, grid, image)
     bar = figure.add_axes(
@@ -137,7 +153,7 @@ def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
         )
     )
     colorbar = figure.colorbar(image, cax=bar)
-    colorbar.outline.set_visible(False)  # type: ignore[operator]
+    colorbar.outline.set_visible(False)
     bar.tick_params(labelsize=_TICK_SIZE, labelcolor=_INK, color=_QUIET, which="both")
     _title(figure, f"{style.label}, step {history.steps[index]}")
     return figure
@@ -146,14 +162,15 @@ def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
 def over_time(history: History, statistic: str) -> "Figure":
     """A statistic over the kept steps, one line a layer: the mean of the heads that have a value.
 
+    Of statistics that are a largest value already, the line is the largest of the layer's heads.
+
     Raises:
         KeyError: the history has no such statistic.
     """
     style = describe(statistic)
-    series = history.layer_series(statistic).double()
-    series[~series.isfinite()] = math.nan
+    series = by_layer(history, statistic)
     shown = [i for i in range(len(history.layers)) if not series[:, i].isnan().all()]
-    figure, axes = _figure(4.3, 2.5, left=0.75, right=1.55, bottom=0.55, top=0.48)
+    figure, axes = _figure(3.9, 2.4, left=0.75, right=1.35, bottom=0.55, top=0.48)
     colors = _layer_colors(len(history.layers))
     for i in shown:
         values = series[:, i].numpy()
@@ -166,7 +183,7 @@ def over_time(history: History, statistic: str) -> "Figure":
         _share_limits(axes, finite)
     _layer_legend(figure, axes, [history.layers[i] for i in shown], [colors[i] for i in shown])
     _axis_labels(axes, "step", style.unit or "dimensionless")
-    _title(figure, f"{style.title}, mean of each layer's heads")
+    _title(figure, f"{style.title}, {'largest' if style.peak else 'mean'} of each layer's heads")
     return figure
 
 
@@ -182,7 +199,7 @@ def entropy_against_variance(record: RunRecord) -> "Figure":
     """
     x_name = _first_recorded(record.spectrum, ("sym_var", "eig_var"))
     y_name = _first_recorded(record.attention, ("entropy_normalized", "entropy"))
-    figure, axes = _figure(3.5, 2.9, left=0.75, right=1.55, bottom=0.55, top=0.62)
+    figure, axes = _figure(3.3, 2.9, left=0.75, right=1.35, bottom=0.55, top=0.62)
     points = _paired(record, x_name, y_name)
     _scatter_by_layer(figure, axes, points)
     if _spans_decades(torch.cat([x for _, x, _ in points])):
@@ -203,7 +220,7 @@ def propagation_predicted_measured(record: RunRecord) -> "Figure":
     Raises:
         ValueError: no layer has both.
     """
-    figure, axes = _figure(2.9, 2.9, left=0.75, right=1.55, bottom=0.55, top=0.62)
+    figure, axes = _figure(2.9, 2.9, left=0.75, right=1.35, bottom=0.55, top=0.62)
     axes.plot([0, 1], [0, 1], color=_QUIET, linewidth=1.0, linestyle="--")
     _scatter_by_layer(figure, axes, _paired(record, "propagation", "linear_share"))
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
@@ -216,15 +233,15 @@ def eigenvalue_plane(record: RunRecord) -> "Figure":
     """Eigenvalues of W_QK in the complex plane, one panel a layer, all its heads together.
 
     The dashed circle is the disc that holds the non-zero eigenvalues of a random head of the same shape and
-    the same Frobenius norm. Derived here: let W_q, W_k (d_head × d_model) have independent, centred entries of
-    variances a and b. The non-zero eigenvalues of W_QK are those of B = W_k W_qᵀ, a product of two rectangular
-    matrices, whose spectrum fills the disc of radius √(a b d_head d_model) as the widths grow (circular law
-    for products). And E‖W_QK‖_F² = a b d_head d_model². Hence
+    the same ‖W_QK‖_F. Derived here: let W_q, W_k (d_head × d_model) have independent, centred entries of
+    variances a and b. The non-zero eigenvalues of W_QK are those of B = W_k W_qᵀ, a product of two
+    rectangular matrices, whose spectrum fills the disc of radius √(a b d_head d_model) as the widths grow
+    (circular law for products). And E‖W_QK‖_F² = a b d_head d_model². Hence
 
         radius = ‖W_QK‖_F / √d_model,
 
-    with the root mean square of ‖W_QK‖_F over the layer's heads. The circle is left out where d_model cannot be
-    known from the spectrum's history, that is with ``support="head"``.
+    with the root mean square of ‖W_QK‖_F over the layer's heads. The circle is left out where d_model cannot
+    be known from the spectrum's history, that is with ``support="head"``.
 
     At most 12 layers are shown, evenly chosen. Non-finite eigenvalues are left out.
 
@@ -265,7 +282,9 @@ def eigenvalue_plane(record: RunRecord) -> "Figure":
         if radius is not None:
             from matplotlib.patches import Circle
 
-            axes.add_patch(Circle((0, 0), radius, fill=False, edgecolor="#b5570f", linewidth=1.2, linestyle="--"))
+            axes.add_patch(
+                Circle((0, 0), radius, fill=False, edgecolor=_REFERENCE, linewidth=1.2, linestyle="--")
+            )
             reach = max(reach, radius)
             circles += 1
         axes.plot(
@@ -337,12 +356,14 @@ def to_png(figure: "Figure", dpi: int = 130) -> bytes:
     return buffer.getvalue()
 
 
-def to_svg(figure: "Figure", prefix: str = "f") -> str:
-    """The figure as one ``<svg>`` element on a transparent ground, the same bytes for the same figure.
+def to_svg(figure: "Figure", prefix: str = "f", *, themed: bool = False) -> str:
+    """The figure as one ``<svg>`` element on a transparent ground, the same text for the same figure.
 
     Args:
         figure: the figure.
         prefix: what element ids begin with. Figures on one page need different ones.
+        themed: let a page choose the colours of text, axes and empty cells, by the CSS variables
+            ``--figure-ink``, ``--figure-quiet`` and ``--figure-empty``.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None})
@@ -355,7 +376,11 @@ def to_svg(figure: "Figure", prefix: str = "f") -> str:
     def rename(match: re.Match[str]) -> str:
         return match[1] + numbers.setdefault(match[2], f"{prefix}{len(numbers)}")
 
-    return re.sub(r'(\bid="|href="#|url\(#)([^")]+)', rename, svg).strip()
+    svg = re.sub(r'(\bid="|href="#|url\(#)([^")]+)', rename, svg).strip()
+    if themed:
+        for name, color in (("ink", _INK), ("quiet", _QUIET), ("empty", _EMPTY)):
+            svg = svg.replace(color, f"var(--figure-{name}, {color})")
+    return svg
 
 
 def _figure(
@@ -401,7 +426,14 @@ def _grid_lines(axes: "Axes") -> None:
 def _title(figure: "Figure", text: str) -> None:
     width, height = figure.get_size_inches()
     figure.text(
-        0.12 / width, 1 - 0.1 / height, text, fontsize=_TITLE_SIZE, color=_INK, ha="left", va="top", linespacing=1.35
+        0.12 / width,
+        1 - 0.1 / height,
+        text,
+        fontsize=_TITLE_SIZE,
+        color=_INK,
+        ha="left",
+        va="top",
+        linespacing=1.35,
     )
 
 
@@ -424,8 +456,8 @@ def _thin(count: int, limit: int = _MAX_TICKS) -> list[int]:
 def _layer_colors(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    # The brightest tenth of viridis is hard to see on white.
-    return [colormaps["viridis"](0.9 * i / max(count - 1, 1)) for i in range(count)]
+    # The bright end of viridis is hard to see on white.
+    return [colormaps["viridis"](0.84 * i / max(count - 1, 1)) for i in range(count)]
 
 
 def _spans_decades(values: Tensor, ratio: float = 100.0) -> bool:
@@ -463,7 +495,13 @@ def _annotate(axes: "Axes", grid: Any, image: Any) -> None:
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
             text = f"{value:.0f}" if 100 <= abs(value) < 10_000 else f"{value:.2g}"
             axes.text(
-                column, row, text, ha="center", va="center", fontsize=6.5, color="white" if dark else _INK
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=6.5,
+                color=_ON_DARK if dark else _ON_BRIGHT,
             )
 
 
@@ -484,7 +522,9 @@ def _layer_legend(figure: "Figure", axes: "Axes", labels: list[str], colors: lis
     chosen = _thin(len(labels), 12)
     handles = [Line2D([], [], color=colors[i], marker="o", markersize=4, linewidth=1.3) for i in chosen]
     if not handles:
-        axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", color=_QUIET, fontsize=9)
+        axes.text(
+            0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", color=_QUIET, fontsize=9
+        )
         return
     width, height = figure.get_size_inches()
     figure.legend(
@@ -527,36 +567,36 @@ def _first_recorded(history: History | None, names: tuple[str, ...]) -> str:
 
 def _paired(record: RunRecord, x_name: str, y_name: str) -> list[tuple[str, Tensor, Tensor]]:
     """Newest values of a spectrum and an attention statistic for layers that both histories have."""
-    spectrum, attention = record.spectrum, record.attention
+    measured = _newest(record.attention, y_name)
     points = []
-    if (
-        spectrum is not None
-        and attention is not None
-        and x_name in spectrum.values
-        and y_name in attention.values
-    ):
-        measured = dict(
-            zip(attention.layers, attention.split(attention.values[y_name][-1].double()), strict=True)
-        )
-        for label, x in zip(spectrum.layers, spectrum.split(spectrum.values[x_name][-1].double()), strict=True):
-            y = measured.get(label)
-            if y is None or y.shape != x.shape:
-                continue
-            keep = x.isfinite() & y.isfinite()
-            if keep.any():
-                points.append((label, x[keep], y[keep]))
+    for label, x in _newest(record.spectrum, x_name).items():
+        y = measured.get(label)
+        if y is None or y.shape != x.shape:
+            continue
+        keep = x.isfinite() & y.isfinite()
+        if keep.any():
+            points.append((label, x[keep], y[keep]))
     if not points:
         raise ValueError(
-            f"expected layers with both {x_name!r} and {y_name!r}, got none: run both monitors on the same layers"
+            f"expected layers with both {x_name!r} and {y_name!r}, got none: "
+            "run both monitors on the same layers"
         )
     return points
+
+
+def _newest(history: History | None, name: str) -> dict[str, Tensor]:
+    if history is None or name not in history.values:
+        return {}
+    return dict(zip(history.layers, history.split(history.values[name][-1].double()), strict=True))
 
 
 def _steps_of(record: RunRecord) -> str:
     assert record.spectrum is not None
     assert record.attention is not None
     weights, attention = record.spectrum.steps[-1], record.attention.steps[-1]
-    return f"step {weights}" if weights == attention else f"weights at step {weights}, attention at {attention}"
+    return (
+        f"step {weights}" if weights == attention else f"weights at step {weights}, attention at {attention}"
+    )
 
 
 def _circle_law_radius(record: RunRecord, label: str) -> float | None:
@@ -569,11 +609,13 @@ def _circle_law_radius(record: RunRecord, label: str) -> float | None:
     index = history.steps.index(record.eigenvalues_step) if record.eigenvalues_step in history.steps else -1
     layer = history.layers.index(label)
     trace, mean, frobenius_sq = (
-        history.split(history.values[name][index].double())[layer] for name in ("trace", "eig_mean", "frobenius_sq")
+        history.split(history.values[name][index].double())[layer]
+        for name in ("trace", "eig_mean", "frobenius_sq")
     )
     # The mean is trace / n. n is d_model, unless the support is the head, whose width the eigenvalues tell.
-    width = (trace / mean)[mean != 0].nanmedian()
-    norm = frobenius_sq[frobenius_sq.isfinite()].mean()
-    if not width.isfinite() or not norm.isfinite() or round(float(width)) <= record.eigenvalues[label].shape[-1]:
+    ratio = float((trace / mean)[mean != 0].nanmedian())
+    norm = float(frobenius_sq[frobenius_sq.isfinite()].mean())
+    if not math.isfinite(ratio) or not math.isfinite(norm):
         return None
-    return math.sqrt(float(norm) / round(float(width)))
+    width = round(ratio)
+    return math.sqrt(norm / width) if width > record.eigenvalues[label].shape[-1] else None

@@ -141,7 +141,9 @@ def format_value(value: float) -> str:
 
 
 def _at_steps(record: RunRecord) -> str:
-    steps = [history.steps[-1] for history in (record.spectrum, record.attention) if history and history.steps]
+    steps = [
+        history.steps[-1] for history in (record.spectrum, record.attention) if history and history.steps
+    ]
     if not steps:
         return ""
     if len(set(steps)) == 1:
@@ -189,11 +191,10 @@ def _verdict(spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> tuple
     logits = attention.get("max_abs_logit")
     if logits is not None and (logits > QK_CLIP_LOGIT).any():
         head, value = _worst(logits)
+        size = f"an absolute logit of {format_value(value)}"
         if value > DIVERGED_LOGIT:
-            return "saturated", (
-                f"head {head} has a logit of {format_value(value)}: every run of Wortsman et al. above 1e4 diverged"
-            )
-        return "saturated", f"head {head} has a logit of {format_value(value)}, above Kimi K2's QK-clip of 100"
+            return "saturated", f"head {head} has {size}: above 1e4 every run of Wortsman et al. diverged"
+        return "saturated", f"head {head} has {size}, above the 100 where Kimi K2 clips"
     entropy = attention.get("entropy_normalized")
     if entropy is not None and entropy.nanmean() < COLLAPSED_ENTROPY:
         head, value = _worst(-entropy)

@@ -29,7 +29,9 @@ class History:
         if len(layers) != len(heads):
             raise ValueError(f"expected one head count a layer, got {len(heads)} for {len(layers)} layers")
         if max_points < 2:
-            raise ValueError(f"expected max_points of at least 2, got {max_points}: pass how many steps to keep")
+            raise ValueError(
+                f"expected max_points of at least 2, got {max_points}: pass how many steps to keep"
+            )
         self.layers = tuple(layers)
         self.heads = tuple(int(h) for h in heads)
         self.max_points = max_points

@@ -8,6 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from lightning_qk._version import __version__
 from lightning_qk.logging import figures
 from lightning_qk.logging.health import VERDICTS, format_value, layer_health
@@ -38,8 +40,8 @@ _PAPERS = (
 # Statistic → what it means, when to worry.
 _MEANING = {
     "eig_mean": (
-        "The mean eigenvalue of W_QK. Its sign says where attention goes in the model of Bao et al.: positive to "
-        "late keys, near the query, and negative to early ones. At zero no side is preferred.",
+        "The mean eigenvalue of W_QK. Its sign says where attention goes in the model of Bao et al.: "
+        "positive to late keys, near the query, and negative to early ones. At zero no side is preferred.",
         "it stays at zero in every layer while the variance shrinks: attention then heads for uniform.",
     ),
     "eig_var": (
@@ -48,9 +50,10 @@ _MEANING = {
         "it keeps growing long after the loss has settled.",
     ),
     "sym_var": (
-        "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR makes it "
-        "smaller. Bao et al. link a small spread around a mean other than zero to localized attention.",
-        "it keeps growing long after the loss has settled, or one layer leaves the others by a factor of ten.",
+        "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR "
+        "makes it smaller. Bao et al. link a small spread around a mean other than zero to localized "
+        "attention.",
+        "it keeps growing long after the loss has settled, or one layer leaves the others far behind.",
     ),
     "asymmetry": (
         "0 where W_QK is symmetric (two tokens want each other alike), 1 where it is antisymmetric. "
@@ -58,7 +61,8 @@ _MEANING = {
         "",
     ),
     "spectral_radius": (
-        "The largest eigenvalue of W_QK in absolute value: how strongly its favourite direction is amplified.",
+        "The largest eigenvalue of W_QK in absolute value: how strongly its favourite direction is "
+        "amplified.",
         "it jumps, or grows without end, with the largest logit following.",
     ),
     "singular_max": (
@@ -68,31 +72,51 @@ _MEANING = {
     ),
     "entropy_normalized": (
         "How evenly a query spreads its attention: 1 is uniform, 0 a single key.",
-        "a whole layer falls towards 0 (entropy collapse, Zhai et al.) or stays at 1 after the warm-up, where every "
-        "token receives the same mixture (rank collapse, Dong et al.).",
+        "a whole layer falls towards 0 (entropy collapse, Zhai et al.) or stays at 1 after the warm-up, "
+        "where every token receives the same mixture (rank collapse, Dong et al.).",
+    ),
+    "entropy": (
+        "How widely a query spreads its attention, in nats: 0 is a single key, and the logarithm of the "
+        "number of keys is uniform.",
+        "a whole layer falls towards 0 (entropy collapse, Zhai et al.).",
     ),
     "max_abs_logit": (
         "The largest logit before the softmax, in absolute value.",
         "it passes 100, where Kimi K2 clips, or 10,000, above which every run of Wortsman et al. diverged.",
     ),
+    "max_logit": (
+        "The largest logit before the softmax.",
+        "it passes 100, where Kimi K2 clips, or 10,000, above which every run of Wortsman et al. diverged.",
+    ),
     "sink_first": (
-        "The share of attention that goes to the first key. Language models tend to grow such a sink, where "
-        "attention rests when a head has nothing to do. Gu et al. count a key as a sink above 0.3.",
-        "nearly all heads of a layer do so: then the layer contributes little.",
+        "The share of attention that goes to the first key. Language models tend to grow such a sink. "
+        "Gu et al. count a key as one above 0.3.",
+        "nearly all heads of a layer do so, and little attention is left for the content.",
     ),
     "linear_share": (
-        "The share of query-key pairs in the range where the piecewise-linear softmax of Bao et al. is neither 0 "
-        "nor 1, so that signal and gradient pass.",
+        "The share of query-key pairs in the range where the piecewise-linear softmax of Bao et al. is "
+        "neither 0 nor 1, so that signal and gradient pass.",
         "it falls towards 0: attention saturates.",
     ),
     "propagation": (
-        "The same share as predicted from the weights alone, by the Gaussian random-walk model after Bao et al.",
+        "How likely a token still passes signal through the piecewise-linear softmax of Bao et al., "
+        "predicted from the weights alone for tokens that are a Gaussian random walk.",
         "it falls towards 0: attention saturates.",
     ),
 }
 
-_SPECTRUM_CURVES = (("eig_mean",), ("sym_var", "eig_var"), ("spectral_radius", "singular_max"), ("propagation",))
-_ATTENTION_CURVES = (("entropy_normalized", "entropy"), ("max_abs_logit", "max_logit"), ("sink_first",))
+_SPECTRUM_CURVES = (
+    ("eig_mean",),
+    ("sym_var", "eig_var"),
+    ("spectral_radius", "singular_max"),
+    ("propagation",),
+)
+_ATTENTION_CURVES = (
+    ("entropy_normalized", "entropy"),
+    ("max_abs_logit", "max_logit"),
+    ("sink_first",),
+    ("linear_share",),
+)
 _SPECTRUM_MAPS = (("sym_var", "eig_var", "singular_max"), ("asymmetry",))
 _ATTENTION_MAPS = (
     ("entropy_normalized", "entropy"),
@@ -109,6 +133,8 @@ class _Plot:
     meaning: str
     worry: str = ""
     wide: bool = False
+    # Colours stand for values, on a scale that a dark page must not turn round.
+    mapped: bool = False
 
 
 @dataclass
@@ -150,7 +176,9 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
 def _render(record: RunRecord) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["number"] = format_value
     source = files("lightning_qk.logging").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     health = layer_health(record)
@@ -162,6 +190,7 @@ def _render(record: RunRecord) -> str:
         info=record.info,
         notes=record.notes,
         health=health,
+        reasons=sorted((row for row in health if row.reason), key=lambda row: VERDICTS.index(row.verdict)),
         verdicts=[(verdict, counts[verdict]) for verdict in VERDICTS if counts[verdict]],
         tone=_TONE,
         sections=_sections(record),
@@ -189,14 +218,14 @@ def _sections(record: RunRecord) -> list[_Section]:
         page.curves(
             "spectrum",
             "Query-key spectrum over time",
-            "Each line is a layer: the mean over its heads. The numbers come from the weights alone.",
+            "Each line is a layer. The numbers come from the weights alone.",
             record.spectrum,
             _SPECTRUM_CURVES,
         ),
         page.curves(
             "attention",
             "Attention over time",
-            "Each line is a layer: the mean over its heads. The numbers are measured on the training batches.",
+            "Each line is a layer. The numbers are measured on the batches of the run.",
             record.attention,
             _ATTENTION_CURVES,
         ),
@@ -214,11 +243,10 @@ class _Page:
         self.record = record
         self.count = 0
 
-    def plot(
-        self, figure: "Figure", alt: str, meaning: str, worry: str = "", wide: bool = False
-    ) -> _Plot:
+    def plot(self, figure: "Figure", alt: str, meaning: str, worry: str = "", **options: bool) -> _Plot:
         self.count += 1
-        return _Plot(figures.to_svg(figure, prefix=f"f{self.count}-"), alt, meaning, worry, wide)
+        svg = figures.to_svg(figure, prefix=f"f{self.count}-", themed=True)
+        return _Plot(svg, alt, meaning, worry, **options)
 
     def curves(
         self, anchor: str, title: str, text: str, history: History | None, wanted: Iterable[tuple[str, ...]]
@@ -226,9 +254,10 @@ class _Page:
         section = _Section(anchor, title, text)
         for name in _available(history, wanted):
             assert history is not None
-            series = history.layer_series(name)[-1]
-            alt = f"Line chart of {figures.describe(name).title} over steps, one line a layer. {_range(series)}"
-            section.plots.append(self.plot(figures.over_time(history, name), alt, *_MEANING.get(name, ("", ""))))
+            title = figures.describe(name).title
+            newest = _range(figures.by_layer(history, name)[-1])
+            alt = f"Line chart of {title} over steps, one line a layer. {newest}"
+            section.plots.append(self.plot(figures.over_time(history, name), alt, *_MEANING[name]))
         if not section.plots:
             section.missing.append(f"No {anchor} statistics were recorded in this run.")
         return section
@@ -245,18 +274,19 @@ class _Page:
         ):
             for name in _available(history, wanted):
                 assert history is not None
-                alt = (
-                    f"Heatmap of {figures.describe(name).title} by layer and head at step {history.steps[-1]}. "
-                    f"{_range(history.values[name][-1])}"
-                )
-                section.plots.append(self.plot(figures.heatmap(history, name), alt, *_MEANING.get(name, ("", ""))))
+                title, newest = figures.describe(name).title, _range(history.values[name][-1])
+                alt = f"Heatmap of {title} by layer and head at step {history.steps[-1]}. {newest}"
+                figure = figures.heatmap(history, name)
+                section.plots.append(self.plot(figure, alt, *_MEANING[name], mapped=True))
         if not section.plots:
             section.missing.append("No per-head statistics were recorded in this run.")
         return section
 
     def relations(self) -> _Section:
         section = _Section(
-            "theory", "Theory and measurement", "Each point is a head, coloured by its layer, at the newest steps."
+            "theory",
+            "Theory and measurement",
+            "Each point is a head, coloured by its layer, at the newest steps.",
         )
         self._try(
             section,
@@ -265,16 +295,17 @@ class _Page:
             "Scatter plot of attention entropy against spectral variance, one point a head.",
             "Bao et al. find that attention localizes, without its entropy collapsing, where the eigenvalues "
             "concentrate: small variance around a mean other than zero.",
-            "a cloud moves down and to the right (entropy collapse), or gathers at the top with a mean of zero "
-            "(uniform attention).",
+            "a cloud moves down and to the right (entropy collapse), or gathers at the top with a mean of "
+            "zero (uniform attention).",
         )
         self._try(
             section,
             figures.propagation_predicted_measured,
             "Predicted and measured propagation need both monitors on the same layers.",
-            "Scatter plot of predicted against measured signal propagation, one point a head, with the diagonal.",
-            "On the dashed diagonal the prediction from the weights, for tokens that are a Gaussian random walk, "
-            "agrees with the real logits. Heads off the diagonal see tokens that the model does not describe.",
+            "Scatter plot of predicted against measured signal propagation, one point a head, with a "
+            "diagonal.",
+            "On the dashed diagonal the prediction from the weights, for tokens that are a Gaussian random "
+            "walk, agrees with the real logits. Heads off it see tokens that the model does not describe.",
             "points gather near zero on both axes: these heads pass no signal.",
         )
         return section
@@ -290,9 +321,9 @@ class _Page:
             figures.eigenvalue_plane,
             "No eigenvalues were recorded in this run.",
             "Scatter plots of eigenvalues in the complex plane, one panel a layer.",
-            "The dashed circle holds the eigenvalues of a random head of the same shape and Frobenius norm. What "
-            "lies outside was learnt. A cloud moved to the right is a positive mean; a flat one, on the real axis, "
-            "a symmetric W_QK; a wide ring rotates tokens into each other.",
+            "The dashed circle, where there is one, holds nearly all eigenvalues of a random head of the "
+            "same shape and Frobenius norm: what lies well outside was learnt. A cloud moved to the right "
+            "is a positive mean, one on the real axis a symmetric W_QK.",
             "a few eigenvalues run far ahead of the cloud while the others shrink.",
             wide=True,
         )
@@ -302,13 +333,13 @@ class _Page:
         """Curves of the run, when there are any: most runs have no penalty, which is nothing to report."""
         if not any(steps for steps, _ in self.record.scalars.values()):
             return []
-        section = _Section("penalty", "Curves of the run", "What the callbacks logged for the model as a whole.")
+        section = _Section("penalty", "Curves of the run", "What was logged for the model as a whole.")
         self._try(
             section,
             figures.scalars_over_time,
             "",
             f"Line charts of {', '.join(self.record.scalars)} over steps.",
-            "LocAteR's penalty is the spectral variance of all its heads. It is not part of the logged training loss.",
+            "LocAteR's penalty is the spectral variance of all its heads, and no part of the logged loss.",
             "the penalty falls while the loss rises: the weight is too high.",
         )
         return [section]
@@ -328,7 +359,7 @@ class _Page:
         except ValueError:
             section.missing.append(missing)
         else:
-            section.plots.append(self.plot(figure, alt, meaning, worry, wide))
+            section.plots.append(self.plot(figure, alt, meaning, worry, wide=wide))
 
 
 def _available(history: History | None, wanted: Iterable[tuple[str, ...]]) -> Iterable[str]:
@@ -342,7 +373,7 @@ def _available(history: History | None, wanted: Iterable[tuple[str, ...]]) -> It
                 break
 
 
-def _range(values: "figures.Tensor") -> str:
+def _range(values: Tensor) -> str:
     finite = values[values.isfinite()]
     if not finite.numel():
         return "No finite values at the newest step."

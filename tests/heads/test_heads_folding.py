@@ -91,3 +91,50 @@ def test_pre_and_post_norm_of_one_class_are_told_apart():
     for before in (True, False):
         model = OPTModel(OPTConfig(**options, do_layer_norm_before=before))
         assert {heads.norm_folded for heads in head_projections(model, fold_norm=True).values()} == {before}
+
+
+class Parent(torch.nn.Module):
+    """A layer around attention that does something with what it gives to it."""
+
+    def __init__(self, attention, change):
+        super().__init__()
+        self.norm, self.inner, self.change = torch.nn.LayerNorm(32), Inner(attention, change), change
+
+    def forward(self, x):
+        return self.inner(self.norm(x))
+
+
+class Inner(torch.nn.Module):
+    def __init__(self, attention, change):
+        super().__init__()
+        self.attention, self.change = attention, change
+
+    def forward(self, x):
+        return self.attention(self.change(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "folded"),
+    [(lambda x: x, True), (lambda x: 2 * x, False), (lambda x: x.nothing, False)],
+)
+def test_only_an_input_that_is_the_norms_output_is_folded(change, folded):
+    attention = build("bert", torch.float32).bert.encoder.layer[0].attention.self
+    (heads,) = head_projections(Parent(attention, change), fold_norm=True).values()
+    assert heads.norm_folded is folded
+
+
+def test_a_child_between_norm_and_attention_is_not_folded_over():
+    attention = build("bert", torch.float32).bert.encoder.layer[0].attention.self
+    between = torch.nn.Linear(32, 32)
+    parent = Parent(attention, lambda x: x)
+    parent.inner.change = between
+    (heads,) = head_projections(parent, fold_norm=True).values()
+    assert not heads.norm_folded
+
+
+def test_probing_leaves_the_random_state_and_running_statistics_alone():
+    model = build("whisper", torch.float32).train()
+    state = torch.random.get_rng_state()
+    head_projections(model, fold_norm=True)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert model.training

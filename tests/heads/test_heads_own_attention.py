@@ -78,7 +78,7 @@ def _record(name):
     model, config, options = SMALL[name]
     torch.manual_seed(0)
     model = getattr(tf, model)._from_config(getattr(tf, config)(**options), attn_implementation="eager")
-    model = randomize(model).double().eval()
+    model = randomize(model).eval()
     tokens = torch.randint(3, 50, (1, 7), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": tokens}
     if name in ("codegen", "gptj") or name.startswith("falcon"):
@@ -98,9 +98,8 @@ def _record(name):
 
 
 def _close(ours, theirs):
-    # Some of these models compute logits in float32 whatever the weights are.
     return ours.numel() == theirs.numel() and torch.allclose(
-        ours, theirs.reshape(ours.shape).to(ours), rtol=1e-5, atol=2e-5
+        ours, theirs.reshape(ours.shape), rtol=1e-5, atol=5e-5
     )
 
 

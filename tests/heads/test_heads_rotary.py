@@ -35,6 +35,13 @@ def test_layers_that_do_not_rotate_are_told_apart(name):
         torch.testing.assert_close(query, call.query, rtol=1e-5, atol=1e-5)
 
 
+def test_a_rotation_the_other_way_has_negative_frequencies():
+    model = tf.NanoChatModel(tf.NanoChatConfig(**GQA))
+    for heads in head_projections(model).values():
+        torch.testing.assert_close(heads.rotary.inv_freq, -model.rotary_emb.inv_freq)
+        assert heads.rotary.interleaved is False
+
+
 @pytest.mark.parametrize(
     ("family", "options", "interleaved", "pairs"),
     [

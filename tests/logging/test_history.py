@@ -59,7 +59,9 @@ def test_any_order_of_steps_leaves_increasing_steps(steps: list[int], max_points
 
 
 @given(increasing_steps, st.integers(2, 9), st.data())
-def test_state_dict_round_trip_goes_on_the_same(steps: list[int], max_points: int, data: st.DataObject) -> None:
+def test_state_dict_round_trip_goes_on_the_same(
+    steps: list[int], max_points: int, data: st.DataObject
+) -> None:
     cut = data.draw(st.integers(0, len(steps)))
     straight = filled(steps, max_points)
     resumed = History.from_state_dict(filled(steps[:cut], max_points).state_dict())
@@ -131,7 +133,9 @@ def test_grid_and_layer_series() -> None:
 
 def test_record_round_trip_with_nan(tmp_path: Path) -> None:
     spectrum = filled(list(range(20)), 5)
-    spectrum.append(20, {"trace": torch.tensor([1.0, torch.nan, torch.inf]), "eig_var": torch.full((3,), torch.nan)})
+    spectrum.append(
+        20, {"trace": torch.tensor([1.0, torch.nan, torch.inf]), "eig_var": torch.full((3,), torch.nan)}
+    )
     eigenvalues = torch.complex(torch.randn(2, 4), torch.randn(2, 4))
     eigenvalues[1] = complex("nan")
     record = RunRecord(
@@ -149,7 +153,9 @@ def test_record_round_trip_with_nan(tmp_path: Path) -> None:
     assert loaded.spectrum.steps == spectrum.steps
     assert loaded.spectrum.statistics == spectrum.statistics
     for name in spectrum.statistics:
-        torch.testing.assert_close(loaded.spectrum.series(name), spectrum.series(name), equal_nan=True, rtol=0, atol=0)
+        torch.testing.assert_close(
+            loaded.spectrum.series(name), spectrum.series(name), equal_nan=True, rtol=0, atol=0
+        )
     assert loaded.attention.layers == ("layer_01",)
     assert len(loaded.attention) == 0
     for label, value in record.eigenvalues.items():

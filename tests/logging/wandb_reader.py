@@ -41,7 +41,7 @@ class WandbRun:
 
 
 def read_wandb_run(folder: str | Path) -> WandbRun:
-    """The one offline run below ``folder`` (the ``save_dir`` of the logger). Call ``wandb.finish()`` first."""
+    """The one offline run below ``folder``, the logger's ``save_dir``. Call ``wandb.finish()`` first."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     paths = sorted({path.resolve() for path in Path(folder).rglob("*.wandb")})

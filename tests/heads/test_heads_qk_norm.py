@@ -1,0 +1,57 @@
+import pytest
+import torch
+from heads_oracle import project
+from torch import nn
+
+from lightning_qk.heads.reader import head_projections
+
+
+class NormedAttention(nn.Module):
+    """q and k of 2 heads, normalized per head or over the whole width."""
+
+    def __init__(self, norm, full_width):
+        super().__init__()
+        self.num_heads, self.full_width = 2, full_width
+        self.q_proj, self.k_proj = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.q_norm, self.k_norm = norm(8 if full_width else 4), norm(8 if full_width else 4)
+
+    def queries(self, x):
+        q = self.q_proj(x)
+        q = self.q_norm(q) if self.full_width else self.q_norm(q.unflatten(-1, (2, 4))).flatten(-2)
+        return q.unflatten(-1, (2, 4)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("full_width", [True, False])
+@pytest.mark.parametrize("norm", [lambda d: nn.LayerNorm(d, bias=False), nn.RMSNorm])
+def test_folded_weights_point_where_the_normalized_queries_point(norm, full_width):
+    torch.manual_seed(0)
+    attention = NormedAttention(norm, full_width)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_()
+    (heads,) = head_projections(attention).values()
+    x = torch.randn(3, 5, 6)
+    ours, theirs = project(heads.query, heads.query_bias, x), attention.queries(x)
+    assert heads.qk_norm
+    cosine = torch.cosine_similarity(ours, theirs, dim=-1)
+    torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-5)
+    if full_width:
+        # One factor a token for all heads.
+        ratio = ours.norm(dim=-1) / theirs.norm(dim=-1)
+        torch.testing.assert_close(ratio[:, 0], ratio[:, 1], rtol=1e-4, atol=0)
+
+
+def test_gradients_reach_the_gains():
+    attention = NormedAttention(nn.RMSNorm, False)
+    (heads,) = head_projections(attention).values()
+    (heads.query.square().sum() + heads.key.square().sum()).backward()
+    assert attention.q_norm.weight.grad.abs().min() > 0
+    assert attention.k_norm.weight.grad.abs().min() > 0
+
+
+def test_an_identity_in_its_place_is_no_norm():
+    attention = NormedAttention(nn.RMSNorm, False)
+    attention.q_norm = attention.k_norm = nn.Identity()
+    (heads,) = head_projections(attention).values()
+    assert not heads.qk_norm
+    assert heads.query.data_ptr() == attention.q_proj.weight.data_ptr()
