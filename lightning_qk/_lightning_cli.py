@@ -69,4 +69,7 @@ def option_names(command: str) -> list[str]:
     parser.add_lightning_class_args(TransformerModule, "model")
     parser.add_lightning_class_args(TextDataModule, "data")
     parser.add_method_arguments(Trainer, command, skip=set(LightningCLI.subcommands()[command]))
-    return [action.dest for action in parser._actions if action.dest != "help"] + ["seed_everything", "config"]
+    return [action.dest for action in parser._actions if action.dest != "help"] + [
+        "seed_everything",
+        "config",
+    ]

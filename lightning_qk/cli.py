@@ -40,7 +40,9 @@ def _report(args: list[str]) -> int:
     )
     options = parser.parse_args(args[1:])
     if not options.record.is_file():
-        return _fail(f"expected a record that a monitor wrote, got no such file: {options.record}; correct it", 2)
+        return _fail(
+            f"expected a record that a monitor wrote, got no such file: {options.record}; correct it", 2
+        )
     from lightning_qk.logging.health import print_health
     from lightning_qk.logging.history import RunRecord
     from lightning_qk.logging.report import write_report
@@ -162,7 +164,9 @@ def _explain(error: Exception, command: str) -> str:
         from lightning_qk._lightning_cli import option_names
 
         hint = _did_you_mean(key["key"], option_names(command))
-        return f"expected an option that exists, got {key['key']!r}{hint or f'; see {_PROG} {command} --help'}"
+        return (
+            f"expected an option that exists, got {key['key']!r}{hint or f'; see {_PROG} {command} --help'}"
+        )
     # A list of callbacks is a union of types, and each type gives its reason: the one of the class is meant.
     start = path.start() if path else 0
     return _one_line(text[start:].split("\n    - ")[0])

@@ -47,9 +47,11 @@ def run_directory(trainer: Trainer) -> str:
 
     A collective call under several processes.
     """
-    folder = trainer.log_dir  # TensorBoard's and CSV's own run folder, other loggers' save_dir
+    folder = trainer.log_dir
     logger = trainer.logger
-    if logger is not None and not hasattr(logger, "log_dir") and folder is not None:
+    # TensorBoard's and CSV's log_dir is a folder of the run; of other loggers it is save_dir, which many runs
+    # share: theirs is where ModelCheckpoint puts their checkpoints.
+    if logger is not None and getattr(logger, "log_dir", None) is None and folder is not None:
         parts = [str(part) for part in (logger.name, logger.version) if part is not None]
         folder = os.path.join(folder, *parts)
     return trainer.strategy.broadcast(folder or trainer.default_root_dir)

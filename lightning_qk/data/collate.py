@@ -40,8 +40,8 @@ class MaskingCollator:
     ) -> None:
         if tokenizer.mask_token_id is None:
             raise ValueError(
-                f"expected a tokenizer with a mask token for the task masked_lm, got {tokenizer.name_or_path!r} "
-                "without one: pick another tokenizer, or the task causal_lm"
+                "expected a tokenizer with a mask token for the task masked_lm, got "
+                f"{tokenizer.name_or_path!r} without one: pick another tokenizer, or the task causal_lm"
             )
         if not 0 < probability <= 1:
             raise ValueError(f"expected a mask_probability in (0, 1], got {probability}: correct it")
@@ -54,7 +54,8 @@ class MaskingCollator:
         self.ordinary = ordinary.nonzero().squeeze(-1)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Mask rows to ``input_ids`` and ``labels``, each ``(batch, block_size)``; labels are -100 elsewhere."""
+        """Mask rows to ``input_ids`` and ``labels``, each ``(batch, block_size)``; labels are -100 "
+        "elsewhere."""
         masked = [self._mask(torch.tensor(row["input_ids"], dtype=torch.long)) for row in rows]
         tokens, labels = zip(*masked, strict=True)
         return {"input_ids": torch.stack(tokens), "labels": torch.stack(labels)}
@@ -97,5 +98,6 @@ class PaddingCollator:
         self._pad = DataCollatorWithPadding(tokenizer)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Pad rows to ``input_ids`` and ``attention_mask``, each ``(batch, length)``, and ``labels`` ``(batch,)``."""
+        """Pad rows to ``input_ids`` and ``attention_mask``, each ``(batch, length)``, and ``labels`` "
+        "``(batch,)``."""
         return dict(self._pad(rows))

@@ -18,7 +18,8 @@ def label_names(rows: "Dataset", column: str, where: str) -> list[str]:
         where: what the rows were read from, for messages.
 
     Returns:
-        The names that the data set itself has; else the labels that occur, sorted: strings by letter, integers
+        The names that the data set itself has; else the labels that occur, sorted: strings by letter,
+        integers
         by value.
 
     Raises:
@@ -31,15 +32,15 @@ def label_names(rows: "Dataset", column: str, where: str) -> list[str]:
     values = set(rows.unique(column))
     if None in values:
         raise ValueError(
-            f"expected a label in every row of {where}, got rows with none in the column {column!r}: fill them or "
-            "take the rows out"
+            f"expected a label in every row of {where}, got rows with none in the column {column!r}: fill "
+            "them or take the rows out"
         )
     kinds = {type(value) for value in values}
     if not (kinds <= {int, bool} or kinds == {str}):
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no labels at all"
         raise ValueError(
-            f"expected strings or integers as labels in the column {column!r} of {where}, got {found}: convert them, "
-            "or pass label_column="
+            f"expected strings or integers as labels in the column {column!r} of {where}, got {found}: "
+            "convert them, or pass label_column="
         )
     if len(values) < 2:
         raise ValueError(
@@ -83,8 +84,8 @@ def encode_labels(
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(
-                    f"expected text in the column {text_column!r} of {where(split)}, got {text!r} in row {index}: "
-                    "mend the row, or pass text_column="
+                    f"expected text in the column {text_column!r} of {where(split)}, got {text!r} in row "
+                    f"{index}: mend the row, or pass text_column="
                 )
         keys = labels if declared else [str(label) for label in labels]
         unknown = sorted({str(key) for key in keys if not declared and key not in numbers})

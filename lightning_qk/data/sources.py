@@ -27,7 +27,10 @@ def looks_like_file(source: str) -> bool:
     """Whether a source is meant as a file rather than as the name of a data set on the hub."""
     path = Path(source)
     return (
-        path.is_file() or path.is_absolute() or path.suffix.lower() in _READERS or source.startswith((".", "~"))
+        path.is_file()
+        or path.is_absolute()
+        or path.suffix.lower() in _READERS
+        or source.startswith((".", "~"))
     )
 
 
@@ -60,7 +63,9 @@ def check_files(paths: Sequence[str]) -> list[Path]:
             raise ValueError(f"expected text in {path}, got an empty file: fill it or leave it out")
     suffixes = sorted({path.suffix.lower() for path in found})
     if len(suffixes) > 1:
-        raise ValueError(f"expected files of one kind, got {' and '.join(suffixes)}: convert them to one of these")
+        raise ValueError(
+            f"expected files of one kind, got {' and '.join(suffixes)}: convert them to one of these"
+        )
     return found
 
 
@@ -70,7 +75,8 @@ def _check_encoding(path: Path, encoding: str) -> None:
         decoder = codecs.getincrementaldecoder(encoding)()
     except LookupError as error:
         raise ValueError(
-            f"expected the name of a text encoding such as utf-8 or latin-1, got {encoding!r}: correct encoding="
+            f"expected the name of a text encoding such as utf-8 or latin-1, got {encoding!r}: correct "
+            "encoding="
         ) from error
     before = pending = 0
     with path.open("rb") as file:
@@ -94,7 +100,8 @@ def _check_encoding(path: Path, encoding: str) -> None:
 def read_files(paths: Sequence[Path], cache_dir: Path, *, encoding: str = "utf-8") -> "Dataset":
     """Read the files of one split.
 
-    A row is a line of a ``.txt`` file (column ``text``), a line of a ``.csv`` or ``.tsv`` file with a header, an
+    A row is a line of a ``.txt`` file (column ``text``), a line of a ``.csv`` or ``.tsv`` file with a header,
+    an
     object of a ``.json`` or ``.jsonl`` file, or a row of a ``.parquet`` file.
 
     Args:
@@ -128,8 +135,8 @@ def read_files(paths: Sequence[Path], cache_dir: Path, *, encoding: str = "utf-8
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise ValueError(
-            f"expected {builder} rows with the same columns in {', '.join(map(str, paths))}, got a file that cannot "
-            f"be parsed ({_first_line(cause)}): mend that file"
+            f"expected {builder} rows with the same columns in {', '.join(map(str, paths))}, got a file that "
+            f"cannot be parsed ({_first_line(cause)}): mend that file"
         ) from error
 
 
@@ -187,13 +194,14 @@ def require_column(rows: "Dataset", column: str, option: str, where: str) -> Non
     """
     if column not in rows.column_names:
         raise ValueError(
-            f"expected a column {column!r} in {where}, got the columns {', '.join(map(repr, rows.column_names))}: "
-            f"pass {option}="
+            f"expected a column {column!r} in {where}, got the columns "
+            f"{', '.join(map(repr, rows.column_names))}: pass {option}="
         )
     dtype = getattr(rows.features[column], "dtype", "a nested type")
     if option == "text_column" and dtype not in ("string", "large_string"):
         raise ValueError(
-            f"expected text in the column {column!r} of {where}, got values of type {dtype}: pass text_column="
+            f"expected text in the column {column!r} of {where}, got values of type {dtype}: pass "
+            "text_column="
         )
 
 

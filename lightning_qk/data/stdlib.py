@@ -13,7 +13,17 @@ _SKIPPED_FOLDERS = frozenset(
     | {"pydoc_data", "lib-dynload", "__pycache__"}
 )
 
-PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "xml")
+PACKAGES = (
+    "asyncio",
+    "email",
+    "http",
+    "importlib",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "xml",
+)
 """Packages that label the snippets: they are in every Python from 3.10 on, also in Linux distributions'."""
 
 

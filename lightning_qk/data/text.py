@@ -97,12 +97,18 @@ class TextDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         check_task(task)
-        for name, number in (("block_size", block_size), ("max_length", max_length), ("batch_size", batch_size)):
+        for name, number in (
+            ("block_size", block_size),
+            ("max_length", max_length),
+            ("batch_size", batch_size),
+        ):
             if number < 1:
                 raise ValueError(f"expected {name} of at least 1, got {number}: raise it")
         for name, bound in (("max_files", max_files), ("max_characters", max_characters)):
             if bound is not None and bound < 1:
-                raise ValueError(f"expected {name} of at least 1, or null for no bound, got {bound}: raise it")
+                raise ValueError(
+                    f"expected {name} of at least 1, or null for no bound, got {bound}: raise it"
+                )
         if not 0 < val_fraction < 1:
             raise ValueError(f"expected a val_fraction between 0 and 1, got {val_fraction}: correct it")
         if not 0 < mask_probability <= 1:
@@ -200,16 +206,21 @@ class TextDataModule(pl.LightningDataModule):
     def _loader(self, split: str) -> DataLoader:
         assert self._splits is not None, "setup() comes first"
         if split not in self._splits:
-            raise ValueError(f"expected rows to {split} on, got none from {self._where()}: pass {split}_files=")
+            raise ValueError(
+                f"expected rows to {split} on, got none from {self._where()}: pass {split}_files="
+            )
         rows = self._splits[split]
         training = split == "train"
         sampler: DistributedSampler | None = None
         if training:
-            # Torch's sampler for many processes is also one whose order depends on (seed, epoch) alone: nothing
-            # else that draws random numbers changes it, and a resumed run goes on with the right epoch.
+            # Torch's sampler for many processes is also one whose order depends on (seed, epoch) alone:
+            # nothing else that draws random numbers changes it, and a resumed run goes on with the right
+            # epoch.
             processes = self.trainer.world_size if self.trainer else 1
             rank = self.trainer.global_rank if self.trainer else 0
-            sampler = DistributedSampler(rows, num_replicas=processes, rank=rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type]
+            sampler = DistributedSampler(
+                rows, num_replicas=processes, rank=rank, shuffle=True, seed=self.seed
+            )  # type: ignore[arg-type]
         return DataLoader(
             rows,  # type: ignore[arg-type]
             batch_size=self.batch_size,
@@ -238,7 +249,11 @@ class TextDataModule(pl.LightningDataModule):
         """The folder with the data, made if it is not there."""
         from datasets import config
 
-        root = Path(self.cache_dir).expanduser() if self.cache_dir else Path(config.HF_DATASETS_CACHE) / "lightning_qk"
+        root = (
+            Path(self.cache_dir).expanduser()
+            if self.cache_dir
+            else Path(config.HF_DATASETS_CACHE) / "lightning_qk"
+        )
         # Files are looked at on every run, so that one that is gone or changed is not missed.
         files = {name: check_files(paths) for name, paths in self.files.items() if paths}
         hub: dict[str, Dataset] = {}
@@ -282,7 +297,12 @@ class TextDataModule(pl.LightningDataModule):
         import platform
         import sysconfig
 
-        return [platform.python_version(), sysconfig.get_paths()["stdlib"], self.max_files, self.max_characters]
+        return [
+            platform.python_version(),
+            sysconfig.get_paths()["stdlib"],
+            self.max_files,
+            self.max_characters,
+        ]
 
     def _tokenizer_key(self) -> Any:
         if self._tokenizer_name == "words":
@@ -290,7 +310,11 @@ class TextDataModule(pl.LightningDataModule):
         # Once, since a tokenizer's state changes when it is used with truncation.
         if self._tokenizer_digest is None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
-            text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+            text = (
+                backend.to_str()
+                if backend is not None
+                else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+            )
             text += json.dumps(self.tokenizer.special_tokens_map, default=str)
             self._tokenizer_digest = hashlib.sha256(text.encode()).hexdigest()
         return self._tokenizer_digest
@@ -307,7 +331,9 @@ class TextDataModule(pl.LightningDataModule):
             rows = encode_labels(rows, self.label_column, names, self.text_column, self._place)
         for name, split in rows.items():
             if not len(split):
-                raise ValueError(f"expected text in {self._place(name)}, got no rows: fill it or leave it out")
+                raise ValueError(
+                    f"expected text in {self._place(name)}, got no rows: fill it or leave it out"
+                )
         if "val" not in rows:
             rows["train"], rows["val"] = self._cut(rows["train"], self.val_fraction)
         if self._tokenizer_name == "words":
@@ -328,7 +354,9 @@ class TextDataModule(pl.LightningDataModule):
     def _place(self, split: str) -> str:
         return ", ".join(self.files.get(split) or self.sources)
 
-    def _read(self, folder: Path, files: dict[str, list[Path]], hub: "dict[str, Dataset]") -> "dict[str, Dataset]":
+    def _read(
+        self, folder: Path, files: dict[str, list[Path]], hub: "dict[str, Dataset]"
+    ) -> "dict[str, Dataset]":
         rows = dict(hub)
         if self.sources == ["stdlib"]:
             rows["train"], rows["test"] = self._read_stdlib()
@@ -352,8 +380,8 @@ class TextDataModule(pl.LightningDataModule):
         """Split rows into those that stay and those that are taken to evaluate on."""
         if len(rows) < 2:
             raise ValueError(
-                f"expected at least two rows in {self._where()} to set some apart for evaluation, got {len(rows)}: "
-                "add text, or pass val_files="
+                f"expected at least two rows in {self._where()} to set some apart for evaluation, got "
+                f"{len(rows)}: add text, or pass val_files="
             )
         if self.task == "sequence_classification":
             stay, taken = stratified_split(rows[self.label_column], fraction, self.seed)
@@ -371,7 +399,11 @@ class TextDataModule(pl.LightningDataModule):
 
         def encode(texts: list[str], labels: list[int]) -> dict[str, Any]:
             encoded = tokenizer(texts, truncation=True, max_length=length)
-            return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+            return {
+                "input_ids": encoded["input_ids"],
+                "attention_mask": encoded["attention_mask"],
+                "labels": labels,
+            }
 
         return self._map(rows, encode, [self.text_column, self.label_column], cache)
 
@@ -383,7 +415,9 @@ class TextDataModule(pl.LightningDataModule):
 
         def encode(texts: list[str]) -> dict[str, Any]:
             filled = [text for text in texts if text and text.strip()]
-            documents = tokenizer(filled, add_special_tokens=around, verbose=False)["input_ids"] if filled else []
+            documents = (
+                tokenizer(filled, add_special_tokens=around, verbose=False)["input_ids"] if filled else []
+            )
             return {"input_ids": [ids if ids[-1:] == [end] else [*ids, end] for ids in documents]}
 
         tokenized = self._map(rows, encode, [self.text_column], cache)
@@ -391,8 +425,8 @@ class TextDataModule(pl.LightningDataModule):
         blocks = pack(stream, self.block_size)
         if not len(blocks):
             raise ValueError(
-                f"expected at least one block of {self.block_size} tokens to {split} on from {self._place(split)}, "
-                f"got {len(stream)} tokens: add text, or lower block_size"
+                f"expected at least one block of {self.block_size} tokens to {split} on from "
+                f"{self._place(split)}, got {len(stream)} tokens: add text, or lower block_size"
             )
         return block_dataset(blocks)
 

@@ -27,7 +27,11 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     # Byte-level BPE writes each byte as a printable character; those of printable bytes are the bytes.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = iter(range(256, 512))
     alphabet = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
@@ -50,7 +54,8 @@ def word_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenize
 
     if vocab_size <= len(_SPECIAL):
         raise ValueError(
-            f"expected a vocab_size above {len(_SPECIAL)}, the number of special tokens, got {vocab_size}: raise it"
+            f"expected a vocab_size above {len(_SPECIAL)}, the number of special tokens, got {vocab_size}: "
+            "raise it"
         )
     counts: Counter[str] = Counter()
     for text in texts:
@@ -105,8 +110,8 @@ def load_tokenizer(name: str, role: str = "tokenizer") -> "PreTrainedTokenizerBa
         lines = str(error).strip().splitlines()
         raise ValueError(
             f"expected a folder or a name on the Hugging Face hub as {role}, got {name!r} "
-            f"({lines[0] if lines else type(error).__name__}): correct it, check the network, or take the tokenizer "
-            "'bytes' or 'words'"
+            f"({lines[0] if lines else type(error).__name__}): correct it, check the network, or take the "
+            "tokenizer 'bytes' or 'words'"
         ) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and others have none
@@ -123,6 +128,6 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
         if token is not None:
             return int(token)
     raise ValueError(
-        f"expected a tokenizer with an eos or a sep token to put between documents, got {tokenizer.name_or_path!r} "
-        "with neither: set tokenizer.eos_token and save it again"
+        "expected a tokenizer with an eos or a sep token to put between documents, got "
+        f"{tokenizer.name_or_path!r} with neither: set tokenizer.eos_token and save it again"
     )

@@ -183,6 +183,7 @@ def over_time(history: History, statistic: str) -> "Figure":
         _share_limits(axes, finite)
     _layer_legend(figure, axes, [history.layers[i] for i in shown], [colors[i] for i in shown])
     _axis_labels(axes, "step", style.unit or "dimensionless")
+    _step_axis(axes)
     _title(figure, f"{style.title}, {'largest' if style.peak else 'mean'} of each layer's heads")
     return figure
 
@@ -345,6 +346,7 @@ def scalars_over_time(record: RunRecord) -> "Figure":
             markersize=3.5,
         )
         axes.set_title(name, fontsize=_TITLE_SIZE, color=_INK, loc="left")
+        _step_axis(axes)
     axes.set_xlabel("step", fontsize=_LABEL_SIZE, color=_INK)
     return figure
 
@@ -411,9 +413,17 @@ def _style(axes: "Axes") -> None:
     # Everything a user's matplotlib style could change is set, so that figures look the same everywhere.
     axes.set_facecolor("none")
     axes.grid(visible=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.offsetText.set(fontsize=7, color=_INK)
     axes.tick_params(which="both", labelsize=_TICK_SIZE, labelcolor=_INK, color=_QUIET, direction="out")
     for spine in axes.spines.values():
         spine.set(visible=True, color=_QUIET, linewidth=0.8)
+
+
+def _step_axis(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
 def _grid_lines(axes: "Axes") -> None:

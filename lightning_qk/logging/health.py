@@ -137,7 +137,7 @@ def format_value(value: float) -> str:
         return "inf" if value > 0 else "-inf"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.1e}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return f"{value:#.3g}" if abs(value) < 99.95 else f"{value:.0f}"
 
 
 def _at_steps(record: RunRecord) -> str:
@@ -206,7 +206,7 @@ def _verdict(spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> tuple
         head, value = _worst(entropy)
         return "uniform", (
             f"mean normalized entropy {float(entropy.nanmean()):.3f}, most in head {head} ({value:.3f}): "
-            "no localization, the side of rank collapse"
+            "no localization, as in a fresh model or towards rank collapse"
         )
     if not attention and not any(value.isfinite().any() for value in spectrum.values()):
         return "no data", "nothing was recorded"

@@ -183,7 +183,7 @@ def _render(record: RunRecord) -> str:
     source = files("lightning_qk.logging").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     health = layer_health(record)
     counts = Counter(row.verdict for row in health)
-    model = record.info.get("model")
+    model = next((value for name, value in record.info.items() if name.lower() == "model"), "")
     return environment.from_string(source).render(
         title=f"Attention report: {model}" if model else "Attention report",
         lead=_lead(record),
@@ -305,7 +305,8 @@ class _Page:
             "Scatter plot of predicted against measured signal propagation, one point a head, with a "
             "diagonal.",
             "On the dashed diagonal the prediction from the weights, for tokens that are a Gaussian random "
-            "walk, agrees with the real logits. Heads off it see tokens that the model does not describe.",
+            "walk, agrees with the real logits. Heads off it see tokens that the model does not describe. "
+            "Where logits are tiny, as in a fresh model, prediction tends to 0.5 and measurement to 1.",
             "points gather near zero on both axes: these heads pass no signal.",
         )
         return section

@@ -17,7 +17,14 @@ _AUTO_CLASS = {
     "masked_lm": "AutoModelForMaskedLM",
     "sequence_classification": "AutoModelForSequenceClassification",
 }
-_TOKEN_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+_TOKEN_FIELDS = (
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "cls_token_id",
+    "sep_token_id",
+    "mask_token_id",
+)
 
 
 def _auto_class(task: str) -> Any:
@@ -36,7 +43,8 @@ def make_config(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     label_names: Sequence[str] | None = None,
 ) -> "PreTrainedConfig":
-    """A config from its fields. Vocabulary, special tokens and labels come from the data unless they are given.
+    """A config from its fields. Vocabulary, special tokens and labels come from the data unless they are
+    given.
 
     Args:
         fields: ``model_type`` and the fields of that type's config.
@@ -71,13 +79,15 @@ def make_config(
             raise ValueError(
                 f"expected the fields of a {model_type} config, got {name!r}: did you mean {close[0]!r}?"
             )
-        rank_zero_warn(f"{name!r} is no field of a {model_type} config that its defaults show; it is passed on as it is")
+        rank_zero_warn(
+            f"{name!r} is no field of a {model_type} config that its defaults show; it is passed on as it is"
+        )
     if tokenizer is not None:
         size = len(tokenizer)
         if given.get("vocab_size", size) < size:
             raise ValueError(
-                f"expected a vocab_size of at least {size}, the tokenizer's, got {given['vocab_size']}: leave it out, "
-                "then it is taken from the tokenizer"
+                f"expected a vocab_size of at least {size}, the tokenizer's, got {given['vocab_size']}: "
+                "leave it out, then it is taken from the tokenizer"
             )
         given.setdefault("vocab_size", size)
         for field in _TOKEN_FIELDS:
@@ -92,7 +102,9 @@ def make_config(
         return AutoConfig.for_model(model_type, **given)
     except Exception as error:  # each config checks its fields in its own way
         detail = " ".join(str(error).split())
-        raise ValueError(f"expected fields that make a {model_type} config, got {detail}: correct them") from error
+        raise ValueError(
+            f"expected fields that make a {model_type} config, got {detail}: correct them"
+        ) from error
 
 
 def network_from_config(
@@ -140,8 +152,8 @@ def network_from_pretrained(
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # missing files, network, broken JSON: all end in this one line
         raise ValueError(
-            f"expected a folder with a model, a name on the Hugging Face hub, or the fields of a config as model, got "
-            f"{name!r} ({_first_line(error)}): correct it, or check the network"
+            "expected a folder with a model, a name on the Hugging Face hub, or the fields of a config as "
+            f"model, got {name!r} ({_first_line(error)}): correct it, or check the network"
         ) from error
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if label_names is not None:
@@ -151,7 +163,9 @@ def network_from_pretrained(
     if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id  # GPT-2 and others have none; a classifier needs it
     try:
-        network = _auto_class(task).from_pretrained(name, config=config, dtype=torch.get_default_dtype(), **options)
+        network = _auto_class(task).from_pretrained(
+            name, config=config, dtype=torch.get_default_dtype(), **options
+        )
     except (ValueError, ImportError) as error:
         raise _refused(config.model_type, task, attn_implementation, error) from error
     except OSError as error:
@@ -162,8 +176,8 @@ def network_from_pretrained(
     size = network.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > size:
         raise ValueError(
-            f"expected a tokenizer of at most {size} tokens for the model {name!r}, got one of {len(tokenizer)}: "
-            "pass the model's own as tokenizer"
+            f"expected a tokenizer of at most {size} tokens for the model {name!r}, got one of "
+            f"{len(tokenizer)}: pass the model's own as tokenizer"
         )
     return network
 
@@ -184,8 +198,8 @@ def check_length(network: "PreTrainedModel", length: int) -> None:
     tables = {m.num_embeddings for m in network.modules() if isinstance(m, nn.Embedding)}
     if tables & {positions, positions + 2}:  # OPT and BART have two rows more; rotary models have no table
         raise ValueError(
-            f"expected texts of at most {positions} tokens, the model's max_position_embeddings, got {length}: lower "
-            "block_size or max_length, or give a new model more positions"
+            f"expected texts of at most {positions} tokens, the model's max_position_embeddings, got "
+            f"{length}: lower block_size or max_length, or give a new model more positions"
         )
 
 
@@ -209,6 +223,6 @@ def _refused(model_type: str, task: str, attn_implementation: str | None, error:
             "pick another model or another task"
         )
     return ValueError(
-        f"expected a {model_type} that can be built for {task} with attn_implementation={attn_implementation!r}, got "
-        f"{_first_line(error)}: change the one that it names"
+        f"expected a {model_type} that can be built for {task} with "
+        f"attn_implementation={attn_implementation!r}, got {_first_line(error)}: change the one that it names"
     )

@@ -35,7 +35,8 @@ _CONFIG_KEY = "transformer_config"
 class TransformerModule(pl.LightningModule):
     """A Hugging Face model that trains, is evaluated and predicts.
 
-    The network is built in :meth:`configure_model`, when the data module is set up: a model from a config takes
+    The network is built in :meth:`configure_model`, when the data module is set up: a model from a config
+    takes
     its vocabulary size and special tokens from the tokenizer, and a classifier its classes from the labels. A
     checkpoint holds the resulting config, so that ``load_from_checkpoint`` needs neither the data nor the
     pretrained weights.
@@ -45,7 +46,8 @@ class TransformerModule(pl.LightningModule):
     ``…/f1_binary`` (that of the second class).
 
     Args:
-        model: a folder or a name on the Hugging Face hub, for pretrained weights; or the fields of a config with
+        model: a folder or a name on the Hugging Face hub, for pretrained weights; or the fields of a config
+        with
             ``model_type`` among them (``{"model_type": "gpt2", "n_layer": 2}``), for random ones.
         task: ``"causal_lm"``, ``"masked_lm"`` or ``"sequence_classification"``.
         lr: peak learning rate of AdamW.
@@ -81,7 +83,9 @@ class TransformerModule(pl.LightningModule):
         super().__init__()
         check_task(task)
         if schedule not in _SCHEDULES:
-            raise ValueError(f"expected a schedule out of {', '.join(_SCHEDULES)}, got {schedule!r}: correct it")
+            raise ValueError(
+                f"expected a schedule out of {', '.join(_SCHEDULES)}, got {schedule!r}: correct it"
+            )
         if not lr > 0:
             raise ValueError(f"expected a learning rate above 0, got {lr}: correct lr")
         if warmup_steps < 0 or not 0 <= warmup_ratio < 1:
@@ -91,7 +95,8 @@ class TransformerModule(pl.LightningModule):
             )
         if warmup_steps and warmup_ratio:
             raise ValueError(
-                f"expected warmup_steps or warmup_ratio, got both ({warmup_steps} and {warmup_ratio}): drop one"
+                f"expected warmup_steps or warmup_ratio, got both ({warmup_steps} and {warmup_ratio}): drop "
+                "one"
             )
         self.save_hyperparameters()
         self.pretrained = model if isinstance(model, str) else None
@@ -118,8 +123,8 @@ class TransformerModule(pl.LightningModule):
         """
         if self.model is None:
             raise ValueError(
-                "expected a network that is built, got a TransformerModule that has not met its data yet: fit or "
-                "validate it with a Trainer, or use load_from_checkpoint"
+                "expected a network that is built, got a TransformerModule that has not met its data yet: "
+                "fit or validate it with a Trainer, or use load_from_checkpoint"
             )
         return self.model
 
@@ -138,7 +143,9 @@ class TransformerModule(pl.LightningModule):
         tokenizer = getattr(data, "tokenizer", None)
         labels = getattr(data, "label_names", None) if self.task == "sequence_classification" else None
         if self.pretrained:
-            network = network_from_pretrained(self.pretrained, self.task, tokenizer, labels, self.attn_implementation)
+            network = network_from_pretrained(
+                self.pretrained, self.task, tokenizer, labels, self.attn_implementation
+            )
         else:
             config = make_config(self.fields, tokenizer, labels)
             network = network_from_config(config, self.task, self.attn_implementation)
@@ -156,7 +163,9 @@ class TransformerModule(pl.LightningModule):
             network.config.use_cache = False
         if self.gradient_checkpointing:
             # Newer versions of transformers have another name for it.
-            enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+            enable = getattr(
+                network, "activation_checkpointing_enable", network.gradient_checkpointing_enable
+            )
             enable()
         self.model = network
         for stage in ("val", "test"):
@@ -208,14 +217,20 @@ class TransformerModule(pl.LightningModule):
                 metric.update(output.logits.argmax(dim=-1), labels)
             shown = name in ("perplexity", "accuracy")
             self.log(
-                f"{stage}/{name}", metric, prog_bar=shown, on_step=False, on_epoch=True, batch_size=len(labels)
+                f"{stage}/{name}",
+                metric,
+                prog_bar=shown,
+                on_step=False,
+                on_epoch=True,
+                batch_size=len(labels),
             )
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
         """Predictions for a batch.
 
         Returns:
-            ``logits``: ``(batch, labels)`` or ``(batch, tokens, vocabulary)``; ``predictions``: the arg max; and
+            ``logits``: ``(batch, labels)`` or ``(batch, tokens, vocabulary)``; ``predictions``: the arg max;
+            and
             for classification ``labels``: the names of the predicted classes.
         """
         logits = self(**{name: value for name, value in batch.items() if name != "labels"}).logits
@@ -245,8 +260,8 @@ class TransformerModule(pl.LightningModule):
             steps = self.trainer.estimated_stepping_batches
             if steps == float("inf"):
                 raise ValueError(
-                    f"expected max_steps or max_epochs for the schedule {self.schedule!r}, got a run without an end: "
-                    "set one of them, or schedule: constant with warmup_steps"
+                    f"expected max_steps or max_epochs for the schedule {self.schedule!r}, got a run without "
+                    "an end: set one of them, or schedule: constant with warmup_steps"
                 )
             if self.warmup_ratio:
                 options["num_warmup_steps"] = round(self.warmup_ratio * steps)

@@ -8,6 +8,7 @@ reader for the log.
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,17 +42,15 @@ class WandbRun:
 
 
 def read_wandb_run(folder: str | Path) -> WandbRun:
-    """The one offline run below ``folder``, the logger's ``save_dir``. Call ``wandb.finish()`` first."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    """The one offline run below ``folder``, the logger's ``save_dir``. Call ``wandb.finish()`` first.
 
+    ``finish`` may return before its service has written the file: this waits for the record of the exit.
+    """
     paths = sorted({path.resolve() for path in Path(folder).rglob("*.wandb")})
     if len(paths) != 1:
         raise ValueError(f"expected one .wandb file below {folder}, got {len(paths)}: {paths}")
     run = WandbRun(directory=paths[0].parent)
-    for data in _records(paths[0].read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
+    for kind, record in _finished(paths[0]):
         if kind == "history":
             row: dict[str, Any] = {}
             _update(row, record.history.item)
@@ -67,8 +66,24 @@ def read_wandb_run(folder: str | Path) -> WandbRun:
     return run
 
 
+def _finished(path: Path, timeout: float = 30.0) -> list[tuple[str, Any]]:
+    """Kind and message of every record, once the run's exit is among them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + timeout
+    while True:
+        records = [Record.FromString(data) for data in _records(path.read_bytes())]
+        kinds = [record.WhichOneof("record_type") for record in records]
+        if "exit" in kinds:
+            return list(zip(kinds, records, strict=True))
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"expected an exit record in {path} within {timeout} s, got {kinds}")
+        time.sleep(0.05)
+
+
 def _records(data: bytes) -> Iterator[bytes]:
-    if data[:4] != b":W&B":
+    """The whole records that are in the file so far."""
+    if data and data[:4] != b":W&B":
         raise ValueError(f"expected a file that begins with :W&B, got {data[:4]!r}")
     position, parts = _HEADER, b""
     while position + 7 <= len(data):
@@ -77,6 +92,8 @@ def _records(data: bytes) -> Iterator[bytes]:
             position += left
             continue
         length, kind = struct.unpack_from("<HB", data, position + 4)
+        if position + 7 + length > len(data):
+            return
         payload = data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind == _FULL:
