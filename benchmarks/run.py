@@ -164,7 +164,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results.json"))
     path = parser.parse_args().json
     torch.manual_seed(0)
-    results = [moments_against_eigenvalues(), largest_tensor(1), largest_tensor(12), *peak_memory(), sampled_rows()]
+    results = [
+        moments_against_eigenvalues(),
+        largest_tensor(1),
+        largest_tensor(12),
+        *peak_memory(),
+        sampled_rows(),
+    ]
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -175,8 +181,12 @@ def main() -> int:
     print(f"{machine['cores']} cores ({machine['processor']}), torch {machine['torch']}")
     for result in results:
         verdict = "ok" if result.met else "MISSED"
-        print(f"{result.measure:<{width}}  {result.value:8.3g}  {result.bar:>8}  {verdict:>6}  {result.detail}")
-    path.write_text(json.dumps({"machine": machine, "results": [r._asdict() for r in results]}, indent=2) + "\n")
+        print(
+            f"{result.measure:<{width}}  {result.value:8.3g}  {result.bar:>8}  {verdict:>6}  {result.detail}"
+        )
+    path.write_text(
+        json.dumps({"machine": machine, "results": [r._asdict() for r in results]}, indent=2) + "\n"
+    )
     return 0 if all(result.met for result in results) else 1
 
 

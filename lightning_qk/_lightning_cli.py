@@ -28,6 +28,7 @@ class _JobCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # The command has taken its own options out of sys.argv, which the parent warns about.
+        assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
 
@@ -69,7 +70,8 @@ def option_names(command: str) -> list[str]:
     parser.add_lightning_class_args(TransformerModule, "model")
     parser.add_lightning_class_args(TextDataModule, "data")
     parser.add_method_arguments(Trainer, command, skip=set(LightningCLI.subcommands()[command]))
-    return [action.dest for action in parser._actions if action.dest != "help"] + [
-        "seed_everything",
+    return [
         "config",
+        "seed_everything",
+        *(action.dest for action in parser._actions if action.dest != "help"),
     ]

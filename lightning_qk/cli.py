@@ -155,7 +155,8 @@ def _explain(error: Exception, command: str) -> str:
     if attribute:
         module = sys.modules.get(attribute["module"])
         hint = _did_you_mean(attribute["name"], dir(module))
-        return f"expected a class_path that exists, got {attribute['module']}.{attribute['name']}{hint or '; correct it'}"
+        name = f"{attribute['module']}.{attribute['name']}"
+        return f"expected a class_path that exists, got {name}{hint or '; correct it'}"
     if key and path:
         options = _init_args(path["path"])
         hint = _did_you_mean(key["key"], options)

@@ -65,7 +65,13 @@ def gemma2(**kwargs: Any) -> nn.Module:
 def t5(**kwargs: Any) -> nn.Module:
     """Encoder, decoder and cross-attention, with a position bias."""
     config = transformers.T5Config(
-        d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=64, vocab_size=VOCABULARY, decoder_start_token_id=0
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        num_layers=2,
+        d_ff=64,
+        vocab_size=VOCABULARY,
+        decoder_start_token_id=0,
     )
     return build(transformers.T5ForConditionalGeneration, config, **kwargs)
 

@@ -73,12 +73,13 @@ class Monitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer of another package, whose hooks and classes differ."""
         check_lightning(trainer, type(self).__name__)
+        if stage == "fit":
+            describe_config(trainer, {type(self).__name__: self.settings()})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree on where the report goes and describe this monitor in the run's config."""
+        """Agree on where the report goes."""
         self._directory = run_directory(trainer)
         self._reported = self._gave_up = self._found_non_finite = False
-        describe_config(trainer, {type(self).__name__: self.settings()})
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -223,7 +224,7 @@ class Monitor(Callback):
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Last figures, then, from the last of the monitors, the report of all of them."""
-        if not trainer.is_global_zero or self._reported or trainer.fast_dev_run:
+        if not trainer.is_global_zero or self._reported or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._reported = True
         monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]

@@ -59,9 +59,7 @@ def run_directory(trainer: Trainer) -> str:
 
 def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     """Facts about a run that its report prints."""
-    kinds = sorted(
-        {type(module).__name__ for module in pl_module.modules() if _is_whole_model(module)}
-    )
+    kinds = sorted({type(model).__name__ for model in _whole_models(pl_module)})
     parameters = sum(parameter.numel() for parameter in pl_module.parameters())
     return {
         "Model": ", ".join(kinds) or type(pl_module).__name__,
@@ -76,5 +74,8 @@ def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     }
 
 
-def _is_whole_model(module: torch.nn.Module) -> bool:
-    return isinstance(module, transformers.PreTrainedModel) and type(module).__name__.count("For") > 0
+def _whole_models(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost transformers models: a model's own backbone is one too."""
+    if isinstance(module, transformers.PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _whole_models(child)]

@@ -171,7 +171,9 @@ class AttentionMonitor(Monitor):
         assert capture is not None  # on_fit_start
         for name, problem in capture.problems.items():
             self.note(f"{name} is left out: {problem}")
-        missing = [name for name in self._modules if name not in capture.heard and name not in capture.problems]
+        missing = [
+            name for name in self._modules if name not in capture.heard and name not in capture.problems
+        ]
         if missing:
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

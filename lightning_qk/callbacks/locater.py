@@ -67,7 +67,9 @@ class LocAteR(Callback):
     ) -> None:
         for name, value in (("weight", weight), ("nu", nu)):
             if not math.isfinite(value) or value < 0:
-                raise ValueError(f"expected a finite {name} of at least 0, got {value}: pass 0 to switch it off")
+                raise ValueError(
+                    f"expected a finite {name} of at least 0, got {value}: pass 0 to switch it off"
+                )
         if target is not None and not math.isfinite(target):
             raise ValueError(f"expected a finite target, got {target}")
         check_form(form, 0.0 if form == "target" else target)
@@ -108,13 +110,14 @@ class LocAteR(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer of another package, whose hooks and classes differ."""
         check_lightning(trainer, type(self).__name__)
+        if stage == "fit":
+            settings = ("weight", "form", "support", "target", "nu", "schedule", "warmup_steps", "modules")
+            describe_config(trainer, {"LocAteR": {name: getattr(self, name) for name in settings}})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
         with torch.no_grad():
             self._layers(pl_module)
-        settings = ("weight", "form", "support", "target", "nu", "schedule", "warmup_steps", "modules")
-        describe_config(trainer, {"LocAteR": {name: getattr(self, name) for name in settings}})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the heads' means at the start, unless a checkpoint brought them."""
@@ -155,9 +158,11 @@ class LocAteR(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the penalty of logged steps, and say so once when it is not finite."""
-        if not self._is_due or self._newest is None:
+        value = self._newest
+        if not self._is_due or value is None:
             return
-        step, self._newest, value = logging_step(trainer), None, self._newest
+        self._newest = None
+        step = logging_step(trainer)
         self.history.append(step, {"locater/penalty": value.reshape(1)})
         if not self._warned and not torch.isfinite(value):
             self._warned = True

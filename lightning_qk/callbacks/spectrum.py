@@ -88,7 +88,9 @@ class QKSpectrumMonitor(Monitor):
         for name, reason in unread(pl_module).items():
             self.note(f"{name} is left out: {reason}")
         if self.fold_norm and (plain := [name for name, head in projections.items() if not head.norm_folded]):
-            self.note(f"no norm was found to fold into {', '.join(plain)}: their weights are taken as they are")
+            self.note(
+                f"no norm was found to fold into {', '.join(plain)}: their weights are taken as they are"
+            )
         heads = {name: head.heads for name, head in projections.items()}
         self._cross = {name for name, head in projections.items() if not head.self_attention}
         self.remember_layers(heads, self._cross)

@@ -54,9 +54,7 @@ def read_call(
         module, query, key, value = (named.pop(name) for name in _POSITIONAL[:4])
     except KeyError as error:
         raise UnsupportedCallError(f"its attention function is called without {error}") from error
-    return AttentionCall(
-        module, query, key, value, named.pop("attention_mask", None), implementation, named
-    )
+    return AttentionCall(module, query, key, value, named.pop("attention_mask", None), implementation, named)
 
 
 def statistics_arguments(call: AttentionCall, *, self_attention: bool | None) -> dict[str, Any]:
@@ -80,10 +78,8 @@ def statistics_arguments(call: AttentionCall, *, self_attention: bool | None) ->
     is_causal = False
     if mask is None and call.implementation == "sdpa":
         # As transformers' sdpa function decides, which cuts the keys to the queries when it is causal.
-        is_causal = options.get("is_causal")
-        if is_causal is None:
-            is_causal = getattr(call.module, "is_causal", True)
-        is_causal = bool(is_causal) and n > 1
+        asked = options.get("is_causal")
+        is_causal = bool(getattr(call.module, "is_causal", True) if asked is None else asked) and n > 1
         if is_causal and m > n:
             key, m = key[:, :, :n], n
     if mask is not None:

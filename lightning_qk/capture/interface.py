@@ -87,12 +87,18 @@ _installed: list[AttentionCapture] = []
 _originals: dict[str, Callable[..., Any]] = {}
 
 
-def _patch() -> None:
+def _interface() -> Any:
     from transformers.modeling_utils import AttentionInterface
 
+    return AttentionInterface
+
+
+def _patch() -> None:
+    interface = _interface()
+
     # transformers 5.0 has no get_interface: its models subscript the mapping, all but eager ones.
-    get_interface: Callable[..., Any] | None = getattr(AttentionInterface, "get_interface", None)
-    getitem: Callable[..., Any] = AttentionInterface.__getitem__
+    get_interface: Callable[..., Any] | None = getattr(interface, "get_interface", None)
+    getitem: Callable[..., Any] = interface.__getitem__
     if get_interface is not None:
         look_up = get_interface
 
@@ -101,26 +107,26 @@ def _patch() -> None:
             return _tap(look_up(self, attn_implementation, default), attn_implementation)
 
         _originals["get_interface"] = look_up
-        AttentionInterface.get_interface = tapped_get_interface
-    if "__getitem__" in vars(AttentionInterface):
+        interface.get_interface = tapped_get_interface
+    if "__getitem__" in vars(interface):
         _originals["__getitem__"] = getitem
 
     @functools.wraps(getitem)
     def tapped_getitem(self: Any, name: str) -> Any:
         return _tap(getitem(self, name), name)
 
-    AttentionInterface.__getitem__ = tapped_getitem
+    interface.__getitem__ = tapped_getitem
 
 
 def _unpatch() -> None:
-    from transformers.modeling_utils import AttentionInterface
+    interface = _interface()
 
     if "get_interface" in _originals:
-        AttentionInterface.get_interface = _originals.pop("get_interface")
+        interface.get_interface = _originals.pop("get_interface")
     if "__getitem__" in _originals:
-        AttentionInterface.__getitem__ = _originals.pop("__getitem__")
+        interface.__getitem__ = _originals.pop("__getitem__")
     else:
-        del AttentionInterface.__getitem__  # it was inherited
+        del interface.__getitem__  # it was inherited
     _taps.clear()
 
 
@@ -132,27 +138,24 @@ def _tap(function: Any, implementation: str | None) -> Any:
     if not callable(function) or getattr(function, "_lightning_qk_tap", False):
         return function
     name = implementation or "eager"  # transformers takes None for the model's own function
-    tap = _taps.get((function, name))
-    if tap is None:
+    known = _taps.get((function, name))
+    if known is not None:
+        return known
 
-        @functools.wraps(function)
-        def tap(*args: Any, **kwargs: Any) -> Any:
-            for capture in _installed:
-                if capture.enabled:
-                    _hear(function, name, args, kwargs)
-                    break
-            return function(*args, **kwargs)
+    @functools.wraps(function)
+    def tap(*args: Any, **kwargs: Any) -> Any:
+        if any(capture.enabled for capture in _installed):
+            _hear(function, name, args, kwargs)
+        return function(*args, **kwargs)
 
-        tap._lightning_qk_tap = True  # type: ignore[attr-defined]
-        _taps[(function, name)] = tap
+    tap._lightning_qk_tap = True  # type: ignore[attr-defined]
+    _taps[(function, name)] = tap
     return tap
 
 
 # Not traced: a compiled model breaks its graph here on the steps that listen and nowhere on the others.
 @torch.compiler.disable
-def _hear(
-    function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
+def _hear(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     module = args[0] if args else kwargs.get("module")
     if not isinstance(module, nn.Module) or is_recomputation():
         return

@@ -1,1 +1,1 @@
-
+"""Text to batches: sources, tokenizers, packing, and the data module."""

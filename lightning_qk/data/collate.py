@@ -54,8 +54,7 @@ class MaskingCollator:
         self.ordinary = ordinary.nonzero().squeeze(-1)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Mask rows to ``input_ids`` and ``labels``, each ``(batch, block_size)``; labels are -100 "
-        "elsewhere."""
+        """Mask rows to ``input_ids`` and ``labels``, each ``(batch, block_size)``; other labels are -100."""
         masked = [self._mask(torch.tensor(row["input_ids"], dtype=torch.long)) for row in rows]
         tokens, labels = zip(*masked, strict=True)
         return {"input_ids": torch.stack(tokens), "labels": torch.stack(labels)}
@@ -98,6 +97,5 @@ class PaddingCollator:
         self._pad = DataCollatorWithPadding(tokenizer)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Pad rows to ``input_ids`` and ``attention_mask``, each ``(batch, length)``, and ``labels`` "
-        "``(batch,)``."""
+        """Pad rows to ``input_ids`` and ``attention_mask`` ``(batch, length)``; ``labels`` ``(batch,)``."""
         return dict(self._pad(rows))

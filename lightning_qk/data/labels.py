@@ -19,8 +19,7 @@ def label_names(rows: "Dataset", column: str, where: str) -> list[str]:
 
     Returns:
         The names that the data set itself has; else the labels that occur, sorted: strings by letter,
-        integers
-        by value.
+        integers by value.
 
     Raises:
         ValueError: labels that are neither strings nor integers, or fewer than two classes.

@@ -101,8 +101,7 @@ def read_files(paths: Sequence[Path], cache_dir: Path, *, encoding: str = "utf-8
     """Read the files of one split.
 
     A row is a line of a ``.txt`` file (column ``text``), a line of a ``.csv`` or ``.tsv`` file with a header,
-    an
-    object of a ``.json`` or ``.jsonl`` file, or a row of a ``.parquet`` file.
+    an object of a ``.json`` or ``.jsonl`` file, or a row of a ``.parquet`` file.
 
     Args:
         paths: files of one kind, as :func:`check_files` returns them.

@@ -209,7 +209,7 @@ class TextDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"expected rows to {split} on, got none from {self._where()}: pass {split}_files="
             )
-        rows = self._splits[split]
+        data: Any = self._splits[split]
         training = split == "train"
         sampler: DistributedSampler | None = None
         if training:
@@ -219,10 +219,10 @@ class TextDataModule(pl.LightningDataModule):
             processes = self.trainer.world_size if self.trainer else 1
             rank = self.trainer.global_rank if self.trainer else 0
             sampler = DistributedSampler(
-                rows, num_replicas=processes, rank=rank, shuffle=True, seed=self.seed
-            )  # type: ignore[arg-type]
+                data, num_replicas=processes, rank=rank, shuffle=True, seed=self.seed
+            )
         return DataLoader(
-            rows,  # type: ignore[arg-type]
+            data,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,

@@ -27,7 +27,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ieee_matmul(device: torch.device) -> Iterator[None]:
-    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    matmul: Any = getattr(
+        torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn, "matmul", None
+    )
     if not hasattr(matmul, "fp32_precision"):  # torch < 2.9 has only the switch for everything
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")

@@ -469,10 +469,11 @@ def _row_statistics(
     logits, visible, position = problem.rows(index)
     batch, heads, count, m = logits.shape
     dtype = logits.dtype
-    hidden = None if visible is None else ~visible
     if visible is None:
+        hidden = None
         keys = torch.full((1, 1, 1), m, dtype=dtype, device=logits.device)
     else:
+        hidden = ~visible
         keys = visible.sum(-1).to(dtype)
     keep_rows = (keep[:, None] & (keys > 0)).expand(batch, heads, count)
 
@@ -482,7 +483,7 @@ def _row_statistics(
     mean = logits.sum(-1) / keys.clamp_min(1)
     deviation = logits - mean[..., None]
     inside = (deviation > -1) & (deviation < (keys - 1)[..., None])
-    if visible is not None:
+    if visible is not None and hidden is not None:
         inside &= visible
         deviation.masked_fill_(hidden, 0.0)
     linear = inside.sum(-1) / keys.clamp_min(1)

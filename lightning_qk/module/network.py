@@ -43,8 +43,9 @@ def make_config(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     label_names: Sequence[str] | None = None,
 ) -> "PreTrainedConfig":
-    """A config from its fields. Vocabulary, special tokens and labels come from the data unless they are
-    given.
+    """A config from its fields, fitted to the data.
+
+    Vocabulary size and special tokens are the tokenizer's unless they are given; the labels are the data's.
 
     Args:
         fields: ``model_type`` and the fields of that type's config.

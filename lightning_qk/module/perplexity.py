@@ -8,8 +8,7 @@ from torchmetrics import Metric
 class MeanLoss(Metric):
     """Mean of per-batch mean losses, each weighted by the number of its terms.
 
-    Unlike :class:`torchmetrics.MeanMetric` it lets NaN through, so that a broken model is not reported as
-    fine.
+    Unlike :class:`torchmetrics.MeanMetric` it lets NaN through: a broken model is not reported as fine.
     """
 
     full_state_update = False

@@ -36,9 +36,8 @@ class TransformerModule(pl.LightningModule):
     """A Hugging Face model that trains, is evaluated and predicts.
 
     The network is built in :meth:`configure_model`, when the data module is set up: a model from a config
-    takes
-    its vocabulary size and special tokens from the tokenizer, and a classifier its classes from the labels. A
-    checkpoint holds the resulting config, so that ``load_from_checkpoint`` needs neither the data nor the
+    takes its vocabulary size and special tokens from the tokenizer, and a classifier its classes from the
+    labels. A checkpoint holds the resulting config, so that ``load_from_checkpoint`` needs neither the data nor the
     pretrained weights.
 
     Logged: ``train/loss`` and ``lr`` on steps; ``val/loss`` and ``test/loss``; ``…/perplexity`` for language
@@ -47,8 +46,7 @@ class TransformerModule(pl.LightningModule):
 
     Args:
         model: a folder or a name on the Hugging Face hub, for pretrained weights; or the fields of a config
-        with
-            ``model_type`` among them (``{"model_type": "gpt2", "n_layer": 2}``), for random ones.
+            with ``model_type`` among them (``{"model_type": "gpt2", "n_layer": 2}``), for random ones.
         task: ``"causal_lm"``, ``"masked_lm"`` or ``"sequence_classification"``.
         lr: peak learning rate of AdamW.
         betas: of AdamW.
@@ -131,7 +129,7 @@ class TransformerModule(pl.LightningModule):
     @property
     def label_names(self) -> list[str]:
         """Names of the classes in the order of the logits."""
-        names = self.network.config.id2label
+        names: Any = self.network.config.id2label
         return [names[index] for index in range(len(names))]
 
     def configure_model(self) -> None:
@@ -163,13 +161,13 @@ class TransformerModule(pl.LightningModule):
             network.config.use_cache = False
         if self.gradient_checkpointing:
             # Newer versions of transformers have another name for it.
-            enable = getattr(
-                network, "activation_checkpointing_enable", network.gradient_checkpointing_enable
-            )
-            enable()
+            if hasattr(network, "activation_checkpointing_enable"):
+                network.activation_checkpointing_enable()
+            else:
+                network.gradient_checkpointing_enable()
         self.model = network
         for stage in ("val", "test"):
-            self.metrics[stage] = self._make_metrics(network.config.num_labels)
+            self.metrics[stage] = self._make_metrics(network.config.num_labels or 0)
 
     def _make_metrics(self, num_labels: int) -> nn.ModuleDict:
         metrics = nn.ModuleDict({"loss": MeanLoss()})
@@ -230,8 +228,7 @@ class TransformerModule(pl.LightningModule):
 
         Returns:
             ``logits``: ``(batch, labels)`` or ``(batch, tokens, vocabulary)``; ``predictions``: the arg max;
-            and
-            for classification ``labels``: the names of the predicted classes.
+            and for classification ``labels``: the names of the predicted classes.
         """
         logits = self(**{name: value for name, value in batch.items() if name != "labels"}).logits
         predictions = logits.argmax(dim=-1)
@@ -254,7 +251,9 @@ class TransformerModule(pl.LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=tuple(self.betas))
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.lr, betas=(self.betas[0], self.betas[1])
+        )
         options: dict[str, int] = {"num_warmup_steps": self.warmup_steps}
         if self.schedule != "constant" or self.warmup_ratio:
             steps = self.trainer.estimated_stepping_batches

@@ -55,13 +55,11 @@ def run(folder: Path, processes: int) -> None:
     }
     for name, (module, callbacks) in cases.items():
         keep = KeepGradients()
-        models.trainer([*callbacks, keep], **arguments).fit(
-            module, data(processes)
-        )
+        models.trainer([*callbacks, keep], **arguments).fit(module, data(processes))
         results[name] = keep.gradients
     spectrum, attention = QKSpectrumMonitor(), AttentionMonitor(rows=None)
     watched = models.trainer(
-        [spectrum, attention], logger=CSVLogger(folder, version=processes), **arguments
+        [spectrum, attention], logger=CSVLogger(folder, version=str(processes)), **arguments
     )
     watched.fit(job(), data(processes))
     results["attention"] = {name: attention.history.series(name) for name in attention.history.statistics}

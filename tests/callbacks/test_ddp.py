@@ -20,7 +20,9 @@ def results(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for command in ([sys.executable, script, str(folder), "1"], [*torchrun, script, str(folder), "2"]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt") for name in ("1_0", "2_0", "2_1")} | {"folder": folder}
 

@@ -52,9 +52,7 @@ def gradients_of(loss=None, callbacks=(), model=models.gpt2, **kwargs) -> list[d
 @pytest.mark.parametrize("form", ["variance", "target"])
 def test_gradient_equals_that_of_a_loss_term(setup, form):
     target = 0.01 if form == "target" else None
-    term = gradients_of(
-        loss=lambda job: WEIGHT * locater_penalty(job, form=form, target=target), **setup
-    )
+    term = gradients_of(loss=lambda job: WEIGHT * locater_penalty(job, form=form, target=target), **setup)
     callback = gradients_of(callbacks=[LocAteR(WEIGHT, form=form, target=target)], **setup)
     without = gradients_of(**setup)
     for with_term, with_callback, plain in zip(term, callback, without, strict=True):
@@ -125,9 +123,7 @@ def test_modules_by_pattern():
     for parameter in job.parameters():
         parameter.requires_grad = True
     name = next(iter(head_projections(job)))
-    gradients = []
-    for callbacks in ([], [LocAteR(WEIGHT, modules=name)]):
-        gradients.append(gradients_of(callbacks=callbacks)[0])
+    gradients = [gradients_of(callbacks=c)[0] for c in ([], [LocAteR(WEIGHT, modules=name)])]
     changed = {key for key, value in gradients[0].items() if not torch.equal(value, gradients[1][key])}
     assert changed == {f"{name}.c_attn.weight"}
 
@@ -156,17 +152,19 @@ def test_means_at_the_start_survive_a_resume(tmp_path):
         callback = LocAteR(WEIGHT, form="target", nu=10.0)
         trainer = models.trainer([callback], max_steps=steps, max_epochs=-1, default_root_dir=tmp_path)
         trainer.fit(job, models.tokens(), ckpt_path=checkpoint)
-        return job, callback, trainer
+        return callback, trainer
 
-    job, whole, trainer = fit(6)
-    _, first, trainer = fit(3)
+    whole, _ = fit(6)
+    first, trainer = fit(3)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed_job, resumed, _ = fit(6, tmp_path / "half.ckpt")
+    resumed, _ = fit(6, tmp_path / "half.ckpt")
     for name, mean in whole._start_means.items():
         assert torch.equal(resumed._start_means[name], mean)
         assert torch.equal(first._start_means[name], mean)
     assert resumed.history.steps == whole.history.steps
-    for a, b in zip(resumed.history.values["locater/penalty"], whole.history.values["locater/penalty"], strict=True):
+    for a, b in zip(
+        resumed.history.values["locater/penalty"], whole.history.values["locater/penalty"], strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
 
 

@@ -49,7 +49,13 @@ def test_spectrum_is_that_of_the_weights_after_the_step():
     trainer.fit(job, models.tokens())
     history = spectrum.history
     assert history.layers == ("layer_00", "layer_01")
-    assert history.steps == [-1, 0, 1, 2, 3]  # where it started from, then every step under Lightning's number
+    assert history.steps == [
+        -1,
+        0,
+        1,
+        2,
+        3,
+    ]  # where it started from, then every step under Lightning's number
     for index, moments in ((0, start), (-1, None)):
         now = moments or {
             name: qk_moments(head.query, head.key) for name, head in head_projections(job).items()
@@ -180,7 +186,7 @@ def test_weights_that_are_not_finite_are_named_and_training_goes_on():
     with torch.no_grad():
         job.inner["network"].transformer.h[1].attn.c_attn.weight[:, 9] = torch.nan  # query of head 1
     trainer = models.trainer(callbacks)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="not finite") as caught:
         trainer.fit(job, models.tokens())
     assert trainer.global_step == 4
     messages = [str(w.message) for w in caught if "not finite" in str(w.message)]

@@ -117,9 +117,7 @@ def test_statistics_are_those_of_the_models_own_attention(case, padding):
         rows = keep if p.shape[2] == 12 else torch.ones(2, 9, dtype=torch.bool)
         for statistic, want in from_map(p, rows, sink="gpt_oss" in case).items():
             value = got[name][statistic].double()
-            torch.testing.assert_close(
-                value, want, rtol=1e-4, atol=1e-4, msg=lambda m, s=statistic: f"{name} {s}: {m}"
-            )
+            torch.testing.assert_close(value, want, rtol=1e-4, atol=1e-4, msg=f"{name} {statistic}")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -217,7 +215,8 @@ def test_gradient_checkpointing_counts_once():
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         calls = []
         listening = AttentionCapture(
-            {m: n for n, m in find_attention(model).items()}, lambda name, call, calls=calls: calls.append(name)
+            {m: n for n, m in find_attention(model).items()},
+            lambda name, call, calls=calls: calls.append(name),
         )
         listening.install()
         listening.enabled = True

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dense_attention
 
-from lightning_qk.functional import attention_statistics
-from lightning_qk.functional import localization
+from lightning_qk.functional import attention_statistics, localization
 from lightning_qk.functional.localization import EXTREMES, MEAN_STATISTICS, STATISTICS
 
 BATCH, HEADS, N, D = 2, 4, 13, 8

@@ -45,7 +45,11 @@ def test_target_of_each_head():
     targets = {name: torch.rand(head.heads) for name, head in heads.items()}
     separate = sum(
         locater_penalty(
-            {name: HeadProjections(head.query[h : h + 1], head.key[[h * 2 // head.heads]], None, None, 1.0, "")},
+            {
+                name: HeadProjections(
+                    head.query[h : h + 1], head.key[[h * 2 // head.heads]], None, None, 1.0, ""
+                )
+            },
             form="target",
             target=float(targets[name][h]),
         )
