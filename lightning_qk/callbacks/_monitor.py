@@ -1,7 +1,7 @@
 """What the monitors share: when to measure, how to log, what to remember, the report at the end."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,12 @@ from lightning_qk.logging.loggers import describe_config, log_figure, log_histog
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class Monitor(Callback):
@@ -152,6 +158,13 @@ class Monitor(Callback):
         ):
             self.history = History(layers, list(heads.values()))
 
+    def note_left_out(self, reasons: Mapping[str, str]) -> None:
+        """Name the layers that are not measured; those with the same reason in one sentence."""
+        for reason in dict.fromkeys(reasons.values()):
+            names = [name for name, own in reasons.items() if own == reason]
+            verb = "is" if len(names) == 1 else f"({len(names)} layers) are"
+            self.note(f"{shorten(names)} {verb} left out: {reason}")
+
     def attempt(self, action: Callable[[], None]) -> None:
         """Do something for which training must not stop; after one failure nothing is tried again."""
         if self._gave_up:
@@ -273,10 +286,9 @@ class Monitor(Callback):
                 found.append(f"{module} (head {', '.join(bad)})")
         if found:
             self._found_non_finite = True
-            shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more layers" if len(found) > 3 else "")
             self.note(
-                f"{self.subject} are not finite {when} in {shown}: training goes on; look for a learning rate "
-                "that is too high, or an overflow in half precision"
+                f"{self.subject} are not finite {when} in {shorten(found)}: training goes on; look for a "
+                "learning rate that is too high, or an overflow in half precision"
             )
 
     def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:

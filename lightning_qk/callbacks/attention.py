@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._monitor import Monitor
+from lightning_qk.callbacks._monitor import Monitor, shorten
 from lightning_qk.capture.call import AttentionCall, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional.localization import AttentionSums, attention_sums
@@ -99,7 +99,7 @@ class AttentionMonitor(Monitor):
             projections = {}  # no layout is known, but calls can still be captured
         self._heads = {name: head.heads for name, head in projections.items()}
         self._self_attention = {name: head.self_attention for name, head in projections.items()}
-        self._seen = set()
+        self._seen, self._sums = set(), {}
         self._metric = None
         self._generator.manual_seed(self.seed + trainer.global_rank)
         self._capture = AttentionCapture({module: name for name, module in self._modules.items()}, self._hear)
@@ -146,39 +146,26 @@ class AttentionMonitor(Monitor):
         metric.to(pl_module.device).reset()
         metric.update(sums)
         values = metric.compute()
-        for name, flat in zip(metric.heads, self._views(values, metric), strict=True):
-            if not self._self_attention.get(name, True):
-                for tensor in flat:
-                    tensor.fill_(torch.nan)
-        self._seen = {
-            name for name, part in self._split(values["max_logit"], metric) if part.isfinite().any()
-        } | self._seen
+        for statistic in _OF_POSITIONS:
+            for key in (statistic, f"{statistic}_se"):
+                for name, heads in metric.split(values[key]).items():
+                    if not self._self_attention.get(name, True):
+                        heads.fill_(torch.nan)
+        seen = metric.split(values["max_logit"]).items()
+        self._seen |= {name for name, heads in seen if heads.isfinite().any()}
         return values
-
-    def _split(self, flat: Tensor, metric: AttentionStatistics) -> list[tuple[str, Tensor]]:
-        return list(zip(metric.heads, flat.split(list(metric.heads.values())), strict=True))
-
-    def _views(self, values: dict[str, Tensor], metric: AttentionStatistics) -> list[list[Tensor]]:
-        parts = [
-            values[name + suffix].split(list(metric.heads.values()))
-            for name in _OF_POSITIONS
-            for suffix in ("", "_se")
-        ]
-        return [list(column) for column in zip(*parts, strict=True)]
 
     def _name_missing(self) -> None:
         capture = self._capture
         assert capture is not None  # on_fit_start
-        for name, problem in capture.problems.items():
-            self.note(f"{name} is left out: {problem}")
+        self.note_left_out(capture.problems)
         missing = [
             name for name in self._modules if name not in capture.heard and name not in capture.problems
         ]
         if missing:
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             self.note(
-                f"no attention call of {len(missing)} of {len(self._modules)} layers was seen ({shown}; class "
+                f"no attention call of {len(missing)} of {len(self._modules)} layers was seen ({shorten(missing)}; class "
                 f"{kinds}): such a layer was not run, has attention of its own, or was compiled before "
                 "training; only attention that goes through transformers' AttentionInterface is captured"
             )

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_qk.callbacks._monitor import Monitor
+from lightning_qk.callbacks._monitor import Monitor, shorten
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.reader import head_projections, unread
 from lightning_qk.logging.history import RunRecord
@@ -85,12 +85,9 @@ class QKSpectrumMonitor(Monitor):
         super().on_fit_start(trainer, pl_module)
         with torch.no_grad():
             projections = head_projections(pl_module, fold_norm=self.fold_norm)
-        for name, reason in unread(pl_module).items():
-            self.note(f"{name} is left out: {reason}")
+        self.note_left_out(unread(pl_module))
         if self.fold_norm and (plain := [name for name, head in projections.items() if not head.norm_folded]):
-            self.note(
-                f"no norm was found to fold into {', '.join(plain)}: their weights are taken as they are"
-            )
+            self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
         heads = {name: head.heads for name, head in projections.items()}
         self._cross = {name for name, head in projections.items() if not head.self_attention}
         self.remember_layers(heads, self._cross)

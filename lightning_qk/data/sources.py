@@ -25,7 +25,9 @@ SPLIT_NAMES = {"train": ("train",), "val": ("validation", "valid", "val", "dev")
 
 def looks_like_file(source: str) -> bool:
     """Whether a source is meant as a file rather than as the name of a data set on the hub."""
-    path = Path(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.suffix.lower() in _READERS
     return (
         path.is_file()
         or path.is_absolute()
@@ -124,11 +126,13 @@ def read_files(paths: Sequence[Path], cache_dir: Path, *, encoding: str = "utf-8
         return load_dataset(
             builder,
             data_files={"train": [str(path) for path in paths]},
-            split="train",
             cache_dir=str(cache_dir),
             **options,
-        )
+        )["train"]
     except (DatasetGenerationError, ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):
+            names = ", ".join(map(str, paths))
+            raise ValueError(f"expected text in {names}, got no rows: fill it or leave it out") from error
         # The library wraps the parser's own complaint, which is the one that helps.
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -154,11 +158,12 @@ def read_dataset(name: str, config_name: str | None = None) -> "dict[str, Datase
     """
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+    path = Path(name).expanduser()
     try:
-        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            loaded = load_from_disk(name)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            loaded = load_from_disk(str(path))
         else:
-            loaded = load_dataset(name, config_name)
+            loaded = load_dataset(str(path) if path.is_dir() else name, config_name)
     except Exception as error:  # the hub's client has a dozen kinds, all with long messages
         raise ValueError(
             f"expected 'stdlib', a file, or a data set on the Hugging Face hub as source, got {name!r} "

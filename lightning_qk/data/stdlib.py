@@ -49,7 +49,11 @@ def stdlib_files(root: Path | None = None) -> list[Path]:
             f"expected the .py files of the standard library in {root}, found none: "
             "use another Python, or pass files as source"
         )
-    return [files[name] for name in sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())]
+    return [files[name] for name in sorted(files, key=_scatter)]
+
+
+def _scatter(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def _read(path: Path) -> str:
@@ -88,8 +92,9 @@ def stdlib_snippets(
 ) -> tuple[list[str], list[str]]:
     """Functions of the standard library, each labelled by the package that it comes from.
 
-    The labels are :data:`PACKAGES`. A text that occurs twice is taken once, and large packages are cut to
-    one and a half times the size of the median one, so that no class rules.
+    The labels are :data:`PACKAGES`. The snippets are sorted by a hash, as the files are. A text that
+    occurs twice is taken once, and large packages are cut to one and a half times the size of the median one,
+    so that no class rules.
 
     Args:
         max_files: how many files at most.
@@ -112,7 +117,7 @@ def stdlib_snippets(
     texts: list[str] = []
     labels: list[str] = []
     left = max_characters
-    for text, package in found.items():
+    for text, package in sorted(found.items(), key=lambda item: _scatter(item[0])):
         if taken[package] >= limit or (left is not None and len(text) > left):
             continue
         taken[package] += 1

@@ -66,6 +66,7 @@ STATISTICS = {
     "asymmetry": Statistic("asymmetry of W_QK", share=True),
     "concentration": Statistic("eigenvalue concentration", share=True),
     "propagation": Statistic("predicted signal propagation", "probability", share=True),
+    "localization": Statistic("predicted localization", "late minus early", signed=True),
     "spectral_radius": Statistic("largest |eigenvalue|", peak=True),
     "singular_max": Statistic("largest singular value", peak=True),
     "entropy": Statistic("attention entropy", "nats"),

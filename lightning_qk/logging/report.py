@@ -34,7 +34,7 @@ _PAPERS = (
     "Zhai et al.: Stabilizing Transformer Training by Preventing Attention Entropy Collapse. ICML 2023",
     "Wortsman et al.: Small-scale Proxies for Large-scale Transformer Training Instabilities. ICLR 2024",
     "Kimi Team: Kimi K2: Open Agentic Intelligence. 2025",
-    "Gu et al.: When Attention Sink Emerges in Language Models. ICLR 2025",
+    "Gu et al.: When Attention Sink Emerges in Language Models: An Empirical View. ICLR 2025",
 )
 
 # Statistic → what it means, when to worry.
@@ -98,10 +98,11 @@ _MEANING = {
         "neither 0 nor 1, so that signal and gradient pass.",
         "it falls towards 0: attention saturates.",
     ),
-    "propagation": (
-        "How likely a token still passes signal through the piecewise-linear softmax of Bao et al., "
-        "predicted from the weights alone for tokens that are a Gaussian random walk.",
-        "it falls towards 0: attention saturates.",
+    "localization": (
+        "How much likelier late tokens pass signal through the piecewise-linear softmax of Bao et al. than "
+        "early ones, predicted from the weights alone for tokens that are a Gaussian random walk: 1 is "
+        "attention localized on late tokens, -1 on early ones.",
+        "it stays at 0 in every layer: attention is uniform, or saturated where the largest logit is high.",
     ),
 }
 
@@ -109,7 +110,7 @@ _SPECTRUM_CURVES = (
     ("eig_mean",),
     ("sym_var", "eig_var"),
     ("spectral_radius", "singular_max"),
-    ("propagation",),
+    ("localization",),
 )
 _ATTENTION_CURVES = (
     ("entropy_normalized", "entropy"),

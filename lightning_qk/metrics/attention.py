@@ -70,6 +70,10 @@ class AttentionStatistics(Metric):
                     self.maximum[:, where], call.maximum.amax(1).to(self.maximum)
                 )
 
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of one statistic by layer, each of shape ``(heads,)``."""
+        return {name: flat[where] for name, where in self._slices.items()}
+
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all heads, flat, shape ``(sum(heads),)``, and ``<name>_se``.
 

@@ -17,9 +17,9 @@ from lightning_qk.functional.spectrum import (
 from lightning_qk.heads.batch import stack_layers
 from lightning_qk.heads.projections import HeadProjections
 
-SPECTRUM_STATISTICS = (*MOMENTS, "propagation", "spectral_radius", "singular_max")
+SPECTRUM_STATISTICS = (*MOMENTS, "propagation", "localization", "spectral_radius", "singular_max")
 
-# Relative positions at which the predicted propagation is averaged: midpoints of ten equal parts of [0, 1].
+# Relative positions at which propagation is predicted: midpoints of ten equal parts of [0, 1].
 _THETA = torch.linspace(0.05, 0.95, 10)
 
 
@@ -29,7 +29,9 @@ class QKSpectrum(Metric):
     Beside the entries of :func:`~lightning_qk.functional.qk_moments`:
 
     - ``propagation``: predicted signal propagation probability, averaged over relative positions, with the
-      layer's softmax scale and tokens of identity covariance.
+      layer's softmax scale and tokens of identity covariance. ½ while no head saturates, to 0 as it does.
+    - ``localization``: the same averaged over the later half of the positions minus over the earlier half: 1
+      where only late tokens pass signal, −1 where only early ones do, 0 uniform or saturated.
     - ``spectral_radius``: largest modulus of an eigenvalue.
     - ``singular_max``: largest singular value, for cross-attention, whose eigenvalues mean nothing: there it
       is the only entry and the others are NaN; NaN for self-attention.
@@ -78,11 +80,13 @@ class QKSpectrum(Metric):
                 scale * moments["trace"],
                 scale.square() * moments["trace_sq"],
                 scale.square() * moments["frobenius_sq"],
-            ).mean(0)
+            )
+            early, late = (part.mean(0) for part in propagation.chunk(2))
             eigenvalues = qk_eigenvalues(batch.query, batch.key)
             radius = eigenvalues.abs()[..., 0]
             nothing = torch.full_like(radius, torch.nan)
-            values = torch.stack([*(moments[name] for name in MOMENTS), propagation, radius, nothing])
+            predicted = ((early + late) / 2, late - early)
+            values = torch.stack([*(moments[name] for name in MOMENTS), *predicted, radius, nothing])
             for index, name in enumerate(batch.names):
                 rows[name] = values[:, index]
                 self.eigenvalues[name] = eigenvalues[index]

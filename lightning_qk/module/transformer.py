@@ -37,8 +37,8 @@ class TransformerModule(pl.LightningModule):
 
     The network is built in :meth:`configure_model`, when the data module is set up: a model from a config
     takes its vocabulary size and special tokens from the tokenizer, and a classifier its classes from the
-    labels. A checkpoint holds the resulting config, so that ``load_from_checkpoint`` needs neither the data nor the
-    pretrained weights.
+    labels. A checkpoint holds the resulting config, so that ``load_from_checkpoint`` needs neither the data
+    nor the pretrained weights.
 
     Logged: ``train/loss`` and ``lr`` on steps; ``val/loss`` and ``test/loss``; ``…/perplexity`` for language
     models; ``…/accuracy`` and ``…/f1`` (the mean over classes) for classification, with two classes also

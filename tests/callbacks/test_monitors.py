@@ -333,3 +333,23 @@ class TestErrors:
     def test_bad_arguments(self, make, message):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_layers_left_out_for_one_reason_are_one_sentence():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+    def own_kernel(module, query, key, value, attention_mask, **kwargs):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("own_kernel", own_kernel)
+    try:
+        model = models.gpt2()
+        model.set_attn_implementation("own_kernel")
+        callback = AttentionMonitor(report=False)
+        with pytest.warns(
+            UserWarning, match=r"\(2 layers\) are left out: attention implementation 'own_kernel'"
+        ):
+            models.trainer([callback]).fit(models.Job(model), models.tokens())
+    finally:
+        AttentionInterface._global_mapping.pop("own_kernel")
+    assert len(callback.notes) == 1

@@ -33,6 +33,7 @@ def simulated_record(
                 "eig_var": trace_sq / d_model - (trace / d_model) ** 2,
                 "sym_var": (trace_sq + frobenius_sq) / 2 / d_model - (trace / d_model) ** 2,
                 "asymmetry": (frobenius_sq - trace_sq) / (2 * frobenius_sq),
+                "localization": spread - 0.5,
                 "propagation": 0.5 + 0.3 * spread,
                 "spectral_radius": torch.linalg.eigvals(product).abs().amax(-1),
             },

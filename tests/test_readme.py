@@ -1,0 +1,80 @@
+"""The README's blocks are executed: Python as it stands, commands as far as they need no network."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines() if line]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.splitlines()[0])
+def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert "tensor(" in capsys.readouterr().out
+    if "trainer" in namespace:
+        assert namespace["trainer"].global_step == 20
+        assert list(tmp_path.rglob("lightning_qk_report.html"))
+    else:
+        assert isinstance(namespace["penalty"], torch.Tensor)
+
+
+def test_every_block_is_of_a_language_that_is_tested():
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert PYTHON
+    assert COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_real(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        # What make would run, without running it: it would make an environment in an environment.
+        shown = subprocess.run(
+            ["make", "--dry-run", "--always-make", *arguments], capture_output=True, text=True, check=False
+        )
+        assert shown.returncode == 0, shown.stderr
+        steps = shown.stdout
+        install = [line for line in COMMANDS if "pip install" in line]
+        if arguments == ["quickstart"]:  # the lines below it in the README are the same
+            for line in install:
+                constraint, package = re.search(r"-c (\S+) (.*)", line).groups()
+                assert f"-c {constraint} {package}" in steps, line
+            assert COMMANDS[COMMANDS.index(install[-1]) + 1] in steps
+        else:
+            assert "-m pytest" in steps
+    elif program.endswith("lightning-qk"):
+        # The whole configuration is read and checked, classes included.
+        from lightning_qk.cli import main
+
+        with pytest.raises(SystemExit) as done:
+            main([*arguments, "--print_config"])
+        assert done.value.code in (0, None)
+    else:
+        assert program == "python3" or program == ".venv/bin/pip"
+        assert shutil.which("python3")
+
+
+def test_the_models_that_the_readme_names_are_among_those_tested():
+    import sys
+
+    sys.path.insert(0, str(ROOT / "tests" / "heads"))
+    from heads_zoo import ZOO
+
+    tested = {re.sub("[^a-z0-9]", "", name.lower()) for name in ZOO}
+    listed = re.search(r"cross-attention: (.*?) and their kin", (ROOT / "README.md").read_text(), re.DOTALL)[
+        1
+    ]
+    for name in re.split(r",\s+", listed):
+        plain = re.sub("[^a-z0-9]", "", name.lower())
+        assert any(plain in known for known in tested), name
