@@ -95,34 +95,28 @@ def _interface() -> Any:
 
 def _patch() -> None:
     interface = _interface()
-
-    # transformers 5.0 has no get_interface: its models subscript the mapping, all but eager ones.
-    get_interface: Callable[..., Any] | None = getattr(interface, "get_interface", None)
+    get_interface: Callable[..., Any] = interface.get_interface
     getitem: Callable[..., Any] = interface.__getitem__
-    if get_interface is not None:
-        look_up = get_interface
-
-        @functools.wraps(look_up)
-        def tapped_get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
-            return _tap(look_up(self, attn_implementation, default), attn_implementation)
-
-        _originals["get_interface"] = look_up
-        interface.get_interface = tapped_get_interface
+    _originals["get_interface"] = get_interface
     if "__getitem__" in vars(interface):
         _originals["__getitem__"] = getitem
 
+    @functools.wraps(get_interface)
+    def tapped_get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        return _tap(get_interface(self, attn_implementation, default), attn_implementation)
+
+    # Some models subscript the mapping instead.
     @functools.wraps(getitem)
     def tapped_getitem(self: Any, name: str) -> Any:
         return _tap(getitem(self, name), name)
 
+    interface.get_interface = tapped_get_interface
     interface.__getitem__ = tapped_getitem
 
 
 def _unpatch() -> None:
     interface = _interface()
-
-    if "get_interface" in _originals:
-        interface.get_interface = _originals.pop("get_interface")
+    interface.get_interface = _originals.pop("get_interface")
     if "__getitem__" in _originals:
         interface.__getitem__ = _originals.pop("__getitem__")
     else:

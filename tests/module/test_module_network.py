@@ -54,7 +54,10 @@ def test_what_is_given_is_kept() -> None:
     [
         ({"n_layer": 1}, "expected model_type among the fields of the model, got n_layer"),
         ({"model_type": "gtp2"}, "got 'gtp2': did you mean 'gpt2'"),
-        ({**GPT2, "n_layers": 1}, "expected the fields of a gpt2 config, got 'n_layers': did you mean 'n_layer'"),
+        (
+            {**GPT2, "n_layers": 1},
+            "expected the fields of a gpt2 config, got 'n_layers': did you mean 'n_layer'",
+        ),
         ({**GPT2, "n_layer": "many"}, "expected fields that make a gpt2 config, got .*n_layer"),
         ({**GPT2, "vocab_size": 100}, "expected a vocab_size of at least 263, the tokenizer's, got 100"),
     ],
@@ -70,7 +73,7 @@ def test_other_names_of_a_field_are_fields() -> None:
 
 
 def test_a_task_that_a_model_does_not_do_is_told() -> None:
-    with pytest.raises(ValueError, match="expected a model type .* AutoModelForMaskedLM of, got 'gpt2'"):
+    with pytest.raises(ValueError, match=r"expected a model type .* AutoModelForMaskedLM of, got 'gpt2'"):
         network_from_config(make_config(GPT2), "masked_lm")
 
 
@@ -109,7 +112,7 @@ def test_pretrained_models_that_are_not_there_or_do_not_fit(tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
     network = network_from_config(make_config({**GPT2, "vocab_size": 100}), "causal_lm")
     network.save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match="expected a tokenizer of at most 100 tokens .* got one of 263"):
+    with pytest.raises(ValueError, match=r"expected a tokenizer of at most 100 tokens .* got one of 263"):
         network_from_pretrained(str(tmp_path / "small"), "causal_lm", TOKENIZER)
     (tmp_path / "small" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="expected the weights of a model in") as caught:
@@ -120,7 +123,7 @@ def test_pretrained_models_that_are_not_there_or_do_not_fit(tmp_path: Path) -> N
 def test_texts_longer_than_the_positions_are_told() -> None:
     network = network_from_config(make_config(GPT2), "causal_lm")
     check_length(network, 16)
-    with pytest.raises(ValueError, match="at most 16 tokens, .* got 17: lower block_size or max_length"):
+    with pytest.raises(ValueError, match=r"at most 16 tokens, .* got 17: lower block_size or max_length"):
         check_length(network, 17)
     llama = {
         "model_type": "llama",

@@ -27,7 +27,8 @@ BERT = {
 }
 LINES = "".join(f"line {index % 7} of the text\n" for index in range(120))
 TABLE = "text,label\n" + "".join(
-    f"{('good', 'bad', 'so')[index % 3]} number {index},{('pos', 'neg', 'mid')[index % 3]}\n" for index in range(60)
+    f"{('good', 'bad', 'so')[index % 3]} number {index},{('pos', 'neg', 'mid')[index % 3]}\n"
+    for index in range(60)
 )
 
 
@@ -74,9 +75,9 @@ def trainer_for(folder: Path, **arguments: Any) -> pl.Trainer:
 def test_every_task_learns(task: str, fields: dict[str, Any], keys: set[str], tmp_path: Path) -> None:
     data = data_for(task, tmp_path)
     module = TransformerModule(fields, task, lr=5e-3, schedule="constant")
-    trainer = trainer_for(tmp_path, max_steps=40, limit_val_batches=0, num_sanity_val_steps=0)
-    [before] = trainer.validate(module, data, verbose=False)
+    [before] = trainer_for(tmp_path).validate(module, data, verbose=False)
 
+    trainer = trainer_for(tmp_path, max_steps=40, limit_val_batches=0)
     trainer.fit(module, data)
 
     assert {"train/loss", "lr"} <= set(trainer.callback_metrics)
@@ -115,7 +116,9 @@ def test_perplexity_is_exp_of_the_mean_over_tokens(tmp_path: Path) -> None:
     with torch.no_grad():
         for batch in batches:
             logits = network(batch["input_ids"]).logits[:, :-1].double()
-            terms.append(cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none"))
+            terms.append(
+                cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+            )
     kept = torch.cat(terms)
     kept = kept[torch.cat([batch["labels"][:, 1:].flatten() for batch in batches]) != -100]
     assert len({len(batch["labels"]) for batch in batches}) > 1
@@ -197,7 +200,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path: Path) -> None:
             callbacks=[ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)] if save else [],
             enable_checkpointing=save,
         )
-        trainer.fit(module, data_for("causal_lm", tmp_path), ckpt_path=resume, weights_only=False)
+        trainer.fit(module, data_for("causal_lm", tmp_path), ckpt_path=resume)
         return module
 
     whole = weights(run(save=True))
@@ -205,8 +208,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_ends(tmp_path: Path) -> None:
     assert not same(whole, weights(TransformerModule.load_from_checkpoint(tmp_path / "epoch=1.ckpt")))
 
 
-@pytest.mark.parametrize("weights_only", [True, False])
-def test_load_from_checkpoint_needs_no_data_and_no_pretrained_folder(weights_only: bool, tmp_path: Path) -> None:
+def test_load_from_checkpoint_needs_no_data_and_no_pretrained_folder(tmp_path: Path) -> None:
     data = data_for("sequence_classification", tmp_path)
     first = TransformerModule(BERT, "sequence_classification", save_pretrained_to=str(tmp_path / "model"))
     trainer_for(tmp_path, max_steps=1, limit_val_batches=0).fit(first, data)
@@ -217,8 +219,9 @@ def test_load_from_checkpoint_needs_no_data_and_no_pretrained_folder(weights_onl
     for file in (tmp_path / "model").iterdir():
         file.unlink()
 
-    loaded = TransformerModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=weights_only)
+    loaded = TransformerModule.load_from_checkpoint(tmp_path / "a.ckpt")
 
+    torch.load(tmp_path / "a.ckpt", weights_only=True)  # holds nothing that could run code
     assert loaded.label_names == ["mid", "neg", "pos"]
     assert loaded.lr == 3e-4
     assert same(weights(loaded), weights(module))
@@ -236,7 +239,9 @@ def test_the_exported_folder_loads_in_transformers(tmp_path: Path) -> None:
     assert network.config.use_cache is True
     assert module.network.config.use_cache is False
     assert tokenizer("text")["input_ids"] == data.tokenizer("text")["input_ids"]
-    text = network.generate(**tokenizer("li", return_tensors="pt", add_special_tokens=False), max_new_tokens=3)
+    text = network.generate(
+        **tokenizer("li", return_tensors="pt", add_special_tokens=False), max_new_tokens=3
+    )
     assert text.shape == (1, 5)
 
 
@@ -276,7 +281,13 @@ def learning_rates(schedule: str, folder: Path, steps: dict[str, int], **argumen
 
 def test_schedules_go_by_optimizer_steps(tmp_path: Path) -> None:
     assert learning_rates("constant", tmp_path, {"max_steps": 4}, warmup_steps=2) == [0.0, 0.5, 1.0, 1.0]
-    assert learning_rates("linear", tmp_path, {"max_steps": 5}, warmup_ratio=0.2) == [0.0, 1.0, 0.75, 0.5, 0.25]
+    assert learning_rates("linear", tmp_path, {"max_steps": 5}, warmup_ratio=0.2) == [
+        0.0,
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+    ]
     cosine = learning_rates("cosine", tmp_path, {"max_steps": 4})
     assert cosine == pytest.approx([(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)])
     by_epochs = learning_rates("linear", tmp_path, {"max_epochs": 2})
@@ -294,8 +305,12 @@ def test_biases_and_norms_do_not_decay(tmp_path: Path) -> None:
     trainer.fit(module, data_for("masked_lm", tmp_path))
 
     [optimizer] = trainer.optimizers
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]}
-    free = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.0 for p in group["params"]}
+    decayed = {
+        id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.3 for p in group["params"]
+    }
+    free = {
+        id(p) for group in optimizer.param_groups if group["weight_decay"] == 0.0 for p in group["params"]
+    }
     for name, parameter in module.named_parameters():
         plain = name.endswith("bias") or "LayerNorm" in name
         assert (id(parameter) in free) == plain, name
@@ -309,7 +324,7 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = TransformerModule(GPT2, gradient_checkpointing=checkpointing)
         trainer_for(tmp_path, max_steps=2, limit_val_batches=0).fit(module, data_for("causal_lm", tmp_path))
-        assert module.network.is_gradient_checkpointing == checkpointing
+        assert any(getattr(m, "gradient_checkpointing", False) for m in module.modules()) == checkpointing
         found.append(weights(module))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value)
@@ -365,5 +380,7 @@ def test_a_network_that_is_not_built_is_told() -> None:
 
 
 def test_blocks_longer_than_the_positions_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at most 32 tokens, .* got 33"):
-        trainer_for(tmp_path).validate(TransformerModule(GPT2), data_for("causal_lm", tmp_path, block_size=33))
+    with pytest.raises(ValueError, match=r"at most 32 tokens, .* got 33"):
+        trainer_for(tmp_path).validate(
+            TransformerModule(GPT2), data_for("causal_lm", tmp_path, block_size=33)
+        )

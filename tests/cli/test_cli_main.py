@@ -1,0 +1,267 @@
+"""The command: jobs from configs, and one line for what is wrong with them."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_qk import TransformerModule
+from lightning_qk.cli import main
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of two steps, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("".join(f"line {index} of the text\n" for index in range(60)))
+    job = {
+        "model": {
+            "task": "causal_lm",
+            "model": {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 16},
+        },
+        "data": {
+            "source": "text.txt",
+            "test_files": "text.txt",
+            "block_size": 16,
+            "batch_size": 4,
+            "cache_dir": "cache",
+        },
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "logs", "name": None, "version": ""},
+            },
+        },
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error, which has to be one line, and the last."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-qk: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_help_is_quick_and_complete() -> None:
+    code = "import sys; from lightning_qk.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0
+    for command in ("fit", "validate", "test", "predict", "report"):
+        assert f"  {command} " in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_qk import __version__
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-qk {__version__}\n"
+
+
+def test_a_job_from_fit_to_predict(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(config), "--model.lr", "1e-3", "--seed_everything", "3"]) == 0
+
+    saved = yaml.safe_load(Path("logs/lightning_qk_config.yaml").read_text())
+    assert saved["model"]["lr"] == 1e-3
+    [checkpoint] = Path("logs/checkpoints").glob("*.ckpt")
+    module = TransformerModule.load_from_checkpoint(checkpoint)
+    assert module.lr == 1e-3
+    assert module.network.config.vocab_size == 263
+    hparams = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    assert hparams["task"] == "causal_lm"
+
+    for command in ("validate", "test", "predict"):
+        assert main([command, "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
+    assert "test/perplexity" in capsys.readouterr().out
+    assert (
+        main(["fit", "--config", str(config), "--ckpt_path", str(checkpoint), "--trainer.max_steps", "3"])
+        == 0
+    )
+
+
+def test_task_and_seed_are_given_once(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_qk import TextDataModule
+
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(TextDataModule, "prepare_data", lambda self: seen.append((self.task, self.seed)))
+    monkeypatch.setattr(
+        TextDataModule, "setup", lambda self, stage: (_ for _ in ()).throw(ValueError("enough"))
+    )
+
+    assert main(["fit", "--config", str(config), "--model.task", "masked_lm", "--seed_everything", "7"]) == 1
+    assert main(["fit", "--config", str(config)]) == 1
+
+    assert seen == [("masked_lm", 7), ("causal_lm", 0)]
+
+
+MISSPELT: list[tuple[dict[str, Any], str]] = [
+    ({"model": {"lrr": 1.0}}, "expected an option that exists, got 'model.lrr'; did you mean 'model.lr'?"),
+    ({"modell": {"lr": 1.0}}, "got 'modell.lr'; did you mean 'model.lr'?"),
+    ({"data": {"blocksize": 1}}, "got 'data.blocksize'; did you mean 'data.block_size'?"),
+    ({"trainer": {"max_step": 1}}, "got 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
+    ({"zzz": 1}, "got 'zzz'; see lightning-qk fit --help"),
+    (
+        {"trainer": {"callbacks": [{"class_path": "lightning_qk.LocAteR", "init_args": {"wieght": 1.0}}]}},
+        "expected init_args of lightning_qk.LocAteR (weight, ",
+    ),
+    (
+        {"trainer": {"callbacks": [{"class_path": "lightning_qk.Locater", "init_args": {"weight": 1.0}}]}},
+        "expected a class_path that exists, got lightning_qk.Locater; did you mean 'LocAteR'?",
+    ),
+    (
+        {"trainer": {"callbacks": [{"class_path": "nosuch.LocAteR"}]}},
+        "Problem with given class_path 'nosuch.LocAteR': No module named 'nosuch'",
+    ),
+    ({"model": {"lr": "quick"}}, "model.lr"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISSPELT)
+def test_a_misspelt_config_gets_one_line(
+    config: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("change.yaml").write_text(yaml.safe_dump(change))
+
+    assert main(["fit", "--config", str(config), "--config", "change.yaml"]) == 2
+
+    assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "expected a command out of fit, validate, test, predict, report, got none"),
+        (["fti"], "got 'fti'; did you mean 'fit'?"),
+        (["fit"], "model.model"),
+        (["fit", "--config", "none.yaml"], "none.yaml"),
+        (["fit", "--config", "broken.yaml"], "line 2"),
+        (["fit", "--config", "job.yaml", "--modle.lr", "1"], "got 'modle.lr'; did you mean 'model.lr'?"),
+        (["report", "none.safetensors"], "expected a record that a monitor wrote, got no such file"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line(
+    config: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("broken.yaml").write_text("model:\n  task: [a\n")
+
+    assert main(args) == 2
+
+    assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.source", "none.txt"], "expected a text file, got no such file"),
+        (["--model.task", "causal"], "expected a task out of causal_lm, masked_lm, sequence_classification"),
+        (["--model.model.n_layerr", "2"], "got 'n_layerr': did you mean 'n_layer'?"),
+        (["--model.model", "none/such"], "expected a folder or a name on the Hugging Face hub as model"),
+        (["--trainer.callbacks+=lightning_qk.LocAteR", "--trainer.callbacks.weight=-1"], "weight"),
+    ],
+)
+def test_a_job_that_cannot_run_gets_one_line(
+    config: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", str(config), *args]) in (1, 2)
+
+    assert message in error_of(capsys)
+
+
+def test_the_traceback_can_be_had(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ["fit", "--config", str(config), "--data.source", "none.txt"]
+    with pytest.raises(ValueError, match="no such file"):
+        main([*args, "--traceback"])
+    monkeypatch.setenv("LIGHTNING_QK_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such file"):
+        main(args)
+
+
+def test_a_fault_of_the_program_is_not_hidden(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(TransformerModule, "training_step", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["fit", "--config", str(config)])
+
+
+def test_a_config_in_the_working_folder_is_never_overwritten(config: Path) -> None:
+    before = config.read_text()
+
+    assert main(["fit", "--config", str(config), "--trainer.logger", "false"]) == 0
+
+    assert config.read_text() == before
+    assert not list(Path().glob("*config*"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_the_configs_have_no_wrong_key(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(path), "--print_config"])
+
+    assert end.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert {"lightning_qk.QKSpectrumMonitor", "lightning_qk.AttentionMonitor", "lightning_qk.LocAteR"} <= {
+        callback["class_path"] for callback in shown["trainer"]["callbacks"]
+    }
+
+
+def test_the_quick_start_runs_and_its_report_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [path] = [path for path in CONFIGS if path.stem == "quickstart"]
+    small = [
+        *(
+            "--trainer.max_steps",
+            "3",
+            "--trainer.log_every_n_steps",
+            "1",
+            "--trainer.val_check_interval",
+            "3",
+        ),
+        *("--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu"),
+        *("--data.max_characters", "60000", "--data.cache_dir", "cache", "--data.batch_size", "4"),
+        *("--model.model.n_layer", "2", "--trainer.enable_progress_bar", "false"),
+    ]
+
+    assert main(["fit", "--config", str(path), *small]) == 0
+
+    run = Path("runs/quickstart")
+    assert len(list(run.rglob("lightning_qk_report.html"))) == 1
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    rows = (run / "csv/version_0/metrics.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    assert {"train/loss", "val/perplexity", "lr", "locater/penalty", "qk/eig_var/mean"} <= set(header)
+    column = header.index("val/perplexity")
+    [perplexity] = [float(cells[column]) for cells in (row.split(",") for row in rows[1:]) if cells[column]]
+    assert 1 < perplexity < 300
+    assert math.isfinite(perplexity)
+
+    capsys.readouterr()
+    [record] = run.rglob("lightning_qk_record.safetensors")
+    assert main(["report", str(record), "--output", "again.html"]) == 0
+    assert "<html" in Path("again.html").read_text()
+    assert capsys.readouterr().out.strip().endswith("again.html")
+
+
+def test_a_record_that_is_none_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"nothing")
+
+    assert main(["report", str(tmp_path / "a.safetensors")]) == 1
+
+    assert "expected a record that a monitor wrote" in error_of(capsys)
