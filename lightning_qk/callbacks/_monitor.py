@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_qk.callbacks._trainer import (
     check_lightning,
@@ -28,6 +29,11 @@ def shorten(names: Sequence[str]) -> str:
     """The first three of a list, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def flat_values(metric: Metric) -> dict[str, Tensor]:
+    """What a metric computes, one value a head: torchmetrics makes scalars of a model's only head."""
+    return {name: value.reshape(-1) for name, value in metric.compute().items()}
 
 
 class Monitor(Callback):

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._monitor import Monitor, shorten
+from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.capture.call import AttentionCall, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional.localization import AttentionSums, attention_sums
@@ -145,7 +145,7 @@ class AttentionMonitor(Monitor):
             self._metric = metric = AttentionStatistics(heads)
         metric.to(pl_module.device).reset()
         metric.update(sums)
-        values = metric.compute()
+        values = flat_values(metric)
         for statistic in _OF_POSITIONS:
             for key in (statistic, f"{statistic}_se"):
                 for name, heads in metric.split(values[key]).items():

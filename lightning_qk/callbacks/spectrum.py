@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_qk.callbacks._monitor import Monitor, shorten
+from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.reader import head_projections, unread
 from lightning_qk.logging.history import RunRecord
@@ -111,7 +111,7 @@ class QKSpectrumMonitor(Monitor):
         metric.to(pl_module.device).reset()
         with torch.no_grad():
             metric.update(head_projections(pl_module, fold_norm=self.fold_norm))
-        return metric.compute()
+        return flat_values(metric)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """As every monitor; the eigenvalues belong to the same step."""

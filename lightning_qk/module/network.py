@@ -124,7 +124,7 @@ def network_from_config(
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         return _auto_class(task).from_config(config, dtype=torch.get_default_dtype(), **options)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise _refused(config.model_type, task, attn_implementation, error) from error
 
 

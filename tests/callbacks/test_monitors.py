@@ -141,6 +141,39 @@ def test_per_head_scalars_and_few_keys_by_default(tmp_path):
         assert per_head or len(keys) < 120
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-true", "64-true"])
+def test_precisions(precision):
+    spectrum, attention = callbacks = monitors()
+    job = models.Job()
+    models.trainer([*callbacks, LocAteR(0.1)], precision=precision).fit(job, models.tokens())
+    assert spectrum.notes == attention.notes == []
+    # Half-precision weights are read as they are and computed with in float32.
+    head = next(iter(head_projections(job).values()))
+    want = qk_moments(head.query.double(), head.key.double())["sym_var"]
+    torch.testing.assert_close(spectrum.history.grid("sym_var")[0].double(), want, rtol=1e-4, atol=0)
+    assert attention.history.series("entropy").isfinite().all()
+
+
+def test_a_model_with_one_head():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=1,
+        n_head=1,
+        n_embd=32,
+        vocab_size=models.VOCABULARY,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    spectrum, attention = callbacks = monitors()
+    job = models.Job(models.build(GPT2LMHeadModel, config))
+    models.trainer([*callbacks, LocAteR(0.1, form="target")]).fit(job, models.tokens())
+    assert spectrum.notes == attention.notes == []
+    assert attention.history.series("entropy").shape == (4, 1)
+    assert spectrum.history.series("trace").shape == (5, 1)
+
+
 def test_each_alone_and_wherever_the_models_hang(tmp_path):
     class Pair(models.Job):
         def __init__(self):

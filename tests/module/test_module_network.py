@@ -58,13 +58,18 @@ def test_what_is_given_is_kept() -> None:
             {**GPT2, "n_layers": 1},
             "expected the fields of a gpt2 config, got 'n_layers': did you mean 'n_layer'",
         ),
-        ({**GPT2, "n_layer": "many"}, "expected fields that make a gpt2 config, got .*n_layer"),
         ({**GPT2, "vocab_size": 100}, "expected a vocab_size of at least 263, the tokenizer's, got 100"),
     ],
 )
 def test_fields_that_are_wrong_are_told(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         make_config(fields, TOKENIZER)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_of_the_wrong_type_is_told() -> None:
+    with pytest.raises(ValueError, match=r"expected .* gpt2 .*: c") as caught:
+        network_from_config(make_config({**GPT2, "n_layer": "many"}), "causal_lm")
     assert "\n" not in str(caught.value)
 
 
