@@ -95,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback or not _can_be_mended(error):
             raise
-        return _fail(f"{_one_line(str(error))} (--traceback shows where)", 1)
+        return _fail(f"{_mend(error)} (--traceback shows where)", 1)
 
 
 def _help() -> str:
@@ -140,6 +140,20 @@ def _can_be_mended(error: Exception) -> bool:
     )
 
 
+def _mend(error: Exception) -> str:
+    # Where a class of a config refuses its arguments, jsonargparse lists that among other reasons.
+    reason = _OUR_REASON.search(str(error))
+    text = _one_line(reason["reason"] if reason else str(error))
+    if "api key" in text.lower() or "wandb login" in text.lower():
+        return (
+            f"expected a W&B login for WandbLogger, got none ({text}): run `wandb login`, or give the logger "
+            "offline: true"
+        )
+    return text
+
+
+# What a class of ours says about its arguments.
+_OUR_REASON = re.compile(r"^\s*-? ?(?P<reason>expected [^\n]+)$", re.MULTILINE)
 # How jsonargparse says that a key does not exist: on the command line, in a config, in a class's init_args.
 _UNKNOWN_KEY = re.compile(
     r"(?:unrecognized arguments: -*|does not accept option '|Option '|Key ')(?P<key>[\w.-]+)", re.IGNORECASE

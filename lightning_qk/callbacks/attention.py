@@ -148,11 +148,11 @@ class AttentionMonitor(Monitor):
         values = flat_values(metric)
         for statistic in _OF_POSITIONS:
             for key in (statistic, f"{statistic}_se"):
-                for name, heads in metric.split(values[key]).items():
+                for name, part in metric.split(values[key]).items():
                     if not self._self_attention.get(name, True):
-                        heads.fill_(torch.nan)
-        seen = metric.split(values["max_logit"]).items()
-        self._seen |= {name for name, heads in seen if heads.isfinite().any()}
+                        part.fill_(torch.nan)
+        parts = metric.split(values["max_logit"]).items()
+        self._seen |= {name for name, part in parts if part.isfinite().any()}
         return values
 
     def _name_missing(self) -> None:
@@ -165,8 +165,8 @@ class AttentionMonitor(Monitor):
         if missing:
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
             self.note(
-                f"no attention call of {len(missing)} of {len(self._modules)} layers was seen ({shorten(missing)}; class "
-                f"{kinds}): such a layer was not run, has attention of its own, or was compiled before "
+                f"no attention call of {len(missing)} of {len(self._modules)} layers was seen "
+                f"({shorten(missing)}; class {kinds}): such a layer was not run, has attention of its own, or was compiled before "
                 "training; only attention that goes through transformers' AttentionInterface is captured"
             )
 

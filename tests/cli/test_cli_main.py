@@ -181,6 +181,34 @@ def test_a_job_that_cannot_run_gets_one_line(
     assert message in error_of(capsys)
 
 
+def test_arguments_that_a_callback_refuses_get_its_own_line(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = yaml.safe_load(config.read_text())
+    job["trainer"]["callbacks"] = [{"class_path": "lightning_qk.LocAteR", "init_args": {"weight": -1}}]
+    config.write_text(yaml.safe_dump(job))
+    assert main(["fit", "--config", str(config)]) == 1
+    assert "error: expected a finite weight of at least 0, got -1.0: pass 0 to" in error_of(capsys)
+
+
+def test_a_missing_wandb_login_gets_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    job = yaml.safe_load(config.read_text())
+    job["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.WandbLogger"}
+    config.write_text(yaml.safe_dump(job))
+    assert main(["fit", "--config", str(config)]) == 1
+    error = error_of(capsys)
+    assert "expected a W&B login for WandbLogger, got none" in error
+    assert "offline: true" in error
+
+
 def test_the_traceback_can_be_had(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["fit", "--config", str(config), "--data.source", "none.txt"]
     with pytest.raises(ValueError, match="no such file"):
