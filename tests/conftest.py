@@ -1,6 +1,8 @@
 """Shared by all tests: no network, no surprises from one test to the next."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -16,3 +18,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_open_wandb_run() -> Iterator[None]:
+    """A run that a test leaves open would be taken over by the next test's WandbLogger."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()

@@ -166,8 +166,9 @@ class AttentionMonitor(Monitor):
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
             self.note(
                 f"no attention call of {len(missing)} of {len(self._modules)} layers was seen "
-                f"({shorten(missing)}; class {kinds}): such a layer was not run, has attention of its own, or was compiled before "
-                "training; only attention that goes through transformers' AttentionInterface is captured"
+                f"({shorten(missing)}; class {kinds}): such a layer was not run, has attention of its own, or was "
+                "compiled before training; only attention that goes through transformers' AttentionInterface "
+                "is captured"
             )
 
     def expects(self, label: str) -> bool:
