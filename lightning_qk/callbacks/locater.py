@@ -33,8 +33,9 @@ class LocAteR(Callback):
     Logged keys: ``locater/penalty``, the penalty before it is weighted, and ``locater/weight``.
 
     Args:
-        weight: coefficient of the penalty. The penalty is of order 1/n of squared eigenvalues (see
-            ``support``), so that useful weights are of order 0.01 to 1 for a width of some hundreds.
+        weight: coefficient of the penalty. Its scale depends on the model (0.6 for a fresh GPT-2, 30 for a
+            pretrained MiniLM): start where ``weight`` times the logged ``locater/penalty`` is some percent of
+            the loss.
         form: ``"variance"`` or ``"target"``, see :func:`~lightning_qk.locater_penalty`.
         support: ``"model"`` or ``"head"``, see :func:`~lightning_qk.functional.qk_moments`.
         target: for ``form="target"`` the mean that eigenvalues are held at; None holds each head at its mean at
