@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dense_attention
 
-from lightning_qk.functional import attention_statistics, localization
+from lightning_qk.functional import _logits, attention_statistics
 from lightning_qk.functional.localization import EXTREMES, MEAN_STATISTICS, STATISTICS
 
 BATCH, HEADS, N, D = 2, 4, 13, 8
@@ -43,7 +43,7 @@ def padding_mask(side: str) -> torch.Tensor:
 
 @pytest.fixture(params=[1 << 22, 300], ids=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(localization, "_CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunks")

@@ -1,0 +1,211 @@
+"""Logits of one attention call by chunks of query rows: scale, soft cap, bias, and which pairs are visible."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._precision import at_least_float32
+
+# Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
+# model comes near: softmax of a pair this far down is 0 in every precision.
+_MASKED_BELOW = -9e3
+# Elements of one chunk of logits, 4 MiB in float32: the passes over a chunk stay in the caches.
+CHUNK_ELEMENTS = 1 << 20
+
+
+class Logits(NamedTuple):
+    """One attention call, checked: what the chunks are computed from."""
+
+    query: Tensor  # (batch, heads, n, d_head), any float dtype
+    key: Tensor  # (batch, kv_heads, m, d_head), float32 at least
+    mask: Tensor | None  # 4-D, broadcastable
+    bias: Tensor | None  # 4-D, broadcastable
+    sinks: Tensor | None  # (heads,)
+    is_causal: bool
+    sliding_window: int | None
+    query_offset: int
+    scaling: float
+    softcap: float | None
+
+    @classmethod
+    def check(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        sinks: Tensor | None = None,
+        query_offset: int = 0,
+    ) -> "Logits":
+        """Check the tensors of a call; what is what: :func:`~lightning_qk.functional.attention_statistics`.
+
+        Raises:
+            ValueError: shapes that do not fit, or a mask that is neither boolean nor floating.
+        """
+        if (
+            query.dim() != 4
+            or key.dim() != 4
+            or query.shape[0] != key.shape[0]
+            or query.shape[3] != key.shape[3]
+            or key.shape[1] == 0
+            or query.shape[1] % key.shape[1]
+        ):
+            raise ValueError(
+                "expected query (batch, heads, n, d_head) and key (batch, kv_heads, m, d_head) with kv_heads "
+                f"dividing heads, got {tuple(query.shape)} and {tuple(key.shape)}: pass the tensors as the "
+                "attention function receives them"
+            )
+        batch, heads, n, d_head = query.shape
+        full = (batch, heads, n, key.shape[2])
+        if mask is not None:
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                raise ValueError(
+                    f"expected a boolean mask (True = visible) or an additive floating one, got {mask.dtype}: "
+                    "convert a mask of zeros and ones with .bool()"
+                )
+            mask = _broadcast(mask, full, "mask")
+        if bias is not None:
+            bias = _broadcast(bias, full, "bias")
+        if sinks is not None and sinks.numel() != heads:
+            raise ValueError(f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}")
+        return cls(
+            query=query,
+            key=at_least_float32(key),
+            mask=mask,
+            bias=bias,
+            sinks=sinks,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            query_offset=query_offset,
+            scaling=d_head**-0.5 if scaling is None else float(scaling),
+            softcap=softcap,
+        )
+
+    def rows(self, index: slice | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits, visibility and positions of some query rows.
+
+        Args:
+            index: a slice of rows, or indices of shape ``(batch, rows)``, others for each sequence.
+
+        Returns:
+            logits ``(batch, heads, rows, m)``; visibility ``(batch|1, heads|1, rows, m)`` or None when every
+            key is visible; positions ``(batch|1, rows)``.
+        """
+        query = _take(self.query, index).to(self.key.dtype)
+        batch, heads, count, d_head = query.shape
+        kv_heads, m = self.key.shape[1:3]
+        # Query heads of one group become rows of one product: key heads are never repeated in memory.
+        grouped = (query * self.scaling).reshape(batch, kv_heads, heads // kv_heads * count, d_head)
+        logits = (grouped @ self.key.mT).view(batch, heads, count, m)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.bias is not None:
+            logits += _take(self.bias, index)
+        visible = None
+        if self.mask is not None:
+            mask = _take(self.mask, index)
+            if mask.dtype == torch.bool:
+                visible = mask
+            else:
+                visible = mask > _MASKED_BELOW
+                logits += mask
+        position = self.positions(index)
+        if (geometry := self.geometry(position)) is not None:
+            visible = geometry if visible is None else visible & geometry
+        return logits, visible, position
+
+    def visible(self, index: slice) -> Tensor | None:
+        """Visibility alone, as :meth:`rows` gives it."""
+        visible = None
+        if self.mask is not None:
+            mask = _take(self.mask, index)
+            visible = mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
+        if (geometry := self.geometry(self.positions(index))) is not None:
+            visible = geometry if visible is None else visible & geometry
+        return visible
+
+    def positions(self, index: slice | Tensor) -> Tensor:
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=self.query.device)[None]
+        return index + self.query_offset
+
+    def geometry(self, position: Tensor) -> Tensor | None:
+        """What position alone makes visible, ``(batch|1, 1, rows, m)``, or None for everything."""
+        if not self.is_causal and self.sliding_window is None:
+            return None
+        ahead = torch.arange(self.key.shape[2], device=position.device) - position[:, None, :, None]
+        visible = ahead <= 0 if self.is_causal else None
+        if self.sliding_window is not None:
+            near = ahead.abs() < self.sliding_window
+            visible = near if visible is None else visible & near
+        return visible
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        batch, heads = self.query.shape[:2]
+        size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * self.key.shape[2]))
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+
+
+def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Tensor:
+    """View with four dimensions, checked to broadcast; size-1 dimensions of batch and heads are kept."""
+    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    if tensor.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"expected a {name} that broadcasts to (batch, heads, n, m) = {full}, got {tuple(tensor.shape)}: "
+            f"a padding mask of shape (batch, m) becomes {name}[:, None, None, :].bool()"
+        )
+    return tensor.view(shape).expand(-1, -1, full[2], full[3])
+
+
+def _take(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    """Rows of ``(batch|1, heads|1, n, x)``: a slice for all, or ``(batch, rows)`` indices a sequence."""
+    if isinstance(index, slice):
+        return tensor[:, :, index]
+    batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    return tensor[batch, :, index].transpose(1, 2)
+
+
+def valid_rows(logits: Logits, query_mask: Tensor | None, self_attention: bool) -> Tensor:
+    """Rows that see a key and are no padding, boolean ``(batch, n)``."""
+    batch, _, n, _ = logits.query.shape
+    if query_mask is not None and query_mask.shape != (batch, n):
+        raise ValueError(
+            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}"
+        )
+    m = logits.key.shape[2]
+    device = logits.query.device
+    valid = torch.ones(batch, n, dtype=torch.bool, device=device)
+    if logits.mask is not None:
+        sees = []
+        seen = torch.zeros(batch, m, dtype=torch.bool, device=device)
+        for chunk in logits.chunks(n):
+            visible = logits.visible(chunk)
+            assert visible is not None  # there is a mask
+            visible = visible.any(1)
+            sees.append(visible.any(-1).expand(batch, -1))
+            seen |= visible.any(-2)
+        valid = torch.cat(sees, dim=1)
+        if self_attention and n == m:
+            valid = valid & seen
+        elif self_attention and logits.query_offset + n <= m:
+            valid = valid & seen[:, logits.query_offset : logits.query_offset + n]
+    elif logits.is_causal and logits.query_offset < 0:
+        valid = valid & (logits.positions(slice(0, n)) >= 0)
+    if query_mask is not None:
+        valid = valid & query_mask.to(device=device, dtype=torch.bool)
+    return valid
+
+
+def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
+    """``rows`` indices of distinct rows for each sequence, ``(batch, rows)``, valid ones first, at random."""
+    device = "cpu" if generator is None else generator.device
+    order = torch.rand(valid.shape, generator=generator, device=device).to(valid.device)
+    return order.masked_fill(~valid, 2.0).topk(rows, dim=1, largest=False).indices
