@@ -1,5 +1,6 @@
 """What the monitors share: when to measure, how to log, what to remember, the report at the end."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,7 @@ class Monitor(Callback):
         self.labels: dict[str, str] = {}
         self.notes: list[str] = []
         self._logged = 0
+        self._drawn: int | None = None
         self._directory: str | None = None
         self._is_due = False
         self._steps_before = 0
@@ -92,6 +94,7 @@ class Monitor(Callback):
         """Agree on where the report goes."""
         self._directory = run_directory(trainer)
         self._reported = self._gave_up = self._found_non_finite = False
+        self._logged, self._drawn = 0, None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -195,48 +198,54 @@ class Monitor(Callback):
         values = {name: value.detach().to("cpu", torch.float32) for name, value in values.items()}
         history.append(step, values)
         self.note_non_finite(values, f"at step {step}")
-        scalars = self.aggregate(history, values)
-        # For EarlyStopping, ModelCheckpoint and the like; the loggers get them from here, at this step.
-        overall = {key: value for key, value in scalars.items() if key.count("/") == 2 and "layer" not in key}
+        # Standard errors stay in the history: three more keys for each statistic would bury the rest.
+        means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
+        overall = self.over_the_model(means)
+        # For EarlyStopping, ModelCheckpoint and the like; the loggers get them below, with the others.
         pl_module.log_dict(overall, logger=False, on_step=True, on_epoch=False)
-        log_scalars(trainer, scalars, step)
+        log_scalars(trainer, overall | self.by_layer_and_head(history, means), step)
         if not trainer.is_global_zero:
             return
         for key, tensor in self.histograms().items():
-            log_histogram(trainer, key, tensor, step)
+            log_histogram(trainer, key, tensor.cpu(), step)
         if self.figures_every and self._logged % self.figures_every == 0:
             self.log_figures(trainer, step)
         self._logged += 1
 
-    def aggregate(self, history: History, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Scalars to log: over the model, per layer, and per head where asked."""
+    def over_the_model(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean, minimum and maximum over all heads that have a value."""
         scalars: dict[str, float] = {}
         for name, flat in values.items():
-            if name.endswith("_se"):
-                continue
             finite = flat[flat.isfinite()]
-            if not finite.numel():
-                continue
-            for reduction in ("mean", "min", "max"):
-                scalars[f"{self.group}/{name}/{reduction}"] = getattr(finite, reduction)().item()
+            if finite.numel():
+                for reduction in ("mean", "min", "max"):
+                    scalars[f"{self.group}/{name}/{reduction}"] = getattr(finite, reduction)().item()
+        return scalars
+
+    def by_layer_and_head(self, history: History, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over the heads of each layer, and each head where asked."""
+        scalars: dict[str, float] = {}
+        for name, flat in values.items():
             for label, heads in zip(history.layers, history.split(flat), strict=True):
-                if name in self.layer_statistics and heads.isfinite().any():
-                    scalars[f"{self.group}/{label}/{name}"] = heads[heads.isfinite()].mean().item()
+                finite = heads[heads.isfinite()]
+                if name in self.layer_statistics and finite.numel():
+                    scalars[f"{self.group}/{label}/{name}"] = finite.mean().item()
                 if self.per_head:
                     scalars.update(
                         (f"{self.group}/{label}/head_{index:02d}/{name}", value)
                         for index, value in enumerate(heads.tolist())
-                        if value == value
+                        if math.isfinite(value)
                     )
         return scalars
 
     def log_figures(self, trainer: Trainer, step: int) -> None:
-        """Layer × head heatmaps of the newest values."""
+        """Layer × head heatmaps of the newest values, once a step."""
         from lightning_qk.logging.figures import heatmap
 
         history = self.history
-        if history is None or not trainer.loggers:
+        if history is None or not trainer.loggers or step == self._drawn:
             return
+        self._drawn = step
         for name in self.figure_statistics:
             if name in history.values and history.values[name][-1].isfinite().any():
                 log_figure(trainer, f"{self.group}/heatmap/{name}", heatmap(history, name), step)

@@ -150,7 +150,9 @@ def qk_eigenvalues(
             small = rotate(small, rotary, torch.as_tensor(offset, device=small.device))
         # LAPACK refuses the whole batch for one head that is not finite: that head alone becomes NaN.
         finite = small.isfinite().all(-1).all(-1)[..., None]
-        values = torch.linalg.eigvals(torch.where(finite[..., None], small, torch.zeros_like(small)))
+        small = torch.where(finite[..., None], small, torch.zeros_like(small))
+        # On the CPU: LAPACK is quicker on matrices this small, and not every device has this eigenproblem.
+        values = torch.linalg.eigvals(small.cpu()).to(small.device)
         values = values.gather(-1, values.abs().argsort(dim=-1, descending=True))
         return torch.where(finite, values, torch.full_like(values, complex("nan")))
 
