@@ -1,4 +1,4 @@
-"""What importing costs: pure functions need torch alone, and loggers and data libraries wait until they are used."""
+"""What importing costs: pure functions need torch alone, and loggers and data wait until they are used."""
 
 import json
 import subprocess
@@ -11,8 +11,12 @@ import lightning_qk
 
 def imported(statement: str) -> set[str]:
     """Top-level modules in a fresh interpreter after a statement."""
-    code = f"{statement}\nimport json, sys; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    code = (
+        f"{statement}\nimport json, sys; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -33,4 +37,4 @@ def test_every_public_name_resolves():
         assert getattr(lightning_qk, name) is not None
     assert set(lightning_qk.__all__) <= set(dir(lightning_qk))
     with pytest.raises(AttributeError, match="no attribute 'QKSpectrumMonitr'"):
-        lightning_qk.QKSpectrumMonitr
+        _ = lightning_qk.QKSpectrumMonitr

@@ -11,8 +11,41 @@ from lightning_qk.functional._precision import at_least_float32
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
 _MASKED_BELOW = -9e3
-# Elements of one chunk of logits, 4 MiB in float32: the passes over a chunk stay in the caches.
-CHUNK_ELEMENTS = 1 << 20
+# Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
+CHUNK_ELEMENTS = 1 << 21
+
+
+class Chunk(NamedTuple):
+    """Logits of some query rows.
+
+    Attributes:
+        logits: shape ``(batch, heads, rows, keys)``; any value where a key is hidden. Keys may end before the
+            last where no row sees the rest.
+        shown: 1 where a key is visible and 0 where not, of the keys from ``edge`` on, shape ``(batch|1,
+            heads|1, rows, keys - edge)``; None when every key is visible. Keys before ``edge`` are visible.
+        edge: how many leading keys every row sees.
+        position: of the rows on the axis of the keys, ``(batch|1, rows)``.
+    """
+
+    logits: Tensor
+    shown: Tensor | None
+    edge: int
+    position: Tensor
+
+    @property
+    def keys(self) -> Tensor:
+        """How many keys each row sees, ``(batch|1, heads|1, rows)``."""
+        if self.shown is None:
+            width = self.logits.shape[-1]
+            return torch.full((1, 1, 1), width, dtype=self.logits.dtype, device=self.logits.device)
+        return self.edge + self.shown.sum(-1)
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first key that each row sees, ``(batch|1, heads|1, rows)``; None: it is the first of all."""
+        if self.shown is None or self.edge > 0:
+            return None
+        return self.shown.argmax(-1)
 
 
 class Logits(NamedTuple):
@@ -77,7 +110,7 @@ class Logits(NamedTuple):
             raise ValueError(f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}")
         return cls(
             query=query,
-            key=at_least_float32(key),
+            key=at_least_float32(key).contiguous(),
             mask=mask,
             bias=bias,
             sinks=sinks,
@@ -88,66 +121,61 @@ class Logits(NamedTuple):
             softcap=softcap,
         )
 
-    def rows(self, index: slice | Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Logits, visibility and positions of some query rows.
+    def chunk(self, index: slice | Tensor, buffer: Tensor) -> "Chunk":
+        """Logits of some query rows, and which keys they see.
 
         Args:
             index: a slice of rows, or indices of shape ``(batch, rows)``, others for each sequence.
-
-        Returns:
-            logits ``(batch, heads, rows, m)``; visibility ``(batch|1, heads|1, rows, m)`` or None when every
-            key is visible; positions ``(batch|1, rows)``.
+            buffer: where the logits are put, flat, as many elements as :meth:`chunks` promises at most.
         """
-        query = _take(self.query, index).to(self.key.dtype)
+        key = self.key
+        position = self.positions(index)
+        edge = 0
+        if isinstance(index, slice) and self.is_causal and self.mask is None and self.sliding_window is None:
+            # Keys before the first of these rows are seen by all of them, keys after the last by none.
+            edge = min(max(index.start + self.query_offset, 0), key.shape[2])
+            key = key[:, :, : max(min(index.stop + self.query_offset, key.shape[2]), 1)]
+        query = _take(self.query, index).to(key.dtype)
         batch, heads, count, d_head = query.shape
-        kv_heads, m = self.key.shape[1:3]
+        kv_heads, width = key.shape[1:3]
         # Query heads of one group become rows of one product: key heads are never repeated in memory.
-        grouped = (query * self.scaling).reshape(batch, kv_heads, heads // kv_heads * count, d_head)
-        logits = (grouped @ self.key.mT).view(batch, heads, count, m)
+        grouped = (query * self.scaling).reshape(batch * kv_heads, heads // kv_heads * count, d_head)
+        logits = buffer[: batch * heads * count * width]
+        torch.bmm(grouped, key.reshape(-1, width, d_head).mT, out=logits.view(*grouped.shape[:2], width))
+        logits = logits.view(batch, heads, count, width)
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.bias is not None:
-            logits += _take(self.bias, index)
-        visible = None
-        if self.mask is not None:
-            mask = _take(self.mask, index)
-            if mask.dtype == torch.bool:
-                visible = mask
-            else:
-                visible = mask > _MASKED_BELOW
-                logits += mask
-        position = self.positions(index)
-        if (geometry := self.geometry(position)) is not None:
-            visible = geometry if visible is None else visible & geometry
-        return logits, visible, position
+            logits += _take(self.bias, index)[..., :width]
+        visible = self.visible(index, position, slice(edge, width))
+        if visible is not None and self.mask is not None and self.mask.dtype != torch.bool:
+            logits += torch.where(visible, _take(self.mask, index), 0.0)
+        return Chunk(logits, None if visible is None else visible.to(logits.dtype), edge, position)
 
-    def visible(self, index: slice) -> Tensor | None:
-        """Visibility alone, as :meth:`rows` gives it."""
+    def visible(self, index: slice | Tensor, position: Tensor, keys: slice) -> Tensor | None:
+        """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
         visible = None
         if self.mask is not None:
-            mask = _take(self.mask, index)
+            mask = _take(self.mask, index)[..., keys]
             visible = mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
-        if (geometry := self.geometry(self.positions(index))) is not None:
-            visible = geometry if visible is None else visible & geometry
+        if self.is_causal or self.sliding_window is not None:
+            places = torch.arange(keys.start, keys.stop, device=position.device)
+            ahead = places - position[:, None, :, None]
+            if self.is_causal:
+                visible = ahead <= 0 if visible is None else visible & (ahead <= 0)
+            if self.sliding_window is not None:
+                near = ahead.abs() < self.sliding_window
+                visible = near if visible is None else visible & near
         return visible
 
     def positions(self, index: slice | Tensor) -> Tensor:
+        """Positions of some rows on the axis of the keys, ``(batch|1, rows)``."""
         if isinstance(index, slice):
             index = torch.arange(index.start, index.stop, device=self.query.device)[None]
         return index + self.query_offset
 
-    def geometry(self, position: Tensor) -> Tensor | None:
-        """What position alone makes visible, ``(batch|1, 1, rows, m)``, or None for everything."""
-        if not self.is_causal and self.sliding_window is None:
-            return None
-        ahead = torch.arange(self.key.shape[2], device=position.device) - position[:, None, :, None]
-        visible = ahead <= 0 if self.is_causal else None
-        if self.sliding_window is not None:
-            near = ahead.abs() < self.sliding_window
-            visible = near if visible is None else visible & near
-        return visible
-
     def chunks(self, count: int) -> Iterator[slice]:
+        """Slices of ``count`` rows whose logits have ``CHUNK_ELEMENTS`` elements at most, or one row."""
         batch, heads = self.query.shape[:2]
         size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * self.key.shape[2]))
         for start in range(0, count, size):
@@ -187,7 +215,7 @@ def valid_rows(logits: Logits, query_mask: Tensor | None, self_attention: bool) 
         sees = []
         seen = torch.zeros(batch, m, dtype=torch.bool, device=device)
         for chunk in logits.chunks(n):
-            visible = logits.visible(chunk)
+            visible = logits.visible(chunk, logits.positions(chunk), slice(0, m))
             assert visible is not None  # there is a mask
             visible = visible.any(1)
             sees.append(visible.any(-1).expand(batch, -1))

@@ -6,12 +6,13 @@ means are unbiased, with standard errors of a stratified sample.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import Logits, sample_rows, valid_rows
+from lightning_qk.functional._logits import Chunk, Logits, sample_rows, valid_rows
 from lightning_qk.functional._precision import full_precision
 
 ROW_STATISTICS = (
@@ -38,6 +39,8 @@ EXTREMES = ("max_logit", "max_abs_logit")
 STATISTICS = (*MEAN_STATISTICS, *EXTREMES)
 
 _SINK_RATE_THRESHOLD = 0.3
+# What hidden keys are pushed down by: more than any logit, and finite, so that its product with 0 is 0.
+_FAR = 1e30
 # A key counts for sink_rate when it is seen by at least this share of the rows that see the most-seen key.
 _SINK_RATE_MIN_SEEN = 0.25
 
@@ -212,21 +215,28 @@ def _sums(source: Logits, valid: Tensor, index: Tensor | None) -> AttentionSums:
     counted = torch.zeros_like(values, dtype=torch.bool)
     received = torch.zeros(batch, heads, m, dtype=dtype, device=device)
     received_sq = torch.zeros_like(received)
-    seen = torch.zeros(batch, 1, m, dtype=dtype, device=device)
+    seen = torch.zeros(batch, heads, m, dtype=dtype, device=device)
     maximum = torch.full((len(EXTREMES), batch, heads), -math.inf, dtype=dtype, device=device)
-    for chunk in source.chunks(count):
-        keep = used[:, chunk]
-        chunk_values, chunk_counted, extremes, probability, visible = _row_statistics(
-            source, chunk if index is None else index[:, chunk], keep
-        )
-        values[..., chunk] = chunk_values
-        counted[..., chunk] = chunk_counted
-        maximum = torch.maximum(maximum, extremes)
-        weight = keep[:, None, None].to(dtype)
-        received += (weight @ probability).squeeze(-2)
-        received_sq += (weight @ probability.square_()).squeeze(-2)
-        seen_here = (weight @ visible.to(dtype)).squeeze(-2) if visible is not None else weight.sum(-1)
-        seen = seen + seen_here
+    chunks = list(source.chunks(count))
+    # One set of buffers for all chunks: fresh memory costs more than what is computed in it.
+    elements = batch * heads * m * max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(3)]
+    for part in chunks:
+        chunk = source.chunk(part if index is None else index[:, part], buffers[0])
+        keep = used[:, part]
+        rows = _row_statistics(source, chunk, keep, buffers[1:])
+        values[..., part] = rows.values
+        counted[..., part] = rows.counted
+        maximum = torch.maximum(maximum, rows.maximum)
+        width = rows.weights.shape[-1]
+        counts = keep[:, None, None].to(dtype)
+        share = counts / rows.partition.unsqueeze(-2)
+        received[..., :width] += (share @ rows.weights).squeeze(-2)
+        if index is not None:
+            received_sq[..., :width] += (share.square() @ rows.weights.square_()).squeeze(-2)
+        seen[..., : chunk.edge if chunk.shown is not None else width] += counts.sum(-1)
+        if chunk.shown is not None:
+            seen[..., chunk.edge : width] += (counts @ chunk.shown).squeeze(-2)
 
     # Each sampled row stands for population / sampled rows of its sequence.
     population = valid.sum(1).to(dtype)
@@ -252,106 +262,114 @@ def _sums(source: Logits, valid: Tensor, index: Tensor | None) -> AttentionSums:
     )
 
 
-def _row_statistics(
-    source: Logits, index: slice | Tensor, keep: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Statistics of some rows.
+class _Rows(NamedTuple):
+    values: Tensor  # (len(ROW_STATISTICS), batch, heads, rows)
+    counted: Tensor  # the same shape: which of them count
+    maximum: Tensor  # (len(EXTREMES), batch, heads)
+    weights: Tensor  # (batch, heads, rows, keys): probabilities times partition
+    partition: Tensor  # (batch, heads, rows)
 
-    Returns:
-        values and which of them count, ``(len(ROW_STATISTICS), batch, heads, rows)``; maxima
-        ``(len(EXTREMES), batch, heads)``; probabilities ``(batch, heads, rows, m)``; visibility.
+
+def _row_statistics(source: Logits, chunk: Chunk, keep: Tensor, buffers: Sequence[Tensor]) -> _Rows:
+    """Statistics of some rows, in as few passes over the logits as they take.
+
+    Args:
+        source: what the chunk was taken from.
+        chunk: its logits are overwritten.
+        keep: rows that count, ``(batch, rows)``.
+        buffers: two flat buffers of the size of the logits; the first holds the returned weights.
     """
-    logits, visible, position = source.rows(index)
-    batch, heads, count, m = logits.shape
-    dtype = logits.dtype
-    if visible is None:
-        hidden = None
-        keys = torch.full((1, 1, 1), m, dtype=dtype, device=logits.device)
-    else:
-        hidden = ~visible
-        keys = visible.sum(-1).to(dtype)
+    x, shown, edge, position = chunk
+    batch, heads, count, width = x.shape
+    dtype, tiny = x.dtype, torch.finfo(x.dtype).tiny
+    weights, scratch = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
+    keys = chunk.keys
+    number = keys.clamp_min(1)
     keep_rows = (keep[:, None] & (keys > 0)).expand(batch, heads, count)
 
-    # Moments of the logits over visible keys.
-    if hidden is not None:
-        logits.masked_fill_(hidden, 0.0)
-    mean = logits.sum(-1) / keys.clamp_min(1)
-    deviation = logits - mean[..., None]
-    inside = (deviation > -1) & (deviation < (keys - 1)[..., None])
-    if visible is not None and hidden is not None:
-        inside &= visible
-        deviation.masked_fill_(hidden, 0.0)
-    linear = inside.sum(-1) / keys.clamp_min(1)
-    logit_std = (deviation.square_().sum(-1) / keys.clamp_min(1)).sqrt()
-    del deviation, inside
-    max_abs = torch.maximum(logits.amax(-1), -logits.amin(-1))
-    if hidden is not None:
-        logits.masked_fill_(hidden, -math.inf)
-    top = logits.amax(-1)
+    # Hidden keys are pushed far down and later multiplied by 0: arithmetic with a matrix that all heads share
+    # is many times faster than filling by a mask.
+    if shown is not None:
+        x[..., edge:] += (shown - 1) * _FAR
+    top = x.amax(-1)
+    x -= top[..., None]
+    torch.exp(x, out=weights)
+    if shown is not None:
+        x[..., edge:] *= shown
+
+    # Moments of the logits over visible keys, relative to the row's largest.
+    mean = x.sum(-1) / number
+    torch.sub(x, mean[..., None], out=scratch)
+    if shown is not None:
+        scratch[..., edge:] *= shown
+    logit_std = torch.linalg.vector_norm(scratch, dim=-1) / number.sqrt()
+    # Hidden keys are 0 in the scratch, inside the window of every row that sees more than one key.
+    inside = torch.gt(scratch, -1.0, out=scratch).sum(-1) - (width - keys)
+    linear = torch.where(keys > 1, inside, 0.0)
+    if x.is_cuda or bool((-mean >= keys - 1).any()):
+        above = torch.ge(x, (mean + keys - 1)[..., None], out=scratch)
+        if shown is not None:
+            above[..., edge:] *= shown
+        linear = linear - torch.where(keys > 1, above.sum(-1), 0.0)
+    linear = linear / number
+    max_abs = torch.maximum(top, -(x.amin(-1) + top))
     extremes = torch.stack([top, max_abs]).masked_fill(~keep_rows, -math.inf).amax(-1)
 
-    # Softmax, shifted by the row's maximum so that entropy does not cancel where logits are large.
-    sink = None if source.sinks is None else source.sinks.to(dtype).view(1, heads, 1)
-    peak = top if sink is None else torch.maximum(top, sink)
-    peak = peak.masked_fill(peak == -math.inf, 0.0)
-    logits -= peak[..., None]
-    probability = logits.exp()
-    partition = probability.sum(-1)
-    if sink is not None:
-        partition = partition + (sink - peak).exp()
-    partition = partition.clamp_min(torch.finfo(dtype).tiny)
-    probability /= partition[..., None]
-    if hidden is not None:
-        logits.masked_fill_(hidden, 0.0)
-    entropy = partition.log() - (probability.unsqueeze(-2) @ logits.unsqueeze(-1)).flatten(-3)
-    square = probability.square().sum(-1)
+    # Softmax relative to the row's largest logit, so that entropy does not cancel where logits are large.
+    partition = weights.sum(-1)
+    square = torch.linalg.vector_norm(weights, dim=-1).square()
+    energy = torch.mul(weights, x, out=scratch).sum(-1)
     outcomes = keys
-    if sink is None:
-        learnt = torch.zeros_like(entropy)
-    else:
-        learnt = (sink - peak).exp() / partition
-        entropy = entropy - learnt * (sink - peak)
-        square = square + learnt.square()
+    learnt = torch.zeros_like(partition)
+    if source.sinks is not None:
+        # Relative to the larger of the two, lest the sink's own weight overflow.
+        sink = source.sinks.to(dtype).view(1, heads, 1) - top
+        lower = torch.where(sink > 0, (-sink).exp(), 1.0)
+        learnt = torch.where(sink > 0, 1.0, sink.exp())
+        total = partition * lower + learnt
+        entropy = total.log() - (energy * lower + learnt * sink - sink.clamp_min(0) * total) / total
+        square = (square * lower.square() + learnt.square()) / total.square()
+        learnt = learnt / total
+        partition = total / lower.clamp_min(tiny)
         outcomes = keys + 1
+    else:
+        entropy = partition.log() - energy / partition
+        square = square / partition.square()
     entropy = entropy.clamp_min(0.0)
 
-    distance = (position[..., None] - torch.arange(m, device=position.device)).abs().to(dtype)[:, None]
-    travelled = (probability * distance).sum(-1)
+    distance = (position[..., None] - torch.arange(width, device=position.device)).abs().to(dtype)[:, None]
+    torch.mul(weights, distance, out=scratch)
+    travelled = scratch.sum(-1) / partition
     # Centred: a difference of squares of positions loses float32's digits in long sequences.
-    mass = probability.sum(-1)
-    spread = probability * (distance - travelled[..., None]).square()
-    spread = spread.sum(-1) + (1 - mass).clamp_min(0.0) * travelled.square() * (sink is not None)
-    diagonal = _pick(probability, position[:, None], (position >= 0) & (position < m))
-    first = None if visible is None else visible.to(torch.uint8).argmax(-1)
-    sink_first = probability[..., 0] if first is None else _pick(probability, first, None)
+    torch.sub(distance, travelled[..., None], out=scratch).square_().mul_(weights)
+    spread = scratch.sum(-1) / partition + learnt * travelled.square()
 
+    def probability(key: Tensor) -> Tensor:
+        index = key.clamp(0, width - 1).expand(batch, heads, count)
+        return weights.gather(-1, index[..., None]).squeeze(-1) / partition
+
+    own = probability(position[:, None])
+    diagonal = torch.where(((position >= 0) & (position < width))[:, None], own, 0.0)
+    first = chunk.first
     values = torch.stack(
         [
             entropy,
             entropy / outcomes.log(),
-            square.clamp_min(torch.finfo(dtype).tiny).reciprocal(),
-            probability.amax(-1),
+            square.clamp_min(tiny).reciprocal(),
+            1 / partition,
             logit_std,
             travelled,
             spread.sqrt(),
             diagonal,
-            sink_first,
+            weights[..., 0] / partition if first is None else probability(first),
             learnt,
             linear,
         ]
     )
     counted = keep_rows.expand(len(ROW_STATISTICS), -1, -1, -1).clone()
     counted[ROW_STATISTICS.index("entropy_normalized")] &= outcomes > 1
-    counted[ROW_STATISTICS.index("sink_learnt")] &= sink is not None
-    return values, counted, extremes, probability, visible
-
-
-def _pick(probability: Tensor, key_index: Tensor, inside: Tensor | None) -> Tensor:
-    """Probability of one key a row; 0 where the index lies outside the keys."""
-    m = probability.shape[-1]
-    index = key_index.clamp(0, m - 1).expand(probability.shape[:-1])
-    picked = probability.gather(-1, index[..., None]).squeeze(-1)
-    return picked if inside is None else torch.where(inside[:, None], picked, 0.0)
+    counted[ROW_STATISTICS.index("sink_learnt")] &= source.sinks is not None
+    return _Rows(values, counted, extremes, weights, partition)
 
 
 def _sink_rate(
