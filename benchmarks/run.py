@@ -143,18 +143,18 @@ def peak_memory() -> list[Result]:
     ]
 
 
-def sampled_rows() -> Result:
-    """64 sampled rows against one fused attention forward, n = 1024; for information until it has a bar."""
+def against_fused_attention(rows: int | None, bar: float) -> Result:
+    """The statistics of sampled or all rows against one fused attention forward, n = 1024."""
     query, key = torch.randn(2, 4, 12, 1024, 64).unbind()
     forward = seconds(
-        lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True), 9
+        lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True), 15
     )
-    ours = seconds(lambda: attention_statistics(query, key, is_causal=True, rows=64), 9)
+    ours = seconds(lambda: attention_statistics(query, key, is_causal=True, rows=rows), 15)
     return Result(
-        "statistics of 64 sampled rows / one sdpa forward, n = 1024",
+        f"statistics of {rows or 'all'} rows / one sdpa forward, n = 1024, 12 heads, batch 4",
         ours / forward,
-        "-",
-        True,
+        f"<= {bar}",
+        ours / forward <= bar,
         f"{ours * 1e3:.0f} ms / {forward * 1e3:.0f} ms",
     )
 
@@ -169,7 +169,8 @@ def main() -> int:
         largest_tensor(1),
         largest_tensor(12),
         *peak_memory(),
-        sampled_rows(),
+        against_fused_attention(64, 0.5),
+        against_fused_attention(None, 3.0),
     ]
     machine = {
         "processor": platform.processor() or platform.machine(),

@@ -287,15 +287,17 @@ def _row_statistics(source: Logits, chunk: Chunk, keep: Tensor, buffers: Sequenc
     number = keys.clamp_min(1)
     keep_rows = (keep[:, None] & (keys > 0)).expand(batch, heads, count)
 
-    # Hidden keys are pushed far down and later multiplied by 0: arithmetic with a matrix that all heads share
-    # is many times faster than filling by a mask.
+    # Hidden keys are pushed far down for the maximum and multiplied by 0 after it: arithmetic with a matrix that
+    # all heads share is many times faster than filling by a mask, and so is exp of 0 than of what is far down.
     if shown is not None:
         x[..., edge:] += (shown - 1) * _FAR
     top = x.amax(-1)
     x -= top[..., None]
-    torch.exp(x, out=weights)
     if shown is not None:
         x[..., edge:] *= shown
+    torch.exp(x, out=weights)
+    if shown is not None:
+        weights[..., edge:] *= shown
 
     # Moments of the logits over visible keys, relative to the row's largest.
     mean = x.sum(-1) / number
@@ -316,7 +318,8 @@ def _row_statistics(source: Logits, chunk: Chunk, keep: Tensor, buffers: Sequenc
     extremes = torch.stack([top, max_abs]).masked_fill(~keep_rows, -math.inf).amax(-1)
 
     # Softmax relative to the row's largest logit, so that entropy does not cancel where logits are large.
-    partition = weights.sum(-1)
+    # At least 1, the weight of the largest logit, save in a row that sees nothing.
+    partition = weights.sum(-1).clamp_min(1.0)
     square = torch.linalg.vector_norm(weights, dim=-1).square()
     energy = torch.mul(weights, x, out=scratch).sum(-1)
     outcomes = keys
