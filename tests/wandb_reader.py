@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _HEADER, _BLOCK = 7, 32768
+# Seconds to wait for what wandb's service writes.
+_TIMEOUT = 60.0
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
@@ -46,7 +48,11 @@ def read_wandb_run(folder: str | Path) -> WandbRun:
 
     ``finish`` may return before its service has written the file: this waits for the record of the exit.
     """
-    paths = sorted({path.resolve() for path in Path(folder).rglob("*.wandb")})
+    deadline = time.monotonic() + _TIMEOUT
+    while not (paths := sorted({path.resolve() for path in Path(folder).rglob("*.wandb")})):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
     if len(paths) != 1:
         raise ValueError(f"expected one .wandb file below {folder}, got {len(paths)}: {paths}")
     run = WandbRun(directory=paths[0].parent)
@@ -66,7 +72,7 @@ def read_wandb_run(folder: str | Path) -> WandbRun:
     return run
 
 
-def _finished(path: Path, timeout: float = 30.0) -> list[tuple[str, Any]]:
+def _finished(path: Path, timeout: float = _TIMEOUT) -> list[tuple[str, Any]]:
     """Kind and message of every record, once the run's exit is among them."""
     from wandb.proto.wandb_internal_pb2 import Record
 

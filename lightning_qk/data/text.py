@@ -157,7 +157,7 @@ class TextDataModule(pl.LightningDataModule):
             if self._tokenizer_name or not pretrained:
                 self._tokenizer = load_tokenizer(self._tokenizer_name or "bytes")
             else:
-                self._tokenizer = load_tokenizer(pretrained, "model, with its tokenizer,")
+                self._tokenizer = load_tokenizer(pretrained, "model with its tokenizer")
         return self._tokenizer
 
     def prepare_data(self) -> None:

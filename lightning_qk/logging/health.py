@@ -45,7 +45,7 @@ class LayerHealth:
         entropy_normalized: attention entropy over the log of the number of keys.
         sink_first: attention to the first key.
         max_abs_logit: largest absolute logit of any head.
-        propagation: predicted signal propagation.
+        localization: predicted localization, late minus early positions.
         linear_share: its measured counterpart.
         verdict: one of :data:`VERDICTS`, the worst that holds.
         reason: why, with the worst head; empty for ``"ok"``.
@@ -58,7 +58,7 @@ class LayerHealth:
     entropy_normalized: float
     sink_first: float
     max_abs_logit: float
-    propagation: float
+    localization: float
     linear_share: float
     verdict: str
     reason: str
@@ -101,7 +101,7 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         ("entropy", "entropy_normalized", False),
         ("sink", "sink_first", False),
         ("max|logit|", "max_abs_logit", False),
-        ("propagation", "propagation", True),
+        ("localization", "localization", True),
         ("linear share", "linear_share", False),
         ("verdict", "verdict", False),
     ]
@@ -177,7 +177,7 @@ def _judge(label: str, record: RunRecord) -> LayerHealth:
         entropy_normalized=mean(attention, "entropy_normalized"),
         sink_first=mean(attention, "sink_first"),
         max_abs_logit=float(known.max()) if known.numel() else math.nan,
-        propagation=mean(spectrum, "propagation"),
+        localization=mean(spectrum, "localization"),
         linear_share=mean(attention, "linear_share"),
         verdict=verdict,
         reason=reason,

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
+from wandb_reader import read_wandb_run
 
 from lightning_qk import TransformerModule
 from lightning_qk.cli import main
@@ -194,8 +196,6 @@ def test_arguments_that_a_callback_refuses_get_its_own_line(
 def test_a_missing_wandb_login_gets_one_line(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
-
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
 
@@ -271,7 +271,8 @@ def test_the_quick_start_runs_and_its_report_can_be_made_again(
 
     run = Path("runs/quickstart")
     assert len(list(run.rglob("lightning_qk_report.html"))) == 1
-    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    wandb.finish()
+    assert read_wandb_run(run).column("locater/penalty")
     rows = (run / "csv/version_0/metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
     assert {"train/loss", "val/perplexity", "lr", "locater/penalty", "qk/eig_var/mean"} <= set(header)
