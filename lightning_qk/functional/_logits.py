@@ -201,8 +201,15 @@ def _take(tensor: Tensor, index: slice | Tensor) -> Tensor:
     return tensor[batch, :, index].transpose(1, 2)
 
 
-def valid_rows(logits: Logits, query_mask: Tensor | None, self_attention: bool) -> Tensor:
-    """Rows that see a key and are no padding, boolean ``(batch, n)``."""
+def valid_rows(
+    logits: Logits, query_mask: Tensor | None, self_attention: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Find the rows that count and the keys that are there.
+
+    Returns:
+        Rows that see a key and are no padding, boolean ``(batch, n)``; keys that some row sees, boolean
+        ``(batch, m)``, or None without a mask.
+    """
     batch, _, n, _ = logits.query.shape
     if query_mask is not None and query_mask.shape != (batch, n):
         raise ValueError(
@@ -211,6 +218,7 @@ def valid_rows(logits: Logits, query_mask: Tensor | None, self_attention: bool) 
     m = logits.key.shape[2]
     device = logits.query.device
     valid = torch.ones(batch, n, dtype=torch.bool, device=device)
+    seen = None
     if logits.mask is not None:
         sees = []
         seen = torch.zeros(batch, m, dtype=torch.bool, device=device)
@@ -229,7 +237,7 @@ def valid_rows(logits: Logits, query_mask: Tensor | None, self_attention: bool) 
         valid = valid & (logits.positions(slice(0, n)) >= 0)
     if query_mask is not None:
         valid = valid & query_mask.to(device=device, dtype=torch.bool)
-    return valid
+    return valid, seen
 
 
 def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:

@@ -197,7 +197,13 @@ def attention_sums(
     if self_attention is None:
         self_attention = n == m
     with full_precision(query.device):
-        valid = valid_rows(logits, query_mask, self_attention)
+        valid, seen = valid_rows(logits, query_mask, self_attention)
+        if seen is not None:
+            # Padding may hold anything, NaN included, and what follows multiplies it by 0.
+            logits = logits._replace(
+                query=torch.where(valid[:, None, :, None], query, 0.0),
+                key=torch.where(seen[:, None, :, None], logits.key, 0.0),
+            )
         index = None
         if rows is not None and rows < n:
             index = sample_rows(valid, rows, generator)

@@ -81,6 +81,23 @@ class TestMasks:
         got = attention_statistics(query, key, mask=mask)
         check(got, dense_attention(query, key, visible, padding=keep))
 
+    @pytest.mark.parametrize("rows", [None, 6])
+    def test_padding_may_hold_anything(self, rows):
+        query, key = tensors()
+        keep = padding_mask("left")
+        mask = keep[:, None, None, :] & torch.ones(N, N, dtype=torch.bool).tril()
+        want = attention_statistics(
+            query, key, mask=mask, rows=rows, generator=torch.Generator().manual_seed(1)
+        )
+        query[1, :, :4] = torch.nan
+        key[1, :, :4] = torch.inf
+        got = attention_statistics(
+            query, key, mask=mask, rows=rows, generator=torch.Generator().manual_seed(1)
+        )
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, msg=name)
+            assert value.isfinite().all()
+
     def test_sliding_window(self):
         query, key = tensors()
         i, j = positions()
