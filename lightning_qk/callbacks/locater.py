@@ -96,6 +96,7 @@ class LocAteR(Callback):
         self._newest: Tensor | None = None
         self._is_due = False
         self._warned = False
+        self._warned_idle = False
 
     @property
     def state_key(self) -> str:
@@ -149,8 +150,14 @@ class LocAteR(Callback):
                 nu=self.nu,
                 cross_attention=self.cross_attention,
             )
-            if weight > 0:
-                self._add_gradient(weight * penalty, optimizer)
+            reached = weight == 0 or self._add_gradient(weight * penalty, optimizer)
+        # With several optimizers, each steps only its share of the layers.
+        if not reached and not self._warned_idle and len(trainer.optimizers) == 1:
+            self._warned_idle = True
+            rank_zero_warn(
+                "LocAteR: expected query or key weights that the optimizer trains, got none: they are frozen or "
+                "not among its parameters, so that the penalty changes nothing; unfreeze them or drop LocAteR"
+            )
         self._newest = penalty.detach()
         pl_module.log("locater/penalty", self._newest, on_step=True, on_epoch=False)
         pl_module.log("locater/weight", weight, on_step=True, on_epoch=False)
@@ -198,7 +205,8 @@ class LocAteR(Callback):
     def _aim(self) -> float | dict[str, Tensor] | None:
         return self._start_means if self.form == "target" and self.target is None else self.target
 
-    def _add_gradient(self, loss: Tensor, optimizer: Optimizer) -> None:
+    def _add_gradient(self, loss: Tensor, optimizer: Optimizer) -> bool:
+        """Add the gradient of a loss; whether there was a parameter to add it to."""
         # Only what this optimizer steps: with several optimizers every parameter still gets it once.
         parameters = [
             parameter
@@ -207,7 +215,7 @@ class LocAteR(Callback):
             if parameter.requires_grad
         ]
         if not loss.requires_grad or not parameters:
-            return
+            return False
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
@@ -216,3 +224,4 @@ class LocAteR(Callback):
                 parameter.grad = gradient
             else:
                 parameter.grad += gradient
+        return any(gradient is not None for gradient in gradients)

@@ -105,6 +105,15 @@ def test_frozen_weights_are_left_alone():
     assert job.inner["network"].transformer.h[0].attn.c_attn.weight.grad is None
 
 
+def test_a_penalty_that_reaches_nothing_is_told_once():
+    job = models.Job()
+    for block in job.inner["network"].transformer.h:
+        block.attn.requires_grad_(False)
+    with pytest.warns(UserWarning, match="weights that the optimizer trains, got none") as caught:
+        models.trainer([LocAteR(WEIGHT)]).fit(job, models.tokens())
+    assert len([w for w in caught if "got none" in str(w.message)]) == 1
+
+
 def test_shrinks_the_spectrum_and_logs():
     job = models.Job()
     before = locater_penalty(job).item()
@@ -119,10 +128,7 @@ def test_shrinks_the_spectrum_and_logs():
 
 
 def test_modules_by_pattern():
-    job = models.Job(lr=0.1)
-    for parameter in job.parameters():
-        parameter.requires_grad = True
-    name = next(iter(head_projections(job)))
+    name = next(iter(head_projections(models.Job())))
     gradients = [gradients_of(callbacks=c)[0] for c in ([], [LocAteR(WEIGHT, modules=name)])]
     changed = {key for key, value in gradients[0].items() if not torch.equal(value, gradients[1][key])}
     assert changed == {f"{name}.c_attn.weight"}
