@@ -20,7 +20,7 @@ from lightning_qk.callbacks._trainer import (
 )
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.layers import layer_labels
-from lightning_qk.logging.loggers import describe_config, log_figure, log_histogram, log_scalars
+from lightning_qk.logging.loggers import describe_config, log_figure, log_scalars
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
@@ -33,8 +33,13 @@ def shorten(names: Sequence[str]) -> str:
 
 
 def flat_values(metric: Metric) -> dict[str, Tensor]:
-    """What a metric computes, one value a head: torchmetrics makes scalars of a model's only head."""
-    return {name: value.reshape(-1) for name, value in metric.compute().items()}
+    """What a metric computes, one value a head, in float32 on the CPU.
+
+    torchmetrics makes scalars of a model's only head. One copy from the device brings all statistics.
+    """
+    values = metric.compute()
+    table = torch.stack([value.detach().reshape(-1).float() for value in values.values()]).cpu()
+    return dict(zip(values, table, strict=True))
 
 
 class Monitor(Callback):
@@ -150,10 +155,6 @@ class Monitor(Callback):
     def end_batch(self) -> None:
         """After a batch: stop listening."""
 
-    def histograms(self) -> Mapping[str, Tensor]:
-        """Log key → values to show as a histogram beside the scalars."""
-        return {}
-
     # What a monitor can use
 
     def remember_layers(self, heads: Mapping[str, int], cross: Iterable[str]) -> None:
@@ -195,22 +196,34 @@ class Monitor(Callback):
         history = self.history
         assert history is not None  # remember_layers comes before the first measurement
         step = logging_step(trainer)
-        values = {name: value.detach().to("cpu", torch.float32) for name, value in values.items()}
         history.append(step, values)
         self.note_non_finite(values, f"at step {step}")
         # Standard errors stay in the history: three more keys for each statistic would bury the rest.
         means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
-        overall = self.over_the_model(means)
-        # For EarlyStopping, ModelCheckpoint and the like; the loggers get them below, with the others.
-        pl_module.log_dict(overall, logger=False, on_step=True, on_epoch=False)
-        log_scalars(trainer, overall | self.by_layer_and_head(history, means), step)
+        self.log_values(trainer, pl_module, means, step)
         if not trainer.is_global_zero:
             return
-        for key, tensor in self.histograms().items():
-            log_histogram(trainer, key, tensor.cpu(), step)
         if self.figures_every and self._logged % self.figures_every == 0:
             self.log_figures(trainer, step)
         self._logged += 1
+
+    def log_values(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule | None,
+        values: Mapping[str, Tensor],
+        step: int,
+        *,
+        at_epoch_end: bool = False,
+    ) -> None:
+        """Aggregates to the loggers, and to ``trainer.callback_metrics`` where a module may log now."""
+        history = self.history
+        assert history is not None  # publish
+        overall = self.over_the_model(values)
+        if pl_module is not None:
+            # For EarlyStopping, ModelCheckpoint and the like; the loggers get them below, with the others.
+            pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
+        log_scalars(trainer, overall | self.by_layer_and_head(history, values), step)
 
     def over_the_model(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean, minimum and maximum over all heads that have a value."""

@@ -8,10 +8,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
+from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.reader import head_projections, unread
 from lightning_qk.logging.history import RunRecord
-from lightning_qk.metrics.spectrum import QKSpectrum
+from lightning_qk.logging.loggers import log_histogram
+from lightning_qk.metrics.eigenvalues import EigenvalueWorker
+from lightning_qk.metrics.spectrum import QKSpectrum, extreme_values
 
 
 class QKSpectrumMonitor(Monitor):
@@ -28,6 +31,11 @@ class QKSpectrumMonitor(Monitor):
     - ``qk/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - ``qk/heatmap/<statistic>`` layer × head figures and ``qk/eigenvalues/modulus``, ``qk/eigenvalues/real``
       histograms, to loggers that can show them.
+
+    Traces and norms are logged at once. The eigenproblems are solved in a worker thread while training goes
+    on: what comes of them (``spectral_radius``, ``singular_max``, the histograms) is logged at the next
+    measurement, at the end of the epoch, with a checkpoint or at the end of training, whichever comes first,
+    under the step that it belongs to.
 
     At the end of training the monitors print a table of the layers' health and write one HTML report into the
     run's folder. Weights that are not finite are named and training goes on.
@@ -69,6 +77,8 @@ class QKSpectrumMonitor(Monitor):
         self.support: Support = support
         self.fold_norm = fold_norm
         self._metric: QKSpectrum | None = None
+        self._worker = EigenvalueWorker()
+        self._eigenvalues: Mapping[str, Tensor] = {}
         self._eigenvalues_step: int | None = None
         self._cross: set[str] = set()
 
@@ -91,21 +101,46 @@ class QKSpectrumMonitor(Monitor):
         heads = {name: head.heads for name, head in projections.items()}
         self._cross = {name for name, head in projections.items() if not head.self_attention}
         self.remember_layers(heads, self._cross)
-        self._metric = QKSpectrum(heads, self.support)
+        self._metric = QKSpectrum(heads, self.support, eigenvalues=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
         if trainer.global_step == 0 and self.history is not None and not len(self.history):
             self.attempt(lambda: self._remember_start(trainer, pl_module))
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the worker still has, where ``trainer.callback_metrics`` can have it too."""
+        self._collect(trainer, pl_module, at_epoch_end=True)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A resumed run has nothing left to collect."""
+        self._collect(trainer)
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the worker still has; then as every monitor."""
+        self._collect(trainer)
+        super().finish(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the worker's thread."""
+        self._worker.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As every monitor; teardown may not follow."""
+        super().on_exception(trainer, pl_module, exception)
+        self._worker.close()
+
     def _remember_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = self.measure(trainer, pl_module)
-        assert self.history is not None  # on_fit_start
+        assert self.history is not None and self._metric is not None  # on_fit_start
         self.history.append(-1, values)
         self.note_non_finite(values, "before the first step")
+        self._worker.submit(-1, self._metric.cores)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Spectra of all heads, reduced over ranks."""
+        """Moments of all heads, reduced over ranks."""
         metric = self._metric
         assert metric is not None  # on_fit_start
         metric.to(pl_module.device).reset()
@@ -114,17 +149,45 @@ class QKSpectrumMonitor(Monitor):
         return flat_values(metric)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
-        """As every monitor; the eigenvalues belong to the same step."""
+        """As every monitor; then start on the eigenvalues, once those of the measurement before are logged."""
+        self._collect(trainer, pl_module)
         super().publish(trainer, pl_module, values)
-        assert self.history is not None
-        self._eigenvalues_step = self.history.steps[-1]
+        assert self._metric is not None  # measure
+        self._worker.submit(logging_step(trainer), self._metric.cores)
 
-    def histograms(self) -> Mapping[str, Tensor]:
-        """Eigenvalues of all heads, by modulus and by real part."""
-        if self._metric is None or not self._metric.eigenvalues:
-            return {}
-        eigenvalues = torch.cat([value.flatten() for value in self._metric.eigenvalues.values()])
-        return {"qk/eigenvalues/modulus": eigenvalues.abs(), "qk/eigenvalues/real": eigenvalues.real}
+    def _collect(
+        self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
+    ) -> None:
+        """Log spectra that were left to the worker.
+
+        Every rank has the same weights or gathered them: nothing is reduced, so that this is no collective
+        call and may run after an exception.
+
+        Args:
+            trainer: the trainer.
+            pl_module: where its ``log`` may be called.
+            at_epoch_end: from which hook it is called.
+        """
+        if self._worker.pending is not None:
+            self.attempt(lambda: self._collect_and_log(trainer, pl_module, at_epoch_end))
+
+    def _collect_and_log(
+        self, trainer: Trainer, pl_module: LightningModule | None, at_epoch_end: bool
+    ) -> None:
+        solved = self._worker.collect()
+        history = self.history
+        assert solved is not None and history is not None and self._metric is not None
+        values = extreme_values(solved.spectra, self._metric.heads)
+        history.complete(solved.step, values)
+        self._eigenvalues, self._eigenvalues_step = solved.spectra, solved.step
+        if solved.step < 0:
+            return
+        self.log_values(trainer, pl_module, values, solved.step, at_epoch_end=at_epoch_end)
+        eigenvalues = [value.flatten() for value in solved.spectra.values() if value.is_complex()]
+        if trainer.is_global_zero and eigenvalues:
+            flat = torch.cat(eigenvalues)
+            log_histogram(trainer, "qk/eigenvalues/modulus", flat.abs(), solved.step)
+            log_histogram(trainer, "qk/eigenvalues/real", flat.real, solved.step)
 
     def expects(self, label: str) -> bool:
         """Cross-attention has no eigenvalues."""
@@ -133,8 +196,7 @@ class QKSpectrumMonitor(Monitor):
     def contribute(self, record: RunRecord) -> None:
         """Add the history and the newest eigenvalues to the record."""
         record.spectrum = self.history
-        if self._metric is not None:
-            record.eigenvalues = {
-                self.labels[name]: value.detach().cpu() for name, value in self._metric.eigenvalues.items()
-            }
-            record.eigenvalues_step = self._eigenvalues_step
+        record.eigenvalues = {
+            self.labels[name]: value for name, value in self._eigenvalues.items() if value.is_complex()
+        }
+        record.eigenvalues_step = self._eigenvalues_step

@@ -81,6 +81,17 @@ def qk_moments(
         >>> moments["trace"].item(), round(moments["eig_mean"].item(), 4)
         (4.0, 1.3333)
     """
+    return qk_moments_and_core(query, key, sigma, support=support)[0]
+
+
+def qk_moments_and_core(
+    query: Tensor, key: Tensor, sigma: Tensor | None = None, *, support: Support = "model"
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What :func:`qk_moments` returns, and the core that :func:`core_eigenvalues` takes, at the price of one.
+
+    The core is ``B = W_k Σ W_q^T``, shape ``(..., heads, d_head, d_head)``: far smaller than the weights, it
+    is all that the eigenvalues depend on.
+    """
     n = support_size(query, support)
     with full_precision(query.device):
         query, key = _prepare(query, key, square=True)
@@ -96,7 +107,7 @@ def qk_moments(
         centred = small - mean[..., None, None] * torch.eye(d_head, dtype=small.dtype, device=small.device)
         eig_var = ((centred * centred.mT).sum((-2, -1)) + (n - d_head) * mean.square()) / n
         symmetric_sq = (trace_sq + frobenius_sq) / 2
-        return {
+        moments = {
             "trace": trace,
             "trace_sq": trace_sq,
             "frobenius_sq": frobenius_sq,
@@ -106,6 +117,7 @@ def qk_moments(
             "asymmetry": (frobenius_sq - trace_sq) / (2 * frobenius_sq),
             "concentration": trace.square() / (n * symmetric_sq),
         }
+        return moments, small
 
 
 def qk_eigenvalues(
@@ -148,13 +160,17 @@ def qk_eigenvalues(
                     "or leave offset out for a layer without rotary position encoding"
                 )
             small = rotate(small, rotary, torch.as_tensor(offset, device=small.device))
-        # LAPACK refuses the whole batch for one head that is not finite: that head alone becomes NaN.
-        finite = small.isfinite().all(-1).all(-1)[..., None]
-        small = torch.where(finite[..., None], small, torch.zeros_like(small))
         # On the CPU: LAPACK is quicker on matrices this small, and not every device has this eigenproblem.
-        values = torch.linalg.eigvals(small.cpu()).to(small.device)
-        values = values.gather(-1, values.abs().argsort(dim=-1, descending=True))
-        return torch.where(finite, values, torch.full_like(values, complex("nan")))
+        return core_eigenvalues(small.cpu()).to(small.device)
+
+
+def core_eigenvalues(core: Tensor) -> Tensor:
+    """Eigenvalues of cores ``W_k W_q^T``, shape ``(..., heads, d_head, d_head)``, as :func:`qk_eigenvalues`."""
+    # LAPACK refuses the whole batch for one head that is not finite: that head alone becomes NaN.
+    core, finite = _without_non_finite(core)
+    values = torch.linalg.eigvals(core)
+    values = values.gather(-1, values.abs().argsort(dim=-1, descending=True))
+    return torch.where(finite, values, torch.full_like(values, complex("nan")))
 
 
 def qk_singular_values(query: Tensor, key: Tensor) -> Tensor:
@@ -175,15 +191,38 @@ def qk_singular_values(query: Tensor, key: Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     with full_precision(query.device):
+        return core_singular_values(qk_singular_core(query, key))
+
+
+def qk_singular_core(query: Tensor, key: Tensor) -> Tensor:
+    """The small matrix that has the singular values of ``W_QK``: what :func:`core_singular_values` takes.
+
+    The product of the triangular factors of ``W_q^T`` and ``W_k^T``, shape
+    ``(..., heads, min(d_head, d_query), min(d_head, d_key))``. NaN for a head whose weights are not finite.
+    """
+    with full_precision(query.device):
         query, key = _prepare(query, key, square=False)
         groups = query.shape[-3] // key.shape[-3]
         key = key.repeat_interleave(groups, dim=-3)
-        finite = (query.isfinite().all(-1).all(-1) & key.isfinite().all(-1).all(-1))[..., None]
-        query, key = (torch.where(finite[..., None], w, torch.zeros_like(w)) for w in (query, key))
+        finite = query.isfinite().all(-1).all(-1) & key.isfinite().all(-1).all(-1)
+        query, key = (torch.where(finite[..., None, None], w, torch.zeros_like(w)) for w in (query, key))
         factor_query = torch.linalg.qr(query.mT, mode="r").R
         factor_key = torch.linalg.qr(key.mT, mode="r").R
-        values = torch.linalg.svdvals(factor_query @ factor_key.mT)
-        return torch.where(finite, values, torch.full_like(values, torch.nan))
+        core = factor_query @ factor_key.mT
+        return torch.where(finite[..., None, None], core, torch.full_like(core, torch.nan))
+
+
+def core_singular_values(core: Tensor) -> Tensor:
+    """Singular values of what :func:`qk_singular_core` returned, as :func:`qk_singular_values`."""
+    core, finite = _without_non_finite(core)
+    values = torch.linalg.svdvals(core)
+    return torch.where(finite, values, torch.full_like(values, torch.nan))
+
+
+def _without_non_finite(core: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros for heads that are not finite, and which are: ``(..., heads, 1)``."""
+    finite = core.isfinite().all(-1).all(-1)[..., None]
+    return torch.where(finite[..., None], core, torch.zeros_like(core)), finite
 
 
 def _prepare(query: Tensor, key: Tensor, *, square: bool) -> tuple[Tensor, Tensor]:

@@ -61,13 +61,7 @@ class History:
         Raises:
             ValueError: a tensor does not have one value a head. Nothing was recorded then.
         """
-        step, total = int(step), sum(self.heads)
-        flat = {}
-        for name, value in values.items():
-            if value.numel() != total:
-                raise ValueError(f"expected {total} values of {name!r}, one a head, got {value.numel()}")
-            # A copy: the caller may go on writing into its tensor.
-            flat[name] = value.detach().to("cpu", torch.float32, copy=True).reshape(-1)
+        step, flat = int(step), self._flat(values)
         self._rewind(step)
         if not self.steps or step > self.steps[-1]:
             # The newest point replaces the last one when that was kept only for being the newest.
@@ -75,17 +69,44 @@ class History:
                 self._drop(len(self.steps) - 1)
             self.steps.append(step)
             self._seen += 1
-        for name in flat:
-            self.values.setdefault(name, [])
-        for column in self.values.values():
-            column.extend(torch.full((total,), torch.nan) for _ in range(len(self.steps) - len(column)))
-        for name, value in flat.items():
-            self.values[name][-1] = value
+        self._write(len(self.steps) - 1, flat)
         if len(self.steps) > self.max_points:
             self._stride *= 2
             for index in range(len(self.steps) - 2, 0, -1):
                 if index % 2:
                     self._drop(index)
+
+    def complete(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Add values that came late to a step that was recorded; nothing where that step is no longer kept.
+
+        Args:
+            step: the logger's step.
+            values: as for :meth:`append`.
+
+        Raises:
+            ValueError: a tensor does not have one value a head. Nothing was recorded then.
+        """
+        flat = self._flat(values)
+        if step in self.steps:
+            self._write(self.steps.index(step), flat)
+
+    def _flat(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        total, flat = sum(self.heads), {}
+        for name, value in values.items():
+            if value.numel() != total:
+                raise ValueError(f"expected {total} values of {name!r}, one a head, got {value.numel()}")
+            # A copy: the caller may go on writing into its tensor.
+            flat[name] = value.detach().to("cpu", torch.float32, copy=True).reshape(-1)
+        return flat
+
+    def _write(self, index: int, flat: Mapping[str, Tensor]) -> None:
+        for name in flat:
+            self.values.setdefault(name, [])
+        for column in self.values.values():
+            missing = len(self.steps) - len(column)
+            column.extend(torch.full((sum(self.heads),), torch.nan) for _ in range(missing))
+        for name, value in flat.items():
+            self.values[name][index] = value
 
     def _rewind(self, step: int) -> None:
         if not self.steps or step >= self.steps[-1]:

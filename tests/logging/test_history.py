@@ -99,6 +99,21 @@ def test_statistics_that_come_and_go_are_nan_elsewhere() -> None:
     assert history.series("asymmetry").isnan().tolist() == [[True, True], [False, False]]
 
 
+def test_values_that_come_late_complete_their_step() -> None:
+    history = filled([1, 2, 3], 8)
+    history.complete(2, {"late": torch.tensor([5.0, 6.0, 7.0])})
+    assert history.series("late").tolist()[1] == [5.0, 6.0, 7.0]
+    assert history.series("late")[[0, 2]].isnan().all()
+    before = history.state_dict()
+    history.complete(9, {"late": torch.zeros(3)})  # a step that is not kept
+    assert history.steps == before["steps"] == [1, 2, 3]
+    assert history.series("late").tolist()[1] == [5.0, 6.0, 7.0]
+    with pytest.raises(ValueError, match="expected 3 values of 'late'"):
+        history.complete(2, {"late": torch.zeros(2)})
+    history.append(4, {"x": torch.zeros(3)})
+    assert history.series("late")[3].isnan().all()
+
+
 def test_wrong_number_of_values_records_nothing() -> None:
     history = filled([1], 8)
     with pytest.raises(ValueError, match="expected 3 values of 'eig_var', one a head, got 2"):

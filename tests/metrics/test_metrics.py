@@ -114,7 +114,7 @@ def test_spectrum_metric(support):
             torch.testing.assert_close(got[statistic][part].double(), value, rtol=1e-4, atol=1e-6)
         eigenvalues = qk_eigenvalues(head.query, head.key)
         torch.testing.assert_close(got["spectral_radius"][part], eigenvalues.abs().amax(-1))
-        torch.testing.assert_close(metric.eigenvalues[name], eigenvalues)
+        torch.testing.assert_close(metric.spectra[name], eigenvalues)
         s = head.scaling
         steps = [
             signal_propagation_probability(

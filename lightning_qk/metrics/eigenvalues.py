@@ -1,0 +1,120 @@
+"""Eigenproblems beside the training: solved in a worker thread, handed back with the step they belong to."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional.spectrum import core_eigenvalues, core_singular_values
+
+
+class Cores(NamedTuple):
+    """The small matrices of layers of one shape, all that their spectra depend on.
+
+    Attributes:
+        names: the layers.
+        matrices: shape ``(layers, heads, d_head, d_head)``.
+        bilinear: they have eigenvalues; of the others (cross-attention) singular values are taken.
+    """
+
+    names: tuple[str, ...]
+    matrices: Tensor
+    bilinear: bool
+
+
+def solve(cores: Sequence[Cores]) -> dict[str, Tensor]:
+    """Spectrum of each layer.
+
+    Returns:
+        Layer name → complex eigenvalues ``(heads, d_head)`` in descending order of modulus, or real singular
+        values in descending order.
+    """
+    spectra: dict[str, Tensor] = {}
+    for part in cores:
+        matrices = part.matrices.cpu()
+        values = core_eigenvalues(matrices) if part.bilinear else core_singular_values(matrices)
+        spectra.update(zip(part.names, values, strict=True))
+    return spectra
+
+
+class Solved(NamedTuple):
+    """Spectra, and the step whose weights they are those of."""
+
+    step: int
+    spectra: Mapping[str, Tensor]
+
+
+class EigenvalueWorker:
+    """Solves eigenproblems in one thread, so that training does not wait for them.
+
+    :meth:`collect` returns what was submitted, in order, and waits where it is not solved yet. To call it
+    before the next :meth:`submit` bounds what is alive: the snapshot being solved and the new one. When a
+    result is collected depends on the calls alone and not on how fast the thread is, so that all ranks of a
+    distributed job collect the same.
+
+    The thread runs LAPACK, which gives up Python's lock; it draws no random numbers.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    @property
+    def pending(self) -> int | None:
+        """The step whose spectra are not collected yet, or None."""
+        return None if self._pending is None else self._pending[0]
+
+    def submit(self, step: int, cores: Sequence[Cores]) -> None:
+        """Copy the matrices to the host, without waiting for the device, and start to solve them.
+
+        Args:
+            step: what they are handed back with.
+            cores: on the CPU they are taken as they are: nothing may write into them.
+
+        Raises:
+            RuntimeError: the spectra before them were not collected.
+        """
+        if self._pending is not None:
+            raise RuntimeError(f"expected collect() before the next submit(): step {self.pending} is pending")
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-qk-eigenvalues")
+        copies = [_to_host(part) for part in cores]
+        self._pending = (step, self._thread.submit(_solve_copies, copies))
+
+    def collect(self) -> Solved | None:
+        """The spectra that were submitted last, or None where there are none. Waits for them.
+
+        Raises:
+            Exception: whatever the eigenproblem raised. The step is no longer pending then.
+        """
+        if self._pending is None:
+            return None
+        (step, future), self._pending = self._pending, None
+        return Solved(step, future.result())
+
+    def close(self) -> None:
+        """End the thread. What is pending is lost."""
+        self._pending = None
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+
+
+def _to_host(cores: Cores) -> tuple[Cores, "torch.cuda.Event | None"]:
+    matrices = cores.matrices.detach()
+    if matrices.device.type != "cuda":
+        return cores._replace(matrices=matrices.cpu()), None
+    host = torch.empty(matrices.shape, dtype=matrices.dtype, pin_memory=True)
+    host.copy_(matrices, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return cores._replace(matrices=host), copied
+
+
+def _solve_copies(copies: "Sequence[tuple[Cores, torch.cuda.Event | None]]") -> dict[str, Tensor]:
+    for _, copied in copies:
+        if copied is not None:
+            copied.synchronize()
+    return solve([cores for cores, _ in copies])
