@@ -175,7 +175,7 @@ class Monitor(Callback):
             verb = "is" if len(names) == 1 else f"({len(names)} layers) are"
             self.note(f"{shorten(names)} {verb} left out: {reason}")
 
-    def attempt(self, action: Callable[[], None]) -> None:
+    def attempt(self, action: Callable[[], object]) -> None:
         """Do something for which training must not stop; after one failure nothing is tried again."""
         if self._gave_up:
             return

@@ -13,7 +13,7 @@ from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.reader import head_projections, unread
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_histogram
-from lightning_qk.metrics.eigenvalues import EigenvalueWorker
+from lightning_qk.metrics.eigenvalues import EigenvalueWorker, Solved
 from lightning_qk.metrics.spectrum import QKSpectrum, extreme_values
 
 
@@ -115,8 +115,14 @@ class QKSpectrumMonitor(Monitor):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A resumed run has nothing left to collect."""
+        """Log what the worker still has: a resumed run could not."""
         self._collect(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, with what the worker still has."""
+        if self._worker.pending is not None:
+            self.attempt(self._complete_history)
+        return super().state_dict()
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has; then as every monitor."""
@@ -134,7 +140,8 @@ class QKSpectrumMonitor(Monitor):
 
     def _remember_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = self.measure(trainer, pl_module)
-        assert self.history is not None and self._metric is not None  # on_fit_start
+        assert self.history is not None  # on_fit_start
+        assert self._metric is not None
         self.history.append(-1, values)
         self.note_non_finite(values, "before the first step")
         self._worker.submit(-1, self._metric.cores)
@@ -171,15 +178,23 @@ class QKSpectrumMonitor(Monitor):
         if self._worker.pending is not None:
             self.attempt(lambda: self._collect_and_log(trainer, pl_module, at_epoch_end))
 
+    def _complete_history(self) -> tuple[Solved, dict[str, Tensor]]:
+        solved = self._worker.peek()
+        assert solved is not None  # both callers ask first
+        assert self.history is not None  # on_fit_start
+        assert self._metric is not None
+        values = extreme_values(solved.spectra, self._metric.heads)
+        self.history.complete(solved.step, values)
+        self._eigenvalues, self._eigenvalues_step = solved.spectra, solved.step
+        return solved, values
+
     def _collect_and_log(
         self, trainer: Trainer, pl_module: LightningModule | None, at_epoch_end: bool
     ) -> None:
-        solved = self._worker.collect()
-        history = self.history
-        assert solved is not None and history is not None and self._metric is not None
-        values = extreme_values(solved.spectra, self._metric.heads)
-        history.complete(solved.step, values)
-        self._eigenvalues, self._eigenvalues_step = solved.spectra, solved.step
+        try:
+            solved, values = self._complete_history()
+        finally:
+            self._worker.collect()
         if solved.step < 0:
             return
         self.log_values(trainer, pl_module, values, solved.step, at_epoch_end=at_epoch_end)

@@ -89,9 +89,16 @@ class EigenvalueWorker:
         Raises:
             Exception: whatever the eigenproblem raised. The step is no longer pending then.
         """
+        try:
+            return self.peek()
+        finally:
+            self._pending = None
+
+    def peek(self) -> Solved | None:
+        """What :meth:`collect` would return, which stays pending."""
         if self._pending is None:
             return None
-        (step, future), self._pending = self._pending, None
+        step, future = self._pending
         return Solved(step, future.result())
 
     def close(self) -> None:

@@ -121,11 +121,11 @@ def test_none_is_lost_in_a_checkpoint(tmp_path):
 
 def test_an_eigenproblem_that_fails_is_said_once_and_training_goes_on(monkeypatch):
     def fail(cores):
-        raise torch.linalg.LinAlgError("did not converge")
+        raise ArithmeticError("did not converge")
 
     monkeypatch.setattr(worker_module, "solve", fail)
     spectrum = monitor()
     trainer = models.trainer([spectrum])
-    with pytest.warns(UserWarning, match=r"stopped measuring \(LinAlgError: did not converge\)"):
+    with pytest.warns(UserWarning, match=r"stopped measuring \(ArithmeticError: did not converge\)"):
         trainer.fit(models.Job(), models.tokens())
     assert trainer.global_step == 4
