@@ -6,8 +6,11 @@ import lightning
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_qk._version import __version__
+from lightning_qk.heads.reader import ProjectionReader
 
 
 def check_lightning(trainer: object, name: str) -> None:
@@ -40,6 +43,30 @@ def is_logged_step(trainer: Trainer, every_n_steps: int | None) -> bool:
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return True
     return every > 0 and (logging_step(trainer) + 1) % every == 0
+
+
+def projection_reader(
+    trainer: Trainer, pl_module: LightningModule, *, fold_norm: bool = False
+) -> ProjectionReader:
+    """Reads the projections of a module in training, whatever the strategy wraps around it; from ``on_fit_start``.
+
+    Raises:
+        ValueError: the module holds no attention whose weights can be read.
+    """
+    return ProjectionReader(pl_module, fold_norm=fold_norm, root=trainer.strategy.model)
+
+
+def loss_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
+    """The factor that gradients still carry when ``on_before_optimizer_step`` runs, or None.
+
+    Under fp16 with a scaler Lightning has unscaled them by then, unless the optimizer does so in its own step,
+    as fused ones do.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    # Not get_scale(), which waits for the device.
+    return scaler._scale
 
 
 def run_directory(trainer: Trainer) -> str:

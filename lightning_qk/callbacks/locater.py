@@ -1,22 +1,27 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step
-from lightning_qk.functional.spectrum import Support, qk_moments, support_size
-from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import head_projections
+from lightning_qk.callbacks._trainer import (
+    check_lightning,
+    is_logged_step,
+    logging_step,
+    loss_scale,
+    projection_reader,
+)
+from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.loggers import describe_config
-from lightning_qk.regularizers.locater import Form, check_form, locater_penalty, select_layers
+from lightning_qk.regularizers.locater import Form, LocaterPenalty, Settings, check_form
 
 Schedule = Literal["constant", "linear"]
 
@@ -28,9 +33,16 @@ class LocAteR(Callback):
     that is not zero localizes attention. The callback adds the gradient of
     ``weight * locater_penalty(model)`` to the gradients right before the optimizer steps, once per step: after
     gradient accumulation, the reduction over ranks and fp16 unscaling, before clipping. The gradient equals
-    that of the penalty as a term of the loss. Logged losses do not contain it.
+    that of the penalty as a term of the loss. Logged losses do not contain it, and neither does the loss that
+    a closure returns to an optimizer with a line search.
 
-    Logged keys: ``locater/penalty``, the penalty before it is weighted, and ``locater/weight``.
+    Weights may be sharded (FSDP2, tensor parallel, FSDP): one layer at a time is gathered and its gradient
+    put on the local shard. Nothing waits for the device, save under FSDP's first version. Under manual
+    optimization the optimizers of ``self.optimizers()`` have to step: Lightning does not see the steps of
+    others.
+
+    Logged keys: ``locater/penalty``, the penalty before it is weighted, and ``locater/weight``. Where one
+    trainer has several of these callbacks, ``locater/<name>/penalty`` and ``locater/<name>/weight``.
 
     Args:
         weight: coefficient of the penalty. Its scale depends on the model (0.6 for a fresh GPT-2, 30 for a
@@ -46,11 +58,12 @@ class LocAteR(Callback):
         modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``;
             None for all.
         cross_attention: also regularize cross-attention between spaces of one width.
+        name: tells several of these callbacks in one trainer apart; None numbers them from 1.
 
     Raises:
         TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: an argument is out of range, patterns match no layer, or the module holds no transformer
-            whose attention can be read.
+        ValueError: an argument is out of range, patterns match no layer, the module holds no transformer whose
+            attention can be read, two callbacks have one name, or DeepSpeed holds the gradients.
     """
 
     def __init__(
@@ -65,11 +78,12 @@ class LocAteR(Callback):
         warmup_steps: int = 0,
         modules: str | Sequence[str] | None = None,
         cross_attention: bool = False,
+        name: str | None = None,
     ) -> None:
-        for name, value in (("weight", weight), ("nu", nu)):
+        for argument, value in (("weight", weight), ("nu", nu)):
             if not math.isfinite(value) or value < 0:
                 raise ValueError(
-                    f"expected a finite {name} of at least 0, got {value}: pass 0 to switch it off"
+                    f"expected a finite {argument} of at least 0, got {value}: pass 0 to switch it off"
                 )
         if target is not None and not math.isfinite(target):
             raise ValueError(f"expected a finite target, got {target}")
@@ -91,8 +105,14 @@ class LocAteR(Callback):
         self.warmup_steps = warmup_steps
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.cross_attention = cross_attention
+        self.name = name
         self.history = History(["model"], [1])
         self._start_means: dict[str, Tensor] | None = None
+        self._penalty: LocaterPenalty | None = None
+        self._aims: Mapping[str, Tensor] | None = None
+        self._prefix = "locater"
+        self._batches = 0
+        self._stepped = False
         self._newest: Tensor | None = None
         self._is_due = False
         self._warned = False
@@ -101,7 +121,8 @@ class LocAteR(Callback):
     @property
     def state_key(self) -> str:
         """Several of these can be in one trainer, on other modules."""
-        return self._generate_state_key(form=self.form, modules=self.modules)
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(form=self.form, modules=self.modules, **named)
 
     def current_weight(self, step: int) -> float:
         """The coefficient at an optimizer step, counted from 0."""
@@ -110,47 +131,64 @@ class LocAteR(Callback):
         return self.weight
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a trainer of another package, whose hooks and classes differ."""
+        """Refuse what cannot work, before any work: another package's trainer, one name twice, DeepSpeed."""
         check_lightning(trainer, type(self).__name__)
-        if stage == "fit":
-            settings = ("weight", "form", "support", "target", "nu", "schedule", "warmup_steps", "modules")
-            describe_config(trainer, {"LocAteR": {name: getattr(self, name) for name in settings}})
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "expected a strategy that leaves gradients in the parameters, got DeepSpeed, which keeps them in "
+                "buffers of its own: add weight * locater_penalty(self) to the loss (ZeRO stage 1 or 2), or use "
+                "FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+            )
+        label = self._label(trainer)
+        self._prefix = "locater" if label is None else f"locater/{label}"
+        settings = ("weight", "form", "support", "target", "nu", "schedule", "warmup_steps", "modules")
+        title = "LocAteR" if label is None else f"LocAteR {label}"
+        describe_config(trainer, {title: {name: getattr(self, name) for name in settings}})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
-        with torch.no_grad():
-            self._layers(pl_module)
+        self._penalty = LocaterPenalty(
+            projection_reader(trainer, pl_module), modules=self.modules, cross_attention=self.cross_attention
+        )
+        self._aims = None
+        self._batches, self._stepped, self._is_due = 0, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the heads' means at the start, unless a checkpoint brought them."""
+        assert self._penalty is not None  # on_fit_start
         if self.form == "target" and self.target is None and self._start_means is None:
-            with torch.no_grad():
-                self._start_means = {
-                    name: qk_moments(head.query, head.key, support=self.support)["eig_mean"].cpu()
-                    for name, head in self._layers(pl_module).items()
-                }
+            self._aims = self._penalty.means(self.support)
+            self._start_means = {name: mean.cpu() for name, mean in self._aims.items()}
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Find out whether the step is logged."""
-        self._is_due = is_logged_step(trainer, None)
+        self._batches += 1
+        self._newest = None
+        # With an optimizer that is stepped by hand, the step may come with a later batch.
+        self._is_due = self._is_due or is_logged_step(trainer, None)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Add the penalty's gradient to the parameters that this optimizer is about to change."""
-        weight = self.current_weight(trainer.global_step)
-        with torch.enable_grad():
-            penalty = locater_penalty(
-                self._layers(pl_module),
-                form=self.form,
-                support=self.support,
-                target=self._aim(),
-                nu=self.nu,
-                cross_attention=self.cross_attention,
-            )
-            reached = weight == 0 or self._add_gradient(weight * penalty, optimizer)
+        penalty = self._penalty
+        assert penalty is not None  # on_fit_start
+        penalty.refresh()
+        self._stepped = True
+        weight = self.current_weight(logging_step(trainer))
+        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu)
+        if weight == 0:
+            value, reached = penalty.value(settings), True
+        else:
+            # With several optimizers every parameter still gets it once: each its own.
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            scale = loss_scale(trainer, optimizer)
+            factor = weight if scale is None else weight * scale
+            value, reached = penalty.add_gradient(settings, factor, parameters)
         # With several optimizers, each steps only its share of the layers.
         if not reached and not self._warned_idle and len(trainer.optimizers) == 1:
             self._warned_idle = True
@@ -158,9 +196,11 @@ class LocAteR(Callback):
                 "LocAteR: expected query or key weights that the optimizer trains, got none: they are frozen or "
                 "not among its parameters, so that the penalty changes nothing; unfreeze them or drop LocAteR"
             )
-        self._newest = penalty.detach()
-        pl_module.log("locater/penalty", self._newest, on_step=True, on_epoch=False)
-        pl_module.log("locater/weight", weight, on_step=True, on_epoch=False)
+        self._newest = value
+        # A tensor that is filled on the device: Lightning would copy a number there, and wait.
+        logged_weight = torch.full_like(value, weight)
+        pl_module.log(f"{self._prefix}/penalty", value, on_step=True, on_epoch=False)
+        pl_module.log(f"{self._prefix}/weight", logged_weight, on_step=True, on_epoch=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -169,7 +209,7 @@ class LocAteR(Callback):
         value = self._newest
         if not self._is_due or value is None:
             return
-        self._newest = None
+        self._is_due = False
         step = logging_step(trainer)
         self.history.append(step, {"locater/penalty": value.reshape(1)})
         if not self._warned and not torch.isfinite(value):
@@ -177,6 +217,14 @@ class LocAteR(Callback):
             rank_zero_warn(
                 f"LocAteR: the penalty is {value.item()} at step {step}: a query or key weight is not finite "
                 "(QKSpectrumMonitor names the head); training goes on"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where Lightning saw batches but no optimizer step."""
+        if self._batches and not self._stepped and not trainer.global_step:
+            rank_zero_warn(
+                "LocAteR: expected optimizer steps that Lightning sees, got none, so that the penalty changed "
+                "nothing: step the optimizers of self.optimizers(), not others"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,36 +240,26 @@ class LocAteR(Callback):
         """Add the penalty's curve to a run's record."""
         if len(self.history):
             curve = self.history.series("locater/penalty")[:, 0].tolist()
-            name = "locater/penalty"
-            if name in record.scalars:
-                name = f"{name} {self.modules}"
+            name = f"{self._prefix}/penalty"
             record.scalars[name] = (list(self.history.steps), curve)
 
-    def _layers(self, pl_module: LightningModule) -> dict[str, HeadProjections]:
-        return select_layers(
-            head_projections(pl_module), modules=self.modules, cross_attention=self.cross_attention
-        )
+    def _label(self, trainer: Trainer) -> str | None:
+        """What tells this callback from others of its kind in the trainer; None where it is alone."""
+        mine = [callback for callback in trainer.callbacks if isinstance(callback, LocAteR)]  # type: ignore[attr-defined]
+        labels = [str(place) if own.name is None else own.name for place, own in enumerate(mine, start=1)]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"expected LocAteR callbacks of different names in one trainer, got {', '.join(labels)}: pass "
+                "each its own name="
+            )
+        place = next(index for index, own in enumerate(mine) if own is self)
+        return None if len(mine) == 1 else labels[place]
 
-    def _aim(self) -> float | dict[str, Tensor] | None:
-        return self._start_means if self.form == "target" and self.target is None else self.target
-
-    def _add_gradient(self, loss: Tensor, optimizer: Optimizer) -> bool:
-        """Add the gradient of a loss; whether there was a parameter to add it to."""
-        # Only what this optimizer steps: with several optimizers every parameter still gets it once.
-        parameters = [
-            parameter
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad
-        ]
-        if not loss.requires_grad or not parameters:
-            return False
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad += gradient
-        return any(gradient is not None for gradient in gradients)
+    def _aim(self, pl_module: LightningModule) -> float | Mapping[str, Tensor] | None:
+        if self.form != "target" or self.target is not None:
+            return self.target
+        if self._aims is None:
+            assert self._start_means is not None  # on_train_start, or a checkpoint
+            # Once, since copying to the device waits for it.
+            self._aims = {name: mean.to(pl_module.device) for name, mean in self._start_means.items()}
+        return self._aims

@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
-from lightning_qk.callbacks._trainer import logging_step
+from lightning_qk.callbacks._trainer import logging_step, projection_reader
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.heads.reader import head_projections, unread
+from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import EigenvalueWorker, Solved
@@ -77,6 +77,7 @@ class QKSpectrumMonitor(Monitor):
         self.support: Support = support
         self.fold_norm = fold_norm
         self._metric: QKSpectrum | None = None
+        self._reader: ProjectionReader | None = None
         self._worker = EigenvalueWorker()
         self._eigenvalues: Mapping[str, Tensor] = {}
         self._eigenvalues_step: int | None = None
@@ -93,13 +94,13 @@ class QKSpectrumMonitor(Monitor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
         super().on_fit_start(trainer, pl_module)
-        with torch.no_grad():
-            projections = head_projections(pl_module, fold_norm=self.fold_norm)
-        self.note_left_out(unread(pl_module))
-        if self.fold_norm and (plain := [name for name, head in projections.items() if not head.norm_folded]):
+        self._reader = projection_reader(trainer, pl_module, fold_norm=self.fold_norm)
+        layers = self._reader.layers
+        self.note_left_out(self._reader.unread)
+        if self.fold_norm and (plain := [name for name, layer in layers.items() if not layer.norm_folded]):
             self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
-        heads = {name: head.heads for name, head in projections.items()}
-        self._cross = {name for name, head in projections.items() if not head.self_attention}
+        heads = {name: layer.heads for name, layer in layers.items()}
+        self._cross = {name for name, layer in layers.items() if not layer.self_attention}
         self.remember_layers(heads, self._cross)
         self._metric = QKSpectrum(heads, self.support, eigenvalues=False)
 
@@ -121,7 +122,7 @@ class QKSpectrumMonitor(Monitor):
     def state_dict(self) -> dict[str, Any]:
         """The history, with what the worker still has."""
         if self._worker.pending is not None:
-            self.attempt(self._complete_history)
+            self.attempt(self._complete_history, "logging")
         return super().state_dict()
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,10 +150,12 @@ class QKSpectrumMonitor(Monitor):
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Moments of all heads, reduced over ranks."""
         metric = self._metric
+        reader = self._reader
         assert metric is not None  # on_fit_start
+        assert reader is not None
         metric.to(pl_module.device).reset()
-        with torch.no_grad():
-            metric.update(head_projections(pl_module, fold_norm=self.fold_norm))
+        reader.refresh()
+        metric.update(reader)
         return flat_values(metric)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
@@ -176,7 +179,7 @@ class QKSpectrumMonitor(Monitor):
             at_epoch_end: from which hook it is called.
         """
         if self._worker.pending is not None:
-            self.attempt(lambda: self._collect_and_log(trainer, pl_module, at_epoch_end))
+            self.attempt(lambda: self._collect_and_log(trainer, pl_module, at_epoch_end), "logging")
 
     def _complete_history(self) -> tuple[Solved, dict[str, Tensor]]:
         solved = self._worker.peek()

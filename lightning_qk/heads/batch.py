@@ -1,12 +1,16 @@
 """Layers of one shape, stacked, so that a whole model costs one batched product."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.heads.reader import ProjectionReader
+
+# Layers are copied when they are stacked: of large models no more than this many numbers at a time.
+_LARGEST_BATCH = 2**26
 
 
 class LayerBatch(NamedTuple):
@@ -25,20 +29,58 @@ class LayerBatch(NamedTuple):
     scaling: Tensor
 
 
-def stack_layers(projections: Mapping[str, HeadProjections]) -> list[LayerBatch]:
-    """Group layers by shape, dtype and device and stack each group; differentiable."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, head in projections.items():
-        signature = (head.query.shape, head.key.shape, head.query.dtype, head.key.dtype, head.query.device)
-        groups.setdefault(signature, []).append(name)
-    return [
-        LayerBatch(
+def layer_batches(
+    projections: Mapping[str, HeadProjections], names: Iterable[str] | None = None
+) -> Iterator[LayerBatch]:
+    """Layers grouped by shape, dtype and device, each group stacked; differentiable.
+
+    Of a :class:`~lightning_qk.heads.reader.ProjectionReader`, sharded layers are gathered and given one by
+    one, so that no more than one is whole at a time if the caller keeps none (a loop's variable is deleted at
+    its end); on every process in the same order. Other layers come before them.
+
+    Args:
+        projections: the layers by name.
+        names: which of them; None for all.
+    """
+    names = list(projections if names is None else names)
+    alone: list[str] = []
+    if isinstance(projections, ProjectionReader):
+        alone = [name for name in names if projections.is_sharded(name)]
+    yield from _stacked({name: projections[name] for name in names if name not in alone})
+    for name in alone:
+        yield from _stacked({name: projections[name]})
+
+
+def _stacked(heads: Mapping[str, HeadProjections]) -> Iterator[LayerBatch]:
+    for names in group_layers(heads, lambda head: (head.query, head.key)):
+        yield LayerBatch(
             names=tuple(names),
-            query=torch.stack([projections[name].query for name in names]),
-            key=torch.stack([projections[name].key for name in names]),
+            query=stack([heads[name].query for name in names]),
+            key=stack([heads[name].key for name in names]),
             scaling=torch.tensor(
-                [projections[name].scaling for name in names], device=projections[names[0]].query.device
+                [heads[name].scaling for name in names], device=heads[names[0]].query.device
             ),
         )
-        for names in groups.values()
-    ]
+
+
+def group_layers(
+    layers: Mapping[str, HeadProjections], tensors: Callable[[HeadProjections], Sequence[Tensor]]
+) -> list[list[str]]:
+    """Names of layers whose tensors agree in shape, dtype and device, in batches of bounded size."""
+    groups: dict[tuple[object, ...], list[list[str]]] = {}
+    for name, head in layers.items():
+        own = tensors(head)
+        batches = groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in own), [[]])
+        if batches[-1] and (len(batches[-1]) + 1) * sum(t.numel() for t in own) > _LARGEST_BATCH:
+            batches.append([])
+        batches[-1].append(name)
+    return [names for batches in groups.values() for names in batches]
+
+
+def stack(matrices: Sequence[Tensor]) -> Tensor:
+    """As torch.stack, but matrices that are stored by columns stay so, which is several times faster."""
+    if len(matrices) == 1:
+        return matrices[0].unsqueeze(0)
+    if all(matrix.stride(-2) == 1 and matrix.stride(-1) != 1 for matrix in matrices):
+        return torch.stack([matrix.mT for matrix in matrices]).mT
+    return torch.stack(list(matrices))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_qk.capture.callers import calls_sdpa
 from lightning_qk.heads.layouts import find_layout
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
@@ -35,15 +36,19 @@ class Site(NamedTuple):
 def attention_sites(model: nn.Module) -> Iterator[Site]:
     """Yield every attention layer in module order, shared ones once.
 
-    A layer is a module with an attention-like class name whose children fit a layout. One that fits none
-    counts if its class is named attention, it has weights of its own and it contains no attention.
+    A layer is a module with an attention-like class name whose children fit a layout, or one that calls
+    torch's scaled_dot_product_attention itself and is no part of such a layer. Any other counts if its class is
+    named attention, it has weights of its own and it contains no attention.
     """
     modules = dict(model.named_modules())
     fitting = {name for name, module in modules.items() if _fits(module)}
+    calling = {
+        name for name, module in modules.items() if calls_sdpa(module) and fitting.isdisjoint(_parents(name))
+    }
     named = {name for name, module in modules.items() if _is_named_attention(module)}
-    holders = {parent for name in fitting | named for parent in _parents(name)}
+    holders = {parent for name in fitting | calling | named for parent in _parents(name)}
     for name, module in modules.items():
-        if name in fitting or (name in named and name not in holders):
+        if name in fitting or name in calling or (name in named and name not in holders):
             ancestors = tuple(modules[parent] for parent in _parents(name))
             yield Site(
                 name, module, ancestors, _config(module, ancestors), _is_cross(name, module, ancestors)
@@ -61,6 +66,8 @@ def _fits(module: nn.Module) -> bool:
 
 
 def _is_named_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
     if _NAMED_ATTENTION.search(type(module).__name__) is None:
         return False
     own = (module, *module.children())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.norms import Norm, is_norm, read_norm
+from lightning_qk.heads.norms import Norm, NormPlan, is_norm, plan_norm
 from lightning_qk.heads.probing import Stop, Through, run_copy
 from lightning_qk.heads.qk_norm import Rows, qk_norms
 
@@ -37,7 +37,9 @@ class _Marker(nn.Module):
         return self.given[-1]
 
 
-def feeding_norm(module: nn.Module, ancestors: Sequence[nn.Module], weight: Tensor) -> Norm | None:
+def feeding_norm(
+    module: nn.Module, ancestors: Sequence[nn.Module], width: int, like: Tensor
+) -> NormPlan | None:
     """Find the norm whose output is exactly what the attention layer is given.
 
     The forward of the module around the layer is run, on a copy whose norms return marked tensors and whose
@@ -48,10 +50,11 @@ def feeding_norm(module: nn.Module, ancestors: Sequence[nn.Module], weight: Tens
     Args:
         module: the attention layer.
         ancestors: the modules that contain it, nearest first.
-        weight: of the query projection, shape (out, d_model): tells the width, device and type of the input.
+        width: d_model.
+        like: tells the device and type of the input.
 
     Returns:
-        The norm, or None where it could not be proved.
+        How to read the norm, or None where it could not be proved.
     """
     known = qk_norms(module).values()
     if any(is_norm(child) and all(child is not norm for norm in known) for child in module.children()):
@@ -62,13 +65,13 @@ def feeding_norm(module: nn.Module, ancestors: Sequence[nn.Module], weight: Tens
     for parent in ancestors[:3]:
         if isinstance(parent, nn.ModuleList | nn.ModuleDict):
             return None
-        given = weight.new_zeros(1, 2, weight.shape[1])
+        given = torch.zeros(1, 2, width, device=like.device, dtype=like.dtype)
         reached, markers = _run(parent, child, given)
         if reached is None:
             return None
         for marker, norm in markers.items():
             if any(reached is out for out in marker.given):
-                return read_norm(norm, weight.shape[1:])
+                return plan_norm(norm, (width,))
         if reached is not given:
             return None
         child = parent

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.sizes import Sizes
 
 
@@ -92,7 +93,7 @@ class Layout(NamedTuple):
 
 
 def _class_is(name: str) -> Callable[[nn.Module], bool]:
-    return lambda module: type(module).__name__ == name
+    return lambda module: is_named(module, name)
 
 
 def _per_head(module: nn.Module) -> bool:

@@ -58,3 +58,8 @@ class HeadProjections:
     def d_head(self) -> int:
         """Width of one head."""
         return self.query.shape[1]
+
+    @property
+    def width(self) -> tuple[int, int]:
+        """d_query and d_key."""
+        return self.query.shape[2], self.key.shape[2]

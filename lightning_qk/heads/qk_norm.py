@@ -6,7 +6,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.norms import Norm, read_norm
+from lightning_qk.heads.norms import NormPlan, plan_norm
+from lightning_qk.heads.sizes import Sizes
 
 _NORM_OF = {
     "query": re.compile(
@@ -33,38 +34,35 @@ def qk_norms(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def fold_qk_norms(module: nn.Module, query: Rows, key: Rows) -> tuple[Rows, Rows, bool]:
-    """Fold the gains of a layer's query and key norms into its weights.
-
-    The normalization itself, one positive number a token (and head), stays out, and so does a LayerNorm's
-    offset: the dot product of the true q and k is not bilinear.
-
-    Returns:
-        The two sides, and whether there is such a norm.
+def plan_qk_norms(module: nn.Module, sizes: Sizes) -> dict[str, NormPlan]:
+    """Find out what the query and key norms of a layer do, by side.
 
     Raises:
         UnreadLayer: a norm is neither an RMSNorm nor a LayerNorm over heads or over the whole width.
     """
-    norms = qk_norms(module)
-    if "query" in norms:
-        query = _fold(norms["query"], query, "queries")
-    if "key" in norms:
-        key = _fold(norms["key"], key, "keys")
-    return query, key, bool(norms)
+    heads = {"query": sizes.heads, "key": sizes.kv_heads}
+    return {side: _plan(norm, heads[side], sizes.d_head, side) for side, norm in qk_norms(module).items()}
 
 
-def _fold(norm: nn.Module, rows: Rows, what: str) -> Rows:
-    heads, d_head = rows.weight.shape[:2]
+def _plan(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPlan:
     # Per head; over all heads at once; one gain for each head, heads before or behind the tokens.
     for shape in ((d_head,), (heads * d_head,), (1, heads, 1, d_head), (1, 1, heads, d_head)):
-        found = read_norm(norm, shape)
+        found = plan_norm(norm, shape)
         if found is not None:
-            return _apply(found, rows, full_width=shape == (heads * d_head,))
+            return found
+    what = "queries" if side == "query" else "keys"
     raise UnreadLayer(f"the norm of its {what} is a {type(norm).__name__}, which is no RMSNorm or LayerNorm")
 
 
-def _apply(norm: Norm, rows: Rows, full_width: bool) -> Rows:
-    d_head = rows.weight.shape[1]
+def fold_qk_norm(plan: NormPlan, rows: Rows) -> Rows:
+    """Fold the gain of a layer's query or key norm into the weights of that side.
+
+    The normalization itself, one positive number a token (and head), stays out, and so does a LayerNorm's
+    offset: the dot product of the true q and k is not bilinear.
+    """
+    norm = plan.read()
+    heads, d_head = rows.weight.shape[:2]
+    full_width = plan.shape == (heads * d_head,)
     gain = norm.gain.reshape(-1, d_head)
 
     def fold(values: Tensor) -> Tensor:

@@ -1,25 +1,153 @@
 """Read the query and key weights of every attention layer of a model, per head."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import Site, attention_sites
-from lightning_qk.heads.folding import feeding_norm, fold_input_norm
-from lightning_qk.heads.layouts import find_layout, unsupported
-from lightning_qk.heads.linear import Affine, read_affine
+from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.plan import LayerPlan, identity
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.qk_norm import Rows, fold_qk_norms
-from lightning_qk.heads.rotary import read_rotary
-from lightning_qk.heads.sizes import Sizes, head_sizes, softmax_scaling
+
+
+class ProjectionReader(Mapping[str, HeadProjections]):
+    """The projections of a model, layer by layer, each read when it is asked for.
+
+    A lazy form of :func:`head_projections`: the same names and values, but nothing is kept. Layouts, sizes
+    and norms are found out once, in the constructor and whenever the model's modules were replaced; after
+    that a layer costs no more than taking its live tensors, and never waits for the device. Weights that
+    are sharded (FSDP, FSDP2, tensor parallel) are gathered by the access: read layer by layer, no more than
+    one layer's projections are whole at a time, and every process must read the same layers in the same order.
+
+    Args:
+        model: any module that contains Hugging Face transformers, such as a LightningModule.
+        fold_norm: see :func:`head_projections`.
+        root: the outermost module around ``model``, where there is one, such as ``trainer.strategy.model``:
+            FSDP's first version may be wrapped around the whole.
+
+    Attributes:
+        layers: qualified name → what is known of a layer without its values.
+        unread: qualified name → why a layer is left out.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: the model contains no attention, or none that can be read.
+    """
+
+    layers: dict[str, LayerPlan]
+    unread: dict[str, str]
+
+    def __init__(self, model: nn.Module, *, fold_norm: bool = False, root: nn.Module | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+        self.fold_norm = fold_norm
+        self._model = weakref.ref(model)
+        self._root = None if root is None else weakref.ref(root)
+        self._plan(model)
+
+    def __getitem__(self, name: str) -> HeadProjections:
+        layer = self.layers[name]
+        return layer.copy() if layer.is_flat else layer.read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def refresh(self) -> bool:
+        """Plan anew if modules of the model were replaced (an adapter merged, say); whether they were.
+
+        Values, devices, types and ties of the weights are live in any case.
+
+        Raises:
+            ValueError: nothing can be read any more.
+        """
+        model = self._model()
+        if model is None:
+            raise ValueError("expected a model that is alive, got one that is gone: keep a reference to it")
+        if self._identity == list(identity(model)):
+            return False
+        self._plan(model)
+        return True
+
+    def is_sharded(self, name: str) -> bool:
+        """Whether reading a layer gathers its weights from other processes."""
+        return self.layers[name].is_sharded()
+
+    def _plan(self, model: nn.Module) -> None:
+        self._identity = list(identity(model))
+        self.layers, self.unread = {}, {}
+        wrappers = self._wrappers(model)
+        inaccessible = None
+        for site in attention_sites(model):
+            try:
+                self.layers[site.name] = LayerPlan(site, self.fold_norm, wrappers)
+            except UnreadLayer as reason:  # noqa: PERF203
+                self.unread[site.name] = str(reason)
+                if isinstance(reason, InaccessibleWeights):
+                    inaccessible = inaccessible or site.name
+        if self.layers:
+            return
+        kind = type(model).__name__
+        if not self.unread:
+            raise ValueError(
+                f"expected a model that contains transformer attention, found none in {kind}: pass the module "
+                "that holds the network, once it is built (see `configure_model`)"
+            )
+        if inaccessible is not None:
+            raise ValueError(
+                f"expected weights that this process can read, got {len(self.unread)} attention layers in {kind} "
+                f"of which it can read none: of {inaccessible or kind}, {self.unread[inaccessible]}"
+            )
+        listed = "; ".join(
+            f"{name or kind} because {reason}" for name, reason in list(self.unread.items())[:3]
+        )
+        more = f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else ""
+        raise ValueError(
+            f"expected at least one attention layer of a known layout, found {len(self.unread)} in {kind} of "
+            f"which none can be read ({listed}{more}): add an entry to lightning_qk.heads.layouts or pass "
+            "another model"
+        )
+
+    def _wrappers(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """The modules between the root and the model, nearest first, the root last."""
+        root = None if self._root is None else self._root()
+        if root is None or root is model:
+            return ()
+        path = next((name for name, module in root.named_modules() if module is model), None)
+        if path is None:
+            return ()
+        parts = path.split(".")
+        return tuple(root.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
+
+
+_READERS: "weakref.WeakKeyDictionary[nn.Module, ProjectionReader]" = weakref.WeakKeyDictionary()
+
+
+def kept_reader(model: nn.Module) -> ProjectionReader:
+    """The reader of a model, made at the first call and kept as long as the model lives.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: the model contains no attention, or none that can be read.
+    """
+    reader = _READERS.get(model) if isinstance(model, nn.Module) else None
+    if reader is None:
+        reader = ProjectionReader(model)
+        _READERS[model] = reader
+    else:
+        reader.refresh()
+    return reader
 
 
 def head_projections(model: nn.Module, *, fold_norm: bool = False) -> dict[str, HeadProjections]:
     """Read the query and key weights of every attention layer, split into heads.
 
     Nothing is run: the weights are found by the names and shapes of the layers' own modules, wherever in the
-    model they hang. A layer that cannot be read is left out; `unread` names it with the reason.
+    model they hang. A layer that cannot be read is left out; `unread` names it with the reason. Sharded
+    weights are gathered, all of them: :class:`ProjectionReader` gathers one layer at a time.
 
     Args:
         model: any module that contains Hugging Face transformers, such as a LightningModule.
@@ -31,27 +159,14 @@ def head_projections(model: nn.Module, *, fold_norm: bool = False) -> dict[str, 
 
     Returns:
         Qualified module name to projections, in module order, a shared module once. The tensors are
-        differentiable functions of the live parameters: views, save where a norm is folded in.
+        differentiable functions of the live parameters: views, save where a norm is folded in or a DTensor is
+        gathered. Copies of parameters that FSDP's first version flattens are not differentiable.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: the model contains no attention, or none that can be read.
     """
-    read, reasons = _read(model, fold_norm)
-    if read:
-        return read
-    kind = type(model).__name__
-    if not reasons:
-        raise ValueError(
-            f"expected a model that contains transformer attention, found none in {kind}: pass the module "
-            "that holds the network, once it is built (see `configure_model`)"
-        )
-    listed = "; ".join(f"{name or kind} because {reason}" for name, reason in list(reasons.items())[:3])
-    more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-    raise ValueError(
-        f"expected at least one attention layer of a known layout, found {len(reasons)} in {kind} of which "
-        f"none can be read ({listed}{more}): add an entry to lightning_qk.heads.layouts or pass another model"
-    )
+    return dict(ProjectionReader(model, fold_norm=fold_norm))
 
 
 def unread(model: nn.Module) -> dict[str, str]:
@@ -64,7 +179,13 @@ def unread(model: nn.Module) -> dict[str, str]:
         Qualified module name to the reason, as a clause that begins with what the layer is or has, in module
         order. Empty where every layer is read.
     """
-    return _read(model, fold_norm=False)[1]
+    reasons = {}
+    for site in attention_sites(model):
+        try:
+            LayerPlan(site, fold_norm=False)
+        except UnreadLayer as reason:  # noqa: PERF203
+            reasons[site.name] = str(reason)
+    return reasons
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,61 +198,3 @@ def find_attention(model: nn.Module) -> dict[str, nn.Module]:
         Qualified module name to module, in module order.
     """
     return {site.name: site.module for site in attention_sites(model)}
-
-
-def _read(model: nn.Module, fold_norm: bool) -> tuple[dict[str, HeadProjections], dict[str, str]]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-    read: dict[str, HeadProjections] = {}
-    reasons: dict[str, str] = {}
-    for site in attention_sites(model):
-        try:
-            read[site.name] = _read_layer(site, fold_norm)
-        except UnreadLayer as reason:  # noqa: PERF203
-            reasons[site.name] = str(reason)
-    return read, reasons
-
-
-def _read_layer(site: Site, fold_norm: bool) -> HeadProjections:
-    module = site.module
-    layout = find_layout(module)
-    if layout is None:
-        children = ", ".join(name for name, _ in module.named_children()) or "none"
-        raise UnreadLayer(
-            f"{type(module).__name__} has no known layout of q and k (its children: {children})"
-        )
-    reason = unsupported(module)
-    if reason is not None:
-        raise UnreadLayer(reason)
-
-    from_query = read_affine(module.get_submodule(layout.query), layout.query)
-    from_key = from_query
-    if layout.key != layout.query:
-        from_key = read_affine(module.get_submodule(layout.key), layout.key)
-    rows = from_query.weight.shape[0], from_key.weight.shape[0]
-    sizes = head_sizes(module, site.config, rows, layout.order.blocks)
-
-    self_attention = not site.is_cross and from_query.weight.shape[1] == from_key.weight.shape[1]
-    query, key = _split(from_query, layout.order.query, sizes), _split(from_key, layout.order.key, sizes)
-    norm = None
-    if fold_norm and self_attention:
-        norm = feeding_norm(module, site.ancestors, from_query.weight)
-    if norm is not None:
-        query, key = fold_input_norm(norm, query), fold_input_norm(norm, key)
-    query, key, qk_norm = fold_qk_norms(module, query, key)
-    return HeadProjections(
-        query=query.weight,
-        key=key.weight,
-        query_bias=query.bias,
-        key_bias=key.bias,
-        scaling=softmax_scaling(module, sizes.d_head),
-        layout=layout.name,
-        rotary=read_rotary(module, site.ancestors, site.config, sizes.d_head),
-        qk_norm=qk_norm,
-        self_attention=self_attention,
-        norm_folded=norm is not None,
-    )
-
-
-def _split(affine: Affine, pick: Callable[[Tensor, Sizes], Tensor], sizes: Sizes) -> Rows:
-    return Rows(pick(affine.weight, sizes), None if affine.bias is None else pick(affine.bias, sizes))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.errors import UnreadLayer
 
 _D_HEAD = (
@@ -127,7 +128,7 @@ def softmax_scaling(module: nn.Module, d_head: int) -> float:
         number = _scalar(getattr(module, name, None))
         if number is not None:
             return 1.0 / number
-    if hasattr(module, "relative_attention_num_buckets") or type(module).__name__ == "GPTNeoSelfAttention":
+    if hasattr(module, "relative_attention_num_buckets") or is_named(module, "GPTNeoSelfAttention"):
         # T5 and its kin, and GPT-Neo: plain dot products.
         return 1.0
     return d_head**-0.5

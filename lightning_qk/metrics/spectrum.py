@@ -8,8 +8,9 @@ from torchmetrics import Metric
 
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import MOMENTS, Support, qk_moments_and_core, qk_singular_core
-from lightning_qk.heads.batch import stack_layers
+from lightning_qk.heads.batch import layer_batches
 from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.metrics.eigenvalues import Cores, solve
 
 MOMENT_STATISTICS = (*MOMENTS, "propagation", "localization")
@@ -80,15 +81,17 @@ class QKSpectrum(Metric):
         """Add the spectra of the weights as they are now.
 
         Args:
-            projections: what :func:`~lightning_qk.head_projections` returned, with the layers that the
-                metric was built for.
+            projections: what :func:`~lightning_qk.head_projections` returned, or a
+                :class:`~lightning_qk.heads.reader.ProjectionReader`, with the layers that the metric was
+                built for.
         """
         rows = {
             name: torch.full((len(MOMENT_STATISTICS), count), torch.nan) for name, count in self.heads.items()
         }
         self.cores = []
-        bilinear = {name: head for name, head in projections.items() if head.self_attention}
-        for batch in stack_layers(bilinear):
+        layers = projections.layers if isinstance(projections, ProjectionReader) else projections
+        bilinear = [name for name, layer in layers.items() if layer.self_attention]
+        for batch in layer_batches(projections, bilinear):
             moments, core = qk_moments_and_core(batch.query, batch.key, support=self.support)
             scale = batch.scaling[:, None]
             propagation = signal_propagation_probability(
@@ -102,8 +105,10 @@ class QKSpectrum(Metric):
             values = torch.stack([*(moments[name] for name in MOMENTS), *predicted])
             rows.update(zip(batch.names, values.unbind(1), strict=True))
             self.cores.append(Cores(batch.names, core, bilinear=True))
-        for batch in stack_layers({name: head for name, head in projections.items() if name not in bilinear}):
+            del batch  # before the next one is gathered, where weights are sharded
+        for batch in layer_batches(projections, [name for name in layers if name not in bilinear]):
             self.cores.append(Cores(batch.names, qk_singular_core(batch.query, batch.key), bilinear=False))
+            del batch
         values = torch.cat([rows[name].to(self.total) for name in self.heads], dim=-1)
         if self.eigenvalues:
             self.spectra = solve(self.cores)

@@ -19,6 +19,7 @@ from lightning_qk.module.network import (
     network_from_pretrained,
 )
 from lightning_qk.module.perplexity import MeanLoss, Perplexity
+from lightning_qk.module.sharding import shard_network, whole_state
 from lightning_qk.tasks import check_task
 
 if TYPE_CHECKING:
@@ -133,7 +134,10 @@ class TransformerModule(pl.LightningModule):
         return [names[index] for index in range(len(names))]
 
     def configure_model(self) -> None:
-        """Build the network, once. Without a trainer nothing is known of the data, and nothing is built."""
+        """Build the network, once, and shard it where the strategy is Lightning's ModelParallelStrategy.
+
+        Without a trainer nothing is known of the data, and nothing is built.
+        """
         trainer = self._trainer
         if self.model is not None or trainer is None:
             return
@@ -150,6 +154,9 @@ class TransformerModule(pl.LightningModule):
         self._attach(network)
         length = "max_length" if self.task == "sequence_classification" else "block_size"
         check_length(network, getattr(data, length, 0))
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is not None:
+            shard_network(network, mesh)
 
     def _attach(self, network: "PreTrainedModel") -> None:
         network.train()  # from_pretrained returns it in evaluation mode
@@ -293,12 +300,17 @@ class TransformerModule(pl.LightningModule):
 
     def on_fit_end(self) -> None:
         """Write the model to ``save_pretrained_to``, where it is set."""
-        if self.save_pretrained_to and self.trainer.is_global_zero:
-            folder = self.export(self.save_pretrained_to)
+        if not self.save_pretrained_to:
+            return
+        # Every process takes part where the weights are sharded.
+        folder = self.export(self.save_pretrained_to)
+        if self.trainer.is_global_zero:
             rank_zero_info(f"The model is in {folder}: load it with AutoModel.from_pretrained")
 
     def export(self, folder: str | Path) -> Path:
         """Write the model, and the data module's tokenizer where there is one, as a Hugging Face folder.
+
+        Under a trainer with several processes all of them call it, and the first one writes.
 
         Args:
             folder: made if it does not exist.
@@ -306,8 +318,11 @@ class TransformerModule(pl.LightningModule):
         Returns:
             The folder, to load with ``AutoModel….from_pretrained`` and ``AutoTokenizer.from_pretrained``.
         """
+        state = whole_state(self.network)
+        if self._trainer is not None and not self._trainer.is_global_zero:
+            return Path(folder)
         with self._original_config():
-            self.network.save_pretrained(folder)
+            self.network.save_pretrained(folder, state_dict=state)
         tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -1,16 +1,20 @@
 """LocAteR: localized attention regularization, a penalty on the scale of QK-eigenspectra."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.functional.spectrum import Support, qk_moments, support_size
-from lightning_qk.heads.batch import stack_layers
+from lightning_qk.functional._precision import at_least_float32
+from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.heads.batch import group_layers, stack
+from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import head_projections
+from lightning_qk.heads.reader import ProjectionReader, kept_reader
+from lightning_qk.regularizers import closed_form
+from lightning_qk.regularizers.closed_form import head_penalties, penalties_and_gradients
 
 Form = Literal["variance", "target"]
 Target = float | Mapping[str, Tensor]
@@ -43,6 +47,11 @@ def locater_penalty(
     Add ``weight * locater_penalty(model)`` to a loss, or use the callback
     :class:`~lightning_qk.LocAteR`, whose gradient is the same.
 
+    The model's layers are looked for at the first call and after its modules change; from then on a call
+    takes the live weights and does not wait for the device. Sharded weights (FSDP2, tensor parallel) are
+    gathered one layer at a time, in a collective call, and the gradient is put on the local shard; it has no
+    second derivative then.
+
     Args:
         model_or_projections: a module that contains transformers, or what
             :func:`~lightning_qk.head_projections` returned for it.
@@ -60,28 +69,307 @@ def locater_penalty(
 
     Raises:
         ValueError: unknown form or support, a target missing or given to the wrong form, patterns that match
-            no layer, or a model without readable attention.
+            no layer, a model without readable attention, or one that FSDP's first version flattens (use the
+            callback).
     """
-    check_form(form, target)
-    if isinstance(model_or_projections, nn.Module):
-        model_or_projections = head_projections(model_or_projections)
-    chosen = select_layers(model_or_projections, modules=modules, cross_attention=cross_attention)
-    penalties = []
-    for batch in stack_layers(chosen):
-        moments = qk_moments(batch.query, batch.key, support=support)
-        if form == "variance":
-            penalties.append(moments["sym_var"].sum())
-            continue
-        assert target is not None  # check_form
-        if isinstance(target, Mapping):
-            aim = torch.stack([target[name].to(moments["eig_mean"]) for name in batch.names])
-        else:
-            aim = torch.as_tensor(target).to(moments["eig_mean"])
-        mean = moments["eig_mean"]
-        scale = (moments["trace_sq"] + moments["frobenius_sq"]) / (2 * support_size(batch.query, support))
-        penalties.append((scale + nu * (mean - aim).square()).sum())
+    settings = Settings(form, support, target, nu)
+    settings.check()
+    projections = model_or_projections
+    if isinstance(projections, nn.Module):
+        projections = kept_reader(projections)
+    names = select_layers(projections, modules=modules, cross_attention=cross_attention)
+    alone: list[LayerPlan] = []
+    if isinstance(projections, ProjectionReader):
+        alone = [projections.layers[name] for name in names if projections.is_sharded(name)]
+        if torch.is_grad_enabled() and any(layer.is_flat for layer in alone):
+            raise ValueError(
+                "expected weights that are whole or DTensors in a loss, got parameters that FSDP flattens: use "
+                "the callback LocAteR, or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+            )
+    sharded = {layer.name for layer in alone}
+    totals = [
+        head_penalties(batch.query, batch.key, settings.of(batch)).sum()
+        for batch in _batches({name: projections[name] for name in names if name not in sharded})
+    ]
+    if alone:
+        parameters = list(dict.fromkeys(p for layer in alone for p in layer.parameters()))
+        totals.append(_OneByOne.apply(alone, settings, *parameters))
+    return _sum(totals)
+
+
+class LocaterPenalty:
+    """The penalty on the live weights of one model, as the callback applies it: planned once.
+
+    Nothing in :meth:`value` and :meth:`add_gradient` waits for the device. Sharded weights are gathered one
+    layer at a time, in collective calls.
+
+    Args:
+        reader: of the model.
+        modules: see :func:`locater_penalty`.
+        cross_attention: see :func:`locater_penalty`.
+
+    Raises:
+        ValueError: patterns match no layer.
+    """
+
+    def __init__(
+        self,
+        reader: ProjectionReader,
+        *,
+        modules: str | Sequence[str] | None = None,
+        cross_attention: bool = False,
+    ) -> None:
+        self.reader = reader
+        self._modules = modules
+        self._cross_attention = cross_attention
+        self.names = self._select()
+
+    def refresh(self) -> None:
+        """Look for the layers again if modules of the model were replaced."""
+        if self.reader.refresh():
+            self.names = self._select()
+
+    def means(self, support: Support) -> dict[str, Tensor]:
+        """Layer → mean of each head's eigenvalues, shape ``(heads,)``, on the weights' device."""
+        means = {}
+        with torch.no_grad():
+            for name in self.names:
+                for batch in _batches({name: self.reader[name]}):
+                    trace = (_match(batch.query, batch.key) * batch.query).sum((-2, -1))
+                    means[name] = (trace / support_size(batch.query, support))[0]
+                    del batch  # before the next layer is gathered
+        return means
+
+    @torch.no_grad()
+    def value(self, settings: "Settings") -> Tensor:
+        """The penalty, detached."""
+        return _sum([total for part in self._parts() for total in self._values(settings, part)])
+
+    def add_gradient(
+        self, settings: "Settings", weight: float | Tensor, parameters: Collection[Tensor]
+    ) -> tuple[Tensor, bool]:
+        """Add the gradient of ``weight`` times the penalty to ``.grad`` of those parameters that it depends on.
+
+        Args:
+            settings: which penalty.
+            weight: a number, or a scalar tensor on the weights' device.
+            parameters: what may be changed; frozen ones among them are left alone.
+
+        Returns:
+            The penalty before it is weighted, detached; and whether any parameter depends on it.
+        """
+        wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        totals: list[Tensor] = []
+        reached = False
+        for part in self._parts():
+            layers = {name: self.reader.layers[name] for name in part}
+            # Only a layer that is alone in its part can be flat.
+            (first, *_) = layers.values()
+            with first.gathered(grads=first.is_flat):
+                values, found = _add_gradients(layers, settings, weight, wanted)
+            totals += values
+            reached = reached or found
+        return _sum(totals), reached
+
+    def _values(self, settings: "Settings", part: list[str]) -> list[Tensor]:
+        return [
+            head_penalties(batch.query, batch.key, settings.of(batch)).sum()
+            for batch in _batches({name: self.reader[name] for name in part})
+        ]
+
+    def _select(self) -> list[str]:
+        return select_layers(self.reader, modules=self._modules, cross_attention=self._cross_attention)
+
+    def _parts(self) -> Iterator[list[str]]:
+        """Layers that are read together: all whose weights are whole, then each of the others."""
+        alone = [name for name in self.names if self.reader.is_sharded(name)]
+        together = [name for name in self.names if name not in alone]
+        if together:
+            yield together
+        for name in alone:
+            yield [name]
+
+
+class Settings(NamedTuple):
+    """Which penalty: arguments of :func:`locater_penalty`."""
+
+    form: Form
+    support: Support
+    target: Target | None
+    nu: float
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown form or support, or a target that does not go with the form."""
+        check_form(self.form, self.target)
+        support_size(torch.empty(1, 1), self.support)
+
+    def of(self, batch: "_Batch") -> closed_form.Form:
+        """The form for layers of one shape."""
+        n = support_size(batch.query, self.support)
+        if self.form == "variance":
+            return closed_form.Form(n, -1.0, 0.0)
+        if isinstance(self.target, Mapping):
+            aims = [self.target[name].to(batch.query) for name in batch.names]
+            return closed_form.Form(n, self.nu, torch.stack(aims))
+        assert self.target is not None  # check_form
+        return closed_form.Form(n, self.nu, float(self.target))
+
+
+class _Batch(NamedTuple):
+    """Layers of one shape, in float32 at least."""
+
+    names: list[str]
+    query: Tensor
+    key: Tensor
+
+
+def _batches(heads: Mapping[str, HeadProjections]) -> Iterator[_Batch]:
+    for names in group_layers(heads, lambda head: (head.query, head.key)):
+        query, key = (
+            at_least_float32(stack([getattr(heads[name], side) for name in names]))
+            for side in ("query", "key")
+        )
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        yield _Batch(names, query.to(dtype), key.to(dtype))
+
+
+def _match(query: Tensor, key: Tensor) -> Tensor:
+    """The key of every query head."""
+    return key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+
+
+def _sum(totals: list[Tensor]) -> Tensor:
     # Layers may live on several devices; the sum is taken where the first one is.
-    return torch.stack([penalty.to(penalties[0].device) for penalty in penalties]).sum()
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum()
+
+
+def _add_gradients(
+    layers: Mapping[str, LayerPlan], settings: Settings, weight: float | Tensor, wanted: Collection[int]
+) -> tuple[list[Tensor], bool]:
+    """Penalties of layers, their gradients added; a function of its own, so that nothing gathered outlives it."""
+    with torch.enable_grad():
+        heads = {name: layer.read() for name, layer in layers.items()}
+    totals, reached = [], False
+    with torch.no_grad():
+        for batch in _batches(heads):
+            sides = (
+                _any_wanted(layers, batch.names, "query", wanted),
+                _any_wanted(layers, batch.names, "key", wanted),
+            )
+            values, *gradients = penalties_and_gradients(
+                batch.query, batch.key, settings.of(batch), weight, sides
+            )
+            totals.append(values.sum())
+            if any(sides):
+                reached = True
+                _put(layers, heads, batch.names, gradients, wanted)
+    return totals, reached
+
+
+def _any_wanted(
+    layers: Mapping[str, LayerPlan], names: Sequence[str], side: str, wanted: Collection[int]
+) -> bool:
+    return any(_wants(layers[name], side, wanted) for name in names)
+
+
+def _wants(layer: LayerPlan, side: str, wanted: Collection[int]) -> bool:
+    """Whether the weight of one side of a layer depends on a wanted parameter."""
+    parameters = layer.parameters(side)
+    if layer.is_flat:
+        # FSDP gives a parameter that has no gradient on any process none to add to.
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    return any(id(parameter) in wanted for parameter in parameters)
+
+
+def _put(
+    layers: Mapping[str, LayerPlan],
+    heads: Mapping[str, HeadProjections],
+    names: Sequence[str],
+    gradients: Sequence[Tensor | None],
+    wanted: Collection[int],
+) -> None:
+    """Add gradients of stacked projections, (layers, ...) for query and key, to those of the parameters."""
+    into: dict[tuple[int, int], Tensor] = {}
+    parts: dict[tuple[int, int], Tensor] = {}
+    for side, stacked in zip(("query", "key"), gradients, strict=True):
+        if stacked is None:
+            continue
+        for name, gradient in zip(names, stacked.unbind(0), strict=True):
+            layer = layers[name]
+            if not _wants(layer, side, wanted):
+                continue
+            view = layer.gradient_view(side)
+            if view is None:
+                _pull_back(layer, getattr(heads[name], side), side, gradient, wanted)
+                continue
+            place = view.data_ptr(), view.numel()
+            # Tied weights have one gradient for several layers.
+            parts[place] = parts[place] + gradient if place in into else gradient
+            into[place] = view
+    if into:
+        torch._foreach_add_(list(into.values()), list(parts.values()))
+
+
+def _pull_back(
+    layer: LayerPlan, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
+) -> None:
+    """Add to the parameters' gradients what a projection's gradient means for them."""
+    for parameter, share in _pulled(layer, projection, side, gradient, wanted):
+        if parameter.grad is None:
+            parameter.grad = share
+        else:
+            parameter.grad += share
+
+
+def _pulled(
+    layer: LayerPlan, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """What a projection's gradient means for the parameters; of sharded ones, for the local shard."""
+    parameters = [parameter for parameter in layer.parameters(side) if id(parameter) in wanted]
+    # Query and key may come from one gathered weight, through one graph.
+    shares = torch.autograd.grad(
+        projection, parameters, gradient.to(projection.dtype), retain_graph=True, allow_unused=True
+    )
+    return [
+        (parameter, share) for parameter, share in zip(parameters, shares, strict=True) if share is not None
+    ]
+
+
+class _OneByOne(torch.autograd.Function):
+    """The penalty of sharded layers, whose gradient is computed with its value: no layer is gathered twice."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: list[LayerPlan], settings: Settings, *parameters: Tensor) -> Tensor:
+        wanted = {id(p) for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed}
+        gradients: dict[int, Tensor] = {}
+        totals = [_shares(layer, settings, wanted, gradients) for layer in layers]
+        ctx.gradients = [gradients.get(id(parameter)) for parameter in parameters]
+        return _sum(totals)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        factor = grad_outputs[0]
+        return None, None, *(None if g is None else g * factor.to(g.dtype) for g in ctx.gradients)
+
+
+def _shares(
+    layer: LayerPlan, settings: Settings, wanted: Collection[int], gradients: dict[int, Tensor]
+) -> Tensor:
+    """The penalty of one layer; its gradients are added to those of the parameters, by id."""
+    with torch.enable_grad():
+        head = layer.copy() if layer.is_flat else layer.read()
+    with torch.no_grad():
+        (batch,) = _batches({layer.name: head})
+        sides = _wants(layer, "query", wanted), _wants(layer, "key", wanted)
+        values, *found = penalties_and_gradients(batch.query, batch.key, settings.of(batch), 1.0, sides)
+        for side, gradient in zip(("query", "key"), found, strict=True):
+            if gradient is None:
+                continue
+            for parameter, share in _pulled(layer, getattr(head, side), side, gradient[0], wanted):
+                before = gradients.get(id(parameter))
+                gradients[id(parameter)] = share if before is None else before + share
+    return values.sum()
 
 
 def check_form(form: str, target: object) -> None:
@@ -104,19 +392,22 @@ def select_layers(
     *,
     modules: str | Sequence[str] | None = None,
     cross_attention: bool = False,
-) -> dict[str, HeadProjections]:
-    """The layers that a penalty is on, by name pattern and kind.
+) -> list[str]:
+    """Names of the layers that a penalty is on, by name pattern and kind; nothing is gathered.
 
     Raises:
         ValueError: nothing is left.
     """
     patterns = [modules] if isinstance(modules, str) else modules
-    chosen = {
-        name: head
-        for name, head in projections.items()
+    layers: Mapping[str, LayerPlan | HeadProjections] = projections
+    if isinstance(projections, ProjectionReader):
+        layers = projections.layers
+    chosen = [
+        name
+        for name, layer in layers.items()
         if (patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns))
-        and (head.self_attention or (cross_attention and head.query.shape[-1] == head.key.shape[-1]))
-    }
+        and (layer.self_attention or (cross_attention and layer.width[0] == layer.width[1]))
+    ]
     if not chosen:
         names = ", ".join(list(projections)[:3])
         raise ValueError(

@@ -1,11 +1,16 @@
 """The callback's gradient against the penalty as a term of the loss, and its schedule, state and errors."""
 
 import math
+from pathlib import Path
 
 import lightning as L
 import models
 import pytest
 import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lightning_qk import LocAteR, head_projections, locater_penalty
 
@@ -174,10 +179,155 @@ def test_means_at_the_start_survive_a_resume(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
 
 
-def test_two_callbacks_in_one_trainer():
-    first, second = LocAteR(1.0, modules="*.h.0.*"), LocAteR(1.0, modules="*.h.1.*")
+def test_two_callbacks_in_one_trainer(tmp_path):
+    first, second = LocAteR(1.0, modules="*.h.0.*"), LocAteR(2.0, modules="*.h.1.*")
     assert first.state_key != second.state_key
-    models.trainer([first, second]).fit(models.Job(), models.tokens())
+    job = models.Job(lr=0.0)
+    logger = CSVLogger(tmp_path)
+    trainer = models.trainer([first, second], logger=logger)
+    trainer.fit(job, models.tokens())
+    metrics = trainer.callback_metrics
+    for place, callback in (("1", first), ("2", second)):
+        want = locater_penalty(job, modules=callback.modules)
+        torch.testing.assert_close(metrics[f"locater/{place}/penalty"], want.detach())
+        assert metrics[f"locater/{place}/weight"].item() == callback.weight
+    assert "locater/penalty" not in metrics
+    settings = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert settings["lightning_qk/LocAteR 1"]["modules"] == "*.h.0.*"
+    assert settings["lightning_qk/LocAteR 2"]["weight"] == 2.0
+
+
+def test_names_tell_callbacks_apart():
+    first, second = LocAteR(1.0, name="scale"), LocAteR(1.0, form="target", target=0.1, name="mean")
+    assert first.state_key != second.state_key
+    trainer = models.trainer([first, second])
+    trainer.fit(models.Job(), models.tokens())
+    assert {"locater/scale/penalty", "locater/mean/weight"} <= trainer.callback_metrics.keys()
+    with pytest.raises(ValueError, match="different names in one trainer, got same, same"):
+        models.trainer([LocAteR(1.0, name="same"), LocAteR(1.0, form="target", name="same")]).fit(
+            models.Job(), models.tokens()
+        )
+
+
+class Manual(models.Job):
+    """Manual optimization, one optimizer, a step every second batch."""
+
+    automatic_optimization = False
+    wrapped = True
+
+    def training_step(self, batch, batch_idx):
+        loss = self.inner["network"](input_ids=batch, labels=batch).loss
+        if self.extra_loss is not None and batch_idx % 2 == 0:
+            loss = loss + self.extra_loss(self)
+        self.manual_backward(loss)
+        if batch_idx % 2 == 1:
+            optimizer = self.optimizers(use_pl_optimizer=self.wrapped)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def weights_after(job, callbacks=(), **kwargs) -> list[torch.Tensor]:
+    models.trainer(list(callbacks), **{"max_steps": 2, **kwargs}).fit(job, models.tokens())
+    return [p.detach().clone() for p in job.parameters()]
+
+
+def test_manual_optimization_with_accumulation():
+    weights = []
+    for loss, callbacks in ((lambda job: WEIGHT * locater_penalty(job), []), (None, [LocAteR(WEIGHT)])):
+        L.seed_everything(3, verbose=False)
+        weights.append(weights_after(Manual(loss=loss, lr=0.1), callbacks))
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_that_lightning_does_not_see_are_told():
+    job = Manual()
+    job.wrapped = False
+    with pytest.warns(UserWarning, match="expected optimizer steps that Lightning sees, got none"):
+        models.trainer([LocAteR(WEIGHT)], max_steps=-1, max_epochs=1).fit(job, models.tokens())
+
+
+def test_every_evaluation_of_a_closure_has_the_gradient():
+    class Closure(models.Job):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.01, max_iter=3)
+
+    weights = []
+    for loss, callbacks in ((lambda job: WEIGHT * locater_penalty(job), []), (None, [LocAteR(WEIGHT)])):
+        L.seed_everything(3, verbose=False)
+        job = Closure(loss=loss)
+        for module in job.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        weights.append(weights_after(job, callbacks))
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaled_loss_scales_the_penalty_where_the_optimizer_unscales(fused):
+    """Fused optimizers divide by the loss scale in their own step, after the hook."""
+
+    class Fused(models.Job):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01, fused=fused)
+
+    weights = []
+    for loss, callbacks in ((lambda job: WEIGHT * locater_penalty(job), []), (None, [LocAteR(WEIGHT)])):
+        L.seed_everything(3, verbose=False)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        precision = MixedPrecision("16-mixed", "cpu", scaler)
+        weights.append(weights_after(Fused(loss=loss), callbacks, plugins=[precision]))
+        assert scaler.get_scale() == 256.0  # no step was skipped
+    change = weights[0][0] - weights_after(Fused(), max_steps=0)[0]
+    assert change.any()
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_averaged_weights():
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+    weights = []
+    for callbacks in ([], [averaging.EMAWeightAveraging(decay=0.5)]):
+        L.seed_everything(3, verbose=False)
+        recorder = Recorder()
+        models.trainer([LocAteR(WEIGHT), *callbacks, recorder]).fit(
+            models.Job(lr=0.05), models.tokens(), models.tokens()
+        )
+        weights.append(recorder.gradients)
+    for plain, averaged in zip(*weights, strict=True):
+        for name, gradient in plain.items():
+            assert torch.equal(gradient, averaged[name])
+
+
+def test_modules_that_are_replaced_in_training_are_found():
+    class Replace(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                attention = pl_module.inner["network"].model.layers[0].self_attn
+                old, attention.q_proj = attention.q_proj, torch.nn.Linear(32, 32, bias=False)
+                with torch.no_grad():
+                    attention.q_proj.weight.copy_(10 * old.weight)
+
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(trainer.callback_metrics["locater/penalty"].item())
+
+    job = models.Job(models.llama(), lr=0.0)
+    models.trainer([LocAteR(WEIGHT), Replace(), Watch()], max_steps=2).fit(job, models.tokens())
+    assert seen[1] > 10 * seen[0]
+    assert seen[1] == pytest.approx(locater_penalty(job).item(), rel=1e-5)
+
+
+def test_deepspeed_is_refused_with_the_way_out(monkeypatch):
+    callback = LocAteR(1.0)
+    trainer = models.trainer([callback])
+    strategy = object.__new__(DeepSpeedStrategy)
+    monkeypatch.setattr(type(trainer), "strategy", property(lambda self: strategy))
+    with pytest.raises(ValueError, match=r"got DeepSpeed.*locater_penalty\(self\) to the loss.*FSDP2"):
+        callback.setup(trainer, models.Job(), "fit")
 
 
 def test_weights_that_are_not_finite_do_not_stop_training():

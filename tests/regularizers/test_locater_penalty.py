@@ -3,11 +3,33 @@
 import models
 import pytest
 import torch
+import transformers
 from oracles import dense_forms
-from torch.autograd import gradcheck
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qk import HeadProjections, head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
+from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.regularizers.locater import LocaterPenalty, Settings
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a GPU would have to be waited for: a value that is read, or a shape that depends on one."""
+
+    waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.waiting, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def qk_normed() -> nn.Module:
+    """Norms of queries and keys that are read by running them."""
+    config = transformers.Qwen3Config(**models._GROUPED, head_dim=8)
+    return models.build(transformers.Qwen3ForCausalLM, config)
 
 
 def projections(layers: int = 2, **kwargs) -> dict[str, HeadProjections]:
@@ -150,3 +172,179 @@ def test_bad_arguments(arguments, message):
 def test_no_attention():
     with pytest.raises(ValueError, match="expected a model that contains transformer attention"):
         locater_penalty(torch.nn.Linear(2, 2))
+
+
+def grouped(dtype=torch.float64) -> dict[str, HeadProjections]:
+    """Three layers of one shape, two heads a key."""
+    return {
+        f"layers.{index}.attention": HeadProjections(
+            (torch.randn(4, 3, 8, dtype=dtype) / 2).requires_grad_(),
+            (torch.randn(2, 3, 8, dtype=dtype) / 2).requires_grad_(),
+            None,
+            None,
+            1.0,
+            "",
+        )
+        for index in range(3)
+    }
+
+
+@pytest.mark.parametrize("support", ["model", "head"])
+@pytest.mark.parametrize(("form", "target"), [("variance", None), ("target", 0.2)])
+def test_the_closed_gradient_is_that_of_the_dense_form(form, target, support):
+    heads = grouped()
+    leaves = [leaf for head in heads.values() for leaf in (head.query, head.key)]
+    settings = {"form": form, "support": support, "target": target, "nu": 2.0}
+    got = torch.autograd.grad(locater_penalty(heads, **settings), leaves)
+    total = torch.zeros((), dtype=torch.float64)
+    for head in heads.values():
+        for index in range(4):
+            matrix = head.query[index].T @ head.key[index // 2]
+            symmetric = (matrix + matrix.T) / 2
+            n = 8 if support == "model" else 3
+            scale, mean = symmetric.square().sum() / n, symmetric.trace() / n
+            total = total + scale + (2.0 * (mean - target) ** 2 if form == "target" else -(mean**2))
+    want = torch.autograd.grad(total, leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_first_and_second_derivatives():
+    torch.manual_seed(1)
+    leaves = [leaf for head in grouped().values() for leaf in (head.query[:, :2, :3], head.key[:, :2, :3])]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves[:2]]
+
+    def penalty(query, key):
+        return locater_penalty({"a": HeadProjections(query, key, None, None, 1.0, "")})
+
+    assert gradcheck(penalty, leaves)
+    assert gradgradcheck(penalty, leaves)
+
+
+def test_one_product_for_all_layers_of_a_shape():
+    """As many products for eight layers as for one, whatever the number of heads."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += "mm" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for layers, heads in ((1, 2), (8, 4)):
+        config = transformers.GPT2Config(
+            n_layer=layers, n_head=heads, n_embd=16, vocab_size=10, n_positions=8
+        )
+        model = transformers.GPT2Model(config)
+        with Products() as products:
+            locater_penalty(model).backward()
+        counts.append(products.count)
+    assert counts[0] == counts[1] == 7
+
+
+WAYS = ["loss", "callback"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [models.gpt2, models.llama, qk_normed], ids=["gpt2", "llama", "qwen3"])
+def test_nothing_in_a_step_waits_for_the_device(make, way):
+    model = make()
+    names = list(head_projections(model))
+    settings = Settings("target", "model", {name: torch.zeros(4) for name in names}, 1.0)
+    applied = LocaterPenalty(ProjectionReader(model))
+    locater_penalty(model)  # plans
+
+    def step():
+        if way == "loss":
+            locater_penalty(model, form="target", target=settings.target).backward()
+        else:
+            applied.refresh()
+            applied.add_gradient(settings, 0.1, list(model.parameters()))
+
+    with NoWaiting():
+        step()
+    # The guard itself works.
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        torch.ones(3).sum().item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [models.gpt2, models.llama, qk_normed], ids=["gpt2", "llama", "qwen3"])
+def test_nothing_in_a_step_waits_for_a_gpu(make, way):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = make().cuda()
+    applied = LocaterPenalty(ProjectionReader(model))
+    locater_penalty(model).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if way == "loss":
+            locater_penalty(model).backward()
+        else:
+            applied.refresh()
+            applied.add_gradient(Settings("variance", "model", None, 1.0), 0.1, list(model.parameters()))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("make", [models.gpt2, models.llama, models.t5, qk_normed])
+def test_both_ways_to_apply_it_have_one_gradient(make):
+    model = make()
+    (2.5 * locater_penalty(model)).backward()
+    want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert want
+    for start in (None, 0.0):
+        for parameter in model.parameters():
+            parameter.grad = None if start is None else torch.zeros_like(parameter)
+        applied = LocaterPenalty(ProjectionReader(model))
+        value, reached = applied.add_gradient(
+            Settings("variance", "model", None, 1.0), 2.5, list(model.parameters())
+        )
+        assert reached
+        torch.testing.assert_close(value, locater_penalty(model).detach())
+        got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert got.keys() == want.keys()
+        for name, gradient in want.items():
+            assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_only_what_may_be_changed_gets_a_gradient():
+    model = models.gpt2()
+    first, second = (block.attn.c_attn for block in model.transformer.h)
+    applied = LocaterPenalty(ProjectionReader(model))
+    settings = Settings("variance", "model", None, 1.0)
+    # A bias is no part of the spectrum: alone it is not reached, and its weight stays as it is.
+    assert not applied.add_gradient(settings, 1.0, [first.bias])[1]
+    assert first.weight.grad is None
+    assert applied.add_gradient(settings, 1.0, [first.weight])[1]
+    assert first.weight.grad is not None
+    assert second.weight.grad is None
+
+
+def test_tied_weights_get_the_gradient_of_both_layers():
+    model = models.llama()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    locater_penalty(model).backward()
+    want = first.q_proj.weight.grad.clone()
+    model.zero_grad()
+    LocaterPenalty(ProjectionReader(model)).add_gradient(
+        Settings("variance", "model", None, 1.0), 1.0, list(model.parameters())
+    )
+    torch.testing.assert_close(first.q_proj.weight.grad, want)
+
+
+def test_parametrized_weights():
+    model = models.llama()
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+    locater_penalty(model).backward()
+    name = "model.layers.0.self_attn.q_proj.parametrizations.weight.original0"
+    want = model.get_parameter(name).grad.clone()
+    assert want.any()
+    model.zero_grad()
+    LocaterPenalty(ProjectionReader(model)).add_gradient(
+        Settings("variance", "model", None, 1.0), 1.0, list(model.parameters())
+    )
+    torch.testing.assert_close(model.get_parameter(name).grad, want)

@@ -1,0 +1,153 @@
+"""Weights that are spread over processes: made whole for one layer, and which heads live on a rank.
+
+DTensors (FSDP2, tensor parallel) are gathered by their own collective, which is differentiable: the gradient of
+what was gathered ends on the local shard. The flat parameters of FSDP's first version are gathered for the
+time of a block. Gathering is collective: every process must read the same layers in the same order.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qk.heads.errors import InaccessibleWeights
+from lightning_qk.heads.layouts import find_layout
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, without importing them: who has one has imported them."""
+    home = sys.modules.get("torch.distributed.tensor")
+    return home is not None and isinstance(tensor, home.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor: a DTensor is gathered (collective, differentiable), others are given back."""
+    if not is_dtensor(tensor):
+        return tensor
+    sharded: Any = tensor
+    # Shards that FSDP2 keeps on the host are gathered where their processes can talk to each other.
+    if sharded.device.type != sharded.device_mesh.device_type:
+        sharded = sharded.to(sharded.device_mesh.device_type)
+    return sharded.full_tensor()
+
+
+def whole_module(module: nn.Module) -> nn.Module:
+    """A module whose own parameters are whole: itself where they are, else a copy of it that shares the rest."""
+    if not any(is_dtensor(parameter) for parameter in module.parameters(recurse=False)):
+        return module
+    copy = object.__new__(type(module))
+    parameters = {name: None if value is None else whole(value) for name, value in module._parameters.items()}
+    copy.__dict__.update({**module.__dict__, "_parameters": parameters})
+    return copy
+
+
+def check_access(tensor: Tensor, what: str) -> None:
+    """Raise for a weight whose values this process can in no way read.
+
+    Args:
+        tensor: the weight.
+        what: what it is, for the message: "its projection 'q_proj'".
+
+    Raises:
+        InaccessibleWeights: it is partitioned by DeepSpeed, or on the meta device.
+    """
+    if hasattr(tensor, "ds_id") or hasattr(tensor, "ds_status"):
+        raise InaccessibleWeights(
+            f"the weight of {what} is partitioned by DeepSpeed ZeRO stage 3, which keeps it out of reach: use "
+            "stage 1 or 2, or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+        )
+    if tensor.is_meta:
+        raise InaccessibleWeights(
+            f"the weight of {what} is on the meta device, where it has no values: load or initialize the weights "
+            "before they are read (module.to_empty(device=...), then the initialization)"
+        )
+
+
+def flat_unit(chain: Iterable[nn.Module]) -> nn.Module | None:
+    """The first of some modules that FSDP's first version wraps; its weights are flat outside the forward."""
+    home = sys.modules.get("torch.distributed.fsdp")
+    if home is None:
+        return None
+    return next((module for module in chain if isinstance(module, home.FullyShardedDataParallel)), None)
+
+
+def flat_root(chain: Sequence[nn.Module]) -> nn.Module | None:
+    """The last such module of a chain that goes outwards."""
+    return flat_unit(reversed(chain))
+
+
+@contextmanager
+def unflattened(unit: nn.Module, root: nn.Module | None, *, grads: bool = False) -> Iterator[None]:
+    """Make the flat parameters of one FSDP unit whole until the block ends; collective.
+
+    Args:
+        unit: from :func:`flat_unit`.
+        root: the outermost of all units of the model, or None where it is not known.
+        grads: gradients too; what the block adds to them is kept.
+
+    Raises:
+        InaccessibleWeights: the units have not run yet and their root is not known, or gradients are asked of
+            parameters that are flattened for good.
+    """
+    fsdp: Any = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
+    any_unit: Any = unit
+    if any_unit._is_root is None:
+        if root is None:
+            raise InaccessibleWeights(
+                "its weights are in an FSDP unit that has not run yet, and the unit around the whole model is not "
+                "at hand: pass that one, or read after the first forward"
+            )
+        # The first unit to be gathered becomes the root, which only the outermost may be.
+        with fsdp.summon_full_params(root, recurse=False, writeback=False):
+            pass
+    if grads and not any_unit._use_orig_params:
+        raise InaccessibleWeights(
+            "its weights are flattened by FSDP, so that no gradient can be added to one of them: pass "
+            "use_orig_params=True to FSDP, or use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+        )
+    # Entered and left by its own statement: the context belongs to one unit and never nests.
+    with fsdp.summon_full_params(unit, recurse=False, writeback=grads, with_grads=grads):
+        yield
+
+
+def local_heads(module: nn.Module, heads: int) -> slice | None:
+    """Which of a layer's query heads this process computes under tensor parallelism.
+
+    To be asked while the layer runs, at its attention call: FSDP2 has gathered its own dimension by then, so
+    that what is still sharded is sharded over heads.
+
+    Args:
+        module: the attention layer.
+        heads: how many query heads the layer has in all.
+
+    Returns:
+        The slice of ``range(heads)``, or None where the process computes all of them.
+
+    Raises:
+        ValueError: the shards are not whole heads.
+    """
+    layout = find_layout(module)
+    if layout is None:
+        return None
+    weight: Any = getattr(module.get_submodule(layout.query), "weight", None)
+    if not is_dtensor(weight):
+        return None
+    rows = weight.shape[0]
+    start, length = 0, rows
+    for dim, placement in enumerate(weight.placements):
+        if not placement.is_shard(0):
+            continue
+        # As torch.chunk cuts: equal pieces but for the last ones.
+        piece = -(-length // weight.device_mesh.size(dim))
+        offset = min(weight.device_mesh.get_local_rank(dim) * piece, length)
+        start, length = start + offset, min(piece, length - offset)
+    if length == rows:
+        return None
+    if start * heads % rows or length * heads % rows:
+        raise ValueError(
+            f"expected shards of whole heads, got rows {start} to {start + length} of {rows} for {heads} heads: "
+            "choose a tensor parallel size that divides the number of heads"
+        )
+    return slice(start * heads // rows, (start + length) * heads // rows)
