@@ -1,37 +1,32 @@
 """One attention call, and what it means for the statistics."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from lightning_qk.capture.readings import (
+    EAGER,
+    FLASH,
+    FLEX,
+    SDPA,
+    Reading,
+    arguments,
+    position_offset,
+    scope,
+)
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.verify import verified_reading
 
-class AttentionCall(NamedTuple):
-    """What a transformers attention function was called with.
-
-    Attributes:
-        module: the attention layer.
-        query: after rotary encoding and norms, shape ``(batch, heads, n, d_head)``.
-        key: shape ``(batch, kv_heads, m, d_head)``.
-        value: shape ``(batch, kv_heads, m, d_value)``.
-        attention_mask: as the implementation takes it; its meaning depends on ``implementation``.
-        implementation: name in the model's config: ``"eager"``, ``"sdpa"``, ...
-        options: the other arguments (``scaling``, ``dropout``, ``is_causal``, ``softcap``, ...).
-    """
-
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attention_mask: Any
-    implementation: str
-    options: Mapping[str, Any]
-
-
-class UnsupportedCallError(Exception):
-    """An attention call whose softmax cannot be reconstructed; the message says why and what to do."""
+__all__ = [
+    "AttentionCall",
+    "UnsupportedCallError",
+    "is_recomputation",
+    "read_call",
+    "statistics_arguments",
+]
 
 
 _POSITIONAL = ("module", "query", "key", "value", "attention_mask")
@@ -54,56 +49,63 @@ def read_call(
         module, query, key, value = (named.pop(name) for name in _POSITIONAL[:4])
     except KeyError as error:
         raise UnsupportedCallError(f"its attention function is called without {error}") from error
-    return AttentionCall(module, query, key, value, named.pop("attention_mask", None), implementation, named)
+    return AttentionCall(
+        module, query, key, value, named.pop("attention_mask", None), implementation, named, function
+    )
 
 
 def statistics_arguments(call: AttentionCall, *, self_attention: bool | None) -> dict[str, Any]:
     """Arguments of :func:`~lightning_qk.functional.attention_statistics` for the softmax of a call.
+
+    transformers' own sdpa and flex functions are read as their sources say. Any other function, models' own eager
+    ones and flash attention among them, is called once more at the first call of each module to find out what
+    it computes: see :mod:`lightning_qk.capture.verify`.
 
     Args:
         call: what the attention function received.
         self_attention: whether queries and keys are the same tokens; None where unknown.
 
     Raises:
-        UnsupportedCallError: the implementation's mask is of a form that is not known here.
+        UnsupportedCallError: the function's softmax cannot be reconstructed.
     """
-    if call.implementation not in ("eager", "sdpa"):
-        raise UnsupportedCallError(
-            f"attention implementation {call.implementation!r} is not captured: load the model with "
-            'attn_implementation="sdpa" or "eager"'
-        )
-    options = call.options
-    n, m = call.query.shape[2], call.key.shape[2]
-    key, mask = call.key, call.attention_mask
-    is_causal = False
-    if mask is None and call.implementation == "sdpa":
-        # As transformers' sdpa function decides, which cuts the keys to the queries when it is causal.
-        asked = options.get("is_causal")
-        is_causal = bool(getattr(call.module, "is_causal", True) if asked is None else asked) and n > 1
-        if is_causal and m > n:
-            key, m = key[:, :, :n], n
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise UnsupportedCallError(f"expected a mask of four dimensions, got {shape}")
-        mask = mask.detach()[..., :m]
-    sinks = options.get("s_aux")
-    if sinks is None:
-        sinks = getattr(call.module, "sinks", None)
-    bias = options.get("position_bias")
+    reading = _reading(call)
+    seen = scope(call, reading)
     return {
-        "query": call.query.detach(),
-        "key": key.detach(),
-        "mask": mask,
-        "is_causal": is_causal,
-        "scaling": options.get("scaling"),
-        "softcap": options.get("softcap"),
-        "bias": None if bias is None else bias.detach()[..., :m],
-        "sinks": None if not isinstance(sinks, Tensor) else sinks.detach(),
-        # With a cache the queries are the newest of the keys' tokens.
-        "query_offset": m - n if n < m and self_attention else 0,
+        **arguments(call, reading, seen),
+        "query_offset": position_offset(seen, self_attention),
         "self_attention": self_attention,
     }
+
+
+def _reading(call: AttentionCall) -> Reading:
+    name = call.implementation
+    if name.startswith("paged|") or any(
+        call.options.get(key) is not None for key in ("cache", "block_table")
+    ):
+        raise UnsupportedCallError(
+            f"attention implementation {name!r} takes its keys from a paged cache: generate without continuous "
+            'batching, or load the model with attn_implementation="sdpa"'
+        )
+    if call.function is not None:
+        for known, (module, attribute) in _LIBRARY.items():
+            if call.function is getattr(sys.modules.get(module), attribute, None):
+                return known
+        return verified_reading(call)
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    if "flash" in name:
+        return FLASH
+    raise UnsupportedCallError(
+        f"attention implementation {name!r} is not known and its function not at hand: load the model with "
+        'attn_implementation="sdpa" or "eager"'
+    )
+
+
+_LIBRARY = {
+    SDPA: ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
+    FLEX: ("transformers.integrations.flex_attention", "flex_attention_forward"),
+}
+_BY_NAME = {"eager": EAGER, "sdpa": SDPA, "flex_attention": FLEX}
 
 
 def is_recomputation() -> bool:

@@ -1,18 +1,29 @@
-"""Listen at transformers' attention interface without changing what a model computes.
+"""Listen to attention calls without changing what a model computes.
 
-Models look their attention function up in ``AttentionInterface`` at every call, by the name in their config.
-That look-up is where the listener stands: the model keeps its implementation's name, gets its own function's
-own result, and modules that nobody listens to pay one dictionary look-up.
+There are three places where a model's attention can be heard. Transformers' models look their attention
+function up in ``AttentionInterface`` at every call, by the name in their config: the listener stands at that
+look-up, and the model keeps its implementation's name and gets its own function's own result. Other models call
+``torch.nn.functional.scaled_dot_product_attention`` or ``torch.nn.MultiheadAttention``, and the listener stands
+there where the watched modules need it. Who is not listened to pays one look at a boolean.
 """
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation, read_call
+from lightning_qk.capture import compiled, listeners
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, read_call
+from lightning_qk.capture.callers import calls_sdpa, uses_interface
+from lightning_qk.capture.compiled import Source
+from lightning_qk.capture.direct import stand_at_sdpa
+from lightning_qk.capture.listeners import STATE
+from lightning_qk.capture.multihead import stand_at_multihead
+from lightning_qk.capture.patches import Stand, stand_in
 
 Listener = Callable[[str, AttentionCall], None]
 
@@ -20,61 +31,117 @@ Listener = Callable[[str, AttentionCall], None]
 class AttentionCapture:
     """Hands the attention calls of some modules to a listener, while enabled.
 
-    Use :meth:`install` before the first forward (a compiled model does not see later changes), :attr:`enabled`
-    to switch, and :meth:`remove` when done. Several captures can be installed at once.
+    Use :meth:`install` once the network is built, :attr:`enabled` to switch, and :meth:`remove` when done.
+    Several captures can be installed at once, in any order, also from several threads. Models of torch.compile
+    are heard whenever they were compiled; each of their graphs has two versions, one that listens.
 
     Args:
         names: the attention modules to listen to, and the name of each.
-        listener: called with the name and the call, before the attention function runs, with autograd off.
-            It must not modify the tensors.
+        listener: called with the name and the call, with autograd off, in the thread of the forward. It must
+            not modify the tensors, nor keep them: a compiled graph uses their memory again.
+        model: what the modules are part of. It is asked whether it was compiled before, and its files are
+            searched for other names of scaled_dot_product_attention. None: whatever was compiled in this
+            process is compiled again.
 
     Attributes:
-        enabled: whether calls are handed on.
         problems: name → why its calls cannot be used. Whatever goes wrong in reading a call or in the listener
             is kept here and that module is not listened to any more: the model's forward never fails for it.
         heard: names of the modules that were handed on at least once.
     """
 
-    def __init__(self, names: Mapping[nn.Module, str], listener: Listener) -> None:
+    def __init__(
+        self, names: Mapping[nn.Module, str], listener: Listener, *, model: nn.Module | None = None
+    ) -> None:
         # By identity: modules compare so, and a wrapper such as FSDP changes a module's class, not the object.
         self._names = {id(module): name for module, name in names.items()}
         self._modules = list(names)  # keeps the ids valid
         self._listener = listener
-        self.enabled = False
+        self._model = model
+        self._enabled = False
+        self._give_back: list[Callable[[], None]] | None = None
+        self._implementations: dict[str, str] = {}
         self.problems: dict[str, str] = {}
         self.heard: set[str] = set()
 
+    @property
+    def enabled(self) -> bool:
+        """Whether calls are handed on."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = bool(value)
+        if value:
+            compiled.forget_entered()
+        listeners.refresh()
+
     def install(self) -> None:
-        """Start to stand at the interface."""
-        if self not in _installed:
-            if not _installed:
-                _patch()
-            _installed.append(self)
+        """Start to stand where the modules call their attention."""
+        with listeners.lock:
+            if self._give_back is not None:
+                return
+            self._give_back = []
+            try:
+                self._install(self._give_back)
+            except BaseException:
+                self.remove()
+                raise
+
+    def _install(self, give_back: list[Callable[[], None]]) -> None:
+        compiled.drop_graphs(self._model)
+        multihead = [module for module in self._modules if isinstance(module, nn.MultiheadAttention)]
+        direct = [
+            module
+            for module in self._modules
+            if not isinstance(module, nn.MultiheadAttention)
+            and (calls_sdpa(module) or not uses_interface(module))
+        ]
+        modeling = sys.modules.get("transformers.modeling_utils")
+        if modeling is not None:  # else there is no model of theirs
+            interface = modeling.AttentionInterface
+            give_back.append(stand_in(interface, "get_interface", _tap_get_interface))
+            give_back.append(stand_in(interface, "__getitem__", _tap_getitem))  # some models subscript it
+        if multihead:
+            give_back.extend(stand_at_multihead(multihead))
+        if direct:
+            give_back.extend(stand_at_sdpa(direct, self._model))
+            listeners.count_direct(1)
+            give_back.append(lambda: listeners.count_direct(-1))
+        for module in self._modules:
+            compiled.label(module)
+            give_back.append(functools.partial(compiled.unlabel, module))
+        listeners.add(self)
 
     def remove(self) -> None:
-        """Leave the interface as it was before :meth:`install`."""
-        self.enabled = False
-        if self in _installed:
-            _installed.remove(self)
-            if not _installed:
-                _unpatch()
+        """Leave everything as it was before :meth:`install`."""
+        with listeners.lock:
+            self.enabled = False
+            listeners.discard(self)
+            give_back, self._give_back = self._give_back, None
+            for one in reversed(give_back or []):
+                one()
 
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of this module is handed on now."""
-        return self.enabled and self._names.get(id(module), None) not in (None, *self.problems)
+        return self._enabled and self._names.get(id(module), None) not in (None, *self.problems)
 
-    def hear(
-        self,
-        module: nn.Module,
-        function: Callable[..., Any],
-        implementation: str,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        """Hand one call to the listener."""
+    def hear(self, module: nn.Module, read: Callable[[], AttentionCall]) -> None:
+        """Hand one call to the listener.
+
+        Args:
+            module: one of the capture's.
+            read: makes the call, or raises why it cannot.
+        """
         name = self._names[id(module)]
         try:
-            self._listener(name, read_call(function, implementation, args, kwargs))
+            call = read()
+            before = self._implementations.setdefault(name, call.implementation)
+            if call.implementation != before:
+                raise UnsupportedCallError(
+                    f"its attention implementation changed from {before!r} to {call.implementation!r} during "
+                    "training: keep one from the start to have it measured"
+                )
+            self._listener(name, call)
         except UnsupportedCallError as error:
             self.problems[name] = str(error)
         except Exception as error:
@@ -83,63 +150,48 @@ class AttentionCapture:
             self.heard.add(name)
 
 
-_installed: list[AttentionCapture] = []
-_originals: dict[str, Callable[..., Any]] = {}
-
-
-def _interface() -> Any:
-    from transformers.modeling_utils import AttentionInterface
-
-    return AttentionInterface
-
-
-def _patch() -> None:
-    interface = _interface()
-    get_interface: Callable[..., Any] = interface.get_interface
-    getitem: Callable[..., Any] = interface.__getitem__
-    _originals["get_interface"] = get_interface
-    if "__getitem__" in vars(interface):
-        _originals["__getitem__"] = getitem
-
+def _tap_get_interface(get_interface: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
     @functools.wraps(get_interface)
     def tapped_get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
-        return _tap(get_interface(self, attn_implementation, default), attn_implementation)
+        function = get_interface(self, attn_implementation, default)
+        return _tap(function, attn_implementation) if stand.active else function
 
-    # Some models subscript the mapping instead.
+    return tapped_get_interface
+
+
+def _tap_getitem(getitem: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
     @functools.wraps(getitem)
     def tapped_getitem(self: Any, name: str) -> Any:
-        return _tap(getitem(self, name), name)
+        function = getitem(self, name)
+        return _tap(function, name) if stand.active else function
 
-    interface.get_interface = tapped_get_interface
-    interface.__getitem__ = tapped_getitem
-
-
-def _unpatch() -> None:
-    interface = _interface()
-    interface.get_interface = _originals.pop("get_interface")
-    if "__getitem__" in _originals:
-        interface.__getitem__ = _originals.pop("__getitem__")
-    else:
-        del interface.__getitem__  # it was inherited
-    _taps.clear()
+    return tapped_getitem
 
 
 _taps: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 
 def _tap(function: Any, implementation: str | None) -> Any:
-    """The function with a listener in front; the same object for the same function every time."""
-    if not callable(function) or getattr(function, "_lightning_qk_tap", False):
+    """The function, with a listener in front while somebody listens; one object for one function."""
+    if not STATE.listening:
         return function
     name = implementation or "eager"  # transformers takes None for the model's own function
+    if torch.compiler.is_dynamo_compiling():
+        if isinstance(function, functools.partial) and function.func is _traced:
+            return function  # one look-up uses the other
+        return functools.partial(_traced, function, name)
+    if not callable(function) or getattr(function, "_lightning_qk_tap", False):
+        return function
     known = _taps.get((function, name))
     if known is not None:
         return known
 
     @functools.wraps(function)
     def tap(*args: Any, **kwargs: Any) -> Any:
-        if any(capture.enabled for capture in _installed):
+        if STATE.listening and listeners.is_free():
             _hear(function, name, args, kwargs)
+            with listeners.silence():
+                return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     tap._lightning_qk_tap = True  # type: ignore[attr-defined]
@@ -147,13 +199,45 @@ def _tap(function: Any, implementation: str | None) -> Any:
     return tap
 
 
-# Not traced: a compiled model breaks its graph here on the steps that listen and nowhere on the others.
+def _traced(function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """A call in a graph of torch.compile."""
+    _emit(_number(function, name), _parameters(function), args, kwargs)
+    if not STATE.direct:
+        return function(*args, **kwargs)
+    compiled.enter(None)
+    output = function(*args, **kwargs)
+    compiled.leave()
+    return output
+
+
+@torch.compiler.assume_constant_result
+def _number(function: Callable[..., Any], name: str) -> int:
+    return Source.of(function, name).number
+
+
+@torch.compiler.assume_constant_result
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _emit(source: int, parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Traced by torch.compile."""
+    module = args[0] if args else kwargs.get("module")
+    if not isinstance(module, nn.Module):
+        return
+    identity = compiled.identity(module)
+    if identity is None:
+        return
+    named = dict(zip(parameters[5:], args[5:], strict=False))
+    named.update((name, value) for name, value in kwargs.items() if name != "module")
+    compiled.emit(identity, source, args[1:5], named)
+
+
 @torch.compiler.disable
 def _hear(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     module = args[0] if args else kwargs.get("module")
-    if not isinstance(module, nn.Module) or is_recomputation():
-        return
-    wanted = [capture for capture in _installed if capture.wants(module)]
-    with torch.no_grad():
-        for capture in wanted:
-            capture.hear(module, function, name, args, kwargs)
+    if isinstance(module, nn.Module) and listeners.is_watched(module):
+        listeners.deliver(module, lambda: read_call(function, name, args, kwargs))

@@ -244,23 +244,33 @@ def test_a_listener_that_fails_does_not_harm_the_model():
     assert "out of ideas" in next(iter(listening.problems.values()))
 
 
-def test_unknown_implementations_are_named():
-    def custom(module, query, key, value, attention_mask, **kwargs):
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+def test_an_implementation_that_changes_its_name_is_named_once():
+    model = models.gpt2(attn_implementation="eager")
+    heard = []
+    listening = AttentionCapture(
+        {m: n for n, m in find_attention(model).items()}, lambda name, call: heard.append(name), model=model
+    )
+    listening.install()
+    listening.enabled = True
+    model(input_ids=batch())
+    model.set_attn_implementation("sdpa")
+    model(input_ids=batch())
+    model.set_attn_implementation("eager")
+    model(input_ids=batch())
+    listening.remove()
+    assert len(heard) == 2
+    assert set(listening.problems) == set(find_attention(model))
+    assert "changed from 'eager' to 'sdpa'" in next(iter(listening.problems.values()))
 
-    AttentionInterface.register("own_kernel", custom)
-    try:
-        model = models.gpt2()
-        model.set_attn_implementation("own_kernel")
-        listening = AttentionCapture(
-            {m: n for n, m in find_attention(model).items()},
-            lambda name, call: statistics_arguments(call, self_attention=True),
-        )
-        listening.install()
-        listening.enabled = True
-        model(input_ids=batch())
-        listening.remove()
-    finally:
-        AttentionInterface._global_mapping.pop("own_kernel")
-    assert len(listening.problems) == 2
-    assert "own_kernel" in next(iter(listening.problems.values()))
+
+def test_nothing_stands_between_a_model_and_its_function_while_nobody_listens():
+    model = models.gpt2()
+    listening = AttentionCapture({m: n for n, m in find_attention(model).items()}, lambda *_: None)
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    listening.install()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain
+    assert ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is plain
+    listening.enabled = True
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not plain
+    listening.remove()
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is plain

@@ -1,0 +1,126 @@
+"""Which classes call attention functions, by a look at their code: nothing is run."""
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_SDPA = "scaled_dot_product_attention"
+_INTERFACE = frozenset({"get_interface", "ALL_ATTENTION_FUNCTIONS"})
+# How far to follow functions that functions call.
+_DEPTH = 3
+# Libraries whose functions are no part of a model.
+_LIBRARIES = ("torch", "lightning", "pytorch_lightning", "numpy", "lightning_qk", "torchmetrics")
+_TRANSFORMERS_BASE = ("transformers.modeling_", "transformers.integrations", "transformers.utils")
+
+
+def calls_sdpa(module: nn.Module) -> bool:
+    """Whether the module's class calls torch.nn.functional.scaled_dot_product_attention itself.
+
+    Its own methods count, and functions that they call by name, a few levels down; other modules do not.
+    """
+    kind: Any = type(module)  # mypy takes a module's class for unhashable
+    return _class_calls_sdpa(kind)
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the module's class looks its attention function up in transformers' AttentionInterface."""
+    return any(
+        _INTERFACE & _names(code)
+        for kind in own_classes(type(module))
+        for function in _methods(kind)
+        for code in _codes(function.__code__)
+    )
+
+
+def own_classes(kind: type) -> Iterator[type]:
+    """The class and its bases, as far as they are a model's own."""
+    for base in kind.__mro__:
+        name = base.__module__
+        if base is not object and not _is_library(name):
+            yield base
+
+
+def functions_of(kind: type) -> list[types.FunctionType]:
+    """Methods that a class defines and the functions that they call by name, a few levels down."""
+    return list(_functions_of(kind))
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_calls_sdpa(kind: type) -> bool:
+    return any(_mentions(function) for base in own_classes(kind) for function in _functions_of(base))
+
+
+@functools.lru_cache(maxsize=4096)
+def _functions_of(kind: type) -> tuple[types.FunctionType, ...]:
+    found: dict[int, types.FunctionType] = {}
+    level = list(_methods(kind))
+    for _ in range(_DEPTH + 1):
+        level = [function for function in level if id(function) not in found]
+        found.update((id(function), function) for function in level)
+        level = [called for function in level for called in _called(function)]
+    return tuple(found.values())
+
+
+def _methods(kind: type) -> Iterator[types.FunctionType]:
+    for value in vars(kind).values():
+        if isinstance(value, staticmethod | classmethod):
+            value = value.__func__
+        elif isinstance(value, property):
+            value = value.fget
+        value = inspect.unwrap(value) if callable(value) else value
+        if isinstance(value, types.FunctionType):
+            yield value
+
+
+def _called(function: types.FunctionType) -> Iterator[types.FunctionType]:
+    """Functions that a function names: in its file, in its closure, or in a module that it names."""
+    names = {name for code in _codes(function.__code__) for name in _names(code)}
+    space = function.__globals__
+    values = [space[name] for name in names if name in space]
+    values += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    for value in list(values):
+        if isinstance(value, types.ModuleType) and not _is_library(value.__name__):
+            values += [vars(value)[name] for name in names if name in vars(value)]
+    for value in values:
+        if isinstance(value, types.FunctionType) and not _is_library(value.__module__ or ""):
+            yield inspect.unwrap(value)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _mentions(function: types.FunctionType) -> bool:
+    for code in _codes(function.__code__):
+        for name in _names(code):
+            if name == _SDPA or _is_sdpa(function.__globals__.get(name)):
+                return True
+    return any(_is_filled(cell) and _is_sdpa(cell.cell_contents) for cell in function.__closure__ or ())
+
+
+def _is_sdpa(value: object) -> bool:
+    return callable(value) and getattr(value, "__name__", None) == _SDPA
+
+
+def _names(code: types.CodeType) -> set[str]:
+    return set(code.co_names)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _is_library(name: str) -> bool:
+    return name.split(".")[0] in _LIBRARIES or name.startswith(_TRANSFORMERS_BASE)

@@ -1,0 +1,319 @@
+"""Attention calls inside graphs of torch.compile: operators that hand tensors out of the graph.
+
+Whether somebody listens is a guard, so that a compiled model has one graph that listens and one that is as if
+nobody ever did. The listening graph calls operators that claim to change a small tensor, which keeps them, and
+their order, through functionalization, dead-code elimination and checkpointing. The layer is told by a tensor
+that hangs on the module, which is an input of the graph: layers that share one compiled graph keep sharing it.
+
+In the graph, :func:`emit` flattens a call into a string, tensors and numbers; outside, it is put together again.
+"""
+
+import itertools
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture import listeners
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation, read_call
+
+_HANDLE = "_lightning_qk_handle"
+
+# On the CPU, whatever the model's device: reading a layer's number then never waits for a GPU, and a listening
+# graph is kept out of CUDA graphs, which could not call back into Python.
+with torch.inference_mode(False):
+    _ORDER = torch.zeros(1, dtype=torch.int64, device="cpu")
+
+_library = torch.library.Library("lightning_qk", "DEF")
+_tags = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+_library.define(
+    "hear(Tensor(a!) order, Tensor? module, str form, Tensor[] tensors, float[] floats, SymInt[] ints) -> ()",
+    tags=_tags,
+)
+_library.define("enter(Tensor(a!) order, Tensor? module) -> ()", tags=_tags)
+_library.define("leave(Tensor(a!) order) -> ()", tags=_tags)
+
+
+class _Handle:
+    """A module's number as a tensor. A copy of the module, such as an average of its weights, gets None."""
+
+    def __init__(self, number: int) -> None:
+        with torch.inference_mode(False):
+            self.identity = torch.tensor([number], dtype=torch.int64, device="cpu")
+        self.users = 0
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return type(None), ()
+
+
+_numbers = itertools.count(1)
+_modules: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
+_lock = threading.RLock()
+
+
+def label(module: nn.Module) -> None:
+    """Let compiled graphs tell this module from others, until :func:`unlabel`."""
+    with _lock:
+        handle = vars(module).get(_HANDLE)
+        if handle is None:
+            number = next(_numbers)
+            handle = vars(module)[_HANDLE] = _Handle(number)
+            _modules[number] = module
+        handle.users += 1
+
+
+def unlabel(module: nn.Module) -> None:
+    """Undo one :func:`label`."""
+    with _lock:
+        handle = vars(module).get(_HANDLE)
+        if handle is None:
+            return
+        handle.users -= 1
+        if handle.users == 0:
+            _modules.pop(int(handle.identity), None)
+            del vars(module)[_HANDLE]
+
+
+class Source:
+    """An attention function as graphs name it: by a number, which stays the same for the process.
+
+    Attributes:
+        function: as the listener gets it; None where the arguments mean what the implementation's name says.
+        implementation: its name.
+        number: what stands for both in a graph.
+        parameters: names of its arguments, by position.
+    """
+
+    _known: ClassVar[list["Source"]] = []
+    _numbers: ClassVar[dict[tuple[Any, str], int]] = {}
+
+    def __init__(self, function: Callable[..., Any] | None, implementation: str, number: int) -> None:
+        self.function = function
+        self.implementation = implementation
+        self.number = number
+
+    @classmethod
+    def of(cls, function: Callable[..., Any] | None, implementation: str) -> "Source":
+        """The one for this function and name."""
+        with _lock:
+            number = cls._numbers.get((function, implementation))
+            if number is None:
+                number = cls._numbers[(function, implementation)] = len(cls._known)
+                cls._known.append(cls(function, implementation, number))
+            return cls._known[number]
+
+    @classmethod
+    def numbered(cls, number: int) -> "Source":
+        """The one of this number."""
+        return cls._known[number]
+
+
+def identity(module: nn.Module) -> Tensor | None:
+    """The tensor that tells the module in a graph, or None where nobody asked for it. Traced."""
+    handle = getattr(module, _HANDLE, None)
+    return None if handle is None else handle.identity
+
+
+def emit(module: Tensor | None, number: int, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Hand a call out of the graph. Traced: only what torch.compile turns into constants and operators.
+
+    Args:
+        module: from :func:`identity`; None for the module that was entered last.
+        number: of the :class:`Source`.
+        args: query, key, value, mask and so on, by position, the module left out.
+        kwargs: the rest.
+    """
+    form = str(number)
+    tensors: list[Tensor] = []
+    floats: list[float] = []
+    ints: list[int] = []
+    for name, value in [("", value) for value in args] + list(kwargs.items()):
+        if value is None:
+            form += f";{name}=N"
+        elif isinstance(value, Tensor):
+            form += f";{name}=t"
+            tensors.append(value)
+        elif value is True:
+            form += f";{name}=T"
+        elif value is False:
+            form += f";{name}=F"
+        elif isinstance(value, torch.SymBool):
+            form += f";{name}=T" if value else f";{name}=F"
+        elif isinstance(value, float):
+            form += f";{name}=f"
+            floats.append(value)
+        elif isinstance(value, int):
+            form += f";{name}=i"
+            ints.append(value)
+        elif name == "" or name == "attention_mask":
+            form += f";{name}=x"
+    torch.ops.lightning_qk.hear(_ORDER, module, form, tensors, floats, ints)
+
+
+def emit_problem(module: Tensor | None, reason: str) -> None:
+    """Say from within the graph why a call cannot be read. Traced."""
+    torch.ops.lightning_qk.hear(_ORDER, module, "!" + reason, [], [], [])
+
+
+def enter(module: Tensor | None) -> None:
+    """Calls without a module are this one's until :func:`leave`; None: nobody's. Traced."""
+    torch.ops.lightning_qk.enter(_ORDER, module)
+
+
+def leave() -> None:
+    """Undo the last :func:`enter`. Traced."""
+    torch.ops.lightning_qk.leave(_ORDER)
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.numbers: list[int | None] = []
+
+
+_stack = _Stack()
+
+
+def entered() -> tuple[bool, nn.Module | None]:
+    """Whether a graph is running a module that was entered, and which; None where calls are nobody's."""
+    if not _stack.numbers:
+        return False, None
+    number = _stack.numbers[-1]
+    return True, None if number is None else _modules.get(number)
+
+
+def forget_entered() -> None:
+    """Start over: a graph that raised may have left modules entered."""
+    _stack.numbers.clear()
+
+
+@torch.compiler.disable
+def _enter(order: Tensor, module: Tensor | None) -> None:
+    if not is_recomputation():
+        _stack.numbers.append(None if module is None else int(module))
+
+
+@torch.compiler.disable
+def _leave(order: Tensor) -> None:
+    if not is_recomputation() and _stack.numbers:
+        _stack.numbers.pop()
+
+
+@torch.compiler.disable
+def _hear(
+    order: Tensor,
+    module: Tensor | None,
+    form: str,
+    tensors: list[Tensor],
+    floats: list[float],
+    ints: list[int],
+) -> None:
+    if is_recomputation():
+        return
+    layer = entered()[1] if module is None else _modules.get(int(module))
+    if layer is not None:
+        # The tensors may be buffers that the graph writes to next: what is kept must be the listener's own.
+        listeners.deliver(layer, lambda: _read(layer, form, tensors, floats, ints))
+
+
+def _read(
+    module: nn.Module, form: str, tensors: list[Tensor], floats: list[float], ints: list[int]
+) -> AttentionCall:
+    if form.startswith("!"):
+        raise UnsupportedCallError(form[1:])
+    number, *words = form.split(";")
+    source = Source.numbered(int(number))
+    values = {"t": iter(tensors), "f": iter(floats), "i": iter(ints)}
+    constants = {"N": None, "T": True, "F": False}
+    args: list[Any] = [module]
+    kwargs: dict[str, Any] = {}
+    for word in words:
+        name, _, code = word.rpartition("=")
+        if code == "x":
+            raise UnsupportedCallError(
+                f"its {source.implementation!r} attention gets a mask that is no tensor, which cannot leave a "
+                'graph of torch.compile: use attn_implementation="sdpa", or train without torch.compile'
+            )
+        value = next(values[code]) if code in values else constants[code]
+        if name:
+            kwargs[name] = value
+        else:
+            args.append(value)
+    if source.function is None:
+        _, query, key, value, mask = args
+        return AttentionCall(module, query, key, value, mask, source.implementation, kwargs)
+    return read_call(source.function, source.implementation, tuple(args), kwargs)
+
+
+def _nothing(*args: Any) -> None:
+    """What the operators do to tensors that have no data."""
+
+
+for _name, _function in (("hear", _hear), ("enter", _enter), ("leave", _leave)):
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    # No gradient passes through them, and the version of the tensor is not counted, which a checkpoint would see.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"lightning_qk::{_name}", _nothing, lib=_library)
+
+
+def drop_graphs(model: nn.Module | None) -> None:
+    """Make torch.compile trace a model anew where it did so before anybody listened.
+
+    Graphs do not notice that a function was replaced. Every graph of the process is dropped
+    (`torch.compiler.reset`), since there is no public way to drop those of one model; it is compiled again at
+    its next call.
+
+    Args:
+        model: what is going to be listened to; None: whatever was compiled in this process.
+    """
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    if dynamo is None:
+        return
+    seen = getattr(getattr(dynamo, "input_codes", None), "seen", None)
+    anything = True if seen is None else bool(seen)
+    if anything and (model is None or _is_compiled(model)):
+        torch.compiler.reset()
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    if getattr(model, "_compiler_ctx", None) is not None:  # Lightning unpacks a compiled LightningModule
+        return True
+    modules = list(model.modules())
+    if any(
+        isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in modules
+    ):
+        return True
+    # A method or a function that was compiled on its own leaves its graphs with its code.
+    functions = [
+        value
+        for kind in {type(module) for module in modules}
+        for base in kind.__mro__
+        if base is not nn.Module and base is not object
+        for value in vars(base).values()
+    ]
+    functions += [value for module in modules for value in vars(module).values() if callable(value)]
+    codes = {code for function in functions for code in _codes(function)}
+    try:
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        return any(_debug_get_cache_entry_list(code) for code in codes)
+    except Exception:
+        return True  # this version of torch does not say
+
+
+def _codes(function: Any) -> Iterator[types.CodeType]:
+    """Code of a function and of those that it wraps."""
+    seen = set()
+    while function is not None and id(function) not in seen:
+        seen.add(id(function))
+        code = getattr(function, "__code__", None)
+        if isinstance(code, types.CodeType):
+            yield code
+        function = getattr(function, "__wrapped__", None)
