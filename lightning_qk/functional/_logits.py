@@ -1,12 +1,13 @@
 """Logits of one attention call by chunks of query rows: scale, soft cap, bias, and which pairs are visible."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``mask(batch, head, query, key)``: True where the key is visible, of index tensors that broadcast."""
 
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
@@ -52,8 +53,8 @@ class Logits(NamedTuple):
     """One attention call, checked: what the chunks are computed from."""
 
     query: Tensor  # (batch, heads, n, d_head), any float dtype
-    key: Tensor  # (batch, kv_heads, m, d_head), float32 at least
-    mask: Tensor | None  # 4-D, broadcastable
+    key: Tensor  # (batch, kv_heads, m, d_head); for chunks: contiguous, float32 at least
+    mask: Tensor | MaskFunction | None  # a tensor: 4-D, broadcastable
     bias: Tensor | None  # 4-D, broadcastable
     sinks: Tensor | None  # (heads,)
     is_causal: bool
@@ -68,7 +69,7 @@ class Logits(NamedTuple):
         query: Tensor,
         key: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | MaskFunction | None = None,
         is_causal: bool = False,
         scaling: float | None = None,
         sliding_window: int | None = None,
@@ -97,20 +98,25 @@ class Logits(NamedTuple):
             )
         batch, heads, n, d_head = query.shape
         full = (batch, heads, n, key.shape[2])
-        if mask is not None:
+        if isinstance(mask, Tensor):
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise ValueError(
                     f"expected a boolean mask (True = visible) or an additive floating one, got {mask.dtype}: "
                     "convert a mask of zeros and ones with .bool()"
                 )
             mask = _broadcast(mask, full, "mask")
+        elif mask is not None and not callable(mask):
+            raise ValueError(
+                "expected a mask that is a tensor or a function of batch, head, query and key indices, got "
+                f"{type(mask).__name__}"
+            )
         if bias is not None:
             bias = _broadcast(bias, full, "bias")
         if sinks is not None and sinks.numel() != heads:
             raise ValueError(f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}")
         return cls(
             query=query,
-            key=at_least_float32(key).contiguous(),
+            key=key,
             mask=mask,
             bias=bias,
             sinks=sinks,
@@ -148,16 +154,19 @@ class Logits(NamedTuple):
         if self.bias is not None:
             logits += _take(self.bias, index)[..., :width]
         visible = self.visible(index, position, slice(edge, width))
-        if visible is not None and self.mask is not None and self.mask.dtype != torch.bool:
-            logits += torch.where(visible, _take(self.mask, index), 0.0)
+        mask = self.mask
+        if visible is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            logits += torch.where(visible, _take(mask, index), 0.0)
         return Chunk(logits, None if visible is None else visible.to(logits.dtype), edge, position)
 
     def visible(self, index: slice | Tensor, position: Tensor, keys: slice) -> Tensor | None:
         """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
         visible = None
-        if self.mask is not None:
+        if isinstance(self.mask, Tensor):
             mask = _take(self.mask, index)[..., keys]
             visible = mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
+        elif self.mask is not None:
+            visible = self._evaluate(self.mask, index, keys)
         if self.is_causal or self.sliding_window is not None:
             places = torch.arange(keys.start, keys.stop, device=position.device)
             ahead = places - position[:, None, :, None]
@@ -167,6 +176,31 @@ class Logits(NamedTuple):
                 near = ahead.abs() < self.sliding_window
                 visible = near if visible is None else visible & near
         return visible
+
+    def _evaluate(self, mask: MaskFunction, index: slice | Tensor, keys: slice) -> Tensor:
+        """A mask function on some rows and keys, ``(batch|1, heads|1, rows, keys)``."""
+        device = self.query.device
+        batch, heads = self.query.shape[:2]
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=device)[None]
+        rows, width = index.shape[-1], keys.stop - keys.start
+        visible = mask(
+            torch.arange(batch, device=device)[:, None, None, None],
+            torch.arange(heads, device=device)[:, None, None],
+            index[:, None, :, None],
+            torch.arange(keys.start, keys.stop, device=device),
+        )
+        shape = tuple(visible.shape) if isinstance(visible, Tensor) else None
+        padded = (1,) * (4 - len(shape or ())) + (shape or ())
+        fits = all(n in (1, full) for n, full in zip(padded, (batch, heads, rows, width), strict=False))
+        if shape is None or visible.dtype != torch.bool or len(padded) != 4 or not fits:
+            got = type(visible).__name__ if shape is None else f"{visible.dtype} of shape {shape}"
+            raise ValueError(
+                "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, rows, "
+                f"keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors together, as in "
+                "document[batch, query]"
+            )
+        return visible.reshape(padded).expand(-1, -1, rows, width)
 
     def positions(self, index: slice | Tensor) -> Tensor:
         """Positions of some rows on the axis of the keys, ``(batch|1, rows)``."""
@@ -233,8 +267,13 @@ def valid_rows(
             valid = valid & seen
         elif self_attention and logits.query_offset + n <= m:
             valid = valid & seen[:, logits.query_offset : logits.query_offset + n]
-    elif logits.is_causal and logits.query_offset < 0:
-        valid = valid & (logits.positions(slice(0, n)) >= 0)
+    elif logits.is_causal or logits.sliding_window is not None:
+        # Queries before the first key or further than a window behind the last.
+        position = logits.positions(slice(0, n))
+        reach = 0 if logits.sliding_window is None else logits.sliding_window - 1
+        valid = valid & (position + (0 if logits.is_causal else reach) >= 0)
+        if logits.sliding_window is not None:
+            valid = valid & (position - reach < m)
     if query_mask is not None:
         valid = valid & query_mask.to(device=device, dtype=torch.bool)
     return valid, seen

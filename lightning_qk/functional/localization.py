@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import Chunk, Logits, sample_rows, valid_rows
-from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional._kernel import Collected, kernel_rows
+from lightning_qk.functional._logits import Chunk, Logits, MaskFunction, sample_rows, valid_rows
+from lightning_qk.functional._precision import at_least_float32, full_precision
 
 ROW_STATISTICS = (
     "entropy",
@@ -65,7 +66,7 @@ def attention_statistics(
     query: Tensor,
     key: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | MaskFunction | None = None,
     is_causal: bool = False,
     scaling: float | None = None,
     rows: int | None = None,
@@ -113,7 +114,10 @@ def attention_statistics(
             ``(batch, heads, n, d_head)``.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating
-            and added to the logits, where −9000 and below means not visible.
+            and added to the logits, where −9000 and below means not visible. Or a function
+            ``mask(batch, head, query, key)`` of integer index tensors that broadcast to these shapes (a
+            ``mask_mod`` of flex_attention) which returns the boolean mask: it is evaluated on some rows at a
+            time, so that no n × m mask is ever in memory.
         is_causal: row i sees the keys up to position ``query_offset + i``.
         scaling: factor on the dot products; None means ``d_head ** -0.5``.
         rows: how many query rows to sample in each sequence; None for all.
@@ -138,7 +142,7 @@ def attention_statistics(
         row counts.
 
     Raises:
-        ValueError: shapes that do not fit, or ``rows`` below 1.
+        ValueError: shapes that do not fit, a mask of another form, or ``rows`` below 1.
     """
     sums = attention_sums(
         query,
@@ -207,15 +211,23 @@ def attention_sums(
         index = None
         if rows is not None and rows < n:
             index = sample_rows(valid, rows, generator)
-        return _sums(logits, valid, index)
+        used = valid if index is None else valid.gather(1, index)
+        # Known without a look at the device: no row can be padding or see nothing.
+        every = query_mask is None and logits.mask is None and logits.sliding_window is None
+        every = every and (logits.query_offset >= 0 or not logits.is_causal)
+        collected = kernel_rows(logits, used, index, every=every)
+        if collected is None:
+            logits = logits._replace(key=at_least_float32(logits.key).contiguous())
+            collected = _collect(logits, used, index)
+        return _pool(collected, valid, used)
 
 
-def _sums(source: Logits, valid: Tensor, index: Tensor | None) -> AttentionSums:
+def _collect(source: Logits, used: Tensor, index: Tensor | None) -> Collected:
+    """Statistics of all rows, or of those of an index, chunk by chunk."""
     batch, heads, n, _ = source.query.shape
     m = source.key.shape[2]
     dtype, device = source.key.dtype, source.key.device
     count = n if index is None else index.shape[1]
-    used = valid if index is None else valid.gather(1, index)
 
     values = torch.zeros(len(ROW_STATISTICS), batch, heads, count, dtype=dtype, device=device)
     counted = torch.zeros_like(values, dtype=torch.bool)
@@ -244,7 +256,13 @@ def _sums(source: Logits, valid: Tensor, index: Tensor | None) -> AttentionSums:
         if chunk.shown is not None:
             seen[..., chunk.edge : width] += (counts @ chunk.shown).squeeze(-2)
 
-    # Each sampled row stands for population / sampled rows of its sequence.
+    return Collected(values, counted, maximum, received, received_sq, seen)
+
+
+def _pool(rows: Collected, valid: Tensor, used: Tensor) -> AttentionSums:
+    """Sums over the rows, each of them standing for population / sampled rows of its sequence."""
+    values, counted, maximum, received, received_sq, seen = rows
+    dtype, device = values.dtype, values.device
     population = valid.sum(1).to(dtype)
     sampled = used.sum(1).to(dtype)
     scale = (population / sampled.clamp_min(1))[:, None]

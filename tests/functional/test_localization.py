@@ -119,6 +119,84 @@ class TestMasks:
         visible = torch.rand(BATCH, HEADS, N, N) < 0.5
         check(attention_statistics(query, key, mask=visible), dense_attention(query, key, visible))
 
+    @pytest.mark.parametrize("kind", ["causal", "padding", "documents", "heads", "keys"])
+    def test_functions(self, kind):
+        query, key = tensors(2)
+        i, j = positions()
+        keep = padding_mask("left")
+        document = torch.tensor([[0] * 6 + [1] * 7, [0] * 2 + [1] * 11])
+        function, visible = {
+            "causal": (lambda b, h, q, k: k <= q, (j <= i)[None, None]),
+            "padding": (
+                lambda b, h, q, k: keep[b, k] & (k <= q),
+                keep[:, None, None, :] & (j <= i),
+            ),
+            "documents": (
+                lambda b, h, q, k: document[b, q] == document[b, k],
+                (document[:, :, None] == document[:, None, :])[:, None],
+            ),
+            "heads": (
+                lambda b, h, q, k: (q - k).abs() <= h + 1,
+                ((i - j).abs() <= torch.arange(HEADS)[:, None, None] + 1)[None],
+            ),
+            "keys": (lambda b, h, q, k: k < 9, (j < 9)[None, None].expand(1, 1, N, N)),
+        }[kind]
+        padding = keep if kind == "padding" else None
+        if kind == "keys":
+            padding = (torch.arange(N) < 9).expand(BATCH, -1)
+        got = attention_statistics(query, key, mask=function)
+        check(got, dense_attention(query, key, visible, padding=padding))
+        # The same rows of each sequence are sampled, and the same keys shown to them.
+        draws = [
+            attention_statistics(query, key, mask=mask, rows=5, generator=torch.Generator().manual_seed(3))
+            for mask in (function, visible)
+        ]
+        check(draws[0], {name: value.double() for name, value in draws[1].items()})
+
+    def test_a_function_with_causality_and_a_window(self):
+        query, key = tensors(n=5)
+        i, j = positions(5)
+        keep = padding_mask("left")
+        offset = N - 5
+        ahead = j - i - offset
+        visible = keep[:, None, None, :] & (ahead <= 0) & (ahead > -4)
+        got = attention_statistics(
+            query,
+            key,
+            mask=lambda b, h, q, k: keep[b, k],
+            is_causal=True,
+            sliding_window=4,
+            query_offset=offset,
+            self_attention=True,
+        )
+        check(got, dense_attention(query, key, visible, offset=offset))
+
+    def test_a_function_sees_few_rows_at_a_time(self, monkeypatch):
+        monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", BATCH * HEADS * N * 2)
+        seen = []
+
+        def function(batch, head, query, key):
+            seen.append(torch.broadcast_shapes(batch.shape, head.shape, query.shape, key.shape))
+            return key <= query
+
+        attention_statistics(*tensors(), mask=function)
+        assert {shape[2] for shape in seen} <= {1, 2}
+        assert all(shape[:2] == (BATCH, HEADS) for shape in seen)
+
+    @pytest.mark.parametrize("offset", [4 - N, 0])
+    @pytest.mark.parametrize("causal", [True, False])
+    def test_windows_that_some_queries_are_beyond(self, causal, offset):
+        query, key = tensors(n=N, m=4)
+        i, j = positions(N, 4)
+        ahead = j - (i + offset)
+        visible = (ahead.abs() < 3) & ((ahead <= 0) | (not causal))
+        want = dense_attention(query, key, visible[None, None], offset=offset)
+        options = {"is_causal": causal, "sliding_window": 3, "query_offset": offset}
+        check(attention_statistics(query, key, **options), want)
+        # As many rows as there are of those that see a key: all of them are drawn, and no other.
+        draw = attention_statistics(query, key, rows=int(visible.any(1).sum()), **options)
+        check({name: draw[name] for name in want}, want)
+
     def test_cross_attention(self):
         query, key = tensors(m=9)
         check(attention_statistics(query, key), dense_attention(query, key))
@@ -296,6 +374,13 @@ def test_laws(seed, n, m, causal, scale):
     [
         ({"mask": torch.ones(BATCH, N, dtype=torch.bool)}, r"\[:, None, None, :\]"),
         ({"mask": torch.ones(BATCH, 1, N, N, dtype=torch.long)}, r"\.bool\(\)"),
+        ({"mask": "causal"}, "tensor or a function"),
+        ({"mask": lambda b, h, q, k: (k <= q).float()}, "to return a boolean tensor"),
+        (
+            {"mask": lambda b, h, q, k: torch.ones(3, 3, dtype=torch.bool)},
+            r"got torch.bool of shape \(3, 3\)",
+        ),
+        ({"mask": lambda b, h, q, k: True}, "got bool"),
         ({"rows": 0}, "rows to be at least 1"),
         ({"sinks": torch.zeros(3)}, "one learnt sink a head"),
         ({"query_mask": torch.ones(BATCH, 3)}, "query_mask of shape"),

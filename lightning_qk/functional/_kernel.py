@@ -1,0 +1,228 @@
+"""Row statistics of attention by one launch on the device instead of chunk by chunk, where a kernel fits."""
+
+import importlib.util
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._logits import _MASKED_BELOW, Logits
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Registers and shared memory hold a block of vectors whole.
+_MAX_D_HEAD = 256
+_broken: set[torch.device] = set()
+
+
+class Collected(NamedTuple):
+    """What the rows of a call come to, before it is averaged.
+
+    Attributes:
+        values: each statistic of each row, shape ``(len(ROW_STATISTICS), batch, heads, rows)``.
+        counted: which of them count, boolean, same shape.
+        maximum: of each sequence and head, ``(len(EXTREMES), batch, heads)``.
+        received: probability that each key receives, summed over the rows, ``(batch, heads, keys)``.
+        received_sq: the sum of its squares, same shape; filled only for sampled rows.
+        seen: how many rows see each key, same shape.
+    """
+
+    values: Tensor
+    counted: Tensor
+    maximum: Tensor
+    received: Tensor
+    received_sq: Tensor
+    seen: Tensor
+
+
+class Blocks(NamedTuple):
+    """Shape of a launch: rows and keys of a tile, warps, and blocks that are loaded ahead."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def kernel_rows(source: Logits, used: Tensor, index: Tensor | None, *, every: bool) -> Collected | None:
+    """The rows of a call by a kernel; None where no kernel fits: on the CPU, without triton, in float64, or with
+    a mask that is a function. If the kernel cannot be built, a warning says why, once, and None is returned.
+
+    Args:
+        source: query and key in the precision that they came in.
+        used: rows that count, ``(batch, rows)``.
+        index: which rows these are, ``(batch, rows)``; None for all.
+        every: ``used`` is known to be all True, without looking.
+    """
+    device = source.query.device
+    if not source.query.is_cuda or device in _broken or not fits(source):
+        return None
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        with torch.cuda.device(device):
+            return launch(source, used, index, every=every)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _broken.add(device)
+        reason = (str(error).strip() or "no message").splitlines()[-1]
+        warnings.warn(
+            f"attention statistics on {device} go on without their Triton kernel, slower and with the same "
+            f"results, since it could not be run ({type(error).__name__}: {reason}): "
+            "triton >= 3.2 and a C compiler are what it takes",
+            stacklevel=2,
+        )
+        return None
+
+
+def fits(source: Logits) -> bool:
+    """Whether dtypes, sizes and the form of the mask are among those that the kernel takes."""
+    batch, heads, n, d_head = source.query.shape
+    return (
+        source.query.dtype in _FLOATS
+        and source.key.dtype in _FLOATS
+        and (source.mask is None or isinstance(source.mask, Tensor))
+        and min(batch, heads, n, source.key.shape[2], d_head) > 0
+        and d_head <= _MAX_D_HEAD
+        and batch * heads < 1 << 16  # the second dimension of a grid
+        and max(n, source.key.shape[2]) + abs(source.query_offset) < 1 << 24  # exact in float32
+    )
+
+
+def blocks(dtype: torch.dtype, d_head: int, device: torch.device) -> tuple[Blocks, Blocks]:
+    """Launch shapes of the kernel of rows and the kernel of keys.
+
+    A table rather than a search while training runs, which would synchronize the device. The compiler finds
+    registers for nearly all of it: at most a few numbers of a thread spill in the plain causal call.
+    """
+    wide = d_head > 128
+    if dtype == torch.float32:  # without tensor cores: small tiles, for the registers of the products
+        return Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 1) if wide else Blocks(32, 32, 8, 2)
+    # A100, H100, B200 and their kin have 160 KiB of shared memory and more, other GPUs 64 to 99 KiB.
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if capability not in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)):
+        return (Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)) if wide else (Blocks(64, 64, 4, 2),) * 2
+    if wide:
+        return Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
+    return Blocks(128, 64, 8, 3), Blocks(64, 128, 4, 3)
+
+
+def launch(
+    source: Logits,
+    used: Tensor,
+    index: Tensor | None,
+    *,
+    every: bool,
+    shapes: tuple[Blocks, Blocks] | None = None,
+) -> Collected:
+    """Run the kernels, whatever the device; the arguments are those of :func:`kernel_rows`.
+
+    Args:
+        source: a call that :func:`fits`.
+        used: rows that count, ``(batch, rows)``.
+        index: which rows these are; None for all.
+        every: ``used`` is known to be all True.
+        shapes: instead of those of :func:`blocks`.
+    """
+    from lightning_qk.functional import _triton
+
+    query, key = source.query, source.key
+    if query.dtype != key.dtype:
+        query, key = query.float(), key.float()
+    scaling = source.scaling
+    if scaling < 0:  # the lowest logit is that of the lowest product
+        query, scaling = -query, -scaling
+    batch, heads, n, d_head = query.shape
+    kv_heads, m = key.shape[1:3]
+    rows = n if index is None else index.shape[1]
+    lines = batch * heads
+    device = query.device
+    by_row, by_key = shapes or blocks(query.dtype, d_head, device)
+    if index is not None:
+        # Few rows: small blocks, for enough programs to fill the device.
+        by_row = by_row._replace(rows=min(by_row.rows, 16 if rows <= 256 else 64), warps=4)
+        by_key = by_key._replace(rows=min(by_key.rows, max(16, _power_of_two(rows))))
+    wide = max(16, _power_of_two(d_head))
+
+    mask, bias = source.mask, source.bias
+    assert mask is None or isinstance(mask, Tensor)  # it fits
+    kind = 0
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        if kind == 1:
+            mask = mask.view(torch.uint8)
+    plain = kind == 0 and bias is None and source.softcap is None
+    is_prefix = plain and source.sliding_window is None and index is None
+    log2e = math.log2(math.e)
+    position = {
+        "heads": heads,
+        "group": heads // kv_heads,
+        "rows": rows,
+        "m": m,
+        "offset": source.query_offset,
+        "window": source.sliding_window or 0,
+        "scale": scaling * log2e if source.softcap is None else scaling / source.softcap,
+        "cap": 0.0 if source.softcap is None else source.softcap * log2e,
+        "masked_below": _MASKED_BELOW,
+        "JOINT": query.dtype != torch.float32,
+        "D": d_head,
+        "BLOCK_D": wide,
+        "CAUSAL": source.is_causal,
+        "WINDOW": source.sliding_window is not None,
+        "SOFTCAP": source.softcap is not None,
+        "BIAS": bias is not None,
+        "MASK": kind,
+        "INDEX": index is not None,
+        # Triton's interpreter, the only way to get here without a GPU, multiplies the bits of bfloat16.
+        "PRECISION": "ieee" if query.dtype == torch.float32 or not query.is_cuda else "tf32",
+    }
+    strides = (*query.stride(), *key.stride(), *_strides(bias), *_strides(mask))
+
+    prefix = query
+    if is_prefix:
+        number = -(-m // by_row.keys)
+        prefix = torch.zeros(batch * kv_heads, number + 1, wide, device=device)
+        _triton.sums_kernel[number, batch * kv_heads](
+            key, prefix, *key.stride(), kv_heads, m, D=d_head, BLOCK_N=by_row.keys, BLOCK_D=wide
+        )
+        prefix = prefix.cumsum(1)
+    places = query if index is None else index.contiguous()
+    sinks = query if source.sinks is None else source.sinks.float().reshape(-1).contiguous()
+    values = torch.empty(13, batch, heads, rows, device=device)
+    state = torch.empty(3, batch, heads, rows, device=device)
+    _triton.rows_kernel[-(-rows // by_row.rows), lines](
+        query, key, prefix, places, used.contiguous().view(torch.uint8), query if bias is None else bias,
+        query if mask is None else mask, sinks, values, state, *strides, **position,
+        BLOCK_M=by_row.rows, BLOCK_N=by_row.keys, SINKS=source.sinks is not None, PREFIX=is_prefix,
+        num_warps=by_row.warps, num_stages=by_row.stages,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    out = torch.empty(4 if index is not None else 3, batch, heads, m, device=device)
+    _triton.keys_kernel[-(-m // by_key.keys), lines](
+        query, key, places, query if bias is None else bias, query if mask is None else mask, state, out,
+        *strides, **position, BLOCK_M=by_key.rows, BLOCK_N=by_key.keys, EVERY=every,
+        num_warps=by_key.warps, num_stages=by_key.stages,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+    counted = values[11].bool().expand(11, -1, -1, -1).clone()
+    counted[1] = values[12].bool()
+    if source.sinks is None:
+        counted[9] = False
+    top = state[2].amax(-1)
+    maximum = torch.stack([top, torch.maximum(top, -out[2].amin(-1))])
+    received_sq = out[3] if index is not None else torch.zeros_like(out[0])
+    return Collected(values[:11], counted, maximum, out[0], received_sq, out[1])
+
+
+def _strides(tensor: Any) -> tuple[int, ...]:
+    """Strides of a broadcast tensor, 0 where it has one entry for all."""
+    if tensor is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
