@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,6 +21,8 @@ from lightning_qk.callbacks._trainer import (
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_figure, log_scalars
+
+_T = TypeVar("_T")
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
@@ -84,7 +86,7 @@ class Monitor(Callback):
         self._is_due = False
         self._steps_before = 0
         self._reported = False
-        self._gave_up = False
+        self._gave_up: set[str] = set()
         self._found_non_finite = False
 
     # Lightning's hooks
@@ -98,15 +100,17 @@ class Monitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes."""
         self._directory = run_directory(trainer)
-        self._reported = self._gave_up = self._found_non_finite = False
-        self._logged, self._drawn = 0, None
+        self._reported = self._found_non_finite = False
+        self._gave_up.clear()
+        self._logged, self._drawn, self._is_due = 0, None, False
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether the step that this batch belongs to is measured."""
         self._steps_before = trainer.global_step
-        self._is_due = is_logged_step(trainer, self.every_n_steps)
+        # With accumulation, and with an optimizer that is stepped by hand, the step comes with a later batch.
+        self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
         self.begin_batch(self._is_due)
 
     def on_train_batch_end(
@@ -114,9 +118,9 @@ class Monitor(Callback):
     ) -> None:
         """Measure and log once the optimizer has stepped."""
         self.end_batch()
-        # With gradient accumulation the step ends with its last micro-batch.
         if self._is_due and trainer.global_step != self._steps_before:
-            self.attempt(lambda: self._measure_and_publish(trainer, pl_module))
+            self._is_due = False
+            self._measure_and_publish(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the last figures and leave the report."""
@@ -175,15 +179,25 @@ class Monitor(Callback):
             verb = "is" if len(names) == 1 else f"({len(names)} layers) are"
             self.note(f"{shorten(names)} {verb} left out: {reason}")
 
-    def attempt(self, action: Callable[[], object]) -> None:
-        """Do something for which training must not stop; after one failure nothing is tried again."""
-        if self._gave_up:
-            return
+    def attempt(self, action: Callable[[], _T], what: str = "measuring") -> _T | None:
+        """Do something for which training must not stop; after one failure it is not tried again.
+
+        Args:
+            action: what to do.
+            what: its kind. Measuring may be a collective call, which every rank goes on to make when logging
+                fails on one of them.
+
+        Returns:
+            What the action returned, or None where it failed now or before.
+        """
+        if what in self._gave_up:
+            return None
         try:
-            action()
+            return action()
         except Exception as error:
-            self._gave_up = True
-            self.note(f"it stopped measuring ({type(error).__name__}: {error}); training goes on")
+            self._gave_up.add(what)
+            self.note(f"it stopped {what} ({type(error).__name__}: {error}); training goes on")
+            return None
 
     def note(self, sentence: str) -> None:
         """Say something once, in the log and in the report."""
@@ -225,27 +239,31 @@ class Monitor(Callback):
             pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
         log_scalars(trainer, overall | self.by_layer_and_head(history, values), step)
 
-    def over_the_model(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean, minimum and maximum over all heads that have a value."""
+    def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
+        """Mean, minimum and maximum over all heads that have a value; keys begin with the group or a prefix."""
+        prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
             finite = flat[flat.isfinite()]
             if finite.numel():
                 for reduction in ("mean", "min", "max"):
-                    scalars[f"{self.group}/{name}/{reduction}"] = getattr(finite, reduction)().item()
+                    scalars[f"{prefix}/{name}/{reduction}"] = getattr(finite, reduction)().item()
         return scalars
 
-    def by_layer_and_head(self, history: History, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def by_layer_and_head(
+        self, history: History, values: Mapping[str, Tensor], prefix: str | None = None
+    ) -> dict[str, float]:
         """Means over the heads of each layer, and each head where asked."""
+        prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
             for label, heads in zip(history.layers, history.split(flat), strict=True):
                 finite = heads[heads.isfinite()]
                 if name in self.layer_statistics and finite.numel():
-                    scalars[f"{self.group}/{label}/{name}"] = finite.mean().item()
+                    scalars[f"{prefix}/{label}/{name}"] = finite.mean().item()
                 if self.per_head:
                     scalars.update(
-                        (f"{self.group}/{label}/head_{index:02d}/{name}", value)
+                        (f"{prefix}/{label}/head_{index:02d}/{name}", value)
                         for index, value in enumerate(heads.tolist())
                         if math.isfinite(value)
                     )
@@ -320,9 +338,9 @@ class Monitor(Callback):
             )
 
     def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self.measure(trainer, pl_module)
+        values = self.attempt(lambda: self.measure(trainer, pl_module))
         if values is not None:
-            self.publish(trainer, pl_module, values)
+            self.attempt(lambda: self.publish(trainer, pl_module, values), "logging")
 
     def expects(self, label: str) -> bool:
         """Whether the layer has a finite value of the witness when all is well."""

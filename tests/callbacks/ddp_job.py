@@ -59,9 +59,12 @@ def run(folder: Path, processes: int) -> None:
         results[name] = keep.gradients
     spectrum, attention = QKSpectrumMonitor(), AttentionMonitor(rows=None)
     watched = models.trainer(
-        [spectrum, attention], logger=CSVLogger(folder, version=str(processes)), **arguments
+        [spectrum, attention],
+        logger=CSVLogger(folder, version=str(processes)),
+        val_check_interval=2,
+        **arguments,
     )
-    watched.fit(job(), data(processes))
+    watched.fit(job(), data(processes), data(processes))
     results["attention"] = {name: attention.history.series(name) for name in attention.history.statistics}
     results["spectrum"] = {name: spectrum.history.series(name) for name in spectrum.history.statistics}
     results["metrics"] = {key: float(value) for key, value in watched.callback_metrics.items()}

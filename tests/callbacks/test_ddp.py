@@ -58,5 +58,14 @@ def test_spectra_and_logged_values_agree(results):
             assert value == pytest.approx(results["2_1"]["metrics"][key], rel=1e-5, abs=1e-7)
 
 
+def test_validation_is_pooled_over_ranks(results):
+    keys = [key for key in results["1_0"]["metrics"] if key.startswith("attn/val/")]
+    assert "attn/val/entropy/mean" in keys
+    for key in keys:
+        for rank in ("2_0", "2_1"):
+            got, want = results[rank]["metrics"][key], results["1_0"]["metrics"][key]
+            assert got == pytest.approx(want, rel=1e-3, abs=1e-5), key
+
+
 def test_one_report(results):
     assert len(list((results["folder"] / "lightning_logs" / "2").rglob(REPORT_NAME))) == 1

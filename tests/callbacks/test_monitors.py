@@ -14,7 +14,8 @@ from lightning_qk.logging.history import RunRecord
 
 def monitors(**kwargs) -> list:
     arguments = {"figures_every": 0, "report": False, **kwargs}
-    return [QKSpectrumMonitor(**arguments), AttentionMonitor(rows=None, **arguments)]
+    spectrum = {name: value for name, value in arguments.items() if name != "every_n_eval_batches"}
+    return [QKSpectrumMonitor(**spectrum), AttentionMonitor(rows=None, **arguments)]
 
 
 def read_csv(folder) -> list[dict[str, str]]:
@@ -119,14 +120,25 @@ def test_cadence(every, log_every, accumulate, steps, tmp_path):
 
 
 def test_validation_is_not_training(tmp_path):
-    _, attention = callbacks = monitors()
-    calls = []
-    hear = attention._hear
-    attention._hear = lambda name, call: (calls.append(name), hear(name, call))
-    models.trainer(callbacks, max_steps=4, val_check_interval=2, num_sanity_val_steps=2).fit(
-        models.Job(), models.tokens(), models.tokens()
-    )
-    assert len(calls) == 4 * 2
+    def fit(**kwargs):
+        L.seed_everything(2, verbose=False)
+        _, attention = callbacks = monitors(**kwargs)
+        calls = []
+        hear = attention._hear
+        attention._hear = lambda name, call: (calls.append(name), hear(name, call))
+        models.trainer(callbacks, max_steps=4, val_check_interval=2, num_sanity_val_steps=2).fit(
+            models.Job(), models.tokens(), models.tokens()
+        )
+        return attention.history, len(calls)
+
+    with_validation, heard = fit()
+    alone, heard_alone = fit(every_n_eval_batches=0)
+    # Two layers: four training steps, and the first batch of each of two validations.
+    assert (heard, heard_alone) == (4 * 2 + 2 * 2, 4 * 2)
+    for name in alone.statistics:
+        torch.testing.assert_close(
+            with_validation.series(name), alone.series(name), rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_per_head_scalars_and_few_keys_by_default(tmp_path):
@@ -369,10 +381,10 @@ class TestErrors:
 
 
 def test_layers_left_out_for_one_reason_are_one_sentence():
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+    from transformers.modeling_utils import AttentionInterface
 
     def own_kernel(module, query, key, value, attention_mask, **kwargs):
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return value.cumsum(2).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("own_kernel", own_kernel)
     try:
@@ -380,7 +392,7 @@ def test_layers_left_out_for_one_reason_are_one_sentence():
         model.set_attn_implementation("own_kernel")
         callback = AttentionMonitor(report=False)
         with pytest.warns(
-            UserWarning, match=r"\(2 layers\) are left out: attention implementation 'own_kernel'"
+            UserWarning, match=r"\(2 layers\) are left out: the output of attention function 'own_kernel'"
         ):
             models.trainer([callback]).fit(models.Job(model), models.tokens())
     finally:

@@ -126,6 +126,6 @@ def test_an_eigenproblem_that_fails_is_said_once_and_training_goes_on(monkeypatc
     monkeypatch.setattr(worker_module, "solve", fail)
     spectrum = monitor()
     trainer = models.trainer([spectrum])
-    with pytest.warns(UserWarning, match=r"stopped measuring \(ArithmeticError: did not converge\)"):
+    with pytest.warns(UserWarning, match=r"stopped logging \(ArithmeticError: did not converge\)"):
         trainer.fit(models.Job(), models.tokens())
     assert trainer.global_step == 4
