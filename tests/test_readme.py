@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ def test_every_block_is_of_a_language_that_is_tested():
 def test_commands_are_real(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *arguments = shlex.split(command)
+    if program == "torchrun":
+        assert shutil.which("torchrun", path=str(Path(sys.executable).parent))
+        program, *arguments = arguments[arguments.index("--no-python") + 1 :]
     if program == "make":
         # What make would run, without running it: it would make an environment in an environment.
         shown = subprocess.run(
@@ -66,8 +70,6 @@ def test_commands_are_real(command, monkeypatch):
 
 
 def test_the_models_that_the_readme_names_are_among_those_tested():
-    import sys
-
     sys.path.insert(0, str(ROOT / "tests" / "heads"))
     from heads_zoo import ZOO
 

@@ -1,0 +1,282 @@
+"""A real training: what a step costs with the callbacks and without."""
+
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+from harness import Result, side_by_side, slope
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor
+
+VOCABULARY, LENGTH, BATCH = 10_000, 512, 4
+# The default of a Lightning Trainer, and of the monitors: figures at every tenth measurement.
+CADENCE, FIGURES = 50, 10
+
+
+def gpt2(layers: int = 6) -> transformers.PretrainedConfig:
+    """A GPT-2-like language model, of 25 million parameters with 6 layers."""
+    return transformers.GPT2Config(
+        n_layer=layers, n_embd=512, n_head=8, n_positions=LENGTH, vocab_size=VOCABULARY
+    )
+
+
+def llama_1b() -> transformers.PretrainedConfig:
+    """A Llama-like language model of about 1 billion parameters."""
+    return transformers.LlamaConfig(
+        hidden_size=2048,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=8192,
+        vocab_size=32_000,
+        max_position_embeddings=4096,
+    )
+
+
+class Job(L.LightningModule):
+    """An ordinary language model's training."""
+
+    def __init__(self, config: transformers.PretrainedConfig) -> None:
+        super().__init__()
+        self.network = transformers.AutoModelForCausalLM.from_config(config)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = self.network(input_ids=batch, labels=batch).loss
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-4)
+
+
+class Turns:
+    """Several trainings in one process, one step each in turn."""
+
+    def __init__(self, count: int) -> None:
+        self.locks = [threading.Semaphore(int(index == 0)) for index in range(count)]
+        self.seconds: list[list[float]] = [[] for _ in range(count)]
+
+
+class Turn(L.Callback):
+    """First of a trainer's callbacks: from one batch's start to the next it is this trainer's turn."""
+
+    def __init__(self, turns: Turns, index: int, spectrum: QKSpectrumMonitor | None) -> None:
+        self.turns, self.index, self.spectrum = turns, index, spectrum
+        self.start: float | None = None
+        self.on_gpu = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.on_gpu = pl_module.device.type == "cuda"
+        self.end_turn()
+        self.turns.locks[self.index].acquire()
+        self.start = time.perf_counter()
+
+    def on_train_end(self, *args: Any) -> None:
+        self.end_turn()
+
+    def end_turn(self) -> None:
+        if self.start is None:
+            return
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        elif self.spectrum is not None:
+            # The worker's thread shares the cores: its work counts for this step and not for another's.
+            self.spectrum._worker.peek()
+        self.turns.seconds[self.index].append(time.perf_counter() - self.start)
+        self.start = None
+        self.turns.locks[(self.index + 1) % len(self.turns.locks)].release()
+
+
+def in_turns(
+    variants: dict[str, list[L.Callback]],
+    steps: int,
+    config: transformers.PretrainedConfig,
+    *,
+    length: int = LENGTH,
+    **arguments: Any,
+) -> dict[str, list[float]]:
+    """Seconds of every step of each variant, from the second on; further arguments go to the trainers."""
+    turns, failures = Turns(len(variants)), []
+    data = torch.randint(0, config.vocab_size, (steps * BATCH, length))
+
+    def fit(index: int, callbacks: list[L.Callback], folder: str) -> None:
+        spectrum = next((c for c in callbacks if isinstance(c, QKSpectrumMonitor)), None)
+        turn = Turn(turns, index, spectrum)
+        try:
+            L.seed_everything(index, verbose=False)
+            trainer = L.Trainer(
+                max_steps=steps,
+                callbacks=[turn, *callbacks],
+                logger=CSVLogger(folder),
+                log_every_n_steps=CADENCE,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                **{"accelerator": "cpu", **arguments},
+            )
+            trainer.fit(Job(config), DataLoader(data, batch_size=BATCH))
+        except BaseException as error:
+            failures.append(error)
+            turn.end_turn()
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        threads = [
+            threading.Thread(target=fit, args=(index, callbacks, str(Path(folder, name))))
+            for index, (name, callbacks) in enumerate(variants.items())
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return {name: seconds[1:] for name, seconds in zip(variants, turns.seconds, strict=True)}
+
+
+def monitors(every_n_steps: int) -> list[L.Callback]:
+    arguments: dict[str, Any] = {"every_n_steps": every_n_steps, "report": False, "figures_every": 0}
+    return [QKSpectrumMonitor(**arguments), AttentionMonitor(**arguments)]
+
+
+def figures_seconds(layers: int = 6, heads: int = 8) -> float:
+    """What drawing all heatmaps as PNG takes, as loggers that show pictures make the monitors do."""
+    from lightning_qk.logging.figures import heatmap, to_png
+    from lightning_qk.logging.history import History
+
+    names = (*QKSpectrumMonitor.figure_statistics, *AttentionMonitor.figure_statistics)
+    history = History([f"layer_{index:02d}" for index in range(layers)], [heads] * layers)
+    history.append(0, {name: torch.rand(layers * heads) for name in names})
+    (times,) = side_by_side([lambda: [to_png(heatmap(history, name)) for name in names]], repeats=5)
+    return statistics.median(times)
+
+
+def ratio(seconds: dict[str, list[float]], name: str, chosen: Sequence[int] | None = None) -> float:
+    """Median over steps of a variant's time over that without callbacks."""
+    indices = range(len(seconds["none"])) if chosen is None else chosen
+    return statistics.median(seconds[name][index] / seconds["none"][index] for index in indices)
+
+
+def uncertainty(seconds: dict[str, list[float]], name: str, chosen: Sequence[int] | None = None) -> float:
+    """Standard error of :func:`ratio`, from the quartiles of a normal distribution and its median's efficiency."""
+    indices = range(len(seconds["none"])) if chosen is None else chosen
+    low, _, high = statistics.quantiles((seconds[name][i] / seconds["none"][i] for i in indices), n=4)
+    return 1.2533 * (high - low) / 1.349 / len(indices) ** 0.5
+
+
+def at_the_default_cadence(
+    seconds: dict[str, list[float]], often: int, config: transformers.PretrainedConfig
+) -> tuple[float, str]:
+    """Mean cost of a step at the default cadence, from the steps of ``"default"``, every ``often``-th measured."""
+    # The first step was left out: index 0 is step 1.
+    count = len(seconds["none"])
+    measured = range(often - 2, count, often)
+    others = [index for index in range(count) if index not in measured]
+    due, ordinary = ratio(seconds, "default", measured), ratio(seconds, "default", others)
+    step = statistics.median(seconds["none"])
+    figures = figures_seconds(config.num_hidden_layers, config.num_attention_heads) / step
+    value = ((CADENCE - 1) * ordinary + due + figures / FIGURES) / CADENCE
+    error = uncertainty(seconds, "default", others)
+    return value, (
+        f"{CADENCE - 1} ordinary steps at {ordinary:.4f} ± {error:.4f}, one measured at {due:.4f}, figures at "
+        f"every {FIGURES}th of these: {figures:.2f} steps; a step takes {step:.3g} s"
+    )
+
+
+def step_time(steps: int = 41) -> list[Result]:
+    """A training step with the callbacks over one without, by turns in one process."""
+    often, config = 5, gpt2()
+    variants = {
+        "none": [],
+        "locater": [LocAteR(0.01)],
+        "default": [LocAteR(0.01), *monitors(often)],
+        "every": [LocAteR(0.01), *monitors(1)],
+    }
+    seconds = in_turns(variants, steps, config)
+    value, detail = at_the_default_cadence(seconds, often, config)
+    model = "GPT-2-like, 25 M parameters, n 512, batch 4"
+
+    def pairs(name: str) -> str:
+        return f"median of {steps - 1} pairs, ± {uncertainty(seconds, name):.4f}"
+
+    measure = f"step time, three callbacks at the default cadence / none; {model}"
+    return [
+        Result("step_default", measure, value, 1.01, detail),
+        Result(
+            "step_every", "the same, monitors on every step", ratio(seconds, "every"), 1.15, pairs("every")
+        ),
+        Result(
+            "step_locater",
+            "LocAteR alone, every step / none",
+            ratio(seconds, "locater"),
+            1.02,
+            pairs("locater"),
+        ),
+    ]
+
+
+def step_time_gpu(steps: int = 61) -> list[Result]:
+    """The same on a GPU with a model of 1 B parameters."""
+    often, config = 5, llama_1b()
+    variants = {"none": [], "default": [LocAteR(0.01), *monitors(often)]}
+    seconds = in_turns(
+        variants, steps, config, length=2048, accelerator="gpu", devices=1, precision="bf16-true"
+    )
+    value, detail = at_the_default_cadence(seconds, often, config)
+    measure = (
+        "step time, three callbacks at the default cadence / none; Llama-like, 1 B parameters, bf16, n 2048"
+    )
+    return [Result("step_gpu", measure, value, 1.01, detail)]
+
+
+def growth_in_layers() -> list[Result]:
+    """How the cost of a measured step grows from 4 to 32 layers: what the monitors and the penalty add."""
+    from lightning_qk.functional import attention_statistics
+    from lightning_qk.heads.reader import head_projections
+    from lightning_qk.metrics.spectrum import QKSpectrum
+    from lightning_qk.regularizers.locater import locater_penalty
+
+    counts = (4, 8, 16, 32)
+    models = [Job(gpt2(layers)).network for layers in counts]
+    query, key = torch.randn(2, BATCH, 8, LENGTH, 64).unbind()
+
+    def spectrum(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            projections = head_projections(model)
+            QKSpectrum({name: head.heads for name, head in projections.items()}).update(projections)
+
+    def attention(layers: int) -> None:
+        for _ in range(layers):
+            attention_statistics(query, key, is_causal=True, rows=64)
+
+    def penalty(model: torch.nn.Module) -> None:
+        locater_penalty(model).backward()
+        model.zero_grad()
+
+    out = []
+    for name, actions in (
+        ("spectrum", [lambda model=model: spectrum(model) for model in models]),
+        ("attention", [lambda layers=layers: attention(layers) for layers in counts]),
+        ("penalty", [lambda model=model: penalty(model) for model in models]),
+    ):
+        seconds = [statistics.median(times) for times in side_by_side(actions, repeats=7)]
+        out.append(
+            Result(
+                f"growth_layers_{name}",
+                f"exponent of time in layers, {name}, 4 to 32 layers (1 is linear)",
+                slope(counts, seconds),
+                1.1,
+                ", ".join(f"{n}: {s * 1e3:.3g} ms" for n, s in zip(counts, seconds, strict=True)),
+            )
+        )
+    return out
