@@ -71,13 +71,16 @@ def stdlib_texts(
 
     Args:
         max_files: how many files at most.
-        max_characters: how many characters at most, all files together; the last text is cut to fit.
+        max_characters: how many characters at most, all files together; the last text is cut to fit. One file
+            gives a quarter at most, so that the files that come first, which differ between Pythons, leave
+            room for others.
         root: where the library lies; None is that of the running Python.
     """
     texts: list[str] = []
     left = max_characters
+    share = None if max_characters is None else -(-max_characters // 4)
     for path in stdlib_files(root)[:max_files]:
-        text = _read(path)[:left]
+        text = _read(path)[:share][:left]
         if text.strip():
             texts.append(text)
         if left is not None:

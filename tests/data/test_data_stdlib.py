@@ -41,6 +41,7 @@ def test_texts_are_bounded(library: Path) -> None:
     assert len(stdlib_texts(max_files=2, root=library)) == 2
     texts = stdlib_texts(max_characters=100, root=library)
     assert sum(map(len, texts)) == 100
+    assert max(map(len, texts)) == 25
     assert texts == [
         path.read_text()[: len(text)] for path, text in zip(stdlib_files(library), texts, strict=False)
     ]
