@@ -13,8 +13,8 @@ from lightning_qk.callbacks._trainer import logging_step, projection_reader
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional.localization import attention_sums
+from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
-from lightning_qk.heads.sharding import local_heads
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_scalars
 

@@ -1,6 +1,6 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,20 @@ from torch import Tensor
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.callbacks._trainer import logging_step, projection_reader
 from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import EigenvalueWorker, Solved
-from lightning_qk.metrics.spectrum import QKSpectrum, extreme_values
+from lightning_qk.metrics.spectrum import QKSpectrum, at_offset, extreme_values
+
+_ADDED = {
+    ALIBI: "linear biases (ALiBi)",
+    RELATIVE_BIAS: "a bias for each relative position",
+    RELATIVE_PRODUCT: "products with embeddings of relative positions",
+}
+"""What is added to the logits, in words."""
 
 
 class QKSpectrumMonitor(Monitor):
@@ -29,6 +38,8 @@ class QKSpectrumMonitor(Monitor):
     - ``qk/layer_03/<statistic>`` for eig_mean, eig_var, sym_var and asymmetry, means over the layer's heads
       (``encoder_layer_03`` and so on where a model has several stacks);
     - ``qk/layer_03/head_05/<statistic>`` with ``per_head=True``;
+    - with ``offsets``, ``qk/offset_16/<statistic>/mean`` and so on, for the moments and the spectral radius of the
+      form between a query and the key 16 positions before it, in layers with rotary position encoding;
     - ``qk/heatmap/<statistic>`` layer × head figures and ``qk/eigenvalues/modulus``, ``qk/eigenvalues/real``
       histograms, to loggers that can show them.
 
@@ -46,6 +57,9 @@ class QKSpectrumMonitor(Monitor):
         support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
         fold_norm: read the weights with the gain of the norm that feeds them, see
             :func:`~lightning_qk.head_projections`.
+        offsets: how many positions keys stand before their query, such as ``(0, 1, 16)``; negative: after it,
+            which causal models do not see. Rotary position encoding makes a form of its own at each:
+            ``W_q^T R_Δ W_k`` with Δ = −offset, see :func:`~lightning_qk.functional.qk_eigenvalues`.
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
@@ -57,7 +71,7 @@ class QKSpectrumMonitor(Monitor):
     """
 
     group = "qk"
-    layer_statistics = ("eig_mean", "eig_var", "sym_var", "asymmetry")
+    layer_statistics: tuple[str, ...] = ("eig_mean", "eig_var", "sym_var", "asymmetry")
     figure_statistics = ("eig_mean", "sym_var", "asymmetry")
     witness = "trace"
     subject = "query and key weights"
@@ -68,6 +82,7 @@ class QKSpectrumMonitor(Monitor):
         *,
         support: Support = "model",
         fold_norm: bool = False,
+        offsets: Sequence[int] = (),
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
@@ -75,6 +90,11 @@ class QKSpectrumMonitor(Monitor):
         super().__init__(every_n_steps, per_head=per_head, figures_every=figures_every, report=report)
         support_size(torch.empty(1, 1), support)
         self.support: Support = support
+        self.offsets = _checked_offsets(offsets)
+        self.layer_statistics = (
+            *type(self).layer_statistics,
+            *(at_offset(name, offset) for offset in self.offsets for name in type(self).layer_statistics),
+        )
         self.fold_norm = fold_norm
         self._metric: QKSpectrum | None = None
         self._reader: ProjectionReader | None = None
@@ -89,6 +109,7 @@ class QKSpectrumMonitor(Monitor):
             "every_n_steps": self.every_n_steps,
             "support": self.support,
             "fold_norm": self.fold_norm,
+            **({"offsets": list(self.offsets)} if self.offsets else {}),
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,7 +123,25 @@ class QKSpectrumMonitor(Monitor):
         heads = {name: layer.heads for name, layer in layers.items()}
         self._cross = {name for name, layer in layers.items() if not layer.self_attention}
         self.remember_layers(heads, self._cross)
-        self._metric = QKSpectrum(heads, self.support, eigenvalues=False)
+        self._note_positions(layers)
+        self._metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
+
+    def _note_positions(self, layers: Mapping[str, LayerPlan]) -> None:
+        """Say once where positions do something to the logits that the spectra do not show."""
+        own = {name: layer for name, layer in layers.items() if layer.self_attention}
+        for position in sorted(ADDED_TO_LOGITS):
+            names = [name for name, layer in own.items() if layer.position == position]
+            if names:
+                self.note(
+                    f"the logits of {shorten(names)} also have {_ADDED[position]}: their spectra are those of the "
+                    "content part, q · k"
+                )
+        still = [name for name, layer in own.items() if layer.rotary is None] if self.offsets else []
+        if still:
+            self.note(
+                f"no rotation of queries and keys by position was found in {shorten(still)}: nothing is logged "
+                "for them at offsets"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
@@ -186,9 +225,12 @@ class QKSpectrumMonitor(Monitor):
         assert solved is not None  # both callers ask first
         assert self.history is not None  # on_fit_start
         assert self._metric is not None
-        values = extreme_values(solved.spectra, self._metric.heads)
+        values = extreme_values(solved.spectra, self._metric.heads, self.offsets)
         self.history.complete(solved.step, values)
-        self._eigenvalues, self._eigenvalues_step = solved.spectra, solved.step
+        self._eigenvalues = {
+            name: solved.spectra[name] for name in self._metric.heads if name in solved.spectra
+        }
+        self._eigenvalues_step = solved.step
         return solved, values
 
     def _collect_and_log(
@@ -201,7 +243,7 @@ class QKSpectrumMonitor(Monitor):
         if solved.step < 0:
             return
         self.log_values(trainer, pl_module, values, solved.step, at_epoch_end=at_epoch_end)
-        eigenvalues = [value.flatten() for value in solved.spectra.values() if value.is_complex()]
+        eigenvalues = [value.flatten() for value in self._eigenvalues.values() if value.is_complex()]
         if trainer.is_global_zero and eigenvalues:
             flat = torch.cat(eigenvalues)
             log_histogram(trainer, "qk/eigenvalues/modulus", flat.abs(), solved.step)
@@ -218,3 +260,13 @@ class QKSpectrumMonitor(Monitor):
             self.labels[name]: value for name, value in self._eigenvalues.items() if value.is_complex()
         }
         record.eigenvalues_step = self._eigenvalues_step
+
+
+def _checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+    given = tuple(offsets)
+    if any(isinstance(offset, bool) or not isinstance(offset, int) for offset in given):
+        raise ValueError(
+            f"expected offsets to be integers, got {offsets!r}: pass distances such as (0, 1, 16)"
+        )
+    # The order of keys in the log is that of the first mention.
+    return tuple(dict.fromkeys(given))

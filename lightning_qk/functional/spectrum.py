@@ -9,13 +9,13 @@ Leading dimensions are free: ``(heads, d_head, d_model)`` for one layer, ``(laye
 for all layers of one shape in one batched product.
 """
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_qk.functional._precision import at_least_float32, full_precision
-from lightning_qk.functional.rotary import Rotary, rotate
+from lightning_qk.functional.rotary import Rotary, rotate_between
 
 Support = Literal["model", "head"]
 
@@ -33,7 +33,13 @@ MOMENTS = (
 
 
 def qk_moments(
-    query: Tensor, key: Tensor, sigma: Tensor | None = None, *, support: Support = "model"
+    query: Tensor,
+    key: Tensor,
+    sigma: Tensor | None = None,
+    *,
+    support: Support = "model",
+    offset: int | Tensor | None = None,
+    rotary: Rotary | None = None,
 ) -> dict[str, Tensor]:
     r"""Moments of the eigenvalues of ``W_QK = W_q^T W_k``, per head, without forming it.
 
@@ -49,9 +55,13 @@ def qk_moments(
             quantity is that of ``Σ^½ W_QK Σ^½``.
         support: what the spectrum is averaged over. ``"model"``: all ``d_model`` eigenvalues, the zeros
             included, as in the paper's square matrix. ``"head"``: the ``d_head`` that can be non-zero.
+        offset: relative position of the key, see :func:`qk_eigenvalues`: the moments are those of
+            ``W_q^T R_Δ W_k``. Needs ``rotary``. None: the form without rotation.
+        rotary: the layer's rotation, see :class:`~lightning_qk.functional.rotary.Rotary`.
 
     Returns:
-        A dict of float tensors of shape ``(..., heads)``, with ``n`` the size of the support, ``λ`` the
+        A dict of float tensors of shape ``(..., heads)``, or ``(offsets, ..., heads)`` for a tensor of
+        offsets, with ``n`` the size of the support, ``λ`` the
         eigenvalues and ``S`` the symmetric part of ``W_QK``:
 
         - ``trace``: tr W_QK = Σ λ.
@@ -73,7 +83,8 @@ def qk_moments(
 
     Raises:
         ValueError: shapes that do not fit, among them projections of different widths (cross-attention from
-            another space, which has no eigenvalues: see :func:`qk_singular_values`), or an unknown support.
+            another space, which has no eigenvalues: see :func:`qk_singular_values`), an unknown support, or an
+            offset without a rotation.
 
     Example:
         >>> weight = torch.eye(2, 3)[None]  # one head, d_head = 2, d_model = 3
@@ -81,33 +92,57 @@ def qk_moments(
         >>> moments["trace"].item(), round(moments["eig_mean"].item(), 4)
         (4.0, 1.3333)
     """
-    return qk_moments_and_core(query, key, sigma, support=support)[0]
-
-
-def qk_moments_and_core(
-    query: Tensor, key: Tensor, sigma: Tensor | None = None, *, support: Support = "model"
-) -> tuple[dict[str, Tensor], Tensor]:
-    """What :func:`qk_moments` returns, and the core that :func:`core_eigenvalues` takes, at the price of one.
-
-    The core is ``B = W_k Σ W_q^T``, shape ``(..., heads, d_head, d_head)``: far smaller than the weights, it
-    is all that the eigenvalues depend on.
-    """
     n = support_size(query, support)
     with full_precision(query.device):
-        query, key = _prepare(query, key, square=True)
-        small, gram_query, gram_key = _products(query, key, sigma)
-        d_head = query.shape[-2]
+        products = qk_products(query, key, sigma)
+        if offset is not None:
+            products = products.at(_rotation(rotary, offset), torch.as_tensor(offset, device=query.device))
+        return products.moments(n)
 
+
+class Products(NamedTuple):
+    """The ``d_head × d_head`` products of a layer's weights that all its moments and eigenvalues depend on.
+
+    Attributes:
+        core: ``B = W_k Σ W_q^T``, shape ``(..., heads, d_head, d_head)``: what :func:`core_eigenvalues` takes.
+        gram_query: ``W_q Σ W_q^T``, the same shape.
+        gram_key: ``W_k Σ W_k^T``, the same shape.
+    """
+
+    core: Tensor
+    gram_query: Tensor
+    gram_key: Tensor
+
+    def at(self, rotary: Rotary, offset: Tensor) -> "Products":
+        """The products of ``R_Δ W_k`` instead of ``W_k``: a rotation of small matrices, no large product.
+
+        Args:
+            rotary: the layer's rotation.
+            offset: relative positions of the key, shape ``(offsets,)``, which becomes the first dimension of the
+                core and of the key's Gram matrix, or a scalar tensor.
+        """
+        half = rotate_between(self.gram_key, rotary, offset).mT
+        # R (R G)^T = R G R^T, offset by offset.
+        steps = offset.reshape(-1)
+        halves = half.reshape(steps.numel(), *self.gram_key.shape)
+        whole = [rotate_between(part, rotary, step) for part, step in zip(halves, steps, strict=True)]
+        gram_key = torch.stack(whole).reshape(half.shape)
+        return Products(rotate_between(self.core, rotary, offset), self.gram_query, gram_key)
+
+    def moments(self, n: int) -> dict[str, Tensor]:
+        """What :func:`qk_moments` returns, over a support of n eigenvalues."""
+        small = self.core
+        d_head = small.shape[-1]
         trace = small.diagonal(dim1=-2, dim2=-1).sum(-1)
         trace_sq = (small * small.mT).sum((-2, -1))
-        frobenius_sq = (gram_query * gram_key).sum((-2, -1))
+        frobenius_sq = (self.gram_query * self.gram_key).sum((-2, -1))
         mean = trace / n
         # Centred before squaring: Σ λ² / n − mean² would cancel where the spectrum concentrates, which is
         # what a regularizer aims at. The n − d_head eigenvalues that are zero add mean² each.
         centred = small - mean[..., None, None] * torch.eye(d_head, dtype=small.dtype, device=small.device)
         eig_var = ((centred * centred.mT).sum((-2, -1)) + (n - d_head) * mean.square()) / n
         symmetric_sq = (trace_sq + frobenius_sq) / 2
-        moments = {
+        return {
             "trace": trace,
             "trace_sq": trace_sq,
             "frobenius_sq": frobenius_sq,
@@ -117,7 +152,13 @@ def qk_moments_and_core(
             "asymmetry": (frobenius_sq - trace_sq) / (2 * frobenius_sq),
             "concentration": trace.square() / (n * symmetric_sq),
         }
-        return moments, small
+
+
+def qk_products(query: Tensor, key: Tensor, sigma: Tensor | None = None) -> Products:
+    """The small products of weights as :func:`qk_moments` takes them, at the price of the moments alone."""
+    with full_precision(query.device):
+        query, key = _prepare(query, key, square=True)
+        return Products(*_products(query, key, sigma))
 
 
 def qk_eigenvalues(
@@ -138,7 +179,8 @@ def qk_eigenvalues(
         query: query weights, shape ``(..., heads, d_head, d_model)``.
         key: key weights, shape ``(..., kv_heads, d_head, d_model)``.
         offset: relative position Δ of the key (negative: before the query), an int or an integer tensor of
-            shape ``(offsets,)``. Needs ``rotary``. None or 0: the form at the same position.
+            shape ``(offsets,)``. Needs ``rotary``. None: the form without rotation, which is that at offset 0
+            too where ``rotary.scale`` is 1.
         rotary: the layer's rotation, see :class:`~lightning_qk.functional.rotary.Rotary`.
         sigma: covariance of the tokens, see :func:`qk_moments`.
 
@@ -154,14 +196,20 @@ def qk_eigenvalues(
         query, key = _prepare(query, key, square=True)
         small, _, _ = _products(query, key, sigma, grams=False)
         if offset is not None:
-            if rotary is None:
-                raise ValueError(
-                    f"expected the layer's rotation with offset={offset!r}, got rotary=None: pass rotary=, "
-                    "or leave offset out for a layer without rotary position encoding"
-                )
-            small = rotate(small, rotary, torch.as_tensor(offset, device=small.device))
+            small = rotate_between(
+                small, _rotation(rotary, offset), torch.as_tensor(offset, device=small.device)
+            )
         # On the CPU: LAPACK is quicker on matrices this small, and not every device has this eigenproblem.
         return core_eigenvalues(small.cpu()).to(small.device)
+
+
+def _rotation(rotary: Rotary | None, offset: int | Tensor) -> Rotary:
+    if rotary is None:
+        raise ValueError(
+            f"expected the layer's rotation with offset={offset!r}, got rotary=None: pass rotary=, "
+            "or leave offset out for a layer without rotary position encoding"
+        )
+    return rotary
 
 
 def core_eigenvalues(core: Tensor) -> Tensor:

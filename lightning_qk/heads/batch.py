@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader
 
-# Layers are copied when they are stacked: of large models no more than this many numbers at a time.
+# Layers are copied when they are stacked, and some when they are read: of large models no more than this many
+# numbers at a time.
 _LARGEST_BATCH = 2**26
 
 
@@ -34,21 +35,47 @@ def layer_batches(
 ) -> Iterator[LayerBatch]:
     """Layers grouped by shape, dtype and device, each group stacked; differentiable.
 
-    Of a :class:`~lightning_qk.heads.reader.ProjectionReader`, sharded layers are gathered and given one by
-    one, so that no more than one is whole at a time if the caller keeps none (a loop's variable is deleted at
-    its end); on every process in the same order. Other layers come before them.
+    Of a :class:`~lightning_qk.heads.reader.ProjectionReader`, layers are read in the parts of
+    :func:`read_together`, so that memory is bounded if the caller keeps none (a loop's variable is deleted at
+    its end); on every process in the same order.
 
     Args:
         projections: the layers by name.
         names: which of them; None for all.
     """
     names = list(projections if names is None else names)
-    alone: list[str] = []
+    parts: Iterable[list[str]] = [names]
     if isinstance(projections, ProjectionReader):
-        alone = [name for name in names if projections.is_sharded(name)]
-    yield from _stacked({name: projections[name] for name in names if name not in alone})
-    for name in alone:
-        yield from _stacked({name: projections[name]})
+        parts = read_together(projections, names)
+    for part in parts:
+        yield from _stacked({name: projections[name] for name in part})
+
+
+def read_together(reader: ProjectionReader, names: Iterable[str]) -> Iterator[list[str]]:
+    """Layers in parts that are read at once, each of its own kind.
+
+    First all whose weights are views, then those whose weights are made by reading (adapters, quantized
+    weights), in parts of bounded size, then each sharded layer alone: no more than one is whole at a time.
+    """
+    views: list[str] = []
+    made: list[list[str]] = [[]]
+    alone: list[str] = []
+    size = 0
+    for name in names:
+        layer = reader.layers[name]
+        if layer.is_sharded():
+            alone.append(name)
+        elif layer.is_view():
+            views.append(name)
+        else:
+            if made[-1] and size + layer.numel > _LARGEST_BATCH:
+                made.append([])
+                size = 0
+            made[-1].append(name)
+            size += layer.numel
+    for part in (views, *made, *([name] for name in alone)):
+        if part:
+            yield part
 
 
 def _stacked(heads: Mapping[str, HeadProjections]) -> Iterator[LayerBatch]:

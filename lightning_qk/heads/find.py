@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qk.capture.callers import calls_sdpa
+from lightning_qk.capture.callers import calls_sdpa, uses_interface
 from lightning_qk.heads.layouts import find_layout
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
@@ -36,9 +36,9 @@ class Site(NamedTuple):
 def attention_sites(model: nn.Module) -> Iterator[Site]:
     """Yield every attention layer in module order, shared ones once.
 
-    A layer is a module with an attention-like class name whose children fit a layout, or one that calls
-    torch's scaled_dot_product_attention itself and is no part of such a layer. Any other counts if its class is
-    named attention, it has weights of its own and it contains no attention.
+    A layer is a module that fits a layout and has an attention-like class name or calls transformers' attention
+    functions, or one that calls torch's scaled_dot_product_attention itself and is no part of such a layer. Any
+    other counts if its class is named attention, it has weights of its own and it contains no attention.
     """
     modules = dict(model.named_modules())
     fitting = {name for name, module in modules.items() if _fits(module)}
@@ -62,7 +62,9 @@ def _parents(name: str) -> list[str]:
 
 
 def _fits(module: nn.Module) -> bool:
-    return _ATTENTION.search(type(module).__name__) is not None and find_layout(module) is not None
+    if find_layout(module) is None:
+        return False
+    return _ATTENTION.search(type(module).__name__) is not None or uses_interface(module)
 
 
 def _is_named_attention(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Which norm feeds an attention layer, found by running the layer around it with everything replaced."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from lightning_qk.heads.norms import Norm, NormPlan, is_norm, plan_norm
 from lightning_qk.heads.probing import Stop, Through, run_copy
-from lightning_qk.heads.qk_norm import Rows, qk_norms
+from lightning_qk.heads.qk_norm import Rows
+
+_OF_VALUES = re.compile(r"^(v|value)_?\w*(norm|ln)$", re.IGNORECASE)
 
 
 class _Target(nn.Module):
@@ -38,7 +41,11 @@ class _Marker(nn.Module):
 
 
 def feeding_norm(
-    module: nn.Module, ancestors: Sequence[nn.Module], width: int, like: Tensor
+    module: nn.Module,
+    ancestors: Sequence[nn.Module],
+    width: int,
+    like: Tensor,
+    known: Collection[nn.Module] = (),
 ) -> NormPlan | None:
     """Find the norm whose output is exactly what the attention layer is given.
 
@@ -52,12 +59,17 @@ def feeding_norm(
         ancestors: the modules that contain it, nearest first.
         width: d_model.
         like: tells the device and type of the input.
+        known: norms of the layer that come behind its projections or are part of them.
 
     Returns:
         How to read the norm, or None where it could not be proved.
     """
-    known = qk_norms(module).values()
-    if any(is_norm(child) and all(child is not norm for norm in known) for child in module.children()):
+    inner = (
+        child
+        for name, child in module.named_children()
+        if is_norm(child) and not _OF_VALUES.match(name) and child not in known
+    )
+    if any(True for _ in inner):
         # A norm of the layer's own may come between its input and the projections.
         return None
     child = module

@@ -1,25 +1,30 @@
 """Where the query and key weights lie in an attention layer: one entry per layout.
 
-A layout names the children that hold the weights and says which of their output rows belong to q and k. It
-is chosen by the children's names, and by a flag of the layer where one name is used for two orders. To read a
-new model, add its children's names to `LAYOUTS`; head counts, norms, rotary and scaling are found elsewhere.
+A layout says what holds the weights, by the names of children and parameters, and which of its output rows
+belong to q and k. It is chosen by those names, and by a fact of the layer where one name is used for two
+orders. To read a new model, add a line to `LAYOUTS`; head counts, norms, rotary and scaling are found elsewhere.
 """
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.classes import is_named
+from lightning_qk.heads.probing import gives_back
 from lightning_qk.heads.sizes import Sizes
+from lightning_qk.heads.sources import Bare, Child, Constant, Latent, Source
 
 
 class Order(NamedTuple):
     """Which rows of the projections belong to q and k.
 
     Attributes:
-        blocks: (heads, kv_heads) to the number of d_head-row blocks in the two modules' outputs.
+        blocks: (heads, kv_heads) to the number of d_head-row blocks in the two modules' outputs; 0 where values of
+            any width lie among them.
         query: rows ``(out, ...)`` of the query's module to ``(heads, d_head, ...)``.
         key: rows ``(out, ...)`` of the key's module to ``(kv_heads, d_head, ...)``.
     """
@@ -72,6 +77,34 @@ PARTITIONED = Order(
     lambda rows, sizes: _by_partition(rows, sizes)[:, 0].flatten(0, 1),
     lambda rows, sizes: _by_partition(rows, sizes)[:, 2].flatten(0, 1),
 )
+# One projection for both.
+SHARED = Order(lambda h, g: (h, h), _first_query, _first_key)
+# For each head its q rows, then as many that gate the output.
+GATED = Order(
+    lambda h, g: (2 * h, g),
+    lambda rows, sizes: rows.unflatten(0, (sizes.heads, 2, sizes.d_head))[:, 0],
+    _first_key,
+)
+
+
+def _expanded_key(rows: Tensor, sizes: Sizes) -> Tensor:
+    """For each head k rows and v rows, then rows that all heads share and that come last in each key."""
+    own = rows[: rows.shape[0] - sizes.shared].unflatten(0, (sizes.kv_heads, -1))
+    own = own[:, : sizes.d_head - sizes.shared]
+    if not sizes.shared:
+        return own
+    shared = rows[rows.shape[0] - sizes.shared :]
+    return torch.cat([own, shared.expand(sizes.kv_heads, *shared.shape)], dim=1)
+
+
+# Q on its own, and per head [k | v] with values of any width; what all keys share comes last.
+EXPANDED = Order(lambda h, g: (h, 0), _first_query, _expanded_key)
+# Per head [q | k | v] with values of any width.
+UNEVEN = Order(
+    lambda h, g: (0, 0),
+    lambda rows, sizes: rows.unflatten(0, (sizes.heads, -1))[:, : sizes.d_head],
+    lambda rows, sizes: rows.unflatten(0, (sizes.heads, -1))[:, sizes.d_head : 2 * sizes.d_head],
+)
 
 
 class Layout(NamedTuple):
@@ -79,17 +112,32 @@ class Layout(NamedTuple):
 
     Attributes:
         name: of the layout.
-        query: the child that holds the query weights.
-        key: the child that holds the key weights; the same one where they are fused.
+        query: what holds the query weights.
+        key: what holds the key weights; the same where they are fused.
         order: which rows of them are which.
         when: what else must hold of the layer.
+        tentative: where the head counts do not explain the rows, the next entry that fits is tried.
+        crosses: queries and keys come from different inputs whatever the layer is called.
+        normalizes: the layer's forward divides queries or keys by their lengths.
     """
 
     name: str
-    query: str
-    key: str
+    query: Source
+    key: Source
     order: Order
     when: Callable[[nn.Module], bool] = lambda module: True
+    tentative: bool = False
+    crosses: bool = False
+    normalizes: bool = False
+
+
+def _of(name: str, query: str, key: str, order: Order, **options: object) -> Layout:
+    """A layout whose weights are children's."""
+    return Layout(name, Child(query), Child(key), order, **options)  # type: ignore[arg-type]
+
+
+def _fused(name: str, child: str, order: Order, **options: object) -> Layout:
+    return _of(name, child, child, order, **options)
 
 
 def _class_is(name: str) -> Callable[[nn.Module], bool]:
@@ -103,6 +151,17 @@ def _per_head(module: nn.Module) -> bool:
 def _multi_query(module: nn.Module) -> bool:
     return bool(getattr(module, "multi_query", False)) and not getattr(
         module, "new_decoder_architecture", False
+    )
+
+
+def _gates_by_query(module: nn.Module) -> bool:
+    """Whether the forward makes a gate and no child is one: it comes with the queries then."""
+    forward = inspect.unwrap(type(module).forward)
+    code = getattr(forward, "__code__", None)
+    return (
+        code is not None
+        and "gate" in code.co_varnames
+        and not any("gate" in name for name in module._modules)
     )
 
 
@@ -120,36 +179,96 @@ _SEPARATE_NAMES = (
     ("Wq", "Wk"),
     ("project_q", "project_k"),
     ("projection_query", "projection_key"),
+    ("q_head", "k_head"),
+    ("query_projection", "key_projection"),
 )
+
+_LATENT_QUERIES: tuple[Source, ...] = (
+    Latent("q_a_proj", "q_a_layernorm", "q_b_proj", factors=("mla_scale_q_lora", "q_lora_scale")),
+    Latent("q_a_proj", "q_a_norm", "q_b_proj"),
+    Child("q_proj"),
+)
+_LATENT_KEY = Latent(
+    "kv_a_proj_with_mqa",
+    "kv_a_layernorm",
+    "kv_b_proj",
+    shared=True,
+    shared_norm="k_rope_only_layernorm",
+    factors=("mla_scale_kv_lora", "kv_lora_scale"),
+)
+
+_IN_PROJ = Bare("in_proj_weight", "in_proj_bias")
 
 # The first that fits is used.
 LAYOUTS: tuple[Layout, ...] = (
-    *(Layout("separate", query, key, SEPARATE) for query, key in _SEPARATE_NAMES),
-    Layout("query + [K|V]", "q_attn", "c_attn", QUERY_AND_KEY_VALUE),
-    Layout("query + [K|V]", "to_q", "to_kv", QUERY_AND_KEY_VALUE),
-    Layout("[q,k,v] per head", "c_attn", "c_attn", GROUPED, when=_per_head),
-    Layout("[Q|K|V]", "c_attn", "c_attn", CONTIGUOUS),
-    Layout("[Q|K|V]", "query_key_value", "query_key_value", CONTIGUOUS, when=_multi_query),
-    Layout("[q,k,v] per head", "query_key_value", "query_key_value", GROUPED),
-    Layout("4 × [Q|V|K]", "qkv_proj", "qkv_proj", PARTITIONED, when=_class_is("CodeGenAttention")),
-    Layout("[Q|K|V]", "qkv_proj", "qkv_proj", CONTIGUOUS),
-    Layout("[Q|K|V]", "Wqkv", "Wqkv", CONTIGUOUS),
-    Layout("[Q|K|V]", "qkv", "qkv", CONTIGUOUS),
-    Layout("[Q|K|V]", "att_proj", "att_proj", CONTIGUOUS),
+    *(Layout("latent", query, _LATENT_KEY, EXPANDED) for query in _LATENT_QUERIES),
+    Layout("latent query", _LATENT_QUERIES[1], Child("kv_proj"), SEPARATE),
+    _of("[q,gate] per head + key", "q_proj", "k_proj", GATED, when=_gates_by_query, tentative=True),
+    *(_of("separate", query, key, SEPARATE) for query, key in _SEPARATE_NAMES),
+    _of("query + [K|V]", "q_attn", "c_attn", QUERY_AND_KEY_VALUE),
+    _of("query + [K|V]", "to_q", "to_kv", QUERY_AND_KEY_VALUE),
+    _fused("[q,k,v] per head", "c_attn", GROUPED, when=_per_head),
+    _fused("[Q|K|V]", "c_attn", CONTIGUOUS),
+    _fused("[Q|K|V]", "query_key_value", CONTIGUOUS, when=_multi_query),
+    _fused("[q,k,v] per head", "query_key_value", GROUPED),
+    _fused("[q,k,v] per head", "in_proj", GROUPED, when=_class_is("DisentangledSelfAttention")),
+    _fused("[q,k,v] per head", "queries_keys_values", UNEVEN),
+    _of("query + [k,v] per head", "queries.queries", "keys_values", EXPANDED),
+    _of("query + [k,v] per head", "queries", "keys_values", EXPANDED),
+    # Reformer's hashing attention.
+    _fused("query = key", "query_key", SHARED, normalizes=True),
+    # Two inputs attend to each other by one product.
+    _of("separate", "vision_proj", "text_proj", SEPARATE, crosses=True),
+    # A query that is learnt itself.
+    Layout("key", Constant("cls_token"), Child("k_proj"), SEPARATE, crosses=True),
+    _fused("4 × [Q|V|K]", "qkv_proj", PARTITIONED, when=_class_is("CodeGenAttention")),
+    _fused("[Q|K|V]", "qkv_proj", CONTIGUOUS),
+    _fused("[Q|K|V]", "Wqkv", CONTIGUOUS),
+    _fused("[Q|K|V]", "qkv", CONTIGUOUS),
+    _fused("[Q|K|V]", "att_proj", CONTIGUOUS),
+    _fused("[Q|K|V]", "qkv_linear", CONTIGUOUS),
+    # Parameters of the layer itself: torch's MultiheadAttention and XLNet.
+    Layout("[Q|K|V]", _IN_PROJ, _IN_PROJ, CONTIGUOUS),
+    Layout(
+        "separate",
+        Bare("q_proj_weight", "in_proj_bias"),
+        Bare("k_proj_weight", "in_proj_bias", part=1),
+        SEPARATE,
+    ),
+    Layout("separate", Bare("q", transposed=True), Bare("k", transposed=True), SEPARATE),
 )
 
 
-def find_layout(module: nn.Module) -> Layout | None:
-    """The layout of an attention layer, by the names of its children, or None where no entry fits."""
-    children = module._modules
+def fitting_layouts(module: nn.Module, lender: nn.Module | None = None) -> Iterator[Layout]:
+    """The layouts of an attention layer, by the names of its children and parameters, best first.
+
+    Args:
+        module: the layer.
+        lender: the layer whose keys it uses, where it has none of its own.
+    """
+    borrows = lender is None and borrows_keys(module)
     for layout in LAYOUTS:
-        if (
-            children.get(layout.query) is not None
-            and children.get(layout.key) is not None
-            and layout.when(module)
-        ):
-            return layout
-    return None
+        if layout.query.fits(module) and (borrows or layout.key.fits(module, lender)) and layout.when(module):
+            yield layout
+
+
+def find_layout(module: nn.Module) -> Layout | None:
+    """The layout of an attention layer, or None where no entry fits."""
+    return next(fitting_layouts(module), None)
+
+
+def borrows_keys(module: nn.Module) -> bool:
+    """Whether a layer uses the keys of an earlier one."""
+    return bool(getattr(module, "is_kv_shared_layer", False))
+
+
+# Parameters, as many numbers as there are query rows, that are added to the queries of the content's product.
+_ADDED = ("q_bias", "r_w_bias", "pos_bias_u", "bias_u")
+
+
+def added_to_queries(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a layer that are added to its queries."""
+    return tuple(name for name in _ADDED if module._parameters.get(name) is not None)
 
 
 # A module that a projection's output passes through and that is not linear in the token.
@@ -158,15 +277,23 @@ _BETWEEN = re.compile(r"^(q|k|qk|qkv|query|key)_\w*(conv|conv1d|clip|act|activat
 
 def unsupported(module: nn.Module) -> str | None:
     """Why a layer whose layout fits is not softmax attention over ``q · k`` of its own projections."""
-    if any(hasattr(module, mark) for mark in ("q_conv1d", "conv1d", "A_log", "slope_rate")):
+    marks = ("q_conv1d", "conv1d", "A_log", "slope_rate", "receptance")
+    if any(hasattr(module, mark) for mark in marks):
         return "it is linear attention, which has no softmax over q · k"
-    if getattr(module, "logit_scale", None) is not None:
-        return "it is cosine attention with a learnt temperature, whose logits are not a scaled q · k"
-    if hasattr(module, "pos_att_type"):
-        return "it is disentangled attention, whose logits add products with relative position embeddings"
-    if getattr(module, "is_kv_shared_layer", False):
-        return "it uses the keys of an earlier layer, so that its own key weights take no part"
-    for name, _ in module.named_children():
-        if _BETWEEN.match(name):
+    if hasattr(module, "sampling_offsets"):
+        return "it is deformable attention, whose weights come from the query alone: it has no keys"
+    if hasattr(module, "assign_eps"):
+        return "it assigns tokens to groups by a softmax over queries, not over keys"
+    if hasattr(module, "w_g"):
+        return "it is additive attention, which takes no products of queries and keys"
+    stride = getattr(module, "query_stride", None)
+    if isinstance(stride, tuple | list) or (isinstance(stride, int) and stride > 1):
+        return (
+            "its queries are maxima over neighbouring tokens, so that they are no projections of single ones"
+        )
+    if hasattr(module, "groups") and hasattr(module, "qkv"):
+        return "it attends over channels, so that its products are no sums over a head's coordinates"
+    for name, child in module.named_children():
+        if _BETWEEN.match(name) and not gives_back(child):
             return f"its {name!r} stands between the projections and q · k"
     return None

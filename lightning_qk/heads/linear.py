@@ -1,34 +1,27 @@
 """The affine map that a projection module really applies."""
 
 import weakref
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from lightning_qk.heads.affine import Affine, AffineMap
 from lightning_qk.heads.classes import is_named
-from lightning_qk.heads.errors import UnreadLayer, alive
-from lightning_qk.heads.sharding import check_access, is_dtensor, whole, whole_module
-
-
-class Affine(NamedTuple):
-    """``x -> weight @ x + bias``.
-
-    Attributes:
-        weight: shape ``(out, in)``, a view of the live parameter.
-        bias: shape ``(out,)``, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
+from lightning_qk.heads.effective import EffectivePlan
+from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer, alive
+from lightning_qk.heads.probing import make_weights, own_random_numbers, shadow, weight_hooks
+from lightning_qk.heads.sharding import check_access, is_dtensor, whole
+from lightning_qk.heads.stored import is_plain
 
 
 class AffinePlan:
-    """How one projection is read; made once, since telling how a weight is stored can take a run of the module.
+    """How one projection with a weight of its own is read, which takes no memory.
 
-    The module is referred to weakly, and its weight and bias are taken anew by every :meth:`read`.
+    Made once, since telling how a weight is stored can take a run of the module. The module is referred to
+    weakly, and its weight and bias are taken anew by every :meth:`read`.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -62,27 +55,34 @@ class AffinePlan:
         return [
             parameter
             for name, parameter in self.module.named_parameters()
-            if name != "bias" and not name.startswith("parametrizations.bias.")
+            if not name.startswith(("bias", "parametrizations.bias."))
         ]
 
     def is_sharded(self) -> bool:
         """Whether reading gathers."""
         return any(is_dtensor(parameter) for parameter in self.module.parameters())
 
+    def is_view(self) -> bool:
+        """Whether :meth:`read` gives a view of what is stored."""
+        return self.plain_weight() is not None
+
     def as_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the stored weight's shape, seen as (out, in)."""
+        if weight.dim() > 2:
+            weight = weight.flatten(1)
         return weight.T if self.transposed else weight
 
     def _live(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         name, kind = self.name, type(module).__name__
-        held = [child for child, _ in module.named_children() if child != "parametrizations"]
+        held = [child for child in module._modules if child != "parametrizations"]
         if held:
             raise UnreadLayer(
                 f"its projection {name!r} is a {kind} that wraps {', '.join(held)}, not a plain linear map"
             )
-        weight = getattr(module, "weight", None)
+        weight, bias = _made(module)
         if isinstance(weight, Tensor):
             check_access(weight, f"its projection {name!r}")
+            weight = self._as_matrix(module, weight)
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
             shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
             raise UnreadLayer(
@@ -90,58 +90,125 @@ class AffinePlan:
             )
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise UnreadLayer(f"its projection {name!r} is a {kind} with a quantized weight ({weight.dtype})")
-        if type(weight) not in (Tensor, nn.Parameter) and not is_dtensor(weight):
+        if not is_plain(weight):
             raise UnreadLayer(
                 f"the weight of its projection {name!r} is a {type(weight).__name__}, not a plain tensor"
             )
-        return weight, getattr(module, "bias", None)
+        return weight, bias
+
+    def _as_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """A convolution's weight as (out, in), where it takes each token alone."""
+        return weight.flatten(1) if weight.dim() > 2 and _is_pointwise(module) else weight
 
 
-def read_affine(module: nn.Module, name: str) -> Affine:
-    """Read the weight and bias of a projection.
+def affine_plan(module: nn.Module, name: str) -> AffineMap:
+    """Find out how to read the affine map that a projection applies.
 
-    Accepts ``nn.Linear``, transformers' ``Conv1D`` (whose weight is stored as (in, out)) and any other single
-    module that multiplies by its own 2-D ``weight``. Parametrizations of ``torch.nn.utils.parametrize`` are
-    applied and DTensors gathered. Wrappers such as adapters, and quantized weights, are refused: their
-    ``weight`` is not the map that they apply.
+    Weights that are kept as they are, those of ``nn.Linear``, transformers' ``Conv1D``, convolutions over single
+    tokens and modules of a model's own that multiply by their 2-D ``weight``, are read as views, with
+    parametrizations applied and DTensors gathered. Everything else that is affine in its input and takes each
+    token alone, such as a linear layer with an adapter, a quantized one or a chain of several, is read by
+    :class:`~lightning_qk.heads.effective.EffectivePlan`, which runs it on a copy.
 
     Args:
         module: the projection.
-        name: its name, for the message.
+        name: its name in the layer, for messages.
 
     Raises:
-        UnreadLayer: the module does not apply a plain floating point weight.
+        UnreadLayer: the module is not affine in its input.
+        InaccessibleWeights: its values are out of this process's reach.
     """
-    return AffinePlan(module, name).read()
+    # What torch.compile makes of a module has the module inside.
+    module = module._modules.get("_orig_mod") or module
+    try:
+        return AffinePlan(module, name)
+    except InaccessibleWeights:
+        raise
+    except UnreadLayer as plain:
+        try:
+            return EffectivePlan(module, name)
+        except InaccessibleWeights:
+            raise
+        except UnreadLayer as reason:
+            # A single module says more by what is wrong with its weight.
+            raise (reason if any(True for _ in module.children()) else plain) from None
+
+
+def read_affine(module: nn.Module, name: str) -> Affine:
+    """Read the weight and bias of a projection, see :func:`affine_plan`."""
+    return affine_plan(module, name).read()
+
+
+def _made(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a single module as its forward finds them, in evaluation mode.
+
+    In training mode, to read a weight under spectral normalization would be a step of its power iteration.
+    """
+    hooks = weight_hooks(module)
+    if hooks:
+        copy = shadow(module)
+        make_weights(copy, hooks)
+        return getattr(copy, "weight", None), getattr(copy, "bias", None)
+    if parametrize.is_parametrized(module):
+        lists: Any = module.parametrizations
+        made = [
+            shadow(lists[name])() if name in lists else getattr(module, name, None)
+            for name in ("weight", "bias")
+        ]
+        return made[0], made[1]
+    return getattr(module, "weight", None), getattr(module, "bias", None)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution over one token at a time."""
+    if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward):
+        return False
+    conv: Any = module
+    alone = all(size == 1 for size in conv.kernel_size) and conv.groups == 1
+    return alone and (conv.padding == "valid" or conv.padding == "same" or not any(conv.padding))
 
 
 def _transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, name: str) -> bool:
     """Whether the weight is stored as (in, out)."""
-    forward = type(module).forward
-    if forward is nn.Linear.forward:
-        return False
-    if is_named(module, "Conv1D") and not parametrize.is_parametrized(module):
-        return True
-    # A class of the model's own: see what it does to one vector. Both directions are tried, since a square
-    # weight does not tell.
-    with torch.no_grad():
-        module, weight, bias = whole_module(module), whole(weight), None if bias is None else whole(bias)
-        for transposed in (False, True):
-            matrix = weight.T if transposed else weight
-            probe = torch.cos(torch.arange(matrix.shape[1], device=weight.device, dtype=torch.float32)).to(
-                weight
-            )
-            try:
-                got = forward(module, probe[None])
-            except Exception:
-                continue
-            want = F.linear(probe[None], matrix, bias)
-            if (
-                isinstance(got, Tensor)
-                and got.shape == want.shape
-                and torch.allclose(got, want, rtol=1e-2, atol=1e-3)
-            ):
-                return transposed
+    # What a module has beside its weight may be zero now and take part later.
+    extra = [own for own in module._parameters if not own.startswith(("weight", "bias"))]
+    if not extra and "forward" not in module.__dict__:
+        forward = type(module).forward
+        if forward is nn.Linear.forward or _is_pointwise(module):
+            return False
+        if is_named(module, "Conv1D") and not parametrize.is_parametrized(module):
+            return True
+    found = None if extra else _multiplies(module, weight, bias)
+    if found is not None:
+        return found
     raise UnreadLayer(
         f"its projection {name!r} is a {type(module).__name__}, which does more than multiply by its weight"
     )
+
+
+def _multiplies(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool | None:
+    """Whether a module multiplies by the transpose of its weight, or by the weight; None if by neither.
+
+    It is seen from what the module does to one vector. Both are tried, since a square weight does not tell.
+    """
+    with torch.no_grad(), own_random_numbers(weight.device):
+        weight, bias = whole(weight), None if bias is None else whole(bias)
+        copy = shadow(module, convert=whole)
+        for transposed in (False, True):
+            matrix = weight.T if transposed else weight
+            probe = torch.cos(torch.arange(matrix.shape[1], device=weight.device, dtype=torch.float32))
+            probe = probe.to(weight)
+            try:
+                got = copy(probe[None])
+                # Integer models give a scale beside.
+                got = got[0] if isinstance(got, tuple) and got else got
+                want = F.linear(probe[None], matrix, bias)
+            except Exception:
+                continue
+            if (
+                isinstance(got, Tensor)
+                and got.shape == want.shape
+                and bool((got - want).abs().max() <= 1e-2 * want.abs().max())
+            ):
+                return transposed
+    return None

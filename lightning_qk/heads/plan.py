@@ -10,25 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.errors import UnreadLayer
+from lightning_qk.heads.adapted import AdaptedPlan, adapter_around
+from lightning_qk.heads.affine import Affine, AffineMap
+from lightning_qk.heads.borrowing import key_lender
+from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer, alive
+from lightning_qk.heads.factors import Factor, learnt_factors
 from lightning_qk.heads.find import Site
 from lightning_qk.heads.folding import feeding_norm, fold_input_norm
-from lightning_qk.heads.layouts import Layout, find_layout, unsupported
-from lightning_qk.heads.linear import Affine, AffinePlan
+from lightning_qk.heads.layouts import Layout, added_to_queries, fitting_layouts, unsupported
 from lightning_qk.heads.norms import NormPlan
+from lightning_qk.heads.position import find_position
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.qk_norm import Rows, fold_qk_norm, plan_qk_norms
-from lightning_qk.heads.rotary import read_rotary
-from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened
-from lightning_qk.heads.sizes import Sizes, head_sizes, softmax_scaling
+from lightning_qk.heads.qk_norm import Rows, fold_qk_norm, is_behind_rotation, plan_norm_of, plan_qk_norm
+from lightning_qk.heads.rotary import find_rotation
+from lightning_qk.heads.search import Found, find_rows, rows_at
+from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened, whole
+from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_scaling, uneven_sizes
+from lightning_qk.heads.sources import LatentPlan
 
 
 class Side(NamedTuple):
-    """Query or key of one layer: where its rows lie, and the norms to fold into them."""
+    """Query or key of one layer: where its rows lie, and what to fold into them."""
 
-    affine: AffinePlan
+    affine: AffineMap
     pick: Callable[[Tensor, Sizes], Tensor]
     qk_norm: NormPlan | None
+    factor: Factor | None = None
+    added: tuple[str, ...] = ()
 
     def view(self, parameter: Tensor, sizes: Sizes) -> Tensor | None:
         """The part of a tensor of the weight's shape that belongs to this side, (heads, d_head, d_in), as a view.
@@ -51,10 +59,11 @@ class LayerPlan:
         width: d_query and d_key.
         scaling: the softmax scale.
         layout: the layout's name.
-        rotary: the layer's rotation.
+        position: what positions do to the logits.
         qk_norm: a norm stands between projection and dot product.
         self_attention: queries and keys come from the same tokens.
         norm_folded: the norm that feeds the layer is part of what is read.
+        key_layer: qualified name of the layer whose keys are used, None for own ones.
     """
 
     def __init__(self, site: Site, fold_norm: bool, wrappers: tuple[nn.Module, ...] = ()) -> None:
@@ -69,44 +78,137 @@ class LayerPlan:
             UnreadLayer: it cannot be read.
         """
         chain = (site.module, *site.ancestors, *wrappers)
-        layout = find_layout(site.module)
-        if layout is None:
-            children = ", ".join(name for name, _ in site.module.named_children()) or "none"
-            raise UnreadLayer(
-                f"{type(site.module).__name__} has no known layout of q and k (its children: {children})"
-            )
         reason = unsupported(site.module)
         if reason is not None:
             raise UnreadLayer(reason)
         self.name = site.name
-        self.layout = layout.name
         unit = flat_unit(chain)
         self._unit = None if unit is None else weakref.ref(unit)
         # The outermost unit of a part of a model need not be the root: the root has to be seen to be one.
         root = flat_root(chain)
         self._root = weakref.ref(root) if root is not None and root is chain[-1] else None
+        lender = key_lender(site)
+        if lender is not None and unit is not None:
+            raise InaccessibleWeights(
+                f"its keys are those of {lender.name}, which FSDP keeps flat in a unit of its own: use FSDP2 "
+                "(ModelParallelStrategy, see configs/fsdp2.yaml)"
+            )
+        self.key_layer = None if lender is None else lender.name
         with self.gathered():
-            self._plan(site, layout, fold_norm)
+            self._choose(site, None if lender is None else lender.module, fold_norm)
 
-    def _plan(self, site: Site, layout: Layout, fold_norm: bool) -> None:
-        module = site.module
-        query = AffinePlan(module.get_submodule(layout.query), layout.query)
-        key = query
-        if layout.key != layout.query:
-            key = AffinePlan(module.get_submodule(layout.key), layout.key)
-        self.sizes = head_sizes(module, site.config, (query.rows, key.rows), layout.order.blocks)
+    def _choose(self, site: Site, lender: nn.Module | None, fold_norm: bool) -> None:
+        """Plan by the first layout that fits, and goes with the sizes where that has to tell."""
+        first: UnreadLayer | None = None
+        for layout in fitting_layouts(site.module, lender):
+            try:
+                return self._plan(site, layout, lender, fold_norm)
+            except UnreadLayer as reason:  # noqa: PERF203
+                first = first or reason
+                if not layout.tentative:
+                    break
+        if isinstance(first, InaccessibleWeights):
+            raise first
+        try:
+            found = None if lender is not None else find_rows(site.module, site.config)
+        except InaccessibleWeights:
+            raise
+        except UnreadLayer as reason:
+            found = None
+            if first is None:
+                children = ", ".join(name for name, _ in site.module.named_children()) or "none"
+                first = UnreadLayer(
+                    f"{type(site.module).__name__} has no known layout of q and k (its children: {children}), and "
+                    f"running it alone does not tell: {reason}"
+                )
+        if found is None:
+            assert first is not None  # a lender is found by a layout
+            raise first
+        self._plan_found(site, found, fold_norm)
+
+    def _plan_found(self, site: Site, found: Found, fold_norm: bool) -> None:
+        """Plan by what a run of the layer alone has told."""
+        self.layout = "found by running"
+        heads, d_head = found.query.rows.shape
+        self.sizes = Sizes(heads, len(found.key.rows), d_head, found.key.shared)
+        self.query, self.key = (
+            Side(
+                own.affine,
+                rows_at(own.rows),
+                None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
+            )
+            for side, own in (("query", found.query), ("key", found.key))
+        )
+        self.qk_norm = any(own.norm is not None or own.normed for own in (found.query, found.key))
+        self.scaling = softmax_scaling(site.module, d_head) if found.scaling is None else found.scaling
+        self._place(site, found.query.given != found.key.given, [], fold_norm)
+
+    def _plan(self, site: Site, layout: Layout, lender: nn.Module | None, fold_norm: bool) -> None:
+        """Plan by a layout."""
+        module, source = site.module, lender or site.module
+        self.layout = layout.name
+        query = layout.query.plan(module)
+        key = query if layout.key == layout.query else layout.key.plan(module, lender)
+        around = adapter_around(module, site.ancestors)
+        if around is not None:
+            fused = query is key
+            query = AdaptedPlan(query, around)
+            key = query if fused else AdaptedPlan(key, around)
+        self.sizes = _sizes(site, layout, query, key)
+        inner = [*layout.query.inner_norms(module), *layout.key.inner_norms(source)]
+        factors = learnt_factors(module)
+        self.query = Side(
+            query,
+            layout.order.query,
+            plan_qk_norm(module, "query", self.sizes, inner),
+            factors.get("query"),
+            added_to_queries(module),
+        )
+        self.key = Side(
+            key, layout.order.key, plan_qk_norm(source, "key", self.sizes, inner), factors.get("key")
+        )
+        cosine = any(factor.normalizes for factor in factors.values())
+        within = any(isinstance(plan, LatentPlan) and plan.normed for plan in (query, key))
+        behind = any(side.qk_norm is not None for side in (self.query, self.key))
+        self.qk_norm = cosine or within or behind or layout.normalizes
+        if factors:
+            self.scaling = 1.0 / self.sizes.d_head if cosine else 1.0
+        else:
+            self.scaling = softmax_scaling(module, self.sizes.d_head)
+        self._place(site, layout.crosses, inner, fold_norm)
+
+    def _place(self, site: Site, crosses: bool, inner: list[nn.Module], fold_norm: bool) -> None:
+        """Find out what comes to the two sides, and what positions do.
+
+        Args:
+            site: the layer.
+            crosses: it is known to take queries and keys from different inputs.
+            inner: norms that are part of the projections.
+            fold_norm: look for the norm that feeds the layer.
+        """
+        query, key = self.query.affine, self.key.affine
+        self._layer = weakref.ref(site.module)
+        behind = [side.qk_norm for side in (self.query, self.key) if side.qk_norm is not None]
+        self._gain_behind = bool(behind) and is_behind_rotation(site.module, behind[0])
         self.width = query.columns, key.columns
-        self.self_attention = not site.is_cross and query.columns == key.columns
+        self.self_attention = not crosses and not site.is_cross and query.columns == key.columns
         self._feeding: NormPlan | None = None
-        if fold_norm and self.self_attention:
-            like: Tensor = query.module.weight  # type: ignore[assignment]
-            self._feeding = feeding_norm(module, site.ancestors, query.columns, like)
-        norms = plan_qk_norms(module, self.sizes)
-        self.query = Side(query, layout.order.query, norms.get("query"))
-        self.key = Side(key, layout.order.key, norms.get("key"))
-        self.qk_norm = bool(norms)
-        self.scaling = softmax_scaling(module, self.sizes.d_head)
-        self.rotary: Rotary | None = read_rotary(module, site.ancestors, site.config, self.sizes.d_head)
+        if fold_norm and self.self_attention and self.key_layer is None:
+            known = [*inner, *(norm.module for norm in behind)]
+            self._feeding = feeding_norm(site.module, site.ancestors, query.columns, _like(query), known)
+        where = (site.module, site.ancestors, site.config)
+        self._rotation = find_rotation(*where, self.sizes.d_head, is_cross=site.is_cross)
+        self.position = find_position(*where, self._rotation, is_cross=site.is_cross)
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """The layer's rotation as it is now; None too where a gain comes behind it."""
+        if self._gain_behind:
+            return None
+        rotary = self._rotation.read()
+        if rotary is not None and 2 * rotary.inv_freq.numel() == self.sizes.shared:
+            return rotary._replace(start=self.sizes.d_head - self.sizes.shared)
+        return rotary
 
     @property
     def heads(self) -> int:
@@ -133,6 +235,17 @@ class LayerPlan:
         parts = [self.query.affine.is_sharded(), self.key.affine.is_sharded()]
         return self.is_flat or any(parts) or any(norm.is_sharded() for norm in self.norms)
 
+    def is_view(self) -> bool:
+        """Whether reading takes no memory for the weights: they are views of what is stored."""
+        sides = (self.query, self.key)
+        return not self.norms and all(side.affine.is_view() and side.factor is None for side in sides)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the weights of query and key are."""
+        sizes = self.sizes
+        return sizes.d_head * (sizes.heads * self.width[0] + sizes.kv_heads * self.width[1])
+
     def gathered(self, *, grads: bool = False) -> AbstractContextManager[None]:
         """Within this block flat parameters are whole; with ``grads`` their gradients too, to be changed."""
         if self._unit is None:
@@ -149,6 +262,8 @@ class LayerPlan:
             found += own.affine.weight_parameters()
             if own.qk_norm is not None:
                 modules.append(own.qk_norm.module)
+            if own.factor is not None:
+                found.append(getattr(alive(self._layer), own.factor.parameter))
         return list(
             dict.fromkeys(found + [parameter for module in modules for parameter in module.parameters()])
         )
@@ -161,7 +276,8 @@ class LayerPlan:
         """
         own = self._side(side)
         weight = own.affine.plain_weight()
-        if weight is None or self._feeding is not None or own.qk_norm is not None:
+        folded = (self._feeding, own.qk_norm, own.factor)
+        if weight is None or any(part is not None for part in folded):
             return None
         if own.view(weight, self.sizes) is None:
             return None
@@ -188,6 +304,10 @@ class LayerPlan:
             query = fold_qk_norm(self.query.qk_norm, query)
         if self.key.qk_norm is not None:
             key = fold_qk_norm(self.key.qk_norm, key)
+        if query.weight.dtype != key.weight.dtype:
+            # What is folded into one side is not rounded to the other's type.
+            dtype = torch.promote_types(query.weight.dtype, key.weight.dtype)
+            query, key = query.to(dtype), key.to(dtype)
         return HeadProjections(
             query=query.weight,
             key=key.weight,
@@ -196,9 +316,12 @@ class LayerPlan:
             scaling=self.scaling,
             layout=self.layout,
             rotary=self.rotary,
+            position=self.position,
             qk_norm=self.qk_norm,
             self_attention=self.self_attention,
             norm_folded=self.norm_folded,
+            key_layer=self.key_layer,
+            shared=self.sizes.shared,
         )
 
     def copy(self) -> HeadProjections:
@@ -214,8 +337,32 @@ class LayerPlan:
             )
 
     def _split(self, side: Side, affine: Affine) -> Rows:
+        weight = side.pick(affine.weight, self.sizes)
         bias = None if affine.bias is None else side.pick(affine.bias, self.sizes)
-        return Rows(side.pick(affine.weight, self.sizes), bias)
+        if side.factor is not None:
+            factor = whole(side.factor.values(alive(self._layer)))
+            weight = weight * factor[..., None]
+            bias = None if bias is None else bias * factor
+        for name in side.added:
+            numbers = whole(getattr(alive(self._layer), name)).reshape(weight.shape[:2])
+            bias = numbers if bias is None else bias + numbers
+        return Rows(weight, bias)
+
+
+def _sizes(site: Site, layout: Layout, query: AffineMap, key: AffineMap) -> Sizes:
+    """The head counts and width that explain the rows of a layout."""
+    wanted = layout.order.blocks(1, 1)
+    if all(wanted):
+        return head_sizes(site.module, site.config, (query.rows, key.rows), layout.order.blocks)
+    if any(wanted):
+        shared = key.shared if isinstance(key, LatentPlan) else 0
+        return expanded_sizes(site.module, site.config, query.rows, key.rows, shared)
+    return uneven_sizes(site.module, site.config, query.rows)
+
+
+def _like(affine: AffineMap) -> Tensor:
+    """A tensor of the device and type that a map's input has."""
+    return next(parameter for parameter in affine.module.parameters() if parameter.is_floating_point())
 
 
 def identity(model: nn.Module) -> Iterator[int]:

@@ -23,12 +23,25 @@ class HeadProjections:
         scaling: the factor on ``q · k`` before the softmax.
         layout: the name of the weight layout that was read.
         rotary: how the layer rotates q and k with position, or None where it does not, or not by a position
-            in a sequence (images).
+            in a sequence (images), or where a norm's gain comes behind the rotation.
+        position: what positions do to the logits: ``"rotary"``; ``"rotary (2-D)"``, by coordinates in an image
+            or a video; ``"alibi"``, ``"relative bias"`` (a number for each relative position, as in T5 and Swin)
+            or ``"relative product"`` (products with embeddings of relative positions, as in DeBERTa and
+            Transformer-XL), which are added to ``q · k``, so that a spectrum is that of the content part;
+            ``"none"``: the logits are ``q · k`` alone. None where it cannot be told.
         qk_norm: a norm stands between projection and dot product. Its gain is folded into the weights (for
             LayerNorm, the removal of the mean too; its offset is left out); the head is then not bilinear and
-            the spectrum is that of the form before normalization.
+            the spectrum is that of the form before normalization. It may stand within the projection too:
+            on the latent of low-rank latent attention. The weights are then those of the composition without
+            the normalization, and the coordinates that bypass the latent keep their own scale.
         self_attention: queries and keys come from the same tokens. False for cross-attention, where
             eigenvalues mean nothing.
+        key_layer: qualified name of the layer whose keys are used instead of own ones, or None. The bilinear form
+            then relates the hidden states of two layers of one residual stream: ``key`` acts on those that
+            reach that layer.
+        shared: how many coordinates, the last ones of each key, all heads have in common: the rotary part of
+            latent attention. It bypasses the latent, so that what norms leave out is one factor a token for
+            these coordinates and another one for the others.
         norm_folded: the gain of the norm that feeds the layer is part of the weights: asked for with
             ``fold_norm=True``, and found.
     """
@@ -40,9 +53,12 @@ class HeadProjections:
     scaling: float
     layout: str
     rotary: Rotary | None = None
+    position: str | None = None
     qk_norm: bool = False
     self_attention: bool = True
     norm_folded: bool = False
+    key_layer: str | None = None
+    shared: int = 0
 
     @property
     def heads(self) -> int:

@@ -1,8 +1,11 @@
 """Norms between the projections and the dot product."""
 
+import inspect
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.errors import UnreadLayer
@@ -23,28 +26,46 @@ class Rows(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-
-def qk_norms(module: nn.Module) -> dict[str, nn.Module]:
-    """The norms that a layer applies to its queries and keys, by side."""
-    return {
-        side: child
-        for side, pattern in _NORM_OF.items()
-        for name, child in module.named_children()
-        if pattern.match(name) and not isinstance(child, nn.Identity)
-    }
+    def to(self, dtype: torch.dtype) -> "Rows":
+        """In another type."""
+        return Rows(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
-def plan_qk_norms(module: nn.Module, sizes: Sizes) -> dict[str, NormPlan]:
-    """Find out what the query and key norms of a layer do, by side.
+def qk_norm(module: nn.Module, side: str, inner: Collection[nn.Module] = ()) -> nn.Module | None:
+    """The norm that a layer applies to its queries or keys.
+
+    Args:
+        module: the attention layer.
+        side: ``"query"`` or ``"key"``.
+        inner: norms that are part of the projections.
+    """
+    found = None
+    for name, child in module.named_children():
+        if _NORM_OF[side].match(name) and not isinstance(child, nn.Identity) and child not in inner:
+            found = child
+    return found
+
+
+def plan_qk_norm(
+    module: nn.Module, side: str, sizes: Sizes, inner: Collection[nn.Module] = ()
+) -> NormPlan | None:
+    """Find out what the norm of a layer's queries or keys does; None where it has none.
 
     Raises:
-        UnreadLayer: a norm is neither an RMSNorm nor a LayerNorm over heads or over the whole width.
+        UnreadLayer: it is neither an RMSNorm nor a LayerNorm over heads or over the whole width.
     """
-    heads = {"query": sizes.heads, "key": sizes.kv_heads}
-    return {side: _plan(norm, heads[side], sizes.d_head, side) for side, norm in qk_norms(module).items()}
+    norm = qk_norm(module, side, inner)
+    if norm is None:
+        return None
+    return plan_norm_of(norm, sizes.heads if side == "query" else sizes.kv_heads, sizes.d_head, side)
 
 
-def _plan(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPlan:
+def plan_norm_of(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPlan:
+    """Find out what a norm of queries or keys does: over each head, or over the whole width.
+
+    Raises:
+        UnreadLayer: it is neither an RMSNorm nor a LayerNorm.
+    """
     # Per head; over all heads at once; one gain for each head, heads before or behind the tokens.
     for shape in ((d_head,), (heads * d_head,), (1, heads, 1, d_head), (1, 1, heads, d_head)):
         found = plan_norm(norm, shape)
@@ -52,6 +73,26 @@ def _plan(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPlan:
             return found
     what = "queries" if side == "query" else "keys"
     raise UnreadLayer(f"the norm of its {what} is a {type(norm).__name__}, which is no RMSNorm or LayerNorm")
+
+
+def is_behind_rotation(module: nn.Module, plan: NormPlan) -> bool:
+    """Whether a norm with a gain acts on what the layer has rotated: the gain does not pass through a rotation.
+
+    Seen from the forward's code, in which the rotary function and the norm are named in the order of their first
+    use: queries come first.
+
+    Args:
+        module: the attention layer.
+        plan: the norm of its queries, or of its keys where those have none.
+    """
+    norm = plan.module
+    if not any(True for _ in norm.parameters()):
+        return False
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = () if code is None else code.co_names
+    rotations = [place for place, name in enumerate(names) if "rotary" in name]
+    own = [place for place, name in enumerate(names) if module._modules.get(name) is norm]
+    return bool(rotations and own) and min(own) > min(rotations)
 
 
 def fold_qk_norm(plan: NormPlan, rows: Rows) -> Rows:

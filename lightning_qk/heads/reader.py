@@ -145,8 +145,10 @@ def kept_reader(model: nn.Module) -> ProjectionReader:
 def head_projections(model: nn.Module, *, fold_norm: bool = False) -> dict[str, HeadProjections]:
     """Read the query and key weights of every attention layer, split into heads.
 
-    Nothing is run: the weights are found by the names and shapes of the layers' own modules, wherever in the
-    model they hang. A layer that cannot be read is left out; `unread` names it with the reason. Sharded
+    The weights are found by the names and shapes of the layers' own modules, wherever in the model they hang.
+    Nothing is run for layouts that are known; a layer of none is run alone on a copy, to see which rows of its
+    projections reach q and k. Projections with adapters and quantized ones are read as the map that they apply.
+    A layer that cannot be read is left out; `unread` names it with the reason. Sharded
     weights are gathered, all of them: :class:`ProjectionReader` gathers one layer at a time.
 
     Args:
@@ -159,8 +161,9 @@ def head_projections(model: nn.Module, *, fold_norm: bool = False) -> dict[str, 
 
     Returns:
         Qualified module name to projections, in module order, a shared module once. The tensors are
-        differentiable functions of the live parameters: views, save where a norm is folded in or a DTensor is
-        gathered. Copies of parameters that FSDP's first version flattens are not differentiable.
+        differentiable functions of the live parameters: views, save where a norm is folded in, an adapter is
+        added, or a DTensor is gathered. Copies of parameters that FSDP's first version flattens are not
+        differentiable.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -4,6 +4,7 @@ Taken from the layer's own attributes first and from the nearest configuration s
 transformers use many names for the same number, and a good third keep no head count at all.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -42,19 +43,84 @@ _DIVISOR = ("scale_attn", "norm_factor")
 
 
 class Sizes(NamedTuple):
-    """Head counts and width of one layer."""
+    """Head counts and width of one layer.
+
+    Attributes:
+        heads: number of query heads.
+        kv_heads: number of key heads.
+        d_head: width of a head.
+        shared: how many coordinates, the last ones of a key, all heads have in common.
+    """
 
     heads: int
     kv_heads: int
     d_head: int
+    shared: int = 0
 
 
 def _number(owner: Any, names: tuple[str, ...]) -> int | None:
     for name in names:
-        value = getattr(owner, name, None)
+        try:
+            value = getattr(owner, name, None)
+        except Exception:
+            # A configuration of layers that differ refuses to give one number for all of them.
+            continue
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def _of_layer(module: nn.Module, config: Any) -> Any:
+    """The layer's own configuration, where layers have one each."""
+    index = getattr(module, "layer_idx", None)
+    try:
+        configs = getattr(config, "per_layer_config", None)
+        return config if index is None or configs is None else configs[index]
+    except Exception:
+        # Not every configuration that offers it can make it.
+        return config
+
+
+def expanded_sizes(module: nn.Module, config: Any, query_rows: int, key_rows: int, shared: int) -> Sizes:
+    """The sizes of a layer whose keys and values are expanded together, with values of any width.
+
+    Args:
+        module: the attention layer.
+        config: the nearest configuration, or None.
+        query_rows: rows of all queries.
+        key_rows: rows of all keys and values, those that all keys have in common among them.
+        shared: how many those are.
+
+    Raises:
+        UnreadLayer: no head count is known, or it does not explain the rows.
+    """
+    heads = _number(module, _HEADS) or _number(_of_layer(module, config), _HEADS)
+    if heads is None:
+        raise UnreadLayer("neither it nor its config says how many heads it has")
+    width, own = query_rows // heads, key_rows - shared
+    if query_rows % heads or own % heads or not shared <= width <= own // heads + shared:
+        raise UnreadLayer(
+            f"its projections have {query_rows} rows of queries and {key_rows} of keys and values, with {shared} "
+            f"that all keys share, which heads = {heads} do not explain"
+        )
+    return Sizes(heads, heads, width, shared)
+
+
+def uneven_sizes(module: nn.Module, config: Any, rows: int) -> Sizes:
+    """The sizes of a layer that keeps q, k and values of any width together for each head.
+
+    Raises:
+        UnreadLayer: head count or width are not known, or do not explain the rows.
+    """
+    heads = _number(module, _HEADS) or _number(config, _HEADS)
+    d_head = _number(module, ("key_dim", *_D_HEAD))
+    if heads is None or d_head is None:
+        raise UnreadLayer("it does not say how many heads it has and how wide their keys are")
+    if rows % heads or rows // heads < 2 * d_head:
+        raise UnreadLayer(
+            f"its projection has {rows} rows, which heads = {heads} and d_head = {d_head} do not explain"
+        )
+    return Sizes(heads, heads, d_head)
 
 
 def head_sizes(
@@ -74,6 +140,7 @@ def head_sizes(
     Raises:
         UnreadLayer: no head count is known, or the known ones do not explain the widths.
     """
+    config = _of_layer(module, config)
     d_head = _number(module, _D_HEAD)
     heads = _number(module, _HEADS)
     if heads is None:
@@ -115,12 +182,18 @@ def softmax_scaling(module: nn.Module, d_head: int) -> float:
 
     Some layers scale q before the attention call and pass a factor of 1; the product is the same.
     """
+    relative = getattr(module, "pos_att_type", None)
+    if relative is not None:
+        # DeBERTa and its kin average over content's product and those with relative positions.
+        return (d_head * (1 + sum(kind in ("c2p", "p2c") for kind in relative))) ** -0.5
     for name in _FACTOR:
         value = getattr(module, name, None)
         if isinstance(value, bool):
             # A switch: on is the usual factor.
             return d_head**-0.5 if value else 1.0
         number = _scalar(value)
+        if number == 1.0 and _takes_inverse_root(module):
+            return d_head**-0.5
         if number is not None:
             # The fourth root of d_head goes to q and to k alike.
             return number**2 if d_head > 1 and math.isclose(number, d_head**-0.25) else number
@@ -132,6 +205,12 @@ def softmax_scaling(module: nn.Module, d_head: int) -> float:
         # T5 and its kin, and GPT-Neo: plain dot products.
         return 1.0
     return d_head**-0.5
+
+
+def _takes_inverse_root(module: nn.Module) -> bool:
+    """Whether the forward takes a power of -1/2 itself: ESM scales its queries and then calls with 1."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and -0.5 in code.co_consts
 
 
 def _scalar(value: Any) -> float | None:

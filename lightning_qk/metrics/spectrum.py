@@ -1,14 +1,24 @@
 """Per-head QK-eigenspectra as a metric."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional.propagation import signal_propagation_probability
-from lightning_qk.functional.spectrum import MOMENTS, Support, qk_moments_and_core, qk_singular_core
+from lightning_qk.functional.rotary import Rotary
+from lightning_qk.functional.spectrum import (
+    MOMENTS,
+    Products,
+    Support,
+    qk_products,
+    qk_singular_core,
+    support_size,
+)
 from lightning_qk.heads.batch import layer_batches
+from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.metrics.eigenvalues import Cores, solve
@@ -20,6 +30,12 @@ EXTREME_STATISTICS = ("spectral_radius", "singular_max")
 """Statistics that need an eigenproblem a head."""
 
 SPECTRUM_STATISTICS = (*MOMENT_STATISTICS, *EXTREME_STATISTICS)
+
+
+def at_offset(name: str, offset: int) -> str:
+    """Name of a statistic, or of a layer in what was solved, for keys some positions before their query."""
+    return f"offset_{offset}/{name}"
+
 
 # Relative positions at which propagation is predicted: midpoints of ten equal parts of [0, 1].
 _THETA = torch.linspace(0.05, 0.95, 10)
@@ -38,9 +54,14 @@ class QKSpectrum(Metric):
     - ``singular_max``: largest singular value, for cross-attention, whose eigenvalues mean nothing: there it
       is the only entry and the others are NaN; NaN for self-attention.
 
+    With ``offsets``, the moments and the spectral radius also of the form between a query and the key that many
+    positions before it, ``W_q^T R_Δ W_k`` with Δ = −offset, as ``offset_16/eig_mean`` and so on: of layers with
+    rotary position encoding, NaN for others.
+
     Args:
         heads: layer name → number of query heads, in the model's order.
         support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
+        offsets: how many positions keys stand before their query; negative: after it.
         eigenvalues: solve the eigenproblems in :meth:`update`. False leaves ``spectral_radius`` and
             ``singular_max`` out, and :attr:`cores` to solve elsewhere
             (:class:`~lightning_qk.metrics.eigenvalues.EigenvalueWorker`).
@@ -48,7 +69,8 @@ class QKSpectrum(Metric):
     Attributes:
         cores: the newest matrices that the spectra depend on.
         spectra: layer name → newest eigenvalues, complex ``(heads, d_head)``, or, of cross-attention,
-            singular values. Empty with ``eigenvalues=False``.
+            singular values. Those at an offset under the name that :func:`at_offset` gives. Empty with
+            ``eigenvalues=False``.
 
     States:
         total: sum over updates, shape ``(len(statistics), sum(heads))``.
@@ -63,13 +85,22 @@ class QKSpectrum(Metric):
     updates: Tensor
 
     def __init__(
-        self, heads: Mapping[str, int], support: Support = "model", *, eigenvalues: bool = True
+        self,
+        heads: Mapping[str, int],
+        support: Support = "model",
+        *,
+        offsets: Sequence[int] = (),
+        eigenvalues: bool = True,
     ) -> None:
         super().__init__()
         self.heads = dict(heads)
         self.support: Support = support
         self.eigenvalues = eigenvalues
-        self.statistics = SPECTRUM_STATISTICS if eigenvalues else MOMENT_STATISTICS
+        self.offsets = tuple(offsets)
+        moments = (*MOMENT_STATISTICS, *(at_offset(name, offset) for offset in offsets for name in MOMENTS))
+        radii = (*EXTREME_STATISTICS, *(at_offset("spectral_radius", offset) for offset in offsets))
+        self.statistics = (*moments, *radii) if eigenvalues else moments
+        self._moments = len(moments)
         size = (len(self.statistics), sum(self.heads.values()))
         self.add_state("total", torch.zeros(size), dist_reduce_fx="sum")
         self.add_state("updates", torch.zeros(()), dist_reduce_fx="sum")
@@ -85,59 +116,116 @@ class QKSpectrum(Metric):
                 :class:`~lightning_qk.heads.reader.ProjectionReader`, with the layers that the metric was
                 built for.
         """
-        rows = {
-            name: torch.full((len(MOMENT_STATISTICS), count), torch.nan) for name, count in self.heads.items()
-        }
+        rows = {name: torch.full((self._moments, count), torch.nan) for name, count in self.heads.items()}
         self.cores = []
         layers = projections.layers if isinstance(projections, ProjectionReader) else projections
         bilinear = [name for name, layer in layers.items() if layer.self_attention]
         for batch in layer_batches(projections, bilinear):
-            moments, core = qk_moments_and_core(batch.query, batch.key, support=self.support)
-            scale = batch.scaling[:, None]
-            propagation = signal_propagation_probability(
-                _THETA.to(scale)[:, None, None],
-                scale * moments["trace"],
-                scale.square() * moments["trace_sq"],
-                scale.square() * moments["frobenius_sq"],
-            )
-            early, late = (part.mean(0) for part in propagation.chunk(2))
-            predicted = ((early + late) / 2, late - early)
-            values = torch.stack([*(moments[name] for name in MOMENTS), *predicted])
-            rows.update(zip(batch.names, values.unbind(1), strict=True))
-            self.cores.append(Cores(batch.names, core, bilinear=True))
-            del batch  # before the next one is gathered, where weights are sharded
+            n = support_size(batch.query, self.support)
+            products = qk_products(batch.query, batch.key)
+            with full_precision(products.core.device):
+                moments = products.moments(n)
+                scale = batch.scaling[:, None]
+                propagation = signal_propagation_probability(
+                    _THETA.to(scale)[:, None, None],
+                    scale * moments["trace"],
+                    scale.square() * moments["trace_sq"],
+                    scale.square() * moments["frobenius_sq"],
+                )
+                early, late = (part.mean(0) for part in propagation.chunk(2))
+                predicted = ((early + late) / 2, late - early)
+                values = torch.stack([*(moments[name] for name in MOMENTS), *predicted])
+                for name, row in zip(batch.names, values.unbind(1), strict=True):
+                    rows[name] = rows[name].to(row)
+                    rows[name][: len(MOMENT_STATISTICS)] = row
+                self.cores.append(Cores(batch.names, products.core, bilinear=True))
+                self._add_offsets(batch.names, products, n, layers, rows)
+            del batch, products  # before the next one is gathered, where weights are sharded
         for batch in layer_batches(projections, [name for name in layers if name not in bilinear]):
             self.cores.append(Cores(batch.names, qk_singular_core(batch.query, batch.key), bilinear=False))
             del batch
         values = torch.cat([rows[name].to(self.total) for name in self.heads], dim=-1)
         if self.eigenvalues:
             self.spectra = solve(self.cores)
-            extremes = extreme_values(self.spectra, self.heads)
-            values = torch.cat([values, *(extremes[name].to(values)[None] for name in EXTREME_STATISTICS)])
+            extremes = extreme_values(self.spectra, self.heads, self.offsets)
+            values = torch.cat([values, *(value.to(values)[None] for value in extremes.values())])
         self.total += values
         self.updates += 1
+
+    def _add_offsets(
+        self,
+        names: tuple[str, ...],
+        products: Products,
+        n: int,
+        layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections],
+        rows: dict[str, Tensor],
+    ) -> None:
+        """Moments and cores at each offset, of the layers of a batch that rotate."""
+        if not self.offsets:
+            return
+        for rotary, places in _by_rotation(names, layers):
+            own = Products(*(part[places] for part in products))
+            for number, offset in enumerate(self.offsets):
+                rotated = own.at(rotary, torch.full((), -offset, device=own.core.device))
+                moments = rotated.moments(n)
+                values = torch.stack([moments[name] for name in MOMENTS])
+                start = len(MOMENT_STATISTICS) + number * len(MOMENTS)
+                for place, row in zip(places, values.unbind(1), strict=True):
+                    rows[names[place]][start : start + len(MOMENTS)] = row
+                keys = tuple(at_offset(names[place], offset) for place in places)
+                self.cores.append(Cores(keys, rotated.core, bilinear=True))
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all heads, flat, shape ``(sum(heads),)``."""
         return dict(zip(self.statistics, self.total / self.updates, strict=True))
 
 
-def extreme_values(spectra: Mapping[str, Tensor], heads: Mapping[str, int]) -> dict[str, Tensor]:
+def _by_rotation(
+    names: Sequence[str], layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections]
+) -> Iterator[tuple[Rotary, list[int]]]:
+    """Each rotation of some layers, and which of them it is that of; layers without one are left out."""
+    found: dict[tuple[object, ...], tuple[Rotary, list[int]]] = {}
+    for index, name in enumerate(names):
+        rotary = layers[name].rotary
+        if rotary is not None:
+            # Layers share the buffer of their rotary module.
+            key = (rotary.inv_freq.data_ptr(), rotary.inv_freq.shape, *rotary[1:])
+            found.setdefault(key, (rotary, []))[1].append(index)
+    yield from found.values()
+
+
+def extreme_values(
+    spectra: Mapping[str, Tensor], heads: Mapping[str, int], offsets: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """Largest eigenvalues by modulus, and largest singular values, of all heads.
 
     Args:
         spectra: what :func:`~lightning_qk.metrics.eigenvalues.solve` returned.
         heads: layer name → number of query heads, in the model's order.
+        offsets: those whose spectra were solved too.
 
     Returns:
         Name in :data:`EXTREME_STATISTICS` → flat values, shape ``(sum(heads),)``; NaN where a layer has the
-        other kind of spectrum or none.
+        other kind of spectrum or none. Then the spectral radius at each offset.
     """
     out = {
         name: {layer: torch.full((n,), torch.nan) for layer, n in heads.items()}
         for name in EXTREME_STATISTICS
     }
-    for layer, values in spectra.items():
-        kind = "spectral_radius" if values.is_complex() else "singular_max"
-        out[kind][layer] = values[..., 0].abs().to("cpu", torch.float32)
+    for layer in heads:
+        values = spectra.get(layer)
+        if values is not None:
+            kind = "spectral_radius" if values.is_complex() else "singular_max"
+            out[kind][layer] = _largest(values)
+    for offset in offsets:
+        solved = {layer: spectra.get(at_offset(layer, offset)) for layer in heads}
+        out[at_offset("spectral_radius", offset)] = {
+            layer: torch.full((heads[layer],), torch.nan) if values is None else _largest(values)
+            for layer, values in solved.items()
+        }
     return {name: torch.cat([layers[layer] for layer in heads]) for name, layers in out.items()}
+
+
+def _largest(values: Tensor) -> Tensor:
+    """By modulus, which is the first."""
+    return values[..., 0].abs().to("cpu", torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qk.functional._precision import at_least_float32
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.heads.batch import group_layers, stack
+from lightning_qk.heads.batch import group_layers, read_together, stack
 from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, kept_reader
@@ -46,6 +46,9 @@ def locater_penalty(
 
     Add ``weight * locater_penalty(model)`` to a loss, or use the callback
     :class:`~lightning_qk.LocAteR`, whose gradient is the same.
+
+    With adapters (PEFT) the penalty is on the weights that act, and its gradient reaches the adapters'
+    trainable parameters; a frozen weight beneath them, quantized or not, gets none.
 
     The model's layers are looked for at the first call and after its modules change; from then on a call
     takes the live weights and does not wait for the device. Sharded weights (FSDP2, tensor parallel) are
@@ -181,13 +184,7 @@ class LocaterPenalty:
         return select_layers(self.reader, modules=self._modules, cross_attention=self._cross_attention)
 
     def _parts(self) -> Iterator[list[str]]:
-        """Layers that are read together: all whose weights are whole, then each of the others."""
-        alone = [name for name in self.names if self.reader.is_sharded(name)]
-        together = [name for name in self.names if name not in alone]
-        if together:
-            yield together
-        for name in alone:
-            yield [name]
+        return read_together(self.reader, self.names)
 
 
 class Settings(NamedTuple):
@@ -261,8 +258,7 @@ def _add_gradients(
             )
             totals.append(values.sum())
             if any(sides):
-                reached = True
-                _put(layers, heads, batch.names, gradients, wanted)
+                reached = _put(layers, heads, batch.names, gradients, wanted) or reached
     return totals, reached
 
 
@@ -287,8 +283,13 @@ def _put(
     names: Sequence[str],
     gradients: Sequence[Tensor | None],
     wanted: Collection[int],
-) -> None:
-    """Add gradients of stacked projections, (layers, ...) for query and key, to those of the parameters."""
+) -> bool:
+    """Add gradients of stacked projections, (layers, ...) for query and key, to those of the parameters.
+
+    Returns:
+        Whether there was any parameter to add to.
+    """
+    reached = False
     into: dict[tuple[int, int], Tensor] = {}
     parts: dict[tuple[int, int], Tensor] = {}
     for side, stacked in zip(("query", "key"), gradients, strict=True):
@@ -300,7 +301,7 @@ def _put(
                 continue
             view = layer.gradient_view(side)
             if view is None:
-                _pull_back(layer, getattr(heads[name], side), side, gradient, wanted)
+                reached = _pull_back(layer, getattr(heads[name], side), side, gradient, wanted) or reached
                 continue
             place = view.data_ptr(), view.numel()
             # Tied weights have one gradient for several layers.
@@ -308,23 +309,29 @@ def _put(
             into[place] = view
     if into:
         torch._foreach_add_(list(into.values()), list(parts.values()))
+    return reached or bool(into)
 
 
 def _pull_back(
     layer: LayerPlan, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
-) -> None:
-    """Add to the parameters' gradients what a projection's gradient means for them."""
-    for parameter, share in _pulled(layer, projection, side, gradient, wanted):
+) -> bool:
+    """Add to the parameters' gradients what a projection's gradient means for them; whether it means anything."""
+    shares = _pulled(layer, projection, side, gradient, wanted)
+    for parameter, share in shares:
         if parameter.grad is None:
             parameter.grad = share
         else:
             parameter.grad += share
+    return bool(shares)
 
 
 def _pulled(
     layer: LayerPlan, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """What a projection's gradient means for the parameters; of sharded ones, for the local shard."""
+    if not projection.requires_grad:
+        # A merged or disabled adapter takes no part.
+        return []
     parameters = [parameter for parameter in layer.parameters(side) if id(parameter) in wanted]
     # Query and key may come from one gathered weight, through one graph.
     shares = torch.autograd.grad(

@@ -139,27 +139,78 @@ def test_eigenvalues_are_those_of_the_dense_matrix():
             assert (dense[:8] - value).abs().min() < 1e-8
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("pairs", [4, 2])
-def test_eigenvalues_at_a_rotary_offset(interleaved, pairs):
+def dense_turn(rotary: Rotary, offset: int, d_head: int = 8) -> torch.Tensor:
+    """The rotation between two positions, entry by entry, with the scales of q and of k."""
+    turn = torch.eye(d_head, dtype=torch.float64)
+    pairs = len(rotary.inv_freq)
+    for pair, angle in enumerate(rotary.inv_freq * offset):
+        i, j = (2 * pair, 2 * pair + 1) if rotary.interleaved else (pair, pair + pairs)
+        i, j = i + rotary.start, j + rotary.start
+        turn[i, i] = turn[j, j] = angle.cos() * rotary.scale**2
+        turn[i, j], turn[j, i] = -angle.sin() * rotary.scale**2, angle.sin() * rotary.scale**2
+    return turn
+
+
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+ROTATIONS = {
+    f"{pairs} pairs{', interleaved' * interleaved} from {start}, scale {scale}": Rotary(
+        FREQUENCIES[:pairs], interleaved, start, scale
+    )
+    for interleaved in (False, True)
+    for pairs, start, scale in ((4, 0, 1.0), (2, 0, 1.0), (2, 4, 1.0), (1, 3, 1.0), (2, 4, 1.25), (4, 0, 0.8))
+}
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_eigenvalues_at_a_rotary_offset(name):
     query, key = weights(kv_heads=2, dtype=torch.float64)
-    inv_freq = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)[:pairs]
+    rotary = ROTATIONS[name]
     offsets = torch.tensor([0, -3, 5])
-    got = qk_eigenvalues(query, key, offset=offsets, rotary=Rotary(inv_freq, interleaved))
+    got = qk_eigenvalues(query, key, offset=offsets, rotary=rotary)
     assert got.shape == (3, 4, 8)
     for index, offset in enumerate(offsets.tolist()):
-        turn = torch.eye(8, dtype=torch.float64)
-        for pair, angle in enumerate(inv_freq * offset):
-            i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + pairs)
-            turn[i, i] = turn[j, j] = angle.cos()
-            turn[i, j], turn[j, i] = -angle.sin(), angle.sin()
-        forms = query.mT @ turn @ key.repeat_interleave(2, dim=0)
+        forms = query.mT @ dense_turn(rotary, offset) @ key.repeat_interleave(2, dim=0)
         for head, form in enumerate(forms):
             dense = torch.linalg.eigvals(form)
             for value in got[index, head]:
                 assert (dense - value).abs().min() < 1e-8
-    single = qk_eigenvalues(query, key, offset=-3, rotary=Rotary(inv_freq, interleaved))
+    single = qk_eigenvalues(query, key, offset=-3, rotary=rotary)
     torch.testing.assert_close(single, got[1])
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("support", ["model", "head"])
+def test_moments_at_a_rotary_offset(name, support):
+    query, key = weights(kv_heads=2, dtype=torch.float64)
+    rotary = ROTATIONS[name]
+    offsets = torch.tensor([0, -3, 5])
+    got = qk_moments(query, key, support=support, offset=offsets, rotary=rotary)
+    assert set(got) == set(MOMENTS)
+    for index, offset in enumerate(offsets.tolist()):
+        turned = dense_turn(rotary, offset) @ key.repeat_interleave(2, dim=0)
+        want = dense_moments(query, turned, n=8 if support == "head" else None)
+        single = qk_moments(query, key, support=support, offset=offset, rotary=rotary)
+        for moment, value in want.items():
+            torch.testing.assert_close(got[moment][index], value, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(single[moment], value, rtol=1e-8, atol=1e-10)
+
+
+def test_moments_at_an_offset_under_a_covariance():
+    query, key = weights(dtype=torch.float64)
+    root = torch.randn(32, 32, dtype=torch.float64) / 32**0.5
+    sigma = root @ root.T + 0.1 * torch.eye(32, dtype=torch.float64)
+    rotary = Rotary(FREQUENCIES)
+    got = qk_moments(query, key, sigma, offset=-2, rotary=rotary)
+    want = dense_moments(query, dense_turn(rotary, -2) @ key, sigma)
+    for moment, value in want.items():
+        torch.testing.assert_close(got[moment], value, rtol=1e-8, atol=1e-10)
+
+
+def test_moments_at_no_offset_are_those_without_a_rotation():
+    query, key = weights(kv_heads=2)
+    plain, turned = (qk_moments(query, key), qk_moments(query, key, offset=0, rotary=Rotary(FREQUENCIES)))
+    for name in MOMENTS:
+        torch.testing.assert_close(plain[name], turned[name])
 
 
 def test_singular_values_of_cross_attention():
@@ -201,5 +252,9 @@ def test_other_bad_arguments():
         qk_moments(query, key, torch.eye(8))
     with pytest.raises(ValueError, match="rotary=None"):
         qk_eigenvalues(query, key, offset=2)
+    with pytest.raises(ValueError, match="rotary=None"):
+        qk_moments(query, key, offset=2)
+    with pytest.raises(ValueError, match="from 6 to 10"):
+        qk_eigenvalues(query, key, offset=2, rotary=Rotary(torch.ones(2), start=6))
     with pytest.raises(ValueError, match="at most d_head = 8"):
         qk_eigenvalues(query, key, offset=2, rotary=Rotary(torch.ones(5)))

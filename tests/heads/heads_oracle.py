@@ -72,6 +72,17 @@ def project(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return out if bias is None else out + bias[None, :, None]
 
 
+def parts(vectors: Tensor, apart: int) -> list[Tensor]:
+    """The coordinates (..., d_head) of each part that is normalized on its own: the last ``apart``, the others."""
+    return [vectors] if not apart else [vectors[..., :-apart], vectors[..., -apart:]]
+
+
+def reorder(vectors: Tensor, apart: int) -> Tensor:
+    """Coordinates in pairs (2i, 2i + 1) put in two halves, of the last ``apart`` ones."""
+    last = vectors[..., -apart:]
+    return torch.cat([vectors[..., :-apart], last[..., 0::2], last[..., 1::2]], -1)
+
+
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draw every parameter anew: freshly built models have zero biases and unit gains, which hide errors."""
     generator = torch.Generator().manual_seed(seed)

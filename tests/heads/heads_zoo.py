@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import transformers as tf
 from heads_oracle import randomize
@@ -21,6 +22,11 @@ class Expect(NamedTuple):
     rotary: bool = False
     qk_norm: bool = False
     folded: int = 0
+    # Coordinates at the end of each q and k that are normalized apart from the others.
+    apart: int = 0
+    # A rotation of those gives them in another order.
+    reordered: bool = False
+    borrowed: int = 0
 
 
 class Toy(NamedTuple):
@@ -92,7 +98,12 @@ BART = {
 
 
 def _of(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(tf, model)(getattr(tf, config)(**options))
+    def make() -> nn.Module:
+        if not hasattr(tf, model):
+            pytest.skip(f"this transformers has no {model}")
+        return getattr(tf, model)(getattr(tf, config)(**options))
+
+    return make
 
 
 ROTARY = Expect(2, rotary=True, folded=2)
@@ -212,6 +223,125 @@ ZOO: dict[str, Toy] = {
     ),
 }
 
+MLA = {
+    **LLAMA,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "num_key_value_heads": 4,
+}
+MOE = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+LATENT = ROTARY._replace(qk_norm=True, apart=4)
+NEXT = {
+    **GQA,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "mlp_only_layers": [0, 1],
+}
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+ZOO |= {
+    "deepseek-v2": Toy(
+        _of("DeepseekV2Model", "DeepseekV2Config", **MLA, **MOE, attention_bias=True), LATENT, "rotary"
+    ),
+    "deepseek-v2-lite": Toy(
+        _of("DeepseekV2Model", "DeepseekV2Config", **{**MLA, "q_lora_rank": None}, **MOE), LATENT, "rotary"
+    ),
+    "deepseek-v3": Toy(
+        _of("DeepseekV3Model", "DeepseekV3Config", **MLA, **MOE), LATENT._replace(reordered=True), "rotary"
+    ),
+    "deepseek-v3-half": Toy(
+        _of("DeepseekV3Model", "DeepseekV3Config", **MLA, **MOE, rope_interleave=False), LATENT, "rotary"
+    ),
+    "minicpm3": Toy(_of("MiniCPM3Model", "MiniCPM3Config", **MLA), LATENT, "rotary"),
+    "longcat-flash": Toy(
+        _of(
+            "LongcatFlashModel",
+            "LongcatFlashConfig",
+            **{
+                key: value
+                for key, value in MLA.items()
+                if key not in ("num_hidden_layers", "intermediate_size")
+            },
+            head_dim=4,
+            num_layers=1,
+            ffn_hidden_size=32,
+            expert_ffn_hidden_size=16,
+            n_routed_experts=2,
+            zero_expert_num=1,
+            moe_topk=2,
+        ),
+        LATENT._replace(reordered=True, folded=0),
+        "rotary",
+    ),
+    "qwen3-next": Toy(
+        _of("Qwen3NextModel", "Qwen3NextConfig", **NEXT),
+        ROTARY._replace(layers=1, kv_heads=2, qk_norm=True, folded=1),
+        "rotary",
+    ),
+    "hunyuan": Toy(
+        _of("HunYuanDenseV1Model", "HunYuanDenseV1Config", **GQA, head_dim=8),
+        Expect(2, kv_heads=2, qk_norm=True, folded=2),
+        "rotary",
+    ),
+    "esm": Toy(
+        _of(
+            "EsmModel",
+            "EsmConfig",
+            **{**BERT, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 2},
+        ),
+        Expect(2, rotary=True, folded=2),
+        "rotary",
+    ),
+    "gemma3n": Toy(
+        _of(
+            "Gemma3nTextModel",
+            "Gemma3nTextConfig",
+            **{**GQA, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
+            head_dim=8,
+            layer_types=SLIDING_AND_FULL * 2,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=50,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+        ROTARY._replace(layers=4, kv_heads=2, qk_norm=True, folded=0, borrowed=2),
+        "rotary",
+    ),
+    "gemma4": Toy(
+        _of(
+            "Gemma4TextModel",
+            "Gemma4TextConfig",
+            **{**GQA, "num_hidden_layers": 4},
+            head_dim=8,
+            global_head_dim=8,
+            layer_types=SLIDING_AND_FULL * 2,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=50,
+        ),
+        ROTARY._replace(layers=4, kv_heads=2, qk_norm=True, folded=2, borrowed=2),
+        "rotary",
+    ),
+}
+
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A toy model with random weights, in evaluation mode."""
@@ -234,6 +364,7 @@ def feed(name: str, dtype: torch.dtype = torch.float64, *, positions: bool = Fal
     if kind == "cross":
         states = torch.randn(2, 5, WIDTH, generator=generator).to(dtype)
         return {"input_ids": tokens, "encoder_hidden_states": states}
-    if kind == "rotary" and not positions:
-        return {"input_ids": tokens, "position_ids": torch.zeros_like(tokens)}
+    if kind == "rotary":
+        places = torch.arange(TOKENS).expand_as(tokens) if positions else torch.zeros_like(tokens)
+        return {"input_ids": tokens, "position_ids": places}
     return {"input_ids": tokens}

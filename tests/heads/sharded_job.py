@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 
 import models
+import peft
 import torch
 import torch.distributed as dist
 import transformers
@@ -17,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_qk import head_projections, locater_penalty
+from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.sharding import local_heads
 from lightning_qk.metrics.spectrum import QKSpectrum
 from lightning_qk.regularizers.locater import LocaterPenalty, Settings
 
@@ -61,6 +62,17 @@ def qwen3() -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.uniform_(0.5, 2)
+    return model
+
+
+def adapted(**kwargs) -> nn.Module:
+    """With PEFT adapters in its queries and keys, far from zero."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], lora_dropout=0.1, **kwargs)
+    model = peft.inject_adapter_in_model(config, llama())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
     return model
 
 
@@ -249,6 +261,8 @@ def run(folder: Path) -> None:
         "fsdp2 qk-norm": (qwen3, lambda model: fsdp2(model, one)),
         "fsdp2 uneven": (uneven_gpt2, lambda model: fsdp2(model, one)),
         "fsdp2 bf16": (llama, lambda model: fsdp2(model, one, mp_policy=half)),
+        "fsdp2 lora": (adapted, lambda model: fsdp2(model, one)),
+        "fsdp2 dora": (lambda: adapted(use_dora=True), lambda model: fsdp2(model, one)),
         "tp": (lambda: llama(EVEN), lambda model: tensor_parallel(model, one)),
     }
     for shape in ((1, 2), (2, 1)):

@@ -82,8 +82,11 @@ def test_keys_of_another_width_make_it_cross_attention():
     [
         ({"q_conv1d": nn.Conv1d(8, 8, 4)}, "linear attention"),
         ({"A_log": nn.Parameter(torch.zeros(2))}, "linear attention"),
-        ({"logit_scale": nn.Parameter(torch.zeros(2))}, "cosine attention"),
-        ({"pos_att_type": ["c2p"]}, "disentangled"),
+        ({"sampling_offsets": nn.Linear(8, 4)}, "deformable attention"),
+        ({"w_g": nn.Parameter(torch.zeros(2))}, "additive attention"),
+        ({"query_stride": 4}, "maxima over neighbouring tokens"),
+        ({"assign_eps": 1.0}, "softmax over queries"),
+        ({"qkv": nn.Linear(8, 24), "groups": 2}, "over channels"),
         ({"is_kv_shared_layer": True}, "keys of an earlier layer"),
         ({"k_sconv": nn.Conv1d(8, 8, 4)}, "'k_sconv' stands between"),
         ({"q_norm": nn.BatchNorm1d(4)}, "no RMSNorm or LayerNorm"),
@@ -94,6 +97,23 @@ def test_what_is_not_softmax_of_its_own_q_and_k_is_left_out(attributes, reason):
     model = nn.ModuleList([TinyAttention(**attributes), TinyAttention()])
     assert reason in unread(model)["0"]
     assert list(head_projections(model)) == ["1"]
+
+
+def test_what_gives_its_input_back_stands_between_nothing():
+    model = TinyAttention(q_activation=nn.Identity(), k_activation=nn.Identity())
+    assert unread(model) == {}
+    assert "'k_activation' stands between" in unread(TinyAttention(k_activation=nn.ReLU()))[""]
+
+
+def test_a_layer_is_found_by_its_call_of_attention_functions_where_its_name_does_not_tell():
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig
+
+    class Mixer(LlamaAttention):
+        pass
+
+    layer = Mixer(LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=2), 0)
+    layer.q_proj, layer.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+    assert list(find_attention(nn.ModuleList([layer, TinyRecurrence()]))) == ["0"]
 
 
 def test_the_nearest_config_counts():

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_qk import head_projections, locater_penalty
+from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import ProjectionReader, unread
-from lightning_qk.heads.sharding import local_heads
 
 TESTS = Path(__file__).parents[1]
 DTENSORS = [
@@ -24,6 +24,8 @@ DTENSORS = [
     "fsdp2 1 x tp 2",
     "fsdp2 2 x tp 1",
 ]
+# Adapters are gathered beside the weights that they add to.
+ADAPTED = ["fsdp2 lora", "fsdp2 dora"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def close(got: dict, want: dict, tolerance: float) -> None:
         assert (got[name] - tensor).norm() <= tolerance * tensor.norm(), name
 
 
-@pytest.mark.parametrize("case", DTENSORS)
+@pytest.mark.parametrize("case", DTENSORS + ADAPTED)
 def test_weights_are_those_of_one_process(ranks, case):
     for rank in ranks:
         got, want = rank[case]["got"], rank[case]["want"]
@@ -57,7 +59,7 @@ def test_weights_are_those_of_one_process(ranks, case):
             close(got[fold], want[fold], 1e-6)
 
 
-@pytest.mark.parametrize("case", DTENSORS)
+@pytest.mark.parametrize("case", DTENSORS + ADAPTED)
 @pytest.mark.parametrize("way", ["loss", "callback"])
 def test_gradients_on_the_shards_are_those_of_one_process(ranks, case, way):
     for rank in ranks:

@@ -7,6 +7,7 @@ from oracles import dense_moments
 
 from lightning_qk.functional import attention_statistics, qk_eigenvalues, signal_propagation_probability
 from lightning_qk.functional.localization import MEAN_STATISTICS, STATISTICS, attention_sums
+from lightning_qk.functional.rotary import rotate_between
 from lightning_qk.heads.reader import head_projections
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.spectrum import SPECTRUM_STATISTICS, QKSpectrum
@@ -147,3 +148,41 @@ def test_cross_attention_has_singular_values_alone():
         if not head.self_attention:
             dense = torch.linalg.matrix_norm(head.query.mT.double() @ head.key.double(), ord=2)
             torch.testing.assert_close(got["singular_max"][part].double(), dense, rtol=1e-4, atol=1e-5)
+
+
+def test_spectrum_metric_at_offsets():
+    """Of a model whose layers rotate by different frequencies, and one that does not: NaN there."""
+    import transformers
+
+    options = {**models._GROUPED, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    model = transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**options))
+    projections = {**head_projections(model), **head_projections(models.bert())}
+    heads = {name: head.heads for name, head in projections.items()}
+    metric = QKSpectrum(heads, offsets=(0, 7, -2))
+    metric.update(projections)
+    got = metric.compute()
+    alone = QKSpectrum(heads)
+    alone.update(projections)
+    for name, value in alone.compute().items():
+        torch.testing.assert_close(got[name], value, equal_nan=True)
+    start = 0
+    for head in projections.values():
+        part = slice(start, start + head.heads)
+        start += head.heads
+        for offset in (0, 7, -2):
+            at = f"offset_{offset}"
+            if head.rotary is None:
+                assert got[f"{at}/trace"][part].isnan().all()
+                assert got[f"{at}/spectral_radius"][part].isnan().all()
+                continue
+            turn = rotate_between(torch.eye(8), head.rotary, torch.tensor(-offset))
+            key = turn @ head.key.repeat_interleave(head.heads // head.kv_heads, 0)
+            for statistic, value in dense_moments(head.query, key).items():
+                torch.testing.assert_close(
+                    got[f"{at}/{statistic}"][part].double(), value, rtol=1e-4, atol=1e-6
+                )
+            radius = qk_eigenvalues(head.query, head.key, offset=-offset, rotary=head.rotary).abs().amax(-1)
+            torch.testing.assert_close(got[f"{at}/spectral_radius"][part], radius)
+    # The rotation matters: at distance 7 the traces of the two layers are others, and not by the same factor.
+    assert not torch.allclose(got["offset_7/trace"][:8], got["trace"][:8], rtol=1e-2)
+    torch.testing.assert_close(got["offset_0/trace"][:8], got["trace"][:8])
