@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.callbacks._pool import AttentionPool
 from lightning_qk.callbacks._trainer import logging_step, projection_reader
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.functional.localization import attention_sums
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.statistics import CallSums, call_sums
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
@@ -31,8 +31,9 @@ class AttentionMonitor(Monitor):
 
     Captured are calls through transformers' attention interface, of
     ``torch.nn.functional.scaled_dot_product_attention`` and of ``nn.MultiheadAttention``, in compiled models
-    too. What a function other than torch's and transformers' own computes is found by calling it once more
-    on random numbers, at the first measured step; a function that is not softmax attention is left out.
+    too; and, outside of compiled ones, the softmax of layers that multiply queries and keys themselves. What a
+    function other than torch's and transformers' own computes is found by calling it once more on random
+    numbers, at the first measured step; a function that is not softmax attention is left out.
 
     Logged keys, for each statistic of :func:`~lightning_qk.functional.attention_statistics`:
 
@@ -159,15 +160,20 @@ class AttentionMonitor(Monitor):
         if self._capture is not None:
             self._capture.enabled = False
 
-    def _hear(self, name: str, call: AttentionCall) -> None:
-        arguments = statistics_arguments(call, self_attention=self._self_attention.get(name))
-        heads, where = self._check_shape(name, call)
-        sums = attention_sums(**arguments, rows=self.rows, generator=self._generator)
-        self._pool.add(name, sums, heads=heads, where=where)
+    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+        found = call_sums(
+            call,
+            self_attention=self._self_attention.get(name),
+            heads=self._heads.get(name),
+            rows=self.rows,
+            generator=self._generator,
+        )
+        heads, where = self._check_shape(name, call.module, found)
+        self._pool.add(name, found.sums, heads=heads, where=where)
 
-    def _check_shape(self, name: str, call: AttentionCall) -> tuple[int, slice | None]:
+    def _check_shape(self, name: str, module: nn.Module, found: CallSums) -> tuple[int, slice | None]:
         """How many heads the layer has, and which of them this call had (None: all)."""
-        shape = call.query.shape[1], call.query.shape[3]
+        shape = found.shape[1], found.d_head
         before = self._shapes.setdefault(name, shape)
         if shape != before:
             raise UnsupportedCallError(
@@ -177,7 +183,7 @@ class AttentionMonitor(Monitor):
         heads = self._heads.setdefault(name, shape[0])
         if shape[0] == heads:
             return heads, None
-        where = local_heads(call.module, heads)
+        where = local_heads(module, heads)
         if where is None or where.stop - where.start != shape[0]:
             raise UnsupportedCallError(
                 f"its weights have {heads} heads and its attention was called with {shape[0]}: check how the "
@@ -235,9 +241,9 @@ class AttentionMonitor(Monitor):
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
             self.note(
                 f"no attention call of {len(missing)} of {len(self._modules)} layers was seen "
-                f"({shorten(missing)}; class {kinds}): such a layer was not run or has attention of its own; what "
-                "goes through transformers' AttentionInterface, scaled_dot_product_attention or "
-                "nn.MultiheadAttention is captured"
+                f"({shorten(missing)}; class {kinds}): such a layer was not run, or computes its softmax "
+                "where it cannot be seen (inside a compiled graph, say); what goes through transformers' "
+                "AttentionInterface, scaled_dot_product_attention or nn.MultiheadAttention is captured in any case"
             )
 
     # Validation and test loops

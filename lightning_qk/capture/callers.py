@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 _SDPA = "scaled_dot_product_attention"
-_INTERFACE = frozenset({"get_interface", "ALL_ATTENTION_FUNCTIONS"})
+_LOOK_UP = "get_interface"
 # How far to follow functions that functions call.
 _DEPTH = 3
 # Libraries whose functions are no part of a model.
@@ -26,10 +26,24 @@ def calls_sdpa(module: nn.Module) -> bool:
     return _class_calls_sdpa(kind)
 
 
-def uses_interface(module: nn.Module) -> bool:
-    """Whether the module's class looks its attention function up in transformers' AttentionInterface."""
+def calls_softmax(module: nn.Module) -> bool:
+    """Whether the module's class names a softmax in its own methods."""
     return any(
-        _INTERFACE & _names(code)
+        "softmax" in name.lower()
+        for kind in own_classes(type(module))
+        for function in _methods(kind)
+        for code in _codes(function.__code__)
+        for name in _names(code)
+    )
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the module's class looks its attention function up in transformers' AttentionInterface.
+
+    Some name the interface's registry and get their own function out of it in other ways: they count as not.
+    """
+    return any(
+        _LOOK_UP in _names(code)
         for kind in own_classes(type(module))
         for function in _methods(kind)
         for code in _codes(function.__code__)

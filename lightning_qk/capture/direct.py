@@ -1,4 +1,4 @@
-"""Listen at torch.nn.functional.scaled_dot_product_attention, for models that call it themselves."""
+"""Listen at scaled_dot_product_attention, and at softmax, for models that call them themselves."""
 
 import functools
 import sys
@@ -14,6 +14,7 @@ from lightning_qk.capture.callers import functions_of, own_classes
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.listeners import STATE
 from lightning_qk.capture.patches import Stand, stand_in
+from lightning_qk.capture.softmax import observed
 
 NAME = "scaled_dot_product_attention"
 
@@ -80,10 +81,12 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
 
 
 def _tap_forward(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
-    # Only for graphs: without one, whose call it is can be read from the stack.
     @functools.wraps(function)
     def tapped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if stand.active and STATE.listening and torch.compiler.is_dynamo_compiling():
+        if stand.active and STATE.listening:
+            if not torch.compiler.is_dynamo_compiling():
+                return _observe(function, self, args, kwargs)
+            # Without a graph, whose call it is can be read from the stack.
             module = compiled.identity(self)
             if module is not None:
                 compiled.enter(module)
@@ -93,6 +96,13 @@ def _tap_forward(function: Callable[..., Any], stand: Stand) -> Callable[..., An
         return function(self, *args, **kwargs)
 
     return tapped_forward
+
+
+def _observe(
+    function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with observed(module):
+        return function(module, *args, **kwargs)
 
 
 @torch.compiler.disable

@@ -1,10 +1,11 @@
 """Listen to attention calls without changing what a model computes.
 
-There are three places where a model's attention can be heard. Transformers' models look their attention
+There are four places where a model's attention can be heard. Transformers' models look their attention
 function up in ``AttentionInterface`` at every call, by the name in their config: the listener stands at that
 look-up, and the model keeps its implementation's name and gets its own function's own result. Other models call
 ``torch.nn.functional.scaled_dot_product_attention`` or ``torch.nn.MultiheadAttention``, and the listener stands
-there where the watched modules need it. Who is not listened to pays one look at a boolean.
+there where the watched modules need it. What is left multiplies and takes a softmax itself, which is observed
+while its forward runs (:mod:`lightning_qk.capture.softmax`). Who is not listened to pays one look at a boolean.
 """
 
 import functools
@@ -17,15 +18,17 @@ import torch
 from torch import nn
 
 from lightning_qk.capture import compiled, listeners
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, read_call
-from lightning_qk.capture.callers import calls_sdpa, uses_interface
+from lightning_qk.capture.call import UnsupportedCallError, read_call
+from lightning_qk.capture.callers import calls_sdpa, calls_softmax, uses_interface
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.direct import stand_at_sdpa
 from lightning_qk.capture.listeners import STATE
 from lightning_qk.capture.multihead import stand_at_multihead
 from lightning_qk.capture.patches import Stand, stand_in
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnreadableFunctionError
+from lightning_qk.capture.softmax import observed, suspended
 
-Listener = Callable[[str, AttentionCall], None]
+Listener = Callable[[str, AttentionCall | SoftmaxCall], None]
 
 
 class AttentionCapture:
@@ -60,6 +63,7 @@ class AttentionCapture:
         self._enabled = False
         self._give_back: list[Callable[[], None]] | None = None
         self._implementations: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
         self.problems: dict[str, str] = {}
         self.heard: set[str] = set()
 
@@ -94,7 +98,7 @@ class AttentionCapture:
             module
             for module in self._modules
             if not isinstance(module, nn.MultiheadAttention)
-            and (calls_sdpa(module) or not uses_interface(module))
+            and (calls_sdpa(module) or calls_softmax(module) or not uses_interface(module))
         ]
         modeling = sys.modules.get("transformers.modeling_utils")
         if modeling is not None:  # else there is no model of theirs
@@ -125,14 +129,23 @@ class AttentionCapture:
         """Whether a call of this module is handed on now."""
         return self._enabled and self._names.get(id(module), None) not in (None, *self.problems)
 
-    def hear(self, module: nn.Module, read: Callable[[], AttentionCall]) -> None:
+    def unreadable_reason(self, module: nn.Module) -> str | None:
+        """Why the softmax of this module's attention function is to be observed; None where it is not."""
+        return self._unreadable.get(self._names.get(id(module), ""))
+
+    def hear(
+        self, module: nn.Module, read: Callable[[], AttentionCall | SoftmaxCall], *, may_observe: bool = False
+    ) -> None:
         """Hand one call to the listener.
 
         Args:
             module: one of the capture's.
             read: makes the call, or raises why it cannot.
+            may_observe: the softmax inside the attention function can be had instead.
         """
         name = self._names[id(module)]
+        if may_observe and name in self._unreadable:
+            return
         try:
             call = read()
             before = self._implementations.setdefault(name, call.implementation)
@@ -143,7 +156,11 @@ class AttentionCapture:
                 )
             self._listener(name, call)
         except UnsupportedCallError as error:
-            self.problems[name] = str(error)
+            if may_observe and isinstance(error, UnreadableFunctionError):
+                self._unreadable[name] = str(error)
+                self._implementations.pop(name)
+            else:
+                self.problems[name] = str(error)
         except Exception as error:
             self.problems[name] = f"its attention call could not be read ({type(error).__name__}: {error})"
         else:
@@ -189,8 +206,11 @@ def _tap(function: Any, implementation: str | None) -> Any:
     @functools.wraps(function)
     def tap(*args: Any, **kwargs: Any) -> Any:
         if STATE.listening and listeners.is_free():
-            _hear(function, name, args, kwargs)
-            with listeners.silence():
+            module, reason = _hear(function, name, args, kwargs)
+            if module is not None and reason is not None:
+                with observed(module, reason):
+                    return function(*args, **kwargs)
+            with listeners.silence(), suspended():
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -237,7 +257,12 @@ def _emit(source: int, parameters: tuple[str, ...], args: tuple[Any, ...], kwarg
 
 
 @torch.compiler.disable
-def _hear(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _hear(
+    function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[nn.Module | None, str | None]:
+    """Deliver a call; the module, and why its function's softmax has to be observed."""
     module = args[0] if args else kwargs.get("module")
-    if isinstance(module, nn.Module) and listeners.is_watched(module):
-        listeners.deliver(module, lambda: read_call(function, name, args, kwargs))
+    if not isinstance(module, nn.Module) or not listeners.is_watched(module):
+        return None, None
+    listeners.deliver(module, lambda: read_call(function, name, args, kwargs), may_observe=True)
+    return module, listeners.unreadable_reason(module)

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lightning_qk.capture.call import AttentionCall, is_recomputation
+from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 
 
 class Listening(Protocol):
@@ -19,8 +20,13 @@ class Listening(Protocol):
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of this module is handed on now."""
 
-    def hear(self, module: nn.Module, read: Callable[[], AttentionCall]) -> None:
+    def hear(
+        self, module: nn.Module, read: Callable[[], AttentionCall | SoftmaxCall], *, may_observe: bool = False
+    ) -> None:
         """Take one call."""
+
+    def unreadable_reason(self, module: nn.Module) -> str | None:
+        """Why the module's attention function has to be observed."""
 
 
 class _State:
@@ -89,12 +95,15 @@ def is_watched(module: nn.Module) -> bool:
 
 # Never traced: inside a compiled model it is reached through an operator only.
 @torch.compiler.disable
-def deliver(module: nn.Module, read: Callable[[], AttentionCall]) -> None:
+def deliver(
+    module: nn.Module, read: Callable[[], AttentionCall | SoftmaxCall], *, may_observe: bool = False
+) -> None:
     """Hand a call to all who want it, with autograd off; the recomputation of a checkpoint counts as none.
 
     Args:
         module: the attention layer.
         read: names the call's arguments; may raise, which the capture keeps as the layer's problem.
+        may_observe: whoever delivers will observe the function's softmax where its arguments do not tell.
     """
     if is_recomputation():
         return
@@ -103,7 +112,13 @@ def deliver(module: nn.Module, read: Callable[[], AttentionCall]) -> None:
     # Silent: a listener may call an attention function to find out what it computes.
     with torch.no_grad(), silence():
         for capture in wanted:
-            capture.hear(module, read)
+            capture.hear(module, read, may_observe=may_observe)
+
+
+def unreadable_reason(module: nn.Module) -> str | None:
+    """Why the attention function of a watched module has to be observed; None where it need not be."""
+    reasons = (capture.unreadable_reason(module) for capture in _captures if capture.wants(module))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def delivered() -> int:

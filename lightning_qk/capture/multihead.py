@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -160,6 +161,32 @@ def read_multihead(
         k, v = k[:, :, :n], v[:, :, :n]
     options = {"scaling": None, "is_causal": is_causal and n > 1}
     return (q, k, v, _merge(attn_mask, key_padding_mask, q.dtype)), options
+
+
+def read_functional(
+    *args: Any, **kwargs: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]] | str:
+    """As :func:`read_multihead`, of a call of torch.nn.functional.multi_head_attention_forward."""
+    given = _FUNCTIONAL.bind(*args, **kwargs)
+    given.apply_defaults()
+    named = SimpleNamespace(**given.arguments, batch_first=False)
+    if named.static_k is not None or named.static_v is not None:
+        return "multi_head_attention_forward gets static keys, which are not captured: pass them as tokens"
+    if named.use_separate_proj_weight:
+        named.in_proj_weight = None
+    return read_multihead(
+        named,
+        named.query,
+        named.key,
+        named.value,
+        named.key_padding_mask,
+        named.need_weights,
+        named.attn_mask,
+        is_causal=named.is_causal,
+    )
+
+
+_FUNCTIONAL = inspect.signature(F.multi_head_attention_forward)
 
 
 def _project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_qk.capture.masks import block_mask_function, packed_function, padded_function
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.functional._logits import _MASKED_BELOW, MaskFunction
+from lightning_qk.functional._logits import MASKED_BELOW, MaskFunction
 
 
 class Reading(NamedTuple):
@@ -106,7 +106,7 @@ def position_offset(seen: Scope, self_attention: bool | None) -> int:
     device = seen.key.device
     if isinstance(seen.mask, Tensor):
         row = seen.mask[..., -1, :]
-        row = row if row.dtype == torch.bool else row > _MASKED_BELOW
+        row = row if row.dtype == torch.bool else row > MASKED_BELOW
     else:
         batch, heads = (torch.arange(size, device=device) for size in seen.query.shape[:2])
         last = torch.full((1, 1, 1, 1), n - 1, device=device)

@@ -1,6 +1,7 @@
-"""One attention call as it was made."""
+"""One attention call, or one softmax, as it was made."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -31,5 +32,33 @@ class AttentionCall(NamedTuple):
     function: Callable[..., Any] | None = None
 
 
+class SoftmaxCall(NamedTuple):
+    """The softmax of attention that a layer computes itself.
+
+    Attributes:
+        module: the attention layer.
+        logits: what the softmax gets, masks and biases included; its last two axes are queries and keys,
+            ``(..., n, m)``. How heads and sequences lie before them:
+            :func:`~lightning_qk.capture.softmax.by_head`.
+        d_head: width of the vectors whose products the logits are.
+        relative: rows are known up to a constant, since the layer subtracted their maximum.
+        sinks: how many of the last columns, 0 or 1, are no keys but a learnt sink's logit.
+        implementation: ``"softmax"``.
+        options: nothing.
+    """
+
+    module: nn.Module
+    logits: Tensor
+    d_head: int
+    relative: bool = False
+    sinks: int = 0
+    implementation: str = "softmax"
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
 class UnsupportedCallError(Exception):
     """An attention call whose softmax cannot be reconstructed; the message says why and what to do."""
+
+
+class UnreadableFunctionError(UnsupportedCallError):
+    """The attention function computes something else of its arguments; its own softmax may yet be observed."""

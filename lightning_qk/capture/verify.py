@@ -24,7 +24,7 @@ from lightning_qk.capture.readings import (
     scope,
     sliding_window,
 )
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.record import AttentionCall, UnreadableFunctionError, UnsupportedCallError
 from lightning_qk.functional._logits import CHUNK_ELEMENTS, Logits, valid_rows
 from lightning_qk.functional._precision import at_least_float32, full_precision
 
@@ -110,7 +110,7 @@ def _find(call: AttentionCall) -> Reading:
         errors = _errors(trial, output, candidates(trial), tolerance)
         best = min((error for error, _ in errors), default=math.inf)
     if best > tolerance:
-        raise UnsupportedCallError(
+        raise UnreadableFunctionError(
             f"the output of attention function {_name(call)} is not softmax attention of the query, key and mask "
             f"that it received ({mask_form(call.attention_mask)}): {_REMEDY}"
         )
@@ -190,7 +190,7 @@ def _run(trial: AttentionCall, call: AttentionCall) -> tuple[Any, float]:
             )
         except Exception as error:
             what = next(iter(str(error).splitlines()), "")
-            raise UnsupportedCallError(
+            raise UnreadableFunctionError(
                 f"attention function {_name(call)} could not be tried on random tensors "
                 f"({type(error).__name__}: {what}): {_REMEDY}"
             ) from error

@@ -1,6 +1,6 @@
 """Pure tensor functions: spectra of heads, signal propagation, statistics of attention. Imports torch alone."""
 
-from lightning_qk.functional.localization import attention_statistics
+from lightning_qk.functional.localization import attention_statistics, logit_statistics
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_singular_values
@@ -8,6 +8,7 @@ from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_sing
 __all__ = [
     "Rotary",
     "attention_statistics",
+    "logit_statistics",
     "qk_eigenvalues",
     "qk_moments",
     "qk_singular_values",

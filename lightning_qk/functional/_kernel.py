@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import _MASKED_BELOW, Logits
+from lightning_qk.functional._logits import MASKED_BELOW, Logits
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.
@@ -165,7 +165,7 @@ def launch(
         "window": source.sliding_window or 0,
         "scale": scaling * log2e if source.softcap is None else scaling / source.softcap,
         "cap": 0.0 if source.softcap is None else source.softcap * log2e,
-        "masked_below": _MASKED_BELOW,
+        "masked_below": MASKED_BELOW,
         "JOINT": query.dtype != torch.float32,
         "D": d_head,
         "BLOCK_D": wide,

@@ -11,7 +11,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
-_MASKED_BELOW = -9e3
+MASKED_BELOW = -9e3
 # Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
 CHUNK_ELEMENTS = 1 << 21
 
@@ -26,12 +26,14 @@ class Chunk(NamedTuple):
             heads|1, rows, keys - edge)``; None when every key is visible. Keys before ``edge`` are visible.
         edge: how many leading keys every row sees.
         position: of the rows on the axis of the keys, ``(batch|1, rows)``.
+        sinks: learnt extra logit of each row, ``(batch|1, heads, rows|1)``.
     """
 
     logits: Tensor
     shown: Tensor | None
     edge: int
     position: Tensor
+    sinks: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -62,6 +64,21 @@ class Logits(NamedTuple):
     query_offset: int
     scaling: float
     softcap: float | None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, n, m)``."""
+        return (*self.query.shape[:3], self.key.shape[2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the chunks."""
+        return self.key.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the chunks."""
+        return self.key.device
 
     @classmethod
     def check(
@@ -157,14 +174,15 @@ class Logits(NamedTuple):
         mask = self.mask
         if visible is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
             logits += torch.where(visible, _take(mask, index), 0.0)
-        return Chunk(logits, None if visible is None else visible.to(logits.dtype), edge, position)
+        sinks = None if self.sinks is None else self.sinks.to(logits.dtype).view(1, heads, 1)
+        return Chunk(logits, None if visible is None else visible.to(logits.dtype), edge, position, sinks)
 
     def visible(self, index: slice | Tensor, position: Tensor, keys: slice) -> Tensor | None:
         """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
         visible = None
         if isinstance(self.mask, Tensor):
             mask = _take(self.mask, index)[..., keys]
-            visible = mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
+            visible = mask if mask.dtype == torch.bool else mask > MASKED_BELOW
         elif self.mask is not None:
             visible = self._evaluate(self.mask, index, keys)
         if self.is_causal or self.sliding_window is not None:
@@ -210,10 +228,104 @@ class Logits(NamedTuple):
 
     def chunks(self, count: int) -> Iterator[slice]:
         """Slices of ``count`` rows whose logits have ``CHUNK_ELEMENTS`` elements at most, or one row."""
-        batch, heads = self.query.shape[:2]
-        size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * self.key.shape[2]))
-        for start in range(0, count, size):
-            yield slice(start, min(start + size, count))
+        return _chunks(self.shape, count)
+
+
+class GivenLogits(NamedTuple):
+    """Logits that were computed elsewhere, hidden keys pushed down by value: what the chunks are taken from."""
+
+    logits: Tensor  # (batch, heads, n, m), any float dtype
+    used: Tensor  # (batch, n): rows that may be looked at; the others may hold anything
+    query_offset: int
+    sinks: Tensor | None = None  # (batch, heads, n)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, n, m)``."""
+        batch, heads, n, m = self.logits.shape
+        return batch, heads, n, m
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the chunks."""
+        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Of the chunks."""
+        return self.logits.device
+
+    @classmethod
+    def check(
+        cls,
+        logits: Tensor,
+        query_mask: Tensor | None,
+        self_attention: bool,
+        query_offset: int,
+        sinks: Tensor | None = None,
+    ) -> "GivenLogits":
+        """Check the tensor and find the rows that count.
+
+        A row counts where some head sees a key, and a token that no row sees is padding: its own row counts
+        not. One pass for the rows and one for the keys; the mask is never in memory.
+
+        Raises:
+            ValueError: another number of axes, no floating dtype, or a query mask that does not fit.
+        """
+        if logits.dim() != 4 or not logits.is_floating_point():
+            raise ValueError(
+                "expected floating logits (batch, heads, n, m), got "
+                f"{logits.dtype} of shape {tuple(logits.shape)}: give each head an axis of its own"
+            )
+        batch, heads, n, m = logits.shape
+        _check_query_mask(query_mask, batch, n)
+        if sinks is not None:
+            sizes = zip(reversed(sinks.shape), (n, heads, batch), strict=False)
+            if sinks.dim() > 3 or any(have not in (1, want) for have, want in sizes):
+                raise ValueError(
+                    f"expected learnt sinks that broadcast to (batch, heads, n) = {(batch, heads, n)}, got shape "
+                    f"{tuple(sinks.shape)}: one logit a head is sinks[:, None]"
+                )
+            sinks = sinks.expand(batch, heads, n)
+        if logits.numel() == 0:
+            none = torch.zeros(batch, n, dtype=torch.bool, device=logits.device)
+            return cls(logits, none, query_offset, sinks)
+        # Not "> bound", so that NaN is no mask: it is to be seen in the statistics.
+        valid = ~(logits.amax((1, 3)) <= MASKED_BELOW)
+        if self_attention and query_offset >= 0 and query_offset + n <= m:
+            seen = ~(logits.amax((1, 2)) <= MASKED_BELOW)
+            valid &= seen[:, query_offset : query_offset + n]
+        if query_mask is not None:
+            valid &= query_mask.to(device=valid.device, dtype=torch.bool)
+        return cls(logits, valid, query_offset, sinks)
+
+    def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
+        """Some query rows, and which keys they see; arguments as those of :meth:`Logits.chunk`."""
+        rows = _take(self.logits, index)
+        used = self.used[:, index] if isinstance(index, slice) else self.used.gather(1, index)
+        hidden = (rows <= MASKED_BELOW) | ~used[:, None, :, None]
+        x = buffer[: rows.numel()].view(rows.shape)
+        x.copy_(rows).masked_fill_(hidden, 0.0)
+        if isinstance(index, slice):
+            position = torch.arange(index.start, index.stop, device=self.device)[None]
+        else:
+            position = index
+        sinks = None
+        if self.sinks is not None:
+            sinks = _take(self.sinks[..., None], index)[..., 0].to(x.dtype)
+            sinks = torch.where(used[:, None], sinks, 0.0)
+        return Chunk(x, (~hidden).to(x.dtype), 0, position + self.query_offset, sinks)
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        """Slices of ``count`` rows whose logits have ``CHUNK_ELEMENTS`` elements at most, or one row."""
+        return _chunks(self.shape, count)
+
+
+def _chunks(shape: tuple[int, int, int, int], count: int) -> Iterator[slice]:
+    batch, heads, _, m = shape
+    size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * m))
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
 
 
 def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Tensor:
@@ -245,10 +357,7 @@ def valid_rows(
         ``(batch, m)``, or None without a mask.
     """
     batch, _, n, _ = logits.query.shape
-    if query_mask is not None and query_mask.shape != (batch, n):
-        raise ValueError(
-            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}"
-        )
+    _check_query_mask(query_mask, batch, n)
     m = logits.key.shape[2]
     device = logits.query.device
     valid = torch.ones(batch, n, dtype=torch.bool, device=device)
@@ -277,6 +386,13 @@ def valid_rows(
     if query_mask is not None:
         valid = valid & query_mask.to(device=device, dtype=torch.bool)
     return valid, seen
+
+
+def _check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
+    if query_mask is not None and query_mask.shape != (batch, n):
+        raise ValueError(
+            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}"
+        )
 
 
 def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:

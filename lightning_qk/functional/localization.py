@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._kernel import Collected, kernel_rows
-from lightning_qk.functional._logits import Chunk, Logits, MaskFunction, sample_rows, valid_rows
+from lightning_qk.functional._logits import Chunk, GivenLogits, Logits, MaskFunction, sample_rows, valid_rows
 from lightning_qk.functional._precision import at_least_float32, full_precision
 
 ROW_STATISTICS = (
@@ -33,6 +33,9 @@ ROW_STATISTICS = (
 
 MEAN_STATISTICS = (*ROW_STATISTICS, "sink_rate")
 """Statistics that are means, with a standard error when rows are sampled."""
+
+POSITION_STATISTICS = ("distance", "distance_spread", "diagonal")
+"""Statistics that need to know where a row's query stands among the keys."""
 
 EXTREMES = ("max_logit", "max_abs_logit")
 """Statistics that are maxima; over sampled rows, a lower bound of the maximum over all rows."""
@@ -160,12 +163,76 @@ def attention_statistics(
         self_attention=self_attention,
         generator=generator,
     )
+    return means(
+        sums, per_sequence=per_sequence, standard_errors=rows is not None, has_sinks=sinks is not None
+    )
+
+
+def logit_statistics(
+    logits: Tensor,
+    *,
+    rows: int | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int | None = 0,
+    self_attention: bool | None = None,
+    relative: bool = False,
+    sinks: Tensor | None = None,
+    per_sequence: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """The statistics of :func:`attention_statistics`, from the very logits that a softmax gets.
+
+    For attention whose logits are more than a scaled ``q · k``, or are at hand anyway: what is added to them,
+    masks included, is in them. A key is hidden from a row where the logit is −9000 or below, as of the masks that
+    :func:`attention_statistics` adds: −inf, the smallest number of a dtype, −1e4 and −1e9 hide; −100 does not, and
+    its key counts among the row's visible ones with a probability that is as good as 0.
+
+    Args:
+        logits: shape ``(batch, heads, n, m)``, floating; the last axis is the softmax's.
+        rows: how many query rows to sample in each sequence; None for all.
+        query_mask: rows to count, boolean ``(batch, n)``.
+        query_offset: position of the first query on the axis of the keys; None where queries have no place
+            among the keys: distance, distance_spread and diagonal are NaN then.
+        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding
+            and its own row is left out. None: when ``n == m``.
+        sinks: learnt extra logit in the softmax's denominator, broadcastable to ``(batch, heads, n)``.
+        relative: each row's logits are known up to a constant (its maximum was subtracted, say): max_logit and
+            max_abs_logit are NaN then. The others do not depend on it.
+        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``.
+        generator: where sampled rows are drawn from; None is torch's global generator.
+
+    Returns:
+        As :func:`attention_statistics`, in float32 at least.
+
+    Raises:
+        ValueError: no floating tensor of four axes, ``query_mask`` or ``sinks`` of another shape, or ``rows``
+            below 1.
+    """
+    sums = logit_sums(
+        logits,
+        rows=rows,
+        query_mask=query_mask,
+        query_offset=query_offset,
+        self_attention=self_attention,
+        relative=relative,
+        sinks=sinks,
+        generator=generator,
+    )
+    return means(
+        sums, per_sequence=per_sequence, standard_errors=rows is not None, has_sinks=sinks is not None
+    )
+
+
+def means(
+    sums: AttentionSums, *, per_sequence: bool, standard_errors: bool, has_sinks: bool
+) -> dict[str, Tensor]:
+    """Means of one call, ``(heads,)`` or ``(batch, heads)``; that of the learnt sink where there is one."""
     if not per_sequence:
         sums = AttentionSums(
             sums.total.sum(1), sums.weight.sum(1), sums.variance.sum(1), sums.maximum.amax(1)
         )
-    out = finish(sums, standard_errors=rows is not None)
-    if sinks is None:
+    out = finish(sums, standard_errors=standard_errors)
+    if not has_sinks:
         out = {name: value for name, value in out.items() if not name.startswith("sink_learnt")}
     return out
 
@@ -222,11 +289,44 @@ def attention_sums(
         return _pool(collected, valid, used)
 
 
-def _collect(source: Logits, used: Tensor, index: Tensor | None) -> Collected:
+@torch.no_grad()
+def logit_sums(
+    logits: Tensor,
+    *,
+    rows: int | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int | None = 0,
+    self_attention: bool | None = None,
+    relative: bool = False,
+    sinks: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> AttentionSums:
+    """The additive form of :func:`logit_statistics`, for accumulation; same arguments."""
+    if rows is not None and rows < 1:
+        raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
+    if self_attention is None:
+        self_attention = logits.dim() == 4 and logits.shape[2] == logits.shape[3]
+    # Without a place among the keys a query's own key is not known.
+    own = self_attention and query_offset is not None
+    source = GivenLogits.check(logits, query_mask, own, query_offset or 0, sinks)
+    index = None
+    if rows is not None and rows < source.shape[2]:
+        index = sample_rows(source.used, rows, generator)
+    used = source.used if index is None else source.used.gather(1, index)
+    with full_precision(logits.device):
+        collected = _collect(source, used, index)
+        if query_offset is None:
+            for name in POSITION_STATISTICS:
+                collected.counted[ROW_STATISTICS.index(name)] = False
+        if relative:
+            collected.maximum.fill_(-math.inf)
+        return _pool(collected, source.used, used)
+
+
+def _collect(source: Logits | GivenLogits, used: Tensor, index: Tensor | None) -> Collected:
     """Statistics of all rows, or of those of an index, chunk by chunk."""
-    batch, heads, n, _ = source.query.shape
-    m = source.key.shape[2]
-    dtype, device = source.key.dtype, source.key.device
+    batch, heads, n, m = source.shape
+    dtype, device = source.dtype, source.device
     count = n if index is None else index.shape[1]
 
     values = torch.zeros(len(ROW_STATISTICS), batch, heads, count, dtype=dtype, device=device)
@@ -242,7 +342,7 @@ def _collect(source: Logits, used: Tensor, index: Tensor | None) -> Collected:
     for part in chunks:
         chunk = source.chunk(part if index is None else index[:, part], buffers[0])
         keep = used[:, part]
-        rows = _row_statistics(source, chunk, keep, buffers[1:])
+        rows = _row_statistics(chunk, keep, buffers[1:])
         values[..., part] = rows.values
         counted[..., part] = rows.counted
         maximum = torch.maximum(maximum, rows.maximum)
@@ -294,16 +394,15 @@ class _Rows(NamedTuple):
     partition: Tensor  # (batch, heads, rows)
 
 
-def _row_statistics(source: Logits, chunk: Chunk, keep: Tensor, buffers: Sequence[Tensor]) -> _Rows:
+def _row_statistics(chunk: Chunk, keep: Tensor, buffers: Sequence[Tensor]) -> _Rows:
     """Statistics of some rows, in as few passes over the logits as they take.
 
     Args:
-        source: what the chunk was taken from.
         chunk: its logits are overwritten.
         keep: rows that count, ``(batch, rows)``.
         buffers: two flat buffers of the size of the logits; the first holds the returned weights.
     """
-    x, shown, edge, position = chunk
+    x, shown, edge, position, sinks = chunk
     batch, heads, count, width = x.shape
     dtype, tiny = x.dtype, torch.finfo(x.dtype).tiny
     weights, scratch = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
@@ -348,9 +447,9 @@ def _row_statistics(source: Logits, chunk: Chunk, keep: Tensor, buffers: Sequenc
     energy = torch.mul(weights, x, out=scratch).sum(-1)
     outcomes = keys
     learnt = torch.zeros_like(partition)
-    if source.sinks is not None:
+    if sinks is not None:
         # Relative to the larger of the two, lest the sink's own weight overflow.
-        sink = source.sinks.to(dtype).view(1, heads, 1) - top
+        sink = sinks - top
         lower = torch.where(sink > 0, (-sink).exp(), 1.0)
         learnt = torch.where(sink > 0, 1.0, sink.exp())
         total = partition * lower + learnt
@@ -395,7 +494,7 @@ def _row_statistics(source: Logits, chunk: Chunk, keep: Tensor, buffers: Sequenc
     )
     counted = keep_rows.expand(len(ROW_STATISTICS), -1, -1, -1).clone()
     counted[ROW_STATISTICS.index("entropy_normalized")] &= outcomes > 1
-    counted[ROW_STATISTICS.index("sink_learnt")] &= source.sinks is not None
+    counted[ROW_STATISTICS.index("sink_learnt")] &= sinks is not None
     return _Rows(values, counted, extremes, weights, partition)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import AttentionInterface
 
-from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.functional import attention_statistics
+from lightning_qk.capture.statistics import call_sums
+from lightning_qk.functional.localization import means
 from lightning_qk.heads.reader import find_attention, head_projections
 
 
@@ -32,7 +32,8 @@ def measure(model: nn.Module, **inputs: Any) -> tuple[dict[str, dict[str, Tensor
     out = {}
 
     def listen(name, call):
-        out[name] = attention_statistics(**statistics_arguments(call, self_attention=kinds[name]))
+        found = call_sums(call, self_attention=kinds[name])
+        out[name] = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=True)
 
     listening = AttentionCapture({m: n for n, m in find_attention(model).items()}, listen)
     listening.install()
@@ -191,5 +192,6 @@ def flash_stand_in() -> Iterator[None]:
 def as_flash(model: nn.Module) -> nn.Module:
     """The model with flash attention, past the check that the package is installed."""
     for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
-        config._attn_implementation_internal = "flash_attention_2"
+        # Past the configuration's own check as well: GPT-OSS's asks for kernels that take sinks, as these do.
+        object.__setattr__(config, "_attn_implementation_internal", "flash_attention_2")
     return model

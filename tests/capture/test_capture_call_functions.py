@@ -170,7 +170,25 @@ def test_functions_without_a_mask_function_see_padding_as_they_do(function):
         oracle.assert_statistics(statistics, want)
 
 
-@pytest.mark.parametrize("function", [linear, sparse, with_alibi, None])
+@pytest.mark.parametrize("function", [sparse, with_alibi])
+def test_the_softmax_of_a_function_that_its_arguments_do_not_tell_is_observed(function):
+    maps = []
+
+    def listened(module, query, key, value, attention_mask, **kwargs):
+        # The probabilities themselves, by values that tell each key.
+        tell = torch.eye(key.shape[2]).expand(*key.shape[:2], -1, -1)
+        maps.append(function(module, query, key, tell, attention_mask, **kwargs)[0].transpose(1, 2))
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    got, problems, _ = measure(listened)
+    assert problems == {}
+    assert len(got) == 2
+    # Each layer's first map is of the trial. A token that no row sees counts as padding.
+    for statistics, p in zip(got.values(), maps[1::2], strict=True):
+        oracle.assert_statistics(statistics, oracle.map_statistics(p, p.amax((1, 2)) > 0))
+
+
+@pytest.mark.parametrize("function", [linear, None])
 def test_what_is_no_softmax_of_its_arguments_is_refused(function):
     got, problems, _ = measure(function or of_no_shape_in_trials())
     assert got == {}

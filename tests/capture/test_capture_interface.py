@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.functional import attention_statistics
+from lightning_qk.capture.statistics import call_sums
+from lightning_qk.functional.localization import means
 from lightning_qk.heads.reader import find_attention, head_projections
 
 PADDING = torch.ones(2, 12, dtype=torch.long)
@@ -28,7 +28,8 @@ def capture(model: nn.Module, **inputs: torch.Tensor) -> dict[str, dict[str, tor
     out = {}
 
     def listen(name, call):
-        out[name] = attention_statistics(**statistics_arguments(call, self_attention=kinds[name]))
+        found = call_sums(call, self_attention=kinds[name])
+        out[name] = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=True)
 
     listening = AttentionCapture({m: n for n, m in find_attention(model).items()}, listen)
     listening.install()
