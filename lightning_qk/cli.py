@@ -53,6 +53,13 @@ def _report(args: list[str]) -> int:
     return 0
 
 
+def _coverage(args: list[str]) -> int:
+    """Measure which model types are read and captured."""
+    from lightning_qk.coverage.command import run
+
+    return run(args[1:], f"{_PROG} coverage")
+
+
 # One line makes a command: its name, what the help says, and a function of the arguments (the name first).
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "fit": ("train and validate a model: lightning-qk fit --config configs/quickstart.yaml", _fit_and_kin),
@@ -60,6 +67,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "test": ("evaluate on the test data", _fit_and_kin),
     "predict": ("run the model over the test data", _fit_and_kin),
     "report": ("make the HTML report of a run again from its record", _report),
+    "coverage": ("measure which of transformers' model types are read and captured", _coverage),
 }
 
 

@@ -1,0 +1,124 @@
+"""``lightning-qk coverage``: build every model type, compare what is read and captured, and write the table."""
+
+import argparse
+import difflib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_qk.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
+from lightning_qk.coverage.workers import Outcome, run_each
+
+
+def run(args: Sequence[str], prog: str) -> int:
+    """Run the command.
+
+    Args:
+        args: what follows the command's name.
+        prog: the program's name.
+
+    Returns:
+        The exit status: 0 where the bars are met or types were named, 1 where they are missed, 2 for a wrong line.
+    """
+    options = _parser(prog).parse_args(args)
+    if options.jobs < 1 or options.timeout <= 0 or options.memory < 256:
+        print(
+            f"{prog}: error: expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "
+            f"{options.jobs} --timeout {options.timeout:g} --memory {options.memory}; correct them",
+            file=sys.stderr,
+        )
+        return 2
+    # Before the rest, lest a misspelling take seconds to be told.
+    from lightning_qk.coverage.catalogue import model_types
+
+    known = model_types()
+    for name in options.types:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]!r}?" if close else "transformers' AutoConfig lists those it knows"
+            print(
+                f"{prog}: error: expected model types of the installed transformers, got {name!r}; {hint}",
+                file=sys.stderr,
+            )
+            return 2
+    outcomes = _measure(options.types or known, options.jobs, options.timeout, options.memory)
+    outcomes.sort(key=lambda outcome: outcome.name)
+    rows = [row_of(outcome.name, outcome.value, outcome.problem) for outcome in outcomes]
+    print_summary(rows, named=bool(options.types))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(_as_json(rows, outcomes))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(markdown(rows, versions()), encoding="utf-8")
+        print(options.output)
+    return 0 if options.types or Totals.of(rows).meets_bars() else 1
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Build every model type of the installed transformers at toy size, read its weights, capture "
+        "its attention, compare both with its own forward, and print and write what was verified.",
+    )
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; default: all of them")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--json", type=Path, help="JSON file to write, with every layer")
+    parser.add_argument("--jobs", type=int, default=1, help="types to check at a time (default: 1)")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a type (default: 120)")
+    parser.add_argument("--memory", type=int, default=2048, help="MiB of memory for a type (default: 2048)")
+    return parser
+
+
+def _measure(types: Sequence[str], jobs: int, timeout: float, memory: int) -> list[Outcome]:
+    """Check the types, each in its own process, with a bar where somebody looks on."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    preload()
+    from lightning_qk.coverage.check import check_type
+
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes = []
+    # Without a thread of its own: the processes are forks.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("model types", total=len(types))
+        for outcome in run_each(check_type, types, jobs=jobs, timeout=timeout, memory=memory):
+            outcomes.append(outcome)
+            progress.update(task, advance=1, description=outcome.name, refresh=True)
+    return outcomes
+
+
+def preload() -> None:
+    """Import what every type needs, once, before processes are forked."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    from transformers import BertModel, CLIPModel, LlamaModel  # noqa: F401
+
+    import lightning_qk.coverage.check  # noqa: F401
+
+
+def _as_json(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
+    totals = Totals.of(rows)
+    return json.dumps(
+        {
+            "versions": versions(),
+            "totals": totals._asdict(),
+            "types": {
+                row.type: {
+                    "group": row.group,
+                    "why": row.why,
+                    "seconds": round(outcome.seconds, 1),
+                    "peak": round(outcome.peak),
+                    "weights_verified": row.weights_verified,
+                    "statistics_verified": row.statistics_verified,
+                    **(outcome.value or {"problem": outcome.problem}),
+                }
+                for row, outcome in zip(rows, outcomes, strict=True)
+            },
+        },
+        indent=1,
+    )

@@ -1,0 +1,186 @@
+"""Check the statistics that capture gives against dense softmax in double precision."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.capture.statistics import call_sums
+from lightning_qk.coverage.trace import Event, Trace
+from lightning_qk.functional.localization import means
+from lightning_qk.heads.projections import HeadProjections
+
+TOLERANCE = 1e-4
+OF_ROWS = ("entropy", "participation", "max_prob", "sink_first")
+OF_POSITIONS = ("distance", "diagonal")
+
+
+class CapturedCalls:
+    """What ``AttentionMonitor`` would measure during a forward, of every row, layer by layer.
+
+    Attributes:
+        calls: name of a layer → the statistics of each of its calls.
+        problems: name → why its calls cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, nn.Module],
+        trace: Trace,
+        heads: Mapping[str, int] | None = None,
+    ) -> None:
+        names = {module: name for name, module in sites.items()}
+        self._heads = heads or {}
+        self._trace = trace
+        self.calls: dict[str, list[dict[str, Tensor]]] = {}
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+        self._capture = AttentionCapture(names, self._hear, model=model)
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Name of a layer → why its calls cannot be used."""
+        return self._capture.problems
+
+    def __enter__(self) -> "CapturedCalls":
+        self._capture.install()
+        self._capture.enabled = True
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._capture.remove()
+
+    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+        with self._trace.paused():
+            found = call_sums(call, self_attention=None, heads=self._heads.get(name))
+            statistics = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=False)
+            self.calls.setdefault(name, []).append(statistics)
+            self.shapes.setdefault(name, []).append(found.shape)
+
+
+def verify_statistics(
+    captured: CapturedCalls, name: str, events: list[Event], read: HeadProjections | None
+) -> str | None:
+    """Compare one layer's captured statistics with those of the softmaxes that really ran.
+
+    Returns:
+        None where they agree, else a clause that says what does not.
+    """
+    if name in captured.problems:
+        return captured.problems[name]
+    calls = captured.calls.get(name, [])
+    if not calls:
+        return "no attention call of it was heard"
+    if len(calls) > len(events):
+        return f"{len(calls)} calls were heard and {len(events)} softmaxes seen"
+    # Some layers compute their logits twice and throw one result away: what is left over has to be a repetition.
+    rest = list(events)
+    said = None
+    for statistics, shape in zip(calls, captured.shapes[name], strict=True):
+        found = None
+        for event in rest:
+            wrong = _compare(statistics, shape, event)
+            if wrong is None:
+                found = event
+                break
+            said = said or wrong
+        if found is None:
+            return said or f"{len(calls)} calls were heard and {len(events)} softmaxes seen"
+        rest.remove(found)
+    for event in rest:
+        if all(_compare(*call, event) is not None for call in zip(calls, captured.shapes[name], strict=True)):
+            return f"{len(calls)} calls were heard and {len(events)} softmaxes seen"
+    return None
+
+
+def _compare(statistics: dict[str, Tensor], shape: tuple[int, ...], event: Event) -> str | None:
+    probabilities = dense(event)
+    if probabilities is None:
+        return "the probabilities of its softmax could not be followed"
+    batch, heads, n, m = shape
+    width = probabilities.shape[-1]
+    if probabilities.numel() != batch * heads * n * width or width not in (m, m + 1):
+        seen = "×".join(str(size) for size in probabilities.shape)
+        return f"its softmax has shape {seen} where capture has {batch}×{heads}×{n}×{m}"
+    if event.empty is not None:
+        # Softmax makes such a row uniform; it is padding.
+        empty = event.empty.reshape(*probabilities.shape[:-1], 1)
+        probabilities = probabilities.masked_fill(empty, 0.0)
+    probabilities = _by_head(probabilities, heads).reshape(batch, heads, n, width)
+    want = dense_statistics(probabilities, m)
+    names = OF_ROWS if n != m else (*OF_ROWS, *OF_POSITIONS)
+    for name in names:
+        got, expected = statistics[name].double(), want[name]
+        error = ((got - expected).abs() / expected.abs().clamp_min(1)).amax()
+        if name == "sink_first":
+            # Whether a mask of -100 hides a key is a question of words.
+            error = torch.minimum(error, (got - want["sink_first_near"]).abs().amax())
+        if not error <= TOLERANCE:
+            return f"its {name} is off by {float(error):.2g}"
+    return None
+
+
+def _by_head(rows: Tensor, heads: int) -> Tensor:
+    """Windows and blocks are the batch: the axis of the heads moves next to the queries."""
+    axes = [axis for axis in range(1, rows.dim() - 2) if rows.shape[axis] == heads]
+    return rows.movedim(axes[0], -3) if rows.dim() > 4 and len(axes) == 1 else rows
+
+
+def dense(event: Event) -> Tensor | None:
+    """The probabilities of an attention, in double precision where it ran as one operator."""
+    if not event.fused:
+        return None if event.probabilities is None else event.probabilities.double()
+    (product,) = event.products
+    query, key = product.query.double(), product.key.double()
+    if product.scale is None:
+        return None
+    if query.dim() == 4 and key.shape[1] != query.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = query @ key.transpose(-1, -2) * product.scale
+    if event.is_causal:
+        n, m = logits.shape[-2:]
+        logits = logits.masked_fill(~torch.ones(n, m, dtype=torch.bool).tril(), -math.inf)
+    if event.mask is not None:
+        if event.mask.dtype == torch.bool:
+            logits = logits.masked_fill(~event.mask, -math.inf)
+        else:
+            logits = logits + event.mask.double()
+    return logits.softmax(-1)
+
+
+def dense_statistics(probabilities: Tensor, keys: int) -> dict[str, Tensor]:
+    """Statistics of whole maps of probabilities.
+
+    Args:
+        probabilities: ``(batch, heads, n, m)``, or ``m + 1`` with a learnt sink in the last column.
+        keys: m.
+
+    Returns:
+        Each ``(heads,)``: means over the rows that are no padding. A token is padding where no row sees it.
+    """
+    p = probabilities.nan_to_num(0.0)
+    of_keys = p[..., :keys]
+    n = p.shape[2]
+    counted = of_keys.sum(-1).amax(1) > 0
+    if n == keys:
+        counted = counted & (of_keys.amax((1, 2)) > 0)
+    weight = counted[:, None].double().expand(-1, p.shape[1], -1)
+    positions = (torch.arange(n)[:, None] - torch.arange(keys)).abs().double()
+    first = (of_keys > 0).double().argmax(-1, keepdim=True)
+    # A mask of -100 leaves a denormal number or nothing.
+    near = (of_keys > 1e-40).double().argmax(-1, keepdim=True)
+    rows = {
+        "entropy": -torch.special.xlogy(p, p).sum(-1),
+        "participation": 1 / p.square().sum(-1).clamp_min(1e-300),
+        "max_prob": of_keys.amax(-1),
+        "sink_first": of_keys.gather(-1, first).squeeze(-1),
+        "sink_first_near": of_keys.gather(-1, near).squeeze(-1),
+        "distance": (of_keys * positions).sum(-1),
+    }
+    if n == keys:
+        rows["diagonal"] = of_keys.diagonal(dim1=-2, dim2=-1)
+    return {name: (value * weight).sum((0, 2)) / weight.sum((0, 2)) for name, value in rows.items()}

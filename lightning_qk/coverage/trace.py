@@ -1,0 +1,381 @@
+"""Watch a forward pass from below: every operation that torch runs, where it ran and what it was made from.
+
+Nothing here knows how a model calls attention. An attention is found by what it computes: a softmax (or a fused
+operator that contains one) whose logits are products of two tensors neither of which is a parameter.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_qk.functional._logits import MASKED_BELOW
+
+PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "dot", "mv", "_scaled_mm"})
+_SOFTMAX = frozenset({"_softmax", "_safe_softmax", "logsumexp", "_log_softmax"})
+# What ends the way from a softmax back to the products that its logits are made of.
+_BARRIERS = frozenset(
+    {
+        *_SOFTMAX,
+        "convolution",
+        "native_layer_norm",
+        "native_group_norm",
+        "embedding",
+        "native_batch_norm",
+        "topk",
+    }
+)
+MOVES = frozenset(
+    {
+        "_conj", "_reshape_alias", "_reshape_copy", "_to_copy", "_unsafe_view", "alias", "as_strided",
+        "cat", "chunk", "clone", "constant_pad_nd", "contiguous", "copy", "copy_", "detach", "empty_like",
+        "expand", "expand_as", "flatten", "flip", "gather", "im2col", "index", "index_put", "index_put_",
+        "index_select", "lift_fresh", "masked_select", "movedim", "narrow", "new_empty", "new_zeros",
+        "permute", "repeat", "repeat_interleave", "reshape", "resolve_conj", "resolve_neg", "roll",
+        "scatter", "select", "slice", "slice_scatter", "split", "split_with_sizes", "squeeze", "stack",
+        "t", "take_along_dim", "transpose", "unbind", "unflatten", "unfold", "unsafe_chunk",
+        "unsafe_split", "unsqueeze", "view", "view_copy", "zeros_like",
+    }
+)  # fmt: skip
+"""Operations that copy numbers from one place to another and compute nothing."""
+SCALINGS = frozenset({"mul", "mul_", "div", "div_"})
+
+
+class Node:
+    """One result of one operation.
+
+    Attributes:
+        name: of the operation, as ATen calls it.
+        parents: what its tensor arguments were made by.
+        args: of the call, positional.
+        tensor: the result. In-place operations may have changed it since.
+        stack: names of the modules that ran, outermost first.
+    """
+
+    __slots__ = ("args", "kwargs", "name", "parents", "stack", "tensor", "version")
+
+    def __init__(
+        self,
+        name: str,
+        parents: list["Node"],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensor: Tensor,
+        stack: tuple["Frame", ...],
+    ) -> None:
+        self.name, self.parents, self.args, self.kwargs = name, parents, args, kwargs
+        self.tensor, self.stack = tensor, stack
+        self.version = tensor._version if not tensor.is_inference() else 0
+
+    def factor(self) -> float | None:
+        """The number that this operation multiplies one tensor by, or None where it does something else."""
+        if self.name not in SCALINGS:
+            return None
+        number = _number(self.args[1]) if len(self.args) > 1 else None
+        if number is None and self.name.startswith("mul"):
+            number = _number(self.args[0])
+        if number is None or number == 0:
+            return None
+        return number if self.name.startswith("mul") else 1 / number
+
+
+class Frame:
+    """One call of one module: its name, and the tensors that went into it and its parts and came out of them."""
+
+    __slots__ = ("module", "name", "tensors")
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.tensors: list[Tensor] = []
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Remember tensors that may be what the layer projects."""
+        known = {id(tensor) for tensor in self.tensors}
+        for tensor in tensors:
+            if (
+                len(self.tensors) < 64
+                and tensor.is_floating_point()
+                and tensor.dim() >= 2
+                and id(tensor) not in known
+            ):
+                self.tensors.append(tensor)
+
+
+class Product:
+    """Two operands whose product, scaled, is (part of) the logits.
+
+    Attributes:
+        query, key: ``(..., n, d)`` and ``(..., m, d)``; which is which follows from the softmax's axis.
+        query_node, key_node: what they were made by, or None.
+        scale: the factor on their product, or None where it is no single number.
+    """
+
+    __slots__ = ("key", "key_node", "query", "query_node", "scale")
+
+    def __init__(
+        self, query: Tensor, key: Tensor, query_node: Node | None, key_node: Node | None, scale: float | None
+    ) -> None:
+        self.query, self.key = query, key
+        self.query_node, self.key_node, self.scale = query_node, key_node, scale
+
+
+class Event:
+    """One softmax attention.
+
+    Attributes:
+        frames: the module calls around it, outermost first.
+        products: what its logits are made of; more than one where terms of position are added.
+        fused: it ran as one operator.
+        probabilities: after the softmax, before dropout; None for a fused operator.
+        empty: which rows of the probabilities have all of their keys hidden; None for a fused operator.
+        mask: of a fused operator: the additive or boolean mask, and whether it is causal.
+    """
+
+    __slots__ = ("empty", "frames", "fused", "is_causal", "mask", "probabilities", "products")
+
+    def __init__(
+        self, frames: tuple[Frame, ...], products: list[Product], probabilities: Tensor | None
+    ) -> None:
+        self.frames, self.products, self.probabilities = frames, products, probabilities
+        self.fused = probabilities is None
+        self.empty: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.is_causal = False
+
+
+class Trace(TorchDispatchMode):
+    """Records a forward pass of a model while entered. Use it without gradients.
+
+    Attributes:
+        events: the softmax attentions that ran, in order.
+        ran: names of the modules that ran.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._parameters = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in (*model.parameters(), *model.buffers())
+            if tensor.device.type != "meta"
+        }
+        self._nodes: dict[int, Node] = {}
+        self._owners: dict[int, Node] = {}
+        self._unused: dict[int, Event] = {}
+        self._keep: list[Tensor] = []
+        self._stack: list[Frame] = []
+        self._hooks: list[Any] = []
+        self.events: list[Event] = []
+        self.ran: set[str] = set()
+        self._paused = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs in here is no part of the forward."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def __enter__(self) -> "Trace":
+        for module in self._names:
+            self._hooks.append(module.register_forward_pre_hook(self._enter_module, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._leave_module, always_call=True))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        # What nothing was made of is no part of the model.
+        unused = {id(event) for event in self._unused.values()}
+        self.events = [event for event in self.events if id(event) not in unused]
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._stack.clear()
+
+    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        frame = Frame(self._names[module], module)
+        self.ran.add(frame.name)
+        self._stack.append(frame)
+        tensors = list(_tensors((args, kwargs)))
+        for outer in self._stack[-5:]:
+            outer.add(tensors)
+
+    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        tensors = list(_tensors(output))
+        while self._stack:
+            frame = self._stack.pop()
+            if frame.module is module:
+                break
+        for outer in self._stack[-4:]:
+            outer.add(tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        given = list(_tensors((args, kwargs)))
+        parents = [self._nodes[id(tensor)] for tensor in given if id(tensor) in self._nodes]
+        output = func(*args, **kwargs)
+        stack = tuple(self._stack)
+        for tensor in _tensors(output):
+            node = Node(name, list(parents), args, kwargs, tensor, stack)
+            self._nodes[id(tensor)] = node
+            self._keep.append(tensor)  # an id is only good while its tensor lives
+            place = tensor.untyped_storage().data_ptr()
+            owner = self._owners.setdefault(place, node)
+            if name.endswith("_") and owner is not node:
+                # A part of a larger tensor was written: that is made of it too.
+                owner.parents.append(node)
+        for tensor in given:
+            self._unused.pop(id(tensor), None)
+        if "scaled_dot_product" in name:
+            self._fused(args, kwargs)
+        elif name in _SOFTMAX:
+            self._softmax(name, args, output)
+        return output
+
+    def _node(self, tensor: Any) -> Node | None:
+        return self._nodes.get(id(tensor)) if isinstance(tensor, Tensor) else None
+
+    def _fused(self, args: Any, kwargs: dict[str, Any]) -> None:
+        named = dict(zip(("query", "key", "value", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+        query, key = named["query"], named["key"]
+        scale = named.get("scale")
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        product = Product(query, key, self._node(query), self._node(key), scale)
+        event = Event(tuple(self._stack), [product], None)
+        mask = named.get("attn_mask", named.get("attn_bias"))
+        event.mask = mask if isinstance(mask, Tensor) else None
+        event.is_causal = bool(named.get("is_causal", False))
+        self.events.append(event)
+
+    def _softmax(self, name: str, args: Any, output: Tensor) -> None:
+        logits: Tensor = args[0]
+        if logits.dim() < 2:
+            return
+        axis = args[1]
+        axis = (axis[0] if isinstance(axis, list | tuple) else axis) % logits.dim()
+        products = list(self._products(logits, axis))
+        if not products:
+            return
+        probabilities: Tensor | None = output
+        if name == "logsumexp":
+            total = output if output.dim() == logits.dim() else output.unsqueeze(axis)
+            probabilities = (logits - total).exp()
+        elif name == "_log_softmax":
+            return
+        elif axis != logits.dim() - 1:
+            probabilities = output.transpose(axis, -1)
+        event = Event(tuple(self._stack), products, probabilities)
+        event.fused = False
+        event.empty = logits.amax(axis) <= MASKED_BELOW
+        self.events.append(event)
+        self._unused[id(output)] = event
+
+    def _products(self, logits: Tensor, axis: int) -> Iterator[Product]:
+        """Products of two activations that the logits are made of."""
+        start = self._nodes.get(id(logits))
+        if start is None:
+            return
+        keys = logits.shape[axis]
+        seen: set[int] = set()
+        todo: list[tuple[Node, float | None]] = [(start, 1.0)]
+        found = 0
+        while todo and len(seen) < 400 and found < 8:
+            node, scale = todo.pop(0)
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if node.name in PRODUCTS:
+                product = self._product(node, scale, keys, flipped=axis != logits.dim() - 1)
+                if product is not None:
+                    found += 1
+                    yield product
+                if node.name == "baddbmm":
+                    added = self._nodes.get(id(node.args[0]))
+                    if added is not None:
+                        todo.append((added, None))
+                continue
+            if node.name in _BARRIERS:
+                continue
+            factor = node.factor()
+            if node.name in ("mul", "mul_", "div", "div_", "tanh", "tanh_") and factor is None:
+                scale = None
+            elif factor is not None and scale is not None:
+                scale *= factor
+            todo.extend((parent, scale) for parent in node.parents)
+
+    def _product(self, node: Node, scale: float | None, keys: int, *, flipped: bool) -> Product | None:
+        first, second = node.args[-2:] if node.name in ("bmm", "mm") else node.args[1:3]
+        if self._is_parameter(first) or self._is_parameter(second) or first.dim() < 2 or second.dim() < 2:
+            return None
+        alpha = float(node.kwargs.get("alpha", 1.0))
+        scale = None if scale is None else scale * alpha
+        query, key = first, second.transpose(-1, -2)
+        query_node, key_node = self._node(first), self._node(second)
+        if key.shape[-2] != keys and query.shape[-2] == keys:
+            query, key, query_node, key_node = key, query, key_node, query_node
+        return Product(query, key, query_node, key_node, scale)
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter, or a rearrangement of one."""
+        for _ in range(12):
+            if tensor.untyped_storage().data_ptr() in self._parameters:
+                return True
+            node = self._nodes.get(id(tensor))
+            if node is None or node.name not in MOVES or len(node.parents) > 1:
+                return False
+            source = next(_tensors(node.args), None)
+            if source is None:
+                return False
+            tensor = source
+        return False
+
+
+def ancestors(node: Node | None, through: Iterable[str] | None = None, limit: int = 300) -> Iterator[Node]:
+    """What a result was made from, nearest first, itself included, up to the matrix products that made it.
+
+    Args:
+        node: where to start.
+        through: the operations to go through; None for all but products and the like.
+        limit: the most to give.
+    """
+    todo, seen = [] if node is None else [node], set[int]()
+    while todo and len(seen) < limit:
+        current = todo.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if through is None:
+            if current.name in PRODUCTS or current.name in ("convolution", "embedding", "_softmax"):
+                continue
+        elif current.name not in through:
+            continue
+        todo.extend(current.parents)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point:
+        return float(value)
+    return None
