@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow lint benchmark clean
+# The oldest transformers that is supported, with what it needs, laid over the tested versions.
+OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
+
+.PHONY: quickstart test test-oldest test-slow lint coverage benchmark clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/lightning-qk fit --config configs/quickstart.yaml
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-oldest: $(VENV)/.oldest
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/heads tests/capture
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -23,6 +29,9 @@ lint: $(VENV)/.lint
 benchmark: $(VENV)/.core
 	$(BIN)/python benchmarks/run.py
 
+coverage: $(VENV)/.core
+	$(BIN)/lightning-qk coverage --jobs 2 --output docs/coverage.md
+
 # torch first and alone: the pinned version may be at hand as a CPU build, where a range would bring CUDA.
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +41,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(INSTALL) -e ".[test]"
+	touch $@
+
+$(VENV)/.oldest: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oldest $(OLDEST)
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.core

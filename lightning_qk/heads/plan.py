@@ -121,7 +121,8 @@ class LayerPlan:
                     f"{type(site.module).__name__} has no known layout of q and k (its children: {children}), and "
                     f"running it alone does not tell: {reason}"
                 )
-        if found is None:
+        # What contradicts the layer's own sizes counts only if it runs to its end so.
+        if found is None or (first is not None and not found.complete):
             assert first is not None  # a lender is found by a layout
             raise first
         self._plan_found(site, found, fold_norm)

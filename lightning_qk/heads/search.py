@@ -53,11 +53,13 @@ class Found(NamedTuple):
         query: side of the queries.
         key: side of the keys, each once: ``(kv_heads, d_head)``.
         scaling: the factor on ``q · k`` as the projections give them, or None where a norm stands between.
+        complete: the layer ran to its end.
     """
 
     query: FoundSide
     key: FoundSide
     scaling: float | None
+    complete: bool
 
 
 def find_rows(module: nn.Module, config: Any = None) -> Found:
@@ -277,7 +279,7 @@ def _read(module: nn.Module, parts: _Parts, trial: Trial) -> Found:
             scaling = _scaling(module, parts, trial, place)
         if scaling is not None:
             scaling *= query.factor * key.factor
-        return Found(from_query, from_key, scaling)
+        return Found(from_query, from_key, scaling, not any(run.failed for run in runs))
     assert reason is not None  # there is at least one product
     raise reason
 

@@ -123,6 +123,11 @@ def uneven_sizes(module: nn.Module, config: Any, rows: int) -> Sizes:
     return Sizes(heads, heads, d_head)
 
 
+def head_count(module: nn.Module) -> int | None:
+    """How many heads a layer's own attributes say that it has; None where they do not."""
+    return _number(module, _HEADS)
+
+
 def head_sizes(
     module: nn.Module,
     config: Any,
