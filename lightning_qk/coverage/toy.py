@@ -76,7 +76,7 @@ _NO_WIDTH = re.compile(
     r"interval|context|prob|count|input_size|block_size|^in_channels|num_channels|audio_channels|input_channels|"
     r"act_dim|state_dim|convolution|cache|expert_capacity|^num|buckets|type_vocab|feedforward_mult|^expand|"
     r"batch_size|sample_size|seed|crop|embeddings$|index_topk|roi_size|_heads$|subsampl\w*_(kernel|stride)|"
-    r"query_dim|out_channels_|nfft|fft_length|frame|sequence|segment|depth_size|vector_size|upsample_rate|grid"
+    r"query_dim|out_channels_|nfft|fft_length|frame|sequence|segment|depth_size|vector_size|upsample_rate|grid|pos_emb_width"
 )
 _EXPERTS = re.compile(r"^(moe_)?(num_|n_)(\w+_)?experts$|^num_experts$|^moe_num_experts$")
 _NO_EXPERTS = re.compile(r"shared|per_tok|zero|expert_group")
