@@ -118,7 +118,10 @@ def _find(layer: "_Layer", ancestors: Sequence[nn.Module], d_head: int) -> Rotat
             return NO_ROTATION
         if call.before_projections:
             return Rotation(ROTARY)
-        fit = _remembered_fit(layer, source, call, d_head)
+        try:
+            fit = _remembered_fit(layer, source, call, d_head)
+        except Exception:  # a table of angles may end before the positions that are probed
+            fit = None
         if fit is None:
             unread = unread or source.holder
             continue
@@ -157,6 +160,9 @@ def _kind_by_name(layer: "_Layer", holder: nn.Module | None) -> str:
     names = [*layer.functions, type(layer.module).__name__, type(holder).__name__]
     if holder is not None:
         names += inspect.signature(type(holder).forward).parameters
+        # A table of all places in a grid, where one coordinate has one row of frequencies.
+        if any(buffer.dim() > 1 for name, buffer in holder.named_buffers() if name.endswith("inv_freq")):
+            return ROTARY_2D
     # A text model may be named for the images that it comes with.
     many = any(_MANY_AXES.search(name) and "text" not in name.lower() for name in names)
     return ROTARY_2D if many else ROTARY
@@ -267,7 +273,13 @@ def _run_holder(source: _Source, position: int, tokens: int) -> Any:
             known["layer_type"] = source.layer_type
         rest = [name for name in names if name not in known and _is_required(forward, name)]
         x = torch.zeros(1, 1, 1, device=device)
-        given = forward(copy, *(x for _ in rest), **known)
+        try:
+            given = forward(copy, *(x for _ in rest), **known)
+        except Exception:
+            # Text among images and videos has three equal coordinates, which the layer chooses from.
+            given = forward(copy, *(x for _ in rest), **{**known, "position_ids": positions.expand(3, 1, -1)})
+            if any(part.dim() != 4 or part.shape[0] != 3 for part in given):
+                raise
         parts = given if isinstance(given, tuple) else (given,)
         # One row a token: not so where positions have several coordinates.
         return given if all(part.dim() >= 2 and part.shape[-2] == tokens for part in parts) else None
@@ -340,6 +352,46 @@ class _UntilDispatch:
         return getattr(self._config, name)
 
 
+class _ModuleStub(nn.Module):
+    """Stands for a rotary module that turns queries and keys itself."""
+
+    def __init__(self, name: str, position: int) -> None:
+        super().__init__()
+        self.name = name
+        self.position = position
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(self.name, args, {**kwargs, "position": self.position})
+
+
+class _AtPosition:
+    """A module that turns queries and keys by counting tokens, as a function of one position for all."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Tensor, position: int) -> tuple[Tensor, ...]:
+        # A copy, for the module may keep its tables.
+        copy = _copy(self.module, {})
+        turned = type(self.module).forward(copy, *(_behind_others(x, position) for x in args))
+        lasts = [
+            part[..., -1, :].unflatten(0, (-1, x.shape[0])) for part, x in zip(turned, args, strict=True)
+        ]
+        return tuple(last.movedim(0, -2) for last in lasts)
+
+
+def _behind_others(x: Tensor, count: int) -> Tensor:
+    """Each token of (batch, ..., n, d) as the last of a sequence of its own, (n * batch, ..., count + 1, d)."""
+    alone = x.movedim(-2, 0).flatten(0, 1).unsqueeze(-2)
+    return torch.cat([torch.zeros_like(alone)] * count + [alone], dim=-2)
+
+
+def _turns_itself(child: nn.Module) -> bool:
+    """Whether a rotary module takes a query and a key, and no positions."""
+    names = list(inspect.signature(type(child).forward).parameters)[1:]
+    return len(names) == 2 and re.match("q", names[0]) is not None and re.match("k", names[1]) is not None
+
+
 class _Zeros(nn.Module):
     """Stands for a projection."""
 
@@ -400,7 +452,11 @@ class _Layer:
         self.tokens = tokens
         forward = inspect.unwrap(type(module).forward)
         self.parameters = inspect.signature(forward).parameters
-        self.functions: dict[str, Callable[..., Any]] = {}
+        self.functions: dict[str, Callable[..., Any]] = {
+            name: _AtPosition(child)
+            for name, child in module.named_children()
+            if _holds(name, child) and _turns_itself(child)
+        }
         self._methods: dict[str, types.FunctionType] = {}
         self._forward = forward
         if isinstance(forward, types.FunctionType):
@@ -434,9 +490,12 @@ class _Layer:
         Raises:
             Exception: whatever the forward raises before.
         """
-        stubs = {name: _stub(name) for name in self.functions}
+        stubs = {name: _stub(name) for name in self.functions if name not in self.module._modules}
         ran: list[bool] = []
         children, width, device = self._stand_ins(ran)
+        children.update(
+            (name, _ModuleStub(name, position)) for name in self.functions if name in self.module._modules
+        )
         space: dict[str, Any] = {**stubs, "config": _UntilDispatch(self.config)}
         copy = _copy(self.module, children)
         for name, method in self._methods.items():

@@ -117,6 +117,10 @@ def test_statistics_are_those_of_the_models_own_attention(case, padding):
     for name, p in maps.items():
         rows = keep if p.shape[2] == 12 else torch.ones(2, 9, dtype=torch.bool)
         for statistic, want in from_map(p, rows, sink="gpt_oss" in case).items():
+            if statistic == "distance" and "EncDec" in name and not model._supports_sdpa:
+                # A layer that takes the softmax itself: its logits give queries no place among other tokens.
+                assert got[name][statistic].isnan().all()
+                continue
             value = got[name][statistic].double()
             torch.testing.assert_close(value, want, rtol=1e-4, atol=1e-4, msg=f"{name} {statistic}")
 

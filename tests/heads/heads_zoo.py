@@ -307,7 +307,7 @@ ZOO |= {
             **{**BERT, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 2},
         ),
         Expect(2, rotary=True, folded=2),
-        "rotary",
+        "counted",
     ),
     "gemma3n": Toy(
         _of(
@@ -364,6 +364,9 @@ def feed(name: str, dtype: torch.dtype = torch.float64, *, positions: bool = Fal
     if kind == "cross":
         states = torch.randn(2, 5, WIDTH, generator=generator).to(dtype)
         return {"input_ids": tokens, "encoder_hidden_states": states}
+    if kind == "counted":
+        # Some releases count tokens and take no positions: a sequence's first stands at position 0.
+        return {"input_ids": tokens if positions else tokens[:, :1]}
     if kind == "rotary":
         places = torch.arange(TOKENS).expand_as(tokens) if positions else torch.zeros_like(tokens)
         return {"input_ids": tokens, "position_ids": places}

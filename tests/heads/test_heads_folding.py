@@ -2,7 +2,6 @@ import pytest
 import torch
 from heads_oracle import project, recorded_calls
 from heads_zoo import ZOO, build, feed
-from transformers.modeling_utils import AttentionInterface
 
 from lightning_qk.heads.reader import head_projections
 
@@ -42,9 +41,7 @@ def test_folded_weights_act_on_the_normalized_input_of_the_norm(name):
     }
     assert len(folded) == ZOO[name].expect.folded
     for layer, heads in folded.items():
-        call = calls.get(layer)
-        if call is None and not hasattr(AttentionInterface, "get_interface"):
-            pytest.skip("this transformers calls this model's attention otherwise")
+        call = calls[layer]
         norm, before = next((norm, x) for norm, x, out in seen if out is call.query_input)
         x = _normalized(norm, before)
         query = project(heads.query, heads.query_bias, x)

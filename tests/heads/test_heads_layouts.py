@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from heads_oracle import project, randomize
-from heads_zoo import BERT, WIDTH
+from heads_zoo import BERT, T5, WIDTH
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -74,6 +74,10 @@ def _image(side: int) -> Callable[[], dict[str, Tensor]]:
     return _hidden(1, 3, side, side, name="pixel_values")
 
 
+def _two_sequences() -> dict[str, Tensor]:
+    return {**_tokens(), "decoder_input_ids": _tokens()["input_ids"][:, :4]}
+
+
 def _both() -> dict[str, Tensor]:
     vision, text = _hidden(1, 5, WIDTH)()["hidden"], _hidden(1, 7, WIDTH)()["hidden"]
     return {"vision_features": vision, "text_features": text}
@@ -124,6 +128,7 @@ GROUNDING = {"d_model": WIDTH, "encoder_ffn_dim": 64, "encoder_attention_heads":
 
 # How to build a model, what to feed it, how many layers it has, the layout of the first one.
 CASES = {
+    "t5": (_model("T5Model", "T5Config", **T5), _two_sequences, 6, "separate"),
     "xlnet": (_model("XLNetModel", "XLNetConfig", **XLNET), _tokens, 2, "separate"),
     "deberta": (_model("DebertaModel", "DebertaConfig", **DEBERTA), _tokens, 2, "[q,k,v] per head"),
     "deberta-v2": (_model("DebertaV2Model", "DebertaV2Config", **DEBERTA), _tokens, 2, "separate"),

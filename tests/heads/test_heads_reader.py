@@ -4,7 +4,6 @@ from heads_oracle import parts, project, randomize, reorder, run
 from heads_zoo import LLAMA, ZOO, build, feed
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
-from transformers.modeling_utils import AttentionInterface
 
 from lightning_qk.functional.rotary import rotate
 from lightning_qk.heads.reader import find_attention, head_projections, unread
@@ -60,9 +59,7 @@ def test_description_of_the_layers(name):
     assert {heads.heads for heads in read.values()} == {expect.heads}
     assert {heads.kv_heads for heads in read.values()} == {expect.kv_heads}
     assert {heads.qk_norm for heads in read.values()} == {expect.qk_norm}
-    if name != "modernbert" or hasattr(AttentionInterface, "get_interface"):
-        # The first releases of transformers 5 rotate in functions beyond ModernBERT's forward.
-        assert {heads.rotary is not None for heads in read.values()} == {expect.rotary}
+    assert {heads.rotary is not None for heads in read.values()} == {expect.rotary}
     assert sum(not heads.self_attention for heads in read.values()) == expect.cross
     assert sum(heads.key_layer is not None for heads in read.values()) == expect.borrowed
 

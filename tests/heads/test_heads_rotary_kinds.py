@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 from heads_oracle import project, randomize
 from heads_zoo import BERT, GPT2, GQA, LLAMA
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_qk.functional import qk_eigenvalues
@@ -80,13 +81,14 @@ def build(family: str, options: dict) -> torch.nn.Module:
     if not hasattr(tf, family + "Config"):
         pytest.skip(f"this transformers has no {family}")
     torch.manual_seed(0)
-    model = getattr(tf, names.get(family, family + "Model"))(getattr(tf, family + "Config")(**options))
+    config = getattr(tf, family + "Config")(**options)
+    config._attn_implementation = "eager"  # before it is built: some choose a class by it
+    model = getattr(tf, names.get(family, family + "Model"))(config)
     tables = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     randomize(model)
     with torch.no_grad():  # sines and cosines are no weights
         for name, value in tables.items():
             model.get_parameter(name).copy_(value)
-    model.set_attn_implementation("eager")
     return model.double().eval()
 
 
@@ -260,6 +262,93 @@ def test_images_are_rotated_by_two_coordinates(family, options):
     for heads in read.values():
         assert heads.rotary is None
         assert heads.position == "rotary (2-D)"
+
+
+class CountedRotary(nn.Module):
+    """Turns queries and keys itself, by the number of each token, and keeps its tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", torch.tensor([1.0, 0.1, 0.01]))
+        self.kept = None
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.arange(q.shape[-2])[:, None] * self.inv_freq
+        self.kept = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+        return self._turn(q), self._turn(k)
+
+    def _turn(self, x: torch.Tensor) -> torch.Tensor:
+        cos, sin = self.kept
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class CountingAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 4, 6
+        self.q_proj, self.k_proj = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.rotary_embeddings = CountedRotary()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
+        q, k = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        q, k = self.rotary_embeddings(q, k)
+        return torch.matmul(q, k.mT)
+
+
+def test_a_module_that_turns_queries_and_keys_itself():
+    attention = CountingAttention()
+    (heads,) = head_projections(attention).values()
+    assert attention.rotary_embeddings.kept is None
+    assert (heads.position, heads.rotary.interleaved, heads.rotary.scale) == ("rotary", False, 1.0)
+    assert heads.rotary.inv_freq.data_ptr() == attention.rotary_embeddings.inv_freq.data_ptr()
+    x = torch.randn(2, TOKENS, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x), predicted(heads, x), rtol=1e-4, atol=1e-4)
+
+
+class ThreeCoordinates(nn.Module):
+    """Gives angles by each of three coordinates, for text three equal ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", torch.tensor([1.0, 0.1, 0.01]))
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.cat([position_ids[:, :, :, None] * self.inv_freq] * 2, -1)
+        return angles.cos(), angles.sin()
+
+
+def apply_rotary_by_coordinate(q, k, cos, sin):
+    """The first frequency by time, the others by height and width."""
+    cos, sin = (torch.stack([part[i % 3, ..., i] for i in range(6)], -1)[:, None] for part in (cos, sin))
+    halves = [torch.cat([-x[..., 3:], x[..., :3]], -1) for x in (q, k)]
+    return q * cos + halves[0] * sin, k * cos + halves[1] * sin
+
+
+class ThreeCoordinatesAttention(CountingAttention):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.rotary_embeddings
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings) -> torch.Tensor:
+        shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
+        q, k = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        q, k = apply_rotary_by_coordinate(q, k, *position_embeddings)
+        return torch.matmul(q, k.mT)
+
+
+def test_text_among_images_has_one_position_for_three_coordinates():
+    model = nn.ModuleDict({"attention": ThreeCoordinatesAttention(), "rotary_emb": ThreeCoordinates()})
+    heads = head_projections(model)["attention"]
+    assert heads.position == "rotary"
+    assert heads.rotary.inv_freq.data_ptr() == model["rotary_emb"].inv_freq.data_ptr()
+    x = torch.randn(2, TOKENS, 24)
+    angles = model["rotary_emb"](x, torch.arange(TOKENS).expand(3, 2, -1))
+    with torch.no_grad():
+        got = model["attention"](x, angles)
+        torch.testing.assert_close(got, predicted(heads, x), rtol=1e-4, atol=1e-4)
 
 
 def test_planning_takes_little_for_each_layer():
