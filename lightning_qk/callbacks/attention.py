@@ -33,7 +33,8 @@ class AttentionMonitor(Monitor):
     ``torch.nn.functional.scaled_dot_product_attention`` and of ``nn.MultiheadAttention``, in compiled models
     too; and, outside of compiled ones, the softmax of layers that multiply queries and keys themselves. What a
     function other than torch's and transformers' own computes is found by calling it once more on random
-    numbers, at the first measured step; a function that is not softmax attention is left out.
+    numbers, at the first measured step; where its arguments do not tell, its own softmax is observed, and a
+    function that has none is left out.
 
     Logged keys, for each statistic of :func:`~lightning_qk.functional.attention_statistics`:
 
@@ -164,12 +165,18 @@ class AttentionMonitor(Monitor):
         found = call_sums(
             call,
             self_attention=self._self_attention.get(name),
-            heads=self._heads.get(name),
+            heads=self._heads_here(name, call.module) if isinstance(call, SoftmaxCall) else None,
             rows=self.rows,
             generator=self._generator,
         )
         heads, where = self._check_shape(name, call.module, found)
         self._pool.add(name, found.sums, heads=heads, where=where)
+
+    def _heads_here(self, name: str, module: nn.Module) -> int | None:
+        """How many of a layer's heads this process computes; None where its weights do not say."""
+        heads = self._heads.get(name)
+        where = None if heads is None else local_heads(module, heads)
+        return heads if where is None else where.stop - where.start
 
     def _check_shape(self, name: str, module: nn.Module, found: CallSums) -> tuple[int, slice | None]:
         """How many heads the layer has, and which of them this call had (None: all)."""

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from lightning_qk.capture import compiled, listeners
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.callers import functions_of, own_classes
+from lightning_qk.capture.callers import (
+    calls_sdpa,
+    calls_softmax,
+    functions_of,
+    own_classes,
+    uses_interface,
+)
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.listeners import STATE
 from lightning_qk.capture.patches import Stand, stand_in
@@ -46,8 +52,16 @@ def stand_at_sdpa(modules: Iterable[nn.Module], model: nn.Module | None) -> Iter
         for name, value in list(space.items()):
             if _original(value) is function:
                 yield stand_in(space, name, _tap)
+    unheard = {
+        _defines_forward(type(module))
+        for module in layers
+        if calls_softmax(module) and not calls_sdpa(module) and not uses_interface(module)
+    }
     for kind in {_defines_forward(type(module)) for module in layers} - {nn.Module}:
-        yield stand_in(kind, "forward", _tap_forward)
+        yield stand_in(kind, "forward", functools.partial(_tap_forward, unheard=kind in unheard))
+    for module in layers:
+        if "forward" in vars(module) and not hasattr(module.forward, "_torchdynamo_orig_callable"):
+            yield stand_in(module, "forward", functools.partial(_tap_own_forward, module))
 
 
 def _original(value: Any) -> Any:
@@ -80,7 +94,15 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
     return tapped
 
 
-def _tap_forward(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
+def _tap_forward(function: Callable[..., Any], stand: Stand, *, unheard: bool) -> Callable[..., Any]:
+    """A class's forward.
+
+    Args:
+        function: the original.
+        stand: see there.
+        unheard: its softmax is its own and nobody hears it inside a graph.
+    """
+
     @functools.wraps(function)
     def tapped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if stand.active and STATE.listening:
@@ -89,6 +111,8 @@ def _tap_forward(function: Callable[..., Any], stand: Stand) -> Callable[..., An
             # Without a graph, whose call it is can be read from the stack.
             module = compiled.identity(self)
             if module is not None:
+                if unheard:
+                    compiled.emit_problem(module, _IN_A_GRAPH)
                 compiled.enter(module)
                 output = function(self, *args, **kwargs)
                 compiled.leave()
@@ -96,6 +120,24 @@ def _tap_forward(function: Callable[..., Any], stand: Stand) -> Callable[..., An
         return function(self, *args, **kwargs)
 
     return tapped_forward
+
+
+def _tap_own_forward(module: nn.Module, function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
+    # Somebody gave the module a forward of its own, as accelerate does, around its class's.
+    @functools.wraps(function)
+    def tapped_forward(*args: Any, **kwargs: Any) -> Any:
+        if stand.active and STATE.listening and not torch.compiler.is_dynamo_compiling():
+            with observed(module):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return tapped_forward
+
+
+_IN_A_GRAPH = (
+    "it multiplies and takes its softmax inside a graph of torch.compile, where that cannot be observed: leave "
+    "this layer out of the graph (torch.compiler.disable) to have its attention measured"
+)
 
 
 def _observe(

@@ -41,6 +41,7 @@ _REFUSED = {
 }
 
 _SOFTMAX = {"softmax", "special_softmax"}
+_FUNCTIONAL = "multi_head_attention_forward"
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "baddbmm_", "einsum"}
 # What gives each product a new value in its place. In-place forms have an underscore more.
 _ELEMENTWISE = {
@@ -112,7 +113,7 @@ class _Frame:
         reason: why its function is observed; None for a forward.
         before: how many calls had been delivered when it began.
         print: shape and some elements of the last softmax's logits.
-        untraced: shapes of other softmaxes.
+        untraced: what is said of the first softmax that is not over the keys of whole rows.
         waiting: what is delivered at the end, if nothing was until then, and the version of its logits.
         failed: it is not looked at any more.
     """
@@ -122,7 +123,7 @@ class _Frame:
         self.reason = reason
         self.before = listeners.delivered()
         self.print: tuple[Any, ...] | None = None
-        self.untraced: list[tuple[int, ...]] = []
+        self.untraced: str | None = None
         self.waiting: tuple[SoftmaxCall, int] | None = None
         # A layer that calls the interface as well may take a softmax for another purpose.
         self.waits = reason is None and uses_interface(module)
@@ -177,13 +178,8 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
         _deliver_late(module, *frame.waiting)
     elif reason is not None:
         _deliver_problem(module, reason)
-    elif frame.untraced and not frame.waits:
-        _deliver_problem(
-            module,
-            f"its forward takes a softmax of a tensor of shape {frame.untraced[0]} that does not hold whole rows "
-            "of products of queries and keys (linear, sparse or chunked attention, or a pooling): it has no "
-            "statistics",
-        )
+    elif frame.untraced is not None and not frame.waits:
+        _deliver_problem(module, f"its forward takes a softmax {frame.untraced}: it has no statistics")
 
 
 @contextmanager
@@ -238,6 +234,9 @@ class _Observer(TorchFunctionMode):
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         trace = self._safely(frames[-1], self._look, frames[-1], name, args, kwargs)
+        if name == _FUNCTIONAL:
+            with listeners.silence():  # it may call scaled_dot_product_attention
+                return function(*args, **kwargs)
         result = function(*args, **kwargs)
         if trace is not None:
             self._safely(frames[-1], self._after, name, trace, args, kwargs, result)
@@ -261,7 +260,7 @@ class _Observer(TorchFunctionMode):
             return None
         if name == "logsumexp":
             self._softmax(frame, args, kwargs)  # probabilities are exp(logits - logsumexp)
-        if name == "multi_head_attention_forward":
+        if name == _FUNCTIONAL:
             _hear_functional(frame.module, args, kwargs)
             return None
         return self._before(name, args, kwargs)
@@ -340,10 +339,19 @@ class _Observer(TorchFunctionMode):
         if isinstance(dim, tuple | list) and len(dim) == 1:
             is_last = dim[0] in (-1, logits.dim() - 1)
         if not isinstance(trace, _Trace) or not is_last or tuple(logits.shape[-2:]) != trace.whole:
-            if logits.dim() > 2 and (is_last or isinstance(trace, _Trace)):
-                frame.untraced.append(tuple(logits.shape))
+            if frame.untraced is None and logits.dim() > 2 and (is_last or isinstance(trace, _Trace)):
+                frame.untraced = _untraced(tuple(logits.shape), None if is_last else dim)
             return
         _hear(frame, logits, trace)
+
+
+def _untraced(shape: tuple[int, ...], axis: Any) -> str:
+    if axis is not None:
+        return f"over axis {axis} of products of shape {shape}, which is not that of the keys"
+    return (
+        f"of a tensor of shape {shape} that does not hold whole rows of products of queries and keys (linear, "
+        "sparse or chunked attention, or a pooling)"
+    )
 
 
 def _hear(frame: _Frame, logits: Tensor, trace: _Trace) -> None:
@@ -551,11 +559,16 @@ def query_offset(logits: Tensor, self_attention: bool | None) -> int | None:
         return 0
     if not self_attention or n > m:
         return None
-    # With a cache the queries are the newest tokens: each row sees one key more than the one before.
+    # With a cache the queries are the newest tokens: each row sees one key more than the one before, its own.
     visible = ~(logits[:, 0] <= MASKED_BELOW)
     last = (visible * torch.arange(1, m + 1, device=logits.device)).amax(-1) - 1
     offset = last - torch.arange(n, device=logits.device)
-    offset = offset[visible.any(-1)]
-    if offset.numel() == 0 or (n > 1 and bool((offset != offset[0]).any())):
+    is_row = last >= 0
+    if not bool(is_row.any()):
         return None
-    return int(offset[0])
+    first = offset[is_row][0]
+    pairs = is_row[:, 1:] & is_row[:, :-1]
+    more = (visible[:, 1:] ^ visible[:, :-1]).sum(-1)
+    if bool(((offset != first) & is_row).any() | ((more != 1) & pairs).any()):
+        return None
+    return int(first)
