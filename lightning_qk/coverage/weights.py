@@ -9,6 +9,12 @@ operands:
   nothing is rotated), and at every position the rotation must be one orthogonal map, the same for all heads and
   sequences: all their inner products are those of the projections;
 - normalized in between (``qk_norm``): the same up to one positive number a token, head and segment.
+
+What attention received may also be a part of the projection (one sequence of a packed batch) or contain it
+(further keys are none of the layer's own), or be a multiple of it by one positive number a token. Where a gain is
+said to come behind the rotation, it is undone with the values that the trace saw. Where each head or each sequence
+is rotated by a map of its own, the projection must lie on the way as it is, lengths must be kept, and queries and
+keys must be turned alike: those of one position must have the products that the projections have.
 """
 
 from collections.abc import Iterator
@@ -17,7 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.coverage.steps import earlier
 from lightning_qk.coverage.trace import MOVES, SCALINGS, Event, Node, Product, ancestors
+from lightning_qk.heads.position import NONE
 from lightning_qk.heads.projections import HeadProjections
 
 TOLERANCE = 1e-4
@@ -38,11 +46,13 @@ class _Match(NamedTuple):
         predicted: ``(batch, n, heads, d_head)``.
         received: the operand, likewise, or None where it is a rearrangement that was not followed.
         factor: operand over projection where all that happened is a scaling; None otherwise.
+        apart: each head or sequence is turned by a map of its own.
     """
 
     predicted: Tensor
     received: Tensor | None
     factor: float | None
+    apart: bool = False
 
 
 def verify_weights(read: HeadProjections, events: list[Event]) -> Verdict:
@@ -56,16 +66,31 @@ def verify_weights(read: HeadProjections, events: list[Event]) -> Verdict:
         Verified if every product of some attention is explained; else the failure that came nearest.
     """
     worst = Verdict(False, "its attention was not seen")
+    failed: list[tuple[Event, Verdict]] = []
+    explained: set[tuple[int, int]] = set()
     for event in events:
         verdict = Verdict(False, "no product of its logits is that of the q and k that were read")
         for product in event.products:
             verdict = _verify_product(read, event, product)
             if verdict.verified:
+                worst = verdict
+                explained |= _sides(product)
                 break
         if not verdict.verified:
+            failed.append((event, verdict))
+    for event, verdict in failed:
+        # Two sides that attend to each other by one product have two softmaxes of it, and one q and k.
+        back = {side[::-1] for product in event.products for side in _sides(product)}
+        if back.isdisjoint(explained):
             return verdict
-        worst = verdict
     return worst
+
+
+def _sides(product: Product) -> set[tuple[int, int]]:
+    """What query and key were made by; empty where that is not known."""
+    if product.query_node is None or product.key_node is None:
+        return set()
+    return {(id(product.query_node), id(product.key_node))}
 
 
 def _verify_product(read: HeadProjections, event: Event, product: Product) -> Verdict:
@@ -74,10 +99,24 @@ def _verify_product(read: HeadProjections, event: Event, product: Product) -> Ve
         query = _find(read.query, read.query_bias, inputs, product.query, product.query_node, read)
         if query is None:
             return Verdict(False, "its queries are not W x + b of anything that entered the layer")
-        key = _find(read.key, read.key_bias, inputs, product.key, product.key_node, read, heads=read.heads)
+        # Of keys of more tokens than those of the queries, only the latter's are the layer's own.
+        own = product.query.shape[-2] if read.self_attention else None
+        key = _find(read.key, read.key_bias, inputs, product.key, product.key_node, read, read.heads, own)
         if key is None:
             return Verdict(False, "its keys are not W x + b of anything that entered the layer")
+        if (query.apart or key.apart) and not _turned_alike(query, key):
+            return Verdict(False, "its queries and keys are not turned alike")
         return _scaling(read, product, query, key)
+
+
+def _turned_alike(query: _Match, key: _Match) -> bool:
+    """Whether the products of the queries and keys of one position are those of the projections."""
+    if query.received is None or key.received is None or query.predicted.shape[:2] != key.predicted.shape[:2]:
+        return False
+    groups = query.predicted.shape[2] // key.predicted.shape[2]
+    want = (query.predicted * key.predicted.repeat_interleave(groups, 2)).sum(-1)
+    got = (query.received * key.received.repeat_interleave(groups, 2)).sum(-1)
+    return _factor(want, got) is not None
 
 
 def _scaling(read: HeadProjections, product: Product, query: _Match, key: _Match) -> Verdict:
@@ -94,8 +133,10 @@ def _inputs(event: Event) -> list[Tensor]:
     found: dict[tuple[float, ...], Tensor] = {}
     for frame in reversed(event.frames[-4:]):
         for tensor in frame.tensors:
-            # Views and copies of one tensor project alike.
-            key = (*tensor.shape, float(tensor.double().sum()), float(tensor.double().abs().sum()))
+            # Views and copies of one tensor project alike; the same numbers in another order do not.
+            values = tensor.double().flatten()
+            ramp = torch.arange(1, len(values) + 1, dtype=values.dtype)
+            key = (*tensor.shape, float(values.sum()), float(values.abs().sum()), float(values @ ramp))
             found.setdefault(key, tensor)
     return list(found.values())
 
@@ -108,14 +149,29 @@ def _find(
     node: Node | None,
     read: HeadProjections,
     heads: int | None = None,
+    own: int | None = None,
 ) -> _Match | None:
-    for x in inputs:
-        for given in _as_tokens(x, weight.shape[-1]):
-            predicted = _project(weight, bias, given)
-            match = _compare(predicted, operand, node, read, heads or weight.shape[0])
+    heads = heads or weight.shape[0]
+    projected = [_project(weight, bias, given) for x in inputs for given in _as_tokens(x, weight.shape[-1])]
+    for predicted in projected:
+        match = _compare(predicted, operand, node, read, heads)
+        if match is not None:
+            return match
+    for source in earlier(node, weight.shape[1], with_gain=_is_gain_last(read)):
+        for predicted in projected:
+            if operand.shape[-2] > predicted.shape[1] != own:
+                continue
+            want = predicted if source.gain is None else predicted / source.gain
+            match = _compare(want, source.node.tensor, source.node, read, heads)
             if match is not None:
-                return match
+                both = None if match.factor is None or source.factor is None else match.factor * source.factor
+                return match._replace(factor=both)
     return None
+
+
+def _is_gain_last(read: HeadProjections) -> bool:
+    """Whether a reading says that a norm's gain comes behind the rotation."""
+    return read.qk_norm and read.rotary is None and (read.position or "").startswith("rotary")
 
 
 def _as_tokens(x: Tensor, width: int) -> Iterator[Tensor]:
@@ -150,13 +206,13 @@ def _compare(
         if factor is not None:
             return _Match(expected, arranged, factor)
     if read.rotary is None and not read.qk_norm:
-        for earlier in ancestors(node, MOVES | SCALINGS):
-            if not _is_move(earlier):
+        for former in ancestors(node, MOVES, is_through=_is_multiple):
+            if not _is_move(former):
                 continue
-            for arranged, expected in _arrangements(earlier.tensor, predicted, heads, flat=True):
+            for arranged, expected in _arrangements(former.tensor, predicted, heads, flat=True):
                 factor = _factor(expected, arranged)
                 if factor is not None:
-                    later = _later_factor(node, earlier)
+                    later = _later_factor(node, former)
                     return _Match(expected, None, None if later is None else factor * later)
     before = [found for found in ancestors(node) if found.tensor.is_floating_point()]
     anchors: dict[tuple[int, int], list[Tensor]] = {}
@@ -167,6 +223,13 @@ def _compare(
             for part in _segments(read, expected.shape[-1])
         ):
             return _Match(expected, arranged, None if read.qk_norm else _isometry(expected, arranged))
+    if read.rotary is None and not read.qk_norm and read.position != NONE:
+        for arranged, expected in received:
+            factor = _factor(expected.norm(dim=-1), arranged.norm(dim=-1))
+            if factor is not None and any(
+                _factor(own, found) is not None for own, found in _candidates(expected, before)
+            ):
+                return _Match(expected, arranged, factor, apart=True)
     return None
 
 
@@ -185,7 +248,7 @@ def _is_explained(
     expected: Tensor,
     received: Tensor,
     part: slice,
-    earlier: list[Node],
+    formers: list[Node],
     normalized: bool,
     known: dict[tuple[int, int], list[Tensor]],
 ) -> bool:
@@ -207,17 +270,17 @@ def _is_explained(
         # All heads may share it.
         wanted = one if torch.allclose(one.expand_as(expected), expected) else expected
         known[key] = [
-            before.expand_as(expected) for own, before in _candidates(wanted, earlier) if is_same(own, before)
+            before.expand_as(expected) for own, before in _candidates(wanted, formers) if is_same(own, before)
         ]
         if wanted is one:
-            known[key] += [before for own, before in _candidates(expected, earlier) if is_same(own, before)]
+            known[key] += [before for own, before in _candidates(expected, formers) if is_same(own, before)]
     return any(
         before.shape == received.shape and _isometry(before, received) is not None for before in known[key]
     )
 
 
-def _candidates(expected: Tensor, earlier: list[Node]) -> Iterator[tuple[Tensor, Tensor]]:
-    for node in earlier:
+def _candidates(expected: Tensor, formers: list[Node]) -> Iterator[tuple[Tensor, Tensor]]:
+    for node in formers:
         for before, own in _arrangements(node.tensor, expected, expected.shape[2], flat=True):
             yield own, before
 
@@ -226,15 +289,24 @@ def _unit(values: Tensor) -> Tensor:
     return values / values.norm(dim=-1, keepdim=True).clamp_min(1e-30)
 
 
+def _is_multiple(node: Node) -> bool:
+    """Whether a result is a positive multiple of one tensor: the same for all, or one for each token or head."""
+    number = node.factor()
+    if number is not None:
+        return number > 0
+    by = [value for value in node.args if isinstance(value, Tensor) and value.shape[-1:] in ((), (1,))]
+    return node.name in SCALINGS and len(by) == 1 and bool((by[0] > 0).all())
+
+
 def _is_move(node: Node) -> bool:
     return node.tensor.is_floating_point()
 
 
-def _later_factor(node: Node | None, earlier: Node) -> float | None:
+def _later_factor(node: Node | None, former: Node) -> float | None:
     """The number that scales what came of a node on its way to an operand."""
     scale, current = 1.0, node
     for _ in range(60):
-        if current is None or current is earlier:
+        if current is None or current is former:
             return scale
         own = current.factor()
         if own is not None:

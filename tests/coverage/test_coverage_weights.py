@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from coverage_toys import traced
+from torch import nn
 
+from lightning_qk.coverage.trace import Event, Product, Trace
 from lightning_qk.coverage.weights import verify_weights
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import head_projections
@@ -120,3 +122,129 @@ def test_the_offset_of_a_layer_norm_is_found() -> None:
         assert verify_weights(read[name], events[name]).verified
         turned = replace(read[name], query=read[name].query.roll(1, 1))
         assert not verify_weights(turned, events[name]).verified
+
+
+def _own(model_type: str) -> tuple[HeadProjections, list[Event]]:
+    """The first layer whose projections were read of a toy, and what it received."""
+    model, events = traced(model_type)
+    read = head_projections(model)
+    name = next(name for name in events if name in read)
+    return read[name], events[name]
+
+
+PARTS = {
+    "packed sequences": "muse_glimmer_vision",
+    "packed sequences, normalized": "glm_ocr_vision",
+    "further keys": "t5gemma2_decoder",
+}
+
+
+@pytest.mark.parametrize("model_type", PARTS.values(), ids=PARTS.keys())
+def test_what_is_received_in_parts_or_multiplied_is_verified_and_can_fail(model_type: str) -> None:
+    read, own = _own(model_type)
+    verdict = verify_weights(read, own)
+    assert verdict.verified, verdict.reason
+    assert not verify_weights(WRONG["one weight off by a hundredth"](read), own).verified
+
+
+def test_a_gain_behind_the_rotation_is_part_of_the_reading() -> None:
+    read, own = _own("hunyuan_v1_dense")
+    norm = own[0].frames[-1].module.query_layernorm
+    assert verify_weights(read, own).verified
+    assert not verify_weights(replace(read, query=read.query / norm.weight.detach()[:, None]), own).verified
+
+
+def test_further_keys_are_not_the_own_ones_of_cross_attention() -> None:
+    read, own = _own("t5gemma2_decoder")
+    assert not verify_weights(replace(read, self_attention=False), own).verified
+
+
+def _turned_apart() -> tuple[HeadProjections, list[Event]]:
+    """A layer that rotates each sequence by other angles: those of key points in an image."""
+    model, events = traced("lightglue")
+    name = next(name for name in events if name.endswith("self_attention"))
+    return replace(head_projections(model)[name], position="rotary (2-D)"), events[name]
+
+
+@pytest.mark.parametrize("wrong", [None, *WRONG])
+def test_a_rotation_of_each_sequence_is_verified_and_can_fail(wrong: str | None) -> None:
+    read, own = _turned_apart()
+    read = read if wrong is None else WRONG[wrong](read)
+    assert verify_weights(read, own).verified == (wrong is None)
+
+
+def test_a_rotation_of_each_sequence_must_turn_queries_and_keys_alike() -> None:
+    read, own = _turned_apart()
+    assert not verify_weights(replace(read, position="none"), own).verified
+    (product,) = own[0].products
+    reflected = Product(
+        product.query, product.key.flip(-1), product.query_node, product.key_node, product.scale
+    )
+    verdict = verify_weights(read, [Event(own[0].frames, [reflected], own[0].probabilities)])
+    assert not verdict.verified
+    assert "turned alike" in verdict.reason
+    assert "scaled by" in verify_weights(replace(read, scaling=1.01 * read.scaling), own).reason
+
+
+def test_an_input_in_another_order_is_another_input() -> None:
+    model, events = traced("lightglue")
+    read = head_projections(model)
+    names = [name for name in events if name.endswith("cross_attention")]
+    assert names
+    for name in names:
+        assert verify_weights(read[name], events[name]).verified
+        assert not verify_weights(replace(read[name], key=read[name].key.roll(1, 2)), events[name]).verified
+
+
+class _Small(nn.Module):
+    """An attention that multiplies its queries by a number a token, and attends both ways by one product."""
+
+    def __init__(self, factor: torch.Tensor, *, both_ways: bool = False) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(24, 32), nn.Linear(24, 32)
+        self.factor, self.both_ways = factor, both_ways
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (4, 8)).transpose(1, 2) * self.factor
+        k = self.k(y).unflatten(-1, (4, 8)).transpose(1, 2)
+        logits = q @ k.transpose(-1, -2)
+        seen = logits.softmax(-1).sum()
+        return seen + logits.transpose(-1, -2).softmax(-1).sum() if self.both_ways else seen
+
+    def read(self) -> HeadProjections:
+        query, key = (part.weight.detach().unflatten(0, (4, 8)) for part in (self.q, self.k))
+        biases = (part.bias.detach().unflatten(0, (4, 8)) for part in (self.q, self.k))
+        return HeadProjections(
+            query, key, *biases, scaling=1.0, layout="q_proj, k_proj", self_attention=False
+        )
+
+
+def _events_of(model: nn.Module) -> list[Event]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, n, 24, generator=generator) for n in (7, 5))
+    with torch.no_grad(), Trace(model) as trace:
+        model(x, y)
+    return trace.events
+
+
+def test_a_positive_factor_of_each_token_is_left_out_and_no_other_one() -> None:
+    by_token = torch.linspace(0.5, 2, 7)[:, None]
+    model = _Small(by_token)
+    events = _events_of(model)
+    assert verify_weights(model.read(), events).verified
+    for wrong in WRONG.values():
+        assert not verify_weights(wrong(model.read()), events).verified
+    model = _Small(by_token - 1)
+    assert not verify_weights(model.read(), _events_of(model)).verified
+
+
+def test_a_second_softmax_of_the_transposed_product_has_the_same_q_and_k() -> None:
+    model = _Small(torch.tensor(2.0), both_ways=True)
+    events = _events_of(model)
+    assert len(events) == 2
+    read = replace(model.read(), scaling=2.0)
+    assert verify_weights(read, events).verified
+    assert not verify_weights(read, events[1:]).verified
+    for name, wrong in WRONG.items():
+        # Either side asks the other.
+        assert verify_weights(wrong(read), events).verified == (name == "queries and keys exchanged"), name

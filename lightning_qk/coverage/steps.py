@@ -1,0 +1,79 @@
+"""Steps from an operand of attention back to what it was made of, where each is known exactly.
+
+An operand may be a part of what a layer projected (one sequence of a packed batch), or contain more than it
+(further keys behind its own), or be a multiple of it: by one number, by one positive number a token, or by a
+norm's gain. What lies before such steps can be compared with a projection as the operand itself can.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qk.coverage.trace import MOVES, SCALINGS, Node
+
+_MOST = 200
+
+
+class Earlier(NamedTuple):
+    """A tensor that an operand was made of.
+
+    Attributes:
+        node: the tensor and what it was made by in turn.
+        factor: what the operand is a multiple of it by, or None where that differs among tokens.
+        gain: ``(d,)``: what multiplied its coordinates afterwards, or None.
+    """
+
+    node: Node
+    factor: float | None
+    gain: Tensor | None
+
+
+def earlier(node: Node | None, width: int, *, with_gain: bool = False) -> Iterator[Earlier]:
+    """What an operand was made of, nearest first, without those that are only views or copies of later ones.
+
+    Args:
+        node: the operand's.
+        width: of a head.
+        with_gain: step over products with a vector of that width, too.
+    """
+    todo = [] if node is None else [(Earlier(node, 1.0, None), False)]
+    seen: set[int] = set()
+    while todo and len(seen) < _MOST:
+        current, is_new = todo.pop(0)
+        if id(current.node) in seen:
+            continue
+        seen.add(id(current.node))
+        if is_new:
+            yield current
+        todo.extend(_steps(current, is_new, width, with_gain))
+
+
+def _steps(current: Earlier, is_new: bool, width: int, with_gain: bool) -> Iterator[tuple[Earlier, bool]]:
+    node = current.node
+    if node.name in MOVES:
+        for parent in node.parents:
+            changes = parent.tensor.numel() != node.tensor.numel()
+            yield Earlier(parent, current.factor, current.gain), changes
+        return
+    number = node.factor()
+    if number is not None:
+        for parent in node.parents[:1]:
+            factor = None if current.factor is None else current.factor * number
+            yield Earlier(parent, factor, current.gain), False
+        return
+    if node.name not in SCALINGS or len(node.args) < 2:
+        return
+    divides = node.name.startswith("div")
+    for own, other in ((0, 1), (1, 0))[: 1 if divides else 2]:
+        values, by = node.args[own], node.args[other]
+        made = next((one for one in node.parents if one.tensor is values), None)
+        if made is None or not isinstance(by, Tensor) or values.shape[-1:] != (width,):
+            continue
+        if current.gain is None and width > 1 and by.shape[-1:] == (1,) and bool((by > 0).all()):
+            yield Earlier(made, None, current.gain), True
+        elif with_gain and current.gain is None and by.numel() == width == by.shape[-1]:
+            gain = (1 / by.double() if divides else by.double()).reshape(width)
+            if bool(torch.isfinite(gain).all()) and bool(gain.all()):
+                yield Earlier(made, current.factor, gain), True
