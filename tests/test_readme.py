@@ -57,6 +57,11 @@ def test_commands_are_real(command, monkeypatch):
             assert COMMANDS[COMMANDS.index(install[-1]) + 1] in steps
         else:
             assert "-m pytest" in steps
+    elif arguments[:1] == ["coverage"]:
+        from lightning_qk.coverage.catalogue import model_types
+        from lightning_qk.coverage.command import _parser
+
+        assert set(_parser("coverage").parse_args(arguments[1:]).types) <= set(model_types())
     elif program.endswith("lightning-qk"):
         # The whole configuration is read and checked, classes included.
         from lightning_qk.cli import main
@@ -74,9 +79,20 @@ def test_the_models_that_the_readme_names_are_among_those_tested():
     from heads_zoo import ZOO
 
     tested = {re.sub("[^a-z0-9]", "", name.lower()) for name in ZOO}
-    listed = re.search(r"cross-attention: (.*?) and their kin", (ROOT / "README.md").read_text(), re.DOTALL)[
-        1
-    ]
+    text = (ROOT / "README.md").read_text()
+    listed = re.search(r"sharded weights: (.*?) and their kin", text, re.DOTALL)[1]
     for name in re.split(r",\s+", listed):
         plain = re.sub("[^a-z0-9]", "", name.lower())
         assert any(plain in known for known in tested), name
+
+
+def test_the_coverage_that_the_readme_tells_is_that_of_the_table():
+    table = (ROOT / "docs" / "coverage.md").read_text()
+    counts = {
+        what: re.search(rf"\| {what} \| (\d+) \|", table)[1]
+        for what in ("with softmax attention", "weights verified", "statistics verified")
+    }
+    attention, weights, statistics = counts.values()
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"of {attention} model types with softmax attention" in text
+    assert f"weights are verified for {weights} and statistics for {statistics}" in text
