@@ -28,13 +28,8 @@ def calls_sdpa(module: nn.Module) -> bool:
 
 def calls_softmax(module: nn.Module) -> bool:
     """Whether the module's class names a softmax in its own methods."""
-    return any(
-        "softmax" in name.lower()
-        for kind in own_classes(type(module))
-        for function in _methods(kind)
-        for code in _codes(function.__code__)
-        for name in _names(code)
-    )
+    kind: Any = type(module)
+    return any("softmax" in name.lower() for name in _class_names(kind))
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -42,12 +37,8 @@ def uses_interface(module: nn.Module) -> bool:
 
     Some name the interface's registry and get their own function out of it in other ways: they count as not.
     """
-    return any(
-        _LOOK_UP in _names(code)
-        for kind in own_classes(type(module))
-        for function in _methods(kind)
-        for code in _codes(function.__code__)
-    )
+    kind: Any = type(module)
+    return _LOOK_UP in _class_names(kind)
 
 
 def own_classes(kind: type) -> Iterator[type]:
@@ -66,6 +57,13 @@ def functions_of(kind: type) -> list[types.FunctionType]:
 @functools.lru_cache(maxsize=4096)
 def _class_calls_sdpa(kind: type) -> bool:
     return any(_mentions(function) for base in own_classes(kind) for function in _functions_of(base))
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_names(kind: type) -> frozenset[str]:
+    """What the methods of a class and its own bases name."""
+    methods = (function for base in own_classes(kind) for function in _methods(base))
+    return frozenset(name for function in methods for name in names_in(function.__code__))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,7 +90,7 @@ def _methods(kind: type) -> Iterator[types.FunctionType]:
 
 def _called(function: types.FunctionType) -> Iterator[types.FunctionType]:
     """Functions that a function names: in its file, in its closure, or in a module that it names."""
-    names = {name for code in _codes(function.__code__) for name in _names(code)}
+    names = set(names_in(function.__code__))
     space = function.__globals__
     values = [space[name] for name in names if name in space]
     values += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
@@ -113,10 +111,9 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _mentions(function: types.FunctionType) -> bool:
-    for code in _codes(function.__code__):
-        for name in _names(code):
-            if name == _SDPA or _is_sdpa(function.__globals__.get(name)):
-                return True
+    for name in names_in(function.__code__):
+        if name == _SDPA or _is_sdpa(function.__globals__.get(name)):
+            return True
     return any(_is_filled(cell) and _is_sdpa(cell.cell_contents) for cell in function.__closure__ or ())
 
 
@@ -124,16 +121,12 @@ def _is_sdpa(value: object) -> bool:
     return callable(value) and getattr(value, "__name__", None) == _SDPA
 
 
-def _names(code: types.CodeType) -> set[str]:
-    return set(code.co_names)
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A function's code and that of the functions inside it."""
-    yield code
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """Global names and attributes in a function's code and in that of the functions inside it, in their order."""
+    yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from names_in(constant)
 
 
 def _is_library(name: str) -> bool:

@@ -28,6 +28,17 @@ class Through(nn.Module):
         return x
 
 
+def copy_with(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
+    """A copy of one module that shares its attributes and has other children; its forward is to be called."""
+    copy = object.__new__(type(module))
+    # Out of training mode, since dropout would draw from the global generator; dictionaries of its own, since
+    # a forward may set what they hold.
+    copy.__dict__.update(
+        {**module.__dict__, "_buffers": dict(module._buffers), "_modules": dict(children), "training": False}
+    )
+    return copy
+
+
 def run_copy(
     module: nn.Module, children: Mapping[str, nn.Module | None], given: Tensor, **known: Any
 ) -> None:
@@ -42,9 +53,7 @@ def run_copy(
     Raises:
         Exception: whatever the forward raises, `Stop` included.
     """
-    copy = object.__new__(type(module))
-    # Out of training mode, since dropout would draw from the global generator.
-    copy.__dict__.update({**module.__dict__, "_modules": dict(children), "training": False})
+    copy = copy_with(module, children)
     if "config" in known:
         copy.__dict__["config"] = known.pop("config")
     forward = type(module).forward

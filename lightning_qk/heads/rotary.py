@@ -9,29 +9,19 @@ asked for by name.
 
 import inspect
 import re
-import types
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_qk.functional.rotary import Rotary, rotate_between
-from lightning_qk.heads.probing import Stop, Through
+from lightning_qk.functional.rotary import Rotary
+from lightning_qk.heads.rotary_angles import Angles, angle_sources, holds_angles
+from lightning_qk.heads.rotary_fit import Fit, remembered_fit
+from lightning_qk.heads.rotary_layer import Call, Layer, tokens_for
 
 ROTARY, ROTARY_2D = "rotary", "rotary (2-D)"
 
-_NAMED_ROTARY = re.compile(r"rotary|rope(?![a-z])|rotate_(quer|key)", re.IGNORECASE)
-_HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal", re.IGNORECASE)
-_TAKES_ANGLES = re.compile(
-    r"^(rotary|rope|freqs?|sinusoidal_pos)|(^|_)position_embeddings(_k)?$|^(cos|sin)$", re.IGNORECASE
-)
-# Arguments by which layers take tokens other than the first.
-_TAKES_TOKENS = frozenset(
-    {"query", "key", "value", "hidden_states", "query_states", "key_states", "value_states"}
-)
-_TAKES_OTHERS = frozenset({"key_value_states", "encoder_hidden_states", "cross_attention_states", "context"})
 _MANY_AXES = re.compile(r"vision|image|pixel|patch|2d|multidim|axial|video|vjepa|vit(?![a-z])", re.IGNORECASE)
 
 
@@ -45,7 +35,7 @@ class Rotation:
     """
 
     def __init__(
-        self, kind: str | None, fit: "_Fit | None" = None, start: int = 0, *, is_known: bool = True
+        self, kind: str | None, fit: Fit | None = None, start: int = 0, *, is_known: bool = True
     ) -> None:
         self.kind = kind
         self.is_known = is_known
@@ -91,10 +81,10 @@ def find_rotation(
         d_head: width of a head.
         is_cross: keys come from other tokens than queries.
     """
-    layer = _Layer(module, config, _tokens(d_head), is_cross)
+    layer = Layer(module, config, tokens_for(d_head), is_cross)
     if not layer.functions:
         # A rotary module of its own may turn queries and keys itself.
-        holds = any(_holds(name, child) for name, child in module.named_children())
+        holds = any(holds_angles(name, child) for name, child in module.named_children())
         return Rotation(None, is_known=False) if holds else NO_ROTATION
     try:
         return _find(layer, ancestors, d_head)
@@ -102,9 +92,9 @@ def find_rotation(
         return Rotation(None, is_known=False)
 
 
-def _find(layer: "_Layer", ancestors: Sequence[nn.Module], d_head: int) -> Rotation:
+def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int) -> Rotation:
     many_axes = unread = None
-    for source in _angle_sources(layer, ancestors):
+    for source in angle_sources(layer.module, layer.parameters, ancestors, layer.config):
         try:
             angles = source.at(1, layer.tokens)
             if angles is None:
@@ -119,7 +109,7 @@ def _find(layer: "_Layer", ancestors: Sequence[nn.Module], d_head: int) -> Rotat
         if call.before_projections:
             return Rotation(ROTARY)
         try:
-            fit = _remembered_fit(layer, source, call, d_head)
+            fit = remembered_fit(layer, source, call, d_head)
         except Exception:  # a table of angles may end before the positions that are probed
             fit = None
         if fit is None:
@@ -143,20 +133,18 @@ def _find(layer: "_Layer", ancestors: Sequence[nn.Module], d_head: int) -> Rotat
     return Rotation(_kind_by_name(layer, unread))
 
 
-def _blind_call(layer: "_Layer", *, is_given: bool) -> "_Call | None":
+def _blind_call(layer: Layer, *, is_given: bool) -> Call | None:
     """Run a layer whose angles are not known.
 
     Where no module around it could make any, it may be given none at all.
     """
     if not is_given:
-        try:
+        with suppress(Exception):  # it may need some
             return layer.call(1, None)
-        except Exception:
-            pass  # it needs some
-    return layer.call(1, _Angles())
+    return layer.call(1, Angles())
 
 
-def _kind_by_name(layer: "_Layer", holder: nn.Module | None) -> str:
+def _kind_by_name(layer: Layer, holder: nn.Module | None) -> str:
     names = [*layer.functions, type(layer.module).__name__, type(holder).__name__]
     if holder is not None:
         names += inspect.signature(type(holder).forward).parameters
@@ -166,617 +154,3 @@ def _kind_by_name(layer: "_Layer", holder: nn.Module | None) -> str:
     # A text model may be named for the images that it comes with.
     many = any(_MANY_AXES.search(name) and "text" not in name.lower() for name in names)
     return ROTARY_2D if many else ROTARY
-
-
-# What the model gives for angles.
-
-
-def _tokens(d_head: int) -> int:
-    """How many tokens layers are run on.
-
-    At least one for each coordinate of a head; more than an image has axes, and hardly a number of heads or a
-    width, so that tokens are told from other dimensions.
-    """
-    return max(d_head + 1 + d_head % 2, 5)
-
-
-class _Source(NamedTuple):
-    """Where the angles of a layer come from: a module, or the layer itself (then ``own``)."""
-
-    holder: nn.Module
-    layer_type: str | None
-    own: bool = False
-
-    def at(self, position: int, tokens: int) -> Any:
-        """What the layer is given for that many tokens at one position; None where positions are no numbers.
-
-        Raises:
-            Exception: whatever the holder raises.
-        """
-        if self.own:
-            return _Angles()
-        with torch.no_grad():
-            return _run_holder(self, position, tokens)
-
-    @property
-    def buffer(self) -> str | None:
-        """The holder's 1-D buffer of frequencies for this layer."""
-        buffers = dict(self.holder.named_buffers(recurse=False))
-        for name in (f"{self.layer_type}_inv_freq", "inv_freq"):
-            if name in buffers and buffers[name].dim() == 1:
-                return name
-        return None
-
-
-def _angle_sources(layer: "_Layer", ancestors: Sequence[nn.Module]) -> Iterator[_Source]:
-    takes_angles = any(_TAKES_ANGLES.search(name) for name in layer.parameters)
-    if not takes_angles:
-        held = next(
-            (child for name, child in layer.module.named_children() if _holds(name, child)), layer.module
-        )
-        yield _Source(held, None, own=True)
-    layer_types = _layer_types(layer.module, ancestors, layer.config)
-    for owner in (layer.module, *ancestors):
-        for name, child in owner.named_children():
-            if child is layer.module or not _holds(name, child):
-                continue
-            kinds = [name.removesuffix("_inv_freq") for name in child._buffers if name.endswith("_inv_freq")]
-            kinds = [kind for kind in kinds if not kind.endswith("original")]
-            own = [kind for kind in layer_types if kind in kinds]
-            if kinds and not own:
-                served = getattr(layer.config, "layer_types", None) or ()
-                if layer_types and not set(kinds).isdisjoint(served):
-                    # It serves layers of other types.
-                    continue
-                own = kinds
-            given: list[str | None] = [*(own or layer_types[:1])] or [None]
-            yield from (_Source(child, kind) for kind in given)
-
-
-def _holds(name: str, child: nn.Module) -> bool:
-    if _NAMED_ATTENTION.search(type(child).__name__):
-        return False
-    return bool(_HOLDS_ANGLES.search(name) or _HOLDS_ANGLES.search(type(child).__name__))
-
-
-_NAMED_ATTENTION = re.compile(r"attention$|attn$", re.IGNORECASE)
-
-
-def _layer_types(module: nn.Module, ancestors: Sequence[nn.Module], config: Any) -> list[str]:
-    """What the layer's own kind may be called, the likeliest first."""
-    found = []
-    for owner in (module, *ancestors[:1]):
-        for name in ("rope_layer_type", "rope_type", "layer_type", "attention_type"):
-            value = getattr(owner, name, None)
-            if isinstance(value, str):
-                found.append(value)
-    index, types_ = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
-    if isinstance(index, int) and types_ is not None and index < len(types_):
-        found.append(types_[index])
-    return found
-
-
-def _run_holder(source: _Source, position: int, tokens: int) -> Any:
-    holder = source.holder
-    tensors = [*holder.buffers(recurse=False), *holder.parameters(recurse=False)]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    positions = torch.full((1, tokens), position, device=device)
-    if isinstance(holder, nn.Embedding):
-        return holder.weight[position].detach().expand(1, 1, tokens, -1)
-    # Without the wrapper that changes frequencies with the length of the sequence.
-    forward = inspect.unwrap(type(holder).forward)
-    names = list(inspect.signature(forward).parameters)[1:]
-    copy = _copy(holder, {})
-    if "position_ids" in names:
-        known: dict[str, Any] = {"position_ids": positions}
-        if "layer_type" in names:
-            known["layer_type"] = source.layer_type
-        rest = [name for name in names if name not in known and _is_required(forward, name)]
-        x = torch.zeros(1, 1, 1, device=device)
-        try:
-            given = forward(copy, *(x for _ in rest), **known)
-        except Exception:
-            # Text among images and videos has three equal coordinates, which the layer chooses from.
-            given = forward(copy, *(x for _ in rest), **{**known, "position_ids": positions.expand(3, 1, -1)})
-            if any(part.dim() != 4 or part.shape[0] != 3 for part in given):
-                raise
-        parts = given if isinstance(given, tuple) else (given,)
-        # One row a token: not so where positions have several coordinates.
-        return given if all(part.dim() >= 2 and part.shape[-2] == tokens for part in parts) else None
-    if names[:1] == ["hidden_states"] and len(names) == 1:
-        # It counts tokens itself.
-        copy.__dict__.pop("cached_sequence_length", None)
-        copy.__dict__["cached_sequence_length"] = None
-        rows = _COUNTED
-        given = forward(copy, torch.zeros(1, rows, 1, device=device))
-        (axis,) = (axis for axis, size in enumerate(given.shape) if size == rows)
-        shape = list(given.shape)
-        shape[axis] = tokens
-        return given.select(axis, position).unsqueeze(axis).expand(shape)
-    return None
-
-
-# Positions that are probed are below it, and no width is a multiple of it that is likely.
-_COUNTED = 11
-
-
-def _is_required(function: Callable[..., Any], name: str) -> bool:
-    return inspect.signature(function).parameters[name].default is inspect.Parameter.empty
-
-
-# What the layer does with them.
-
-
-class _Called(Exception):
-    """The forward called a rotary function."""
-
-    def __init__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__(name)
-        self.call = name, args, kwargs
-
-
-class _Angles:
-    """Stands for angles that are not known: may be handed on, unpacked and indexed."""
-
-    def __iter__(self) -> Iterator["_Angles"]:
-        return iter((_Angles(), _Angles()))
-
-    def __getitem__(self, index: Any) -> "_Angles":
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "_Angles":
-        return self
-
-
-class _ByType(tuple[Any, ...]):
-    """Angles that a layer may ask for by its type, as where the model hands the angles of all types on."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return self if isinstance(index, str) else super().__getitem__(index)
-
-
-class _UntilDispatch:
-    """A configuration that ends the run where attention is dispatched."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_attn_implementation":
-            raise Stop
-        return getattr(self._config, name)
-
-
-class _ModuleStub(nn.Module):
-    """Stands for a rotary module that turns queries and keys itself."""
-
-    def __init__(self, name: str, position: int) -> None:
-        super().__init__()
-        self.name = name
-        self.position = position
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Called(self.name, args, {**kwargs, "position": self.position})
-
-
-class _AtPosition:
-    """A module that turns queries and keys by counting tokens, as a function of one position for all."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, *args: Tensor, position: int) -> tuple[Tensor, ...]:
-        # A copy, for the module may keep its tables.
-        copy = _copy(self.module, {})
-        turned = type(self.module).forward(copy, *(_behind_others(x, position) for x in args))
-        lasts = [
-            part[..., -1, :].unflatten(0, (-1, x.shape[0])) for part, x in zip(turned, args, strict=True)
-        ]
-        return tuple(last.movedim(0, -2) for last in lasts)
-
-
-def _behind_others(x: Tensor, count: int) -> Tensor:
-    """Each token of (batch, ..., n, d) as the last of a sequence of its own, (n * batch, ..., count + 1, d)."""
-    alone = x.movedim(-2, 0).flatten(0, 1).unsqueeze(-2)
-    return torch.cat([torch.zeros_like(alone)] * count + [alone], dim=-2)
-
-
-def _turns_itself(child: nn.Module) -> bool:
-    """Whether a rotary module takes a query and a key, and no positions."""
-    names = list(inspect.signature(type(child).forward).parameters)[1:]
-    return len(names) == 2 and re.match("q", names[0]) is not None and re.match("k", names[1]) is not None
-
-
-class _Zeros(nn.Module):
-    """Stands for a projection."""
-
-    def __init__(self, width: int, ran: list[bool]) -> None:
-        super().__init__()
-        self.width = width
-        self.ran = ran
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if isinstance(x, _Angles):
-            # A projection of positions, as in relative products: nothing is turned by them.
-            raise Stop
-        self.ran.append(True)
-        return x.new_zeros(*x.shape[:-1], self.width)
-
-
-class _Call(NamedTuple):
-    """A call of a rotary function.
-
-    Attributes:
-        name: of the function.
-        args: its arguments.
-        kwargs: its arguments by name.
-        turned: where among both those stand that it turns, the query first.
-        before_projections: it turns the layer's input.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    turned: tuple[int | str, ...]
-    before_projections: bool
-
-    @property
-    def query(self) -> Tensor:
-        return self.get(self.turned[0])
-
-    @property
-    def width(self) -> int:
-        return self.query.shape[-1]
-
-    @property
-    def place(self) -> int:
-        """Where the part that is turned begins in what the projection gave."""
-        return int(self.query.storage_offset())
-
-    def get(self, where: int | str) -> Tensor:
-        return self.args[where] if isinstance(where, int) else self.kwargs[where]
-
-
-class _Layer:
-    """An attention layer that can be run up to where it rotates."""
-
-    def __init__(self, module: nn.Module, config: Any, tokens: int, is_cross: bool = False) -> None:
-        self.module = module
-        self.is_cross = is_cross or getattr(module, "is_cross_attention", None) is True
-        self.config = config
-        self.tokens = tokens
-        forward = inspect.unwrap(type(module).forward)
-        self.parameters = inspect.signature(forward).parameters
-        self.functions: dict[str, Callable[..., Any]] = {
-            name: _AtPosition(child)
-            for name, child in module.named_children()
-            if _holds(name, child) and _turns_itself(child)
-        }
-        self._methods: dict[str, types.FunctionType] = {}
-        self._forward = forward
-        if isinstance(forward, types.FunctionType):
-            self._collect(forward, depth=2)
-
-    def _collect(self, function: types.FunctionType, depth: int) -> None:
-        """Find the rotary functions that a function calls, or that methods which it calls do."""
-        for name in _names(function.__code__):
-            found = function.__globals__.get(name)
-            if isinstance(found, types.FunctionType) and _is_rotary(name, found, 0):
-                self.functions.setdefault(name, found)
-                continue
-            attribute = inspect.getattr_static(type(self.module), name, None)
-            is_static = isinstance(attribute, staticmethod)
-            method = attribute.__func__ if is_static else attribute
-            if not isinstance(method, types.FunctionType) or hasattr(nn.Module, name):
-                continue
-            if _is_rotary(name, method, 0 if is_static else 1):
-                self.functions.setdefault(name, getattr(self.module, name))
-            elif depth and name not in self._methods:
-                self._methods[name] = method
-                self._collect(method, depth - 1)
-
-    def call(self, position: int, angles: Any) -> _Call | None:
-        """Run to the first call of a rotary function; None where the forward does without.
-
-        Args:
-            position: that all tokens stand at.
-            angles: what the model gives the layer for it.
-
-        Raises:
-            Exception: whatever the forward raises before.
-        """
-        stubs = {name: _stub(name) for name in self.functions if name not in self.module._modules}
-        ran: list[bool] = []
-        children, width, device = self._stand_ins(ran)
-        children.update(
-            (name, _ModuleStub(name, position)) for name in self.functions if name in self.module._modules
-        )
-        space: dict[str, Any] = {**stubs, "config": _UntilDispatch(self.config)}
-        copy = _copy(self.module, children)
-        for name, method in self._methods.items():
-            is_static = isinstance(inspect.getattr_static(type(self.module), name), staticmethod)
-            patched = _patched(method, stubs)
-            space[name] = patched if is_static else types.MethodType(patched, copy)
-        if getattr(self.module, "config", None) is None:
-            space.pop("config")
-        copy.__dict__.update(space)
-        given = torch.zeros(1, self.tokens, width, device=device)
-        known: dict[str, Any] = {}
-        for argument in list(self.parameters.values())[2:]:
-            if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
-                continue
-            if _TAKES_ANGLES.search(argument.name) and angles is not None:
-                known[argument.name] = _ByType(angles) if isinstance(angles, tuple) else angles
-            elif argument.name in ("position_ids", "cache_position"):
-                known[argument.name] = torch.full((1, self.tokens), position, device=device)
-            elif self.is_cross and argument.name in _TAKES_OTHERS:
-                known[argument.name] = given
-            elif argument.default is argument.empty:
-                known[argument.name] = given if argument.name in _TAKES_TOKENS | _TAKES_OTHERS else None
-        try:
-            with torch.no_grad():
-                _patched(self._forward, stubs)(copy, given, **known)
-        except Stop:
-            return None
-        except _Called as called:
-            name, args, kwargs = called.call
-        else:
-            return None
-        given_all: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        turned = tuple(key for key, value in given_all if _is_blank(value))
-        return _Call(name, args, kwargs, turned, before_projections=not ran)
-
-    def is_left_out(self) -> bool:
-        """Whether the model gives angles to some of its layers only, and not to this one.
-
-        The layer then does without angles, and its configuration has a list by layers, named for them, that
-        is zero, false or None where a layer gets none.
-        """
-        index = getattr(self.module, "layer_idx", None)
-        if not isinstance(index, int):
-            return False
-        lists = (
-            [
-                value
-                for name, value in vars(self.config).items()
-                if "rope" in name and isinstance(value, list | tuple) and index < len(value)
-            ]
-            if hasattr(self.config, "__dict__")
-            else []
-        )
-        if all(value[index] for value in lists):
-            return False
-        try:
-            return self.call(1, None) is None
-        except Exception:
-            return False
-
-    def _stand_ins(self, ran: list[bool]) -> tuple[dict[str, nn.Module | None], int, torch.device]:
-        children: dict[str, nn.Module | None] = dict(self.module._modules)
-        width = 0
-        device = None
-        for name, child in self.module.named_children():
-            if _holds(name, child):
-                children[name] = child
-                continue
-            sizes = _projection_sizes(child)
-            if sizes is not None:
-                children[name] = _Zeros(sizes[1], ran)
-                width = width or sizes[0]
-            else:
-                children[name] = Through()
-        tensor = next(iter(self.module.buffers()), next(iter(self.module.parameters()), None))
-        device = torch.device("cpu") if tensor is None else tensor.device
-        return children, width, device
-
-
-def _projection_sizes(child: nn.Module) -> tuple[int, int] | None:
-    """Widths of what a projection takes and gives; also of one that wraps or chains others."""
-    sizes = getattr(child, "in_features", None), getattr(child, "out_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return sizes[0], sizes[1]
-    width, weight = getattr(child, "nf", None), getattr(child, "weight", None)
-    if isinstance(width, int) and isinstance(weight, Tensor):
-        return weight.shape[0], width  # Conv1D
-    inner = [found for part in child.children() if (found := _projection_sizes(part)) is not None]
-    return (inner[0][0], inner[-1][1]) if inner else None
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether it comes from a projection that gave zeros: norms may have divided by them."""
-    return (
-        isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.dim() >= 3
-        and value.numel() > 0
-        and not bool(value.nan_to_num().any())
-    )
-
-
-def _stub(name: str) -> Callable[..., Any]:
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        raise _Called(name, args, kwargs)
-
-    return stub
-
-
-def _copy(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
-    copy = object.__new__(type(module))
-    # Out of training mode, since dropout would draw from the global generator; dictionaries of its own, since
-    # a forward may set what they hold.
-    copy.__dict__.update(
-        {**module.__dict__, "_buffers": dict(module._buffers), "_modules": dict(children), "training": False}
-    )
-    return copy
-
-
-def _patched(function: Callable[..., Any], stubs: Mapping[str, Callable[..., Any]]) -> types.FunctionType:
-    """A function that finds others under some global names."""
-    assert isinstance(function, types.FunctionType)
-    patched = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **stubs},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    patched.__kwdefaults__ = function.__kwdefaults__
-    return patched
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _is_rotary(name: str, function: types.FunctionType, first: int) -> bool:
-    """Whether a function is named for rotary positions and takes angles beside what it turns."""
-    return (
-        _NAMED_ROTARY.search(name) is not None
-        and len(inspect.signature(function).parameters) - first >= 2
-        and re.match(r"_?(get|compute|create|build|make|precompute|init|forward)", name) is None
-    )
-
-
-# Which rotation that is.
-
-
-class _Fit(NamedTuple):
-    """A rotation of the coordinates that a rotary function is given.
-
-    Attributes:
-        inv_freq: frequencies as measured, detached.
-        interleaved: see :class:`~lightning_qk.functional.rotary.Rotary`.
-        start: first rotated coordinate of what the function is given.
-        scale: factor on q and on k.
-        backward: the live buffer's frequencies are those of the opposite direction.
-        holder: the module that has the live buffer, if there is one.
-        buffer: its name.
-    """
-
-    inv_freq: Tensor
-    interleaved: bool
-    start: int
-    scale: float
-    backward: bool = False
-    holder: "weakref.ref[nn.Module] | None" = None
-    buffer: str = ""
-
-
-# Layers of a model share their rotary module.
-_FITS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, _Fit | None]]" = weakref.WeakKeyDictionary()
-
-# Pairs of positions of which the second is where a rotation that was found at the first is checked.
-_PROBED = ((0, 1), (2, 5))
-
-
-def _remembered_fit(layer: _Layer, source: _Source, call: _Call, d_head: int) -> _Fit | None:
-    known = _FITS.setdefault(source.holder, {})
-    key = (call.name, call.turned, tuple(call.query.shape), type(layer.module), source.layer_type, d_head)
-    if key not in known:
-        known[key] = _fit(layer, source, call, d_head)
-    return known[key]
-
-
-def _fit(layer: _Layer, source: _Source, call: _Call, d_head: int) -> _Fit | None:
-    if not call.turned:
-        return None
-    width = min(call.width, d_head)
-    steps = []
-    for first, second in _PROBED:
-        pair = []
-        for where, position in ((call.turned[0], first), (call.turned[min(1, len(call.turned) - 1)], second)):
-            other = layer.call(position, source.at(position, layer.tokens))
-            if other is None or other.name != call.name:
-                return None
-            pair.append(_matrix(layer.functions[call.name], other, call.turned, where, width))
-        steps.append(pair[0].mT @ pair[1])
-    buffer = source.buffer
-    live = None if buffer is None else getattr(source.holder, buffer).detach().to("cpu", torch.float64)
-    return _fit_steps(steps, source, buffer, live)
-
-
-def _fit_steps(
-    steps: Sequence[Tensor], source: _Source, buffer: str | None, live: Tensor | None
-) -> _Fit | None:
-    step = steps[0]
-    width = step.shape[0]
-    turning = (step - step.diag().diag()).abs().sum(0) > 0
-    span = int(turning.nonzero().max() - turning.nonzero().min()) + 1 if bool(turning.any()) else 0
-    lengths = [2 * live.numel()] if live is not None else []
-    for length in (*lengths, width, span, span + 1):
-        if length < 2 or length % 2 or length > width:
-            continue
-        for interleaved in (False, True):
-            for start in dict.fromkeys((0, width - length)):
-                found = _structure(step, length, interleaved, start)
-                if not all(_agrees(found, *known) for known in zip(steps, (1, 3), strict=True)):
-                    continue
-                fit = _Fit(found.inv_freq, interleaved, start, found.scale)
-                for backward in (False, True):
-                    wanted = None if live is None else (-live if backward else live)
-                    if wanted is not None and _is_same(found.inv_freq, wanted):
-                        holder = weakref.ref(source.holder)
-                        return fit._replace(backward=backward, holder=holder, buffer=buffer or "")
-                return fit
-    return None
-
-
-def _is_same(measured: Tensor, kept: Tensor) -> bool:
-    return measured.shape == kept.shape and torch.allclose(measured, kept, rtol=1e-4, atol=1e-6)
-
-
-def _structure(step: Tensor, length: int, interleaved: bool, start: int) -> Rotary:
-    """Frequencies and scale of one step by the pairs that a form says."""
-    if interleaved:
-        first = torch.arange(start, start + length, 2)
-        second = first + 1
-    else:
-        first = torch.arange(start, start + length // 2)
-        second = first + length // 2
-    cos, sin = step[first, first], step[second, first]
-    squared = (cos.square() + sin.square()).sqrt().mean()
-    scale = float(squared.clamp(min=0).sqrt())
-    # Measured in single precision.
-    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
-    return Rotary(torch.atan2(sin, cos), interleaved, start, scale)
-
-
-def _agrees(found: Rotary, step: Tensor, offset: int) -> bool:
-    expected = rotate_between(torch.eye(step.shape[0], dtype=step.dtype), found, torch.tensor(offset))
-    return torch.allclose(step, expected, rtol=0, atol=1e-5 * max(1.0, found.scale**2))
-
-
-def _matrix(
-    function: Callable[..., Any], call: _Call, turned: Sequence[int | str], where: int | str, width: int
-) -> Tensor:
-    """What a rotary function does with the first coordinates of one of its arguments, (width, width)."""
-    given = call.get(where)
-    units = torch.eye(width, given.shape[-1], device=given.device, dtype=given.dtype)
-    slots = given.numel() // given.shape[-1]
-    # As many tokens and heads as there are, all at one position: which of them gets which vector is the same.
-    filled = units.repeat(-(-slots // width), 1)[:slots].view(given.shape)
-
-    def put(key: int | str, value: Any) -> Any:
-        if key == where:
-            return filled
-        return torch.zeros_like(value) if key in turned else value
-
-    args = [put(index, value) for index, value in enumerate(call.args)]
-    kwargs = {name: put(name, value) for name, value in call.kwargs.items()}
-    with torch.no_grad():
-        out = function(*args, **kwargs)
-    if isinstance(out, tuple):
-        place = list(turned).index(where)
-        out = out[place]
-    if out.shape != given.shape:
-        raise ValueError(f"expected the shape {tuple(given.shape)} back, got {tuple(out.shape)}")
-    rows = out.reshape(slots, given.shape[-1])[:width, :width]
-    return rows.mT.to("cpu", torch.float64)

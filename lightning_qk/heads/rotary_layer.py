@@ -1,0 +1,336 @@
+"""Run an attention layer on stand-ins, up to its call of a rotary function."""
+
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture.callers import names_in
+from lightning_qk.heads.probing import Stop, Through, copy_with
+from lightning_qk.heads.rotary_angles import TAKES_ANGLES, Angles, holds_angles
+
+_NAMED_ROTARY = re.compile(r"rotary|rope(?![a-z])|rotate_(quer|key)", re.IGNORECASE)
+# Arguments by which layers take tokens other than the first.
+_TAKES_TOKENS = frozenset(
+    {"query", "key", "value", "hidden_states", "query_states", "key_states", "value_states"}
+)
+_TAKES_OTHERS = frozenset({"key_value_states", "encoder_hidden_states", "cross_attention_states", "context"})
+
+
+def tokens_for(d_head: int) -> int:
+    """How many tokens layers are run on.
+
+    At least one for each coordinate of a head; more than an image has axes, and hardly a number of heads or a
+    width, so that tokens are told from other dimensions.
+    """
+    return max(d_head + 1 + d_head % 2, 5)
+
+
+class _Called(Exception):
+    """The forward called a rotary function."""
+
+    def __init__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(name)
+        self.call = name, args, kwargs
+
+
+class _ByType(tuple[Any, ...]):
+    """Angles that a layer may ask for by its type, as where the model hands the angles of all types on."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, str) else super().__getitem__(index)
+
+
+class _UntilDispatch:
+    """A configuration that ends the run where attention is dispatched."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_attn_implementation":
+            raise Stop
+        return getattr(self._config, name)
+
+
+class _ModuleStub(nn.Module):
+    """Stands for a rotary module that turns queries and keys itself."""
+
+    def __init__(self, name: str, position: int) -> None:
+        super().__init__()
+        self.name = name
+        self.position = position
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(self.name, args, {**kwargs, "position": self.position})
+
+
+class _AtPosition:
+    """A module that turns queries and keys by counting tokens, as a function of one position for all."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Tensor, position: int) -> tuple[Tensor, ...]:
+        # A copy, for the module may keep its tables.
+        copy = copy_with(self.module, {})
+        turned = type(self.module).forward(copy, *(_behind_others(x, position) for x in args))
+        lasts = [
+            part[..., -1, :].unflatten(0, (-1, x.shape[0])) for part, x in zip(turned, args, strict=True)
+        ]
+        return tuple(last.movedim(0, -2) for last in lasts)
+
+
+def _behind_others(x: Tensor, count: int) -> Tensor:
+    """Each token of (batch, ..., n, d) as the last of a sequence of its own, (n * batch, ..., count + 1, d)."""
+    alone = x.movedim(-2, 0).flatten(0, 1).unsqueeze(-2)
+    return torch.cat([torch.zeros_like(alone)] * count + [alone], dim=-2)
+
+
+def _turns_itself(child: nn.Module) -> bool:
+    """Whether a rotary module takes a query and a key, and no positions."""
+    names = list(inspect.signature(type(child).forward).parameters)[1:]
+    return len(names) == 2 and re.match("q", names[0]) is not None and re.match("k", names[1]) is not None
+
+
+class _Zeros(nn.Module):
+    """Stands for a projection."""
+
+    def __init__(self, width: int, ran: list[bool]) -> None:
+        super().__init__()
+        self.width = width
+        self.ran = ran
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(x, Angles):
+            # A projection of positions, as in relative products: nothing is turned by them.
+            raise Stop
+        self.ran.append(True)
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+class Call(NamedTuple):
+    """A call of a rotary function.
+
+    Attributes:
+        name: of the function.
+        args: its arguments.
+        kwargs: its arguments by name.
+        turned: where among both those stand that it turns, the query first.
+        before_projections: it turns the layer's input.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    turned: tuple[int | str, ...]
+    before_projections: bool
+
+    @property
+    def query(self) -> Tensor:
+        """The first tensor that is turned."""
+        return self.get(self.turned[0])
+
+    @property
+    def width(self) -> int:
+        """How many coordinates the function is given."""
+        return self.query.shape[-1]
+
+    @property
+    def place(self) -> int:
+        """Where the part that is turned begins in what the projection gave."""
+        return int(self.query.storage_offset())
+
+    def get(self, where: int | str) -> Tensor:
+        """An argument by its place or name."""
+        return self.args[where] if isinstance(where, int) else self.kwargs[where]
+
+
+class Layer:
+    """An attention layer that can be run up to where it rotates."""
+
+    def __init__(self, module: nn.Module, config: Any, tokens: int, is_cross: bool = False) -> None:
+        self.module = module
+        self.is_cross = is_cross or getattr(module, "is_cross_attention", None) is True
+        self.config = config
+        self.tokens = tokens
+        forward = inspect.unwrap(type(module).forward)
+        self.parameters = inspect.signature(forward).parameters
+        self.functions: dict[str, Callable[..., Any]] = {
+            name: _AtPosition(child)
+            for name, child in module.named_children()
+            if holds_angles(name, child) and _turns_itself(child)
+        }
+        self._methods: dict[str, types.FunctionType] = {}
+        self._forward = forward
+        if isinstance(forward, types.FunctionType):
+            self._collect(forward, depth=2)
+
+    def _collect(self, function: types.FunctionType, depth: int) -> None:
+        """Find the rotary functions that a function calls, or that methods which it calls do."""
+        for name in names_in(function.__code__):
+            found = function.__globals__.get(name)
+            if isinstance(found, types.FunctionType) and _is_rotary(name, found, 0):
+                self.functions.setdefault(name, found)
+                continue
+            attribute = inspect.getattr_static(type(self.module), name, None)
+            is_static = isinstance(attribute, staticmethod)
+            method = attribute.__func__ if is_static else attribute
+            if not isinstance(method, types.FunctionType) or hasattr(nn.Module, name):
+                continue
+            if _is_rotary(name, method, 0 if is_static else 1):
+                self.functions.setdefault(name, getattr(self.module, name))
+            elif depth and name not in self._methods:
+                self._methods[name] = method
+                self._collect(method, depth - 1)
+
+    def call(self, position: int, angles: Any) -> Call | None:
+        """Run to the first call of a rotary function; None where the forward does without.
+
+        Args:
+            position: that all tokens stand at.
+            angles: what the model gives the layer for it.
+
+        Raises:
+            Exception: whatever the forward raises before.
+        """
+        stubs = {name: _stub(name) for name in self.functions if name not in self.module._modules}
+        ran: list[bool] = []
+        children, width, device = self._stand_ins(ran)
+        children.update(
+            (name, _ModuleStub(name, position)) for name in self.functions if name in self.module._modules
+        )
+        space: dict[str, Any] = {**stubs, "config": _UntilDispatch(self.config)}
+        copy = copy_with(self.module, children)
+        for name, method in self._methods.items():
+            is_static = isinstance(inspect.getattr_static(type(self.module), name), staticmethod)
+            patched = _patched(method, stubs)
+            space[name] = patched if is_static else types.MethodType(patched, copy)
+        if getattr(self.module, "config", None) is None:
+            space.pop("config")
+        copy.__dict__.update(space)
+        given = torch.zeros(1, self.tokens, width, device=device)
+        known: dict[str, Any] = {}
+        for argument in list(self.parameters.values())[2:]:
+            if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+                continue
+            if TAKES_ANGLES.search(argument.name) and angles is not None:
+                known[argument.name] = _ByType(angles) if isinstance(angles, tuple) else angles
+            elif argument.name in ("position_ids", "cache_position"):
+                known[argument.name] = torch.full((1, self.tokens), position, device=device)
+            elif self.is_cross and argument.name in _TAKES_OTHERS:
+                known[argument.name] = given
+            elif argument.default is argument.empty:
+                known[argument.name] = given if argument.name in _TAKES_TOKENS | _TAKES_OTHERS else None
+        try:
+            with torch.no_grad():
+                _patched(self._forward, stubs)(copy, given, **known)
+        except Stop:
+            return None
+        except _Called as called:
+            name, args, kwargs = called.call
+        else:
+            return None
+        given_all: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        turned = tuple(key for key, value in given_all if _is_blank(value))
+        return Call(name, args, kwargs, turned, before_projections=not ran)
+
+    def is_left_out(self) -> bool:
+        """Whether the model gives angles to some of its layers only, and not to this one.
+
+        The layer then does without angles, and its configuration has a list by layers, named for them, that
+        is zero, false or None where a layer gets none.
+        """
+        index = getattr(self.module, "layer_idx", None)
+        if not isinstance(index, int):
+            return False
+        lists = (
+            [
+                value
+                for name, value in vars(self.config).items()
+                if "rope" in name and isinstance(value, list | tuple) and index < len(value)
+            ]
+            if hasattr(self.config, "__dict__")
+            else []
+        )
+        if all(value[index] for value in lists):
+            return False
+        try:
+            return self.call(1, None) is None
+        except Exception:
+            return False
+
+    def _stand_ins(self, ran: list[bool]) -> tuple[dict[str, nn.Module | None], int, torch.device]:
+        children: dict[str, nn.Module | None] = dict(self.module._modules)
+        width = 0
+        device = None
+        for name, child in self.module.named_children():
+            if holds_angles(name, child):
+                children[name] = child
+                continue
+            sizes = _projection_sizes(child)
+            if sizes is not None:
+                children[name] = _Zeros(sizes[1], ran)
+                width = width or sizes[0]
+            else:
+                children[name] = Through()
+        tensor = next(iter(self.module.buffers()), next(iter(self.module.parameters()), None))
+        device = torch.device("cpu") if tensor is None else tensor.device
+        return children, width, device
+
+
+def _projection_sizes(child: nn.Module) -> tuple[int, int] | None:
+    """Widths of what a projection takes and gives; also of one that wraps or chains others."""
+    sizes = getattr(child, "in_features", None), getattr(child, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
+    width, weight = getattr(child, "nf", None), getattr(child, "weight", None)
+    if isinstance(width, int) and isinstance(weight, Tensor):
+        return weight.shape[0], width  # Conv1D
+    inner = [found for part in child.children() if (found := _projection_sizes(part)) is not None]
+    return (inner[0][0], inner[-1][1]) if inner else None
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether it comes from a projection that gave zeros: norms may have divided by them."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() >= 3
+        and value.numel() > 0
+        and not bool(value.nan_to_num().any())
+    )
+
+
+def _stub(name: str) -> Callable[..., Any]:
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        raise _Called(name, args, kwargs)
+
+    return stub
+
+
+def _patched(function: Callable[..., Any], stubs: Mapping[str, Callable[..., Any]]) -> types.FunctionType:
+    """A function that finds others under some global names."""
+    assert isinstance(function, types.FunctionType)
+    patched = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **stubs},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    patched.__kwdefaults__ = function.__kwdefaults__
+    return patched
+
+
+def _is_rotary(name: str, function: types.FunctionType, first: int) -> bool:
+    """Whether a function is named for rotary positions and takes angles beside what it turns."""
+    return (
+        _NAMED_ROTARY.search(name) is not None
+        and len(inspect.signature(function).parameters) - first >= 2
+        and re.match(r"_?(get|compute|create|build|make|precompute|init|forward)", name) is None
+    )
