@@ -257,11 +257,9 @@ class AttentionMonitor(Monitor):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a loop."""
-        self._begin_evaluation(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a loop."""
-        self._begin_evaluation(trainer, pl_module)
+        self._evaluation = {}
+        if self._capture is None and self._measures_evaluation(trainer):
+            self._listen_to(trainer, pl_module)  # validation or test without a fit around it
 
     def on_validation_batch_start(
         self,
@@ -272,42 +270,18 @@ class AttentionMonitor(Monitor):
         dataloader_idx: int = 0,
     ) -> None:
         """Listen, when the batch is to be measured."""
-        self._begin_evaluation_batch(trainer, batch_idx, dataloader_idx)
+        if self._capture is None or not self._measures_evaluation(trainer):
+            return
+        self._pool = self._evaluation.setdefault(dataloader_idx, AttentionPool())
+        self._capture.enabled = trainer.fast_dev_run or batch_idx % self.every_n_eval_batches == 0  # type: ignore[attr-defined]
 
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Listen, when the batch is to be measured."""
-        self._begin_evaluation_batch(trainer, batch_idx, dataloader_idx)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop listening."""
         self.end_batch()
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Stop listening."""
-        self.end_batch()
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the loop's statistics."""
@@ -319,17 +293,6 @@ class AttentionMonitor(Monitor):
 
     def _measures_evaluation(self, trainer: Trainer) -> bool:
         return self.every_n_eval_batches > 0 and not trainer.sanity_checking
-
-    def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation = {}
-        if self._capture is None and self._measures_evaluation(trainer):
-            self._listen_to(trainer, pl_module)  # validation or test without a fit around it
-
-    def _begin_evaluation_batch(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> None:
-        if self._capture is None or not self._measures_evaluation(trainer):
-            return
-        self._pool = self._evaluation.setdefault(dataloader_idx, AttentionPool())
-        self._capture.enabled = trainer.fast_dev_run or batch_idx % self.every_n_eval_batches == 0  # type: ignore[attr-defined]
 
     def _end_evaluation(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, dataloaders: int

@@ -39,7 +39,7 @@ class SoftmaxCall(NamedTuple):
         module: the attention layer.
         logits: what the softmax gets, masks and biases included; its last two axes are queries and keys,
             ``(..., n, m)``. How heads and sequences lie before them:
-            :func:`~lightning_qk.capture.softmax.by_head`.
+            :func:`~lightning_qk.capture.statistics.by_head`.
         d_head: width of the vectors whose products the logits are.
         relative: rows are known up to a constant, since the layer subtracted their maximum.
         sinks: how many of the last columns, 0 or 1, are no keys but a learnt sink's logit.

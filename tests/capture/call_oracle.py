@@ -14,7 +14,7 @@ from transformers.modeling_utils import AttentionInterface
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.statistics import call_sums
 from lightning_qk.functional.localization import means
-from lightning_qk.heads.reader import find_attention, head_projections
+from lightning_qk.heads.reader import ProjectionReader, find_attention
 
 
 def padding(side: str | None, batch: int = 2, length: int = 12, hidden: int = 4) -> Tensor | None:
@@ -26,23 +26,53 @@ def padding(side: str | None, batch: int = 2, length: int = 12, hidden: int = 4)
     return mask
 
 
+class Heard(AttentionCapture):
+    """Statistics of all rows of every call, as a monitor takes them.
+
+    Attributes:
+        calls: name of the layer, the call, its statistics, and ``(batch, heads, n, m)``, in order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[tuple[str, object, dict[str, Tensor], tuple[int, ...]]] = []
+        try:
+            layers = ProjectionReader(model).layers
+        except ValueError:
+            layers = {}  # captured all the same
+
+        def listen(name: str, call: object) -> None:
+            layer = layers.get(name)
+            known = {} if layer is None else {"self_attention": layer.self_attention, "heads": layer.heads}
+            found = call_sums(call, **{"self_attention": None, **known})
+            statistics = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=True)
+            self.calls.append((name, call, statistics, found.shape))
+
+        super().__init__(
+            {module: name for name, module in find_attention(model).items()}, listen, model=model
+        )
+
+    @property
+    def statistics(self) -> dict[str, list[dict[str, Tensor]]]:
+        """Name of a layer to the statistics of its calls."""
+        found: dict[str, list[dict[str, Tensor]]] = {}
+        for name, _, statistics, _ in self.calls:
+            found.setdefault(name, []).append(statistics)
+        return found
+
+    def __enter__(self) -> "Heard":
+        self.install()
+        self.enabled = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
 def measure(model: nn.Module, **inputs: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """Statistics of each layer as a monitor takes them, and the layers' problems."""
-    kinds = {name: head.self_attention for name, head in head_projections(model).items()}
-    out = {}
-
-    def listen(name, call):
-        found = call_sums(call, self_attention=kinds[name])
-        out[name] = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=True)
-
-    listening = AttentionCapture({m: n for n, m in find_attention(model).items()}, listen)
-    listening.install()
-    listening.enabled = True
-    try:
+    """Statistics of each layer's last call, and the layers' problems."""
+    with Heard(model) as heard:
         model(**inputs)
-    finally:
-        listening.remove()
-    return out, listening.problems
+    return {name: calls[-1] for name, calls in heard.statistics.items()}, heard.problems
 
 
 def eager_maps(model: nn.Module, **inputs: Any) -> dict[str, Tensor]:

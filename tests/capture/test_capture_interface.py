@@ -1,16 +1,13 @@
 """Captured attention against the model's own softmax, and the model left bit-identical."""
 
-import copy
-
 import models
 import pytest
 import torch
+from call_oracle import eager_maps, map_statistics, measure
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import means
 from lightning_qk.heads.reader import find_attention, head_projections
 
 PADDING = torch.ones(2, 12, dtype=torch.long)
@@ -24,62 +21,10 @@ def batch() -> torch.Tensor:
 
 
 def capture(model: nn.Module, **inputs: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-    kinds = {name: head.self_attention for name, head in head_projections(model).items()}
-    out = {}
-
-    def listen(name, call):
-        found = call_sums(call, self_attention=kinds[name])
-        out[name] = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=True)
-
-    listening = AttentionCapture({m: n for n, m in find_attention(model).items()}, listen)
-    listening.install()
-    listening.enabled = True
-    try:
-        model(**inputs)
-    finally:
-        listening.remove()
-    assert listening.problems == {}
-    assert listening.heard == set(kinds)
-    return out
-
-
-def own_maps(model: nn.Module, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Attention maps that an eager copy of the model returns, by layer."""
-    model = copy.deepcopy(model).eval()
-    model.set_attn_implementation("eager")
-    output = model(**inputs, output_attentions=True)
-    if "decoder_attentions" in output:
-        found = [output.encoder_attentions, output.decoder_attentions, output.cross_attentions]
-        maps = [[layer[index] for layer in found] for index in range(2)]
-        names = find_attention(model)
-        order = ["encoder.block.{}.layer.0", "decoder.block.{}.layer.0", "decoder.block.{}.layer.1"]
-        return {
-            next(name for name in names if name.startswith(prefix.format(i))): value
-            for i in range(2)
-            for prefix, value in zip(order, maps[i], strict=True)
-        }
-    return dict(zip(find_attention(model), output.attentions, strict=True))
-
-
-def from_map(p: torch.Tensor, keep: torch.Tensor, sink: bool) -> dict[str, torch.Tensor]:
-    """Statistics that need probabilities alone; keep: queries that count."""
-    p = p.double()
-    n, m = p.shape[2:]
-    if sink:
-        p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], dim=-1)
-    weight = keep[:, None, :].double().expand(p.shape[:3])
-    tokens = p[..., :m]
-    distance = (torch.arange(n)[:, None] - torch.arange(m)).abs().double()
-
-    def mean(rows):
-        return (rows * weight).sum((0, 2)) / weight.sum((0, 2))
-
-    return {
-        "entropy": mean(torch.special.entr(p.clamp_min(0)).sum(-1)),
-        "participation": mean(1 / p.square().sum(-1)),
-        "max_prob": mean(tokens.amax(-1)),
-        "distance": mean((tokens * distance).sum(-1)),
-    }
+    got, problems = measure(model, **inputs)
+    assert problems == {}
+    assert set(got) == set(head_projections(model))
+    return got
 
 
 CASES = {
@@ -112,11 +57,11 @@ def test_statistics_are_those_of_the_models_own_attention(case, padding):
         inputs["decoder_input_ids"] = batch()[:, :9]
     with torch.no_grad():
         got = capture(model, **inputs)
-        maps = own_maps(model, **inputs)
+        maps = eager_maps(model, **inputs)
     assert list(maps) == list(got) or set(maps) == set(got)
     for name, p in maps.items():
         rows = keep if p.shape[2] == 12 else torch.ones(2, 9, dtype=torch.bool)
-        for statistic, want in from_map(p, rows, sink="gpt_oss" in case).items():
+        for statistic, want in map_statistics(p, rows, sink="gpt_oss" in case).items():
             if statistic == "distance" and "EncDec" in name and not model._supports_sdpa:
                 # A layer that takes the softmax itself: its logits give queries no place among other tokens.
                 assert got[name][statistic].isnan().all()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from call_oracle import assert_statistics, map_statistics, padding, registered
+from call_oracle import Heard, assert_statistics, map_statistics, padding, registered
 from models import llama
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -17,9 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_qk.capture import softmax
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import means
-from lightning_qk.heads.reader import find_attention, head_projections
+from lightning_qk.heads.reader import find_attention
 
 BERT = {
     "vocab_size": 50,
@@ -188,37 +186,6 @@ class Seen(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class Heard(AttentionCapture):
-    """Statistics of all rows of every call."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.calls: list[tuple[str, object, dict[str, Tensor], tuple[int, ...]]] = []
-        try:
-            heads = {
-                name: (layer.heads, layer.self_attention) for name, layer in head_projections(model).items()
-            }
-        except ValueError:
-            heads = {}
-
-        def listen(name: str, call: object) -> None:
-            number, own = heads.get(name, (None, None))
-            found = call_sums(call, self_attention=own, heads=number)
-            statistics = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=False)
-            self.calls.append((name, call, statistics, found.shape))
-
-        super().__init__(
-            {module: name for name, module in find_attention(model).items()}, listen, model=model
-        )
-
-    def __enter__(self) -> "Heard":
-        self.install()
-        self.enabled = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
 
 
 def by_head(logits: Tensor, shape: tuple[int, ...]) -> Tensor:

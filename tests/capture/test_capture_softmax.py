@@ -6,16 +6,12 @@ import lightning as L
 import pytest
 import torch
 import transformers as tf
-from call_oracle import map_statistics, padding
+from call_oracle import Heard, map_statistics, padding
 from torch import Tensor, nn
 
 from lightning_qk import AttentionMonitor
-from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import SoftmaxCall, UnsupportedCallError
-from lightning_qk.capture.softmax import by_head, query_offset
-from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import means
-from lightning_qk.heads.reader import ProjectionReader, find_attention
+from lightning_qk.capture.statistics import by_head, query_offset
 
 SMALL = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT = {**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -81,32 +77,6 @@ def tokens(count: int = 12) -> Tensor:
     return torch.randint(3, 50, (2, count), generator=torch.Generator().manual_seed(1))
 
 
-class Heard(AttentionCapture):
-    """Statistics of all rows, as the monitor takes them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.statistics: dict[str, list[dict[str, Tensor]]] = {}
-        self.calls: list[object] = []
-        heads = {name: layer.heads for name, layer in ProjectionReader(model).layers.items()}
-        kinds = {name: layer.self_attention for name, layer in ProjectionReader(model).layers.items()}
-
-        def listen(name: str, call: object) -> None:
-            self.calls.append(call)
-            sums = call_sums(call, self_attention=kinds.get(name), heads=heads.get(name)).sums
-            found = means(sums, per_sequence=False, standard_errors=False, has_sinks=False)
-            self.statistics.setdefault(name, []).append(found)
-
-        super().__init__({module: name for name, module in find_attention(model).items()}, listen)
-
-    def __enter__(self) -> "Heard":
-        self.install()
-        self.enabled = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.remove()
-
-
 @pytest.mark.parametrize("side", [None, "right"])
 @pytest.mark.parametrize("name", TOYS)
 def test_statistics_are_those_of_the_maps_that_the_model_returns(name, side):
@@ -120,7 +90,7 @@ def test_statistics_are_those_of_the_maps_that_the_model_returns(name, side):
     with torch.no_grad(), Heard(model) as heard:
         model(**inputs)
     assert heard.problems == {}
-    assert all(isinstance(call, SoftmaxCall) for call in heard.calls)
+    assert all(isinstance(call, SoftmaxCall) for _, call, *_ in heard.calls)
     with torch.no_grad():
         maps = model(**inputs, output_attentions=True).attentions
     assert len(maps) == len(heard.statistics) == 2
@@ -272,12 +242,12 @@ def test_two_attentions_of_one_layer_are_named():
 
 
 def test_trouble_in_looking_on_is_no_trouble_of_the_model(monkeypatch):
-    from lightning_qk.capture import softmax
+    from lightning_qk.capture import traces
 
     def broken(*args: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(softmax, "_product", broken)
+    monkeypatch.setattr(traces, "_product", broken)
     model = toy("gptj").eval()
     with torch.no_grad(), Heard(model) as heard:
         output = model(input_ids=tokens())[0]
