@@ -40,9 +40,8 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config.num_experts_per_tok": 2,
     },
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
-    "ernie4_5_vl_moe": {
-        "text_config.rope_parameters.mrope_section": lambda recipe: _sections(recipe, 24, 24, 16)
-    },
+    # Applied also where it is a part: a type's overrides follow those of its parts.
+    "ernie4_5_vl_moe_text": {"rope_parameters.mrope_section": lambda recipe: _sections(recipe, 24, 24, 16)},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
     "bamba": {"attn_layer_indices": [1]},
@@ -51,6 +50,7 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "1/2"},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kosmos-2.5": {"latent_query_num": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "moonshine_streaming": {"num_key_value_heads": 8, "encoder_config.num_key_value_heads": 8},
     "pix2struct_text_model": {"initializer_range": 0.02},
@@ -65,6 +65,8 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
         "adapter_input_size": lambda recipe: 1280 // recipe.divisor,
     },
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
+    # Keypoints that are pruned leave padding behind whose cosines and sines are zero.
+    "lightglue": {"width_confidence": -1, "depth_confidence": -1},
     "llama4_vision_model": {"intermediate_size": lambda recipe: 3072 // recipe.divisor},
     "minicpm_ocr_vision": {"insert_layer_id": 0},
     "minicpmv4_6_vision": {"insert_layer_id": 0},
@@ -96,8 +98,11 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
     "sam3_tracker": {"vision_config.backbone_feature_sizes": lambda recipe: _scales(recipe.image // 14 * 4)},
     "seggpt": {"image_size": [128, 64]},
     "step3p5": {"sliding_window": 8},
+    "swin2sr": {"depths": [2, 2], "num_heads": [6, 6], "num_layers": 2, "image_size": 32},
+    "timesfm2_5": {"context_length": 512},
     "informer": {"prediction_length": 8, "context_length": 16},
     "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "xmod": {"default_language": "en_XX"},
 }
 """Model type → path of a field in the configuration → its value, or a function of the recipe."""
 

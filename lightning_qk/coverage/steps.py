@@ -22,7 +22,7 @@ class Earlier(NamedTuple):
     Attributes:
         node: the tensor and what it was made by in turn.
         factor: what the operand is a multiple of it by, or None where that differs among tokens.
-        gain: ``(d,)``: what multiplied its coordinates afterwards, or None.
+        gain: ``(d,)``: what multiplied its coordinates afterwards, all gains together, or None.
     """
 
     node: Node
@@ -36,7 +36,7 @@ def earlier(node: Node | None, width: int, *, with_gain: bool = False) -> Iterat
     Args:
         node: the operand's.
         width: of a head.
-        with_gain: step over products with a vector of that width, too.
+        with_gain: step over products with vectors of that width, too.
     """
     todo = [] if node is None else [(Earlier(node, 1.0, None), False)]
     seen: set[int] = set()
@@ -71,9 +71,10 @@ def _steps(current: Earlier, is_new: bool, width: int, with_gain: bool) -> Itera
         made = next((one for one in node.parents if one.tensor is values), None)
         if made is None or not isinstance(by, Tensor) or values.shape[-1:] != (width,):
             continue
-        if current.gain is None and width > 1 and by.shape[-1:] == (1,) and bool((by > 0).all()):
+        if width > 1 and by.shape[-1:] == (1,) and bool((by > 0).all()):
             yield Earlier(made, None, current.gain), True
-        elif with_gain and current.gain is None and by.numel() == width == by.shape[-1]:
+        elif with_gain and by.numel() == width == by.shape[-1]:
             gain = (1 / by.double() if divides else by.double()).reshape(width)
             if bool(torch.isfinite(gain).all()) and bool(gain.all()):
+                gain = gain if current.gain is None else current.gain * gain
                 yield Earlier(made, current.factor, gain), True

@@ -13,8 +13,9 @@ operands:
 What attention received may also be a part of the projection (one sequence of a packed batch) or contain it
 (further keys are none of the layer's own), or be a multiple of it by one positive number a token. Where a gain is
 said to come behind the rotation, it is undone with the values that the trace saw. Where each head or each sequence
-is rotated by a map of its own, the projection must lie on the way as it is, lengths must be kept, and queries and
-keys must be turned alike: those of one position must have the products that the projections have.
+is rotated by a map of its own, the projection must lie on the way as it is (or some heads arrive so, and each of
+the others turned by one map a token), lengths must be kept, and queries and keys must be turned alike: those of one
+position must have the products that the projections have.
 """
 
 from collections.abc import Iterator
@@ -226,11 +227,22 @@ def _compare(
     if read.rotary is None and not read.qk_norm and read.position != NONE:
         for arranged, expected in received:
             factor = _factor(expected.norm(dim=-1), arranged.norm(dim=-1))
-            if factor is not None and any(
-                _factor(own, found) is not None for own, found in _candidates(expected, before)
+            if factor is not None and (
+                any(_factor(own, found) is not None for own, found in _candidates(expected, before))
+                or _are_some_turned(expected, arranged, factor)
             ):
                 return _Match(expected, arranged, factor, apart=True)
     return None
+
+
+def _are_some_turned(expected: Tensor, received: Tensor, factor: float) -> bool:
+    """Whether some heads were received as they are, and each other one turned by one map a token."""
+    own = list(zip((expected * factor).unbind(2), received.unbind(2), strict=True))
+    equal = [bool((got - want).norm() <= TOLERANCE * want.norm()) for want, got in own]
+    return any(equal) and all(
+        is_equal or _isometry(want.unsqueeze(2), got.unsqueeze(2)) is not None
+        for is_equal, (want, got) in zip(equal, own, strict=True)
+    )
 
 
 def _stretched(expected: Tensor, read: HeadProjections) -> Tensor:

@@ -21,7 +21,14 @@ from lightning_qk.heads.layouts import Layout, added_to_queries, fitting_layouts
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.position import find_position
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.qk_norm import Rows, fold_qk_norm, is_behind_rotation, plan_norm_of, plan_qk_norm
+from lightning_qk.heads.qk_norm import (
+    Rows,
+    fold_qk_norm,
+    is_before_projections,
+    is_behind_rotation,
+    plan_norm_of,
+    plan_qk_norm,
+)
 from lightning_qk.heads.rotary import find_rotation
 from lightning_qk.heads.search import Found, find_rows, rows_at
 from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened, whole
@@ -158,16 +165,14 @@ class LayerPlan:
         self.sizes = _sizes(site, layout, query, key)
         inner = [*layout.query.inner_norms(module), *layout.key.inner_norms(source)]
         factors = learnt_factors(module)
-        self.query = Side(
-            query,
-            layout.order.query,
+        norms = (
             plan_qk_norm(module, "query", self.sizes, inner),
-            factors.get("query"),
-            added_to_queries(module),
+            plan_qk_norm(source, "key", self.sizes, inner),
         )
-        self.key = Side(
-            key, layout.order.key, plan_qk_norm(source, "key", self.sizes, inner), factors.get("key")
-        )
+        if norms[0] is not None and is_before_projections(module, norms[0], query.columns):
+            norms = None, None
+        self.query = Side(query, layout.order.query, norms[0], factors.get("query"), added_to_queries(module))
+        self.key = Side(key, layout.order.key, norms[1], factors.get("key"))
         cosine = any(factor.normalizes for factor in factors.values())
         within = any(isinstance(plan, LatentPlan) and plan.normed for plan in (query, key))
         behind = any(side.qk_norm is not None for side in (self.query, self.key))
@@ -198,7 +203,9 @@ class LayerPlan:
             known = [*inner, *(norm.module for norm in behind)]
             self._feeding = feeding_norm(site.module, site.ancestors, query.columns, _like(query), known)
         where = (site.module, site.ancestors, site.config)
-        self._rotation = find_rotation(*where, self.sizes.d_head, is_cross=site.is_cross)
+        # Of what all keys share there is one a token.
+        heads = 1 if self.sizes.shared else self.sizes.kv_heads
+        self._rotation = find_rotation(*where, self.sizes.d_head, heads=heads, is_cross=site.is_cross)
         self.position = find_position(*where, self._rotation, is_cross=site.is_cross)
 
     @property

@@ -23,7 +23,7 @@ class HeadProjections:
         scaling: the factor on ``q · k`` before the softmax.
         layout: the name of the weight layout that was read.
         rotary: how the layer rotates q and k with position, or None where it does not, or not by a position
-            in a sequence (images), or where a norm's gain comes behind the rotation.
+            in a sequence (images), or some heads only, or where a norm's gain comes behind the rotation.
         position: what positions do to the logits: ``"rotary"``; ``"rotary (2-D)"``, by coordinates in an image
             or a video; ``"alibi"``, ``"relative bias"`` (a number for each relative position, as in T5 and Swin)
             or ``"relative product"`` (products with embeddings of relative positions, as in DeBERTa and

@@ -3,13 +3,15 @@
 import inspect
 import re
 from collections.abc import Collection
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.norms import NormPlan, plan_norm
+from lightning_qk.heads.probing import Stop, run_copy
 from lightning_qk.heads.sizes import Sizes
 
 _NORM_OF = {
@@ -73,6 +75,40 @@ def plan_norm_of(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPla
             return found
     what = "queries" if side == "query" else "keys"
     raise UnreadLayer(f"the norm of its {what} is a {type(norm).__name__}, which is no RMSNorm or LayerNorm")
+
+
+class _First(nn.Module):
+    """Stands for a child: the first of them to be called keeps its input and ends the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Any = None
+
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> None:
+        self.given = x
+        raise Stop
+
+
+def is_before_projections(module: nn.Module, plan: NormPlan, width: int) -> bool:
+    """Whether a layer's norm that is named for queries or keys acts on the layer's input instead.
+
+    Told by which child the layer's forward calls first, where the norm's width alone does not tell: it is part of
+    no projection then.
+
+    Args:
+        module: the attention layer.
+        plan: the norm of its queries.
+        width: of the layer's input.
+    """
+    if plan.shape != (width,):
+        return False
+    children = {name: _First() for name, _ in module.named_children()}
+    given = torch.zeros(1, 2, width)
+    with suppress(Exception):  # `Stop`, or whatever a forward may raise that is given nothing else
+        run_copy(module, children, given)
+    return any(
+        children[name].given is given for name, child in module.named_children() if child is plan.module
+    )
 
 
 def is_behind_rotation(module: nn.Module, plan: NormPlan) -> bool:

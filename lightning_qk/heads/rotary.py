@@ -70,6 +70,7 @@ def find_rotation(
     config: Any,
     d_head: int,
     *,
+    heads: int = 1,
     is_cross: bool = False,
 ) -> Rotation:
     """Find how a layer rotates its queries and keys with position.
@@ -79,6 +80,7 @@ def find_rotation(
         ancestors: the modules that contain it, nearest first.
         config: the nearest configuration, or None.
         d_head: width of a head.
+        heads: where fewer of a token's heads are rotated, no one rotation is that of the layer.
         is_cross: keys come from other tokens than queries.
     """
     layer = Layer(module, config, tokens_for(d_head), is_cross)
@@ -87,12 +89,12 @@ def find_rotation(
         holds = any(holds_angles(name, child) for name, child in module.named_children())
         return Rotation(None, is_known=False) if holds else NO_ROTATION
     try:
-        return _find(layer, ancestors, d_head)
+        return _find(layer, ancestors, d_head, heads)
     except Exception:  # a forward of any kind may raise anything
         return Rotation(None, is_known=False)
 
 
-def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int) -> Rotation:
+def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int, heads: int) -> Rotation:
     many_axes = unread = None
     for source in angle_sources(layer.module, layer.parameters, ancestors, layer.config):
         try:
@@ -106,7 +108,7 @@ def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int) -> Rotation
             continue
         if call is None or layer.is_left_out():
             return NO_ROTATION
-        if call.before_projections:
+        if call.before_projections or call.query.numel() < layer.tokens * heads * min(call.width, d_head):
             return Rotation(ROTARY)
         try:
             fit = remembered_fit(layer, source, call, d_head)
@@ -121,7 +123,8 @@ def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int) -> Rotation
     # Nobody's angles fit: whether it rotates at all.
     holder = many_axes or unread
     try:
-        call = _blind_call(layer, is_given=holder is not None)
+        # What takes keys from other tokens does without angles wherever it can.
+        call = _blind_call(layer, is_given=holder is not None and not layer.is_cross)
     except Exception:
         if holder is None:
             raise

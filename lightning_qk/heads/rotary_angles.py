@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_qk.heads.probing import copy_with
 
-_HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal", re.IGNORECASE)
+_HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal|position(al)?_?encoder", re.IGNORECASE)
 TAKES_ANGLES = re.compile(
     r"^(rotary|rope|freqs?|sinusoidal_pos)|(^|_)position_embeddings(_k)?$|^(cos|sin)$", re.IGNORECASE
 )

@@ -163,7 +163,7 @@ def _turned_apart() -> tuple[HeadProjections, list[Event]]:
     """A layer that rotates each sequence by other angles: those of key points in an image."""
     model, events = traced("lightglue")
     name = next(name for name in events if name.endswith("self_attention"))
-    return replace(head_projections(model)[name], position="rotary (2-D)"), events[name]
+    return head_projections(model)[name], events[name]
 
 
 @pytest.mark.parametrize("wrong", [None, *WRONG])
@@ -184,6 +184,21 @@ def test_a_rotation_of_each_sequence_must_turn_queries_and_keys_alike() -> None:
     assert not verdict.verified
     assert "turned alike" in verdict.reason
     assert "scaled by" in verify_weights(replace(read, scaling=1.01 * read.scaling), own).reason
+
+
+@pytest.mark.parametrize("wrong", [None, *WRONG])
+def test_a_rotation_of_some_heads_is_verified_and_can_fail(wrong: str | None) -> None:
+    read, own = _own("qwen2_5_omni_dit")
+    read = read if wrong is None else WRONG[wrong](read)
+    assert verify_weights(read, own).verified == (wrong is None)
+
+
+def test_several_gains_behind_the_rotation_are_part_of_the_reading() -> None:
+    read, own = _own("timesfm2_5")
+    module = own[0].frames[-1].module
+    assert verify_weights(read, own).verified
+    for gain in (module.q_norm.weight, torch.nn.functional.softplus(module.scaling)):
+        assert not verify_weights(replace(read, query=read.query / gain.detach()[:, None]), own).verified
 
 
 def test_an_input_in_another_order_is_another_input() -> None:

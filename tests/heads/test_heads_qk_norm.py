@@ -55,3 +55,27 @@ def test_an_identity_in_its_place_is_no_norm():
     (heads,) = head_projections(attention).values()
     assert not heads.qk_norm
     assert heads.query.data_ptr() == attention.q_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_norm_that_is_named_for_queries_may_act_on_the_layers_input(is_before):
+    class Attention(nn.Module):
+        """Width of the input and of all heads are the same: the norm's width does not tell."""
+
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 2
+            self.q_proj, self.k_proj = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+            self.q_norm, self.k_norm = nn.RMSNorm(8), nn.RMSNorm(8)
+
+        def forward(self, hidden_states, cross_attention_states=None):
+            if is_before:
+                query = self.q_proj(self.q_norm(hidden_states))
+                return query, self.k_proj(self.k_norm(cross_attention_states))
+            return self.q_norm(self.q_proj(hidden_states)), self.k_norm(self.k_proj(cross_attention_states))
+
+    attention = Attention()
+    nn.init.uniform_(attention.q_norm.weight, 0.5, 2.0)
+    (heads,) = head_projections(attention).values()
+    assert heads.qk_norm is not is_before
+    assert torch.equal(heads.query.flatten(0, 1), attention.q_proj.weight) is is_before

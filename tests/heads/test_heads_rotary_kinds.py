@@ -351,6 +351,67 @@ def test_text_among_images_has_one_position_for_three_coordinates():
         torch.testing.assert_close(got, predicted(heads, x), rtol=1e-4, atol=1e-4)
 
 
+class Coordinates(nn.Module):
+    """Gives angles by learnt products with the coordinates of key points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projector = nn.Linear(2, 3, bias=False)
+
+    def forward(self, keypoints: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.cat([self.projector(keypoints)] * 2, -1)
+        return angles.cos(), angles.sin()
+
+
+def apply_rotary_pos_emb(q, k, cos, sin):
+    halves = [torch.cat([-x[..., 3:], x[..., :3]], -1) for x in (q, k)]
+    return q * cos[:, None] + halves[0] * sin[:, None], k * cos[:, None] + halves[1] * sin[:, None]
+
+
+class KeypointAttention(CountingAttention):
+    """Rotates where it is given angles, and takes keys from elsewhere where it is given those."""
+
+    def __init__(self, heads: int | None = None) -> None:
+        super().__init__()
+        del self.rotary_embeddings
+        self.turned = heads
+
+    def forward(self, hidden_states, position_embeddings=None, encoder_hidden_states=None):
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k = self.k_proj(source).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        if position_embeddings is not None:
+            q[:, : self.turned], k[:, : self.turned] = apply_rotary_pos_emb(
+                q[:, : self.turned], k[:, : self.turned], *position_embeddings
+            )
+        return torch.matmul(q, k.mT)
+
+
+class Keypoints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.positional_encoder = Coordinates()
+        self.self_attention, self.cross_attention = KeypointAttention(), KeypointAttention()
+
+
+def test_key_points_are_rotated_by_two_coordinates_and_not_against_other_images():
+    read = head_projections(Keypoints())
+    own, other = read["self_attention"], read["cross_attention"]
+    assert (own.position, own.rotary, own.self_attention) == ("rotary (2-D)", None, True)
+    assert (other.position, other.rotary, other.self_attention) == ("none", None, False)
+
+
+@pytest.mark.parametrize("turned", [None, 1])
+def test_a_rotation_of_some_heads_is_not_that_of_the_layer(turned):
+    rotary = tf.models.llama.modeling_llama.LlamaRotaryEmbedding(
+        tf.LlamaConfig(hidden_size=24, num_attention_heads=4, head_dim=6)
+    )
+    model = nn.ModuleDict({"attention": KeypointAttention(turned), "rotary_emb": rotary})
+    heads = head_projections(model)["attention"]
+    assert heads.position == "rotary"
+    assert (heads.rotary is None) is (turned is not None)
+
+
 def test_planning_takes_little_for_each_layer():
     import time
 
