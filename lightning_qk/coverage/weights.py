@@ -12,10 +12,11 @@ operands:
 
 What attention received may also be a part of the projection (one sequence of a packed batch) or contain it
 (further keys are none of the layer's own), or be a multiple of it by one positive number a token. Where a gain is
-said to come behind the rotation, it is undone with the values that the trace saw. Where each head or each sequence
-is rotated by a map of its own, the projection must lie on the way as it is (or some heads arrive so, and each of
-the others turned by one map a token), lengths must be kept, and queries and keys must be turned alike: those of one
-position must have the products that the projections have.
+said to come behind the rotation, it is undone with the values that the trace saw.
+
+Where each head or each sequence is rotated by a map of its own, lengths must be kept, and queries and keys must be
+turned alike: those of one position must have the products that the projections have. The projection must lie
+on the way as it is, or some heads arrive so and each of the others turned by one map a token.
 """
 
 from collections.abc import Iterator
