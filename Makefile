@@ -7,7 +7,10 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-slow lint coverage benchmark clean
+.PHONY: quickstart test test-oldest test-slow lint coverage benchmark paper paper-quick clean
+
+# The figures of examples/paper/, each made by one script.
+PAPER := theory heads locater failures positional
 
 quickstart: $(VENV)/.core
 	$(BIN)/lightning-qk fit --config configs/quickstart.yaml
@@ -32,6 +35,12 @@ benchmark: $(VENV)/.core
 coverage: $(VENV)/.core
 	$(BIN)/lightning-qk coverage --jobs 2 --output docs/coverage.md
 
+paper: $(VENV)/.examples
+	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py || exit 1; done
+
+paper-quick: $(VENV)/.examples
+	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --quick --out runs/paper-quick || exit 1; done
+
 # torch first and alone: the pinned version may be at hand as a CPU build, where a range would bring CUDA.
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +50,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(INSTALL) -e ".[test]"
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.core
+	$(INSTALL) -e ".[examples]"
 	touch $@
 
 $(VENV)/.oldest: $(VENV)/.test

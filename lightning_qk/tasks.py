@@ -1,13 +1,24 @@
 """The tasks that the ready-made job knows."""
 
-TASKS = ("causal_lm", "masked_lm", "sequence_classification")
+from collections.abc import Sequence
+
+TEXT_TASKS = ("causal_lm", "masked_lm", "sequence_classification")
+"""Those that :class:`~lightning_qk.TextDataModule` makes batches for."""
+
+CLASSIFICATION_TASKS = ("sequence_classification", "image_classification")
+
+TASKS = (*TEXT_TASKS, "image_classification")
 
 
-def check_task(task: str) -> None:
+def check_task(task: str, known: Sequence[str] = TASKS) -> None:
     """Make sure that a task is known.
+
+    Args:
+        task: any word.
+        known: those that are possible here.
 
     Raises:
         ValueError: it is not; the message names those that are.
     """
-    if task not in TASKS:
-        raise ValueError(f"expected a task out of {', '.join(TASKS)}, got {task!r}: correct the spelling")
+    if task not in known:
+        raise ValueError(f"expected a task out of {', '.join(known)}, got {task!r}: pick one of them")

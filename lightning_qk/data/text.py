@@ -17,7 +17,7 @@ from lightning_qk.data.labels import encode_labels, label_names, stratified_spli
 from lightning_qk.data.packing import block_dataset, pack, token_stream
 from lightning_qk.data.sources import check_files, looks_like_file, read_dataset, read_files, require_column
 from lightning_qk.data.tokenizers import end_token, load_tokenizer, word_tokenizer
-from lightning_qk.tasks import check_task
+from lightning_qk.tasks import TEXT_TASKS, check_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,7 +96,7 @@ class TextDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        check_task(task)
+        check_task(task, TEXT_TASKS)
         for name, number in (
             ("block_size", block_size),
             ("max_length", max_length),

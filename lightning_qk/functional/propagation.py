@@ -1,4 +1,4 @@
-"""Signal propagation probability of a head, from three moments of its spectrum."""
+"""Signal propagation probability of a head: from three moments of its spectrum, or exactly from its weights."""
 
 import math
 
@@ -7,21 +7,34 @@ from torch import Tensor
 
 from lightning_qk.functional._precision import at_least_float32
 
+# Standard deviations beyond which a quadratic form of normal variables has no mass to speak of.
+_FAR = 40.0
+# How far the characteristic function is followed, by rank, in units of 1 / standard deviation: the fewer
+# coordinates add up, the slower it decays.
+_REACH = ((4, 200.0), (8, 40.0), (math.inf, 16.0))
+
 
 def signal_propagation_probability(
-    theta: float | Tensor, trace: Tensor, trace_sq: Tensor, frobenius_sq: Tensor
+    theta: float | Tensor,
+    trace: Tensor,
+    trace_sq: Tensor,
+    frobenius_sq: Tensor,
+    *,
+    length: int | None = None,
 ) -> Tensor:
     r"""How likely a token at relative position θ is inside the linear window of the last query's softmax.
 
     The softmax is approximated by a piecewise linear function; a token passes signal where it is neither at
     0 nor at 1. For tokens that are a Gaussian random walk ``x_t = x_{t−1} + z_t`` the logit at relative
-    position θ = i/T is close to a Gaussian of mean ``μ = (θ − ½) ξ`` and variance
+    position θ = i/T is taken for a Gaussian of mean ``μ = (θ − ½) ξ`` and variance
     ``v = (θ − ½)² η + (θ² − θ + ⅓) F``, and the probability is ``Φ((1 − μ)/√v) − Φ(−μ/√v)``.
 
     The notion is that of Bao et al., ICML 2024 (arXiv 2402.02098); this form, which holds for non-symmetric
-    ``W_QK`` as well, is derived and agrees with Monte Carlo to 0.02 for T ≥ 512. It is a diagnostic of the
-    weights under a model of the tokens, not a measurement: ``linear_share`` of
-    :func:`~lightning_qk.functional.attention_statistics` is its measured counterpart.
+    ``W_QK`` as well, is derived. That the logit is Gaussian takes many coordinates: for T ≥ 512 it agrees with
+    Monte Carlo to 0.03 where the effective rank ``F² / tr (W Wᵀ)²`` of ``W_QK`` is 48 or more, and to 0.06 where
+    it is 16 or more (``examples/paper/theory.py``); :func:`exact_signal_propagation_probability` needs no such
+    thing. Both are diagnostics of the weights under a model of the tokens, not measurements: ``linear_share`` of
+    :func:`~lightning_qk.functional.attention_statistics` is their measured counterpart.
 
     Args:
         theta: relative position in [0, 1], a number or a tensor that broadcasts with the moments.
@@ -29,9 +42,13 @@ def signal_propagation_probability(
             :func:`~lightning_qk.functional.qk_moments`.
         trace_sq: η = tr W_QK², that is s² times ``trace_sq``.
         frobenius_sq: F = ‖W_QK‖²_F, that is s² times ``frobenius_sq``.
+        length: T, for the walk's moments and the window of so many tokens; None is the limit of many.
 
     Returns:
         Probabilities in [0, 1], of the shape that the arguments broadcast to.
+
+    Raises:
+        ValueError: ``length`` is not positive.
 
     Example:
         >>> one = torch.tensor(1.0)
@@ -40,12 +57,112 @@ def signal_propagation_probability(
     """
     trace = at_least_float32(trace)
     position = torch.as_tensor(theta, dtype=trace.dtype, device=trace.device)
-    mean = (position - 0.5) * trace
-    variance = (position - 0.5).square() * trace_sq + (position.square() - position + 1 / 3) * frobenius_sq
+    low, high = _window(length)
+    covariance, spread = _walk_moments(position, length)
+    mean = covariance * trace
+    variance = covariance.square() * trace_sq + spread * frobenius_sq
     # |η| ≤ F keeps the variance at F/12 or more; the floor is for F = 0, where it makes the limit exact: 1
     # inside the window, 0 outside, ½ on its edge.
     deviation = variance.clamp_min(torch.finfo(trace.dtype).tiny).sqrt()
-    return _normal_cdf((1 - mean) / deviation) - _normal_cdf(-mean / deviation)
+    return _normal_cdf((high - mean) / deviation) - _normal_cdf((low - mean) / deviation)
+
+
+def exact_signal_propagation_probability(
+    theta: float | Tensor, query: Tensor, key: Tensor, *, length: int | None = None
+) -> Tensor:
+    r"""The same probability without taking the logit for Gaussian: the law of the walk itself.
+
+    Derived. With b the token at θ relative to the mean of all tokens, ``b = c x_T + √(B − c²) e`` with e
+    independent of x_T, the logit relative to its row's mean is a quadratic form of the standard normal
+    ``(x_T, e)``. It is distributed as ``Σ λ χ²₁`` over the form's eigenvalues, whose characteristic function is
+    ``Π (1 − 2iuλ)^(−½)``, and the probability of the window follows by the inversion of Gil-Pelaez (Biometrika
+    1951) on equidistant points after Davies (Biometrika 1973).
+
+    Within 0.011 of Monte Carlo, which is the latter's noise, at every length from 16 tokens and every rank from 1
+    (``examples/paper/theory.py``). Costs an eigenproblem of twice the width for each θ and head.
+
+    Args:
+        theta: relative positions in [0, 1], a number or shape ``(positions,)``.
+        query: ``W_q``, shape ``(heads, d_head, d_model)``; the softmax scale belongs to one of the two. For steps
+            of covariance ``Σ = L Lᵀ`` give ``W_q L`` and ``W_k L``.
+        key: ``W_k``, likewise.
+        length: T; None is the limit of many tokens.
+
+    Returns:
+        Shape ``(positions, heads)``, or ``(heads,)`` for a number; float64, not differentiable.
+
+    Raises:
+        ValueError: ``length`` is not positive, or the two weights do not have one shape of three dimensions.
+
+    Example:
+        >>> one_coordinate = torch.ones(1, 1, 1)
+        >>> round(exact_signal_propagation_probability(0.95, one_coordinate, one_coordinate).item(), 3)
+        0.672
+    """
+    if query.shape != key.shape or query.dim() != 3:
+        raise ValueError(
+            f"expected query and key weights of one shape (heads, d_head, d_model), got {tuple(query.shape)} and "
+            f"{tuple(key.shape)}: repeat the keys that heads share"
+        )
+    window = _window(length)
+    positions = torch.as_tensor(theta, dtype=torch.float64, device=query.device)
+    with torch.no_grad():
+        probabilities = [
+            _exact(positions.reshape(-1), own.double(), other.double(), length, window)
+            for own, other in zip(query, key, strict=True)
+        ]
+    return torch.stack(probabilities, -1).reshape(*positions.shape, len(query))
+
+
+def _exact(
+    theta: Tensor, query: Tensor, key: Tensor, length: int | None, ends: tuple[float, float]
+) -> Tensor:
+    """The law of one head, ``(positions,)``."""
+    # Coordinates outside the span of both projections have no part in it.
+    _, values, basis = torch.linalg.svd(torch.cat([query, key]), full_matrices=False)
+    basis = basis[values > 1e-10 * values[0]]
+    form = (query @ basis.T).T @ (key @ basis.T)
+    covariance, spread = _walk_moments(theta, length)
+    rest = (spread - covariance.square()).clamp_min(0).sqrt()
+    own = covariance[:, None, None] * (form + form.T) / 2
+    cross = rest[:, None, None] * form / 2
+    matrix = torch.cat([torch.cat([own, cross], 2), torch.cat([cross.mT, torch.zeros_like(own)], 2)], 1)
+    weights = torch.linalg.eigvalsh(matrix)
+    deviation = weights.square().sum(-1, keepdim=True).mul(2).sqrt()
+    window = torch.tensor(ends, dtype=weights.dtype, device=weights.device)
+    # No head: the logits are those of their mean, on which the window's edges decide.
+    deviation = deviation.clamp_min(torch.finfo(weights.dtype).tiny)
+    weights = weights / deviation
+    places = (window / deviation - weights.sum(-1, keepdim=True)).clamp(-_FAR, _FAR)
+    step = 2 * math.pi / (2.5 * _FAR)
+    reach = next(far for rank, far in _REACH if len(form) <= rank)
+    u = (torch.arange(round(reach / step), dtype=weights.dtype, device=weights.device) + 0.5) * step
+    argument = 2 * u[:, None] * weights[:, None]
+    phase = 0.5 * argument.atan().sum(-1) - u * weights.sum(-1, keepdim=True)
+    size = (-0.25 * argument.square().log1p().sum(-1)).exp() / u
+    turned = phase[:, None] - places[..., None] * u
+    below = -(size[:, None] * turned.sin()).sum(-1) * step / math.pi
+    return below.diff(dim=-1).squeeze(-1).clamp(0.0, 1.0)
+
+
+def _walk_moments(theta: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    """``Cov(x_T, b) / T`` and ``Var(b) / T`` per coordinate, b the token at θ relative to the mean of all T."""
+    if length is None:
+        return theta - 0.5, theta.square() - theta + 1 / 3
+    covariance = theta - (length + 1) / (2 * length)
+    of_mean = (length + 1) * (2 * length + 1) / (6 * length**2)
+    return covariance, theta + of_mean - theta * (2 - theta + 1 / length)
+
+
+def _window(length: int | None) -> tuple[float, float]:
+    """Between which logits, relative to their row's mean and in units of T, the softmax is taken to be linear."""
+    if length is None:
+        return 0.0, 1.0
+    if length < 1:
+        raise ValueError(
+            f"expected a length of at least 1 token, got {length}: give None for the limit of many"
+        )
+    return -1 / length, 1 - 1 / length
 
 
 def _normal_cdf(x: Tensor) -> Tensor:

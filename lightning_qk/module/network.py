@@ -16,6 +16,7 @@ _AUTO_CLASS = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "sequence_classification": "AutoModelForSequenceClassification",
+    "image_classification": "AutoModelForImageClassification",
 }
 _TOKEN_FIELDS = (
     "pad_token_id",
@@ -115,7 +116,7 @@ def network_from_config(
 
     Args:
         config: as :func:`make_config` returns it.
-        task: one of the three.
+        task: one of :data:`~lightning_qk.tasks.TASKS`.
         attn_implementation: None is what transformers picks.
 
     Raises:
@@ -139,7 +140,7 @@ def network_from_pretrained(
 
     Args:
         name: a folder or a name on the Hugging Face hub.
-        task: one of the three.
+        task: one of :data:`~lightning_qk.tasks.TASKS`.
         tokenizer: has to fit the network's vocabulary.
         label_names: names of the classes; a head for another number of classes starts from random weights.
         attn_implementation: None is what transformers picks.

@@ -1,4 +1,4 @@
-"""The ready-made LightningModule: any Hugging Face model for one of three tasks."""
+"""The ready-made LightningModule: any Hugging Face model for one of four tasks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from lightning_qk.module.network import (
 )
 from lightning_qk.module.perplexity import MeanLoss, Perplexity
 from lightning_qk.module.sharding import shard_network, whole_state
-from lightning_qk.tasks import check_task
+from lightning_qk.tasks import CLASSIFICATION_TASKS, check_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,7 +48,9 @@ class TransformerModule(pl.LightningModule):
     Args:
         model: a folder or a name on the Hugging Face hub, for pretrained weights; or the fields of a config
             with ``model_type`` among them (``{"model_type": "gpt2", "n_layer": 2}``), for random ones.
-        task: ``"causal_lm"``, ``"masked_lm"`` or ``"sequence_classification"``.
+        task: ``"causal_lm"``, ``"masked_lm"``, ``"sequence_classification"`` or ``"image_classification"``. Images
+            come from any loader of dicts with ``pixel_values`` (batch, channels, height, width) and ``labels``
+            (batch,); the config says how many classes there are, or ``label_names`` of the data module.
         lr: peak learning rate of AdamW.
         betas: of AdamW.
         weight_decay: of AdamW, on matrices only: biases and norms have none.
@@ -143,7 +145,7 @@ class TransformerModule(pl.LightningModule):
             return
         data = getattr(trainer, "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
-        labels = getattr(data, "label_names", None) if self.task == "sequence_classification" else None
+        labels = getattr(data, "label_names", None) if self.task in CLASSIFICATION_TASKS else None
         if self.pretrained:
             network = network_from_pretrained(
                 self.pretrained, self.task, tokenizer, labels, self.attn_implementation
@@ -178,7 +180,7 @@ class TransformerModule(pl.LightningModule):
 
     def _make_metrics(self, num_labels: int) -> nn.ModuleDict:
         metrics = nn.ModuleDict({"loss": MeanLoss()})
-        if self.task != "sequence_classification":
+        if self.task not in CLASSIFICATION_TASKS:
             metrics["perplexity"] = Perplexity()
             return metrics
         from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score
@@ -196,8 +198,9 @@ class TransformerModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch."""
         loss = self(**batch).loss
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(batch["input_ids"]))
+        size = len(batch["labels"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=size)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -240,7 +243,7 @@ class TransformerModule(pl.LightningModule):
         logits = self(**{name: value for name, value in batch.items() if name != "labels"}).logits
         predictions = logits.argmax(dim=-1)
         result: dict[str, Any] = {"logits": logits, "predictions": predictions}
-        if self.task == "sequence_classification":
+        if self.task in CLASSIFICATION_TASKS:
             names = self.label_names
             result["labels"] = [names[index] for index in predictions.tolist()]
         return result

@@ -384,3 +384,44 @@ def test_blocks_longer_than_the_positions_are_told(tmp_path: Path) -> None:
         trainer_for(tmp_path).validate(
             TransformerModule(GPT2), data_for("causal_lm", tmp_path, block_size=33)
         )
+
+
+VIT = {
+    "model_type": "vit",
+    "image_size": 4,
+    "patch_size": 2,
+    "num_channels": 1,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "num_labels": 3,
+}
+
+
+def test_images_are_classified(tmp_path: Path) -> None:
+    labels = torch.arange(48) % 3
+    pixels = 0.1 * torch.randn(48, 1, 4, 4) + (labels[:, None, None, None] - 1.0)
+    loader = DataLoader(
+        [{"pixel_values": x, "labels": y} for x, y in zip(pixels, labels, strict=True)], batch_size=10
+    )
+    module = TransformerModule(VIT, "image_classification", lr=1e-2, schedule="constant")
+    trainer = trainer_for(tmp_path, max_steps=40)
+    trainer.fit(module, loader, loader)
+
+    assert {"train/loss", "val/loss", "val/accuracy", "val/f1"} <= set(trainer.callback_metrics)
+    [scores] = trainer.test(module, loader, verbose=False)
+    [*predicted] = trainer.predict(module, loader)
+    predictions = torch.cat([part["predictions"] for part in predicted])
+    assert scores["test/accuracy"] == pytest.approx((predictions == labels).float().mean().item())
+    assert scores["test/accuracy"] > 0.9
+    assert predicted[0]["labels"] == [f"LABEL_{index}" for index in predictions[:10].tolist()]
+
+
+def test_text_data_are_of_no_use_for_images() -> None:
+    with pytest.raises(
+        ValueError, match="expected a task out of causal_lm, masked_lm, sequence_classification, got"
+    ):
+        TextDataModule("stdlib", "image_classification")
+    with pytest.raises(ValueError, match="image_classification, got 'images'"):
+        TransformerModule(VIT, "images")
