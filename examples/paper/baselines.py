@@ -20,16 +20,25 @@ class PenalizedModule(TransformerModule):
     Attributes:
         penalty: called after each training forward; gives the term, already weighted. None: no term.
         reparametrize: apply σReparam to the query and key weights of the network.
+        torch_initialization: draw weights anew as PyTorch's modules do by themselves: embeddings of unit variance,
+            linear maps uniform within ±1/√width.
     """
 
     penalty: Callable[[nn.Module], Tensor] | None = None
     reparametrize: bool = False
+    torch_initialization: bool = False
 
     def configure_model(self) -> None:
-        """As ever; then σReparam, where it is asked for."""
+        """As ever; then weights drawn anew and σReparam, where they are asked for."""
         built = self.model is not None
         super().configure_model()
-        if self.reparametrize and not built and self.model is not None:
+        if built or self.model is None:
+            return
+        if self.torch_initialization:
+            for part in self.model.modules():
+                if isinstance(part, nn.Linear | nn.Embedding):
+                    part.reset_parameters()
+        if self.reparametrize:
             add_sigma_reparam(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -20,16 +20,17 @@ from common import Clock, Interval, Options, figure, in_parallel, interval, opti
 from train import METHODS, SETTINGS, SPECTRA, configuration, train, words
 
 NAME = "locater"
-TUNING_SEEDS = (100, 101)
+_CURVES = ("steps", *SPECTRA, "entropy_steps", "entropy")
+TUNING_SEEDS = (100,)
 """Seeds of the sweep that coefficients are chosen by; the comparison has others."""
 
 _FORMAT = 1  # part of the cache's keys: raise it where the same configuration gives other numbers
 
 SWEEP: dict[str, list[float]] = {
-    "variance": [0.003, 0.03, 0.1, 0.3, 1.0, 3.0],
-    "target": [0.03, 0.3, 3.0],
-    "weight_decay": [1e-4, 3e-4, 1e-3, 3e-3],
-    "entropy": [0.03, 0.1, 0.3],
+    "variance": [0.04, 0.4, 1.2, 4.0, 40.0],
+    "target": [0.04, 0.4, 1.2, 4.0],
+    "weight_decay": [1e-4, 3e-4, 1e-3, 1e-2, 1e-1],
+    "entropy": [0.1, 0.5, 2.0],
 }
 """Coefficients of the paper's setting, on the loss; LocAteR's with ``support="model"``."""
 
@@ -37,16 +38,15 @@ BEYOND: dict[str, list[tuple[str, float | None]]] = {
     setting: [
         ("variance", first),
         ("variance", second),
-        ("target", second),
         ("weight_decay", decay),
         ("sigma_reparam", None),
-        ("entropy", 0.1),
+        ("entropy", reward),
     ]
-    for setting, first, second, decay in (
-        ("gpt_pre", 0.03, 0.3, 1e-3),
-        ("gpt_post", 0.03, 0.3, 1e-3),
-        ("vit", 0.03, 0.3, 1e-3),
-        ("sst2", 1e-3, 1e-2, 1e-4),
+    for setting, first, second, decay, reward in (
+        ("gpt_pre", 0.04, 0.4, 1e-2, 0.5),
+        ("gpt_post", 0.04, 0.4, 1e-2, 0.5),
+        ("vit", 0.04, 0.4, 1e-2, 0.5),
+        ("sst2", 1e-3, 1e-2, 1e-4, 0.1),
     )
 }
 """What is compared with the baseline in the other settings: nothing is chosen there, all is shown."""
@@ -82,6 +82,8 @@ _STYLE = {
 Key = tuple[str, float | None]
 """A method and its coefficient."""
 
+_BASE: Key = ("baseline", None)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not in the cache, then write results and figures."""
@@ -92,8 +94,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = Clock()
     settings = [given.only] if given.only else list(SETTINGS)
     results = _earlier(opts) if given.only else {}
-    results |= run(settings, opts)
-    results = {name: results[name] for name in SETTINGS if name in results}
+    cache = opts.out / ".cache"
+    if any(SETTINGS[setting]["data"]["kind"] == "words" for setting in settings):
+        _prepare(opts, cache)  # once, before several processes need it
+    if opts.quick:  # starting processes takes longer than such runs
+        _trained([config for setting in settings for config in _known(setting, opts)], opts, cache)
+    for setting in settings:
+        found = paper(opts, cache) if setting == "paper" else beyond(setting, opts, cache)
+        results[setting] = _made(setting, opts) | found
+        results = {name: results[name] for name in SETTINGS if name in results}
+        publish(results, opts, clock)
+
+
+def publish(results: Mapping[str, Any], opts: Options, clock: Clock) -> None:
+    """Write results and figures of the settings that are done."""
     write(
         NAME, {"interval": "mean, low, high: 95 %, Student's t over seeds", "settings": results}, opts, clock
     )
@@ -109,58 +123,36 @@ def _earlier(opts: Options) -> dict[str, Any]:
     return read(NAME, opts.out)["settings"] if (opts.out / f"{NAME}.json").is_file() else {}
 
 
-def run(settings: Sequence[str], opts: Options) -> dict[str, Any]:
-    """Setting → what came out."""
-    cache = opts.out / ".cache"
-    for setting in settings:
-        if SETTINGS[setting]["data"]["kind"] == "words":
-            # Once, before several processes need it.
-            _prepare(setting, opts, cache)
-            break
-    tuning = opts.pick(TUNING_SEEDS, TUNING_SEEDS[:1])
-    main_seeds = {name: range(_seeds(name, opts)) for name in settings}
-    first: list[dict[str, Any]] = []
-    if "paper" in settings:
-        swept = [("baseline", None), *((m, c) for m, values in _sweep(opts).items() for c in values)]
-        first += [_configuration("paper", key, seed, opts) for key in swept for seed in tuning]
-    for setting in settings:
-        if setting != "paper":
-            compared = [("baseline", None), *_beyond(setting, opts)]
-            first += [
-                _configuration(setting, key, seed, opts) for key in compared for seed in main_seeds[setting]
-            ]
-    runs = _trained(first, opts, cache)
-    results: dict[str, Any] = {}
-    for setting in settings:
-        if setting == "paper":
-            sweep = Runs(setting, swept, tuning, runs)
-            compared_with = choose(sweep)
-            keys = [("baseline", None), *compared_with.values()]
-            seeds = main_seeds[setting]
-            runs = [
-                *runs,
-                *_trained([_configuration(setting, k, s, opts) for k in keys for s in seeds], opts, cache),
-            ]
-            labelled = {"baseline": ("baseline", None), **compared_with}
-            results[setting] = {
-                **_made(setting, opts),
-                "tuning": {"seeds": list(tuning), "runs": sweep.summary()},
-                "chosen": {label: key[1] for label, key in compared_with.items()},
-                "main": {
-                    "seeds": list(seeds),
-                    "runs": Runs(setting, list(labelled.values()), seeds, runs).summary(list(labelled)),
-                },
-                "spectra": Runs(setting, list(labelled.values()), seeds, runs).spectra(list(labelled)),
-            }
-        else:
-            keys = [("baseline", None), *_beyond(setting, opts)]
-            found = Runs(setting, keys, main_seeds[setting], runs)
-            results[setting] = {
-                **_made(setting, opts),
-                "main": {"seeds": list(main_seeds[setting]), "runs": found.summary()},
-                "spectra": found.spectra(),
-            }
-    return results
+def paper(opts: Options, cache: Path) -> dict[str, Any]:
+    """The paper's setting: a sweep on seeds of its own, then the comparison of what it chose."""
+    swept = Runs("paper", _sweep(opts), TUNING_SEEDS, _trained(_known("paper", opts), opts, cache))
+    compared = {"baseline": _BASE, **choose(swept)}
+    seeds = _seeds("paper", opts)
+    configs = [_configuration("paper", key, seed, opts) for seed in seeds for key in compared.values()]
+    found = Runs("paper", list(compared.values()), seeds, _trained(configs, opts, cache))
+    return {
+        "tuning": {"seeds": list(TUNING_SEEDS), "runs": swept.summary()},
+        "chosen": {label: key[1] for label, key in compared.items()},
+        "main": {"seeds": list(seeds), "runs": found.summary(list(compared))},
+        "curves": found.curves(list(compared)),
+    }
+
+
+def beyond(setting: str, opts: Options, cache: Path) -> dict[str, Any]:
+    """Another setting: everything in the list, nothing chosen."""
+    runs = _trained(_known(setting, opts), opts, cache)
+    found = Runs(setting, _beyond(setting, opts), _seeds(setting, opts), runs)
+    return {
+        "main": {"seeds": found.seeds, "runs": found.summary()},
+        "curves": found.curves(),
+    }
+
+
+def _known(setting: str, opts: Options) -> list[dict[str, Any]]:
+    """The runs that depend on the results of no others."""
+    keys = _sweep(opts) if setting == "paper" else _beyond(setting, opts)
+    seeds = TUNING_SEEDS if setting == "paper" else _seeds(setting, opts)
+    return [_configuration(setting, key, seed, opts) for seed in seeds for key in keys]
 
 
 class Runs:
@@ -194,7 +186,6 @@ class Runs:
 
     def summary(self, labels: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Of each key: means with intervals, and gains over the baseline paired by seed."""
-        base: Key = ("baseline", None)
         rows = []
         for label, key in zip(labels or [method for method, _ in self.runs], self.runs, strict=True):
             row: dict[str, Any] = {
@@ -216,37 +207,41 @@ class Runs:
                 measured[f"choose_{self.metric}"] = self.scores(key, "choose")
             row |= {name: _interval(values) for name, values in measured.items()}
             row["scores"] = self.scores(key)
-            if key != base:
+            if key != _BASE:
                 paired = {
-                    "gain": _differences(self.scores(key), self.scores(base), self.metric == "perplexity"),
+                    "gain": _differences(self.scores(key), self.scores(_BASE), self.metric == "perplexity"),
                     "loss_gain": _differences(
-                        self.scores(key, metric="loss"), self.scores(base, metric="loss"), True
+                        self.scores(key, metric="loss"), self.scores(_BASE, metric="loss"), True
                     ),
                     "entropy_gain": [
                         own["entropy"] - other["entropy"]
-                        for own, other in zip(self.runs[key], self.runs[base], strict=True)
+                        for own, other in zip(self.runs[key], self.runs[_BASE], strict=True)
                     ],
                     "cost": [
                         own["cpu_seconds"] / other["cpu_seconds"]
-                        for own, other in zip(self.runs[key], self.runs[base], strict=True)
+                        for own, other in zip(self.runs[key], self.runs[_BASE], strict=True)
                     ],
                 }
                 row |= {name: _interval(values) for name, values in paired.items()}
             rows.append(row)
         return rows
 
-    def spectra(self, labels: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Of each key: the spectrum over steps, means over heads and seeds."""
+    def curves(self, labels: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Of each key over steps, means over seeds: spectrum and entropy over heads, and held-out losses."""
         rows = []
         for label, (key, runs) in zip(labels or [m for m, _ in self.runs], self.runs.items(), strict=True):
-            curves = {
-                name: [
-                    sum(point) / len(point)
-                    for point in zip(*(r["spectrum"][name] for r in runs), strict=True)
-                ]
-                for name in ("steps", *SPECTRA, "entropy_steps", "entropy")
+            spectra = {name: [run["spectrum"][name] for run in runs] for name in _CURVES}
+            losses = {f"held_out_{name}": [run["curve"][name] for run in runs] for name in ("steps", "loss")}
+            row = {
+                name: [sum(point) / len(point) for point in zip(*values, strict=True)]
+                for name, values in (spectra | losses).items()
             }
-            rows.append({"label": label, "coefficient": key[1], **curves})
+            gains = [
+                [other - own for own, other in zip(run["curve"]["loss"], base["curve"]["loss"], strict=True)]
+                for run, base in zip(runs, self.runs[_BASE], strict=True)
+            ]
+            row["held_out_gain"] = [_interval(values) for values in zip(*gains, strict=True)]
+            rows.append({"label": label, "coefficient": key[1], **row})
         return rows
 
 
@@ -262,6 +257,7 @@ def choose(sweep: Runs) -> dict[str, Key]:
         keys = [key for key in sweep.runs if key[0] == method]
         if method != "baseline" and keys:
             chosen[method] = min(keys, key=lambda key: sweep.mean(key, "choose"))
+    chosen.setdefault("target", ("target", chosen["variance"][1]))
     chosen["raised"] = ("raised", chosen["variance"][1])
     chosen["sigma_reparam"] = ("sigma_reparam", None)
     aim = _log_mean(sweep.final(chosen["variance"], "frobenius_sq"))
@@ -302,23 +298,24 @@ def _trained(configs: list[dict[str, Any]], opts: Options, cache: Path) -> list[
     return [cached_train(config, opts.data, cache) for config in configs]
 
 
-def _prepare(setting: str, opts: Options, cache: Path) -> None:
-    fields = {name: value for name, value in _changed(setting, opts)["data"].items() if name != "kind"}
+def _prepare(opts: Options, cache: Path) -> None:
+    fields = {name: value for name, value in SETTINGS["paper"]["data"].items() if name != "kind"}
     words(opts.data, cache, seed=0, **fields).prepare_data()
 
 
-def _seeds(setting: str, opts: Options) -> int:
+def _seeds(setting: str, opts: Options) -> range:
     if setting == "paper":
-        return opts.pick(opts.seeds, 2)
-    return opts.pick(5 if setting == "vit" else 3, 1)
+        return range(opts.pick(opts.seeds, 2))
+    return range(opts.pick(3, 1))
 
 
-def _sweep(opts: Options) -> dict[str, list[float]]:
-    return opts.pick(SWEEP, {method: values[:1] for method, values in SWEEP.items()})
+def _sweep(opts: Options) -> list[Key]:
+    swept = opts.pick(SWEEP, {method: values[1:2] for method, values in SWEEP.items() if method != "target"})
+    return [_BASE, *((method, value) for method, values in swept.items() for value in values)]
 
 
 def _beyond(setting: str, opts: Options) -> list[Key]:
-    return opts.pick(BEYOND[setting], BEYOND[setting][:1])
+    return [_BASE, *opts.pick(BEYOND[setting], BEYOND[setting][:1])]
 
 
 def _changed(setting: str, opts: Options) -> dict[str, Any]:
@@ -398,14 +395,14 @@ def draw_settings(results: Mapping[str, Any], opts: Options) -> None:
 
 def draw_spectra(found: Mapping[str, Any], opts: Options) -> None:
     """How spectra and entropy go over steps in the paper's setting."""
-    fig, axes = figure(1, 3, width=4.2, height=3.2)
+    fig, axes = figure(1, 4, width=3.6, height=3.2)
     panels = (
         ("sym_var", "symmetric variance of the spectrum", "steps"),
         ("eig_mean", "mean of the eigenvalues", "steps"),
         ("entropy", "normalized attention entropy (training)", "entropy_steps"),
     )
-    for axis, (name, title, steps) in zip(axes[0], panels, strict=True):
-        for run in found["spectra"]:
+    for axis, (name, title, steps) in zip(axes[0], panels, strict=False):
+        for run in found["curves"]:
             color, marker, line = _STYLE[run["label"]]
             axis.plot(
                 run[steps],
@@ -417,6 +414,18 @@ def draw_spectra(found: Mapping[str, Any], opts: Options) -> None:
                 label=LABELS[run["label"]],
             )
         axis.set(xlabel="optimizer steps", ylabel=title)
+    gain = axes[0][3]
+    for run in found["curves"]:
+        color, marker, line = _STYLE[run["label"]]
+        gain.plot(
+            run["held_out_steps"],
+            [mean for mean, _, _ in run["held_out_gain"]],
+            color=color,
+            marker=marker,
+            linestyle=line,
+            ms=3,
+        )
+    gain.set(xlabel="optimizer steps", ylabel="gain in held-out loss [nats]")
     axes[0][0].set_yscale("log")
     axes[0][1].axhline(0, color="black", linewidth=0.5)
     axes[0][0].legend(fontsize=7)

@@ -25,13 +25,17 @@ is 1, the middle of the regime that theory calls localized.
 
 SPECTRA = ("sym_var", "eig_mean", "frobenius_sq", "concentration")
 
+_CURVE_BATCHES = 10
 _WORDS = {"kind": "words", "vocab_size": 4000, "block_size": 128, "batch_size": 8}
 _CLASSIC = {"lr": 1e-3, "schedule": "constant"}
 _GPT = {"layers": 4, "heads": 4, "width": 128}
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # That of configs/paper_wikitext2.yaml: one layer, one head, the norm after each block, all widths 128.
+    # One layer, one head, the norm after each block, all widths 128, as configs/paper_wikitext2.yaml; but weights
+    # start as PyTorch's modules draw them, and the output matrix is one of its own: tokens have unit variance
+    # then, as in theory, where OPT's own start has 0.0004 and W_QK grows to thousands before it matters.
     "paper": {
+        "initialization": "torch",
         "model": {
             "model_type": "opt",
             "num_hidden_layers": 1,
@@ -41,12 +45,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "ffn_dim": 128,
             "max_position_embeddings": 128,
             "do_layer_norm_before": False,
+            "tie_word_embeddings": False,
             "dropout": 0.1,
             "attention_dropout": 0.1,
         },
         "data": _WORDS,
         "optimizer": _CLASSIC,
-        "steps": 1200,
+        "steps": 800,
         "parts": ["choose", "test"],
     },
     "gpt_pre": {
@@ -59,7 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "data": _WORDS,
         "optimizer": _CLASSIC | {"warmup_steps": 40},
-        "steps": 300,
+        "steps": 200,
     },
     "gpt_post": {
         "model": {
@@ -77,7 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "data": _WORDS,
         "optimizer": _CLASSIC | {"warmup_steps": 40},
-        "steps": 300,
+        "steps": 200,
     },
     "vit": {
         "task": "image_classification",
@@ -101,9 +106,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sst2": {
         "task": "sequence_classification",
         "model": "all-MiniLM-L6-v2",
-        "data": {"kind": "sst2", "batch_size": 8, "max_length": 32, "train": 8000, "evaluate": 1000},
+        "data": {"kind": "sst2", "batch_size": 8, "max_length": 32, "train": 8000, "evaluate": 1200},
         "optimizer": {"lr": 5e-5, "schedule": "linear", "warmup_ratio": 0.1},
-        "steps": 200,
+        "steps": 120,
     },
 }
 
@@ -140,7 +145,8 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
         it is among the configuration's ``parts``);
         ``entropy`` (normalized) and ``similarity`` (mean cosine of the tokens' last hidden states) on the test
         part; ``train_loss`` over the last tenth of the steps, without the penalty; ``spectrum``: means over heads
-        after ``steps``; ``cpu_seconds``: the median step's.
+        after ``steps``; ``cpu_seconds``: the median step's; ``curve``: losses on a few batches of the part to
+        choose by, after steps.
     """
     pl.seed_everything(config["seed"], verbose=False)
     module = _module(config)
@@ -149,12 +155,16 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
     every = max(1, steps // 10)
     spectrum = QKSpectrumMonitor(every, figures_every=0, report=False)
     watch = _StepWatch(steps)
-    trained = AttentionMonitor(every, rows=16, figures_every=0, report=False)
+    trained = AttentionMonitor(every, rows=16, every_n_eval_batches=0, figures_every=0, report=False)
+    has_curve = "choose" in config["parts"]
     _trainer(
         callbacks=[spectrum, trained, watch, *_locater(config)],
         max_steps=steps,
         log_every_n_steps=every,
-        limit_val_batches=0,
+        limit_val_batches=_CURVE_BATCHES if has_curve else 0,
+        val_check_interval=max(1, steps // 8),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
     ).fit(module, **_given(loaders, "train"))
     batches = config.get("evaluate_batches")
     results: dict[str, Any] = {}
@@ -182,6 +192,7 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
         "entropy": attended.series("entropy_normalized").nanmean(-1).tolist(),
     }
     results["train_loss"] = watch.loss()
+    results["curve"] = watch.curve
     results["cpu_seconds"] = watch.seconds()
     return results
 
@@ -239,9 +250,10 @@ def token_similarity(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class _StepWatch(pl.Callback):
-    """Processor time of each step and the training loss of the last ones."""
+    """Processor time of each step, the training loss of the last ones, and held-out losses on the way."""
 
     def __init__(self, steps: int) -> None:
+        self.curve: dict[str, list[float]] = {"steps": [], "loss": []}
         self._from = steps - max(1, steps // 10)
         self._seconds: list[float] = []
         self._losses: list[float] = []
@@ -252,6 +264,10 @@ class _StepWatch(pl.Callback):
 
     def loss(self) -> float:
         return sum(self._losses) / len(self._losses)
+
+    def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.curve["steps"].append(trainer.global_step)
+        self.curve["loss"].append(float(module.metrics["val"]["loss"].compute()))
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self._start = time.process_time()
@@ -273,6 +289,7 @@ def _module(config: Mapping[str, Any]) -> PenalizedModule:
     elif method == "entropy":
         module.penalty = EntropyReward(coefficient)
     module.reparametrize = method == "sigma_reparam"
+    module.torch_initialization = config.get("initialization") == "torch"
     return module
 
 

@@ -304,6 +304,7 @@ def run(
             "similarity": 0.1,
             "cpu_seconds": 1.0,
             "spectrum": {"steps": [0, 1], "entropy_steps": [0, 1], **spectrum},
+            "curve": {"steps": [1, 2], "loss": [score + 2, score]},
         },
     }
 
@@ -338,6 +339,9 @@ def test_coefficients_are_chosen_by_the_part_that_is_not_tested_on() -> None:
     assert rows[("entropy", 0.1)]["gain"][0] == pytest.approx(-1.0)
     assert rows[("variance", 1.0)]["entropy_gain"][0] == pytest.approx(0.1)
     assert "gain" not in rows[("baseline", None)]
+    (curves,) = [row for row in found.curves() if (row["label"], row["coefficient"]) == ("variance", 1.0)]
+    assert curves["held_out_loss"] == pytest.approx([10.05, 8.05])
+    assert curves["held_out_gain"][1] == pytest.approx((2.0, 2.0, 2.0))
 
 
 @pytest.mark.slow
@@ -371,3 +375,23 @@ def test_the_quick_run_gives_the_numbers_that_are_committed(
                     name,
                 )
             assert own["frobenius_sq"][0] == pytest.approx(other["frobenius_sq"][0], rel=0.05)
+
+
+def test_weights_of_the_papers_setting_start_as_those_of_torch(tmp_path: Path) -> None:
+    fields = {
+        **OPT,
+        "hidden_size": 128,
+        "word_embed_proj_dim": 128,
+        "vocab_size": 500,
+        "tie_word_embeddings": False,
+    }
+    module = PenalizedModule(fields)
+    module.torch_initialization = True
+    module._trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    module.configure_model()
+    tokens = module.network.get_input_embeddings().weight
+    assert tokens.std().item() == pytest.approx(1.0, abs=0.02)
+    for weight in qk_weights(module.network):
+        assert weight.abs().max().item() <= 128**-0.5
+        assert weight.std().item() == pytest.approx((3 * 128) ** -0.5, rel=0.05)
+    assert module.network.get_output_embeddings().weight is not tokens
