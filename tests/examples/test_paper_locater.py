@@ -326,8 +326,6 @@ def test_coefficients_are_chosen_by_the_part_that_is_not_tested_on() -> None:
     found = Runs("paper", list(table), seeds, runs)
     assert choose(found) == {
         "variance": ("variance", 1.0),
-        "target": ("target", 0.1),
-        "raised": ("raised", 1.0),
         "weight_decay": ("weight_decay", 0.1),
         "matched_decay": ("weight_decay", 1.0),
         "entropy": ("entropy", 0.1),

@@ -360,7 +360,7 @@ def test_two_builds_are_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "seq2seq"}, "out of causal_lm, masked_lm, sequence_classification, got 'seq2seq'"),
+        ({"task": "seq2seq"}, "sequence_classification, image_classification, got 'seq2seq'"),
         ({"schedule": "cosin"}, "expected a schedule out of constant, linear, cosine, got 'cosin'"),
         ({"lr": 0.0}, "expected a learning rate above 0, got 0.0"),
         ({"lr": math.nan}, "expected a learning rate above 0, got nan"),

@@ -1,0 +1,55 @@
+"""Write README.md of this folder from the results.
+
+    python examples/paper/page.py
+
+Text is in ``README.md.in``, numbers come from ``results/*.json``; the page is never edited by hand.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import HERE
+from jinja2 import Environment, StrictUndefined
+
+SCRIPTS = ("theory", "heads", "locater", "failures", "positional")
+NAMES = {
+    "encoder": "all-MiniLM-L6-v2",
+    "gpt2": "GPT-2-like, 4 layers",
+    "llama": "Llama-like, 4 layers",
+    "paper": "the paper's, 1 layer",
+}
+
+
+def band(found: Any, digits: int = 3, factor: float = 1.0) -> str:
+    """A mean with its 95 % interval."""
+    if isinstance(found, dict):
+        found = found["mean"], found["low"], found["high"]
+    mean, low, high = (f"{factor * value:.{digits}f}" for value in found)
+    return f"{mean} [{low}, {high}]"
+
+
+def failing(runs: list[dict[str, Any]]) -> str:
+    """How many runs have failed when they end, by which criterion."""
+    counts = {kind: sum(run[kind]["at_end"] for run in runs) for kind in ("entropy", "rank")}
+    return ", ".join(f"{kind} {count} of {len(runs)}" for kind, count in counts.items())
+
+
+def render(folder: Path = HERE / "results") -> str:
+    """The page's text."""
+    files = {name: json.loads((folder / f"{name}.json").read_text()) for name in SCRIPTS}
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["band"] = band
+    text = environment.from_string((HERE / "README.md.in").read_text(encoding="utf-8"))
+    return text.render(
+        made={name: file["made"] for name, file in files.items()},
+        names=NAMES,
+        failing=failing,
+        **{name: file["results"] for name, file in files.items()},
+    )
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(render(), encoding="utf-8")
