@@ -9,8 +9,10 @@ OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
 .PHONY: quickstart test test-oldest test-slow lint coverage benchmark paper paper-quick clean
 
-# The figures of examples/paper/, each made by one script.
+# The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
+PAPER_DATA ?=
+PAPER_OPTIONS = $(if $(PAPER_DATA),--data $(PAPER_DATA))
 
 quickstart: $(VENV)/.core
 	$(BIN)/lightning-qk fit --config configs/quickstart.yaml
@@ -36,10 +38,11 @@ coverage: $(VENV)/.core
 	$(BIN)/lightning-qk coverage --jobs 2 --output docs/coverage.md
 
 paper: $(VENV)/.examples
-	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py || exit 1; done
+	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py $(PAPER_OPTIONS) || exit 1; done
+	$(BIN)/python examples/paper/page.py
 
 paper-quick: $(VENV)/.examples
-	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --quick --out runs/paper-quick || exit 1; done
+	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --quick --out runs/paper-quick $(PAPER_OPTIONS) || exit 1; done
 
 # torch first and alone: the pinned version may be at hand as a CPU build, where a range would bring CUDA.
 $(VENV)/.core: pyproject.toml constraints.txt

@@ -47,7 +47,10 @@ def options(description: str, argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--quick", action="store_true", help="a reduced setting that takes a minute or less")
     parser.add_argument("--out", type=Path, help="folder for results and figures (default: results or quick)")
     parser.add_argument(
-        "--data", type=Path, help="folder with wikitext-2/ and sst2/ (default: ../shared/data, else the hub)"
+        "--data",
+        type=Path,
+        help="folder with wikitext-2/ and sst2/ (default: ../shared/data, else the hub); or stdlib: text of "
+        "this machine's Python, for a check that everything runs",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the main comparison (default: 5)")
@@ -56,14 +59,18 @@ def options(description: str, argv: Sequence[str] | None = None) -> Options:
         parser.error(
             f"expected at least 2 seeds and 1 job, got {given.seeds} and {given.jobs}: raise the number"
         )
+    out = given.out or HERE / ("quick" if given.quick else "results")
+    out.mkdir(parents=True, exist_ok=True)
+    if given.data == Path("stdlib"):
+        from stand_in import stand_in
+
+        given.data = stand_in(out / ".cache" / "stand_in")
     if given.data is not None and not given.data.is_dir():
         parser.error(
-            f"expected --data to be a folder with wikitext-2/ and sst2/, got {given.data}: correct it"
+            f"expected --data to be a folder with wikitext-2/ and sst2/, or stdlib, got {given.data}: correct it"
         )
     nearby = HERE.parents[2] / "shared" / "data"
     data = given.data or (nearby if nearby.is_dir() else None)
-    out = given.out or HERE / ("quick" if given.quick else "results")
-    out.mkdir(parents=True, exist_ok=True)
     return Options(given.quick, out, data, given.jobs, given.seeds)
 
 
