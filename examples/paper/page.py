@@ -20,6 +20,21 @@ NAMES = {
     "paper": "the paper's, 1 layer",
 }
 
+METHODS = {
+    "baseline": "none",
+    "variance": "LocAteR, variance",
+    "weight_decay": "decay of W_q, W_k",
+    "matched_decay": "decay of W_q, W_k to the same ‖W_QK‖²",
+    "sigma_reparam": "σReparam",
+    "entropy": "entropy reward",
+}
+SETTINGS = {
+    "gpt_pre": "GPT-2, pre-LN",
+    "gpt_post": "OPT, post-LN",
+    "vit": "ViT on digits",
+    "sst2": "MiniLM on SST-2",
+}
+
 
 def band(found: Any, digits: int = 3, factor: float = 1.0) -> str:
     """A mean with its 95 % interval."""
@@ -46,6 +61,9 @@ def render(folder: Path = HERE / "results") -> str:
     return text.render(
         made={name: file["made"] for name, file in files.items()},
         names=NAMES,
+        labels=METHODS,
+        titles=SETTINGS,
+        core_seconds=sum(own["core_seconds"] for own in files["locater"]["results"]["settings"].values()),
         failing=failing,
         **{name: file["results"] for name, file in files.items()},
     )
