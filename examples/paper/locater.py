@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ _CURVES = ("steps", *SPECTRA, "entropy_steps", "entropy")
 TUNING_SEEDS = (100,)
 """Seeds of the sweep that coefficients are chosen by; the comparison has others."""
 
-_FORMAT = 2  # part of the cache's keys: raise it where the same configuration gives other numbers
+_FORMAT = 1  # part of the cache's keys: raise it where the same configuration gives other numbers
 
 SWEEP: dict[str, list[float]] = {
     "variance": [0.04, 0.4, 1.2, 4.0, 40.0, 400.0],
@@ -132,15 +131,12 @@ def _earlier(opts: Options) -> dict[str, Any]:
 
 def paper(opts: Options, cache: Path) -> dict[str, Any]:
     """The paper's setting: a sweep on seeds of its own, then the comparison of what it chose."""
-    first = _trained(_known("paper", opts), opts, cache)
-    swept = Runs("paper", _sweep(opts), TUNING_SEEDS, first)
+    swept = Runs("paper", _sweep(opts), TUNING_SEEDS, _trained(_known("paper", opts), opts, cache))
     compared = {"baseline": _BASE, **choose(swept)}
     seeds = _seeds("paper", opts)
     configs = [_configuration("paper", key, seed, opts) for key in compared.values() for seed in seeds]
-    second = _trained(configs, opts, cache)
-    found = Runs("paper", list(compared.values()), seeds, second)
+    found = Runs("paper", list(compared.values()), seeds, _trained(configs, opts, cache))
     return {
-        "core_seconds": _core_seconds([*first, *second]),
         "tuning": {"seeds": list(TUNING_SEEDS), "runs": swept.summary()},
         "chosen": {label: key[1] for label, key in compared.items()},
         "main": {"seeds": list(seeds), "runs": found.summary(list(compared))},
@@ -153,7 +149,6 @@ def beyond(setting: str, opts: Options, cache: Path) -> dict[str, Any]:
     runs = _trained(_known(setting, opts), opts, cache)
     found = Runs(setting, _beyond(setting, opts), _seeds(setting, opts), runs)
     return {
-        "core_seconds": _core_seconds(runs),
         "main": {"seeds": found.seeds, "runs": found.summary()},
         "curves": found.curves(),
     }
@@ -290,9 +285,7 @@ def cached_train(config: dict[str, Any], data: Path | None, cache: Path) -> dict
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        start = time.process_time()
         results = train(config, data, cache)
-        results["core_seconds"] = time.process_time() - start
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps({**config, "results": results}))
@@ -305,11 +298,6 @@ def _trained(configs: list[dict[str, Any]], opts: Options, cache: Path) -> list[
     if missing:
         in_parallel(cached_train, [(config, opts.data, cache) for config in missing], opts.jobs, "trainings")
     return [cached_train(config, opts.data, cache) for config in configs]
-
-
-def _core_seconds(runs: Iterable[Mapping[str, Any]]) -> float:
-    """Processor time of all trainings and evaluations, whenever they were run."""
-    return sum(run["results"]["core_seconds"] for run in runs)
 
 
 def _prepare(opts: Options, cache: Path) -> None:
