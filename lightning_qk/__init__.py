@@ -11,10 +11,12 @@ from lightning_qk._version import __version__
 if TYPE_CHECKING:
     from lightning_qk.callbacks.attention import AttentionMonitor
     from lightning_qk.callbacks.locater import LocAteR
+    from lightning_qk.callbacks.qk_clip import QKClip
     from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
     from lightning_qk.data.text import TextDataModule
     from lightning_qk.heads.projections import HeadProjections
     from lightning_qk.heads.reader import head_projections
+    from lightning_qk.interventions.qk_clip import clip_qk
     from lightning_qk.module import TransformerModule
     from lightning_qk.regularizers.locater import locater_penalty
 
@@ -22,9 +24,11 @@ _HOME = {
     "AttentionMonitor": "lightning_qk.callbacks.attention",
     "HeadProjections": "lightning_qk.heads.projections",
     "LocAteR": "lightning_qk.callbacks.locater",
+    "QKClip": "lightning_qk.callbacks.qk_clip",
     "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
     "TextDataModule": "lightning_qk.data.text",
     "TransformerModule": "lightning_qk.module",
+    "clip_qk": "lightning_qk.interventions.qk_clip",
     "head_projections": "lightning_qk.heads.reader",
     "locater_penalty": "lightning_qk.regularizers.locater",
 }
@@ -33,10 +37,12 @@ __all__ = [
     "AttentionMonitor",
     "HeadProjections",
     "LocAteR",
+    "QKClip",
     "QKSpectrumMonitor",
     "TextDataModule",
     "TransformerModule",
     "__version__",
+    "clip_qk",
     "head_projections",
     "locater_penalty",
 ]
