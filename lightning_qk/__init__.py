@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.attention import AttentionMonitor
     from lightning_qk.callbacks.locater import LocAteR
     from lightning_qk.callbacks.qk_clip import QKClip
+    from lightning_qk.callbacks.sigma_reparam import SigmaReparam
     from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
     from lightning_qk.data.text import TextDataModule
     from lightning_qk.heads.projections import HeadProjections
     from lightning_qk.heads.reader import head_projections
     from lightning_qk.interventions.qk_clip import clip_qk
+    from lightning_qk.interventions.sigma_reparam import (
+        add_sigma_reparam,
+        plain_state_dict,
+        remove_sigma_reparam,
+    )
     from lightning_qk.module import TransformerModule
     from lightning_qk.regularizers.locater import locater_penalty
 
@@ -26,11 +32,15 @@ _HOME = {
     "LocAteR": "lightning_qk.callbacks.locater",
     "QKClip": "lightning_qk.callbacks.qk_clip",
     "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
+    "SigmaReparam": "lightning_qk.callbacks.sigma_reparam",
     "TextDataModule": "lightning_qk.data.text",
     "TransformerModule": "lightning_qk.module",
+    "add_sigma_reparam": "lightning_qk.interventions.sigma_reparam",
     "clip_qk": "lightning_qk.interventions.qk_clip",
     "head_projections": "lightning_qk.heads.reader",
     "locater_penalty": "lightning_qk.regularizers.locater",
+    "plain_state_dict": "lightning_qk.interventions.sigma_reparam",
+    "remove_sigma_reparam": "lightning_qk.interventions.sigma_reparam",
 }
 
 __all__ = [
@@ -39,12 +49,16 @@ __all__ = [
     "LocAteR",
     "QKClip",
     "QKSpectrumMonitor",
+    "SigmaReparam",
     "TextDataModule",
     "TransformerModule",
     "__version__",
+    "add_sigma_reparam",
     "clip_qk",
     "head_projections",
     "locater_penalty",
+    "plain_state_dict",
+    "remove_sigma_reparam",
 ]
 
 

@@ -20,8 +20,8 @@ from lightning_qk.heads.sources import BarePlan, LatentPlan
 from lightning_qk.heads.stored import is_plain
 
 
-class _Stored(NamedTuple):
-    """Where rows of one side lie.
+class StoredRows(NamedTuple):
+    """Where the queries' or keys' rows of one layer lie.
 
     Attributes:
         affine: holds the rows, and their bias.
@@ -30,6 +30,16 @@ class _Stored(NamedTuple):
 
     affine: AffinePlan | BarePlan
     places: Tensor
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that holds them now."""
+        return _parameters(self.affine)[0]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of the map are columns of the parameter."""
+        return self.affine.transposed
 
 
 class _Uneditable(Exception):
@@ -41,6 +51,8 @@ class HeadEditor:
 
     Attributes:
         name: qualified name of the layer.
+        query: where the queries' rows lie.
+        key: where the keys' rows lie.
         heads: number of query heads.
         kv_heads: number of key heads.
         d_head: width of a head.
@@ -54,9 +66,9 @@ class HeadEditor:
         self.heads, self.kv_heads = plan.sizes.heads, plan.sizes.kv_heads
         self.d_head = plan.sizes.d_head
         self.shared = plan.sizes.shared
-        self._query, self._key = self._stored(plan.query), self._stored(plan.key)
-        if self._query.affine is self._key.affine and bool(
-            torch.isin(self._query.places, self._key.places).any()
+        self.query, self.key = self._stored(plan.query), self._stored(plan.key)
+        if self.query.affine is self.key.affine and bool(
+            torch.isin(self.query.places, self.key.places).any()
         ):
             raise _Uneditable(
                 "which give queries and keys alike, so that one cannot be scaled without the other"
@@ -72,8 +84,8 @@ class HeadEditor:
                 left out.
         """
         for side, stored, factors in (
-            (self._plan.query, self._query, query),
-            (self._plan.key, self._key, key),
+            (self._plan.query, self.query, query),
+            (self._plan.key, self.key, key),
         ):
             by_row = factors.detach().reshape(len(factors), -1).expand(-1, self.d_head)
             own = by_row[:, : stored.places.shape[1]]
@@ -91,13 +103,13 @@ class HeadEditor:
     def parameters(self) -> list[nn.Parameter]:
         """What :meth:`scale` multiplies."""
         found: list[nn.Parameter] = []
-        for side, stored in ((self._plan.query, self._query), (self._plan.key, self._key)):
+        for side, stored in ((self._plan.query, self.query), (self._plan.key, self.key)):
             weight, bias, _ = _parameters(stored.affine)
             found += [weight] if bias is None else [weight, bias]
             found += [getattr(self._plan.module, name) for name in side.added]
         return list(dict.fromkeys(found))
 
-    def _stored(self, side: Side) -> _Stored:
+    def _stored(self, side: Side) -> StoredRows:
         affine: Any = side.affine
         places = side.pick(torch.arange(affine.rows), self._plan.sizes)
         if isinstance(affine, LatentPlan):
@@ -110,15 +122,18 @@ class HeadEditor:
                 "adapter, a quantized weight or a composition): merge or drop what is around the weights"
             )
         _parameters(affine)
-        return _Stored(affine, places)
+        return StoredRows(affine, places)
 
 
-def head_editors(reader: ProjectionReader, names: Iterable[str]) -> dict[str, HeadEditor]:
+def head_editors(
+    reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
+) -> dict[str, HeadEditor]:
     """Editors of some layers.
 
     Args:
         reader: of the model.
         names: the layers.
+        trained: frozen weights are refused.
 
     Raises:
         ValueError: the weights of a layer are no plain trainable parameters of its own; the message names the
@@ -135,7 +150,7 @@ def head_editors(reader: ProjectionReader, names: Iterable[str]) -> dict[str, He
     editors = {}
     for name in names:
         try:
-            editors[name] = _editor(reader.layers[name], lenders, holders)
+            editors[name] = _editor(reader.layers[name], lenders, holders, trained=trained)
         except _Uneditable as reason:  # noqa: PERF203
             raise ValueError(
                 f"expected query and key weights of {name or type(model).__name__} that are trainable parameters "
@@ -144,7 +159,9 @@ def head_editors(reader: ProjectionReader, names: Iterable[str]) -> dict[str, He
     return editors
 
 
-def _editor(plan: LayerPlan, lenders: dict[str, str], holders: "Counter[int]") -> HeadEditor:
+def _editor(
+    plan: LayerPlan, lenders: dict[str, str], holders: "Counter[int]", *, trained: bool
+) -> HeadEditor:
     if plan.is_flat:
         raise _Uneditable("which FSDP flattens: use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)")
     other = plan.key_layer or lenders.get(plan.name)
@@ -156,7 +173,7 @@ def _editor(plan: LayerPlan, lenders: dict[str, str], holders: "Counter[int]") -
     for parameter in editor.parameters():
         if holders[id(parameter)] > 1:
             raise _Uneditable("that another module shares: untie them")
-        if not parameter.requires_grad:
+        if trained and not parameter.requires_grad:
             raise _Uneditable("that are frozen: unfreeze them")
         if not is_plain(parameter):
             raise _Uneditable(
