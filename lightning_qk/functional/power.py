@@ -55,9 +55,12 @@ def subspace_iteration(matrix: Tensor, subspace: Tensor, iterations: int) -> tup
         iterations: how often the matrix and its transpose are applied, at least 1.
 
     Returns:
-        The estimate, ``()``, and the new subspace. A matrix of zeros has the value 0 and leaves the subspace.
+        The estimate, ``()``, and the new subspace. A matrix of zeros has the value 0, one that is not finite NaN;
+        both leave the subspace.
     """
     with torch.no_grad(), full_precision(matrix.device):
+        is_finite = matrix.isfinite().all()
+        matrix = torch.where(is_finite, matrix, 0.0)  # decompositions raise for others
         for _ in range(iterations):
             applied = matrix.mT @ (matrix @ subspace)
             # Far from 1, products of the vectors would leave the range of the type.
@@ -65,5 +68,7 @@ def subspace_iteration(matrix: Tensor, subspace: Tensor, iterations: int) -> tup
             applied = torch.where(scale > 0, applied / scale, subspace)
             subspace = torch.linalg.qr(applied).Q
         image = matrix @ subspace
-        gram = (image.mT @ image).double() if image.device.type != "mps" else image.mT @ image
-        return torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt().to(matrix.dtype), subspace
+        # Far from 1, squares would leave the range of the type.
+        size = image.abs().amax().clamp_min(torch.finfo(image.dtype).tiny)
+        largest = torch.linalg.svdvals(image / size)[0] * size
+        return torch.where(is_finite, largest, torch.nan), subspace

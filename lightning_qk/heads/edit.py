@@ -75,18 +75,20 @@ class HeadEditor:
             )
 
     @torch.no_grad()
-    def scale(self, query: Tensor, key: Tensor) -> None:
+    def scale(self, query: Tensor, key: Tensor | None) -> None:
         """Multiply queries and keys in place.
 
         Args:
             query: factors, ``(heads,)`` or one for each coordinate, ``(heads, d_head)``.
             key: factors, ``(kv_heads,)`` or ``(kv_heads, d_head)``; what they say of shared coordinates is
-                left out.
+                left out. None: the keys stay.
         """
         for side, stored, factors in (
             (self._plan.query, self.query, query),
             (self._plan.key, self.key, key),
         ):
+            if factors is None:
+                continue
             by_row = factors.detach().reshape(len(factors), -1).expand(-1, self.d_head)
             own = by_row[:, : stored.places.shape[1]]
             rows = torch.ones(stored.affine.rows, dtype=own.dtype, device=own.device)
@@ -100,10 +102,11 @@ class HeadEditor:
             for name in side.added:
                 _multiply(getattr(self._plan.module, name), by_row.reshape(-1))
 
-    def parameters(self) -> list[nn.Parameter]:
-        """What :meth:`scale` multiplies."""
+    def parameters(self, only: str | None = None) -> list[nn.Parameter]:
+        """What :meth:`scale` multiplies: of both sides, or only of ``"query"`` or ``"key"``."""
         found: list[nn.Parameter] = []
-        for side, stored in ((self._plan.query, self.query), (self._plan.key, self.key)):
+        sides = {"query": (self._plan.query, self.query), "key": (self._plan.key, self.key)}
+        for side, stored in sides.values() if only is None else (sides[only],):
             weight, bias, _ = _parameters(stored.affine)
             found += [weight] if bias is None else [weight, bias]
             found += [getattr(self._plan.module, name) for name in side.added]
