@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import lightning as L
 import models
 import pytest
 import torch
@@ -132,6 +133,107 @@ def test_the_maximum_is_over_all_that_ran_since_the_last_step(arguments, batches
         assert (want > 1).any()
         got = torch.where(want > 1, clip.maxima[name], want)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def deepseek() -> nn.Module:
+    """Latent attention: a part of the keys is shared by all heads."""
+    config = transformers.DeepseekV3Config(
+        **{**models._GROUPED, "num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=12,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=10,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=2,
+    )
+    return models.build(transformers.DeepseekV3ForCausalLM, config)
+
+
+@pytest.mark.parametrize("make", [models.mistral, deepseek])
+def test_windows_and_latents(make):
+    torch.manual_seed(1)
+    model = make()
+    batch = next(iter(models.tokens(4)))
+    before = first_layer(model, batch)
+    tau = largest(before).median().item()
+    clip = QKClip(tau, alpha=0.3, modules="*.0.*")
+    models.trainer([clip], max_steps=1).fit(models.Job(model, lr=0.0), models.tokens(4))
+    (gamma,) = clip.gammas.values()
+    group = 4 // len(gamma)
+    torch.testing.assert_close(gamma, (tau / largest(before).view(-1, group).amax(1)).clamp(max=1))
+    factor = gamma.repeat_interleave(group)[:, None, None]
+    torch.testing.assert_close(first_layer(model, batch), factor * before, rtol=1e-4, atol=1e-5)
+
+
+def test_position_biases_are_no_part_of_it():
+    """T5 adds its bias in the mask: the products alone are clipped."""
+    torch.manual_seed(1)
+    model = without_dropout(models.t5())
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "relative_attention_bias"):
+                module.relative_attention_bias.weight.fill_(1e3)
+    clip = QKClip(1.0)
+    with recorded_logits() as calls:
+        models.trainer([clip], max_steps=1).fit(models.Job(model, lr=0.0), models.tokens(4))
+    assert len(calls) == len(clip.maxima) == 6
+    for call, got in zip(calls, clip.maxima.values(), strict=True):
+        torch.testing.assert_close(got, largest(call), rtol=1e-4, atol=1e-4)
+        assert got.max() < 100
+
+
+class Manual(models.Job):
+    """Steps by hand, at every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__(gpt2(), lr=0.0)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss
+
+
+def test_manual_optimization():
+    torch.manual_seed(1)
+    clip = QKClip(1.0)
+    with recorded_logits() as calls:
+        models.trainer([clip], max_steps=1).fit(Manual(), models.tokens(8))
+    assert len(calls) == 4
+    for place, got in enumerate(clip.maxima.values()):
+        want = torch.stack([largest(call) for call in calls[place::2]]).amax(0)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert min(gamma.min() for gamma in clip.gammas.values()) < 1
+
+
+class SwitchOn(L.Callback):
+    """Adds another callback in mid-run, as a guard may."""
+
+    def __init__(self, other: L.Callback) -> None:
+        self.other = other
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 2 and self.other not in trainer.callbacks:
+            self.other.setup(trainer, pl_module, "fit")
+            self.other.on_fit_start(trainer, pl_module)
+            trainer.callbacks.append(self.other)
+
+
+def test_it_can_be_switched_on_in_mid_run():
+    clip = QKClip(2.0)
+    module, trainer = run([SwitchOn(clip)], max_steps=5)
+    assert clip.gammas
+    assert trainer.callback_metrics["clip/gamma/min"] < 1
+    assert largest(first_layer(module.inner["network"], next(iter(models.tokens())))).max() < 3
 
 
 class Padded(models.Job):
