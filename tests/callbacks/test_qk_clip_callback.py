@@ -400,7 +400,7 @@ def test_logits_that_are_not_finite_are_left_alone():
 
 
 def test_two_processes_agree(tmp_path):
-    script = str(Path(__file__).with_name("qk_clip_job.py"))
+    script = str(Path(__file__).with_name("weights_job.py"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for command in ([sys.executable, script, str(tmp_path), "1"], [*torchrun, script, str(tmp_path), "2"]):
         done = subprocess.run(
@@ -413,11 +413,19 @@ def test_two_processes_agree(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    assert first.keys() == {"ddp", "fsdp2", "update cap", "sigma reparam"}
     for case in first:
-        assert min(gamma.min() for gamma in first[case]["gammas"].values()) < 1
         for name, gamma in first[case]["gammas"].items():
             assert torch.equal(gamma, second[case]["gammas"][name])
             torch.testing.assert_close(gamma, one[case]["gammas"][name], rtol=1e-4, atol=0)
         for name, weight in first[case]["weights"].items():
             assert torch.equal(weight, second[case]["weights"][name])
             torch.testing.assert_close(weight, one[case]["weights"][name], rtol=1e-3, atol=1e-5)
+        for key, value in one[case]["metrics"].items():
+            if key.startswith(("clip/", "update_cap/", "sigma_reparam/")):
+                assert first[case]["metrics"][key] == second[case]["metrics"][key]
+                assert first[case]["metrics"][key] == pytest.approx(value, rel=1e-3)
+    for case in ("ddp", "fsdp2"):
+        assert first[case]["metrics"]["clip/gamma/min"] < 1
+    assert first["update cap"]["metrics"]["update_cap/factor/min"] < 1
+    assert any(name.endswith("gain") for name in first["sigma reparam"]["weights"])

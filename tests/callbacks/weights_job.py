@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: QK-Clip under DDP and FSDP2, saved for the test to compare."""
+"""Run by torchrun in two processes: what changes weights under DDP and FSDP2, saved for the test to compare."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_qk import QKClip
+from lightning_qk import QKClip, SigmaReparam, UpdateCap
 
 
 class Sharded(models.Job):
@@ -46,7 +46,13 @@ def data(processes: int) -> DataLoader:
 
 def run(folder: Path, processes: int) -> None:
     results = {}
-    for case in ("ddp", "fsdp2"):
+    cases = {
+        "ddp": QKClip(0.5),
+        "fsdp2": QKClip(0.5),
+        "update cap": UpdateCap(1e-3),
+        "sigma reparam": SigmaReparam(),
+    }
+    for case, callback in cases.items():
         arguments = {"max_steps": 2, "use_distributed_sampler": False}
         if processes > 1:
             arguments["devices"] = processes
@@ -56,10 +62,11 @@ def run(folder: Path, processes: int) -> None:
         torch.manual_seed(3)
         kind = Sharded if case == "fsdp2" and processes > 1 else models.Job
         module = kind(models.llama(), lr=0.01)
-        clip, keep = QKClip(0.5), Keep()
-        trainer = models.trainer([clip, keep], **arguments)
+        keep = Keep()
+        trainer = models.trainer([callback, keep], **arguments)
         trainer.fit(module, data(processes))
-        results[case] = {"gammas": clip.gammas, "weights": keep.weights}
+        results[case] = {"weights": keep.weights, "gammas": getattr(callback, "gammas", {})}
+        results[case]["metrics"] = {key: float(value) for key, value in trainer.callback_metrics.items()}
     torch.save(results, folder / f"{processes}_{trainer.global_rank}.pt")
 
 
