@@ -413,7 +413,7 @@ def test_two_processes_agree(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
-    assert first.keys() == {"ddp", "fsdp2", "update cap", "sigma reparam"}
+    assert first.keys() == {"ddp", "fsdp2", "tensor parallel", "update cap", "sigma reparam"}
     for case in first:
         for name, gamma in first[case]["gammas"].items():
             assert torch.equal(gamma, second[case]["gammas"][name])
@@ -425,7 +425,7 @@ def test_two_processes_agree(tmp_path):
             if key.startswith(("clip/", "update_cap/", "sigma_reparam/")):
                 assert first[case]["metrics"][key] == second[case]["metrics"][key]
                 assert first[case]["metrics"][key] == pytest.approx(value, rel=1e-3)
-    for case in ("ddp", "fsdp2"):
+    for case in ("ddp", "fsdp2", "tensor parallel"):
         assert first[case]["metrics"]["clip/gamma/min"] < 1
     assert first["update cap"]["metrics"]["update_cap/factor/min"] < 1
     assert any(name.endswith("gain") for name in first["sigma reparam"]["weights"])

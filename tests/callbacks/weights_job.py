@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_qk import QKClip, SigmaReparam, UpdateCap
@@ -26,6 +27,17 @@ class Sharded(models.Job):
             fully_shard(network, mesh=self.device_mesh["data_parallel"])
 
 
+class Parallel(models.Job):
+    """Projections on tensor parallelism: each process computes half of the heads."""
+
+    def configure_model(self) -> None:
+        plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")} | {
+            "o_proj": RowwiseParallel()
+        }
+        for block in self.inner["network"].model.layers:
+            parallelize_module(block.self_attn, self.device_mesh["tensor_parallel"], plan)
+
+
 class Keep(L.Callback):
     """Weights at the end, whole."""
 
@@ -40,7 +52,8 @@ class Keep(L.Callback):
 
 def data(processes: int) -> DataLoader:
     dataset = models.tokens(32).dataset
-    sampler = DistributedSampler(dataset, processes, int(os.environ.get("RANK", 0)), shuffle=False)
+    rank = int(os.environ.get("RANK", 0)) if processes > 1 else 0
+    sampler = DistributedSampler(dataset, processes, rank, shuffle=False)
     return DataLoader(dataset, batch_size=8 // processes, sampler=sampler)
 
 
@@ -49,6 +62,7 @@ def run(folder: Path, processes: int) -> None:
     cases = {
         "ddp": QKClip(0.5),
         "fsdp2": QKClip(0.5),
+        "tensor parallel": QKClip(0.5),
         "update cap": UpdateCap(1e-3),
         "sigma reparam": SigmaReparam(),
     }
@@ -59,12 +73,14 @@ def run(folder: Path, processes: int) -> None:
             arguments["strategy"] = "ddp"
             if case == "fsdp2":
                 arguments["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            if case == "tensor parallel":
+                arguments["strategy"] = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
         torch.manual_seed(3)
-        kind = Sharded if case == "fsdp2" and processes > 1 else models.Job
-        module = kind(models.llama(), lr=0.01)
+        kinds = {"fsdp2": Sharded, "tensor parallel": Parallel} if processes > 1 else {}
+        module = kinds.get(case, models.Job)(models.llama(), lr=0.01)
         keep = Keep()
         trainer = models.trainer([callback, keep], **arguments)
-        trainer.fit(module, data(processes))
+        trainer.fit(module, data(1 if case == "tensor parallel" else processes))
         results[case] = {"weights": keep.weights, "gammas": getattr(callback, "gammas", {})}
         results[case]["metrics"] = {key: float(value) for key, value in trainer.callback_metrics.items()}
     torch.save(results, folder / f"{processes}_{trainer.global_rank}.pt")
