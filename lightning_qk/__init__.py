@@ -11,10 +11,22 @@ from lightning_qk._version import __version__
 if TYPE_CHECKING:
     from lightning_qk.callbacks.attention import AttentionMonitor
     from lightning_qk.callbacks.locater import LocAteR
+    from lightning_qk.callbacks.qk_clip import QKClip
+    from lightning_qk.callbacks.sigma_reparam import SigmaReparam
     from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
+    from lightning_qk.callbacks.spectrum_scaling import SpectrumScaling
+    from lightning_qk.callbacks.update_cap import UpdateCap
     from lightning_qk.data.text import TextDataModule
     from lightning_qk.heads.projections import HeadProjections
     from lightning_qk.heads.reader import head_projections
+    from lightning_qk.interventions.qk_clip import clip_qk
+    from lightning_qk.interventions.sigma_reparam import (
+        add_sigma_reparam,
+        plain_state_dict,
+        remove_sigma_reparam,
+    )
+    from lightning_qk.interventions.spectrum_scaling import spectrum_scaling
+    from lightning_qk.interventions.update_cap import cap_updates
     from lightning_qk.module import TransformerModule
     from lightning_qk.regularizers.locater import locater_penalty
 
@@ -22,23 +34,43 @@ _HOME = {
     "AttentionMonitor": "lightning_qk.callbacks.attention",
     "HeadProjections": "lightning_qk.heads.projections",
     "LocAteR": "lightning_qk.callbacks.locater",
+    "QKClip": "lightning_qk.callbacks.qk_clip",
     "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
+    "SigmaReparam": "lightning_qk.callbacks.sigma_reparam",
+    "SpectrumScaling": "lightning_qk.callbacks.spectrum_scaling",
     "TextDataModule": "lightning_qk.data.text",
     "TransformerModule": "lightning_qk.module",
+    "UpdateCap": "lightning_qk.callbacks.update_cap",
+    "add_sigma_reparam": "lightning_qk.interventions.sigma_reparam",
+    "cap_updates": "lightning_qk.interventions.update_cap",
+    "clip_qk": "lightning_qk.interventions.qk_clip",
     "head_projections": "lightning_qk.heads.reader",
     "locater_penalty": "lightning_qk.regularizers.locater",
+    "plain_state_dict": "lightning_qk.interventions.sigma_reparam",
+    "remove_sigma_reparam": "lightning_qk.interventions.sigma_reparam",
+    "spectrum_scaling": "lightning_qk.interventions.spectrum_scaling",
 }
 
 __all__ = [
     "AttentionMonitor",
     "HeadProjections",
     "LocAteR",
+    "QKClip",
     "QKSpectrumMonitor",
+    "SigmaReparam",
+    "SpectrumScaling",
     "TextDataModule",
     "TransformerModule",
+    "UpdateCap",
     "__version__",
+    "add_sigma_reparam",
+    "cap_updates",
+    "clip_qk",
     "head_projections",
     "locater_penalty",
+    "plain_state_dict",
+    "remove_sigma_reparam",
+    "spectrum_scaling",
 ]
 
 

@@ -6,6 +6,7 @@ import lightning
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +25,19 @@ def check_lightning(trainer: object, name: str) -> None:
         raise TypeError(
             f"expected {name} in a lightning.pytorch.Trainer, got one of the package {home}: import Trainer, "
             "LightningModule and callbacks from lightning.pytorch, not from pytorch_lightning"
+        )
+
+
+def refuse_deepspeed(trainer: Trainer, name: str) -> None:
+    """Refuse a strategy that writes its own copies of the weights over what is changed in them.
+
+    Raises:
+        ValueError: the strategy is DeepSpeed's.
+    """
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"expected a strategy whose optimizer steps the parameters themselves for {name}, got DeepSpeed, "
+            "which steps copies of its own: use DDP or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
         )
 
 

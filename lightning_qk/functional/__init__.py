@@ -1,5 +1,6 @@
 """Pure tensor functions: spectra of heads, signal propagation, statistics of attention. Imports torch alone."""
 
+from lightning_qk.functional.extremes import max_logits
 from lightning_qk.functional.localization import attention_statistics, logit_statistics
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import (
@@ -14,6 +15,7 @@ __all__ = [
     "attention_statistics",
     "exact_signal_propagation_probability",
     "logit_statistics",
+    "max_logits",
     "positional_share",
     "qk_eigenvalues",
     "qk_moments",

@@ -68,6 +68,8 @@ class LayerPlan:
         layout: the layout's name.
         position: what positions do to the logits.
         qk_norm: a norm stands between projection and dot product.
+        normalizes: it acts on the very vectors that are multiplied, and not on a latent within the projections:
+            a factor on those weights is lost.
         self_attention: queries and keys come from the same tokens.
         norm_folded: the norm that feeds the layer is part of what is read.
         key_layer: qualified name of the layer whose keys are used, None for own ones.
@@ -148,6 +150,7 @@ class LayerPlan:
             for side, own in (("query", found.query), ("key", found.key))
         )
         self.qk_norm = any(own.norm is not None or own.normed for own in (found.query, found.key))
+        self.normalizes = self.qk_norm
         self.scaling = softmax_scaling(site.module, d_head) if found.scaling is None else found.scaling
         self._place(site, found.query.given != found.key.given, [], fold_norm)
 
@@ -176,7 +179,8 @@ class LayerPlan:
         cosine = any(factor.normalizes for factor in factors.values())
         within = any(isinstance(plan, LatentPlan) and plan.normed for plan in (query, key))
         behind = any(side.qk_norm is not None for side in (self.query, self.key))
-        self.qk_norm = cosine or within or behind or layout.normalizes
+        self.normalizes = cosine or behind or layout.normalizes
+        self.qk_norm = within or self.normalizes
         if factors:
             self.scaling = 1.0 / self.sizes.d_head if cosine else 1.0
         else:
@@ -217,6 +221,11 @@ class LayerPlan:
         if rotary is not None and 2 * rotary.inv_freq.numel() == self.sizes.shared:
             return rotary._replace(start=self.sizes.d_head - self.sizes.shared)
         return rotary
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        return alive(self._layer)
 
     @property
     def heads(self) -> int:

@@ -56,6 +56,18 @@ class ProjectionReader(Mapping[str, HeadProjections]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            ValueError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ValueError("expected a model that is alive, got one that is gone: keep a reference to it")
+        return model
+
     def refresh(self) -> bool:
         """Plan anew if modules of the model were replaced (an adapter merged, say); whether they were.
 
@@ -64,9 +76,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         Raises:
             ValueError: nothing can be read any more.
         """
-        model = self._model()
-        if model is None:
-            raise ValueError("expected a model that is alive, got one that is gone: keep a reference to it")
+        model = self.model
         if self._identity == list(identity(model)):
             return False
         self._plan(model)

@@ -156,6 +156,16 @@ class BarePlan:
         """A tensor of the stored weight's shape, seen as (out, in)."""
         return weight.flatten(1).T if self._source.transposed else weight
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter is stored as ``(in, ...)``."""
+        return self._source.transposed
+
+    def stored(self) -> tuple[nn.Parameter, nn.Parameter | None, int]:
+        """The parameters of weight and bias, and where in the bias its part begins."""
+        bias = None if self._source.bias is None else getattr(self.module, self._source.bias, None)
+        return self._stored(), bias, self._source.part * self.rows
+
     def _stored(self) -> nn.Parameter:
         return getattr(self.module, self._source.name)
 
@@ -350,6 +360,11 @@ class LatentPlan:
     def as_rows(self, weight: Tensor) -> Tensor:
         """Nothing is stored as the product is."""
         return weight
+
+    @property
+    def expansion(self) -> AffineMap:
+        """The map of the normalized latent; its rows come first, those that pass by the latent after them."""
+        return self._up
 
     def _norms(self) -> list[NormPlan]:
         return [norm for norm in (self._norm, self._shared_norm) if norm is not None]

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 WANDB_STEP = "trainer/global_step"
-WANDB_SECTIONS = ("qk/*", "attn/*", "hidden/*", "locater/*")
+WANDB_SECTIONS = (
+    "qk/*",
+    "attn/*",
+    "hidden/*",
+    "locater/*",
+    "clip/*",
+    "sigma_reparam/*",
+    "spectrum_scaling/*",
+    "update_cap/*",
+)
 # W&B shows at most this many bins of a histogram.
 MAX_BINS = 64
 _MAX_FAILURES = 3

@@ -1,0 +1,93 @@
+"""Callback: spectra of heads set to one size while a model is evaluated."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_qk.callbacks._trainer import check_lightning, logging_step, projection_reader
+from lightning_qk.interventions.spectrum_scaling import SpectrumScaler, Statistic, check_scaling
+from lightning_qk.logging.loggers import describe_config, log_scalars
+
+
+class SpectrumScaling(Callback):
+    r"""Evaluates a model with ``W_QK ← γ log(η + ε) W_QK / √η`` in every head: TAME's scaling at inference.
+
+    Read in a summary only (ICLR 2025 [S]), while its released code scales logits by activations [V]: see
+    :class:`~lightning_qk.interventions.spectrum_scaling.SpectrumScaler` for what η is here and what is not known.
+    The weights are scaled when a validation, test or prediction loop starts, and have the very values back at
+    its end, before a checkpoint is written; training is never touched.
+
+    Logged keys: ``spectrum_scaling/factor/mean``, ``/min`` and ``/max`` over all heads, at the start of validation
+    and test loops (the sanity check's not).
+
+    Args:
+        gamma: γ.
+        eps: ε.
+        statistic: what η is: ``"frobenius_sq"`` or ``"trace_sq"``.
+        modules: glob pattern or patterns on qualified names of attention layers; None for all.
+
+    Raises:
+        TypeError: the trainer is one of the package ``pytorch_lightning``.
+        ValueError: what the scaling cannot do exactly, when the first loop starts; see its class.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        *,
+        eps: float = 1.0,
+        statistic: Statistic = "frobenius_sq",
+        modules: str | Sequence[str] | None = None,
+    ) -> None:
+        check_scaling(gamma, eps, statistic)
+        self.gamma, self.eps = float(gamma), float(eps)
+        self.statistic: Statistic = statistic
+        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
+        self._scaler: SpectrumScaler | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse another package's trainer."""
+        check_lightning(trainer, type(self).__name__)
+        settings = ("gamma", "eps", "statistic", "modules")
+        describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scale."""
+        # Anew each time: modules may have been replaced since.
+        self._undo()
+        scaler = SpectrumScaler(
+            projection_reader(trainer, pl_module),
+            gamma=self.gamma,
+            eps=self.eps,
+            statistic=self.statistic,
+            modules=self.modules,
+        )
+        self._scaler = scaler
+        factors = torch.cat([own.float() for own in scaler.apply().values()]).cpu()
+        if not (trainer.sanity_checking or trainer.predicting):
+            scalars = {
+                f"spectrum_scaling/factor/{name}": getattr(factors, name)().item()
+                for name in ("mean", "min", "max")
+            }
+            log_scalars(trainer, scalars, logging_step(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the weights their values back."""
+        self._undo()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the weights their values back: the loop's end may not follow."""
+        self._undo()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the weights their values back, wherever a loop ended."""
+        self._undo()
+
+    def _undo(self) -> None:
+        if self._scaler is not None:
+            self._scaler.undo()
+            self._scaler = None

@@ -1,0 +1,219 @@
+"""Multiply the query and key weights of attention layers, head by head, where they are stored.
+
+What a head computes is scaled exactly: weight rows, biases and what else is added to the queries. Rows of the
+parameters themselves are multiplied, so that neither gradients nor optimizers' states are touched, and shards of
+DTensors are multiplied where they are.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.heads.linear import AffinePlan
+from lightning_qk.heads.plan import LayerPlan, Side
+from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sharding import is_dtensor
+from lightning_qk.heads.sources import BarePlan, LatentPlan
+from lightning_qk.heads.stored import is_plain
+
+
+class StoredRows(NamedTuple):
+    """Where the queries' or keys' rows of one layer lie.
+
+    Attributes:
+        affine: holds the rows, and their bias.
+        places: which of its rows they are, ``(heads, coordinates)``.
+    """
+
+    affine: AffinePlan | BarePlan
+    places: Tensor
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that holds them now."""
+        return _parameters(self.affine)[0]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of the map are columns of the parameter."""
+        return self.affine.transposed
+
+
+class _Uneditable(Exception):
+    """Weights cannot be multiplied; the message says what they are and the way out, as a clause."""
+
+
+class HeadEditor:
+    """Multiplies queries and keys of one layer.
+
+    Attributes:
+        name: qualified name of the layer.
+        query: where the queries' rows lie.
+        key: where the keys' rows lie.
+        heads: number of query heads.
+        kv_heads: number of key heads.
+        d_head: width of a head.
+        shared: how many coordinates, the last ones of each key, all heads have in common (the rotary part of
+            latent attention): they are left as they are in the keys.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self._plan = plan
+        self.name = plan.name
+        self.heads, self.kv_heads = plan.sizes.heads, plan.sizes.kv_heads
+        self.d_head = plan.sizes.d_head
+        self.shared = plan.sizes.shared
+        self.query, self.key = self._stored(plan.query), self._stored(plan.key)
+        if self.query.affine is self.key.affine and bool(
+            torch.isin(self.query.places, self.key.places).any()
+        ):
+            raise _Uneditable(
+                "which give queries and keys alike, so that one cannot be scaled without the other"
+            )
+
+    @torch.no_grad()
+    def scale(self, query: Tensor, key: Tensor | None) -> None:
+        """Multiply queries and keys in place.
+
+        Args:
+            query: factors, ``(heads,)`` or one for each coordinate, ``(heads, d_head)``.
+            key: factors, ``(kv_heads,)`` or ``(kv_heads, d_head)``; what they say of shared coordinates is
+                left out. None: the keys stay.
+        """
+        for side, stored, factors in (
+            (self._plan.query, self.query, query),
+            (self._plan.key, self.key, key),
+        ):
+            if factors is None:
+                continue
+            by_row = factors.detach().reshape(len(factors), -1).expand(-1, self.d_head)
+            own = by_row[:, : stored.places.shape[1]]
+            rows = torch.ones(stored.affine.rows, dtype=own.dtype, device=own.device)
+            rows[stored.places.to(own.device)] = own
+            weight, bias, start = _parameters(stored.affine)
+            _multiply(weight, rows, transposed=stored.affine.transposed)
+            if bias is not None:
+                of_bias = rows.new_ones(bias.numel())
+                of_bias[start : start + len(rows)] = rows
+                _multiply(bias, of_bias)
+            for name in side.added:
+                _multiply(getattr(self._plan.module, name), by_row.reshape(-1))
+
+    def parameters(self, only: str | None = None) -> list[nn.Parameter]:
+        """What :meth:`scale` multiplies: of both sides, or only of ``"query"`` or ``"key"``."""
+        found: list[nn.Parameter] = []
+        sides = {"query": (self._plan.query, self.query), "key": (self._plan.key, self.key)}
+        for side, stored in sides.values() if only is None else (sides[only],):
+            weight, bias, _ = _parameters(stored.affine)
+            found += [weight] if bias is None else [weight, bias]
+            found += [getattr(self._plan.module, name) for name in side.added]
+        return list(dict.fromkeys(found))
+
+    def _stored(self, side: Side) -> StoredRows:
+        affine: Any = side.affine
+        places = side.pick(torch.arange(affine.rows), self._plan.sizes)
+        if isinstance(affine, LatentPlan):
+            # Behind the norm of the latent: what expands it may be scaled, and what passes by it is shared.
+            places = places[:, : places.shape[1] - affine.shared]
+            affine = affine.expansion
+        if not isinstance(affine, AffinePlan | BarePlan):
+            raise _Uneditable(
+                f"which are made from several tensors ({type(affine.module).__name__} {affine.name!r}: an "
+                "adapter, a quantized weight or a composition): merge or drop what is around the weights"
+            )
+        _parameters(affine)
+        return StoredRows(affine, places)
+
+
+def head_editors(
+    reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
+) -> dict[str, HeadEditor]:
+    """Editors of some layers.
+
+    Args:
+        reader: of the model.
+        names: the layers.
+        trained: frozen weights are refused.
+
+    Raises:
+        ValueError: the weights of a layer are no plain trainable parameters of its own; the message names the
+            layer and the way out.
+    """
+    model = reader.model
+    holders = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    lenders = {plan.key_layer: name for name, plan in reader.layers.items() if plan.key_layer is not None}
+    editors = {}
+    for name in names:
+        try:
+            editors[name] = _editor(reader.layers[name], lenders, holders, trained=trained)
+        except _Uneditable as reason:  # noqa: PERF203
+            raise ValueError(
+                f"expected query and key weights of {name or type(model).__name__} that are trainable parameters "
+                f"of its own, got weights {reason}, or leave the layer out with modules="
+            ) from None
+    return editors
+
+
+def _editor(
+    plan: LayerPlan, lenders: dict[str, str], holders: "Counter[int]", *, trained: bool
+) -> HeadEditor:
+    if plan.is_flat:
+        raise _Uneditable("which FSDP flattens: use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)")
+    other = plan.key_layer or lenders.get(plan.name)
+    if other is not None:
+        raise _Uneditable(f"whose keys are those of {other} too: train without it")
+    if getattr(plan.module, "bias_k", None) is not None:
+        raise _Uneditable("with a learnt key beside the projections: use add_bias_kv=False")
+    editor = HeadEditor(plan)
+    for parameter in editor.parameters():
+        if holders[id(parameter)] > 1:
+            raise _Uneditable("that another module shares: untie them")
+        if trained and not parameter.requires_grad:
+            raise _Uneditable("that are frozen: unfreeze them")
+        if not is_plain(parameter):
+            raise _Uneditable(
+                f"of type {type(parameter).__name__} and {parameter.dtype}: keep them unquantized"
+            )
+    return editor
+
+
+def _parameters(affine: AffinePlan | BarePlan) -> tuple[nn.Parameter, nn.Parameter | None, int]:
+    """Weight, bias and where in the bias the rows begin, as they are now."""
+    if isinstance(affine, BarePlan):
+        return affine.stored()
+    weight, bias = affine.module._parameters.get("weight"), getattr(affine.module, "bias", None)
+    if weight is not None and (bias is None or isinstance(bias, nn.Parameter)):
+        return weight, bias, 0
+    raise _Uneditable(
+        f"which something makes from others ({affine.name!r} has a parametrization or a hook): remove it"
+    )
+
+
+def _multiply(parameter: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
+    """Multiply rows, which lie in the first dimension or, transposed, in those behind it; or each element."""
+    tensor: Any = parameter.detach()
+    if tensor.numel() == rows.numel():
+        shape = tuple(tensor.shape)
+    elif transposed:
+        shape = (1, *tensor.shape[1:])
+    else:
+        shape = (len(rows), *(1,) * (tensor.dim() - 1))
+    factors = rows.view(shape)
+    tensor.mul_(_replicated(factors, tensor) if is_dtensor(tensor) else factors.to(tensor.device))
+
+
+def _replicated(factors: Tensor, like: Any) -> Any:
+    """The same numbers on every process, for a product with a DTensor; no communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    local = factors.to(like.to_local().device)
+    return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -1,0 +1,1 @@
+"""Changes of a model that steer what its attention does, as plain functions."""
