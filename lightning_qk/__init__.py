@@ -10,6 +10,7 @@ from lightning_qk._version import __version__
 
 if TYPE_CHECKING:
     from lightning_qk.callbacks.attention import AttentionMonitor
+    from lightning_qk.callbacks.hidden import HiddenStateMonitor
     from lightning_qk.callbacks.locater import LocAteR
     from lightning_qk.callbacks.qk_clip import QKClip
     from lightning_qk.callbacks.sigma_reparam import SigmaReparam
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AttentionMonitor": "lightning_qk.callbacks.attention",
     "HeadProjections": "lightning_qk.heads.projections",
+    "HiddenStateMonitor": "lightning_qk.callbacks.hidden",
     "LocAteR": "lightning_qk.callbacks.locater",
     "QKClip": "lightning_qk.callbacks.qk_clip",
     "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
@@ -54,6 +56,7 @@ _HOME = {
 __all__ = [
     "AttentionMonitor",
     "HeadProjections",
+    "HiddenStateMonitor",
     "LocAteR",
     "QKClip",
     "QKSpectrumMonitor",

@@ -57,6 +57,8 @@ class Monitor(Callback):
     """A statistic that is not finite exactly when something is wrong with a head."""
     subject: str
     """What is not finite then, in the plural."""
+    has_heads: bool = True
+    """Whether layers have heads to be named; without, each has one value."""
 
     def __init__(
         self,
@@ -161,9 +163,17 @@ class Monitor(Callback):
 
     # What a monitor can use
 
-    def remember_layers(self, heads: Mapping[str, int], cross: Iterable[str]) -> None:
-        """Fix the layers; a history of other layers (of a changed model) starts anew."""
-        self.labels = layer_labels(list(heads), cross=set(cross))
+    def remember_layers(
+        self, heads: Mapping[str, int], cross: Iterable[str], labels: Mapping[str, str] | None = None
+    ) -> None:
+        """Fix the layers; a history of other layers (of a changed model) starts anew.
+
+        Args:
+            heads: layer name → number of heads, in the model's order.
+            cross: those of them that are cross-attention.
+            labels: layer name → label in log keys; None makes them of the names.
+        """
+        self.labels = layer_labels(list(heads), cross=set(cross)) if labels is None else dict(labels)
         layers = tuple(self.labels[name] for name in heads)
         if (
             self.history is None
@@ -311,7 +321,7 @@ class Monitor(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, LocAteR):
                 callback.contribute(record)
-        if not any(len(history) for history in (record.spectrum, record.attention) if history is not None):
+        if not any(len(history) for history in record.histories.values()):
             return
         folder = Path(self._directory or trainer.default_root_dir)
         record.save(folder / RECORD_NAME)
@@ -329,7 +339,7 @@ class Monitor(Callback):
             bad = [str(index) for index, ok in enumerate(heads.isfinite().tolist()) if not ok]
             if bad and self.expects(label):
                 module = next(module for module, own in self.labels.items() if own == label)
-                found.append(f"{module} (head {', '.join(bad)})")
+                found.append(f"{module} (head {', '.join(bad)})" if self.has_heads else module)
         if found:
             self._found_non_finite = True
             self.note(

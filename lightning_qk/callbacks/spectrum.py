@@ -15,7 +15,8 @@ from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, R
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_histogram
-from lightning_qk.metrics.eigenvalues import EigenvalueWorker, Solved
+from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
+from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
 from lightning_qk.metrics.spectrum import QKSpectrum, at_offset, extreme_values
 
 _ADDED = {
@@ -40,13 +41,16 @@ class QKSpectrumMonitor(Monitor):
     - ``qk/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - with ``offsets``, ``qk/offset_16/<statistic>/mean`` and so on, for the moments and the spectral radius of the
       form between a query and the key 16 positions before it, in layers with rotary position encoding;
+    - with ``singular``, ``qk/sigma_1``, ``qk/energy_top_1``, ``qk/energy_top_4``, ``qk/effective_rank``,
+      ``qk/logit_bound`` and ``qk/update_ratio`` (since the measurement before), ``/mean`` and so on and for each
+      layer, cross-attention included: see :class:`~lightning_qk.metrics.singular.SingularValues`;
     - ``qk/heatmap/<statistic>`` layer × head figures and ``qk/eigenvalues/modulus``, ``qk/eigenvalues/real``
       histograms, to loggers that can show them.
 
     Traces and norms are logged at once. The eigenproblems are solved in a worker thread while training goes
-    on: what comes of them (``spectral_radius``, ``singular_max``, the histograms) is logged at the next
-    measurement, at the end of the epoch, with a checkpoint or at the end of training, whichever comes first,
-    under the step that it belongs to.
+    on: what comes of them (``spectral_radius``, ``singular_max``, the histograms, all of ``singular``) is logged
+    at the next measurement, at the end of the epoch, with a checkpoint or at the end of training, whichever comes
+    first, under the step that it belongs to.
 
     At the end of training the monitors print a table of the layers' health and write one HTML report into the
     run's folder. Weights that are not finite are named and training goes on.
@@ -60,6 +64,8 @@ class QKSpectrumMonitor(Monitor):
         offsets: how many positions keys stand before their query, such as ``(0, 1, 16)``; negative: after it,
             which causal models do not see. Rotary position encoding makes a form of its own at each:
             ``W_q^T R_Δ W_k`` with Δ = −offset, see :func:`~lightning_qk.functional.qk_eigenvalues`.
+        singular: also log singular values and the size of updates. Keeps a copy of all query and key weights in
+            the host's memory.
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
@@ -83,6 +89,7 @@ class QKSpectrumMonitor(Monitor):
         support: Support = "model",
         fold_norm: bool = False,
         offsets: Sequence[int] = (),
+        singular: bool = False,
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
@@ -95,7 +102,12 @@ class QKSpectrumMonitor(Monitor):
             *type(self).layer_statistics,
             *(at_offset(name, offset) for offset in self.offsets for name in type(self).layer_statistics),
         )
+        self.singular = singular
+        if singular:
+            self.layer_statistics = (*self.layer_statistics, *SINGULAR_STATISTICS)
         self.fold_norm = fold_norm
+        self._singular: SingularValues | None = None
+        self._cores: list[Cores] = []
         self._metric: QKSpectrum | None = None
         self._reader: ProjectionReader | None = None
         self._worker = EigenvalueWorker()
@@ -110,6 +122,7 @@ class QKSpectrumMonitor(Monitor):
             "support": self.support,
             "fold_norm": self.fold_norm,
             **({"offsets": list(self.offsets)} if self.offsets else {}),
+            **({"singular": True} if self.singular else {}),
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,6 +138,7 @@ class QKSpectrumMonitor(Monitor):
         self.remember_layers(heads, self._cross)
         self._note_positions(layers)
         self._metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
+        self._singular = SingularValues(heads) if self.singular else None
 
     def _note_positions(self, layers: Mapping[str, LayerPlan]) -> None:
         """Say once where positions do something to the logits that the spectra do not show."""
@@ -184,7 +198,7 @@ class QKSpectrumMonitor(Monitor):
         assert self._metric is not None
         self.history.append(-1, values)
         self.note_non_finite(values, "before the first step")
-        self._worker.submit(-1, self._metric.cores)
+        self._worker.submit(-1, self._cores)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Moments of all heads, reduced over ranks."""
@@ -195,14 +209,16 @@ class QKSpectrumMonitor(Monitor):
         metric.to(pl_module.device).reset()
         reader.refresh()
         metric.update(reader)
+        self._cores = metric.cores
+        if self._singular is not None:
+            self._cores = [*metric.cores, *self._singular.cores(reader)]
         return flat_values(metric)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """As every monitor; then start on the eigenvalues, once those of the measurement before are logged."""
         self._collect(trainer, pl_module)
         super().publish(trainer, pl_module, values)
-        assert self._metric is not None  # measure
-        self._worker.submit(logging_step(trainer), self._metric.cores)
+        self._worker.submit(logging_step(trainer), self._cores)
 
     def _collect(
         self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
@@ -226,6 +242,8 @@ class QKSpectrumMonitor(Monitor):
         assert self.history is not None  # on_fit_start
         assert self._metric is not None
         values = extreme_values(solved.spectra, self._metric.heads, self.offsets)
+        if self._singular is not None:
+            values |= self._singular.values(solved.step, solved.spectra)
         self.history.complete(solved.step, values)
         self._eigenvalues = {
             name: solved.spectra[name] for name in self._metric.heads if name in solved.spectra

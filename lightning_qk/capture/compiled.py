@@ -27,16 +27,17 @@ _HANDLE = "_lightning_qk_handle"
 # On the CPU, whatever the model's device: reading a layer's number then never waits for a GPU, and a listening
 # graph is kept out of CUDA graphs, which could not call back into Python.
 with torch.inference_mode(False):
-    _ORDER = torch.zeros(1, dtype=torch.int64, device="cpu")
+    ORDER = torch.zeros(1, dtype=torch.int64, device="cpu")
+    """What the operators claim to change."""
 
 _library = torch.library.Library("lightning_qk", "DEF")
-_tags = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+graph_tags = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _library.define(
     "hear(Tensor(a!) order, Tensor? module, str form, Tensor[] tensors, float[] floats, SymInt[] ints) -> ()",
-    tags=_tags,
+    tags=graph_tags,
 )
-_library.define("enter(Tensor(a!) order, Tensor? module) -> ()", tags=_tags)
-_library.define("leave(Tensor(a!) order) -> ()", tags=_tags)
+_library.define("enter(Tensor(a!) order, Tensor? module) -> ()", tags=graph_tags)
+_library.define("leave(Tensor(a!) order) -> ()", tags=graph_tags)
 
 
 class _Handle:
@@ -152,22 +153,22 @@ def emit(module: Tensor | None, number: int, args: Iterable[Any], kwargs: Mappin
             ints.append(value)
         elif name == "" or name == "attention_mask":
             form += f";{name}=x"
-    torch.ops.lightning_qk.hear(_ORDER, module, form, tensors, floats, ints)
+    torch.ops.lightning_qk.hear(ORDER, module, form, tensors, floats, ints)
 
 
 def emit_problem(module: Tensor | None, reason: str) -> None:
     """Say from within the graph why a call cannot be read. Traced."""
-    torch.ops.lightning_qk.hear(_ORDER, module, "!" + reason, [], [], [])
+    torch.ops.lightning_qk.hear(ORDER, module, "!" + reason, [], [], [])
 
 
 def enter(module: Tensor | None) -> None:
     """Calls without a module are this one's until :func:`leave`; None: nobody's. Traced."""
-    torch.ops.lightning_qk.enter(_ORDER, module)
+    torch.ops.lightning_qk.enter(ORDER, module)
 
 
 def leave() -> None:
     """Undo the last :func:`enter`. Traced."""
-    torch.ops.lightning_qk.leave(_ORDER)
+    torch.ops.lightning_qk.leave(ORDER)
 
 
 class _Stack(threading.local):
@@ -249,15 +250,25 @@ def _read(
     return read_call(source.function, source.implementation, tuple(args), kwargs)
 
 
+def module_of(identity: Tensor) -> nn.Module | None:
+    """The module that a tensor from :func:`identity` tells, or None where it is gone or nobody asks for it."""
+    return _modules.get(int(identity))
+
+
 def _nothing(*args: Any) -> None:
     """What the operators do to tensors that have no data."""
 
 
-for _name, _function in (("hear", _hear), ("enter", _enter), ("leave", _leave)):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+def implement(library: torch.library.Library, name: str, function: Callable[..., None]) -> None:
+    """Say what an operator does that hands tensors out of a graph; its first argument is :data:`ORDER`."""
+    library.impl(name, function, "CompositeExplicitAutograd")
     # No gradient passes through them, and the version of the tensor is not counted, which a checkpoint would see.
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"lightning_qk::{_name}", _nothing, lib=_library)
+    library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"lightning_qk::{name}", _nothing, lib=library)
+
+
+for _name, _function in (("hear", _hear), ("enter", _enter), ("leave", _leave)):
+    implement(_library, _name, _function)
 
 
 def drop_graphs(model: nn.Module | None) -> None:

@@ -1,6 +1,8 @@
 """Pure tensor functions: spectra of heads, signal propagation, statistics of attention. Imports torch alone."""
 
 from lightning_qk.functional.extremes import max_logits
+from lightning_qk.functional.geometry import MaskGeometry, mask_geometry
+from lightning_qk.functional.hidden import hidden_statistics
 from lightning_qk.functional.localization import attention_statistics, logit_statistics
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import (
@@ -8,17 +10,30 @@ from lightning_qk.functional.propagation import (
     signal_propagation_probability,
 )
 from lightning_qk.functional.rotary import Rotary
+from lightning_qk.functional.singular import (
+    effective_rank,
+    energy_concentration,
+    entropy_floor,
+    update_ratio,
+)
 from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_singular_values
 
 __all__ = [
+    "MaskGeometry",
     "Rotary",
     "attention_statistics",
+    "effective_rank",
+    "energy_concentration",
+    "entropy_floor",
     "exact_signal_propagation_probability",
+    "hidden_statistics",
     "logit_statistics",
+    "mask_geometry",
     "max_logits",
     "positional_share",
     "qk_eigenvalues",
     "qk_moments",
     "qk_singular_values",
     "signal_propagation_probability",
+    "update_ratio",
 ]

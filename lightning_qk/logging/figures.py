@@ -69,6 +69,11 @@ STATISTICS = {
     "localization": Statistic("predicted localization", "late minus early", signed=True),
     "spectral_radius": Statistic("largest |eigenvalue|", peak=True),
     "singular_max": Statistic("largest singular value", peak=True),
+    "sigma_1": Statistic("spectral norm of W_QK", peak=True),
+    "energy_top_1": Statistic("energy of the first direction", share=True),
+    "energy_top_4": Statistic("energy of the first four directions", share=True),
+    "logit_bound": Statistic("bound on |logit| for tokens of norm √d", peak=True),
+    "update_ratio": Statistic("update of W_QK against W_QK"),
     "entropy": Statistic("attention entropy", "nats"),
     "entropy_normalized": Statistic("normalized attention entropy", "entropy / log keys", share=True),
     "participation": Statistic("participation", "effective keys"),
@@ -83,6 +88,11 @@ STATISTICS = {
     "sink_rate": Statistic("share of keys that are sinks", share=True),
     "sink_learnt": Statistic("attention to the learnt sink", "probability", share=True),
     "linear_share": Statistic("measured linear share", "share of pairs", share=True),
+    "rank_residual_relative": Statistic("spread of tokens around their mean", "share of norm", share=True),
+    "cosine": Statistic("cosine between tokens", signed=True),
+    "cosine_abs": Statistic("|cosine| between tokens", share=True),
+    "effective_rank": Statistic("effective rank", "directions"),
+    "activation_max": Statistic("largest |activation|", peak=True),
 }
 
 
@@ -185,7 +195,10 @@ def over_time(history: History, statistic: str) -> "Figure":
     _layer_legend(figure, axes, [history.layers[i] for i in shown], [colors[i] for i in shown])
     _axis_labels(axes, "step", style.unit or "dimensionless")
     _step_axis(axes)
-    _title(figure, f"{style.title}, {'largest' if style.peak else 'mean'} of each layer's heads")
+    of_heads = (
+        f", {'largest' if style.peak else 'mean'} of each layer's heads" if max(history.heads) > 1 else ""
+    )
+    _title(figure, f"{style.title}{of_heads}")
     return figure
 
 

@@ -163,6 +163,9 @@ class History:
         return history
 
 
+_HISTORIES = ("spectrum", "attention", "hidden")
+
+
 @dataclass
 class RunRecord:
     """What the report, the health table and the figures are made from.
@@ -170,6 +173,7 @@ class RunRecord:
     Attributes:
         spectrum: history of :class:`~lightning_qk.QKSpectrumMonitor`, or None.
         attention: history of :class:`~lightning_qk.AttentionMonitor`, or None.
+        hidden: history of :class:`~lightning_qk.HiddenStateMonitor`, one "head" a layer, or None.
         eigenvalues: layer label → complex eigenvalues of W_QK, shape ``(heads, d_head)``, the newest ones.
         eigenvalues_step: the step that the eigenvalues belong to.
         scalars: name → (steps, values) of run-level curves, such as ``locater/penalty``.
@@ -179,11 +183,18 @@ class RunRecord:
 
     spectrum: History | None = None
     attention: History | None = None
+    hidden: History | None = None
     eigenvalues: dict[str, Tensor] = field(default_factory=dict)
     eigenvalues_step: int | None = None
     scalars: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     info: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def histories(self) -> dict[str, History]:
+        """Name of the field → history, of those that there are."""
+        found = {name: getattr(self, name) for name in _HISTORIES}
+        return {name: history for name, history in found.items() if history is not None}
 
     def save(self, path: str | Path) -> Path:
         """Write the record as one safetensors file, from which the report can be made again.
@@ -205,10 +216,7 @@ class RunRecord:
             tensors[f"eigenvalues/{index}"] = torch.view_as_real(value.to("cpu", torch.complex64)).clone(
                 memory_format=torch.contiguous_format
             )
-        for group in ("spectrum", "attention"):
-            history: History | None = getattr(self, group)
-            if history is None:
-                continue
+        for group, history in self.histories.items():
             state = history.state_dict()
             values = state.pop("values")
             meta[group] = {**state, "statistics": list(values)}
@@ -251,7 +259,7 @@ class RunRecord:
             info=meta["info"],
             notes=meta["notes"],
         )
-        for group in ("spectrum", "attention"):
+        for group in _HISTORIES:
             if group in meta:
                 state = meta[group]
                 state["values"] = {name: tensors[f"{group}/{name}"] for name in state.pop("statistics")}

@@ -35,6 +35,7 @@ _PAPERS = (
     "Wortsman et al.: Small-scale Proxies for Large-scale Transformer Training Instabilities. ICLR 2024",
     "Kimi Team: Kimi K2: Open Agentic Intelligence. 2025",
     "Gu et al.: When Attention Sink Emerges in Language Models: An Empirical View. ICLR 2025",
+    "Sun et al.: Massive Activations in Large Language Models. 2024",
 )
 
 # Statistic → what it means, when to worry.
@@ -104,6 +105,28 @@ _MEANING = {
         "attention localized on late tokens, -1 on early ones.",
         "it stays at 0 in every layer: attention is uniform, or saturated where the largest logit is high.",
     ),
+    "rank_residual_relative": (
+        "How far the tokens of a sequence spread around their mean, against their size: 0 where all tokens are "
+        "the same.",
+        "it falls towards 0 in the later layers (rank collapse, Dong et al.).",
+    ),
+    "cosine_abs": (
+        "How much two different tokens of a sequence point along one line: 1 where all do.",
+        "it rises towards 1 layer by layer: tokens become alike.",
+    ),
+    "cosine": (
+        "The mean cosine of two different tokens of a sequence: 1 where all point one way.",
+        "it rises towards 1 layer by layer: tokens become alike.",
+    ),
+    "effective_rank": (
+        "How many directions the sampled tokens of a sequence use, by the entropy of their singular values.",
+        "it falls towards 1, or one layer has far less than its neighbours.",
+    ),
+    "activation_max": (
+        "The largest activation. Trained models grow some that are thousands of times the median, which act as "
+        "fixed biases (Sun et al.).",
+        "it nears 65,504, where half precision ends, or keeps growing.",
+    ),
 }
 
 _SPECTRUM_CURVES = (
@@ -117,6 +140,12 @@ _ATTENTION_CURVES = (
     ("max_abs_logit", "max_logit"),
     ("sink_first",),
     ("linear_share",),
+)
+_HIDDEN_CURVES = (
+    ("rank_residual_relative",),
+    ("cosine_abs", "cosine"),
+    ("effective_rank",),
+    ("activation_max",),
 )
 _SPECTRUM_MAPS = (("sym_var", "eig_var", "singular_max"), ("asymmetry",))
 _ATTENTION_MAPS = (
@@ -202,11 +231,17 @@ def _render(record: RunRecord) -> str:
 
 def _lead(record: RunRecord) -> str:
     parts = []
-    for name, history in (("weights", record.spectrum), ("attention", record.attention)):
+    names = (
+        ("weights", record.spectrum),
+        ("attention", record.attention),
+        ("hidden states", record.hidden),
+    )
+    for name, history in names:
         if history is not None and len(history):
             steps, heads = len(history), sum(history.heads)
+            of_heads = "" if history is record.hidden else f"{heads} heads in "
             parts.append(
-                f"{name} of {heads} heads in {len(history.layers)} layers, {steps} kept "
+                f"{name} of {of_heads}{len(history.layers)} layers, {steps} kept "
                 f"{'step' if steps == 1 else 'steps'} up to {history.steps[-1]}"
             )
     text = "; ".join(parts)
@@ -230,6 +265,7 @@ def _sections(record: RunRecord) -> list[_Section]:
             record.attention,
             _ATTENTION_CURVES,
         ),
+        *page.hidden(),
         page.maps(),
         page.relations(),
         page.eigenvalues(),
@@ -262,6 +298,16 @@ class _Page:
         if not section.plots:
             section.missing.append(f"No {anchor} statistics were recorded in this run.")
         return section
+
+    def hidden(self) -> list[_Section]:
+        """Curves of hidden states, when there are any: they are measured on request."""
+        if self.record.hidden is None:
+            return []
+        text = (
+            "Each line is a block's output, or what goes into the first block (embedding). The numbers are "
+            "measured on the batches of the run."
+        )
+        return [self.curves("hidden", "Hidden states over time", text, self.record.hidden, _HIDDEN_CURVES)]
 
     def maps(self) -> _Section:
         section = _Section(

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, locater_penalty
+from lightning_qk import AttentionMonitor, HiddenStateMonitor, LocAteR, QKSpectrumMonitor, locater_penalty
 
 WEIGHT = 5.0
 
@@ -57,9 +57,10 @@ def run(folder: Path, processes: int) -> None:
         keep = KeepGradients()
         models.trainer([*callbacks, keep], **arguments).fit(module, data(processes))
         results[name] = keep.gradients
-    spectrum, attention = QKSpectrumMonitor(), AttentionMonitor(rows=None)
+    spectrum, attention = QKSpectrumMonitor(singular=True), AttentionMonitor(rows=None)
+    hidden = HiddenStateMonitor(tokens=None, sequences=None)
     watched = models.trainer(
-        [spectrum, attention],
+        [spectrum, attention, hidden],
         logger=CSVLogger(folder, version=str(processes)),
         val_check_interval=2,
         **arguments,
@@ -67,6 +68,7 @@ def run(folder: Path, processes: int) -> None:
     watched.fit(job(), data(processes), data(processes))
     results["attention"] = {name: attention.history.series(name) for name in attention.history.statistics}
     results["spectrum"] = {name: spectrum.history.series(name) for name in spectrum.history.statistics}
+    results["hidden"] = {name: hidden.history.series(name) for name in hidden.history.statistics}
     results["metrics"] = {key: float(value) for key, value in watched.callback_metrics.items()}
     torch.save(results, folder / f"{processes}_{watched.global_rank}.pt")
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, locater_penalty
+from lightning_qk import AttentionMonitor, HiddenStateMonitor, LocAteR, QKSpectrumMonitor, locater_penalty
 
 WEIGHT = 0.5
 
@@ -103,23 +103,24 @@ def data(processes: int) -> DataLoader:
 
 
 def fit(folder: Path, processes: int, module: models.Job | None = None, **arguments) -> dict:
-    keep, spectrum = KeepGradients(), QKSpectrumMonitor(report=False)
+    keep, spectrum = KeepGradients(), QKSpectrumMonitor(report=False, singular=True)
     attention = AttentionMonitor(rows=None, report=False)
+    hidden = HiddenStateMonitor(tokens=None, sequences=None, report=False)
     as_loss = module is not None and module.extra_loss is not None
     trainer = models.trainer(
-        [spectrum, attention, *([] if as_loss else [LocAteR(WEIGHT)]), keep],
+        [spectrum, attention, hidden, *([] if as_loss else [LocAteR(WEIGHT)]), keep],
         max_steps=2,
         use_distributed_sampler=False,
         default_root_dir=folder,
         **arguments,
     )
     trainer.fit(module or Configured(), data(processes))
-    histories = {"spectrum": spectrum.history, "attention": attention.history}
+    histories = {"spectrum": spectrum.history, "attention": attention.history, "hidden": hidden.history}
     return {
         "gradients": keep.gradients,
         **{key: {name: own.series(name) for name in own.statistics} for key, own in histories.items() if own},
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
-        "notes": spectrum.notes + attention.notes,
+        "notes": spectrum.notes + attention.notes + hidden.notes,
     }
 
 

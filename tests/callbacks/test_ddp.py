@@ -17,7 +17,9 @@ TESTS = Path(__file__).parents[1]
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     script = str(Path(__file__).with_name("ddp_job.py"))
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    # The package of this checkout, wherever another one is installed.
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for command in ([sys.executable, script, str(folder), "1"], [*torchrun, script, str(folder), "2"]):
         done = subprocess.run(
@@ -46,6 +48,15 @@ def test_attention_is_pooled_over_ranks(results):
             )
 
 
+def test_hidden_states_are_pooled_over_ranks(results):
+    assert results["1_0"]["hidden"]["rank_residual"].isfinite().all()
+    for rank in ("2_0", "2_1"):
+        for name, want in results["1_0"]["hidden"].items():
+            torch.testing.assert_close(
+                results[rank]["hidden"][name], want, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name
+            )
+
+
 def test_spectra_and_logged_values_agree(results):
     for rank in ("2_0", "2_1"):
         for name, want in results["1_0"]["spectrum"].items():
@@ -54,7 +65,7 @@ def test_spectra_and_logged_values_agree(results):
             )
     assert results["2_0"]["metrics"].keys() == results["2_1"]["metrics"].keys()
     for key, value in results["2_0"]["metrics"].items():
-        if key.startswith(("attn/", "qk/")):
+        if key.startswith(("attn/", "qk/", "hidden/")):
             assert value == pytest.approx(results["2_1"]["metrics"][key], rel=1e-5, abs=1e-7)
 
 

@@ -27,7 +27,9 @@ CASES = [
 
 
 def start(command: list[str], **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    # The package of this checkout, wherever another one is installed.
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=280, check=False, **kwargs
     )
@@ -62,6 +64,7 @@ def test_values_are_those_of_one_process(results, case, rank):
         assert (got["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
     same(got["spectrum"], want["spectrum"], 1e-4)
     same(got["attention"], want["attention"], 1e-4)
+    same(got["hidden"], want["hidden"], 1e-3)
     keys = {key for key in want["metrics"] if "loss" not in case or not key.startswith("locater/")}
     assert got["metrics"].keys() == keys
     for key in keys:

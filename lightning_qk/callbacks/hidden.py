@@ -1,0 +1,218 @@
+"""Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
+from lightning_qk.capture.hidden import HiddenCapture
+from lightning_qk.functional.hidden import hidden_sums
+from lightning_qk.heads.blocks import find_blocks
+from lightning_qk.logging.history import RunRecord
+from lightning_qk.logging.layers import layer_labels
+from lightning_qk.metrics.hidden import HiddenStatistics
+
+_EMBEDDING = "the input of "
+"""In front of the name of a stack's first block."""
+
+
+class HiddenStateMonitor(Monitor):
+    """Logs how far the tokens of each layer are from being one, and how large its largest activations are.
+
+    Hidden states are the outputs of the transformer blocks, in training mode, and what goes into the first block
+    of each stack. The model's outputs, losses and gradients stay bit-identical, in compiled models too. It costs
+    nothing on the steps that it does not log.
+
+    Logged keys, for each statistic of :func:`~lightning_qk.functional.hidden_statistics`:
+
+    - ``hidden/<statistic>/mean``, ``/min``, ``/max`` over all blocks, also in ``trainer.callback_metrics``;
+    - ``hidden/layer_03/<statistic>`` for rank_residual_relative, cosine, cosine_abs, effective_rank,
+      token_norm, activation_max and massive_count (``encoder_layer_03`` and so on where a model has several
+      stacks), and the same as ``hidden/embedding/<statistic>`` of the input of the first block, which is in no
+      aggregate.
+
+    All micro-batches of a logged step and all ranks are pooled; every sequence weighs the same. Padding is left
+    out by the ``attention_mask`` that the model is given. Packed documents count as one sequence. Blocks that
+    were not heard, and masks that could not be told, are named once in the log.
+
+    Args:
+        every_n_steps: measure at every n-th optimizer step; None follows the trainer's
+            ``log_every_n_steps``.
+        tokens: how many tokens of a sequence are drawn for what needs pairs or singular values; None for all. The
+            cosine stays without bias; the effective rank is that of so many tokens and at most their number.
+        sequences: how many sequences of each micro-batch are drawn; None for all. Means over sequences stay
+            without bias; maxima are lower bounds.
+        seed: of the monitor's own random generator; torch's global one is never touched.
+        report: write the report at the end.
+
+    Raises:
+        TypeError: the trainer is one of the package ``pytorch_lightning``.
+        ValueError: the module holds no transformer attention in a list of blocks, or an argument is out of range.
+    """
+
+    group = "hidden"
+    layer_statistics = (
+        "rank_residual_relative",
+        "cosine",
+        "cosine_abs",
+        "effective_rank",
+        "token_norm",
+        "activation_max",
+        "massive_count",
+    )
+    figure_statistics = ()
+    subject = "hidden states"
+    witness = "rank_residual"
+    has_heads = False
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        *,
+        tokens: int | None = 64,
+        sequences: int | None = 8,
+        seed: int = 0,
+        report: bool = True,
+    ) -> None:
+        super().__init__(every_n_steps, per_head=False, figures_every=0, report=report)
+        if tokens is not None and tokens < 2:
+            raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
+        if sequences is not None and sequences < 1:
+            raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
+        self.tokens = tokens
+        self.sequences = sequences
+        self.seed = seed
+        self._generator = torch.Generator()
+        self._capture: HiddenCapture | None = None
+        self._metric: HiddenStatistics | None = None
+        self._names: tuple[str, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments as they go into the run's config."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "seed": self.seed,
+        }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the blocks and stand behind them before the first forward."""
+        super().on_fit_start(trainer, pl_module)
+        blocks, without = find_blocks(pl_module)
+        if not blocks:
+            raise ValueError(
+                f"expected a model whose attention stands in a list of blocks, found none in "
+                f"{type(pl_module).__name__}: pass the module that holds the network, once it is built (see "
+                "`configure_model`)"
+            )
+        self.note_left_out(without)
+        labels = layer_labels(list(blocks))
+        named: dict[str, str] = {}
+        for name, block in blocks.items():
+            before, is_layer, _ = labels[name].rpartition("layer")
+            if block.is_first and is_layer and f"{before}embedding" not in named.values():
+                named[_EMBEDDING + name] = f"{before}embedding"
+            named[name] = labels[name]
+        outputs = {block.module: name for name, block in blocks.items()}
+        inputs = {
+            block.module: _EMBEDDING + name for name, block in blocks.items() if _EMBEDDING + name in named
+        }
+        self._names = tuple(named)
+        self.remember_layers(dict.fromkeys(named, 1), (), labels=named)
+        self._metric = HiddenStatistics(self._names)
+        self._generator.manual_seed(self.seed + trainer.global_rank)
+        self._capture = HiddenCapture(
+            outputs,
+            self._hear,
+            inputs=inputs,
+            models={block.module: block.models for block in blocks.values()},
+            model=pl_module,
+        )
+        self._capture.install()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hooks away."""
+        if self._capture is not None:
+            self._capture.remove()
+            self._capture = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As every monitor; teardown may not follow."""
+        super().on_exception(trainer, pl_module, exception)
+        self.teardown(trainer, pl_module, "fit")
+
+    def begin_batch(self, is_due: bool) -> None:
+        """Listen during batches of a logged step."""
+        if self._capture is not None:
+            self._capture.enabled = is_due
+
+    def end_batch(self) -> None:
+        """Stop listening: a validation between two micro-batches is not training."""
+        if self._capture is not None:
+            self._capture.enabled = False
+
+    def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
+        metric = self._metric
+        assert metric is not None  # on_fit_start
+        if metric.device != states.device:
+            metric.to(states.device)
+        sums = hidden_sums(
+            states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
+        )
+        metric.update({name: sums})
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        """Statistics of all layers over the step's micro-batches, reduced over ranks."""
+        metric, capture = self._metric, self._capture
+        assert metric is not None  # on_fit_start
+        assert capture is not None
+        self._name_missing(capture)
+        # Every rank takes part, whether or not it heard anything.
+        metric.to(pl_module.device).update({})
+        values = flat_values(metric)
+        metric.reset()
+        return values
+
+    def _name_missing(self, capture: HiddenCapture) -> None:
+        self.note_left_out(capture.problems)
+        if capture.unmasked:
+            names = sorted(capture.unmasked)
+            self.note(
+                f"no mask of the tokens is known for {shorten(names)}: all of their tokens count, padding too; "
+                "give the model a two-dimensional attention_mask of the length of its hidden states to have it "
+                "left out"
+            )
+        missing = [name for name in self._names if name not in capture.heard and name not in capture.problems]
+        if missing:
+            self.note(
+                f"no hidden states of {len(missing)} of {len(self._names)} layers were seen ({shorten(missing)}): "
+                "such a block was not run, or not by calling the module (model.forward or a fused kernel runs no "
+                "hooks)"
+            )
+
+    def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
+        """Mean, minimum and maximum over the blocks."""
+        is_block = torch.tensor([not name.startswith(_EMBEDDING) for name in self._names])
+        return super().over_the_model({name: flat[is_block] for name, flat in values.items()}, prefix)
+
+    def expects(self, label: str) -> bool:
+        """A layer that was never heard has no value, and that was said already."""
+        return self._capture is not None and any(self.labels[name] == label for name in self._capture.heard)
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add the history to the record."""
+        record.hidden = self.history
+        if self.tokens is not None:
+            record.notes.append(
+                f"Ranks of hidden states and the modulus of their cosines are those of {self.tokens} sampled "
+                "tokens of each sequence."
+            )
+        if self.sequences is not None:
+            record.notes.append(
+                f"Hidden states are those of at most {self.sequences} sampled sequences of each micro-batch; "
+                "largest activations are lower bounds."
+            )

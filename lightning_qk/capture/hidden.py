@@ -1,0 +1,347 @@
+"""Listen to what goes into and comes out of transformer blocks, and to which of its tokens are padding.
+
+Forward hooks stand at the blocks, and at the Hugging Face models around them for the mask of the tokens. They
+return nothing and look at one boolean while nobody listens. Inside a graph of torch.compile they are traced: the
+boolean is a guard, so that a graph has one version that listens, and an operator hands the tensors out
+(:mod:`lightning_qk.capture.compiled`).
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture import compiled, listeners
+from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
+
+HiddenListener = Callable[[str, Tensor, Tensor | None], None]
+
+OUTPUT, INPUT, MASK, TOKENS = "output", "input", "mask", "tokens"
+"""What a hook hands on: hidden states behind and before a block; a mask, and the tokens that a model is given."""
+
+_library = torch.library.Library("lightning_qk", "FRAGMENT")
+_library.define(
+    "hear_hidden(Tensor(a!) order, Tensor? module, str kind, Tensor? tensor) -> ()", tags=compiled.graph_tags
+)
+
+
+class _State:
+    """Read by every hook, and guarded by compiled graphs."""
+
+    def __init__(self) -> None:
+        self.listening = False
+
+
+STATE = _State()
+_captures: "tuple[HiddenCapture, ...]" = ()
+
+
+class _Given(NamedTuple):
+    """What a model was last called with.
+
+    Attributes:
+        mask: of the tokens, its own copy; None where it got none.
+        is_other: its mask is not one number a token.
+    """
+
+    mask: Tensor | None = None
+    is_other: bool = False
+
+
+class HiddenCapture:
+    """Hands the hidden states of some blocks to a listener, while enabled.
+
+    Use :meth:`install` once the network is built, :attr:`enabled` to switch, and :meth:`remove` when done.
+
+    Args:
+        outputs: the blocks whose outputs are wanted, and the name of each. The first tensor of an output counts.
+        inputs: the blocks whose inputs are wanted, and the name of each. Of a block that is run several times
+            within its model (shared layers) only the first input counts.
+        models: block → Hugging Face models that contain it, nearest first. The mask of its tokens is the
+            two-dimensional ``attention_mask`` of the nearest one that is given one; where the nearest one is given
+            None, there is no padding.
+        listener: called with the name, the states ``(batch, n, d)`` and the mask ``(batch, n)``, boolean, or None,
+            with autograd off, in the thread of the forward. It must not modify the states, nor keep them.
+        model: what the blocks are part of, asked whether it was compiled before.
+
+    Attributes:
+        problems: name → why its states cannot be used; it is not listened to any more then.
+        heard: names of what was handed on at least once.
+        unmasked: names whose mask could not be told, so that all tokens count.
+    """
+
+    def __init__(
+        self,
+        outputs: Mapping[nn.Module, str],
+        listener: HiddenListener,
+        *,
+        inputs: Mapping[nn.Module, str] | None = None,
+        models: Mapping[nn.Module, Sequence[nn.Module]] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        inputs, models = inputs or {}, models or {}
+        self._blocks = list({**outputs, **inputs})  # keeps the ids valid
+        self._names = {(id(module), OUTPUT): name for module, name in outputs.items()}
+        self._names |= {(id(module), INPUT): name for module, name in inputs.items()}
+        self._first = list(inputs)
+        # Those that take a mask: of others nothing can be told.
+        self._models = {
+            id(block): [owner for owner in owners if "attention_mask" in _parameters(owner)]
+            for block, owners in models.items()
+        }
+        self._listener = listener
+        self._model = model
+        self._enabled = False
+        self._give_back: list[Callable[[], None]] | None = None
+        self._given: dict[int, _Given] = {}
+        self._sizes: dict[int, tuple[int, ...]] = {}
+        self._entered: set[int] = set()
+        self.problems: dict[str, str] = {}
+        self.heard: set[str] = set()
+        self.unmasked: set[str] = set()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether states are handed on."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = bool(value)
+        # A mask of a batch before would be a wrong one.
+        self._given.clear()
+        self._sizes.clear()
+        self._entered.clear()
+        with listeners.lock:
+            STATE.listening = any(capture.enabled for capture in _captures)
+
+    def install(self) -> None:
+        """Hook the blocks and the models around them."""
+        global _captures
+        with listeners.lock:
+            if self._give_back is not None:
+                return
+            compiled.drop_graphs(self._model)
+            owners = {id(owner): owner for part in self._models.values() for owner in part}
+            self._give_back = [
+                *(_hook(module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
+                *(_hook(module, INPUT) for module in self._first),
+                *(_hook(owner, MASK) for owner in owners.values()),
+            ]
+            for module in (*self._blocks, *owners.values()):
+                compiled.label(module)
+                self._give_back.append(functools.partial(compiled.unlabel, module))
+            _captures = (*_captures, self)
+            self.enabled = self._enabled
+
+    def remove(self) -> None:
+        """Leave everything as it was before :meth:`install`."""
+        global _captures
+        with listeners.lock:
+            self.enabled = False
+            _captures = tuple(other for other in _captures if other is not self)
+            give_back, self._give_back = self._give_back, None
+            for one in reversed(give_back or []):
+                one()
+
+    def hear(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+        """Take what one hook hands on."""
+        if not self._enabled:
+            return
+        if kind == TOKENS:
+            self._sizes[id(module)] = () if tensor is None else tuple(tensor.shape[:2])
+        elif kind == MASK:
+            self._hear_mask(module, tensor)
+        else:
+            self._hear_states(module, kind, tensor)
+
+    def _hear_mask(self, module: nn.Module, tensor: Tensor | None) -> None:
+        if tensor is None:
+            given = _Given()
+        elif tensor.dim() == 2:
+            # Its own copy: a graph may write into the memory.
+            given = _Given(tensor.detach().to(torch.bool, copy=True))
+        else:
+            given = _Given(is_other=True)
+        self._given[id(module)] = given
+        for block, owners in self._models.items():
+            if any(owner is module for owner in owners):
+                self._entered.discard(block)
+
+    def _hear_states(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+        name = self._names.get((id(module), kind))
+        if name is None or name in self.problems:
+            return
+        if kind == INPUT and self._models.get(id(module)):
+            if id(module) in self._entered:
+                return
+            self._entered.add(id(module))
+        try:
+            states, mask = self._read(module, name, tensor)
+            self._listener(name, states, mask)
+        except UnsupportedCallError as error:
+            self.problems[name] = str(error)
+        except Exception as error:
+            self.problems[name] = f"its hidden states could not be read ({type(error).__name__}: {error})"
+        else:
+            self.heard.add(name)
+
+    def _read(self, module: nn.Module, name: str, tensor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if tensor is None:
+            raise UnsupportedCallError(
+                "no tensor of hidden states is found in what the block is given or gives"
+            )
+        if hasattr(tensor, "to_local"):
+            raise UnsupportedCallError(
+                "its hidden states are sharded over processes (sequence parallel), and no process has them whole"
+            )
+        if tensor.dim() != 3 or not tensor.is_floating_point():
+            raise UnsupportedCallError(
+                f"its hidden states are {tensor.dtype} of shape {tuple(tensor.shape)}, not floating (batch, "
+                "tokens, width)"
+            )
+        states = tensor.detach()
+        size, other = tuple(states.shape[:2]), (states.shape[1], states.shape[0])
+        unclear = False
+        for owner in self._models.get(id(module), ()):
+            given = self._given.get(id(owner))
+            if given is not None and given.mask is None and not given.is_other:
+                is_turned = self._sizes.get(id(owner)) == other != size
+                return (states.transpose(0, 1) if is_turned else states), None
+            if given is not None and given.mask is not None and given.mask.shape in (size, other):
+                is_turned = tuple(given.mask.shape) != size
+                return (states.transpose(0, 1) if is_turned else states), given.mask
+            unclear = True
+        if unclear:
+            self.unmasked.add(name)
+        return states, None
+
+
+# Hooks. They are functions of this module, since copies of a model have them too.
+
+
+class _Hooked:
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.users = 0
+
+
+_hooked: dict[tuple[int, str], _Hooked] = {}
+
+
+def _hook(module: nn.Module, kind: str) -> Callable[[], None]:
+    """Hook a module once for all who ask; what is returned takes the hook away when called by the last of them."""
+    key = (id(module), kind)
+    known = _hooked.get(key)
+    if known is None:
+        if kind == OUTPUT:
+            handle = module.register_forward_hook(_after_block)
+        elif kind == INPUT:
+            handle = module.register_forward_pre_hook(_before_block, with_kwargs=True)
+        else:
+            names = _parameters(module)
+            hook = functools.partial(_before_model, names)
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        known = _hooked[key] = _Hooked(handle)
+    known.users += 1
+
+    def give_back() -> None:
+        known.users -= 1
+        if known.users == 0:
+            del _hooked[key]
+            known.handle.remove()
+
+    return give_back
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, by position."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if STATE.listening:
+        _hand_on(module, OUTPUT, _first_states(output))
+
+
+def _before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if STATE.listening:
+        given = kwargs.get("hidden_states")
+        if given is None:
+            given = _first_states(args)
+        if given is None:
+            given = _first_states(tuple(kwargs.values()))
+        _hand_on(module, INPUT, given)
+
+
+def _before_model(
+    names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if STATE.listening:
+        tokens = None
+        for name in ("input_ids", "inputs_embeds"):
+            value = _argument(name, names, args, kwargs)
+            if isinstance(value, Tensor):
+                tokens = value
+                break
+        _hand_on(module, TOKENS, tokens)
+        mask = _argument("attention_mask", names, args, kwargs)
+        if mask is not None and not isinstance(mask, Tensor):
+            # A dictionary of masks, a BlockMask: a tensor without axes stands for what is no mask of tokens.
+            mask = torch.zeros((), device="cpu")
+        _hand_on(module, MASK, mask)
+
+
+def _argument(name: str, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    place = names.index(name) if name in names else len(args)
+    return args[place] if place < len(args) else None
+
+
+def _first_states(value: Any) -> Tensor | None:
+    """The first floating tensor of an output or of arguments. Traced by torch.compile."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for part in value:
+            if isinstance(part, Tensor) and part.is_floating_point():
+                return part
+    return None
+
+
+def _hand_on(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+    """Give a tensor to all who listen. Traced by torch.compile, where it becomes an operator."""
+    if torch.compiler.is_dynamo_compiling():
+        identity = compiled.identity(module)
+        if identity is not None:
+            torch.ops.lightning_qk.hear_hidden(compiled.ORDER, identity, kind, tensor)
+    elif not torch.compiler.is_compiling():
+        _deliver(module, kind, tensor)
+
+
+@torch.compiler.disable
+def _deliver(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+    if is_recomputation():
+        return
+    with torch.no_grad():
+        for capture in _captures:
+            capture.hear(module, kind, tensor)
+
+
+@torch.compiler.disable
+def _hear(order: Tensor, module: Tensor | None, kind: str, tensor: Tensor | None) -> None:
+    owner = None if module is None else compiled.module_of(module)
+    if owner is not None:
+        _deliver(owner, kind, tensor)
+
+
+compiled.implement(_library, "hear_hidden", _hear)
