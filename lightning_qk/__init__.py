@@ -10,10 +10,15 @@ from lightning_qk._version import __version__
 
 if TYPE_CHECKING:
     from lightning_qk.callbacks.attention import AttentionMonitor
+    from lightning_qk.callbacks.attention_mask import DifferentiableAttentionMask
+    from lightning_qk.callbacks.attention_prior import AttentionPrior
+    from lightning_qk.callbacks.entropy_band import EntropyBand
+    from lightning_qk.callbacks.hard_attention import HardAttention
     from lightning_qk.callbacks.hidden import HiddenStateMonitor
     from lightning_qk.callbacks.locater import LocAteR
     from lightning_qk.callbacks.qk_clip import QKClip
     from lightning_qk.callbacks.sigma_reparam import SigmaReparam
+    from lightning_qk.callbacks.soft_cap import SoftCap
     from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
     from lightning_qk.callbacks.spectrum_scaling import SpectrumScaling
     from lightning_qk.callbacks.update_cap import UpdateCap
@@ -33,6 +38,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AttentionMonitor": "lightning_qk.callbacks.attention",
+    "AttentionPrior": "lightning_qk.callbacks.attention_prior",
+    "DifferentiableAttentionMask": "lightning_qk.callbacks.attention_mask",
+    "EntropyBand": "lightning_qk.callbacks.entropy_band",
+    "HardAttention": "lightning_qk.callbacks.hard_attention",
     "HeadProjections": "lightning_qk.heads.projections",
     "HiddenStateMonitor": "lightning_qk.callbacks.hidden",
     "LocAteR": "lightning_qk.callbacks.locater",
@@ -40,6 +49,7 @@ _HOME = {
     "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
     "SigmaReparam": "lightning_qk.callbacks.sigma_reparam",
     "SpectrumScaling": "lightning_qk.callbacks.spectrum_scaling",
+    "SoftCap": "lightning_qk.callbacks.soft_cap",
     "TextDataModule": "lightning_qk.data.text",
     "TransformerModule": "lightning_qk.module",
     "UpdateCap": "lightning_qk.callbacks.update_cap",
@@ -55,12 +65,17 @@ _HOME = {
 
 __all__ = [
     "AttentionMonitor",
+    "AttentionPrior",
+    "DifferentiableAttentionMask",
+    "EntropyBand",
+    "HardAttention",
     "HeadProjections",
     "HiddenStateMonitor",
     "LocAteR",
     "QKClip",
     "QKSpectrumMonitor",
     "SigmaReparam",
+    "SoftCap",
     "SpectrumScaling",
     "TextDataModule",
     "TransformerModule",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_qk.capture.readings import (
     EAGER,
@@ -23,6 +24,7 @@ from lightning_qk.capture.verify import verified_reading
 __all__ = [
     "AttentionCall",
     "UnsupportedCallError",
+    "attention_arguments",
     "is_recomputation",
     "read_call",
     "statistics_arguments",
@@ -75,6 +77,22 @@ def statistics_arguments(call: AttentionCall, *, self_attention: bool | None) ->
         "query_offset": position_offset(seen, self_attention),
         "self_attention": self_attention,
     }
+
+
+def attention_arguments(call: AttentionCall, *, self_attention: bool | None) -> tuple[dict[str, Any], Tensor]:
+    """As :func:`statistics_arguments`, with tensors that gradients flow through, and the value of these keys.
+
+    Raises:
+        UnsupportedCallError: the function's softmax cannot be reconstructed.
+    """
+    reading = _reading(call)
+    seen = scope(call, reading)
+    given = {
+        **arguments(call, reading, seen, detach=False),
+        "query_offset": position_offset(seen, self_attention),
+        "self_attention": self_attention,
+    }
+    return given, seen.value
 
 
 def _reading(call: AttentionCall) -> Reading:

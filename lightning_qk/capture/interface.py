@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.capture import compiled, listeners
+from lightning_qk.capture import compiled, fronts, listeners
 from lightning_qk.capture.call import UnsupportedCallError, read_call
 from lightning_qk.capture.callers import calls_sdpa, calls_softmax, uses_interface
 from lightning_qk.capture.compiled import Source
@@ -100,11 +100,7 @@ class AttentionCapture:
             if not isinstance(module, nn.MultiheadAttention)
             and (calls_sdpa(module) or calls_softmax(module) or not uses_interface(module))
         ]
-        modeling = sys.modules.get("transformers.modeling_utils")
-        if modeling is not None:  # else there is no model of theirs
-            interface = modeling.AttentionInterface
-            give_back.append(stand_in(interface, "get_interface", _tap_get_interface))
-            give_back.append(stand_in(interface, "__getitem__", _tap_getitem))  # some models subscript it
+        give_back.append(stand_at_interface())
         if multihead:
             give_back.extend(stand_at_multihead(multihead))
         if direct:
@@ -167,11 +163,29 @@ class AttentionCapture:
             self.heard.add(name)
 
 
+def stand_at_interface() -> Callable[[], None]:
+    """Stand where transformers' models look their attention function up; what gives the place back."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:  # there is no model of theirs
+        return lambda: None
+    interface = modeling.AttentionInterface
+    stands = [
+        stand_in(interface, "get_interface", _tap_get_interface),
+        stand_in(interface, "__getitem__", _tap_getitem),  # some models subscript it
+    ]
+
+    def give_back() -> None:
+        for one in reversed(stands):
+            one()
+
+    return give_back
+
+
 def _tap_get_interface(get_interface: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
     @functools.wraps(get_interface)
     def tapped_get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
         function = get_interface(self, attn_implementation, default)
-        return _tap(function, attn_implementation) if stand.active else function
+        return _taken(function, attn_implementation) if stand.active else function
 
     return tapped_get_interface
 
@@ -180,9 +194,16 @@ def _tap_getitem(getitem: Callable[..., Any], stand: Stand) -> Callable[..., Any
     @functools.wraps(getitem)
     def tapped_getitem(self: Any, name: str) -> Any:
         function = getitem(self, name)
-        return _tap(function, name) if stand.active else function
+        return _taken(function, name) if stand.active else function
 
     return tapped_getitem
+
+
+def _taken(function: Any, implementation: str | None) -> Any:
+    """The function with whoever steers and whoever listens before it."""
+    if fronts.STATE.steering:
+        return fronts.in_front(function, implementation, _tap)
+    return _tap(function, implementation)
 
 
 _taps: dict[tuple[Any, str], Callable[..., Any]] = {}

@@ -74,22 +74,33 @@ def scope(call: AttentionCall, reading: Reading) -> Scope:
     return _VISIBILITY[reading.visibility](call, sliding_window(call) if reading.window else None)
 
 
-def arguments(call: AttentionCall, reading: Reading, seen: Scope) -> dict[str, Any]:
-    """Arguments of :func:`~lightning_qk.functional.attention_statistics` but for ``query_offset``."""
+def arguments(call: AttentionCall, reading: Reading, seen: Scope, *, detach: bool = True) -> dict[str, Any]:
+    """Arguments of :func:`~lightning_qk.functional.attention_statistics` but for ``query_offset``.
+
+    Args:
+        call: the call.
+        reading: how to understand it.
+        seen: which keys are seen, by the same reading.
+        detach: tensors without their gradients' graph.
+    """
+
+    def own(value: Any) -> Any:
+        return value.detach() if detach and isinstance(value, Tensor) else value
+
     options = call.options
     bias = options.get("position_bias") if reading.bias else None
     m = seen.key.shape[2]
     sinks = learnt_sinks(call, module=reading.visibility != "flex") if reading.sinks else None
     return {
-        "query": seen.query.detach(),
-        "key": seen.key.detach(),
-        "mask": seen.mask.detach() if isinstance(seen.mask, Tensor) else seen.mask,
+        "query": own(seen.query),
+        "key": own(seen.key),
+        "mask": own(seen.mask),
         "is_causal": seen.is_causal,
         "scaling": options.get("scaling") if reading.scaling else None,
         "sliding_window": seen.sliding_window,
         "softcap": options.get("softcap") if reading.softcap else None,
-        "bias": bias.detach()[..., :m] if isinstance(bias, Tensor) else None,
-        "sinks": None if sinks is None else sinks.detach(),
+        "bias": own(bias)[..., :m] if isinstance(bias, Tensor) else None,
+        "sinks": own(sinks),
     }
 
 

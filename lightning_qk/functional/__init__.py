@@ -1,5 +1,12 @@
 """Pure tensor functions: spectra of heads, signal propagation, statistics of attention. Imports torch alone."""
 
+from lightning_qk.functional.divergence import (
+    attention_entropy,
+    diagonal_prior,
+    prior_divergence,
+    uniform_prior,
+    window_prior,
+)
 from lightning_qk.functional.extremes import max_logits
 from lightning_qk.functional.geometry import MaskGeometry, mask_geometry
 from lightning_qk.functional.hidden import hidden_statistics
@@ -9,6 +16,7 @@ from lightning_qk.functional.propagation import (
     exact_signal_propagation_probability,
     signal_propagation_probability,
 )
+from lightning_qk.functional.retrieval import hard_attention
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.singular import (
     effective_rank,
@@ -21,19 +29,25 @@ from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_sing
 __all__ = [
     "MaskGeometry",
     "Rotary",
+    "attention_entropy",
     "attention_statistics",
+    "diagonal_prior",
     "effective_rank",
     "energy_concentration",
     "entropy_floor",
     "exact_signal_propagation_probability",
+    "hard_attention",
     "hidden_statistics",
     "logit_statistics",
     "mask_geometry",
     "max_logits",
     "positional_share",
+    "prior_divergence",
     "qk_eigenvalues",
     "qk_moments",
     "qk_singular_values",
     "signal_propagation_probability",
+    "uniform_prior",
     "update_ratio",
+    "window_prior",
 ]

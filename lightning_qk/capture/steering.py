@@ -1,0 +1,116 @@
+"""Stand at attention calls and change them, or add to what comes of them."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_qk.capture import compiled, fronts
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.callers import uses_interface
+from lightning_qk.capture.fronts import Run
+from lightning_qk.capture.interface import stand_at_interface
+
+Wrap = Callable[[str, AttentionCall, Run], Any]
+"""``wrap(name, call, run) -> output``: makes the call, or one changed by ``call._replace``, with ``run``."""
+
+
+class AttentionSteering:
+    """Lets a wrapper make the attention calls of some modules.
+
+    For modules that look their attention function up in transformers' AttentionInterface. What is installed
+    last comes last, next to the function, but one that replaces the function comes before all that do not,
+    so that those see what is computed in the end; so do monitors. A graph of torch.compile is interrupted at
+    each steered call.
+
+    Args:
+        names: the attention modules, and the name of each.
+        wrap: makes a call: see :data:`Wrap`. It returns what the attention function would, the output
+            ``(batch, n, heads, d_value)`` first.
+        replaces: whether the wrapper exchanges the function. Only one may for each module.
+        model: what the modules are part of; compiled anew if it was compiled before.
+
+    Attributes:
+        reached: names of the modules whose calls came by.
+
+    Raises:
+        ValueError: a module that does not look its function up there, or one that is replaced already; during
+            a forward, a call that cannot be read. All name the layer.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[nn.Module, str],
+        wrap: Wrap,
+        *,
+        replaces: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        check_interface(names)
+        self._modules = dict(names)
+        self._names = {id(module): name for module, name in names.items()}
+        self._wrap = wrap
+        self._model = model
+        self._give_back: Callable[[], None] | None = None
+        self.replaces = replaces
+        self.reached: set[str] = set()
+
+    def install(self) -> None:
+        """Start to steer."""
+        if self._give_back is not None:
+            return
+        fronts.add(self, self._modules)
+        compiled.drop_graphs(self._model)
+        self._give_back = stand_at_interface()
+
+    def remove(self) -> None:
+        """Leave everything as it was before :meth:`install`."""
+        fronts.discard(self)
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
+            compiled.drop_graphs(self._model)
+
+    def __enter__(self) -> "AttentionSteering":
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def wants(self, module: nn.Module) -> bool:
+        """Whether calls of this module are to be steered."""
+        return id(module) in self._names
+
+    def steer(self, call: AttentionCall, run: Run) -> Any:
+        """Let the wrapper make one call."""
+        name = self._names[id(call.module)]
+        self.reached.add(name)
+        try:
+            return self._wrap(name, call, run)
+        except UnsupportedCallError as error:
+            self.refuse(call.module, str(error))
+
+    def refuse(self, module: nn.Module, reason: str) -> None:
+        """Raise: a call of this module cannot be steered."""
+        raise ValueError(f"{self._names[id(module)]} cannot be steered: {reason}")
+
+
+def check_interface(names: Mapping[nn.Module, str]) -> None:
+    """Refuse layers whose calls do not come by.
+
+    Raises:
+        ValueError: naming them.
+    """
+    outside = {name: type(module).__name__ for module, name in names.items() if not uses_interface(module)}
+    if "transformers.modeling_utils" not in sys.modules:
+        outside = {name: type(module).__name__ for module, name in names.items()}
+    if outside:
+        kinds = ", ".join(sorted(set(outside.values())))
+        more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
+        raise ValueError(
+            "expected attention layers that call their function through transformers' AttentionInterface, got "
+            f"{', '.join(list(outside)[:3])}{more} ({kinds}), which compute attention themselves: leave them out "
+            "with modules="
+        )

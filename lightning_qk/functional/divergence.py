@@ -1,0 +1,312 @@
+"""Entropy of attention and its divergence from a prior, with gradients, in memory linear in length."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._logits import Logits, MaskFunction, valid_rows
+from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional._streamed import RowGradient, RowMeasure, Softmax, row_values
+
+Reduction = Literal["sequence", "batch", "none"]
+PriorFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``prior(batch, head, position, key)``: mass of index tensors that broadcast; positions on the keys' axis."""
+
+
+def attention_entropy(
+    query: Tensor,
+    key: Tensor,
+    *,
+    normalized: bool = False,
+    reduction: Reduction = "sequence",
+    mask: Tensor | MaskFunction | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int = 0,
+    self_attention: bool | None = None,
+) -> Tensor:
+    r"""Mean entropy of attention rows, differentiable, in memory linear in the sequence length.
+
+    ``H_i = −Σ_j p_ij log p_ij`` over the visible keys, in nats; its gradient by the logits is
+    ``∂H_i/∂ω_ij = −p_ij (log p_ij + H_i)`` (standard). The backward pass computes the logits anew, some rows at
+    a time. A learnt sink is one more outcome, as in :func:`attention_statistics`.
+
+    Args:
+        query: as the attention function gets it, ``(batch, heads, n, d_head)``.
+        key: ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
+        normalized: divide by ``log n_i``, of the number of visible keys (and the sink); rows with one outcome
+            are left out.
+        reduction: ``"sequence"``: means over the rows of each sequence, ``(batch, heads)``; ``"batch"``: over
+            all rows, ``(heads,)``; ``"none"``: every row, ``(batch, heads, n)``. NaN where no row counts.
+        mask: as in :func:`attention_statistics`. A floating one gets a gradient where it requires one, as
+            query, key, bias and sinks do.
+        is_causal: likewise.
+        scaling: likewise.
+        sliding_window: likewise.
+        softcap: likewise.
+        bias: likewise.
+        sinks: likewise.
+        query_mask: likewise.
+        query_offset: likewise.
+        self_attention: likewise.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask of another form, or another reduction.
+    """
+    return _reduce(
+        *_rows(
+            _Entropy(normalized),
+            query,
+            key,
+            query_mask=query_mask,
+            self_attention=self_attention,
+            mask=mask,
+            is_causal=is_causal,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            bias=bias,
+            sinks=sinks,
+            query_offset=query_offset,
+        ),
+        reduction,
+    )
+
+
+def prior_divergence(
+    query: Tensor,
+    key: Tensor,
+    prior: Tensor | PriorFunction,
+    *,
+    reduction: Reduction = "sequence",
+    mask: Tensor | MaskFunction | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int = 0,
+    self_attention: bool | None = None,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of attention from a prior, ``KL(π ‖ p)``, in memory linear in length.
+
+    For row i ``Σ_j π_ij (log π_ij − log p_ij)``, in nats, where π is the prior over the visible keys, divided by
+    its sum there: a prior may be unnormalized, and mass on hidden keys counts as none. Rows without mass on a
+    visible key are left out. The gradient by the logits is ``p_ij − π_ij``; the backward pass computes the
+    logits anew, some rows at a time. A learnt sink takes probability and has no prior.
+
+    Source: grounding priors, arXiv 2205.12616 [S]; the form is our own.
+
+    Args:
+        query: as the attention function gets it, ``(batch, heads, n, d_head)``.
+        key: ``(batch, kv_heads, m, d_head)``.
+        prior: masses of at least 0 (a negative one makes its row NaN): a tensor that broadcasts to ``(batch,
+            heads, n, m)``, of any dtype, or a function of index tensors that is evaluated on some rows at a
+            time, such as :func:`diagonal_prior`, :func:`window_prior` or :func:`uniform_prior`. A floating
+            tensor gets a gradient where it requires one.
+        reduction: as in :func:`attention_entropy`.
+        mask: as in :func:`attention_statistics`.
+        is_causal: likewise.
+        scaling: likewise.
+        sliding_window: likewise.
+        softcap: likewise.
+        bias: likewise.
+        sinks: likewise.
+        query_mask: likewise.
+        query_offset: likewise.
+        self_attention: likewise.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask of another form, or another reduction.
+    """
+    full = (*query.shape[:3], key.shape[2])
+    if isinstance(prior, Tensor):
+        prior = _broadcast_prior(prior, full)
+    elif not callable(prior):
+        raise ValueError(
+            f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}"
+        )
+    return _reduce(
+        *_rows(
+            _Divergence(prior),
+            query,
+            key,
+            query_mask=query_mask,
+            self_attention=self_attention,
+            mask=mask,
+            is_causal=is_causal,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            bias=bias,
+            sinks=sinks,
+            query_offset=query_offset,
+        ),
+        reduction,
+    )
+
+
+def diagonal_prior(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
+    """All mass on the token itself."""
+    return (key == position).float()
+
+
+def uniform_prior(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
+    """The same mass on every visible key."""
+    return torch.ones((1, 1, 1, 1), device=key.device)
+
+
+def window_prior(width: int) -> PriorFunction:
+    """The same mass on all visible keys fewer than ``width`` positions away.
+
+    Raises:
+        ValueError: a width below 1.
+    """
+    if width < 1:
+        raise ValueError(f"expected a window of at least 1 position, got {width}")
+
+    def prior(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
+        return ((key - position).abs() < width).float()
+
+    return prior
+
+
+def _rows(
+    measure: RowMeasure,
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_mask: Tensor | None,
+    self_attention: bool | None,
+    **call: Any,
+) -> tuple[Tensor, Tensor]:
+    logits = Logits.check(query, key, **call)
+    if self_attention is None:
+        self_attention = query.shape[2] == key.shape[2]
+    with full_precision(query.device):
+        with torch.no_grad():
+            valid, seen = valid_rows(logits, query_mask, self_attention)
+        if seen is not None:
+            # Padding may hold anything, NaN included, and what follows multiplies it by 0.
+            logits = logits._replace(
+                query=torch.where(valid[:, None, :, None], query, 0.0),
+                key=torch.where(seen[:, None, :, None], key, 0.0),
+            )
+        return row_values(logits, valid, measure)
+
+
+def _reduce(values: Tensor, used: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"expected reduction to be 'sequence', 'batch' or 'none', got {reduction!r}")
+    if reduction == "none":
+        return torch.where(used, values, math.nan)
+    axes = (2,) if reduction == "sequence" else (0, 2)
+    return values.sum(axes) / used.sum(axes)
+
+
+def _broadcast_prior(prior: Tensor, full: tuple[int, ...]) -> Tensor:
+    shape = (1,) * (4 - prior.dim()) + tuple(prior.shape)
+    if prior.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"expected a prior that broadcasts to (batch, heads, n, m) = {full}, got {tuple(prior.shape)}: one a "
+            "sequence, (batch, n, m), becomes prior[:, None]"
+        )
+    return prior.view(shape).expand(-1, -1, full[2], full[3])
+
+
+class _Entropy(RowMeasure):
+    def __init__(self, normalized: bool) -> None:
+        self._normalized = normalized
+
+    def value(self, softmax: Softmax) -> tuple[Tensor, Tensor]:
+        outcomes = self._outcomes(softmax)
+        entropy = _entropy(softmax)
+        if not self._normalized:
+            return entropy, softmax.keys > 0
+        return entropy / outcomes.log(), (outcomes > 1) & (softmax.keys > 0)
+
+    def gradient(self, softmax: Softmax) -> RowGradient:
+        entropy = _entropy(softmax)
+        over = self._outcomes(softmax).log() if self._normalized else torch.ones_like(softmax.keys)
+        by_sink = None
+        if softmax.log_sink is not None:
+            by_sink = -softmax.log_sink.exp() * (softmax.log_sink + entropy) / over
+        by_logits = softmax.log_p + entropy[..., None]
+        return RowGradient(by_logits.mul_(softmax.p).div_(-over[..., None]), by_sink)
+
+    @staticmethod
+    def _outcomes(softmax: Softmax) -> Tensor:
+        return softmax.keys + (softmax.log_sink is not None)
+
+
+def _entropy(softmax: Softmax) -> Tensor:
+    entropy = -(softmax.p * softmax.log_p).sum(-1)
+    if softmax.log_sink is not None:
+        entropy = entropy - softmax.log_sink.exp() * softmax.log_sink
+    return entropy
+
+
+class _Divergence(RowMeasure):
+    def __init__(self, prior: Tensor | PriorFunction | None) -> None:
+        self._function = None if isinstance(prior, Tensor) else prior
+        self.prior = prior if isinstance(prior, Tensor) else None
+
+    def with_prior(self, prior: Tensor | None) -> "_Divergence":
+        return _Divergence(self._function if prior is None else prior)
+
+    def value(self, softmax: Softmax) -> tuple[Tensor, Tensor]:
+        mass, total = self._mass(softmax)
+        value = torch.special.xlogy(mass, mass).sum(-1) - (mass * softmax.log_p).sum(-1)
+        return value, total != 0
+
+    def gradient(self, softmax: Softmax) -> RowGradient:
+        mass, total = self._mass(softmax)
+        by_sink = None if softmax.log_sink is None else softmax.log_sink.exp()
+        by_prior = None
+        if self.prior is not None and self.prior.requires_grad:
+            gap = torch.where(mass > 0, mass.log() - softmax.log_p, 0.0)
+            mean = (mass * gap).sum(-1, keepdim=True)
+            by_prior = softmax.hide((gap - mean).div_(torch.where(total == 0, 1.0, total)[..., None]))
+        return RowGradient(softmax.p - mass, by_sink, by_prior)
+
+    def _mass(self, softmax: Softmax) -> tuple[Tensor, Tensor]:
+        """The prior over visible keys, normalized, and its sum before, ``(batch, heads, rows)``."""
+        batch, heads, _, width = softmax.p.shape
+        device = softmax.p.device
+        if self.prior is not None:
+            given = self.prior[:, :, softmax.rows, :width]
+        else:
+            assert self._function is not None  # one of the two
+            given = self._function(
+                torch.arange(batch, device=device)[:, None, None, None],
+                torch.arange(heads, device=device)[:, None, None],
+                softmax.position[:, None, :, None],
+                torch.arange(width, device=device),
+            )
+            _check_function(given, softmax)
+        # A copy of its own: it is written to.
+        mass = softmax.hide(given.to(softmax.p.dtype) * torch.ones_like(softmax.p))
+        total = mass.sum(-1)
+        return mass.div_(torch.where(total == 0, 1.0, total)[..., None]), total
+
+
+def _check_function(given: object, softmax: Softmax) -> None:
+    full = tuple(softmax.p.shape)
+    shape = tuple(given.shape) if isinstance(given, Tensor) else None
+    sizes = zip(reversed(shape or ()), reversed(full), strict=False)
+    if shape is None or len(shape) > 4 or any(have not in (1, want) for have, want in sizes):
+        got = type(given).__name__ if shape is None else f"shape {shape}"
+        raise ValueError(
+            f"expected the prior's function to return a tensor that broadcasts to (batch, heads, rows, keys) = "
+            f"{full}, got {got}: index with the four tensors together"
+        )

@@ -1,0 +1,191 @@
+"""Learn which offsets between query and key each head needs: a differentiable attention mask."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture.call import AttentionCall
+from lightning_qk.capture.fronts import Run
+from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.functional._logits import Logits
+from lightning_qk.interventions.auxiliary import Auxiliary, Penalty
+from lightning_qk.interventions.replaced import Replacements, dense_logits, weighted
+
+# A closed key's logit may exceed every open one's: its exponential is only ever needed for the gates' gradient.
+_MOST_ABOVE = 30.0
+
+
+class OffsetGates(nn.Module):
+    """One gate for each head and each offset ``i − j`` of a query i and a key j.
+
+    Args:
+        heads: how many heads.
+        max_length: offsets from ``1 − max_length`` to ``max_length − 1`` have a gate of their own; those further
+            away share the last.
+        temperature: of the gates' sampling.
+        initial: mean of the gates' logits at the start; 0 opens half of them.
+
+    Attributes:
+        logits: ``(heads, 2 · max_length − 1)``, the smallest offset first.
+    """
+
+    def __init__(
+        self, heads: int, max_length: int, *, temperature: float = 1.0, initial: float = 0.0
+    ) -> None:
+        super().__init__()
+        if heads < 1 or max_length < 1 or temperature <= 0:
+            raise ValueError(
+                "expected at least one head and one position, and a temperature above 0, got "
+                f"{heads}, {max_length} and {temperature}"
+            )
+        self.temperature = temperature
+        self.logits = nn.Parameter(initial + 1e-3 * torch.randn(heads, 2 * max_length - 1))
+
+    @property
+    def max_length(self) -> int:
+        """How many positions have offsets of their own."""
+        return (self.logits.shape[1] + 1) // 2
+
+    def sample(self) -> Tensor:
+        """Zeros and ones by a Gumbel-sigmoid, straight through: the gradient is that of the soft gates."""
+        logits = self.logits.float()
+        uniform = torch.rand_like(logits).clamp_(1e-6, 1 - 1e-6)
+        soft = ((logits + uniform.logit()) / self.temperature).sigmoid()
+        return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+
+    def open(self) -> Tensor:
+        """Which gates are open without sampling, boolean ``(heads, 2 · max_length − 1)``."""
+        return self.logits.detach() > 0
+
+    def by_pair(self, gates: Tensor, n: int, m: int, query_offset: int = 0) -> Tensor:
+        """Gates of every query and key, ``(heads, n, m)``."""
+        last = self.max_length - 1
+        place = torch.arange(n, device=gates.device)[:, None] + query_offset
+        offset = place - torch.arange(m, device=gates.device)
+        return gates[:, offset.clamp(-last, last) + last]
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor,
+    *,
+    dropout: float = 0.0,
+    training: bool = True,
+    **call: Any,
+) -> Tensor:
+    """Softmax attention in which each pair's exponential is multiplied by a gate; takes eager attention's memory.
+
+    The gradient reaches closed gates too: that of opening them. A row whose visible keys are all closed keeps
+    them all.
+
+    Args:
+        query: ``(batch, heads, n, d_head)``.
+        key: ``(batch, kv_heads, m, d_head)``.
+        value: ``(batch, kv_heads, m, d_value)``.
+        gates: 0 or 1, broadcastable to ``(batch, heads, n, m)``.
+        dropout: share of the weights that are set to 0.
+        training: whether dropout is applied.
+        call: masks and so on, as :func:`~lightning_qk.functional.attention_statistics` takes them.
+
+    Returns:
+        ``(batch, heads, n, d_value)``.
+    """
+    x, visible, sinks = dense_logits(query, key, **call)
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    shown = torch.ones_like(x, dtype=torch.bool) if visible is None else visible.expand_as(x)
+    is_open = (gates.detach() > 0.5) & shown
+    is_open = torch.where(is_open.any(-1, keepdim=True), is_open, shown)
+    # Rows that lost every key keep the gates' gradient out.
+    factor = torch.where(is_open & (gates.detach() <= 0.5), 1.0, gates.to(x.dtype))
+    low = torch.finfo(x.dtype).min
+    top = x.detach().masked_fill(~is_open, low).amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.detach().to(x.dtype).view(1, -1, 1, 1))
+    top = torch.where(top == low, 0.0, top)
+    weights = (x - top).clamp_max(_MOST_ABOVE).exp() * factor * shown
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.to(x.dtype).view(1, -1, 1, 1) - top).exp()
+    return weighted(weights / torch.where(total == 0, 1.0, total), value, dropout, training)
+
+
+class GatedAttention(Auxiliary):
+    """Puts gates on the attention of some modules within it, and a price on open ones; a context manager.
+
+    While a module trains its gates are sampled anew at each call, and ``weight`` times the mean over layers of
+    the mask's L1 norm, open visible pairs over all heads in a sequence, joins the gradient of the loss. In
+    evaluation a gate is open where its logit is positive.
+
+    After SparseBERT's structured differentiable attention mask, arXiv 2102.12871 [V, code]. There one mask for
+    all layers is symmetric in the offset and is added to the logits as ``−10000 (1 − gate)``; here every layer
+    has its own, offsets have a sign, and gates multiply the exponentials, so that closed ones are told what
+    opening them would bring [R].
+
+    Args:
+        names: the attention modules, and the name of each.
+        gates: name → its gates.
+        weight: price of the mask.
+        model: what the modules are part of.
+
+    Raises:
+        ValueError: a layer whose call does not pass through transformers' interface or cannot be read.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[nn.Module, str],
+        gates: Mapping[str, OffsetGates],
+        weight: float = 1e-4,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__(weight, len(names))
+        self._gates = {id(module): gates[name] for module, name in names.items()}
+        self._replacements = Replacements(self._compute)
+        self.steering = AttentionSteering(names, self._wrap, replaces=True, model=model)
+
+    def __enter__(self) -> "GatedAttention":
+        self.steering.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.steering.remove()
+
+    def _wrap(self, name: str, call: AttentionCall, run: Run) -> Any:
+        if call.options.get("softcap") is not None:
+            raise UnsupportedCallError("its logits are soft-capped: leave it out with modules=")
+        return run(call._replace(function=self._replacements.of(call, is_cross=False)))
+
+    def _compute(self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float) -> Tensor:
+        gates = self._gates[id(module)]
+        given = {name: argument for name, argument in given.items() if name != "softcap"}
+        _, heads, n, _ = given["query"].shape
+        m = given["key"].shape[2]
+        if heads != gates.logits.shape[0]:
+            raise UnsupportedCallError(f"it has {heads} heads and gates for {gates.logits.shape[0]}")
+        drawn = gates.sample() if module.training else gates.open().float()
+        pairs = gates.by_pair(drawn, n, m, given["query_offset"])
+        output = gated_attention(**given, value=value, gates=pairs, dropout=dropout, training=module.training)
+        if not (module.training and self.enabled and output.requires_grad):
+            return output
+        return self.attach(output, _price(given, pairs))
+
+
+def _price(given: dict[str, Any], pairs: Tensor) -> Penalty:
+    """L1 norm of the mask over the pairs that are visible, a sequence's mean."""
+    logits = Logits.check(**given)
+    _, heads, n, m = logits.shape
+    rows = slice(0, n)
+    visible = logits.visible(rows, logits.positions(rows), slice(0, m))
+    if visible is None:
+        count = pairs.new_ones(1)
+    else:
+        count = visible.to(pairs.dtype).mean(0)
+    norm = (pairs * count).sum()
+    share = norm.detach() / count.expand(heads, n, m).sum()
+    return Penalty(norm, {"l1": norm, "open": share})

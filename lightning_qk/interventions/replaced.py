@@ -1,0 +1,93 @@
+"""Put another attention in the place of a model's own, with the same masks, biases and dropout."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture.call import AttentionCall, attention_arguments
+from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.functional._logits import Logits
+
+Compute = Callable[[nn.Module, dict[str, Any], Tensor, float], Tensor]
+"""``compute(module, arguments, value, dropout)``: output ``(batch, heads, n, d_value)`` of one call."""
+
+
+class Replacements:
+    """Attention functions that compute something else of what others get.
+
+    Args:
+        compute: what they compute. The arguments are those of
+            :func:`~lightning_qk.functional.attention_entropy`, with gradients.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        # One object for one function: what a function computes is found out once for each.
+        self._made: dict[Any, Callable[..., Any]] = {}
+
+    def of(self, call: AttentionCall, *, is_cross: bool) -> Callable[..., Any]:
+        """The function for calls like this one."""
+        key = (call.function, call.implementation, is_cross)
+        if key not in self._made:
+            self._made[key] = self._make(*key)
+        return self._made[key]
+
+    def _make(self, function: Any, implementation: str, is_cross: bool) -> Callable[..., Any]:
+        def replaced(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+        ) -> tuple[Tensor, None]:
+            options.pop("softcap", None)
+            own = AttentionCall(module, query, key, value, mask, implementation, options, function)
+            given, value = attention_arguments(own, self_attention=not is_cross)
+            if given["query"].shape != query.shape:
+                raise UnsupportedCallError("its sequences are packed in one row: pad them instead")
+            given.pop("self_attention")
+            output = self._compute(module, given, value, float(options.get("dropout") or 0.0))
+            return output.transpose(1, 2).contiguous(), None
+
+        return replaced
+
+
+def dense_logits(
+    query: Tensor,
+    key: Tensor,
+    *,
+    softcap: float | None = None,
+    **call: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The whole map of logits, in the query's precision.
+
+    Args:
+        query: ``(batch, heads, n, d_head)``.
+        key: ``(batch, kv_heads, m, d_head)``.
+        softcap: of the logits, before bias and mask.
+        call: masks and so on, as :func:`~lightning_qk.functional.attention_statistics` takes them.
+
+    Returns:
+        Logits ``(batch, heads, n, m)`` with any value at hidden keys; which keys are visible, or None for all;
+        learnt sinks ``(heads,)`` or None.
+    """
+    logits = Logits.check(query, key, softcap=softcap, **call)
+    batch, heads, n, m = logits.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, -1, query.shape[-1]) @ key.mT
+    x = grouped.reshape(batch, heads, n, m) * logits.scaling
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    if logits.bias is not None:
+        x = x + logits.bias
+    rows = slice(0, n)
+    visible = logits.visible(rows, logits.positions(rows), slice(0, m))
+    if visible is not None and isinstance(logits.mask, Tensor) and logits.mask.dtype != torch.bool:
+        x = x + torch.where(visible, logits.mask, 0.0)
+    return x, visible, logits.sinks
+
+
+def weighted(weights: Tensor, value: Tensor, dropout: float, training: bool) -> Tensor:
+    """Values summed with weights ``(batch, heads, n, m)``, which are dropped out first."""
+    weights = nn.functional.dropout(weights.to(value.dtype), dropout, training)
+    batch, heads, n, m = weights.shape
+    kv_heads = value.shape[1]
+    return (weights.reshape(batch, kv_heads, -1, m) @ value).reshape(batch, heads, n, -1)
