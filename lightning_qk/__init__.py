@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.hard_attention import HardAttention
     from lightning_qk.callbacks.hidden import HiddenStateMonitor
     from lightning_qk.callbacks.locater import LocAteR
+    from lightning_qk.callbacks.probes import AttentionProbes
     from lightning_qk.callbacks.qk_clip import QKClip
     from lightning_qk.callbacks.sigma_reparam import SigmaReparam
     from lightning_qk.callbacks.soft_cap import SoftCap
@@ -34,22 +35,25 @@ if TYPE_CHECKING:
     from lightning_qk.interventions.spectrum_scaling import spectrum_scaling
     from lightning_qk.interventions.update_cap import cap_updates
     from lightning_qk.module import TransformerModule
+    from lightning_qk.probes.head_report import HeadReport
     from lightning_qk.regularizers.locater import locater_penalty
 
 _HOME = {
     "AttentionMonitor": "lightning_qk.callbacks.attention",
     "AttentionPrior": "lightning_qk.callbacks.attention_prior",
+    "AttentionProbes": "lightning_qk.callbacks.probes",
     "DifferentiableAttentionMask": "lightning_qk.callbacks.attention_mask",
     "EntropyBand": "lightning_qk.callbacks.entropy_band",
     "HardAttention": "lightning_qk.callbacks.hard_attention",
     "HeadProjections": "lightning_qk.heads.projections",
+    "HeadReport": "lightning_qk.probes.head_report",
     "HiddenStateMonitor": "lightning_qk.callbacks.hidden",
     "LocAteR": "lightning_qk.callbacks.locater",
     "QKClip": "lightning_qk.callbacks.qk_clip",
     "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
     "SigmaReparam": "lightning_qk.callbacks.sigma_reparam",
-    "SpectrumScaling": "lightning_qk.callbacks.spectrum_scaling",
     "SoftCap": "lightning_qk.callbacks.soft_cap",
+    "SpectrumScaling": "lightning_qk.callbacks.spectrum_scaling",
     "TextDataModule": "lightning_qk.data.text",
     "TransformerModule": "lightning_qk.module",
     "UpdateCap": "lightning_qk.callbacks.update_cap",
@@ -66,10 +70,12 @@ _HOME = {
 __all__ = [
     "AttentionMonitor",
     "AttentionPrior",
+    "AttentionProbes",
     "DifferentiableAttentionMask",
     "EntropyBand",
     "HardAttention",
     "HeadProjections",
+    "HeadReport",
     "HiddenStateMonitor",
     "LocAteR",
     "QKClip",

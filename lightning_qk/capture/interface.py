@@ -45,6 +45,8 @@ class AttentionCapture:
         model: what the modules are part of. It is asked whether it was compiled before, and its files are
             searched for other names of scaled_dot_product_attention. None: whatever was compiled in this
             process is compiled again.
+        eager: whoever enables it sees to it that no graph runs (``torch.compiler.set_stance``), so that graphs
+            are left as they are.
 
     Attributes:
         problems: name → why its calls cannot be used. Whatever goes wrong in reading a call or in the listener
@@ -53,13 +55,19 @@ class AttentionCapture:
     """
 
     def __init__(
-        self, names: Mapping[nn.Module, str], listener: Listener, *, model: nn.Module | None = None
+        self,
+        names: Mapping[nn.Module, str],
+        listener: Listener,
+        *,
+        model: nn.Module | None = None,
+        eager: bool = False,
     ) -> None:
         # By identity: modules compare so, and a wrapper such as FSDP changes a module's class, not the object.
         self._names = {id(module): name for module, name in names.items()}
         self._modules = list(names)  # keeps the ids valid
         self._listener = listener
         self._model = model
+        self._eager = eager
         self._enabled = False
         self._give_back: list[Callable[[], None]] | None = None
         self._implementations: dict[str, str] = {}
@@ -92,7 +100,8 @@ class AttentionCapture:
                 raise
 
     def _install(self, give_back: list[Callable[[], None]]) -> None:
-        compiled.drop_graphs(self._model)
+        if not self._eager:
+            compiled.drop_graphs(self._model)
         multihead = [module for module in self._modules if isinstance(module, nn.MultiheadAttention)]
         direct = [
             module

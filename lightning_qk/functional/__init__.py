@@ -16,6 +16,7 @@ from lightning_qk.functional.propagation import (
     exact_signal_propagation_probability,
     signal_propagation_probability,
 )
+from lightning_qk.functional.ranks import kendall_tau
 from lightning_qk.functional.retrieval import hard_attention
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.singular import (
@@ -38,6 +39,7 @@ __all__ = [
     "exact_signal_propagation_probability",
     "hard_attention",
     "hidden_statistics",
+    "kendall_tau",
     "logit_statistics",
     "mask_geometry",
     "max_logits",

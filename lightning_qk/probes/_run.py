@@ -1,0 +1,256 @@
+"""Run a model for a probe: in evaluation mode, heard at its attention, and left as it was."""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.heads.reader import find_attention, kept_reader
+from lightning_qk.probes._attention import Attention, attention_of
+
+
+class ProbeWarning(UserWarning):
+    """A layer is left out of a probe; the message names it and says why."""
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random generators are restored at the end.
+
+    What was compiled runs eagerly, and its graphs stay for those who train. Not inference mode, in which
+    Lightning validates: what is kept for later, such as a reader's plan, would be made of tensors that no
+    gradient can pass.
+    """
+    training = [module for module in model.modules() if module.training]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    # Models without dropout may draw too: hashing attention does.
+    forked = torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices))
+    with torch.inference_mode(False), torch.no_grad(), forked, _uncompiled():
+        model.eval()
+        try:
+            yield
+        finally:
+            # Not model.train(), which would reach modules that were in evaluation mode.
+            for module in training:
+                module.training = True
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """No graphs of torch.compile."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return nullcontext()  # nothing was compiled, and the question would load the compiler
+    return torch.compiler.set_stance("force_eager")
+
+
+def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that the model is run with, on its device.
+
+    Labels are dropped but where a decoder gets its inputs from them, and no cache is filled.
+
+    Raises:
+        TypeError: the batch is no mapping.
+        ValueError: the batch holds a cache, which a run would fill.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"expected a batch that is a mapping of the model's keyword arguments, got {type(batch).__name__}: "
+            "pass {'input_ids': ...}"
+        )
+    if batch.get("past_key_values") is not None:
+        raise ValueError(
+            "expected a batch without past_key_values, which a run would fill: pass whole sequences instead"
+        )
+    device = next((parameter.device for parameter in model.parameters()), None)
+    out = {
+        name: value.to(device) if isinstance(value, Tensor) and device is not None else value
+        for name, value in batch.items()
+        if name != "past_key_values"
+    }
+    if not (is_encoder_decoder(model) and out.get("decoder_input_ids") is None):
+        out.pop("labels", None)
+    if "use_cache" in parameters(model):
+        out["use_cache"] = False
+    return out
+
+
+def parameters(model: nn.Module) -> set[str]:
+    """Names of the arguments of a model's forward."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has two stacks, each with a sequence of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def refuse_encoder_decoder(model: nn.Module, what: str) -> None:
+    """Probes of one sequence are not defined over two.
+
+    Raises:
+        ValueError: the model has an encoder and a decoder.
+    """
+    if is_encoder_decoder(model):
+        raise ValueError(
+            f"expected a model of one sequence for {what}, got {type(model).__name__}, which has an encoder and a "
+            "decoder: pass its encoder, model.get_encoder()"
+        )
+
+
+def tokens_name(model: nn.Module, batch: Mapping[str, Any]) -> str:
+    """Which entry of a batch holds the tokens.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(name), Tensor):
+            return name
+    raise ValueError(
+        f"expected a batch for {type(model).__name__} with input_ids or inputs_embeds, whose tokens the probe "
+        f"changes, got {sorted(batch)}: models of other inputs have no such probe"
+    )
+
+
+def valid_tokens(batch: Mapping[str, Any], name: str) -> Tensor:
+    """Tokens that are no padding by the batch's two-dimensional attention mask, ``(batch, n)``."""
+    tokens = batch[name]
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
+        return mask.to(tokens.device) != 0
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+def last_tokens(valid: Tensor, rows: int) -> Tensor:
+    """The last ``rows`` valid tokens of each sequence, in order, ``(batch, rows)``.
+
+    A sequence with fewer repeats its first ones.
+    """
+    n = valid.shape[1]
+    places = torch.arange(n, device=valid.device).masked_fill(~valid, -1)
+    return places.topk(min(rows, n), dim=1).values.flip(1).clamp_min(0)
+
+
+def check_marks(marks: Tensor | None, shape: Sequence[int], name: str) -> None:
+    """Check what a user said of each token.
+
+    Raises:
+        ValueError: no boolean tensor of a value for each token.
+    """
+    if marks is None:
+        return
+    if not isinstance(marks, Tensor) or marks.dtype != torch.bool or tuple(marks.shape) != tuple(shape):
+        got = f"{marks.dtype} of shape {tuple(marks.shape)}" if isinstance(marks, Tensor) else repr(marks)
+        raise ValueError(
+            f"expected {name} as a boolean tensor (batch, tokens) = {tuple(shape)}, got {got}: one value for each "
+            "token"
+        )
+
+
+def own_generator(generator: torch.Generator | None) -> torch.Generator:
+    """The given one, or a fresh one: never torch's global one, so that a probe gives the same value twice."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
+Listen = Callable[[str, Attention], None]
+
+
+class Hearing:
+    """Hands the attention of a model's layers to a probe.
+
+    Args:
+        model: whose layers are heard.
+
+    Attributes:
+        left_out: layer → why it is not part of the result.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.left_out: dict[str, str] = {}
+        self._modules = find_attention(model)
+        try:
+            layers = kept_reader(model).layers
+        except ValueError:
+            if not self._modules:
+                raise
+            layers = {}  # no layout is known, but calls can still be captured
+        self.self_attention = {name: layer.self_attention for name, layer in layers.items()}
+        self.heads = {name: layer.heads for name, layer in layers.items()}
+
+    def run(self, batch: Mapping[str, Any], listen: Listen) -> Any:
+        """Run the model once.
+
+        Args:
+            batch: keyword arguments, see :func:`prepared`.
+            listen: called with the name of a layer and its attention. What it raises leaves the layer out.
+
+        Returns:
+            What the model returned.
+        """
+        return self.run_calls(batch, lambda name, call: listen(name, self.attention(name, call)))
+
+    def run_calls(
+        self, batch: Mapping[str, Any], listen: Callable[[str, AttentionCall | SoftmaxCall], None]
+    ) -> Any:
+        """The same for a probe that needs the call itself."""
+        names = {module: name for name, module in self._modules.items() if name not in self.left_out}
+        capture = AttentionCapture(names, listen, model=self.model, eager=True)
+        capture.install()
+        try:
+            capture.enabled = True
+            output = self.model(**batch)
+        finally:
+            capture.remove()
+        self.left_out.update(capture.problems)
+        for name in names.values():
+            if name not in capture.heard:
+                self.left_out.setdefault(name, "no attention call of it was seen")
+        return output
+
+    def attention(self, name: str, call: AttentionCall | SoftmaxCall) -> Attention:
+        """The softmax of a call."""
+        return attention_of(call, self_attention=self.self_attention.get(name), heads=self.heads.get(name))
+
+    def result(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values of the layers that are not left out, in the model's order; the others are named in a warning.
+
+        Raises:
+            ValueError: no layer is left.
+        """
+        out = {name: values[name] for name in self._modules if name in values and name not in self.left_out}
+        if not out:
+            name, reason = next(iter(self.left_out.items()))
+            raise ValueError(
+                f"expected attention layers of {type(self.model).__name__} that this probe can read, got none of "
+                f"{len(self._modules)} ({name}: {reason}): see the layer's reason"
+            )
+        for reason in dict.fromkeys(self.left_out.values()):
+            names = [name for name, own in self.left_out.items() if own == reason]
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            warnings.warn(f"{listed} left out: {reason}", ProbeWarning, stacklevel=3)
+        return out
+
+
+def over_tokens(attention: Attention, shape: Sequence[int]) -> None:
+    """Leave out a layer whose queries and keys are not the batch's tokens one by one.
+
+    Args:
+        attention: one call.
+        shape: ``(batch, tokens)``.
+
+    Raises:
+        UnsupportedCallError: that is so.
+    """
+    batch, _, n, m = attention.shape
+    if (batch, n, m) != (shape[0], shape[1], shape[1]):
+        raise UnsupportedCallError(
+            f"its {n} queries and {m} keys of {batch} sequences are not the {shape[1]} tokens of {shape[0]}, so "
+            "that no token can be followed"
+        )

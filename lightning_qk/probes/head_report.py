@@ -1,0 +1,250 @@
+"""One table of what each head of a run or a checkpoint is."""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.layers import layer_labels
+from lightning_qk.probes.head_classes import KINDS, NUMBERS, HeadThresholds, classify
+from lightning_qk.probes.head_numbers import measure_heads, relative
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLES = {"dead": "red", "saturated": "red", "diffuse": "yellow", "sink": "yellow", "unknown": "dim"}
+_COLUMNS = (
+    ("layer", "layer"),
+    ("head", "head"),
+    ("class", "kind"),
+    ("entropy", "entropy_normalized"),
+    ("max prob", "max_prob"),
+    ("sink", "sink"),
+    ("position", "positional_share"),
+    ("output", "output"),
+    ("why", "reason"),
+)
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """One head. Numbers are means over query rows unless said otherwise; NaN is unknown.
+
+    Attributes:
+        layer: label of the layer.
+        head: index in the layer.
+        kind: one of ``lightning_qk.probes.head_classes.KINDS``.
+        reason: the sentence of numbers that says why.
+        entropy_normalized: entropy over the log of the number of keys, in [0, 1].
+        max_prob: largest probability of a row.
+        logit_std: standard deviation of a row's logits.
+        sink_first: attention to the first key.
+        sink_top: attention that the key with the most of a sequence receives, mean over the rows that see it and
+            over sequences; keys seen by fewer than a quarter as many rows as the most-seen one are left out.
+        sink_rate: share of keys that receive more than 0.3.
+        positional_share: share of the logits' variance that the offset explains.
+        output: root mean square norm of attention times values, over that of the layer's largest head.
+        weight: Frobenius norm of W_QK, over that of the layer's largest head.
+        eig_var: eigenvalue variance of W_QK.
+        propagation: predicted signal propagation probability, ½ uniform, 0 saturated.
+    """
+
+    layer: str
+    head: int
+    kind: str
+    reason: str
+    entropy_normalized: float = math.nan
+    max_prob: float = math.nan
+    logit_std: float = math.nan
+    sink_first: float = math.nan
+    sink_top: float = math.nan
+    sink_rate: float = math.nan
+    positional_share: float = math.nan
+    output: float = math.nan
+    weight: float = math.nan
+    eig_var: float = math.nan
+    propagation: float = math.nan
+
+    @property
+    def sink(self) -> float:
+        """The larger of ``sink_first`` and ``sink_top``."""
+        known = [value for value in (self.sink_first, self.sink_top) if not math.isnan(value)]
+        return max(known, default=math.nan)
+
+
+@dataclass(frozen=True)
+class HeadReport:
+    """What each head is: positional, semantic, sink, diffuse, dead or saturated, and the numbers that say so.
+
+    The rules and their order: :class:`~lightning_qk.probes.head_classes.HeadThresholds`. Classes describe, they do
+    not prove, and depend on the data that the heads were measured on.
+
+    Example:
+        >>> report = HeadReport.from_model(model, batches)  # doctest: +SKIP
+        >>> report.counts()  # doctest: +SKIP
+        {'dead': 0, 'diffuse': 3, 'sink': 41, ...}
+
+    Attributes:
+        rows: one a head, in the model's order.
+        thresholds: that they were classed by.
+        left_out: layer → why its heads are not in the table.
+    """
+
+    rows: list[HeadRow]
+    thresholds: HeadThresholds = field(default_factory=HeadThresholds)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any] | Tensor],
+        *,
+        thresholds: HeadThresholds | None = None,
+    ) -> "HeadReport":
+        """Run a few batches and class every head that is heard.
+
+        One forward pass a batch, in evaluation mode without gradients; the model is left as it was. A batch of
+        several hundred tokens is enough for the classes, more make the numbers steadier.
+
+        Args:
+            model: a transformers model, or a module that is called like one.
+            batches: mappings of the model's keyword arguments, or tensors of input ids.
+            thresholds: None for the defaults.
+
+        Raises:
+            TypeError: a batch is neither.
+            ValueError: no batch, or no attention that can be heard.
+        """
+        values, hearing = measure_heads(model, batches)
+        cross = {name for name, own in hearing.self_attention.items() if not own}
+        labels = layer_labels(list(values), cross=cross)
+        rows = _rows({labels[name]: numbers for name, numbers in values.items()}, thresholds)
+        return cls(rows, thresholds or HeadThresholds(), dict(hearing.left_out))
+
+    @classmethod
+    def from_history(cls, record: RunRecord, *, thresholds: HeadThresholds | None = None) -> "HeadReport":
+        """Class every head by the newest numbers that the monitors remember.
+
+        They know less than a run of the model tells: of a head's values nothing, so that it is dead where its
+        W_QK is, and of positions only what was recorded. Where ``positional_share`` is not, what is neither dead,
+        diffuse, a sink nor saturated is unknown.
+
+        Args:
+            record: of a run, or what :meth:`~lightning_qk.logging.history.RunRecord.load` read.
+            thresholds: None for the defaults.
+
+        Raises:
+            ValueError: the monitors recorded nothing.
+        """
+        spectrum, attention = _newest(record.spectrum), _newest(record.attention)
+        labels = list(dict.fromkeys([*spectrum, *attention]))
+        if not labels:
+            raise ValueError(
+                "expected a record with a step of QKSpectrumMonitor or AttentionMonitor, got none: train with them"
+            )
+        values = {}
+        for label in labels:
+            numbers = {**spectrum.get(label, {}), **attention.get(label, {})}
+            if "frobenius_sq" in numbers:
+                numbers["weight"] = relative(numbers["frobenius_sq"].sqrt())
+            values[label] = numbers
+        return cls(_rows(values, thresholds), thresholds or HeadThresholds())
+
+    def counts(self) -> dict[str, int]:
+        """How many heads are of each class; all classes, in the order of the rules."""
+        found = Counter(row.kind for row in self.rows)
+        return {kind: found[kind] for kind in KINDS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: counts, thresholds, heads and what is left out; None for what is unknown."""
+        heads = [{name: _plain(value) for name, value in asdict(row).items()} for row in self.rows]
+        return {
+            "counts": self.counts(),
+            "thresholds": asdict(self.thresholds),
+            "heads": heads,
+            "left_out": dict(self.left_out),
+        }
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write one line a head; unknown numbers are empty.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [each.name for each in fields(HeadRow)])
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({k: "" if _plain(v) is None else v for k, v in asdict(row).items()})
+        return path
+
+    def print(self, console: "Console | None" = None) -> None:
+        """Print the table, and below it how many heads are of each class.
+
+        Args:
+            console: where to print. Default: standard output.
+        """
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        from lightning_qk.logging.health import format_value
+
+        console = console or Console()
+        table = Table(title="Heads", title_justify="left", pad_edge=False)
+        for title, name in _COLUMNS:
+            is_text = name in ("layer", "kind", "reason")
+            table.add_column(title, justify="left" if is_text else "right", no_wrap=name != "reason")
+        for row in self.rows:
+            style = _STYLES.get(row.kind, "green")
+            cells = []
+            for _, name in _COLUMNS:
+                value = getattr(row, name)
+                shown = format_value(value) if isinstance(value, float) else str(value)
+                cells.append(Text(shown, style=style if name == "kind" else ""))
+            table.add_row(*cells)
+        console.print(table)
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items() if count)
+        console.print(f"{len(self.rows)} heads: {counts}", markup=False, highlight=False)
+        for layer, reason in self.left_out.items():
+            console.print(f"{layer} left out: {reason}", markup=False, highlight=False)
+
+
+def _rows(values: Mapping[str, Mapping[str, Tensor]], thresholds: HeadThresholds | None) -> list[HeadRow]:
+    rows = []
+    for label, numbers in values.items():
+        columns = {name: numbers[name].reshape(-1).tolist() for name in NUMBERS if name in numbers}
+        for head in range(_heads(columns.values())):
+            own = {name: column[head] for name, column in columns.items()}
+            kind, reason = classify(own, thresholds)
+            rows.append(HeadRow(label, head, kind, reason, **own))
+    return rows
+
+
+def _heads(columns: Iterable[Sequence[float]]) -> int:
+    return max((len(column) for column in columns), default=0)
+
+
+def _newest(history: History | None) -> dict[str, dict[str, Tensor]]:
+    """Layer → statistic → newest value of each head."""
+    if history is None or not history.steps:
+        return {}
+    newest = {name: history.split(column[-1]) for name, column in history.values.items()}
+    return {
+        label: {name: parts[index].to(torch.float64) for name, parts in newest.items()}
+        for index, label in enumerate(history.layers)
+    }
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
