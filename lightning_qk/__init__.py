@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.hard_attention import HardAttention
     from lightning_qk.callbacks.hidden import HiddenStateMonitor
     from lightning_qk.callbacks.locater import LocAteR
+    from lightning_qk.callbacks.position import PositionMonitor
     from lightning_qk.callbacks.probes import AttentionProbes
     from lightning_qk.callbacks.qk_clip import QKClip
     from lightning_qk.callbacks.sigma_reparam import SigmaReparam
+    from lightning_qk.callbacks.sinks import SinkMonitor
     from lightning_qk.callbacks.soft_cap import SoftCap
     from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
     from lightning_qk.callbacks.spectrum_scaling import SpectrumScaling
@@ -49,9 +51,11 @@ _HOME = {
     "HeadReport": "lightning_qk.probes.head_report",
     "HiddenStateMonitor": "lightning_qk.callbacks.hidden",
     "LocAteR": "lightning_qk.callbacks.locater",
+    "PositionMonitor": "lightning_qk.callbacks.position",
     "QKClip": "lightning_qk.callbacks.qk_clip",
     "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
     "SigmaReparam": "lightning_qk.callbacks.sigma_reparam",
+    "SinkMonitor": "lightning_qk.callbacks.sinks",
     "SoftCap": "lightning_qk.callbacks.soft_cap",
     "SpectrumScaling": "lightning_qk.callbacks.spectrum_scaling",
     "TextDataModule": "lightning_qk.data.text",
@@ -78,9 +82,11 @@ __all__ = [
     "HeadReport",
     "HiddenStateMonitor",
     "LocAteR",
+    "PositionMonitor",
     "QKClip",
     "QKSpectrumMonitor",
     "SigmaReparam",
+    "SinkMonitor",
     "SoftCap",
     "SpectrumScaling",
     "TextDataModule",

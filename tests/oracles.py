@@ -132,12 +132,15 @@ def dense_attention(
                 add("linear_share", ((window > 0) & (window < 1)).double().mean())
                 add("max_logit", row.max())
                 add("max_abs_logit", row.abs().max())
+                add("query_norm", query[b, h, i].square().sum().sqrt())
                 received[keys] += p
                 seen[keys] += 1
             if seen.sum():
                 eligible = (seen > 0) & (seen >= seen.max() / 4)
                 rate = (received[eligible] / seen[eligible] > 0.3).double().mean()
                 out.setdefault("sink_rate", []).append(float(rate))
+                for j in visible[b].any(0).any(0).nonzero().flatten():
+                    out.setdefault("key_norm", []).append(float(key[b, h, j].square().sum().sqrt()))
     reduce = {"max_logit": max, "max_abs_logit": max}
     return {
         name: torch.tensor(
@@ -148,4 +151,78 @@ def dense_attention(
             dtype=torch.float64,
         )
         for name in collected[0]
+    }
+
+
+def sinks_of_maps(
+    p: Tensor, value: Tensor, visible: Tensor, *, padding: Tensor | None = None, threshold: float = 0.2
+) -> dict[str, Tensor]:
+    """Statistics of sinks and waivers by their definitions, key by key, with singular values, (heads,).
+
+    Args:
+        p: whole maps, (batch, heads, n, m).
+        value: (batch, value_heads, m, d_value).
+        visible: boolean, broadcastable to the maps.
+        padding: True where a query counts, (batch, n).
+        threshold: of a sink.
+    """
+    p, value = p.double(), value.double()
+    batch, heads, n, m = p.shape
+    value = value.repeat_interleave(heads // value.shape[1], 1)
+    visible = visible.expand(batch, heads, n, m)
+    rows = visible.any(-1)
+    if padding is not None:
+        rows = rows & padding[:, None]
+    names = ("sink_number", "sink_share", "sink_output", "waiver_rate", "waiver_mass", "waiver_position")
+    found: dict[str, list[list[float]]] = {name: [[] for _ in range(heads)] for name in names}
+    small = torch.zeros(batch, heads, m, dtype=torch.float64)
+    there = torch.zeros(batch, m, dtype=torch.bool)
+    for b in range(batch):
+        if not rows[b].any():
+            continue
+        there[b] = visible[b].any(0).any(0)
+        for h in range(heads):
+            a, shown = p[b, h][rows[b, h]], visible[b, h][rows[b, h]]
+            seen = shown.sum(0)
+            enough = (seen > 0) & (seen >= seen.max() / 4)
+            received = [float(a[shown[:, j], j].mean()) if seen[j] else 0.0 for j in range(m)]
+            is_sink = torch.tensor([received[j] > threshold and bool(enough[j]) for j in range(m)])
+            found["sink_number"][h].append(float(is_sink.sum()))
+            shares = [float((a[shown[:, j], j] > threshold).double().mean()) for j in range(m) if enough[j]]
+            found["sink_share"][h].append(max(shares))
+            output = a @ value[b, h].nan_to_num(0.0)
+            directions = torch.nn.functional.normalize(value[b, h, is_sink], dim=-1)
+            _, singular, basis = torch.linalg.svd(directions, full_matrices=False)
+            inside = output @ basis[singular > 1e-6].T
+            if output.norm() > 0:
+                found["sink_output"][h].append(float(inside.square().sum() / output.square().sum()))
+            length = value[b, h].norm(dim=-1)
+            median = length[there[b]].sort().values[(int(there[b].sum()) - 1) // 2]
+            small[b, h] = ((length < median / 2) & there[b]).double()
+            found["waiver_rate"][h].extend(small[b, h][there[b]].tolist())
+            found["waiver_mass"][h].extend((a * small[b, h]).sum(-1).tolist())
+    for h in range(heads):
+        everything = torch.cat([small[b, h][there[b]] for b in range(batch)])
+        mean = everything.mean()
+        products = []
+        for b in range(batch):
+            for other in range(batch):
+                if b == other or not there[b].any() or not there[other].any():
+                    continue
+                x = small[b, h][there[b].nonzero()[0, 0] :], there[b][there[b].nonzero()[0, 0] :]
+                y = (
+                    small[other, h][there[other].nonzero()[0, 0] :],
+                    there[other][there[other].nonzero()[0, 0] :],
+                )
+                length = min(len(x[0]), len(y[0]))
+                products += [
+                    float((x[0][j] - mean) * (y[0][j] - mean)) for j in range(length) if x[1][j] and y[1][j]
+                ]
+        spread = everything.var(unbiased=False)
+        found["waiver_position"][h] = (
+            [float(sum(products) / len(products) / spread)] if products and spread > 0 else []
+        )
+    return {
+        name: torch.tensor([sum(one) / len(one) if one else math.nan for one in values], dtype=torch.float64)
+        for name, values in found.items()
     }

@@ -14,6 +14,7 @@ from lightning_qk.capture.readings import (
     FLEX,
     SDPA,
     Reading,
+    Scope,
     arguments,
     position_offset,
     scope,
@@ -26,6 +27,7 @@ __all__ = [
     "UnsupportedCallError",
     "attention_arguments",
     "is_recomputation",
+    "output_arguments",
     "read_call",
     "statistics_arguments",
 ]
@@ -70,13 +72,35 @@ def statistics_arguments(call: AttentionCall, *, self_attention: bool | None) ->
     Raises:
         UnsupportedCallError: the function's softmax cannot be reconstructed.
     """
+    return _softmax_arguments(call, self_attention)[0]
+
+
+def output_arguments(call: AttentionCall, *, self_attention: bool | None) -> dict[str, Any]:
+    """As :func:`statistics_arguments`, and ``value``: what the output of the call is made of.
+
+    Raises:
+        UnsupportedCallError: also where the call's values are not at hand.
+    """
+    given, seen = _softmax_arguments(call, self_attention)
+    value = seen.value
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[2] != given["key"].shape[2]:
+        form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise UnsupportedCallError(
+            f"expected values (batch, kv_heads, m, d_value) of {given['key'].shape[2]} keys, got {form}: the "
+            "output cannot be made again from what its attention function received"
+        )
+    return {**given, "value": value.detach()}
+
+
+def _softmax_arguments(call: AttentionCall, self_attention: bool | None) -> tuple[dict[str, Any], Scope]:
     reading = _reading(call)
     seen = scope(call, reading)
-    return {
+    given = {
         **arguments(call, reading, seen),
         "query_offset": position_offset(seen, self_attention),
         "self_attention": self_attention,
     }
+    return given, seen
 
 
 def attention_arguments(call: AttentionCall, *, self_attention: bool | None) -> tuple[dict[str, Any], Tensor]:

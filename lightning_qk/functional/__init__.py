@@ -11,6 +11,7 @@ from lightning_qk.functional.extremes import max_logits
 from lightning_qk.functional.geometry import MaskGeometry, mask_geometry
 from lightning_qk.functional.hidden import hidden_statistics
 from lightning_qk.functional.localization import attention_statistics, logit_statistics
+from lightning_qk.functional.marked import attention_on_keys
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import (
     exact_signal_propagation_probability,
@@ -25,12 +26,14 @@ from lightning_qk.functional.singular import (
     entropy_floor,
     update_ratio,
 )
+from lightning_qk.functional.sinks import sink_statistics
 from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_singular_values
 
 __all__ = [
     "MaskGeometry",
     "Rotary",
     "attention_entropy",
+    "attention_on_keys",
     "attention_statistics",
     "diagonal_prior",
     "effective_rank",
@@ -49,6 +52,7 @@ __all__ = [
     "qk_moments",
     "qk_singular_values",
     "signal_propagation_probability",
+    "sink_statistics",
     "uniform_prior",
     "update_ratio",
     "window_prior",

@@ -12,6 +12,8 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
 MASKED_BELOW = -9e3
+# What hidden keys are pushed down by: more than any logit, and finite, so that its product with 0 is 0.
+FAR = 1e30
 # Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
 CHUNK_ELEMENTS = 1 << 21
 
@@ -158,7 +160,7 @@ class Logits(NamedTuple):
             # Keys before the first of these rows are seen by all of them, keys after the last by none.
             edge = min(max(index.start + self.query_offset, 0), key.shape[2])
             key = key[:, :, : max(min(index.stop + self.query_offset, key.shape[2]), 1)]
-        query = _take(self.query, index).to(key.dtype)
+        query = take_rows(self.query, index).to(key.dtype)
         batch, heads, count, d_head = query.shape
         kv_heads, width = key.shape[1:3]
         # Query heads of one group become rows of one product: key heads are never repeated in memory.
@@ -169,11 +171,11 @@ class Logits(NamedTuple):
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.bias is not None:
-            logits += _take(self.bias, index)[..., :width]
+            logits += take_rows(self.bias, index)[..., :width]
         visible = self.visible(index, position, slice(edge, width))
         mask = self.mask
         if visible is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
-            logits += torch.where(visible, _take(mask, index), 0.0)
+            logits += torch.where(visible, take_rows(mask, index), 0.0)
         sinks = None if self.sinks is None else self.sinks.to(logits.dtype).view(1, heads, 1)
         return Chunk(logits, None if visible is None else visible.to(logits.dtype), edge, position, sinks)
 
@@ -181,7 +183,7 @@ class Logits(NamedTuple):
         """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
         visible = None
         if isinstance(self.mask, Tensor):
-            mask = _take(self.mask, index)[..., keys]
+            mask = take_rows(self.mask, index)[..., keys]
             visible = mask if mask.dtype == torch.bool else mask > MASKED_BELOW
         elif self.mask is not None:
             visible = self._evaluate(self.mask, index, keys)
@@ -301,7 +303,7 @@ class GivenLogits(NamedTuple):
 
     def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
         """Some query rows, and which keys they see; arguments as those of :meth:`Logits.chunk`."""
-        rows = _take(self.logits, index)
+        rows = take_rows(self.logits, index)
         used = self.used[:, index] if isinstance(index, slice) else self.used.gather(1, index)
         hidden = (rows <= MASKED_BELOW) | ~used[:, None, :, None]
         x = buffer[: rows.numel()].view(rows.shape)
@@ -312,7 +314,7 @@ class GivenLogits(NamedTuple):
             position = index
         sinks = None
         if self.sinks is not None:
-            sinks = _take(self.sinks[..., None], index)[..., 0].to(x.dtype)
+            sinks = take_rows(self.sinks[..., None], index)[..., 0].to(x.dtype)
             sinks = torch.where(used[:, None], sinks, 0.0)
         return Chunk(x, (~hidden).to(x.dtype), 0, position + self.query_offset, sinks)
 
@@ -339,7 +341,7 @@ def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Te
     return tensor.view(shape).expand(-1, -1, full[2], full[3])
 
 
-def _take(tensor: Tensor, index: slice | Tensor) -> Tensor:
+def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     """Rows of ``(batch|1, heads|1, n, x)``: a slice for all, or ``(batch, rows)`` indices a sequence."""
     if isinstance(index, slice):
         return tensor[:, :, index]

@@ -6,47 +6,26 @@ means are unbiased, with standard errors of a stratified sample.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_qk.functional._kernel import Collected, kernel_rows
-from lightning_qk.functional._logits import Chunk, GivenLogits, Logits, MaskFunction, sample_rows, valid_rows
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._logits import GivenLogits, Logits, MaskFunction, sample_rows
+from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional._row_statistics import EXTREMES, ROW_STATISTICS, collect_rows
+from lightning_qk.functional._rows import Selection, eligible_keys, key_norm_sums, query_norms
 
-ROW_STATISTICS = (
-    "entropy",
-    "entropy_normalized",
-    "participation",
-    "max_prob",
-    "logit_std",
-    "distance",
-    "distance_spread",
-    "diagonal",
-    "sink_first",
-    "sink_learnt",
-    "linear_share",
-)
-"""Statistics that are means over query rows."""
-
-MEAN_STATISTICS = (*ROW_STATISTICS, "sink_rate")
+MEAN_STATISTICS = (*ROW_STATISTICS, "query_norm", "sink_rate", "key_norm")
 """Statistics that are means, with a standard error when rows are sampled."""
 
 POSITION_STATISTICS = ("distance", "distance_spread", "diagonal")
 """Statistics that need to know where a row's query stands among the keys."""
 
-EXTREMES = ("max_logit", "max_abs_logit")
-"""Statistics that are maxima; over sampled rows, a lower bound of the maximum over all rows."""
-
 STATISTICS = (*MEAN_STATISTICS, *EXTREMES)
 
 _SINK_RATE_THRESHOLD = 0.3
-# What hidden keys are pushed down by: more than any logit, and finite, so that its product with 0 is 0.
-_FAR = 1e30
-# A key counts for sink_rate when it is seen by at least this share of the rows that see the most-seen key.
-_SINK_RATE_MIN_SEEN = 0.25
 
 
 class AttentionSums(NamedTuple):
@@ -54,7 +33,8 @@ class AttentionSums(NamedTuple):
 
     Attributes:
         total: weighted sums, shape ``(len(MEAN_STATISTICS), batch, heads)``.
-        weight: number of rows that each sum stands for (of sequences for ``sink_rate``), same shape.
+        weight: number of rows that each sum stands for (of sequences for ``sink_rate``, of keys for
+            ``key_norm``), same shape.
         variance: sampling variance of ``total``, same shape; 0 where every row was used.
         maximum: shape ``(len(EXTREMES), batch, heads)``; −inf for a sequence without valid rows.
     """
@@ -101,16 +81,20 @@ def attention_statistics(
     diagonal              ``p_ii``
     sink_first            probability of the first key that the row can see
     sink_learnt           probability of the learnt sink (only with ``sinks``)
+    query_norm            Euclidean norm of the row's query, as the attention function gets it
+    key_norm              mean Euclidean norm of the keys that some row sees; of all of them, sampled or not
     sink_rate             share of keys that receive more than 0.3 on average from the rows that see them;
                           keys seen by fewer than a quarter as many rows as the most-seen key are left out
     linear_share          share of the row's visible keys with ``0 < 1/n_i + (ω_ij − mean_j ω_ij)/n_i < 1``,
                           the window of the piecewise linear softmax
     ===================== ====================================================================================
 
-    Sources: entropy, distance and participation are standard; sink_rate after Gu et al. 2024 (arXiv
-    2410.10781; threshold 0.3); linear_share is the measured counterpart of Bao et al. 2024's signal
-    propagation probability (derived). A learnt sink is part of the softmax's denominator, of entropy (with
-    ``n_i + 1`` outcomes) and of participation; it is no key, so that it has no distance and no max_prob.
+    Sources: entropy, distance and participation are standard; max_logit and the norms are what Wortsman et al.
+    2023 (arXiv 2309.14322: logits grow through the norms) and Kimi K2 (arXiv 2507.20534) watch [V]; sink_rate
+    after Gu et al. 2024 (arXiv 2410.10781; threshold 0.3); linear_share is the measured counterpart of Bao et
+    al. 2024's signal propagation probability (derived). A learnt sink is part of the softmax's denominator, of
+    entropy (with ``n_i + 1`` outcomes) and of participation; it is no key, so that it has no distance and no
+    max_prob.
 
     Args:
         query: after rotary encoding and norms, as the attention function gets it, shape
@@ -181,6 +165,8 @@ def logit_statistics(
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The statistics of :func:`attention_statistics`, from the very logits that a softmax gets.
+
+    Without queries and keys, query_norm and key_norm are NaN.
 
     For attention whose logits are more than a scaled ``q · k``, or are at hand anyway: what is added to them,
     masks included, is in them. A key is hidden from a row where the logit is −9000 or below, as of the masks that
@@ -261,32 +247,25 @@ def attention_sums(
     **call: Any,
 ) -> AttentionSums:
     """The additive form of :func:`attention_statistics`, for accumulation; same arguments."""
-    if rows is not None and rows < 1:
-        raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
     logits = Logits.check(query, key, **call)
-    n, m = query.shape[2], key.shape[2]
-    if self_attention is None:
-        self_attention = n == m
     with full_precision(query.device):
-        valid, seen = valid_rows(logits, query_mask, self_attention)
-        if seen is not None:
-            # Padding may hold anything, NaN included, and what follows multiplies it by 0.
-            logits = logits._replace(
-                query=torch.where(valid[:, None, :, None], query, 0.0),
-                key=torch.where(seen[:, None, :, None], logits.key, 0.0),
-            )
-        index = None
-        if rows is not None and rows < n:
-            index = sample_rows(valid, rows, generator)
-        used = valid if index is None else valid.gather(1, index)
+        selection = Selection(
+            logits, rows=rows, query_mask=query_mask, self_attention=self_attention, generator=generator
+        )
+        logits, used = selection.logits, selection.used
         # Known without a look at the device: no row can be padding or see nothing.
         every = query_mask is None and logits.mask is None and logits.sliding_window is None
         every = every and (logits.query_offset >= 0 or not logits.is_causal)
-        collected = kernel_rows(logits, used, index, every=every)
+        collected = kernel_rows(logits, used, selection.index, every=every)
         if collected is None:
-            logits = logits._replace(key=at_least_float32(logits.key).contiguous())
-            collected = _collect(logits, used, index)
-        return _pool(collected, valid, used)
+            collected = collect_rows(selection.by_chunks(), used, selection.index)
+        return _pool(
+            collected,
+            selection.valid,
+            used,
+            query_norms(logits.query, selection.index),
+            key_norm_sums(logits.key, selection.seen, query.shape[1]),
+        )
 
 
 @torch.no_grad()
@@ -314,7 +293,7 @@ def logit_sums(
         index = sample_rows(source.used, rows, generator)
     used = source.used if index is None else source.used.gather(1, index)
     with full_precision(logits.device):
-        collected = _collect(source, used, index)
+        collected = collect_rows(source, used, index)
         if query_offset is None:
             for name in POSITION_STATISTICS:
                 collected.counted[ROW_STATISTICS.index(name)] = False
@@ -323,46 +302,28 @@ def logit_sums(
         return _pool(collected, source.used, used)
 
 
-def _collect(source: Logits | GivenLogits, used: Tensor, index: Tensor | None) -> Collected:
-    """Statistics of all rows, or of those of an index, chunk by chunk."""
-    batch, heads, n, m = source.shape
-    dtype, device = source.dtype, source.device
-    count = n if index is None else index.shape[1]
+def _pool(
+    rows: Collected,
+    valid: Tensor,
+    used: Tensor,
+    query_norm: Tensor | None = None,
+    key_norm: tuple[Tensor, Tensor] | None = None,
+) -> AttentionSums:
+    """Sums over the rows, each of them standing for population / sampled rows of its sequence.
 
-    values = torch.zeros(len(ROW_STATISTICS), batch, heads, count, dtype=dtype, device=device)
-    counted = torch.zeros_like(values, dtype=torch.bool)
-    received = torch.zeros(batch, heads, m, dtype=dtype, device=device)
-    received_sq = torch.zeros_like(received)
-    seen = torch.zeros(batch, heads, m, dtype=dtype, device=device)
-    maximum = torch.full((len(EXTREMES), batch, heads), -math.inf, dtype=dtype, device=device)
-    chunks = list(source.chunks(count))
-    # One set of buffers for all chunks: fresh memory costs more than what is computed in it.
-    elements = batch * heads * m * max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(3)]
-    for part in chunks:
-        chunk = source.chunk(part if index is None else index[:, part], buffers[0])
-        keep = used[:, part]
-        rows = _row_statistics(chunk, keep, buffers[1:])
-        values[..., part] = rows.values
-        counted[..., part] = rows.counted
-        maximum = torch.maximum(maximum, rows.maximum)
-        width = rows.weights.shape[-1]
-        counts = keep[:, None, None].to(dtype)
-        share = counts / rows.partition.unsqueeze(-2)
-        received[..., :width] += (share @ rows.weights).squeeze(-2)
-        if index is not None:
-            received_sq[..., :width] += (share.square() @ rows.weights.square_()).squeeze(-2)
-        seen[..., : chunk.edge if chunk.shown is not None else width] += counts.sum(-1)
-        if chunk.shown is not None:
-            seen[..., chunk.edge : width] += (counts @ chunk.shown).squeeze(-2)
-
-    return Collected(values, counted, maximum, received, received_sq, seen)
-
-
-def _pool(rows: Collected, valid: Tensor, used: Tensor) -> AttentionSums:
-    """Sums over the rows, each of them standing for population / sampled rows of its sequence."""
+    Args:
+        rows: what was collected of the rows that were looked at.
+        valid: rows that count, ``(batch, n)``.
+        used: which of those looked at count, ``(batch, rows)``.
+        query_norm: of these rows, ``(batch, heads, rows)``; None where there are no queries.
+        key_norm: sum over the keys and their number, ``(batch, heads)``; None where there are no keys.
+    """
     values, counted, maximum, received, received_sq, seen = rows
     dtype, device = values.dtype, values.device
+    # Rows that see a key count.
+    norm = torch.zeros_like(values[0]) if query_norm is None else query_norm.to(dtype)
+    values = torch.cat([values, norm[None]])
+    counted = torch.cat([counted, counted[:1] & (query_norm is not None)])
     population = valid.sum(1).to(dtype)
     sampled = used.sum(1).to(dtype)
     scale = (population / sampled.clamp_min(1))[:, None]
@@ -378,124 +339,14 @@ def _pool(rows: Collected, valid: Tensor, used: Tensor) -> AttentionSums:
 
     rate, rate_variance = _sink_rate(received, received_sq, seen, (sampled < population)[:, None])
     has_rows = (sampled > 0)[:, None].expand_as(rate).to(dtype)
+    # All keys are looked at, so that their mean has no sampling variance.
+    key_total, key_number = (torch.zeros_like(rate),) * 2 if key_norm is None else key_norm
     return AttentionSums(
-        total=torch.cat([row_total * scale, (rate * has_rows)[None]]),
-        weight=torch.cat([row_weight * scale, has_rows[None]]),
-        variance=torch.cat([variance, (rate_variance * has_rows)[None]]),
+        total=torch.stack([*(row_total * scale), rate * has_rows, key_total.to(dtype) * has_rows]),
+        weight=torch.stack([*(row_weight * scale), has_rows, key_number.to(dtype) * has_rows]),
+        variance=torch.stack([*variance, rate_variance * has_rows, torch.zeros_like(rate)]),
         maximum=maximum,
     )
-
-
-class _Rows(NamedTuple):
-    values: Tensor  # (len(ROW_STATISTICS), batch, heads, rows)
-    counted: Tensor  # the same shape: which of them count
-    maximum: Tensor  # (len(EXTREMES), batch, heads)
-    weights: Tensor  # (batch, heads, rows, keys): probabilities times partition
-    partition: Tensor  # (batch, heads, rows)
-
-
-def _row_statistics(chunk: Chunk, keep: Tensor, buffers: Sequence[Tensor]) -> _Rows:
-    """Statistics of some rows, in as few passes over the logits as they take.
-
-    Args:
-        chunk: its logits are overwritten.
-        keep: rows that count, ``(batch, rows)``.
-        buffers: two flat buffers of the size of the logits; the first holds the returned weights.
-    """
-    x, shown, edge, position, sinks = chunk
-    batch, heads, count, width = x.shape
-    dtype, tiny = x.dtype, torch.finfo(x.dtype).tiny
-    weights, scratch = (buffer[: x.numel()].view(x.shape) for buffer in buffers)
-    keys = chunk.keys
-    number = keys.clamp_min(1)
-    keep_rows = (keep[:, None] & (keys > 0)).expand(batch, heads, count)
-
-    # Hidden keys are pushed far down for the maximum and multiplied by 0 after it: arithmetic with a matrix that
-    # all heads share is many times faster than filling by a mask, and so is exp of 0 than of what is far down.
-    if shown is not None:
-        x[..., edge:] += (shown - 1) * _FAR
-    top = x.amax(-1)
-    x -= top[..., None]
-    if shown is not None:
-        x[..., edge:] *= shown
-    torch.exp(x, out=weights)
-    if shown is not None:
-        weights[..., edge:] *= shown
-
-    # Moments of the logits over visible keys, relative to the row's largest.
-    mean = x.sum(-1) / number
-    torch.sub(x, mean[..., None], out=scratch)
-    if shown is not None:
-        scratch[..., edge:] *= shown
-    logit_std = torch.linalg.vector_norm(scratch, dim=-1) / number.sqrt()
-    # Hidden keys are 0 in the scratch, inside the window of every row that sees more than one key.
-    inside = torch.gt(scratch, -1.0, out=scratch).sum(-1) - (width - keys)
-    linear = torch.where(keys > 1, inside, 0.0)
-    if x.is_cuda or bool((-mean >= keys - 1).any()):
-        above = torch.ge(x, (mean + keys - 1)[..., None], out=scratch)
-        if shown is not None:
-            above[..., edge:] *= shown
-        linear = linear - torch.where(keys > 1, above.sum(-1), 0.0)
-    linear = linear / number
-    max_abs = torch.maximum(top, -(x.amin(-1) + top))
-    extremes = torch.stack([top, max_abs]).masked_fill(~keep_rows, -math.inf).amax(-1)
-
-    # Softmax relative to the row's largest logit, so that entropy does not cancel where logits are large.
-    # At least 1, the weight of the largest logit, save in a row that sees nothing.
-    partition = weights.sum(-1).clamp_min(1.0)
-    square = torch.linalg.vector_norm(weights, dim=-1).square()
-    energy = torch.mul(weights, x, out=scratch).sum(-1)
-    outcomes = keys
-    learnt = torch.zeros_like(partition)
-    if sinks is not None:
-        # Relative to the larger of the two, lest the sink's own weight overflow.
-        sink = sinks - top
-        lower = torch.where(sink > 0, (-sink).exp(), 1.0)
-        learnt = torch.where(sink > 0, 1.0, sink.exp())
-        total = partition * lower + learnt
-        entropy = total.log() - (energy * lower + learnt * sink - sink.clamp_min(0) * total) / total
-        square = (square * lower.square() + learnt.square()) / total.square()
-        learnt = learnt / total
-        partition = total / lower.clamp_min(tiny)
-        outcomes = keys + 1
-    else:
-        entropy = partition.log() - energy / partition
-        square = square / partition.square()
-    entropy = entropy.clamp_min(0.0)
-
-    distance = (position[..., None] - torch.arange(width, device=position.device)).abs().to(dtype)[:, None]
-    torch.mul(weights, distance, out=scratch)
-    travelled = scratch.sum(-1) / partition
-    # Centred: a difference of squares of positions loses float32's digits in long sequences.
-    torch.sub(distance, travelled[..., None], out=scratch).square_().mul_(weights)
-    spread = scratch.sum(-1) / partition + learnt * travelled.square()
-
-    def probability(key: Tensor) -> Tensor:
-        index = key.clamp(0, width - 1).expand(batch, heads, count)
-        return weights.gather(-1, index[..., None]).squeeze(-1) / partition
-
-    own = probability(position[:, None])
-    diagonal = torch.where(((position >= 0) & (position < width))[:, None], own, 0.0)
-    first = chunk.first
-    values = torch.stack(
-        [
-            entropy,
-            entropy / outcomes.log(),
-            square.clamp_min(tiny).reciprocal(),
-            1 / partition,
-            logit_std,
-            travelled,
-            spread.sqrt(),
-            diagonal,
-            weights[..., 0] / partition if first is None else probability(first),
-            learnt,
-            linear,
-        ]
-    )
-    counted = keep_rows.expand(len(ROW_STATISTICS), -1, -1, -1).clone()
-    counted[ROW_STATISTICS.index("entropy_normalized")] &= outcomes > 1
-    counted[ROW_STATISTICS.index("sink_learnt")] &= sinks is not None
-    return _Rows(values, counted, extremes, weights, partition)
 
 
 def _sink_rate(
@@ -506,7 +357,7 @@ def _sink_rate(
     With sampled rows each key's mean is uncertain; taking the keys as independent, the count of those above
     the threshold has variance Σ π (1 − π) with π the normal probability of being above it. Derived.
     """
-    eligible = (seen > 0) & (seen >= _SINK_RATE_MIN_SEEN * seen.amax(-1, keepdim=True))
+    eligible = eligible_keys(seen)
     mean = received / seen.clamp_min(1)
     number = eligible.sum(-1).clamp_min(1)
     rate = ((mean > _SINK_RATE_THRESHOLD) & eligible).sum(-1) / number

@@ -10,7 +10,15 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_qk import AttentionMonitor, HiddenStateMonitor, LocAteR, QKSpectrumMonitor, locater_penalty
+from lightning_qk import (
+    AttentionMonitor,
+    HiddenStateMonitor,
+    LocAteR,
+    PositionMonitor,
+    QKSpectrumMonitor,
+    SinkMonitor,
+    locater_penalty,
+)
 
 WEIGHT = 5.0
 
@@ -58,17 +66,24 @@ def run(folder: Path, processes: int) -> None:
         models.trainer([*callbacks, keep], **arguments).fit(module, data(processes))
         results[name] = keep.gradients
     spectrum, attention = QKSpectrumMonitor(singular=True), AttentionMonitor(rows=None)
+    sinks, position = SinkMonitor(rows=None, sequences=None), PositionMonitor(sequences=None)
     hidden = HiddenStateMonitor(tokens=None, sequences=None)
     watched = models.trainer(
-        [spectrum, attention, hidden],
+        [spectrum, attention, sinks, position, hidden],
         logger=CSVLogger(folder, version=str(processes)),
         val_check_interval=2,
         **arguments,
     )
     watched.fit(job(), data(processes), data(processes))
-    results["attention"] = {name: attention.history.series(name) for name in attention.history.statistics}
-    results["spectrum"] = {name: spectrum.history.series(name) for name in spectrum.history.statistics}
-    results["hidden"] = {name: hidden.history.series(name) for name in hidden.history.statistics}
+    for name, monitor in (
+        ("attention", attention),
+        ("spectrum", spectrum),
+        ("sinks", sinks),
+        ("position", position),
+        ("hidden", hidden),
+    ):
+        history = monitor.history
+        results[name] = {statistic: history.series(statistic) for statistic in history.statistics}
     results["metrics"] = {key: float(value) for key, value in watched.callback_metrics.items()}
     torch.save(results, folder / f"{processes}_{watched.global_rank}.pt")
 

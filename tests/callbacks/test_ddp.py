@@ -57,6 +57,22 @@ def test_hidden_states_are_pooled_over_ranks(results):
             )
 
 
+def test_sinks_and_positions_are_pooled_over_ranks(results):
+    for rank in ("2_0", "2_1"):
+        for name, want in results["1_0"]["sinks"].items():
+            got = results[rank]["sinks"][name]
+            if name == "waiver_position":  # compares the sequences of one process
+                assert got.isfinite().any()
+                continue
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name)
+        # One function of the distance is fitted to the sequences of one process.
+        got, want = (results[one]["position"]["positional_share"] for one in (rank, "1_0"))
+        torch.testing.assert_close(got, want, rtol=0, atol=0.1)
+    for group in ("sinks", "position"):
+        for name, value in results["2_0"][group].items():
+            assert torch.equal(value.nan_to_num(7.0), results["2_1"][group][name].nan_to_num(7.0))
+
+
 def test_spectra_and_logged_values_agree(results):
     for rank in ("2_0", "2_1"):
         for name, want in results["1_0"]["spectrum"].items():
@@ -72,7 +88,9 @@ def test_spectra_and_logged_values_agree(results):
 def test_validation_is_pooled_over_ranks(results):
     keys = [key for key in results["1_0"]["metrics"] if key.startswith("attn/val/")]
     assert "attn/val/entropy/mean" in keys
-    for key in keys:
+    # These two compare the sequences of one process.
+    apart = ("waiver_position", "positional_share")
+    for key in (key for key in keys if not any(name in key for name in apart)):
         for rank in ("2_0", "2_1"):
             got, want = results[rank]["metrics"][key], results["1_0"]["metrics"][key]
             assert got == pytest.approx(want, rel=1e-3, abs=1e-5), key

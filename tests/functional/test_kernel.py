@@ -129,7 +129,7 @@ class TestOnAGPU:
     def only_kernels(self, monkeypatch):
         """Falling back to chunks would hide a kernel that does not work."""
         monkeypatch.setattr(_kernel, "_broken", set())
-        monkeypatch.setattr(localization, "_collect", lambda *_: pytest.fail("went by chunks"))
+        monkeypatch.setattr(localization, "collect_rows", lambda *_: pytest.fail("went by chunks"))
 
     @pytest.mark.parametrize(
         ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)]

@@ -32,9 +32,9 @@ def pooled(batches) -> dict[str, torch.Tensor]:
     for query, key, mask in batches:
         for b in range(len(query)):
             one = attention_statistics(query[b : b + 1], key[b : b + 1], mask=mask[b : b + 1])
-            rows = mask[b, 0].any(-1).sum()
+            rows, keys = mask[b, 0].any(-1).sum(), mask[b, 0].any(-2).sum()
             for name, value in one.items():
-                weight = {"sink_rate": 1, "entropy_normalized": rows - 1}.get(name, rows)
+                weight = {"sink_rate": 1, "entropy_normalized": rows - 1, "key_norm": keys}.get(name, rows)
                 if name.startswith("max_") and name != "max_prob":
                     totals[name] = torch.maximum(totals[name], value)
                     weights[name] = torch.ones(4)

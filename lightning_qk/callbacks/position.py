@@ -1,0 +1,120 @@
+"""Callback: how positional the attention of heads is while a model trains."""
+
+from typing import Any
+
+import torch
+
+from lightning_qk.callbacks._captured import CaptureMonitor, Measured, tensors_of
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.capture.selection import a_stretch, some_sequences
+from lightning_qk.functional._sums import MeanSums
+from lightning_qk.functional.position import positional_share
+from lightning_qk.metrics.means import HeadMeans
+
+POSITION = "positional_share"
+
+
+class PositionMonitor(CaptureMonitor):
+    """Logs how much of each head's logits is explained by the distance between query and key alone.
+
+    The measure is :func:`~lightning_qk.functional.positional_share`: 1 for a head that looks at places whatever
+    stands there, near 0 for one that follows content. It is taken of the logits as the attention function computes
+    them, by the same capture as :class:`~lightning_qk.AttentionMonitor`'s, with outputs, losses and gradients
+    bit-identical, and at no cost on steps that are not logged. All pairs of query and key count, so that it is
+    measured on a few sequences, and of long ones on a stretch of ``length`` tokens that begins at a random place:
+    one function of the distance is fitted to those of a micro-batch.
+
+    Cross-attention, whose queries and keys are of different sequences, has no value. A layer that takes its
+    softmax in its own forward shows no queries and keys: it is named once in the log and left out.
+
+    Logged keys, next to AttentionMonitor's:
+
+    - ``attn/positional_share/mean``, ``/min``, ``/max`` over all heads, also in ``trainer.callback_metrics``;
+    - ``attn/layer_03/positional_share``, means over the layer's heads;
+    - ``attn/layer_03/head_05/positional_share`` with ``per_head=True``;
+    - ``attn/heatmap/positional_share`` as a layer × head figure.
+
+    Micro-batches of a logged step and ranks are averaged, and validation and test loops are measured under
+    ``attn/val/…`` and ``attn/test/…``, as AttentionMonitor does.
+
+    Args:
+        every_n_steps: measure at every n-th optimizer step; None follows the trainer's ``log_every_n_steps``.
+        sequences: how many sequences of each micro-batch to measure, drawn at random; None for all of them.
+        length: how many consecutive tokens of a longer sequence to measure; None for all of them.
+        seed: of the monitor's own random generator; torch's global one is never touched.
+        every_n_eval_batches: in validation and test loops, measure the first batch of each dataloader and every
+            n-th after it; 0 for never.
+        per_head: also log one scalar a head.
+        figures_every: draw figures at every n-th measurement and at the end; 0 for never.
+        report: write the report at the end.
+
+    Raises:
+        TypeError: the trainer is one of the package ``pytorch_lightning``.
+        ValueError: the module holds no transformer attention, or an argument is out of range.
+    """
+
+    layer_statistics = (POSITION,)
+    figure_statistics = (POSITION,)
+    subject = "attention logits"
+    witness = POSITION
+    presence = POSITION
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        *,
+        sequences: int | None = 1,
+        length: int | None = 512,
+        seed: int = 0,
+        every_n_eval_batches: int = 10,
+        per_head: bool = False,
+        figures_every: int = 10,
+        report: bool = True,
+    ) -> None:
+        super().__init__(
+            every_n_steps,
+            seed=seed,
+            every_n_eval_batches=every_n_eval_batches,
+            per_head=per_head,
+            figures_every=figures_every,
+            report=report,
+        )
+        if sequences is not None and sequences < 1:
+            raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
+        if length is not None and length < 3:
+            raise ValueError(
+                f"expected a length of at least 3 tokens, of which the distance explains not all, got {length}: "
+                "pass None for whole sequences"
+            )
+        self.sequences = sequences
+        self.length = length
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments as they go into the run's config."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "sequences": self.sequences,
+            "length": self.length,
+            "seed": self.seed,
+            "every_n_eval_batches": self.every_n_eval_batches,
+        }
+
+    def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured | None:
+        """The share of some sequences; nothing of cross-attention."""
+        own = self._self_attention.get(name)
+        if own is False:
+            return None
+        given = tensors_of(call, self_attention=own, value=False)
+        heads, _, d_head = given["query"].shape[1:]
+        given = some_sequences(given, self.sequences, self._generator)
+        given = a_stretch(given, self.length, self._generator)
+        share = positional_share(**given)[None, None]
+        # Every sequence counts the same; a stretch of padding, whose logits do not vary, not at all.
+        weight = share.isfinite() * given["query"].shape[0]
+        return Measured(
+            MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share)), heads, d_head
+        )
+
+    def metric(self, heads: dict[str, int]) -> HeadMeans:
+        """Means over the sequences that were drawn."""
+        return HeadMeans(heads, (POSITION,))

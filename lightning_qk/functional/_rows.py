@@ -1,0 +1,138 @@
+"""Which rows and keys of an attention call count, the probabilities of some rows, and the norms of both."""
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._logits import FAR, Chunk, Logits, sample_rows, take_rows, valid_rows
+from lightning_qk.functional._precision import at_least_float32
+
+# A key's mean over rows counts when it is seen by at least this share of the rows that see the most-seen key.
+_MIN_SEEN = 0.25
+
+
+class Selection:
+    """The rows of a call that are measured; padding holds 0 from here on, whatever it held.
+
+    Args:
+        logits: the call.
+        rows: how many query rows to sample in each sequence; None for all.
+        query_mask: rows to count, boolean ``(batch, n)``.
+        self_attention: whether queries and keys are the same tokens; None: when ``n == m``.
+        generator: where sampled rows are drawn from; None is torch's global generator.
+
+    Attributes:
+        logits: the call, its padding set to 0.
+        valid: rows that count, ``(batch, n)``.
+        index: which rows were drawn, ``(batch, rows)``; None for all.
+        used: of these, the ones that count, ``(batch, rows)``.
+        seen: keys that some row sees, ``(batch, m)``.
+        may_be_padded: there is a mask, so that keys that no row sees may hold anything.
+
+    Raises:
+        ValueError: ``rows`` below 1, or a query mask of another shape.
+    """
+
+    def __init__(
+        self,
+        logits: Logits,
+        *,
+        rows: int | None,
+        query_mask: Tensor | None,
+        self_attention: bool | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        if rows is not None and rows < 1:
+            raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
+        n, m = logits.query.shape[2], logits.key.shape[2]
+        own = n == m if self_attention is None else self_attention
+        self.valid, seen = valid_rows(logits, query_mask, own)
+        # Padding may hold anything, NaN included, and what follows multiplies it by 0.
+        if seen is not None or query_mask is not None:
+            logits = logits._replace(query=torch.where(self.valid[:, None, :, None], logits.query, 0.0))
+        if seen is not None:
+            logits = logits._replace(key=torch.where(seen[:, None, :, None], logits.key, 0.0))
+        self.logits = logits
+        self.may_be_padded = seen is not None
+        self.seen = _reached(logits) if seen is None else seen
+        self.index = None if rows is None or rows >= n else sample_rows(self.valid, rows, generator)
+        self.used = self.valid if self.index is None else self.valid.gather(1, self.index)
+
+    @property
+    def count(self) -> int:
+        """How many rows of each sequence are looked at."""
+        return self.used.shape[1]
+
+    def by_chunks(self) -> Logits:
+        """The call as its chunks are computed: keys contiguous and in float32 at least."""
+        return self.logits._replace(key=at_least_float32(self.logits.key).contiguous())
+
+    def part(self, rows: slice) -> slice | Tensor:
+        """Some of the rows that are looked at, as :meth:`Logits.chunk` takes them."""
+        return rows if self.index is None else self.index[:, rows]
+
+    def weights(self) -> Tensor:
+        """Of how many rows of its sequence each row that is looked at stands for one, ``(batch, 1)``."""
+        return self.valid.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
+
+
+def _reached(logits: Logits) -> Tensor:
+    """Keys that some row sees where no mask says so, ``(batch, m)``: an interval."""
+    batch, _, n, m = logits.shape
+    first, last = logits.query_offset, logits.query_offset + n - 1
+    low, high = 0, m
+    if logits.sliding_window is not None:
+        low, high = first - logits.sliding_window + 1, last + logits.sliding_window
+    if logits.is_causal:
+        high = min(high, last + 1)
+    place = torch.arange(m, device=logits.device)
+    return ((place >= low) & (place < high)).expand(batch, m)
+
+
+def probabilities(chunk: Chunk) -> Tensor:
+    """Softmax over the visible keys, a learnt sink in its denominator; the chunk's logits are overwritten.
+
+    Returns:
+        Shape ``(batch, heads, rows, keys)``; 0 where a key is hidden, and all over a row that sees none.
+    """
+    x, shown, edge, _, sinks = chunk
+    if shown is not None:
+        x[..., edge:] += (shown - 1) * FAR
+    top = x.amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks[..., None])
+    x -= top
+    if shown is not None:
+        x[..., edge:] *= shown
+    x.exp_()
+    if shown is not None:
+        x[..., edge:] *= shown
+    total = x.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks[..., None] - top).exp()
+    return x.div_(total.clamp_min(torch.finfo(x.dtype).tiny))
+
+
+def eligible_keys(seen: Tensor) -> Tensor:
+    """Keys that enough rows see for their mean over rows to count, boolean.
+
+    Args:
+        seen: how many rows see each key, ``(..., keys)``.
+    """
+    return (seen > 0) & (seen >= _MIN_SEEN * seen.amax(-1, keepdim=True))
+
+
+def query_norms(query: Tensor, index: Tensor | None) -> Tensor:
+    """Euclidean norms of the queries of some rows, ``(batch, heads, rows)``; float32 at least."""
+    return _norms(query if index is None else take_rows(query, index))
+
+
+def key_norm_sums(key: Tensor, seen: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Sum of the Euclidean norms of the keys that are seen, and their number, both ``(batch, heads)``."""
+    total = torch.where(seen[:, None], _norms(key), 0.0).sum(-1)
+    total = total.repeat_interleave(heads // key.shape[1], dim=1)
+    return total, seen.sum(-1, keepdim=True).to(total.dtype).expand_as(total)
+
+
+def _norms(x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)

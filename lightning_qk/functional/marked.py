@@ -1,0 +1,115 @@
+"""How much attention goes to keys that somebody marked: tokens known to be irrelevant, say."""
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._logits import Logits, MaskFunction
+from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional._rows import Selection, probabilities
+from lightning_qk.functional._sums import MeanSums
+
+
+@torch.no_grad()
+def attention_on_keys(
+    query: Tensor,
+    key: Tensor,
+    marked: Tensor,
+    *,
+    mask: Tensor | MaskFunction | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    rows: int | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int = 0,
+    self_attention: bool | None = None,
+    per_sequence: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    r"""Attention that goes to marked keys, mean over query rows; never a whole n × n map.
+
+    With marks on tokens known to be irrelevant it is the irrelevant mass after arXiv 2007.04862 [S; form R]: a
+    head that ignores noise has a mass far below that of uniform attention, which is given beside it. Rows of
+    marked tokens count like all others unless ``query_mask`` leaves them out.
+
+    Args:
+        query: after rotary encoding and norms, as the attention function gets it, shape
+            ``(batch, heads, n, d_head)``.
+        key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
+        marked: the keys in question, boolean, ``(batch, m)`` or ``(m,)``.
+        mask: as in :func:`~lightning_qk.functional.attention_statistics`, and so the following.
+        is_causal: row i sees the keys up to position ``query_offset + i``.
+        scaling: factor on the dot products; None means ``d_head ** -0.5``.
+        rows: how many query rows to sample in each sequence; None for all.
+        sliding_window: a key is visible only when fewer than this many positions away.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        bias: added to the logits.
+        sinks: learnt extra logit of each head, part of the softmax's denominator.
+        query_mask: rows to count, boolean ``(batch, n)``.
+        query_offset: position of the first query on the axis of the keys.
+        self_attention: whether queries and keys are the same tokens; None: when ``n == m``.
+        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``.
+        generator: where sampled rows are drawn from; None is torch's global generator.
+
+    Returns:
+        ``mass``, the attention on marked keys, and ``uniform``, the share of the visible keys that are marked:
+        what attention that is uniform over the keys would give. Both ``(heads,)`` or ``(batch, heads)``, float32
+        or float64 as the logits; NaN where no row counts.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask of another form, marks that are not boolean, or ``rows`` below
+            1.
+
+    Example:
+        >>> query, key = torch.randn(2, 1, 4, 10, 8).unbind()
+        >>> noise = torch.arange(10) >= 6
+        >>> attention_on_keys(query, key, noise)["uniform"]
+        tensor([0.4000, 0.4000, 0.4000, 0.4000])
+    """
+    logits = Logits.check(
+        query,
+        key,
+        mask=mask,
+        is_causal=is_causal,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        bias=bias,
+        sinks=sinks,
+        query_offset=query_offset,
+    )
+    batch, heads, _, m = logits.shape
+    if marked.dtype != torch.bool or tuple(marked.shape) not in ((m,), (batch, m)):
+        raise ValueError(
+            f"expected boolean marks of shape (batch, m) = {(batch, m)} or (m,), got {marked.dtype} of shape "
+            f"{tuple(marked.shape)}: mark every key with True or False"
+        )
+    with full_precision(query.device):
+        selection = Selection(
+            logits, rows=rows, query_mask=query_mask, self_attention=self_attention, generator=generator
+        )
+        source = selection.by_chunks()
+        marks = marked.to(source.device, source.dtype).expand(batch, m)[:, None, :, None]
+        total = torch.zeros(2, batch, heads, dtype=source.dtype, device=source.device)
+        weight = torch.zeros_like(total)
+        for part in source.chunks(selection.count):
+            elements = batch * heads * (part.stop - part.start) * m
+            buffer = torch.empty(elements, dtype=source.dtype, device=source.device)
+            chunk = source.chunk(selection.part(part), buffer)
+            here = marks[:, :, : chunk.logits.shape[-1]]
+            edge = here.shape[2] if chunk.shown is None else chunk.edge
+            number = here[:, :, :edge].sum(2)
+            if chunk.shown is not None:
+                number = number + (chunk.shown @ here[:, :, edge:]).squeeze(-1)
+            keep = (selection.used[:, None, part] & (chunk.keys > 0)).to(source.dtype)
+            uniform = number / chunk.keys.clamp_min(1)
+            mass = (probabilities(chunk) @ here).squeeze(-1)
+            total[0] += (mass * keep).sum(-1)
+            total[1] += (uniform * keep).sum(-1)
+            weight += keep.sum(-1)
+        scale = selection.weights().to(source.dtype)
+        means = MeanSums(total * scale, weight * scale).means(per_sequence=per_sequence)
+    return {"mass": means[0], "uniform": means[1]}

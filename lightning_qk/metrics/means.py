@@ -1,0 +1,74 @@
+"""Means of every head of a model as a metric."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_qk.functional._sums import MeanSums
+
+
+class HeadMeans(Metric):
+    """Pooled means of some statistics, for every head.
+
+    Accumulates totals and weights over calls, and over ranks when it is computed.
+
+    Args:
+        heads: layer name → number of query heads, in the model's order.
+        statistics: names of what is averaged.
+
+    States:
+        total, weight: shape ``(len(statistics), sum(heads))``, summed over ranks.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, heads: Mapping[str, int], statistics: Sequence[str]) -> None:
+        super().__init__()
+        self.heads = dict(heads)
+        self.statistics = tuple(statistics)
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for name, count in self.heads.items():
+            self._slices[name] = slice(start, start + count)
+            start += count
+        for state in ("total", "weight"):
+            self.add_state(state, torch.zeros(len(self.statistics), start), dist_reduce_fx="sum")
+
+    def update(self, sums: Mapping[str, Sequence[Any]]) -> None:
+        """Add attention calls.
+
+        Args:
+            sums: layer name → the additive form of each call of the layer, of shape ``(..., batch, heads)``.
+
+        Raises:
+            ValueError: a layer that the metric was not built for, or with another number of heads.
+        """
+        for name, calls in sums.items():
+            where = self._slices.get(name)
+            for call in calls:
+                if where is None or call.total.shape[-1] != self.heads[name]:
+                    raise ValueError(
+                        f"expected sums of one of {list(self.heads.items())[:3]}..., got {name!r} with "
+                        f"{call.total.shape[-1]} heads: build the metric from the layers that are captured"
+                    )
+                self._add(where, call)
+
+    def _add(self, where: slice, call: MeanSums) -> None:
+        self.total[:, where] += call.total.sum(1).to(self.total)
+        self.weight[:, where] += call.weight.sum(1).to(self.weight)
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of one statistic by layer, each of shape ``(heads,)``."""
+        return {name: flat[where] for name, where in self._slices.items()}
+
+    def compute(self) -> dict[str, Tensor]:
+        """Statistic → values of all heads, flat, shape ``(sum(heads),)``; NaN where nothing was counted."""
+        return dict(zip(self.statistics, self.total / self.weight, strict=True))
