@@ -9,6 +9,7 @@ from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.selection import a_stretch, some_sequences
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.position import positional_share
+from lightning_qk.logging.history import RunRecord
 from lightning_qk.metrics.means import HeadMeans
 
 POSITION = "positional_share"
@@ -118,3 +119,8 @@ class PositionMonitor(CaptureMonitor):
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means over the sequences that were drawn."""
         return HeadMeans(heads, (POSITION,))
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add the history, and its mean as a curve."""
+        super().contribute(record)
+        record.position = self.history

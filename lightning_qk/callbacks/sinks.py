@@ -6,6 +6,7 @@ from lightning_qk.callbacks._captured import CaptureMonitor, Measured, tensors_o
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.selection import some_sequences
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
+from lightning_qk.logging.history import RunRecord
 from lightning_qk.metrics.means import HeadMeans
 
 
@@ -98,3 +99,8 @@ class SinkMonitor(CaptureMonitor):
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means over sequences, rows and keys."""
         return HeadMeans(heads, SINK_STATISTICS)
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add the history, and its means as curves."""
+        super().contribute(record)
+        record.sinks = self.history

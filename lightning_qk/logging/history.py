@@ -163,7 +163,7 @@ class History:
         return history
 
 
-_HISTORIES = ("spectrum", "attention", "hidden")
+_HISTORIES = ("spectrum", "attention", "sinks", "position", "hidden")
 
 
 @dataclass
@@ -173,6 +173,8 @@ class RunRecord:
     Attributes:
         spectrum: history of :class:`~lightning_qk.QKSpectrumMonitor`, or None.
         attention: history of :class:`~lightning_qk.AttentionMonitor`, or None.
+        sinks: history of :class:`~lightning_qk.SinkMonitor`, or None.
+        position: history of :class:`~lightning_qk.PositionMonitor`, or None.
         hidden: history of :class:`~lightning_qk.HiddenStateMonitor`, one "head" a layer, or None.
         eigenvalues: layer label → complex eigenvalues of W_QK, shape ``(heads, d_head)``, the newest ones.
         eigenvalues_step: the step that the eigenvalues belong to.
@@ -183,6 +185,8 @@ class RunRecord:
 
     spectrum: History | None = None
     attention: History | None = None
+    sinks: History | None = None
+    position: History | None = None
     hidden: History | None = None
     eigenvalues: dict[str, Tensor] = field(default_factory=dict)
     eigenvalues_step: int | None = None

@@ -131,11 +131,10 @@ class HeadReport:
 
     @classmethod
     def from_history(cls, record: RunRecord, *, thresholds: HeadThresholds | None = None) -> "HeadReport":
-        """Class every head by the newest numbers that the monitors remember.
+        """Class every head by the newest numbers of QKSpectrumMonitor, AttentionMonitor and PositionMonitor.
 
         They know less than a run of the model tells: of a head's values nothing, so that it is dead where its
-        W_QK is, and of positions only what was recorded. Where ``positional_share`` is not, what is neither dead,
-        diffuse, a sink nor saturated is unknown.
+        W_QK is. Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
 
         Args:
             record: of a run, or what :meth:`~lightning_qk.logging.history.RunRecord.load` read.
@@ -145,6 +144,7 @@ class HeadReport:
             ValueError: the monitors recorded nothing.
         """
         spectrum, attention = _newest(record.spectrum), _newest(record.attention)
+        position = _newest(record.position)
         labels = list(dict.fromkeys([*spectrum, *attention]))
         if not labels:
             raise ValueError(
@@ -152,7 +152,7 @@ class HeadReport:
             )
         values = {}
         for label in labels:
-            numbers = {**spectrum.get(label, {}), **attention.get(label, {})}
+            numbers = {**spectrum.get(label, {}), **attention.get(label, {}), **position.get(label, {})}
             if "frobenius_sq" in numbers:
                 numbers["weight"] = relative(numbers["frobenius_sq"].sqrt())
             values[label] = numbers

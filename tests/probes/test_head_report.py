@@ -157,15 +157,15 @@ def record(positions: bool) -> RunRecord:
         "sink_first": torch.tensor([0.05, 0.5, 0.1, 0.1, 0.1, 0.05]),
         "logit_std": torch.ones(6),
     }
-    if positions:
-        values["positional_share"] = torch.tensor([0.9, 0.9, 0.8, 0.1, 0.2, 0.0])
+    position = History(("layer_00", "layer_01"), (3, 3))
+    position.append(7, {"positional_share": torch.tensor([0.9, 0.9, 0.8, 0.1, 0.2, 0.0])})
     attention.append(3, {name: torch.zeros(6) for name in values})
     attention.append(7, values)
     spectrum = History(("layer_00", "layer_01"), (3, 3))
     spectrum.append(
         7, {"frobenius_sq": torch.tensor([1.0, 1.0, 4.0, 1.0, 1.0, 1e-10]), "eig_var": torch.ones(6)}
     )
-    return RunRecord(spectrum=spectrum, attention=attention)
+    return RunRecord(spectrum=spectrum, attention=attention, position=position if positions else None)
 
 
 @pytest.mark.parametrize("positions", [False, True])
@@ -181,17 +181,18 @@ def test_from_the_monitors_history(positions, tmp_path):
 
 
 def test_a_run_and_its_history_agree():
-    from lightning_qk import AttentionMonitor, QKSpectrumMonitor
+    from lightning_qk import AttentionMonitor, PositionMonitor, QKSpectrumMonitor
 
     module = models.Job(models.gpt2(), lr=0.0)
     for each in module.modules():
         if isinstance(each, torch.nn.Dropout):
             each.p = 0.0
     spectrum, attention = QKSpectrumMonitor(report=False), AttentionMonitor(rows=None, report=False)
-    models.trainer([spectrum, attention], max_steps=1).fit(module, models.tokens())
+    position = PositionMonitor(sequences=None, length=None, report=False)
+    models.trainer([spectrum, attention, position], max_steps=1).fit(module, models.tokens())
     remembered = RunRecord()
-    spectrum.contribute(remembered)
-    attention.contribute(remembered)
+    for monitor in (spectrum, attention, position):
+        monitor.contribute(remembered)
     history = HeadReport.from_history(remembered)
     run = HeadReport.from_model(module.inner["network"], [next(iter(models.tokens()))])
     for one, other in zip(history.rows, run.rows, strict=True):
@@ -199,6 +200,7 @@ def test_a_run_and_its_history_agree():
         for name in (
             "entropy_normalized",
             "max_prob",
+            "positional_share",
             "sink_first",
             "sink_rate",
             "weight",
