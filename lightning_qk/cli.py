@@ -60,12 +60,20 @@ def _coverage(args: list[str]) -> int:
     return run(args[1:], f"{_PROG} coverage")
 
 
+def _inspect(args: list[str]) -> int:
+    """Read checkpoints."""
+    from lightning_qk.inspect.command import run
+
+    return run(args[1:], f"{_PROG} inspect")
+
+
 # One line makes a command: its name, what the help says, and a function of the arguments (the name first).
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "fit": ("train and validate a model: lightning-qk fit --config configs/quickstart.yaml", _fit_and_kin),
     "validate": ("evaluate on the validation data", _fit_and_kin),
     "test": ("evaluate on the test data", _fit_and_kin),
     "predict": ("run the model over the test data", _fit_and_kin),
+    "inspect": ("show what is in a checkpoint's query and key weights: lightning-qk inspect gpt2", _inspect),
     "report": ("make the HTML report of a run again from its record", _report),
     "coverage": ("measure which of transformers' model types are read and captured", _coverage),
 }
@@ -81,7 +89,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; None takes it from ``sys.argv``.
 
     Returns:
-        The exit status: 0, 1 for a run that failed, 2 for a wrong command line or config.
+        The exit status: 0, 1 for a run that failed, 2 for a wrong command line, config or checkpoint; see each
+        command's help for others.
     """
     given = list(sys.argv[1:] if args is None else args)
     traceback = "--traceback" in given or os.environ.get("LIGHTNING_QK_TRACEBACK", "") not in ("", "0")
@@ -103,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback or not _can_be_mended(error):
             raise
-        return _fail(f"{_mend(error)} (--traceback shows where)", 1)
+        return _fail(f"{_mend(error)} (--traceback shows where)", getattr(error, "status", 1))
 
 
 def _help() -> str:

@@ -151,7 +151,7 @@ def test_a_misspelt_config_gets_one_line(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "expected a command out of fit, validate, test, predict, report, coverage, got none"),
+        ([], "expected a command out of fit, validate, test, predict, inspect, report, coverage, got none"),
         (["fti"], "got 'fti'; did you mean 'fit'?"),
         (["fit"], "model.model"),
         (["fit", "--config", "none.yaml"], "none.yaml"),

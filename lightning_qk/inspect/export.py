@@ -1,0 +1,186 @@
+"""Readings as JSON, CSV and HTML. A file appears whole or not at all."""
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_qk._version import __version__
+from lightning_qk.inspect.conditions import logged_values
+from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.read import Reading, record_of
+from lightning_qk.inspect.regime import layer_regime
+from lightning_qk.inspect.table import regimes_of
+
+
+def check_targets(paths: Sequence[Path | None]) -> None:
+    """Refuse files that cannot be written, before anything is read.
+
+    Raises:
+        BadInput: a target is a folder, or its folder cannot be written to.
+    """
+    for path in paths:
+        if path is None or str(path) == "-":
+            continue
+        if path.is_dir():
+            raise BadInput(f"expected a file to write, got the folder {path}: add a name")
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+        if (
+            not folder.is_dir()
+            or not os.access(folder, os.W_OK)
+            or (path.exists() and not os.access(path, os.W_OK))
+        ):
+            raise BadInput(f"expected a file that may be written, got {path}: pick another place")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name first; ``-`` is standard output.
+
+    Raises:
+        BadInput: it cannot be written.
+    """
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise BadInput(
+            f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
+        ) from error
+    finally:
+        if partial.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+def as_json(
+    sources: Sequence[Sequence[Reading]],
+    differences: Sequence[dict[str, Any]] = (),
+    *,
+    eigenvalues: bool = False,
+) -> str:
+    """What was read, as one object on one line.
+
+    Args:
+        sources: readings of each source, by step.
+        differences: from :func:`difference`.
+        eigenvalues: all of them too, which are many.
+    """
+    content: dict[str, Any] = {
+        "version": __version__,
+        "checkpoints": [_plain(reading, eigenvalues) for readings in sources for reading in readings],
+    }
+    if differences:
+        content["differences"] = list(differences)
+    return json.dumps(content, allow_nan=False) + "\n"
+
+
+def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
+    regimes = regimes_of(reading)
+    layers = []
+    for place, label in enumerate(reading.labels):
+        heads = {
+            name: [_number(value) for value in reading.split(flat)[place].tolist()]
+            for name, flat in {**reading.values, **reading.attention}.items()
+        }
+        eigenvalues = reading.eigenvalues.get(label) if with_eigenvalues else None
+        layers.append(
+            {
+                "label": label,
+                "name": reading.names[place],
+                "heads": reading.heads[place],
+                "self_attention": reading.self_attention[place],
+                "regime": layer_regime(regimes[place]),
+                "per_head": {**heads, "regime": regimes[place]},
+                **({} if eigenvalues is None else {"eigenvalues": _pairs(eigenvalues)}),
+            }
+        )
+    aggregates = {key: _number(value) for key, value in logged_values(reading).items() if "/head_" not in key}
+    return {
+        "checkpoint": reading.title,
+        "step": reading.step,
+        "facts": reading.facts,
+        "values": aggregates,
+        "layers": layers,
+        "notes": reading.notes,
+    }
+
+
+def _pairs(values: Tensor) -> list[list[list[float | None]]]:
+    """Real and imaginary parts, by head."""
+    return [[[_number(value.real), _number(value.imag)] for value in head] for head in values.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def difference(first: Reading, other: Reading) -> dict[str, Any]:
+    """What one model has more of than another, by key, as plain data."""
+    before, after = logged_values(first), logged_values(other)
+    return {
+        "checkpoint": other.title,
+        "minus": first.title,
+        "values": {
+            key: _number(value - before[key])
+            for key, value in after.items()
+            if key in before and "/head_" not in key
+        },
+    }
+
+
+def as_csv(sources: Sequence[Sequence[Reading]]) -> str:
+    """One line a head of every checkpoint; empty where a head has no value."""
+    out = io.StringIO()
+    all_readings = [reading for readings in sources for reading in readings]
+    names = list(
+        dict.fromkeys(name for reading in all_readings for name in (*reading.values, *reading.attention))
+    )
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["checkpoint", "step", "layer", "name", "head", *names, "regime"])
+    for reading in all_readings:
+        split = {name: reading.split(flat) for name, flat in {**reading.values, **reading.attention}.items()}
+        for place, regimes in enumerate(regimes_of(reading)):
+            for head, regime in enumerate(regimes):
+                values = [float(split[name][place][head]) if name in split else math.nan for name in names]
+                writer.writerow(
+                    [
+                        reading.title,
+                        "" if reading.step is None else reading.step,
+                        reading.labels[place],
+                        reading.names[place],
+                        head,
+                        *("" if math.isnan(value) else f"{value:.9g}" for value in values),
+                        regime,
+                    ]
+                )
+    return out.getvalue()
+
+
+def write_html(path: Path, readings: Sequence[Reading]) -> None:
+    """The report of the checkpoints of one model.
+
+    Raises:
+        BadInput: their layers differ, or the file cannot be written.
+    """
+    from lightning_qk.logging.report import write_report
+
+    record = record_of(list(readings))
+    try:
+        write_report(record, path)
+    except OSError as error:
+        raise BadInput(
+            f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
+        ) from error

@@ -1,0 +1,340 @@
+"""Read a checkpoint's attention layers one after the other, and what their spectra are."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.functional.spectrum import Support
+from lightning_qk.heads.borrowing import key_lender
+from lightning_qk.heads.errors import UnreadLayer
+from lightning_qk.heads.find import Site, attention_sites
+from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.position import ADDED_TO_LOGITS
+from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.skeleton import Placed, build_skeleton
+from lightning_qk.inspect.sources import Checkpoint
+from lightning_qk.inspect.weights import Weights
+from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.layers import layer_labels
+from lightning_qk.metrics.eigenvalues import EigenvalueWorker
+from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, MOMENT_STATISTICS, QKSpectrum, extreme_values
+
+Progress = Callable[[int, int], None]
+"""Called with how many layers were read, and of how many."""
+
+
+@dataclass
+class Reading:
+    """What was read from one checkpoint.
+
+    Attributes:
+        title: what the checkpoint is called.
+        step: of training, where it is known.
+        labels: of the layers, in the model's order.
+        names: their qualified names.
+        heads: how many each has.
+        self_attention: whether each takes queries and keys from the same tokens; others have singular values only.
+        values: statistic → one number a head of all layers, shape ``(sum(heads),)``; NaN where it has none.
+        eigenvalues: label → eigenvalues, complex ``(heads, d_head)``; empty where moments alone were asked for.
+        attention: the same as ``values`` of what was measured on text, or empty.
+        facts: what else to say of the model.
+        notes: sentences that a reader has to know.
+    """
+
+    title: str
+    step: int | None
+    labels: list[str]
+    names: list[str]
+    heads: list[int]
+    self_attention: list[bool]
+    values: dict[str, Tensor]
+    eigenvalues: dict[str, Tensor] = field(default_factory=dict)
+    attention: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """One tensor a layer."""
+        return list(flat.split(self.heads))
+
+    def has_value(self, statistic: str, layer: int) -> bool:
+        """Whether a layer has the statistic when all is well."""
+        if statistic in self.attention:
+            return bool(self.split(self.attention[statistic])[layer].isfinite().any())
+        return self.self_attention[layer] == (statistic != "singular_max")
+
+
+def iterate_layers(
+    model: nn.Module, weights: Weights, *, fold_norm: bool = False
+) -> Iterator[tuple[Site, LayerPlan | str, HeadProjections | None]]:
+    """Read the attention layers of a skeleton, each with its own weights in place for the time of its turn.
+
+    Args:
+        model: from :func:`~lightning_qk.inspect.skeleton.build_skeleton`.
+        weights: of the checkpoint.
+        fold_norm: see :func:`~lightning_qk.head_projections`.
+
+    Yields:
+        The layer where it stands, how it is read, and its projections in float32 at least; or the reason why it
+        cannot be read, and None.
+
+    Raises:
+        BadInput: the checkpoint lacks the layer's weights, or holds others.
+    """
+    for site in list(attention_sites(model)):
+        with _standing_in(model, site, fold_norm) as placed:
+            try:
+                plan = LayerPlan(site, fold_norm)
+            except UnreadLayer as reason:
+                yield site, str(reason), None
+                continue
+            _load(plan, placed, weights)
+            with torch.no_grad():
+                yield site, plan, plan.read()
+
+
+@contextmanager
+def _standing_in(model: nn.Module, site: Site, fold_norm: bool) -> Iterator[Placed]:
+    modules = [site.module]
+    with suppress(UnreadLayer):  # the plan says so
+        lender = key_lender(site)
+        if lender is not None:
+            modules.append(lender.module)
+    if fold_norm:
+        # Norms stand beside the layer; what else is there has nothing to do with it.
+        modules += [
+            child
+            for owner in site.ancestors[:3]
+            if not isinstance(owner, nn.ModuleList | nn.ModuleDict)
+            for child in owner.children()
+            if not any(True for _ in child.children())
+        ]
+    placed = Placed(model, modules)
+    try:
+        yield placed
+    finally:
+        placed.take_back()
+
+
+def _load(plan: LayerPlan, placed: Placed, weights: Weights) -> None:
+    """Put the weights that a plan reads in their places, and the biases beside them."""
+    wanted = [placed.names_of(parameter) for parameter in plan.parameters()]
+    first = [names for names in wanted if names]
+    beside = {
+        f"{name.rpartition('.')[0]}.{own}".lstrip(".")
+        for names in first
+        for name in names
+        for own in ("bias", f"{name.rpartition('.')[2].removesuffix('_weight')}_bias")
+    }
+    extra = [name for side in (plan.query, plan.key) for name in _own_biases(plan, side, placed)]
+    known = {name for names in first for name in names}
+    also = [[name] for name in sorted(beside | set(extra)) if name in placed.names and name not in known]
+    with weights.reading() as load:
+        for names in first + [names for names in also if weights.has(names[0])]:
+            placed.put(names[0], load(names, placed.shape(names[0])))
+
+
+def _own_biases(plan: LayerPlan, side: Any, placed: Placed) -> list[str]:
+    """Vectors in the layer that a side's weights are in."""
+    path = plan.name if side is plan.query else plan.key_layer or plan.name
+    inside = f"{path}." if path else ""
+    added = [f"{inside}{name}" for name in side.added if f"{inside}{name}" in placed.names]
+    return added + [
+        name
+        for name in placed.names
+        if name.startswith(inside) and placed.shape(name).numel() == max(placed.shape(name), default=1)
+    ]
+
+
+def read_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    support: Support = "model",
+    fold_norm: bool = False,
+    eigenvalues: bool = True,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Reading, nn.Module, Weights]:
+    """Read a checkpoint's spectra, one layer in memory at a time.
+
+    Args:
+        checkpoint: from :func:`~lightning_qk.inspect.sources.open_source`.
+        support: what spectra are averaged over, see :func:`~lightning_qk.functional.qk_moments`.
+        fold_norm: fold the gain of the norm that feeds a layer into its weights.
+        eigenvalues: solve the eigenproblems; False leaves ``spectral_radius`` and ``singular_max`` out.
+        trust: run code that comes with the model.
+        progress: told of every layer.
+
+    Returns:
+        What was read, the skeleton and the weights.
+
+    Raises:
+        BadInput: the model holds no attention that can be read, or the checkpoint lacks weights.
+    """
+    model = build_skeleton(checkpoint.config, trust=trust)
+    weights = checkpoint.weights(model)
+    total = sum(1 for _ in attention_sites(model))
+    statistics = (*MOMENT_STATISTICS, *EXTREME_STATISTICS) if eigenvalues else MOMENT_STATISTICS
+    plans: dict[str, LayerPlan] = {}
+    unread: dict[str, str] = {}
+    values: dict[str, list[Tensor]] = {name: [] for name in statistics}
+    spectra: dict[str, Tensor] = {}
+    facts: dict[str, set[str]] = {"positions": set(), "norms": set()}
+    # A layer's eigenproblems are solved while the next one is read.
+    worker = EigenvalueWorker()
+
+    def collect() -> None:
+        solved = worker.collect()
+        if solved is None:
+            return
+        for name, own in solved.spectra.items():
+            for statistic, value in extreme_values({name: own}, {name: plans[name].heads}).items():
+                values[statistic].append(value)
+            if own.is_complex():
+                spectra[name] = own
+
+    try:
+        for count, (site, plan, heads) in enumerate(iterate_layers(model, weights, fold_norm=fold_norm), 1):
+            if isinstance(plan, str) or heads is None:
+                unread[site.name] = str(plan)
+            else:
+                plans[site.name] = plan
+                metric = QKSpectrum({site.name: plan.heads}, support, eigenvalues=False)
+                metric.update({site.name: heads})
+                for name, value in metric.compute().items():
+                    values[name].append(value)
+                if heads.position:
+                    facts["positions"].add(heads.position)
+                if heads.qk_norm:
+                    facts["norms"].add("between projections and dot product")
+                if eigenvalues:
+                    collect()
+                    worker.submit(count, metric.cores)
+                metric.cores = []  # metrics wait for the garbage collector
+            del heads
+            if progress is not None:
+                progress(count, total)
+        collect()
+    finally:
+        worker.close()
+    return _reading(checkpoint, model, plans, unread, values, spectra, facts), model, weights
+
+
+def _reading(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    plans: dict[str, LayerPlan],
+    unread: dict[str, str],
+    values: dict[str, list[Tensor]],
+    spectra: dict[str, Tensor],
+    facts: dict[str, set[str]],
+) -> Reading:
+    kind = type(model).__name__
+    if not plans:
+        if unread:
+            name, reason = next(iter(unread.items()))
+            raise BadInput(
+                f"expected attention layers that can be read, got {len(unread)} in {checkpoint.title} "
+                f"({kind}), none of "
+                f"which is: of {name or kind}, {reason}"
+            )
+        raise BadInput(
+            f"expected a model with attention layers, got {checkpoint.title} ({kind}), which has none"
+        )
+    cross = [name for name, plan in plans.items() if not plan.self_attention]
+    labels = layer_labels(list(plans), cross)
+    notes = list(checkpoint.notes)
+    notes += [f"{name} is not read: {reason}" for name, reason in unread.items()]
+    if facts["positions"] & ADDED_TO_LOGITS:
+        notes.append(
+            "positions are added to the logits "
+            f"({', '.join(sorted(facts['positions'] & ADDED_TO_LOGITS))}): these are "
+            "the spectra of the content part, q · k"
+        )
+    reading = Reading(
+        title=checkpoint.title,
+        step=checkpoint.step,
+        labels=list(labels.values()),
+        names=list(plans),
+        heads=[plan.heads for plan in plans.values()],
+        self_attention=[plan.self_attention for plan in plans.values()],
+        values={name: torch.cat(parts) for name, parts in values.items() if parts},
+        eigenvalues={labels[name]: own for name, own in spectra.items()},
+        facts=_facts(model, plans, facts),
+        notes=notes,
+    )
+    reading.notes += _not_finite(reading)
+    return reading
+
+
+def _facts(model: nn.Module, plans: dict[str, LayerPlan], facts: dict[str, set[str]]) -> dict[str, str]:
+    def different(numbers: Iterable[int]) -> str:
+        return ", ".join(map(str, dict.fromkeys(numbers)))
+
+    return {
+        "Model": type(model).__name__,
+        "Layers": str(len(plans)),
+        "Heads": different(plan.heads for plan in plans.values()),
+        "Key heads": different(plan.sizes.kv_heads for plan in plans.values()),
+        "Width of a head": different(plan.sizes.d_head for plan in plans.values()),
+        "Width of the model": different(plan.width[0] for plan in plans.values()),
+        "Positions": ", ".join(sorted(facts["positions"])) or "unknown",
+        **({"Norms": ", ".join(facts["norms"])} if facts["norms"] else {}),
+    }
+
+
+def _not_finite(reading: Reading) -> list[str]:
+    """Name the layers whose weights are not finite."""
+    found = []
+    for layer, part in enumerate(reading.split(reading.values["frobenius_sq"])):
+        bad = [str(head) for head, ok in enumerate(part.isfinite().tolist()) if not ok]
+        if bad and reading.self_attention[layer]:
+            found.append(
+                f"{reading.names[layer]} (head {', '.join(bad[:8])}{' and more' if len(bad) > 8 else ''})"
+            )
+    return [f"weights are not finite in {name}" for name in found]
+
+
+def record_of(readings: list[Reading]) -> RunRecord:
+    """A run's record of the checkpoints of one model, by step; the newest one's eigenvalues.
+
+    Raises:
+        BadInput: their layers differ.
+    """
+    first, newest = readings[0], readings[-1]
+    for other in readings[1:]:
+        check_same_layers(first, other)
+    record = RunRecord(info={"Checkpoint": newest.title, **newest.facts})
+    record.spectrum = History(first.labels, first.heads, max(len(readings), 2))
+    if any(reading.attention for reading in readings):
+        record.attention = History(first.labels, first.heads, max(len(readings), 2))
+    for place, reading in enumerate(readings):
+        step = place if reading.step is None else reading.step
+        record.spectrum.append(step, reading.values)
+        if reading.attention and record.attention is not None:
+            record.attention.append(step, reading.attention)
+    record.eigenvalues = newest.eigenvalues
+    record.eigenvalues_step = record.spectrum.steps[-1] if newest.eigenvalues else None
+    record.notes = list(dict.fromkeys(note for reading in readings for note in reading.notes))
+    return record
+
+
+def check_same_layers(first: Reading, other: Reading) -> None:
+    """Refuse to set readings beside each other whose layers or heads differ.
+
+    Raises:
+        BadInput: they differ.
+    """
+    if (first.labels, first.heads) == (other.labels, other.heads):
+        return
+    raise BadInput(
+        f"expected models with the same layers and heads, got {len(first.labels)} layers of "
+        f"{sorted(set(first.heads))} heads "
+        f"in {first.title} and {len(other.labels)} of {sorted(set(other.heads))} in {other.title}: "
+        "inspect them one by one"
+    )

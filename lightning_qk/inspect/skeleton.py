@@ -1,0 +1,224 @@
+"""A model without its weights: built from a configuration, with parameters on the meta device.
+
+Parameters have shapes and no memory. Buffers and whatever else a constructor computes (frequencies of rotary
+positions, scales) are real, since layers are read by running parts of them; only tables of millions of entries are
+not.
+"""
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_qk.heads.classes import is_named
+from lightning_qk.inspect.errors import BadInput, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Numbers from which on a tensor that a constructor makes is not worth its memory.
+_LARGE = 2**22
+_FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+# Length of the pattern that stand-ins repeat: prime, so that no row of a matrix is like another.
+_PATTERN = 4099
+
+
+def build_skeleton(config: "PreTrainedConfig", *, trust: bool = False) -> "PreTrainedModel":
+    """Build the model that a configuration describes, without memory for its parameters.
+
+    It is of the class that the configuration names (``architectures``), or of the one that ``AutoModel`` picks.
+
+    Args:
+        config: the configuration.
+        trust: run the code that comes with the model, where its class is none of transformers'.
+
+    Returns:
+        The model in evaluation mode, its parameters on the meta device.
+
+    Raises:
+        BadInput: there is no such model, or it cannot be built.
+    """
+    import transformers
+
+    config = _plain_attention(config)
+    named = getattr(config, "architectures", None) or []
+    found = _class_of(config, named[0]) if named and isinstance(named[0], str) else None
+    builders: list[Callable[[], Any]] = []
+    if found is not None:
+        builders.append(lambda: found._from_config(config, dtype=torch.float32))
+    builders.append(
+        lambda: transformers.AutoModel.from_config(config, trust_remote_code=trust, dtype=torch.float32)
+    )
+    problem: Exception | None = None
+    for build in builders:
+        try:
+            with _without_memory(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = build()
+        except Exception as error:  # a constructor may raise anything
+            problem = problem or error
+            continue
+        return model.eval()
+    assert problem is not None  # there is at least one builder
+    kind = named[0] if named else getattr(config, "model_type", type(config).__name__)
+    raise BadInput(
+        f"expected a model that transformers can build from its config.json, got {kind}: {one_line(problem)}"
+    ) from problem
+
+
+def _class_of(config: "PreTrainedConfig", name: str) -> Any:
+    """The class of transformers that a configuration names, of those that it does not export too."""
+    import transformers
+
+    homes: list[Any] = [transformers]
+    with suppress(ImportError):
+        homes.append(import_module(type(config).__module__.replace(".configuration_", ".modeling_")))
+    for home in homes:
+        found = getattr(home, name, None)
+        # Not everything that is exported: functions have names too.
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return None
+
+
+def _plain_attention(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """Without an implementation whose library may not be there: nothing is computed by it."""
+    wanted = getattr(config, "_attn_implementation", None)
+    if wanted not in (None, "eager", "sdpa"):
+        config._attn_implementation = "eager"
+    return config
+
+
+class _Lean(TorchFunctionMode):
+    """Puts large new tensors on the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and kwargs.get("device") is None and _numel(args, kwargs) > _LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _numel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+    count = 1
+    for length in size if isinstance(size, tuple | list) else ():
+        count *= length if isinstance(length, int) else 1
+    return count
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Modules that are made in this block keep their parameters on the meta device, initialized or not."""
+    register = nn.Module.register_parameter
+
+    def register_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            kept = {key: value for key, value in vars(param).items() if not key.startswith("_")}
+            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+            vars(param).update(kept)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    try:
+        with _Lean(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class Placed:
+    """Tensors in the places of a skeleton's own, for the time of a block.
+
+    Attributes:
+        names: of the parameters and buffers that have a stand-in.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        """Put stand-ins in the place of everything without values that some modules hold.
+
+        Args:
+            model: the skeleton.
+            modules: parts of it; what is in them counts too.
+        """
+        paths = {id(module): path for path, module in model.named_modules()}
+        # Shared parameters stay shared.
+        self._made: dict[int, Tensor] = {}
+        self._before: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._homes: dict[str, tuple[dict[str, Any], str]] = {}
+        for top in modules:
+            for module in top.modules():
+                path = paths.get(id(module))
+                if path is not None:
+                    self._stand_in(module, path, direct=module is top or module in set(top.children()))
+
+    @property
+    def names(self) -> Collection[str]:
+        """Qualified names of what has a stand-in."""
+        return self._homes.keys()
+
+    def names_of(self, tensor: Tensor) -> list[str]:
+        """The qualified names of a tensor that stands in: several where it is shared, none where it "
+        "does not."""
+        return [name for name, (home, own) in self._homes.items() if home[own] is tensor]
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a stand-in."""
+        home, own = self._homes[name]
+        return home[own].shape
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Put values in the place of a stand-in, and of all that share it."""
+        home, own = self._homes[name]
+        old = home[own]
+        new = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+        for other, key in self._homes.values():
+            if other[key] is old:
+                other[key] = new
+
+    def take_back(self) -> None:
+        """Leave the skeleton as it was."""
+        for home, own, old in reversed(self._before):
+            home[own] = old
+        self._before, self._homes, self._made = [], {}, {}
+
+    def _stand_in(self, module: nn.Module, path: str, direct: bool) -> None:
+        homes: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for home in homes:
+            for own, tensor in list(home.items()):
+                if tensor is None or not tensor.is_meta:
+                    continue
+                name = f"{path}.{own}" if path else own
+                if id(tensor) not in self._made:
+                    made = _stand_in(tensor, plain=direct and _is_plain_linear(module))
+                    if isinstance(tensor, nn.Parameter):
+                        made = nn.Parameter(made, requires_grad=False)
+                    self._made[id(tensor)] = made
+                self._before.append((home, own, tensor))
+                home[own] = self._made[id(tensor)]
+                self._homes[name] = (home, own)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether nobody has to run a module to know what it does."""
+    return type(module).forward is nn.Linear.forward or is_named(module, "Conv1D")
+
+
+def _stand_in(tensor: Tensor, *, plain: bool) -> Tensor:
+    """Numbers around one for vectors, mixed ones for matrices; none at all, and no memory, where nobody "
+    "looks."""
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    if plain and tensor.dim() == 2:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    wave = torch.cos(1.7 * torch.arange(_PATTERN, dtype=torch.float32).square())
+    wave = (1 + 0.2 * wave if tensor.dim() < 2 else 0.1 * wave).to(tensor.dtype)
+    count = -(-tensor.numel() // _PATTERN)
+    return wave.repeat(count)[: tensor.numel()].view(tensor.shape)

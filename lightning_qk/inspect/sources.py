@@ -1,0 +1,457 @@
+"""Open what can be inspected: folders, models on the hub, Lightning's checkpoints, adapters, series of "
+"them."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_qk.inspect.adapter import AdaptedWeights, check_config
+from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.storage import Storage, folder_storage, load_torch, state_dict, tensor_names
+from lightning_qk.inspect.weights import StoredWeights, Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Fetch = Callable[[str], Path | None]
+
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_STEP = re.compile(r"(?:checkpoint|step|global_step|iter)[-_=]?(\d+)", re.IGNORECASE)
+# Where hyperparameters of a LightningModule say what model it holds.
+_MODEL_HINT = re.compile(r"model|pretrained|backbone|checkpoint", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How checkpoints are opened.
+
+    Attributes:
+        trust: load objects and run code that come with them.
+        revision: of models on the hub.
+        base: model that an adapter is added to, instead of the one that it names.
+        config: folder or name on the hub whose configuration to take for a checkpoint that holds none.
+        series: read the checkpoints in a folder even where it holds a model itself.
+    """
+
+    trust: bool = False
+    revision: str | None = None
+    base: str | None = None
+    config: str | None = None
+    series: bool = False
+
+
+@dataclass
+class Checkpoint:
+    """One set of weights.
+
+    Attributes:
+        title: what to call it.
+        config: of the model.
+        weights: given the skeleton, its weights.
+        step: of training, where it is known.
+        tokenizer: folder or name on the hub where its tokenizer may be, or None.
+        revision: of that.
+        notes: sentences that a reader has to know.
+    """
+
+    title: str
+    config: "PreTrainedConfig"
+    weights: Callable[[nn.Module], Weights]
+    step: int | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(target: str, options: Options) -> list[Checkpoint]:
+    """Open what a name stands for.
+
+    Args:
+        target: a folder that ``save_pretrained`` wrote, a PEFT adapter's folder, a checkpoint of Lightning or
+            another file of torch's, a folder of checkpoints, or the name of a model on the hub, with
+            ``@revision`` or not.
+        options: how.
+
+    Returns:
+        The checkpoints by step: one, or as many as a folder of them holds.
+
+    Raises:
+        BadInput: it is none of these, or cannot be read.
+    """
+    path = Path(target).expanduser()
+    try:
+        if path.is_file():
+            return [_file(path, options)]
+        if path.is_dir():
+            return _folder(path, options)
+    except PermissionError as error:
+        raise BadInput(f"expected a path that may be read, got {path}: change its permissions") from error
+    name, _, revision = target.partition("@")
+    if path.is_absolute() or target.startswith((".", "~")) or not _HUB_ID.match(name):
+        raise BadInput(
+            f"expected a folder, a checkpoint or the name of a model on the hub, got {target!r}, which "
+            "does not "
+            f"exist{_near(path)}"
+        )
+    return [_hub(name, revision or options.revision, options)]
+
+
+def _near(path: Path) -> str:
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return "; correct it"
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"; did you mean {str(path.with_name(close[0]))!r}?" if close else "; correct it"
+
+
+def _folder(path: Path, options: Options) -> list[Checkpoint]:
+    fetch = _local(path)
+    inside = _checkpoints_in(path)
+    if not (options.series and inside):
+        if fetch(_ADAPTER) is not None:
+            return [_adapter(fetch, str(path), options)]
+        if fetch(_CONFIG) is not None:
+            found = _pretrained(fetch, str(path), options)
+            if inside:
+                found.notes.append(
+                    f"{path} also holds {len(inside)} checkpoints: pass --series to read those instead"
+                )
+            return [found]
+    if inside:
+        return _series(inside, options)
+    if (path / ".metadata").exists() or (path / "meta.pt").exists():
+        raise BadInput(
+            f"expected weights in one piece, got {path}, a checkpoint that Lightning saved in shards: "
+            "turn it into a file "
+            "with `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
+        )
+    try:
+        holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
+    except OSError as error:
+        raise BadInput(f"expected a folder that may be read, got {path}: change its permissions") from error
+    raise BadInput(
+        f"expected a folder with config.json, adapter_config.json or checkpoints, got {path}, which holds "
+        f"{holds}: "
+        "pass the folder that save_pretrained wrote, or a .ckpt file"
+    )
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
+    """Checkpoints that lie in a folder: files of Lightning's, or folders that transformers wrote."""
+    for folder in (path, path / "checkpoints"):
+        if not folder.is_dir():
+            continue
+        found = [
+            entry
+            for entry in sorted(folder.iterdir())
+            if (entry.suffix == ".ckpt" and entry.is_file())
+            or (entry.is_dir() and any((entry / name).is_file() for name in (_CONFIG, _ADAPTER)))
+        ]
+        if found:
+            return found
+    return []
+
+
+def _series(paths: list[Path], options: Options) -> list[Checkpoint]:
+    """Checkpoints by step; of several that have one step, the first by name."""
+    numbered = all(_STEP.search(path.name) or path.suffix == ".ckpt" for path in paths)
+    opened: dict[int, Checkpoint] = {}
+    left_out = []
+    for place, path in enumerate(paths):
+        one = (
+            _file(path, options)
+            if path.is_file()
+            else _folder(path, Options(**{**vars(options), "series": False}))[0]
+        )
+        step = one.step if numbered and one.step is not None else place
+        if step in opened:
+            left_out.append(path.name)
+            continue
+        one.step = step
+        opened[step] = one
+    checkpoints = [opened[step] for step in sorted(opened)]
+    if left_out:
+        checkpoints[-1].notes.append(f"{', '.join(left_out)} left out: of a step that another checkpoint has")
+    return checkpoints
+
+
+def _step_of(path: str) -> int | None:
+    found = _STEP.search(Path(path).name)
+    return int(found[1]) if found else None
+
+
+def _local(folder: Path) -> Fetch:
+    def fetch(name: str) -> Path | None:
+        path = folder / name
+        return path if path.is_file() else None
+
+    return fetch
+
+
+def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None = None) -> Checkpoint:
+    """A model that transformers saved."""
+    config = _config(fetch, where, options, hub=hub)
+    _check_plain(config, where)
+    storage = folder_storage(fetch, where, trust=options.trust)
+    return Checkpoint(
+        where,
+        config,
+        lambda model: StoredWeights(storage, model),
+        step=_step_of(where),
+        tokenizer=hub or where,
+    )
+
+
+def _config(fetch: Fetch, where: str, options: Options, *, hub: str | None = None) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    path = fetch(_CONFIG)
+    if path is None:
+        raise BadInput(
+            f"expected a {_CONFIG} in {where}, got none: pass the folder that save_pretrained wrote"
+        )
+    # Code that comes with a model on the hub is found by the model's name.
+    source, revision = (hub, options.revision) if hub and options.trust else (str(path.parent), None)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=options.trust)
+    except Exception as error:  # whatever a configuration's class may raise
+        hint = "" if options.trust or "trust_remote_code" not in str(error) else " (--trust allows that)"
+        raise BadInput(
+            f"expected a configuration that transformers knows, got {path}: {one_line(error)}{hint}"
+        ) from error
+
+
+def _check_plain(config: "PreTrainedConfig", where: str) -> None:
+    quantized = getattr(config, "quantization_config", None)
+    if not quantized:
+        return
+    method = (
+        quantized.get("quant_method")
+        if isinstance(quantized, Mapping)
+        else getattr(quantized, "quant_method", "")
+    )
+    raise BadInput(
+        f"expected weights that are kept as numbers, got {where}, which is quantized "
+        f"({getattr(method, 'value', method)}): "
+        "dequantize it and save it again, or pass the model that it was made from"
+    )
+
+
+def _adapter(fetch: Fetch, where: str, options: Options) -> Checkpoint:
+    """A PEFT adapter with its base."""
+    path = fetch(_ADAPTER)
+    assert path is not None  # the caller has seen it
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        check_config(config, where)
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise BadInput(f"expected an adapter's configuration, got {path} ({one_line(error)})") from error
+    name = options.base or config.get("base_model_name_or_path")
+    if not name:
+        raise BadInput(f"expected an adapter that names its base, got {where}: pass it with --base")
+    if options.base is None and not Path(name).expanduser().exists() and (path.parent / name).is_dir():
+        name = str(path.parent / name)
+    try:
+        base = open_source(name, Options(trust=options.trust, revision=config.get("revision")))[-1]
+    except BadInput as error:
+        if options.base is not None:
+            raise
+        raise BadInput(
+            f"expected the base of the adapter {where}, which is {name}; {error}; or pass --base"
+        ) from error
+    files = [file for file in ("adapter_model.safetensors", "adapter_model.bin") if fetch(file) is not None]
+    if not files:
+        raise BadInput(f"expected adapter_model.safetensors in {where}, got none: copy or download it too")
+    weights = fetch(files[0])
+    assert weights is not None  # it is there
+    storage = Storage(
+        dict.fromkeys(tensor_names(weights, trust=options.trust), weights), where, trust=options.trust
+    )
+    return Checkpoint(
+        f"{where} on {base.title}",
+        base.config,
+        lambda model: AdaptedWeights(base.weights(model), model, storage, config, where),
+        step=_step_of(where),
+        tokenizer=base.tokenizer,
+        revision=base.revision,
+        notes=list(base.notes),
+    )
+
+
+def _file(path: Path, options: Options) -> Checkpoint:
+    """A file: of Lightning's, of torch's, or safetensors beside a configuration."""
+    if path.suffix == ".safetensors":
+        storage = Storage(dict.fromkeys(tensor_names(path), path), str(path))
+        config = _named_config(options) or _config(_local(path.parent), str(path.parent), options)
+        _check_plain(config, str(path))
+        return Checkpoint(
+            str(path), config, lambda model: StoredWeights(storage, model), tokenizer=str(path.parent)
+        )
+    if path.suffix not in _TORCH_FILES:
+        raise BadInput(
+            f"expected a file that ends with .safetensors or {', '.join(_TORCH_FILES)}, got {path}: pass "
+            "a checkpoint, "
+            "or the folder of a model"
+        )
+    loaded = load_torch(path, trust=options.trust)
+    names = list(state_dict(loaded))
+    if not names:
+        raise BadInput(f"expected a checkpoint with a state_dict, got {path}, which holds no tensors by name")
+    if any(".lora_A." in name for name in names):
+        raise BadInput(
+            f"expected a checkpoint without adapters, got {path}, whose model has LoRA layers: save the "
+            "adapter with "
+            "save_pretrained and pass its folder"
+        )
+    extra = loaded if isinstance(loaded, Mapping) else {}
+    step = extra.get("global_step")
+    config, tokenizer = _config_of(extra, path, options)
+    del loaded
+    storage = Storage(dict.fromkeys(names, path), str(path), trust=options.trust)
+    return Checkpoint(
+        str(path),
+        config,
+        lambda model: StoredWeights(storage, model, within=True),
+        step=step if isinstance(step, int) else _step_of(str(path)),
+        tokenizer=tokenizer,
+    )
+
+
+def _config_of(
+    loaded: Mapping[str, Any], path: Path, options: Options
+) -> "tuple[PreTrainedConfig, str | None]":
+    """The configuration of the network in a checkpoint, and where its tokenizer may be."""
+    hyper = loaded.get("hyper_parameters")
+    hints = {
+        key: value
+        for key, value in (hyper.items() if isinstance(hyper, Mapping) else ())
+        if isinstance(key, str) and _MODEL_HINT.search(key)
+    }
+    names = [value for value in hints.values() if isinstance(value, str)]
+    given = _named_config(options)
+    if given is not None:
+        return given, options.config
+    kept = loaded.get("transformer_config")
+    if isinstance(kept, str):
+        from lightning_qk.module.network import config_from_text
+
+        try:
+            return config_from_text(kept), names[0] if names else None
+        except Exception as error:
+            raise BadInput(
+                f"expected a configuration that transformers knows in {path}, got one that it refuses: "
+                f"{one_line(error)}"
+            ) from error
+    for value in hints.values():
+        if isinstance(value, Mapping) and "model_type" in value:
+            from lightning_qk.module.network import make_config
+
+            with suppress(ValueError):
+                return make_config(value), None
+    for name in names:
+        with suppress(BadInput):
+            return _any_config(name, options), name
+    if (path.parent / _CONFIG).is_file():
+        return _config(_local(path.parent), str(path.parent), options), str(path.parent)
+    raise BadInput(
+        f"expected a checkpoint that says what model it holds, got {path}, whose hyperparameters do not: "
+        "pass the folder "
+        "or the hub's name of a model of the same configuration with --config"
+    )
+
+
+def _named_config(options: Options) -> "PreTrainedConfig | None":
+    return None if options.config is None else _any_config(options.config, options)
+
+
+def _any_config(name: str, options: Options) -> "PreTrainedConfig":
+    path = Path(name).expanduser()
+    if path.is_file():
+        path = path.parent
+    if path.is_dir():
+        return _config(_local(path), str(path), options)
+    if not _HUB_ID.match(name):
+        raise BadInput(f"expected a folder or the name of a model on the hub, got {name!r}{_near(path)}")
+    return _config(_hub_files(name, options.revision), name, options, hub=name)
+
+
+def _hub(name: str, revision: str | None, options: Options) -> Checkpoint:
+    fetch = _hub_files(name, revision)
+    if fetch(_CONFIG) is None and fetch(_ADAPTER) is not None:
+        return _adapter(fetch, name, options)
+    own = Options(**{**vars(options), "revision": revision})
+    found = _pretrained(fetch, name, own, hub=name)
+    found.revision = revision
+    return found
+
+
+def _hub_files(name: str, revision: str | None) -> Fetch:
+    """Files of a model on the hub, from its cache or, where they are not in it, from the network.
+
+    Raises:
+        BadInput: neither has the model. A single file that is not there is None.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def cached(file: str) -> Path | None:
+        found = try_to_load_from_cache(name, file, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(name, file, revision=revision))
+        except LocalEntryNotFoundError as error:
+            if any(cached(known) for known in (_CONFIG, _ADAPTER)):
+                return None
+            raise BadInput(
+                "expected a path that exists, or a model of the hub that is in its cache or can be "
+                "downloaded, "
+                f"got {name!r}{_near(Path(name))}, or try again with a network and without HF_HUB_OFFLINE"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except GatedRepoError as error:
+            raise BadInput(
+                f"expected a model that may be downloaded, got {name!r}, whose owner has to allow it: ask "
+                "on its page, "
+                "then log in with `hf auth login`"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise BadInput(f"expected a revision that {name} has, got {revision!r}: correct it") from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise BadInput(
+                f"expected a path that exists or a model on the hub, got {name!r}: correct it, or log in "
+                "with "
+                "`hf auth login` where it is private"
+            ) from error
+        except PermissionError as error:
+            raise BadInput(
+                f"expected a cache that may be written, got {error.filename}: change HF_HOME"
+            ) from error
+        except Exception as error:  # whatever the network's library raises
+            found = cached(file)
+            if found is not None:
+                return found
+            raise BadInput(
+                f"expected to reach the hub for {name!r}, got {one_line(error)}: try again later"
+            ) from error
+
+    return fetch

@@ -1,0 +1,261 @@
+"""Attention statistics of a checkpoint on text: here the model is built with all its weights and run."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.capture.statistics import call_sums
+from lightning_qk.functional.localization import POSITION_STATISTICS
+from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.read import Reading
+from lightning_qk.inspect.sources import Checkpoint
+from lightning_qk.inspect.weights import Weights
+from lightning_qk.metrics.attention import AttentionStatistics
+
+_ENOUGH_CHARACTERS = 40  # a token, at most, in any language
+
+
+def fill(model: nn.Module, weights: Weights) -> list[str]:
+    """Give a skeleton all its weights, in float32.
+
+    Args:
+        model: from :func:`~lightning_qk.inspect.skeleton.build_skeleton`; it is a whole model then.
+        weights: of the checkpoint.
+
+    Returns:
+        Names of the parameters that the checkpoint lacks, which are zero.
+
+    Raises:
+        BadInput: the checkpoint holds others.
+    """
+    missing: list[str] = []
+    made: dict[int, Tensor] = {}
+    with weights.reading() as load:
+        for path, module in model.named_modules():
+            for home in (module._parameters, module._buffers):
+                kept = home is module._parameters
+                for own, tensor in list(home.items()):
+                    name = f"{path}.{own}" if path else own
+                    if tensor is None or not (
+                        tensor.is_meta or (weights.has(name) and tensor.is_floating_point())
+                    ):
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _filled(name, tensor, weights, load, missing)
+                    value = made[id(tensor)]
+                    home[own] = nn.Parameter(value, requires_grad=False) if kept else value
+    return missing
+
+
+def _filled(name: str, tensor: Tensor, weights: Weights, load: Any, missing: list[str]) -> Tensor:
+    if weights.has(name):
+        # A copy: the files are closed afterwards.
+        return load([name], tensor.shape).clone()
+    missing.append(name)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def tokenizer_of(checkpoint: Checkpoint, named: str | None) -> Any:
+    """The tokenizer of a checkpoint, or the one that was named.
+
+    Raises:
+        BadInput: there is none.
+    """
+    from lightning_qk.data.tokenizers import load_tokenizer
+
+    name = named or checkpoint.tokenizer
+    if name is None:
+        raise BadInput(
+            f"expected a tokenizer for --text, got none with {checkpoint.title}: pass a folder or a name "
+            "on the hub, or "
+            "'bytes', with --tokenizer"
+        )
+    path = Path(name).expanduser()
+    if named is None and path.is_dir() and not _has_tokenizer(path):
+        raise BadInput(
+            f"expected a tokenizer for --text, got none in {path}: pass a folder or a name on the hub, or "
+            "'bytes', with "
+            "--tokenizer"
+        )
+    try:
+        return load_tokenizer(str(path) if path.exists() else name, "--tokenizer")
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.txt",
+        "vocab.json",
+        "spiece.model",
+    )
+    return any((folder / name).is_file() for name in names)
+
+
+def read_text(source: str, characters: int) -> str:
+    """The beginning of a file, or of the standard library's text for ``"stdlib"``.
+
+    Raises:
+        BadInput: the file cannot be read as UTF-8 text, or is empty.
+    """
+    if source == "stdlib":
+        from lightning_qk.data.stdlib import stdlib_texts
+
+        return "\n".join(stdlib_texts(max_characters=characters))
+    try:
+        with open(source, encoding="utf-8") as file:
+            text = file.read(characters)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise BadInput(
+            f"expected a file of UTF-8 text after --text, got {source} ({reason}): pass another, or 'stdlib'"
+        ) from error
+    if not text.strip():
+        raise BadInput(f"expected text after --text, got {source}, which is empty: pass another, or 'stdlib'")
+    return text
+
+
+def measure(
+    model: nn.Module,
+    weights: Weights,
+    checkpoint: Checkpoint,
+    reading: Reading,
+    *,
+    source: str,
+    tokenizer: str | None = None,
+    length: int = 128,
+    batches: int = 4,
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run a checkpoint on text and add its attention statistics to what was read.
+
+    Args:
+        model: the skeleton, which is filled.
+        weights: of the checkpoint.
+        checkpoint: where the tokenizer is.
+        reading: given ``attention``, statistic → one number a head.
+        source: a file, or ``"stdlib"``.
+        tokenizer: instead of the checkpoint's own.
+        length: tokens in a sequence; fewer where the model takes fewer.
+        batches: how many, at most.
+        batch_size: sequences in each.
+        progress: told of every batch.
+
+    Raises:
+        BadInput: no tokenizer, no text, or a model that does not run on tokens.
+    """
+    own: Any = model
+    if getattr(own, "main_input_name", "input_ids") != "input_ids":
+        raise BadInput(
+            f"expected a model of text for --text, got a {type(model).__name__} that takes "
+            f"{own.main_input_name}: leave "
+            "--text out"
+        )
+    words = tokenizer_of(checkpoint, tokenizer)
+    length = min(length, _longest(own.config) or length)
+    ids = _blocks(words, read_text(source, batches * batch_size * length * _ENOUGH_CHARACTERS), length)
+    ids = ids[: batches * batch_size]
+    size = getattr(own.config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and int(ids.max()) >= size:
+        raise BadInput(
+            f"expected tokens below the model's {size}, got {int(ids.max())}: the tokenizer is that of "
+            "another model; pass "
+            "its own with --tokenizer"
+        )
+    missing = fill(model, weights)
+    if missing:
+        reading.notes.append(
+            f"{len(missing)} parameters that the checkpoint lacks are zero ({', '.join(missing[:3])})"
+        )
+    metric = AttentionStatistics(dict(zip(reading.names, reading.heads, strict=True)))
+    capture = _listen(model, reading, metric)
+    parts = ids.split(batch_size)
+    try:
+        with torch.no_grad():
+            for count, part in enumerate(parts, 1):
+                capture.enabled = True
+                model(**_arguments(model, part))
+                capture.enabled = False
+                if progress is not None:
+                    progress(count, len(parts))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise BadInput(
+            f"expected a model that runs on tokens for --text, got {type(model).__name__}, which refuses "
+            "them "
+            f"({one_line(error)}): leave --text out"
+        ) from error
+    finally:
+        capture.remove()
+    reading.attention = {name: value for name, value in metric.compute().items() if not name.endswith("_se")}
+    for name in POSITION_STATISTICS:
+        for self_attention, values in zip(
+            reading.self_attention, reading.split(reading.attention[name]), strict=True
+        ):
+            if not self_attention:
+                values.fill_(torch.nan)
+    reading.facts["Text"] = f"{source}, {ids.numel()} tokens in sequences of {ids.shape[1]}"
+    reading.notes += [
+        f"no attention of {name} is measured: {reason}" for name, reason in capture.problems.items()
+    ]
+    silent = [name for name in reading.names if name not in capture.heard and name not in capture.problems]
+    if silent:
+        reading.notes.append(f"no attention call of {len(silent)} layers was seen ({', '.join(silent[:3])})")
+
+
+def _listen(model: nn.Module, reading: Reading, metric: AttentionStatistics) -> AttentionCapture:
+    modules = {name: model.get_submodule(name) for name in reading.names}
+    heads = dict(zip(reading.names, reading.heads, strict=True))
+    self_attention = dict(zip(reading.names, reading.self_attention, strict=True))
+
+    def hear(name: str, call: AttentionCall | SoftmaxCall) -> None:
+        found = call_sums(call, self_attention=self_attention[name], heads=heads[name])
+        metric.update({name: [found.sums]})
+
+    capture = AttentionCapture({module: name for name, module in modules.items()}, hear, model=model)
+    capture.install()
+    return capture
+
+
+def _longest(config: Any) -> int | None:
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 8:
+            # RoBERTa and its kin count from the padding token on.
+            return value - 2 if value % 64 == 2 else value
+    return None
+
+
+def _blocks(tokenizer: Any, text: str, length: int) -> Tensor:
+    tokens = list(_tokens(tokenizer, text))
+    if len(tokens) < 2:
+        raise BadInput(
+            "expected text of at least two tokens after --text, got less: pass another file, or 'stdlib'"
+        )
+    length = min(length, len(tokens))
+    count = len(tokens) // length
+    return torch.tensor(tokens[: count * length]).view(count, length)
+
+
+def _tokens(tokenizer: Any, text: str) -> Iterator[int]:
+    # Line by line, since some tokenizers warn of, or are slow on, long texts.
+    for line in text.splitlines(keepends=True):
+        yield from tokenizer(line, add_special_tokens=False)["input_ids"]
+
+
+def _arguments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    taken = inspect.signature(type(model).forward).parameters
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "decoder_input_ids" in taken:
+        given["decoder_input_ids"] = ids
+    return {name: value for name, value in given.items() if name in taken or name == "input_ids"}

@@ -1,0 +1,63 @@
+"""Memory and time do not grow with what is not asked for: the benchmark, at a smaller size."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Layers as wide as those of 7 B.
+WIDE = {"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "mlp": 8192, "vocabulary": 128256}
+LAYER = 4 * (4096 * 4096 + 1024 * 4096)
+PEAKS = """
+import json, resource, sys
+from lightning_qk.inspect.read import read_checkpoint
+from lightning_qk.inspect.sources import Options, open_source
+
+peaks = []
+def progress(count, total):
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+read_checkpoint(open_source(sys.argv[1], Options())[0], eigenvalues=False, progress=progress)
+print("PEAKS", json.dumps(peaks))
+"""
+
+
+@pytest.fixture(scope="module")
+def inspection() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "inspection.py"
+    spec = importlib.util.spec_from_file_location("inspection", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_more_than_a_layer_is_in_memory(inspection: ModuleType, tmp_path: Path) -> None:
+    """Twice as many layers need no more, and none needs the memory of the embeddings, which are 2 GB."""
+    assert inspection.write_checkpoint(tmp_path, WIDE) == 4 * LAYER / 2
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=inspection.environment(1),
+    )
+    peaks = json.loads(done.stdout.rpartition("PEAKS")[2])
+    assert len(peaks) == 4
+    assert peaks[-1] < peaks[1] + LAYER
+    assert peaks[-1] < 1.5e9
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters(inspection: ModuleType) -> None:
+    """The bar: 1.5 GB, and twice the time of reading the weights and solving for their eigenvalues."""
+    found = inspection.compare(inspection.SHAPES["7B"], repeats=2)
+    assert found["peak"]["inspect"] < 1.5e9
+    assert found["peak"]["moments"] < 1.5e9
+    # Of the processor, since other programs make the clock's time longer.
+    assert found["ratio_work"] < 2
