@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.attention_mask import DifferentiableAttentionMask
     from lightning_qk.callbacks.attention_prior import AttentionPrior
     from lightning_qk.callbacks.entropy_band import EntropyBand
+    from lightning_qk.callbacks.guard import CollapseGuard
     from lightning_qk.callbacks.hard_attention import HardAttention
     from lightning_qk.callbacks.hidden import HiddenStateMonitor
     from lightning_qk.callbacks.locater import LocAteR
@@ -44,6 +45,7 @@ _HOME = {
     "AttentionMonitor": "lightning_qk.callbacks.attention",
     "AttentionPrior": "lightning_qk.callbacks.attention_prior",
     "AttentionProbes": "lightning_qk.callbacks.probes",
+    "CollapseGuard": "lightning_qk.callbacks.guard",
     "DifferentiableAttentionMask": "lightning_qk.callbacks.attention_mask",
     "EntropyBand": "lightning_qk.callbacks.entropy_band",
     "HardAttention": "lightning_qk.callbacks.hard_attention",
@@ -75,6 +77,7 @@ __all__ = [
     "AttentionMonitor",
     "AttentionPrior",
     "AttentionProbes",
+    "CollapseGuard",
     "DifferentiableAttentionMask",
     "EntropyBand",
     "HardAttention",

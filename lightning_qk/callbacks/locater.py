@@ -246,6 +246,8 @@ class LocAteR(Callback):
     def _label(self, trainer: Trainer) -> str | None:
         """What tells this callback from others of its kind in the trainer; None where it is alone."""
         mine = [callback for callback in trainer.callbacks if isinstance(callback, LocAteR)]  # type: ignore[attr-defined]
+        if not any(own is self for own in mine):
+            mine.append(self)  # another callback's, which will switch it on
         labels = [str(place) if own.name is None else own.name for place, own in enumerate(mine, start=1)]
         if len(set(labels)) < len(labels):
             raise ValueError(

@@ -35,6 +35,7 @@ WANDB_SECTIONS = (
     "soft_cap/*",
     "spectrum_scaling/*",
     "update_cap/*",
+    "guard/*",
 )
 # W&B shows at most this many bins of a histogram.
 MAX_BINS = 64
@@ -118,6 +119,28 @@ def log_histogram(trainer: "Trainer", key: str, values: "ArrayLike", step: int) 
             logger.experiment.add_histogram(key, finite, step)  # type: ignore[attr-defined]
 
     _to_each(trainer, key, send)
+
+
+def log_alert(trainer: "Trainer", title: str, text: str) -> bool:
+    """Send an alert to W&B, which passes it on as its user wishes; others get nothing.
+
+    Args:
+        trainer: the trainer.
+        title: a few words.
+        text: a sentence.
+
+    Returns:
+        Whether a logger took it; False on ranks other than the first.
+    """
+    sent: list[bool] = []
+
+    def send(logger: "Logger") -> None:
+        if _kind(logger) == "wandb":
+            logger.experiment.alert(title=title, text=text)  # type: ignore[attr-defined]
+            sent.append(True)
+
+    _to_each(trainer, "an alert", send)
+    return bool(sent)
 
 
 def describe_config(trainer: "Trainer", settings: Mapping[str, Any]) -> None:

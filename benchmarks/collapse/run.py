@@ -1,0 +1,189 @@
+"""Early warning of collapse on real training runs: train, warn, and rescue.
+
+    python benchmarks/collapse/run.py [--quick] [--jobs 2] [--out FILE]
+
+Trains what is not in the cache, shows the records to the guard's detectors, trains the failing runs once more with a
+guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs (the
+even ones of both lists in ``runs.py``); so was the factor of the learning rate. The other half reports.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parents[1]))
+
+from evaluate import first_alarm, rescued, summary, told  # noqa: E402
+from runs import DRIVEN, FAMILIES, REFERENCES, ROUGH, Run  # noqa: E402
+from train import EVERY, train  # noqa: E402
+from truth import MARGIN, final, judge, reference  # noqa: E402
+
+from lightning_qk.guard.detector import Sensitivity  # noqa: E402
+
+FACTORS = (0.1, 0.2)
+"""Of the learning rate, to choose from."""
+TAU = 50.0
+BARS = {"share_warned_before": 0.9, "median_lead": 0.1, "false_alarms": 1, "share_rescued": 0.7}
+
+
+def record(run: Run, factor: float | None, cache: str) -> dict[str, Any]:
+    """A run's record; with a factor, of the run with a guard that helps. Trained if the cache does not have it."""
+    key: dict[str, Any] = run.key()
+    if factor is not None:
+        key["guard"] = {"factor": factor, "tau": TAU, "sensitivity": asdict(Sensitivity())}
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = Path(cache) / f"{run.name}.{digest}.json"
+    if not path.is_file():
+        found = train(run, cache, monitors=not run.reference) if factor is None else _guarded(run, factor, cache)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(found))
+        partial.replace(path)
+    return json.loads(path.read_text())
+
+
+def _guarded(run: Run, factor: float, cache: str) -> dict[str, Any]:
+    from lightning_qk import CollapseGuard, QKClip
+
+    guard = CollapseGuard(
+        QKClip(TAU), every_n_steps=EVERY, rollback=True, lr_factor=factor, checkpoint_every=2 * EVERY
+    )
+    found = train(run, cache, [guard], monitors=False)
+    alarms = [{"step": verdict.step, "reason": verdict.reason} for verdict in guard.verdicts]
+    return {**found, "alarms": alarms, "rolled_back_to": guard.rolled_back_to}
+
+
+def in_parallel(calls: Sequence[tuple[Run, float | None]], cache: Path, jobs: int, label: str) -> list[dict[str, Any]]:
+    """Records of many runs, in order, in fresh processes of one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they import torch
+    out = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(record, run, factor, str(cache)) for run, factor in calls]
+        for done, ((run, _), future) in enumerate(zip(calls, futures, strict=True), 1):
+            out.append(future.result())
+            print(f"  {label}: {done} of {len(calls)}, {run.name}", file=sys.stderr, flush=True)
+    return out
+
+
+def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]:
+    """Everything, on some families."""
+    cache.mkdir(parents=True, exist_ok=True)
+    chosen = {run.name for listed in (DRIVEN, ROUGH) for run in listed[::2]}
+    runs = [run for run in (*DRIVEN, *ROUGH) if run.family in families]
+    plain = [run for run in REFERENCES if run.family in families]
+    found = in_parallel([(run, None) for run in (*plain, *runs)], cache, jobs, "runs")
+    records = dict(zip((run.name for run in (*plain, *runs)), found, strict=True))
+    healthy = {
+        family: reference([records[run.name]["loss"] for run in plain if run.family == family]) for family in families
+    }
+    truths = {run.name: judge(records[run.name]["loss"], healthy[run.family]) for run in runs}
+    rows = [told(run, truths[run.name], first_alarm(records[run.name])) for run in runs]
+    halves = {
+        "chosen_on": [row for row in rows if row["name"] in chosen],
+        "reported_on": [row for row in rows if row["name"] not in chosen],
+    }
+    failing = [run for run in runs if truths[run.name].fails]
+    calls = [(run, factor) for factor in FACTORS for run in failing]
+    helped = dict(zip([(run.name, factor) for run, factor in calls], in_parallel(calls, cache, jobs, "helped"), strict=True))
+    saved = {
+        factor: {run.name: rescued(helped[run.name, factor]["loss"], healthy[run.family]) for run in failing}
+        for factor in FACTORS
+    }
+    factor = max(FACTORS, key=lambda one: sum(ok for name, ok in saved[one].items() if name in chosen))
+    for row in rows:
+        if row["failure"] is not None:
+            own = helped[row["name"], factor]
+            row["helped_final"] = final(own["loss"])
+            row["rescued"] = saved[factor][row["name"]]
+            row["alarms"] = own["alarms"]
+            row["rolled_back_to"] = own["rolled_back_to"]
+    out: dict[str, Any] = {"healthy_final": {name: one.final for name, one in healthy.items()}, "lr_factor": factor}
+    for name, half in halves.items():
+        own = [row for row in half if row["failure"] is not None]
+        count = sum(row["rescued"] for row in own)
+        out[name] = {**summary(half), "rescued": count, "share_rescued": count / max(1, len(own))}
+    out["rescued_by_factor"] = {str(one): sum(by_run.values()) for one, by_run in saved.items()}
+    out["sensitivity"] = asdict(Sensitivity())
+    out["runs"] = rows
+    out["training_seconds"] = sum(one["seconds"] for one in (*records.values(), *helped.values()))
+    return out
+
+
+def met(half: Mapping[str, Any]) -> dict[str, bool]:
+    """Which bars a half meets."""
+    tests: dict[str, Callable[[float, float], bool]] = {"false_alarms": lambda value, bar: value <= bar}
+    return {
+        name: half[name] is not None and tests.get(name, lambda value, bar: value >= bar)(half[name], bar)
+        for name, bar in BARS.items()
+    }
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Print the runs and both halves."""
+    print(f"{'run':24} {'outcome':9} {'failure':>7} {'warned':>6} {'lead':>5} {'final':>6} {'helped':>6}  why")
+    for row in results["runs"]:
+        lead = "" if row["lead"] is None else f"{row['lead']:.2f}"
+        helped = f"{row['helped_final']:.3f}{'' if row['rescued'] else ' no'}" if "rescued" in row else ""
+        print(
+            f"{row['name']:24} {row['outcome']:9} {row['failure'] or '':>7} {row['warned'] or '':>6} {lead:>5} "
+            f"{row['final']:6.3f} {helped:>6}  {row['reason'][:60]}"
+        )
+    for name in ("chosen_on", "reported_on"):
+        half = results[name]
+        print(
+            f"{name}: warned before {half['warned_before']} of {half['failing']} failing runs, median lead "
+            f"{half['median_lead']}, {half['false_alarms']} false alarms in {half['healthy']} healthy runs, "
+            f"{half['rescued']} of {half['failing']} within {MARGIN - 1:.0%} of the healthy loss with a remedy"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the vision family, a few minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="folder of the runs' records")
+    parser.add_argument("--out", type=Path, help="JSON file (default: results.json or quick.json beside this script)")
+    given = parser.parse_args(argv)
+    start = time.perf_counter()
+    results = benchmark(["vit"] if given.quick else list(FAMILIES), given.cache, given.jobs)
+    results["bars"] = {name: met(results[name]) for name in ("chosen_on", "reported_on")}
+    results["made"] = {
+        "quick": given.quick,
+        "jobs": given.jobs,
+        "seconds": round(time.perf_counter() - start, 1),
+        "machine": f"{os.cpu_count()} cores {platform.machine()}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "lightning")},
+    }
+    show(results)
+    out = given.out or HERE / ("quick.json" if given.quick else "results.json")
+    out.write_text(json.dumps(_plain(results), indent=1) + "\n")
+    return 0 if all(results["bars"]["reported_on"].values()) else 1
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN; numbers keep six digits."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The training runs of the benchmark: what each is, as plain data. Whether it fails is decided by its loss alone."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+_TEXT = {"block_size": 64, "batch_size": 8, "max_characters": 400_000}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "task": "causal_lm",
+        "model": {
+            "model_type": "gpt2",
+            "n_embd": 64,
+            "n_head": 4,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+        "depth": "n_layer",
+        "data": _TEXT,
+    },
+    "llama": {
+        "task": "causal_lm",
+        "model": {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 128,
+            "max_position_embeddings": 64,
+        },
+        "depth": "num_hidden_layers",
+        "data": _TEXT,
+    },
+    # Norms after each block. With BERT's own standard deviation of 0.02 it learns nothing beyond the frequencies
+    # of bytes in a few hundred steps, healthy or not.
+    "bert": {
+        "task": "masked_lm",
+        "model": {
+            "model_type": "bert",
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "max_position_embeddings": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "initializer_range": 0.1,
+        },
+        "depth": "num_hidden_layers",
+        "data": {**_TEXT, "batch_size": 16},
+    },
+    # A fifth of the labels is drawn at random, for all runs of the family: without, the loss goes to nothing,
+    # and a tenth of nothing cannot be told from noise.
+    "vit": {
+        "task": "image_classification",
+        "model": {
+            "model_type": "vit",
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "num_labels": 10,
+            "initializer_range": 0.1,
+        },
+        "depth": "num_hidden_layers",
+        "data": {"batch_size": 32, "wrong_labels": 0.2},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: of the run.
+        family: one of :data:`FAMILIES`.
+        seed: of weights and the order of the batches.
+        steps: optimizer steps.
+        layers: depth of the model.
+        lr: peak learning rate of AdamW.
+        warmup: steps over which it rises from zero; it is constant then.
+        batch_size: another than the family's.
+        clip: bound of the gradient's norm; None for no bound.
+        betas: of AdamW.
+        qk_scale: factor of query and key weights at the start.
+        init_scale: factor of all matrices inside the layers at the start.
+        skip: what the skip connection around each layer passes on.
+        rounding: ``"fp16"``: products of queries and keys in half precision before they are scaled, which overflow
+            above 65 504; ``"bf16_weights"``: weights are rounded to bfloat16 after each step.
+        garbage: steps (from, to) whose inputs are drawn at random.
+        wrong_inputs: share of inputs that are replaced by random ones, throughout.
+        ramp: (from, to, factor): between these steps the learning rate grows to so many times what it was.
+        resume: step at which the run is ended and resumed from its checkpoint.
+        fresh_optimizer: the resumed run starts with an optimizer that remembers nothing.
+        reference: one of the healthy runs that define what is healthy in the family.
+    """
+
+    name: str
+    family: str
+    seed: int = 1
+    steps: int = 300
+    layers: int = 4
+    lr: float = 3e-3
+    warmup: int = 30
+    batch_size: int | None = None
+    clip: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    qk_scale: float = 1.0
+    init_scale: float = 1.0
+    skip: float = 1.0
+    rounding: str | None = None
+    garbage: tuple[int, int] | None = None
+    wrong_inputs: float = 0.0
+    ramp: tuple[int, int, float] | None = None
+    resume: int | None = None
+    fresh_optimizer: bool = False
+    reference: bool = False
+
+    def key(self) -> dict[str, Any]:
+        """All that its numbers depend on, as plain JSON."""
+        return {**asdict(self), "family": {"name": self.family, **FAMILIES[self.family]}}
+
+
+def _references() -> list[Run]:
+    seeds = (11, 12, 13)
+    out = [Run(f"{family}-reference-{seed}", family, seed, reference=True) for family in FAMILIES for seed in seeds]
+    return [_bert(run) if run.family == "bert" else run for run in out]
+
+
+def _bert(run: Run, layers: int = 2) -> Run:
+    """Predicting masked bytes takes longer to learn, and fewer layers learn it sooner."""
+    return replace(run, steps=400, layers=layers)
+
+
+# What is meant to fail, the causes in turn; whether it does is decided by the loss.
+_DRIVEN = [
+    Run("gpt2-rate", "gpt2", 1, lr=3e-2, warmup=0),
+    Run("gpt2-rising-rate", "gpt2", 2, lr=1e-1, warmup=300),
+    Run("gpt2-large-qk", "gpt2", 3, lr=2e-2, warmup=0, qk_scale=8),
+    Run("gpt2-fp16", "gpt2", 4, lr=1e-1, warmup=300, qk_scale=8, rounding="fp16"),
+    Run("gpt2-deep", "gpt2", 5, layers=8, skip=0.5),
+    Run("llama-deep", "llama", 1, layers=8, skip=0.5),
+    Run("llama-fp16", "llama", 2, lr=1e-1, warmup=300, qk_scale=8, rounding="fp16"),
+    Run("llama-large-qk", "llama", 3, lr=3e-2, warmup=0, qk_scale=16),
+    Run("llama-rising-rate", "llama", 4, lr=1e-1, warmup=300),
+    Run("llama-late-rise", "llama", 6, ramp=(50, 250, 20)),
+    _bert(Run("bert-rate", "bert", 1, lr=3e-2, warmup=0)),
+    _bert(Run("bert-rising-rate", "bert", 2, lr=1e-1, warmup=400)),
+    _bert(Run("bert-deep", "bert", 3), layers=8),
+    _bert(Run("bert-large-qk", "bert", 4, lr=1e-2, warmup=0, qk_scale=8)),
+    Run("vit-rate", "vit", 1, lr=3e-2, warmup=0),
+    Run("vit-rising-rate", "vit", 2, lr=1e-1, warmup=300),
+    Run("vit-late-rise", "vit", 3, ramp=(100, 250, 30)),
+    Run("vit-large-qk", "vit", 4, lr=2e-2, warmup=0, qk_scale=8),
+    Run("vit-deep", "vit", 5, layers=8, skip=0.3),
+    Run("vit-fp16", "vit", 6, lr=1e-1, warmup=300, qk_scale=8, rounding="fp16"),
+]
+
+# What is meant to train well, though not smoothly.
+_ROUGH = [
+    Run("gpt2-high-rate", "gpt2", 21, lr=4e-3),
+    Run("gpt2-garbage", "gpt2", 22, garbage=(120, 128)),
+    Run("gpt2-sharp-start", "gpt2", 23, qk_scale=8),
+    Run("gpt2-fresh-optimizer", "gpt2", 24, resume=150, fresh_optimizer=True),
+    Run("gpt2-no-warmup", "gpt2", 26, lr=2e-3, warmup=0),
+    Run("llama-high-rate", "llama", 21, lr=5e-3),
+    Run("llama-bf16-weights", "llama", 22, rounding="bf16_weights"),
+    Run("llama-small-batches", "llama", 23, lr=2e-3, batch_size=5),
+    Run("llama-resume", "llama", 24, resume=130),
+    Run("llama-garbage", "llama", 26, garbage=(60, 64)),
+    _bert(Run("bert-no-warmup", "bert", 21, warmup=0)),
+    _bert(Run("bert-garbage", "bert", 22, garbage=(180, 188))),
+    _bert(Run("bert-small-batches", "bert", 24, batch_size=10)),
+    Run("vit-high-rate", "vit", 21, lr=5e-3),
+    Run("vit-noise", "vit", 26, wrong_inputs=0.02),
+    Run("vit-garbage", "vit", 23, garbage=(100, 106)),
+    Run("vit-fresh-optimizer", "vit", 24, resume=150, fresh_optimizer=True),
+    Run("vit-sharp-start", "vit", 27, qk_scale=3),
+]
+
+REFERENCES = _references()
+DRIVEN = list(_DRIVEN)
+ROUGH = list(_ROUGH)

@@ -1,0 +1,1 @@
+"""Early warning of collapse: running statistics and detectors that know nothing of Lightning."""

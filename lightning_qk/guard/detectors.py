@@ -1,0 +1,290 @@
+"""What each kind of failure looks like before the loss shows it; scores of 1 and more are alarms.
+
+Sources, by the marks of the project's notes: attention logits that grow without bound (Wortsman et al.,
+arXiv 2309.14322 [V]; the bound of 100 is that of Kimi K2, arXiv 2507.20534 [V]), entropy collapse (Zhai et al.,
+arXiv 2303.06296 [V]), rank collapse (Wu et al., arXiv 2405.18781 [V]; Noci et al., arXiv 2206.03126). How they are
+judged over time is our own form [R].
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_qk.guard.reading import Reading
+from lightning_qk.guard.running import Window, median_and_error, sure
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What counts as an alarm. The values were chosen on one half of ``benchmarks/collapse``.
+
+    Attributes:
+        window: readings that running statistics look back on.
+        horizon: readings that trends are carried ahead.
+        logit: absolute logit of a head that no training comes back from by itself.
+        entropy: normalized entropy, mean over the heads of a layer, below which attention has collapsed.
+        cosine: mean cosine of tokens above which a layer's tokens are too much alike while the loss stands still.
+        identical: one minus the mean cosine below which they are so in any case.
+        stall: relative fall of the loss over a window below which the loss stands still.
+        rise: relative rise of the loss over half a window that is an alarm.
+        growth: factor by which the squared norms of a layer's ``W_QK`` may grow over a window while the loss
+            stands still.
+        patience: readings in a row that have to be alarming.
+    """
+
+    window: int = 8
+    horizon: float = 3.0
+    logit: float = 100.0
+    entropy: float = 0.05
+    cosine: float = 0.97
+    identical: float = 5e-4
+    stall: float = 0.02
+    rise: float = 0.15
+    growth: float = 30.0
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "logit", "stall", "rise"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} above 0, got {getattr(self, name)}: raise it")
+        for name in ("entropy", "cosine", "identical"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"expected {name} between 0 and 1, got {getattr(self, name)}: correct it")
+        if self.window < 4 or self.patience < 1 or self.growth <= 1:
+            raise ValueError(
+                f"expected a window of at least 4, patience of at least 1 and growth above 1, got {self.window}, "
+                f"{self.patience} and {self.growth}: raise them"
+            )
+
+
+class Finding(NamedTuple):
+    """What a detector makes of a reading.
+
+    Attributes:
+        score: 1 and more is an alarm.
+        reason: why, with place and numbers, in words that a sentence can begin with.
+    """
+
+    score: float
+    reason: str
+
+
+NOTHING = Finding(0.0, "")
+
+
+class LossWatch:
+    """Whether the training loss falls, stands still, rises, or is no number."""
+
+    def __init__(self, sensitivity: Sensitivity) -> None:
+        self.sensitivity = sensitivity
+        self._blocks: deque[list[float]] = deque(maxlen=sensitivity.window)
+        self.stall = 0.0
+
+    def observe(self, reading: Reading) -> Finding:
+        """Add the losses of a reading; :attr:`stall` is 1 where the loss stands still, 0 where it falls enough."""
+        losses = [float(loss) for loss in reading.losses]
+        bad = next((loss for loss in losses if not math.isfinite(loss)), None)
+        if bad is not None:
+            self.stall = 1.0
+            return Finding(math.inf, f"the training loss is {bad}")
+        if losses:
+            self._blocks.append(losses)
+        self.stall = 0.0
+        if len(self._blocks) < self.sensitivity.window:
+            return NOTHING
+        blocks = list(self._blocks)
+        half = len(blocks) // 2
+        before = [loss for block in blocks[:half] for loss in block]
+        after = [loss for block in blocks[half:] for loss in block]
+        (old, old_error), (new, new_error) = median_and_error(before), median_and_error(after)
+        error = math.hypot(old_error, new_error)
+        size = max(abs(old), _TINY)
+        # Halves of a window lie half a window apart.
+        fall = 2 * (old - new) / size
+        self.stall = min(1.0, max(0.0, 1 - fall / self.sensitivity.stall))
+        risen = (new - old - 2 * error) / size
+        if risen <= 0:
+            return NOTHING
+        return Finding(
+            risen / self.sensitivity.rise,
+            f"the training loss has risen from {old:.4g} to {new:.4g} (medians of {len(before)} and {len(after)} steps)",
+        )
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._blocks.clear()
+        self.stall = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of the window."""
+        return {"blocks": list(self._blocks), "stall": self.stall}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with those of a checkpoint."""
+        self._blocks = deque(state["blocks"], maxlen=self.sensitivity.window)
+        self.stall = state["stall"]
+
+
+class Detector:
+    """Base of those that look at one statistic: a window of it, and its trend."""
+
+    name: str
+    """What its score is logged as."""
+    statistic: str
+
+    def __init__(self, sensitivity: Sensitivity) -> None:
+        self.sensitivity = sensitivity
+        self.window = Window(sensitivity.window)
+
+    def observe(self, reading: Reading, stall: float) -> Finding:
+        """Add a reading.
+
+        Args:
+            reading: of this step.
+            stall: 1 where the loss stands still, 0 where it falls.
+        """
+        values = reading.values.get(self.statistic)
+        if values is None or not values.numel():
+            return NOTHING
+        self.window.append(self.transformed(values.double(), reading))
+        return self.judge(reading, values, stall)
+
+    def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        """What the window keeps."""
+        return values
+
+    def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        """What to make of the window."""
+        raise NotImplementedError
+
+    def level(self) -> Tensor:
+        """Median of the newest three rows: one number that is far out is no alarm."""
+        return self.window.rows()[-3:].nanmedian(0).values
+
+    def ahead(self) -> Tensor:
+        """Level that the sure part of the trend leads to within the horizon."""
+        slope, error = self.window.trend()
+        return self.level() + self.sensitivity.horizon * sure(slope, error)
+
+
+class LogitGrowth(Detector):
+    """Logits that grow beyond what a softmax comes back from."""
+
+    name = "logits"
+    statistic = "attn/max_abs_logit"
+
+    def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        return values.clamp_min(_TINY).log()
+
+    def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        # NaN alone is a head that no row was seen of.
+        if bool(values.isinf().any()):
+            index = int(values.isinf().nonzero()[0])
+            return Finding(math.inf, f"the logits of {reading.place(self.statistic, index)} are not finite")
+        slope, error = self.window.trend()
+        growing = sure(slope, error).clamp_min(0)
+        ahead = (self.level() + self.sensitivity.horizon * growing).exp()
+        score, index = _largest(ahead / self.sensitivity.logit)
+        place = reading.place(self.statistic, index)
+        reason = f"the largest logit of {place} is {float(values[index]):.4g}"
+        before = float(self.window.rows()[0, index].exp())
+        return Finding(score, f"{reason}, {before:.4g} {len(self.window) - 1} readings before")
+
+
+class EntropyCollapse(Detector):
+    """Layers whose attention goes to single keys."""
+
+    name = "entropy"
+    statistic = "attn/entropy_normalized"
+
+    def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        return layer_means(values, reading, self.statistic)[0].clamp_min(_TINY).log()
+
+    def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        slope, error = self.window.trend()
+        falling = sure(slope, error).clamp_max(0)
+        ahead = (self.level() + self.sensitivity.horizon * falling).exp()
+        score, index = _largest(self.sensitivity.entropy / ahead)
+        newest, layers, heads = layer_means(values, reading, self.statistic)
+        before = float(self.window.rows()[0, index].exp())
+        return Finding(
+            score,
+            f"the normalized entropy of {layers[index]} is {float(newest[index]):.3g}, least in head "
+            f"{heads[index]}, {before:.3g} {len(self.window) - 1} readings before",
+        )
+
+
+class RankCollapse(Detector):
+    """Tokens that grow alike.
+
+    Early in training they are alike and the loss falls all the same, so that the loss has to stand still; unless
+    nothing tells them apart any more.
+    """
+
+    name = "rank"
+    statistic = "hidden/cosine"
+
+    def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        if len(self.window) < 3:
+            return NOTHING
+        place = "the tokens before {} have a mean cosine of {:.6g}"
+        now = (1 - self.level()).clamp_min(_TINY)
+        identical, index = _largest(self.sensitivity.identical / now)
+        alike, at = _largest((1 - self.sensitivity.cosine) / (1 - self.window.median()).clamp_min(_TINY))
+        alike = min(alike, 4.0) * stall if len(self.window) == self.window.size else 0.0
+        if identical >= alike:
+            name = reading.place(self.statistic, index)
+            return Finding(identical, place.format(name, float(values[index])))
+        name = reading.place(self.statistic, at)
+        return Finding(alike, f"{place.format(name, float(values[at]))} while the loss stands still")
+
+
+class SpectralGrowth(Detector):
+    """Query and key weights that grow while the loss stands still."""
+
+    name = "spectrum"
+    statistic = "qk/frobenius_sq"
+
+    def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        return layer_means(values, reading, self.statistic)[0].clamp_min(_TINY).log()
+
+    def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        if len(self.window) < self.sensitivity.window:
+            return NOTHING
+        slope, error = self.window.trend()
+        grown = sure(slope, error).clamp_min(0) * (len(self.window) - 1)
+        score, index = _largest(grown / math.log(self.sensitivity.growth) * stall)
+        newest, layers, heads = layer_means(values, reading, self.statistic)
+        return Finding(
+            score,
+            f"the squared norm of W_QK in {layers[index]} has grown {float(grown[index].exp()):.3g}-fold to "
+            f"{float(newest[index]):.3g} in {len(self.window) - 1} readings while the loss stands still",
+        )
+
+
+DETECTORS: tuple[type[Detector], ...] = (LogitGrowth, EntropyCollapse, RankCollapse, SpectralGrowth)
+
+
+def layer_means(values: Tensor, reading: Reading, statistic: str) -> tuple[Tensor, list[str], list[int]]:
+    """Mean over the heads of each layer, the layers' names, and in each the head of the least value."""
+    places = reading.places[statistic.split("/", 1)[0]]
+    by_layer: dict[str, list[int]] = {}
+    for index, place in enumerate(places):
+        by_layer.setdefault(place.layer, []).append(index)
+    rows = [values[indices].double() for indices in by_layer.values()]
+    means = torch.stack([row.nanmean() for row in rows])
+    least = [int(row.nan_to_num(nan=math.inf).argmin()) for row in rows]
+    return means, list(by_layer), least
+
+
+def _largest(scores: Tensor) -> tuple[float, int]:
+    """Largest score and its index; NaN is no alarm."""
+    known = scores.nan_to_num(nan=0.0, posinf=1e6)
+    index = int(known.argmax())
+    return float(known[index]), index

@@ -1,0 +1,215 @@
+"""The guard on jobs that collapse, and on one that does not."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import models
+import pytest
+import torch
+from guard_job import Sharpen, fit
+
+from lightning_qk import AttentionMonitor, CollapseGuard, LocAteR, QKClip, QKSpectrumMonitor
+from lightning_qk.callbacks._remedy import CHECKPOINT_NAME
+
+ROOT = Path(__file__).parents[2]
+
+
+def weights(job):
+    return torch.cat([parameter.detach().flatten() for parameter in job.parameters()])
+
+
+def test_warns_of_a_collapse_and_names_the_head(tmp_path):
+    guard = CollapseGuard(every_n_steps=1)
+    with pytest.warns(UserWarning, match=r"head \d of inner.network.transformer.h.1.attn"):
+        trainer, _ = fit(guard, Sharpen(), default_root_dir=tmp_path)
+    assert trainer.global_step == 20  # a warning ends nothing
+    assert 8 <= guard.verdicts[0].step < 16
+    assert trainer.callback_metrics["guard/fired"] >= 1
+
+
+def test_is_silent_on_a_healthy_run_and_changes_nothing(tmp_path):
+    guard = CollapseGuard("stop", every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CollapseGuard")
+        trainer, watched = fit(guard, default_root_dir=tmp_path)
+    assert not guard.verdicts
+    assert trainer.global_step == 20
+    assert (tmp_path / CHECKPOINT_NAME).is_file()
+    _, plain = fit(CollapseGuard(every_n_steps=10**6, checkpoint_every=0), default_root_dir=tmp_path)
+    assert torch.equal(weights(watched), weights(plain))
+
+
+@pytest.mark.parametrize("guard_first", [True, False])
+def test_reads_the_trainers_monitors(tmp_path, guard_first):
+    guard = CollapseGuard(every_n_steps=2)
+    monitors = [
+        AttentionMonitor(1, rows=None, report=False, figures_every=0),
+        QKSpectrumMonitor(1, report=False, figures_every=0),
+    ]
+    torch.manual_seed(1)
+    callbacks = [guard, *monitors] if guard_first else [*monitors, guard]
+    trainer = models.trainer([Sharpen(), *callbacks], max_steps=20, max_epochs=-1, default_root_dir=tmp_path)
+    seen = []
+    observe = guard.detector.observe
+    guard.detector.observe = lambda reading: seen.append(reading) or observe(reading)
+    trainer.fit(models.Job(lr=1e-3, optimizer="adamw"), models.tokens(64))
+    assert guard.verdicts
+    for reading in seen:
+        index = monitors[0].history.steps.index(reading.step)
+        want = monitors[0].history.values["max_abs_logit"][index]
+        assert torch.equal(reading.values["attn/max_abs_logit"], want)
+        assert "qk/frobenius_sq" in reading.values
+        assert len(reading.losses) == 2
+
+
+def test_stop(tmp_path):
+    guard = CollapseGuard("stop", every_n_steps=1)
+    trainer, _ = fit(guard, Sharpen(), default_root_dir=tmp_path)
+    assert trainer.global_step < 20
+
+
+def test_rolls_back_once_and_wakes_the_remedy(tmp_path):
+    clip = QKClip(5.0)
+    guard = CollapseGuard(clip, every_n_steps=1, rollback=True, lr_factor=0.1, checkpoint_every=2)
+    kept = {}
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            kept[trainer.global_step] = weights(module).clone()
+            assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3  # no schedule sees the factor
+
+    trainer, job = fit(guard, Sharpen(), Watch(), default_root_dir=tmp_path)
+    (alarm, *_) = guard.verdicts
+    assert guard.rolled_back_to < alarm.step
+    saved = torch.load(tmp_path / CHECKPOINT_NAME, weights_only=False)
+    assert saved["global_step"] == guard.rolled_back_to or len(guard.verdicts) >= 1
+    assert clip.maxima  # it watched
+    assert not any(callback is clip for callback in trainer.callbacks)
+    assert guard._rate.factor == pytest.approx(0.1 ** len(guard.verdicts))
+    largest = max(float(values.max()) for values in clip.maxima.values())
+    assert largest < 30
+    assert torch.isfinite(weights(job)).all()
+
+
+def test_the_rate_never_exceeds_the_factor_of_its_peak():
+    from lightning_qk.callbacks._remedy import RateLimit
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    limit = RateLimit()
+    limit.attach([optimizer])
+
+    def step(rate):
+        optimizer.param_groups[0]["lr"] = rate
+        before = parameter.item()
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == rate
+        return before - parameter.item()
+
+    assert step(0.5) == pytest.approx(0.5)
+    limit.tighten(0.1)
+    assert step(0.2) == pytest.approx(0.02)
+    assert step(4.0) == pytest.approx(0.05)
+    limit.detach()
+    assert step(1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("action", ["locater", "qk_clip"])
+def test_named_remedies(tmp_path, action):
+    guard = CollapseGuard(action, every_n_steps=1)
+    fit(guard, Sharpen(), default_root_dir=tmp_path)
+    (remedy,) = guard.remedies
+    assert isinstance(remedy, {"locater": LocAteR, "qk_clip": QKClip}[action])
+    if action == "locater":
+        assert remedy._start_means is not None  # it took the moment of the alarm as the start
+
+
+def test_a_loss_that_is_no_number_is_an_alarm(tmp_path):
+    class Break(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 5:
+                with torch.no_grad():
+                    next(module.parameters()).fill_(float("nan"))
+
+    guard = CollapseGuard("stop", every_n_steps=2)
+    trainer, _ = fit(guard, Break(), default_root_dir=tmp_path)
+    assert trainer.global_step == 6
+    assert "loss is nan" in guard.verdicts[0].reason
+
+
+def test_resumes_with_the_remedy_awake(tmp_path):
+    guard = CollapseGuard(QKClip(5.0), every_n_steps=1, lr_factor=0.5)
+    trainer, _ = fit(guard, Sharpen(), default_root_dir=tmp_path, steps=14)
+    assert guard.verdicts
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed = CollapseGuard(QKClip(5.0), every_n_steps=1, lr_factor=0.5)
+    fit(resumed, default_root_dir=tmp_path, steps=18, ckpt_path=tmp_path / "stopped.ckpt")
+    assert resumed.verdicts[: len(guard.verdicts)] == guard.verdicts
+    assert resumed._rate.factor <= guard._rate.factor < 1
+    assert resumed.remedies[0].maxima
+
+
+def test_an_alert_falls_back_to_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="CollapseGuard: step"):
+        fit(CollapseGuard("alert", every_n_steps=1), Sharpen(), default_root_dir=tmp_path)
+
+
+def test_an_alert_goes_to_wandb(tmp_path, monkeypatch):
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    sent = []
+    monkeypatch.setattr(type(logger.experiment), "alert", lambda self, title, text: sent.append((title, text)))
+    fit(CollapseGuard("alert", every_n_steps=1), Sharpen(), default_root_dir=tmp_path, logger=logger)
+    logger.experiment.finish()
+    assert sent[0][0] == "CollapseGuard"
+    assert "transformer.h.1.attn" in sent[0][1]
+
+
+def test_a_guard_that_cannot_measure_does_not_end_the_run(tmp_path, monkeypatch):
+    guard = CollapseGuard("stop", every_n_steps=1)
+    monkeypatch.setattr(guard.detector, "observe", lambda reading: 1 / 0)
+    with pytest.warns(UserWarning, match="stopped watching"):
+        trainer, _ = fit(guard, default_root_dir=tmp_path)
+    assert trainer.global_step == 20
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"action": "explode"},
+        {"action": [3]},
+        {"every_n_steps": 0},
+        {"lr_factor": 0.0},
+        {"lr_factor": 2.0},
+        {"rollback": True, "checkpoint_every": 0},
+        {"rows": 0},
+    ],
+)
+def test_refuses_arguments_out_of_range(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        CollapseGuard(**arguments)
+
+
+def test_two_processes_do_the_same(tmp_path):
+    script = str(Path(__file__).with_name("guard_job.py"))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, script, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert one["alarms"] == other["alarms"] != []
+    assert one["back"] == other["back"] is not None
+    assert torch.equal(one["weights"], other["weights"])
