@@ -21,7 +21,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 test-oldest: $(VENV)/.oldest
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/heads tests/capture --ignore=tests/heads/test_heads_sharded.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/heads tests/capture tests/inspect --ignore=tests/heads/test_heads_sharded.py
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

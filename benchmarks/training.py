@@ -16,7 +16,15 @@ from harness import Result, side_by_side, slope
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor
+from lightning_qk import (
+    AttentionMonitor,
+    CollapseGuard,
+    HiddenStateMonitor,
+    LocAteR,
+    PositionMonitor,
+    QKSpectrumMonitor,
+    SinkMonitor,
+)
 
 VOCABULARY, LENGTH, BATCH = 10_000, 512, 4
 # The default of a Lightning Trainer, and of the monitors: figures at every tenth measurement.
@@ -161,16 +169,20 @@ def figures_seconds(layers: int = 6, heads: int = 8) -> float:
     return statistics.median(times)
 
 
-def ratio(seconds: dict[str, list[float]], name: str, chosen: Sequence[int] | None = None) -> float:
-    """Median over steps of a variant's time over that without callbacks."""
-    indices = range(len(seconds["none"])) if chosen is None else chosen
-    return statistics.median(seconds[name][index] / seconds["none"][index] for index in indices)
+def ratio(
+    seconds: dict[str, list[float]], name: str, chosen: Sequence[int] | None = None, base: str = "none"
+) -> float:
+    """Median over steps of a variant's time over another's, by default that without callbacks."""
+    indices = range(len(seconds[base])) if chosen is None else chosen
+    return statistics.median(seconds[name][index] / seconds[base][index] for index in indices)
 
 
-def uncertainty(seconds: dict[str, list[float]], name: str, chosen: Sequence[int] | None = None) -> float:
+def uncertainty(
+    seconds: dict[str, list[float]], name: str, chosen: Sequence[int] | None = None, base: str = "none"
+) -> float:
     """Standard error of :func:`ratio`, from the quartiles of a normal distribution and its median's efficiency."""
-    indices = range(len(seconds["none"])) if chosen is None else chosen
-    low, _, high = statistics.quantiles((seconds[name][i] / seconds["none"][i] for i in indices), n=4)
+    indices = range(len(seconds[base])) if chosen is None else chosen
+    low, _, high = statistics.quantiles((seconds[name][i] / seconds[base][i] for i in indices), n=4)
     return 1.2533 * (high - low) / 1.349 / len(indices) ** 0.5
 
 
@@ -222,6 +234,41 @@ def step_time(steps: int = 41) -> list[Result]:
             1.02,
             pairs("locater"),
         ),
+    ]
+
+
+def suite(every_n_steps: int) -> list[L.Callback]:
+    """What there is beyond the three callbacks, save the probes."""
+    arguments: dict[str, Any] = {"every_n_steps": every_n_steps, "report": False}
+    return [
+        HiddenStateMonitor(**arguments),
+        SinkMonitor(figures_every=0, **arguments),
+        PositionMonitor(figures_every=0, **arguments),
+        CollapseGuard(every_n_steps=every_n_steps, checkpoint_every=0),
+    ]
+
+
+def suite_time(steps: int = 41) -> list[Result]:
+    """A training step with the whole suite over one with the three callbacks, by turns in one process."""
+    often = 5
+    variants = {
+        "default": [LocAteR(0.01), *monitors(often)],
+        "suite": [LocAteR(0.01), *monitors(often), *suite(often)],
+    }
+    seconds = in_turns(variants, steps, gpt2())
+    measured = range(often - 2, steps - 1, often)  # the first step was left out
+    others = [index for index in range(steps - 1) if index not in measured]
+    due = ratio(seconds, "suite", measured, "default")
+    ordinary = ratio(seconds, "suite", others, "default")
+    error = uncertainty(seconds, "suite", others, "default")
+    return [
+        Result(
+            "step_suite",
+            "step time, hidden states, sinks, positions and guard too, at the default cadence / three callbacks",
+            ((CADENCE - 1) * ordinary + due) / CADENCE,
+            1.01,
+            f"{CADENCE - 1} ordinary steps at {ordinary:.4f} ± {error:.4f}, one measured at {due:.4f}",
+        )
     ]
 
 

@@ -1,5 +1,6 @@
 """The README's blocks are executed: Python as it stands, commands as far as they need no network."""
 
+import ast
 import re
 import shlex
 import shutil
@@ -21,7 +22,11 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     exec(compile(code, "README.md", "exec"), namespace)
-    assert "tensor(" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    if "steer" in namespace:
+        assert sum(ast.literal_eval(printed).values()) == 8  # a class for every head
+        return
+    assert "tensor(" in printed
     if "trainer" in namespace:
         assert namespace["trainer"].global_step == 20
         assert list(tmp_path.rglob("lightning_qk_report.html"))
@@ -62,6 +67,10 @@ def test_commands_are_real(command, monkeypatch):
         from lightning_qk.coverage.command import _parser
 
         assert set(_parser("coverage").parse_args(arguments[1:]).types) <= set(model_types())
+    elif arguments[:1] == ["inspect"]:
+        from lightning_qk.inspect.command import _parser as inspect_parser
+
+        assert inspect_parser("inspect").parse_args(arguments[1:]).fail_on is not None
     elif program.endswith("lightning-qk"):
         # The whole configuration is read and checked, classes included.
         from lightning_qk.cli import main
