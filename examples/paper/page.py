@@ -73,6 +73,14 @@ def render(folder: Path = HERE / "results") -> str:
         names=NAMES,
         labels=METHODS,
         titles=SETTINGS,
+        shared={
+            name: run["gain"]
+            for name, own in files["locater"]["results"]["settings"].items()
+            for run in own["main"]["runs"]
+            if name != "paper"
+            and run["label"] == "variance"
+            and run["coefficient"] == files["locater"]["results"]["settings"]["paper"]["chosen"]["variance"]
+        },
         training_seconds=training_seconds(files["locater"]["results"]["settings"]),
         failing=failing,
         **{name: file["results"] for name, file in files.items()},

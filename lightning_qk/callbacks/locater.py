@@ -47,7 +47,7 @@ class LocAteR(Callback):
     Args:
         weight: coefficient of the penalty. Its scale depends on the model (0.6 for a fresh GPT-2, 30 for a
             pretrained MiniLM): start where ``weight`` times the logged ``locater/penalty`` is some percent of
-            the loss.
+            the loss. No value carries over from one model to another: ``examples/paper`` has the sweeps.
         form: ``"variance"`` or ``"target"``, see :func:`~lightning_qk.locater_penalty`.
         support: ``"model"`` or ``"head"``, see :func:`~lightning_qk.functional.qk_moments`.
         target: for ``form="target"`` the mean that eigenvalues are held at; None holds each head at its mean at
