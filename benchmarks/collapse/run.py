@@ -2,8 +2,8 @@
 
     python benchmarks/collapse/run.py [--quick] [--jobs 2] [--out FILE]
 
-Trains what is not in the cache, shows the records to the guard's detectors, trains the failing runs once more with a
-guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs (the
+Trains what is not in the cache, shows the records to the guard's detectors, trains the failing runs once more with
+a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs (the
 even ones of both lists in ``runs.py``); so was the factor of the learning rate. The other half reports.
 """
 
@@ -44,11 +44,18 @@ def record(run: Run, factor: float | None, cache: str) -> dict[str, Any]:
     """A run's record; with a factor, of the run with a guard that helps. Trained if the cache does not have it."""
     key: dict[str, Any] = run.key()
     if factor is not None:
-        key["guard"] = {"factor": factor, "tau": TAU, "sensitivity": asdict(Sensitivity())}
+        key["guard"] = {
+            "factor": factor,
+            "tau": TAU,
+            "tightened": "once",
+            "sensitivity": asdict(Sensitivity()),
+        }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = Path(cache) / f"{run.name}.{digest}.json"
     if not path.is_file():
-        found = train(run, cache, monitors=not run.reference) if factor is None else _guarded(run, factor, cache)
+        found = (
+            train(run, cache, monitors=not run.reference) if factor is None else _guarded(run, factor, cache)
+        )
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(found))
         partial.replace(path)
@@ -66,7 +73,9 @@ def _guarded(run: Run, factor: float, cache: str) -> dict[str, Any]:
     return {**found, "alarms": alarms, "rolled_back_to": guard.rolled_back_to}
 
 
-def in_parallel(calls: Sequence[tuple[Run, float | None]], cache: Path, jobs: int, label: str) -> list[dict[str, Any]]:
+def in_parallel(
+    calls: Sequence[tuple[Run, float | None]], cache: Path, jobs: int, label: str
+) -> list[dict[str, Any]]:
     """Records of many runs, in order, in fresh processes of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they import torch
     out = []
@@ -87,7 +96,8 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
     found = in_parallel([(run, None) for run in (*plain, *runs)], cache, jobs, "runs")
     records = dict(zip((run.name for run in (*plain, *runs)), found, strict=True))
     healthy = {
-        family: reference([records[run.name]["loss"] for run in plain if run.family == family]) for family in families
+        family: reference([records[run.name]["loss"] for run in plain if run.family == family])
+        for family in families
     }
     truths = {run.name: judge(records[run.name]["loss"], healthy[run.family]) for run in runs}
     rows = [told(run, truths[run.name], first_alarm(records[run.name])) for run in runs]
@@ -97,7 +107,13 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
     }
     failing = [run for run in runs if truths[run.name].fails]
     calls = [(run, factor) for factor in FACTORS for run in failing]
-    helped = dict(zip([(run.name, factor) for run, factor in calls], in_parallel(calls, cache, jobs, "helped"), strict=True))
+    helped = dict(
+        zip(
+            [(run.name, factor) for run, factor in calls],
+            in_parallel(calls, cache, jobs, "helped"),
+            strict=True,
+        )
+    )
     saved = {
         factor: {run.name: rescued(helped[run.name, factor]["loss"], healthy[run.family]) for run in failing}
         for factor in FACTORS
@@ -110,7 +126,10 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
             row["rescued"] = saved[factor][row["name"]]
             row["alarms"] = own["alarms"]
             row["rolled_back_to"] = own["rolled_back_to"]
-    out: dict[str, Any] = {"healthy_final": {name: one.final for name, one in healthy.items()}, "lr_factor": factor}
+    out: dict[str, Any] = {
+        "healthy_final": {name: one.final for name, one in healthy.items()},
+        "lr_factor": factor,
+    }
     for name, half in halves.items():
         own = [row for row in half if row["failure"] is not None]
         count = sum(row["rescued"] for row in own)
@@ -133,7 +152,9 @@ def met(half: Mapping[str, Any]) -> dict[str, bool]:
 
 def show(results: Mapping[str, Any]) -> None:
     """Print the runs and both halves."""
-    print(f"{'run':24} {'outcome':9} {'failure':>7} {'warned':>6} {'lead':>5} {'final':>6} {'helped':>6}  why")
+    print(
+        f"{'run':24} {'outcome':9} {'failure':>7} {'warned':>6} {'lead':>5} {'final':>6} {'helped':>6}  why"
+    )
     for row in results["runs"]:
         lead = "" if row["lead"] is None else f"{row['lead']:.2f}"
         helped = f"{row['helped_final']:.3f}{'' if row['rescued'] else ' no'}" if "rescued" in row else ""
@@ -156,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only the vision family, a few minutes")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="folder of the runs' records")
-    parser.add_argument("--out", type=Path, help="JSON file (default: results.json or quick.json beside this script)")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file (default: results.json or quick.json beside this script)"
+    )
     given = parser.parse_args(argv)
     start = time.perf_counter()
     results = benchmark(["vit"] if given.quick else list(FAMILIES), given.cache, given.jobs)

@@ -1,4 +1,4 @@
-"""The training runs of the benchmark: what each is, as plain data. Whether it fails is decided by its loss alone."""
+"""The training runs of the benchmark: what each is, as data. Whether it fails is decided by its loss alone."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -129,7 +129,11 @@ class Run:
 
 def _references() -> list[Run]:
     seeds = (11, 12, 13)
-    out = [Run(f"{family}-reference-{seed}", family, seed, reference=True) for family in FAMILIES for seed in seeds]
+    out = [
+        Run(f"{family}-reference-{seed}", family, seed, reference=True)
+        for family in FAMILIES
+        for seed in seeds
+    ]
     return [_bert(run) if run.family == "bert" else run for run in out]
 
 

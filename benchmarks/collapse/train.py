@@ -5,7 +5,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,8 +13,14 @@ from runs import FAMILIES, Run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_qk import (
+    AttentionMonitor,
+    QKSpectrumMonitor,
+    TextDataModule,
+    TransformerModule,
+    head_projections,
+)
 from lightning_qk.callbacks._watch import HiddenCosine
-from lightning_qk import AttentionMonitor, QKSpectrumMonitor, TextDataModule, TransformerModule, head_projections
 
 EVERY = 4
 
@@ -46,7 +51,12 @@ class Module(TransformerModule):
 
     def __init__(self, run: Run, model: dict[str, Any], task: str) -> None:
         super().__init__(
-            model, task, lr=run.lr, betas=run.betas, schedule="constant", warmup_steps=run.warmup,
+            model,
+            task,
+            lr=run.lr,
+            betas=run.betas,
+            schedule="constant",
+            warmup_steps=run.warmup,
         )
         self.run = run
         self.random = torch.Generator().manual_seed(run.seed)
@@ -97,7 +107,9 @@ class Module(TransformerModule):
             return {**batch, name: replaced, "labels": labels}
         return {**batch, name: torch.where(where, torch.randn(given.shape, generator=self.random), given)}
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         factor = 1.0
         if self.run.ramp is not None:
             begin, end, peak = self.run.ramp
@@ -185,10 +197,16 @@ def _data(run: Run, cache: str) -> dict[str, Any]:
     fixed = torch.Generator().manual_seed(0)
     wrong = torch.rand(len(targets), generator=fixed) < fields["wrong_labels"]
     targets = torch.where(wrong, torch.randint(0, 10, targets.shape, generator=fixed), targets)
-    examples = [{"pixel_values": image, "labels": target} for image, target in zip(images, targets, strict=True)]
+    examples = [
+        {"pixel_values": image, "labels": target} for image, target in zip(images, targets, strict=True)
+    ]
     order = torch.Generator().manual_seed(run.seed)
     loader = DataLoader(
-        examples, batch_size=fields["batch_size"], shuffle=True, drop_last=True, generator=order  # type: ignore[arg-type]
+        examples,
+        batch_size=fields["batch_size"],
+        shuffle=True,
+        drop_last=True,
+        generator=order,  # type: ignore[arg-type]
     )
     return {"train_dataloaders": loader}
 
@@ -209,7 +227,6 @@ def train(run: Run, cache: str, extra: Sequence[L.Callback] = (), monitors: bool
     record = Record()
     spectrum = QKSpectrumMonitor(EVERY, figures_every=0, report=False)
     attention = AttentionMonitor(EVERY, rows=16, every_n_eval_batches=0, figures_every=0, report=False)
-    found: dict[str, list[Any]] = {"steps": [], "attention": [], "spectrum": []}
     with tempfile.TemporaryDirectory() as folder:
         ends = [run.steps] if run.resume is None else [run.resume, run.steps]
         path = None
@@ -251,7 +268,11 @@ def train(run: Run, cache: str, extra: Sequence[L.Callback] = (), monitors: bool
     if monitors:
         for group, history in (("attention", attention.history), ("spectrum", spectrum.history)):
             assert history is not None
-            out[group] = {"steps": history.steps, "heads": list(history.heads), "layers": list(history.layers)}
+            out[group] = {
+                "steps": history.steps,
+                "heads": list(history.heads),
+                "layers": list(history.layers),
+            }
             out[group]["values"] = {
                 name: [[float(f"{x:.5g}") for x in row] for row in history.series(name).tolist()]
                 for name in history.values

@@ -3,13 +3,16 @@
 The rule, fixed before any detector was tuned:
 
 - The loss is smoothed by the median of the last :data:`SMOOTH` steps.
-- A family's reference is three plain runs of it, of seeds that no other run has: the median of their smoothed losses
+- A family's reference is three plain runs of it, of seeds that no other run has: the median of their smoothed
+  losses
   at each step, and the median of their means over the last tenth of the steps, their final loss.
-- A run **fails** when a loss is not finite, or its own mean over the last tenth is above ``MARGIN`` times the final
+- A run **fails** when a loss is not finite, or its own mean over the last tenth is above ``MARGIN`` times the
+  final
   loss of the reference. Else it is **fine**.
 - A run that fails has **diverged** when a loss is not finite or its smoothed loss ends above ``MARGIN`` times the
   lowest that it ever was; else it is stuck on a **plateau**.
-- The **step of failure** is the first step whose loss is not finite; or, where that is earlier, the first step from
+- The **step of failure** is the first step whose loss is not finite; or, where that is earlier, the first step
+  from
   which on the smoothed loss is above ``SHOWS`` times the reference at nine of ten steps until the end, that step
   among them. From there on somebody who has healthy runs beside it sees it in the loss.
 """

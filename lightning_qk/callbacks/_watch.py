@@ -162,7 +162,7 @@ class Watch:
         for monitor in self.quiet:
             try:
                 monitor.on_fit_start(trainer, pl_module)
-            except ValueError:
+            except ValueError:  # noqa: PERF203 (two rounds, once a fit)
                 if monitor is self.attention:
                     raise
                 # Weights that cannot be read leave the attention itself to be watched.

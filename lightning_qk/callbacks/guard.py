@@ -39,17 +39,20 @@ class CollapseGuard(Callback):
     ``"stop"``; should measuring fail, it says so once and training goes on unwatched.
 
     Interventions that it wakes (``action="qk_clip"`` and so on) are checked at the start of the fit, and refuse
-    there what they cannot do. Their ``on_train_start`` comes when they wake, and they stay awake. With ``lr_factor``
+    there what they cannot do. Their ``on_train_start`` comes when they wake, and they stay awake. With
+    ``lr_factor``
     below 1, optimizers step with that factor of their scheduled rates from the alarm on, and with no more than
-    that factor of the largest rate until then. No schedule sees it; each further alarm multiplies once more. It is
-    the plainest remedy, and where the rate is what went wrong, the one that helps: clipping logits alone leaves it.
+    that factor of the largest rate until then. No schedule sees it, and no further alarm adds to it. It is
+    the plainest remedy, and where the rate is what went wrong, the one that helps: clipping logits alone leaves
+    it.
 
     With ``rollback=True`` the first alarm takes weights and optimizers' states back to the last healthy
     checkpoint, on all ranks alike. Steps, schedules and the position in the data go on. That checkpoint,
     ``lightning_qk_healthy.ckpt`` in the run's folder, is an ordinary one to resume from; a newer one replaces it.
 
     Logged keys: ``guard/score``, the largest of the detectors' scores, alarming from 1 on; ``guard/loss``,
-    ``guard/logits``, ``guard/entropy``, ``guard/rank`` and ``guard/spectrum``, each detector's; ``guard/fired``, how
+    ``guard/logits``, ``guard/entropy``, ``guard/rank`` and ``guard/spectrum``, each detector's; ``guard/fired``,
+    how
     many alarms were given; and ``guard/lr_factor`` where ``lr_factor`` is below 1.
 
     Args:
@@ -156,7 +159,8 @@ class CollapseGuard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what can be watched; raise here, before any work, where there is nothing."""
-        self._watch = Watch(trainer, pl_module, self.every_n_steps, self.rows, trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._watch = Watch(trainer, pl_module, self.every_n_steps, self.rows, callbacks)
         self._remedy.always("on_fit_start", trainer, pl_module)
         self._healthy.begin(run_directory(trainer))
         self._rate.attach(trainer.optimizers)
@@ -187,9 +191,7 @@ class CollapseGuard(Callback):
         """For a remedy that changes gradients."""
         self._remedy.call("on_before_optimizer_step", trainer, pl_module, optimizer)
 
-    def on_before_zero_grad(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """For a remedy."""
         self._remedy.call("on_before_zero_grad", trainer, pl_module, optimizer)
 
@@ -345,7 +347,8 @@ class CollapseGuard(Callback):
         if self.rollback and self.rolled_back_to is None and self._healthy.restore(trainer):
             self.rolled_back_to = self._healthy.step
             done.append(f"weights and optimizer are back at step {self.rolled_back_to}")
-        if self.lr_factor < 1:
+        # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
+        if self.lr_factor < 1 and self._rate.factor == 1:
             self._rate.tighten(self.lr_factor)
             done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
         if self._remedy.wake(trainer, pl_module):

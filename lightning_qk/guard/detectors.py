@@ -113,7 +113,8 @@ class LossWatch:
             return NOTHING
         return Finding(
             risen / self.sensitivity.rise,
-            f"the training loss has risen from {old:.4g} to {new:.4g} (medians of {len(before)} and {len(after)} steps)",
+            f"the training loss has risen from {old:.4g} to {new:.4g} (medians of {len(before)} and "
+            f"{len(after)} steps)",
         )
 
     def clear(self) -> None:
@@ -180,9 +181,11 @@ class LogitGrowth(Detector):
     statistic = "attn/max_abs_logit"
 
     def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        """Logarithms."""
         return values.clamp_min(_TINY).log()
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        """What the newest numbers and their trend say."""
         # NaN alone is a head that no row was seen of.
         if bool(values.isinf().any()):
             index = int(values.isinf().nonzero()[0])
@@ -204,9 +207,11 @@ class EntropyCollapse(Detector):
     statistic = "attn/entropy_normalized"
 
     def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        """Logarithms."""
         return layer_means(values, reading, self.statistic)[0].clamp_min(_TINY).log()
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        """What the newest numbers and their trend say."""
         slope, error = self.window.trend()
         falling = sure(slope, error).clamp_max(0)
         ahead = (self.level() + self.sensitivity.horizon * falling).exp()
@@ -231,6 +236,7 @@ class RankCollapse(Detector):
     statistic = "hidden/cosine"
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        """What the newest numbers and their trend say."""
         if len(self.window) < 3:
             return NOTHING
         place = "the tokens before {} have a mean cosine of {:.6g}"
@@ -252,15 +258,17 @@ class SpectralGrowth(Detector):
     statistic = "qk/frobenius_sq"
 
     def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        """Logarithms."""
         return layer_means(values, reading, self.statistic)[0].clamp_min(_TINY).log()
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        """What the newest numbers and their trend say."""
         if len(self.window) < self.sensitivity.window:
             return NOTHING
         slope, error = self.window.trend()
         grown = sure(slope, error).clamp_min(0) * (len(self.window) - 1)
         score, index = _largest(grown / math.log(self.sensitivity.growth) * stall)
-        newest, layers, heads = layer_means(values, reading, self.statistic)
+        newest, layers, _ = layer_means(values, reading, self.statistic)
         return Finding(
             score,
             f"the squared norm of W_QK in {layers[index]} has grown {float(grown[index].exp()):.3g}-fold to "

@@ -25,7 +25,9 @@ class Sharpen(L.Callback):
                 list(head_projections(module).values())[1].query.mul_(1.5)
 
 
-def fit(guard: CollapseGuard, *callbacks: L.Callback, steps: int = 20, data: Any = None, **arguments: Any) -> Any:
+def fit(
+    guard: CollapseGuard, *callbacks: L.Callback, steps: int = 20, data: Any = None, **arguments: Any
+) -> Any:
     torch.manual_seed(1)
     job = models.Job(lr=1e-3, optimizer="adamw")
     path = arguments.pop("ckpt_path", None)
