@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from runs import FAMILIES, Run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +20,7 @@ from lightning_qk import (
     head_projections,
 )
 from lightning_qk.callbacks._watch import HiddenCosine
+from runs import FAMILIES, Run
 
 EVERY = 4
 
