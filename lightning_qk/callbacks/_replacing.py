@@ -1,5 +1,6 @@
 """What callbacks that replace attention functions have in common."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ class ReplacingRemedy(Remedy):
     def __init__(self, modules: Patterns, name: str | None) -> None:
         super().__init__(modules, name)
 
+    @abstractmethod
     def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
         """What steers the layers, and what it does in words."""
-        raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where one cannot be steered."""

@@ -1,5 +1,6 @@
 """What callbacks that steer attention calls have in common."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -209,9 +210,9 @@ class PenaltyRemedy(Remedy):
                 sync_dist=trainer.world_size > 1,
             )
 
+    @abstractmethod
     def logged_keys(self) -> Sequence[str]:
         """Names of what is logged."""
-        raise NotImplementedError
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the attention interface as it was."""

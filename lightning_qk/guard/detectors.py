@@ -7,6 +7,7 @@ judged over time is our own form [R].
 """
 
 import math
+from abc import abstractmethod
 from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -160,9 +161,9 @@ class Detector:
         """What the window keeps."""
         return values
 
+    @abstractmethod
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
         """What to make of the window."""
-        raise NotImplementedError
 
     def level(self) -> Tensor:
         """Median of the newest three rows: one number that is far out is no alarm."""
