@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from runs import Run
 from truth import MARGIN, Reference, Truth
 
 from lightning_qk.callbacks._watch import ATTENTION, COSINE, SPECTRUM
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
 from lightning_qk.guard.reading import Place, Reading
-from runs import Run
 
 
 def readings(record: Mapping[str, Any]) -> Iterator[Reading]:

@@ -28,11 +28,11 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parents[1]))
 
 from evaluate import first_alarm, rescued, summary, told  # noqa: E402
+from runs import DRIVEN, FAMILIES, REFERENCES, ROUGH, Run  # noqa: E402
 from train import EVERY, train  # noqa: E402
 from truth import MARGIN, final, judge, reference  # noqa: E402
 
 from lightning_qk.guard.detector import Sensitivity  # noqa: E402
-from runs import DRIVEN, FAMILIES, REFERENCES, ROUGH, Run  # noqa: E402
 
 FACTORS = (0.1, 0.2)
 """Of the learning rate, to choose from."""

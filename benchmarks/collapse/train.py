@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from runs import FAMILIES, Run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,7 +21,6 @@ from lightning_qk import (
     head_projections,
 )
 from lightning_qk.callbacks._watch import HiddenCosine
-from runs import FAMILIES, Run
 
 EVERY = 4
 
