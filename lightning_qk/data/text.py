@@ -284,9 +284,7 @@ class TextDataModule(pl.LightningDataModule):
             try:
                 with _no_progress_bars():
                     self._build(build, files, hub)
-                # Another process may have been faster; its data are the same.
-                if not entry.exists():
-                    build.replace(entry)
+                _put(build, entry)
             finally:
                 shutil.rmtree(build, ignore_errors=True)
         return entry
@@ -440,6 +438,15 @@ class TextDataModule(pl.LightningDataModule):
             remove_columns=rows.column_names,
             cache_file_name=str(cache),
         )
+
+
+def _put(build: Path, entry: Path) -> None:
+    """Move the finished data into place, unless another process was faster: its data are the same."""
+    try:
+        build.replace(entry)
+    except OSError:
+        if not (entry / "info.json").is_file():
+            raise
 
 
 @contextmanager

@@ -247,6 +247,27 @@ def test_a_build_that_fails_leaves_nothing(make: Any, tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_two_runs_may_make_the_same_data_at_once(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.txt", "some text\n" * 20)
+    original = TextDataModule._build
+    others: list[TextDataModule] = []
+
+    def while_another_finishes(self: TextDataModule, folder: Path, *rest: Any) -> None:
+        monkeypatch.setattr(TextDataModule, "_build", original)
+        others.append(prepared(make(source=path, block_size=8)))
+        original(self, folder, *rest)
+
+    monkeypatch.setattr(TextDataModule, "_build", while_another_finishes)
+    # Whoever looks before the other has finished finds no folder; the move into place is what tells.
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    data = prepared(make(source=path, block_size=8))
+
+    assert texts_of(data, "train") == texts_of(others[0], "train")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_order_of_training_follows_from_seed_and_epoch(make: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "".join(f"{index:03}\n" for index in range(40)))
 
