@@ -4,7 +4,8 @@
 
 Trains what is not in the cache, shows the records to the guard's detectors, trains the failing runs once more with
 a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs (the
-even ones of both lists in ``runs.py``); so was the factor of the learning rate. The other half reports.
+even ones of both lists in ``runs.py``); so were the factor of the learning rate and how a run goes back. The other
+half reports.
 """
 
 import argparse
@@ -37,6 +38,8 @@ from lightning_qk.guard.detector import Sensitivity  # noqa: E402
 FACTORS = (0.1, 0.2)
 """Of the learning rate, to choose from."""
 TAU = 50.0
+WARMUP = 40
+"""Steps to the smaller rate, where the run goes back to its start."""
 BARS = {"share_warned_before": 0.9, "median_lead": 0.1, "false_alarms": 1, "share_rescued": 0.7}
 
 
@@ -47,7 +50,8 @@ def record(run: Run, factor: float | None, cache: str) -> dict[str, Any]:
         key["guard"] = {
             "factor": factor,
             "tau": TAU,
-            "tightened": "once",
+            "warmup": WARMUP,
+            "rollback": "to what a window confirmed, or the start",
             "sensitivity": asdict(Sensitivity()),
         }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -66,7 +70,12 @@ def _guarded(run: Run, factor: float, cache: str) -> dict[str, Any]:
     from lightning_qk import CollapseGuard, QKClip
 
     guard = CollapseGuard(
-        QKClip(TAU), every_n_steps=EVERY, rollback=True, lr_factor=factor, checkpoint_every=2 * EVERY
+        QKClip(TAU),
+        every_n_steps=EVERY,
+        rollback=True,
+        lr_factor=factor,
+        lr_warmup=WARMUP,
+        checkpoint_every=2 * EVERY,
     )
     found = train(run, cache, [guard], monitors=False)
     alarms = [{"step": verdict.step, "reason": verdict.reason} for verdict in guard.verdicts]

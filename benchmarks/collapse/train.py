@@ -165,7 +165,7 @@ class Record(L.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         assert self._hidden is not None
         if (trainer.global_step + 1) % EVERY == 0:
-            self._hidden.listen()
+            self._hidden.listen(batch)
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]

@@ -1,6 +1,6 @@
 """What a guard reads: the numbers of the trainer's own monitors, or of quiet ones where there are none."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -60,7 +60,8 @@ class HiddenCosine:
     """Mean cosine of two tokens of a sequence in what each attention layer is given.
 
     Rank collapse drives it to 1. With unit vectors u of T tokens it is ``(‖Σ u‖² − T) / (T² − T)``, at a cost
-    linear in T. Padding is not known here and counts as tokens.
+    linear in T. Tokens are those that the batch's own ``attention_mask`` of shape ``(batch, T)`` keeps; without
+    one, all of them.
 
     Args:
         model: any module with attention layers.
@@ -72,14 +73,17 @@ class HiddenCosine:
         self.tokens = tokens
         self._sums: dict[str, Tensor] = {}
         self._handles: list[Any] = []
+        self._keep: Tensor | None = None
 
     @property
     def places(self) -> list[Place]:
         """One a layer."""
         return [Place(name) for name in self.modules]
 
-    def listen(self) -> None:
-        """Hear what the layers are given until :meth:`stop`."""
+    def listen(self, batch: Any = None) -> None:
+        """Hear what the layers are given with this batch, until :meth:`stop`."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if not self._handles:
             for name, module in self.modules.items():
                 hook = self._hook(name)
@@ -89,7 +93,7 @@ class HiddenCosine:
         """Leave the layers as they were."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._keep = [], None
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -104,11 +108,16 @@ class HiddenCosine:
         """Sum over sequences of their mean cosines, and how many sequences."""
         stride = -(-hidden.shape[1] // self.tokens)
         unit = nn.functional.normalize(hidden[:, ::stride].float(), dim=-1)
-        count = unit.shape[1]
-        if count < 2:
-            return torch.zeros(2, device=hidden.device)
-        cosine = (unit.sum(1).square().sum(-1) - count) / (count * count - count)
-        return torch.stack([cosine.sum(), torch.full_like(cosine, 1.0).sum()])
+        if self._keep is not None and self._keep.shape == hidden.shape[:2]:
+            keep = (self._keep[:, ::stride] != 0).float()
+            unit = unit * keep.unsqueeze(-1)
+            count = keep.sum(1)
+        else:
+            count = unit.new_full((unit.shape[0],), unit.shape[1])
+        pairs = count * (count - 1)
+        cosine = (unit.sum(1).square().sum(-1) - count) / pairs.clamp_min(1)
+        told = (pairs > 0).float()
+        return torch.stack([(cosine * told).sum(), told.sum()])
 
     def compute(self, trainer: Trainer, device: torch.device) -> Tensor:
         """Means of all layers since the last call, over ranks, ``(layers,)``; a collective call."""

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qk.callbacks._remedy import Dormant, HealthyCheckpoint, RateLimit
+from lightning_qk.callbacks._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
 from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step, run_directory
 from lightning_qk.callbacks._watch import COSINE, Watch
 from lightning_qk.callbacks.locater import LocAteR
@@ -47,8 +47,10 @@ class CollapseGuard(Callback):
     it.
 
     With ``rollback=True`` the first alarm takes weights and optimizers' states back to the last healthy
-    checkpoint, on all ranks alike. Steps, schedules and the position in the data go on. That checkpoint,
-    ``lightning_qk_healthy.ckpt`` in the run's folder, is an ordinary one to resume from; a newer one replaces it.
+    checkpoint, on all ranks alike: where training started, until there is another. Steps, schedules and the
+    position in the data go on. That checkpoint, ``lightning_qk_healthy.ckpt`` in the run's folder, is an ordinary
+    one to resume from. A newer one replaces it once a whole window of readings after it was healthy too, since
+    damage is done before it shows; until then it lies beside it as ``lightning_qk_healthy.ckpt.new``.
 
     Logged keys: ``guard/score``, the largest of the detectors' scores, alarming from 1 on; ``guard/loss``,
     ``guard/logits``, ``guard/entropy``, ``guard/rank`` and ``guard/spectrum``, each detector's; ``guard/fired``,
@@ -63,6 +65,8 @@ class CollapseGuard(Callback):
         sensitivity: what counts as an alarm; None is what was chosen on the benchmark.
         rollback: go back to the last healthy checkpoint, once.
         lr_factor: multiply learning rates at an alarm; 1 leaves them.
+        lr_warmup: steps over which the smaller rate is reached from zero where the optimizers remember nothing, as
+            after going back to the start.
         checkpoint_every: steps between healthy checkpoints, at least; 0 keeps none. Each costs as much as any
             other checkpoint.
         loss: key in ``trainer.callback_metrics`` to watch in place of what ``training_step`` returns.
@@ -86,6 +90,7 @@ class CollapseGuard(Callback):
         sensitivity: Sensitivity | None = None,
         rollback: bool = False,
         lr_factor: float = 1.0,
+        lr_warmup: int = 0,
         checkpoint_every: int = 500,
         loss: str | None = None,
         rows: int = 16,
@@ -99,6 +104,11 @@ class CollapseGuard(Callback):
             raise ValueError(
                 f"expected lr_factor above 0 and at most 1, got {lr_factor}: 1 leaves the learning rate alone"
             )
+        if lr_warmup < 0:
+            raise ValueError(
+                f"expected lr_warmup of at least 0, got {lr_warmup}: pass over how many steps the smaller rate is "
+                "reached"
+            )
         if checkpoint_every < 0 or (rollback and not checkpoint_every):
             raise ValueError(
                 f"expected checkpoint_every of at least {int(rollback)} with rollback={rollback}, got "
@@ -110,6 +120,7 @@ class CollapseGuard(Callback):
         self.every_n_steps = every_n_steps
         self.rollback = rollback
         self.lr_factor = lr_factor
+        self.lr_warmup = lr_warmup
         self.checkpoint_every = checkpoint_every
         self.loss = loss
         self.rows = rows
@@ -118,7 +129,7 @@ class CollapseGuard(Callback):
         self.rolled_back_to: int | None = None
         self._remedy = Dormant(remedies)
         self._rate = RateLimit()
-        self._healthy = HealthyCheckpoint()
+        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window // 2)
         self._watch: Watch | None = None
         self._losses: list[Tensor] = []
         self._micro: list[Tensor] = []
@@ -145,7 +156,7 @@ class CollapseGuard(Callback):
                 )
         self._remedy.always("setup", trainer, pl_module, stage)
         if stage == "fit":
-            settings = ("every_n_steps", "rollback", "lr_factor", "checkpoint_every", "rows")
+            settings = ("every_n_steps", "rollback", "lr_factor", "lr_warmup", "checkpoint_every", "rows")
             names = [type(callback).__name__ for callback in self._remedy.callbacks]
             describe_config(
                 trainer,
@@ -168,7 +179,10 @@ class CollapseGuard(Callback):
         self._is_due = self._gave_up = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A remedy that a checkpoint woke goes on."""
+        """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
+        if self.rollback and self._healthy.step is None and self.rolled_back_to is None:
+            self._healthy.save(trainer, logging_step(trainer) - 1)
+            self._healthy.confirm(trainer, at_once=True)
         self._remedy.call("on_train_start", trainer, pl_module)
 
     def on_train_batch_start(
@@ -182,7 +196,7 @@ class CollapseGuard(Callback):
             for monitor in self._watch.quiet:
                 monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
             if self._is_due:
-                self._watch.hidden.listen()
+                self._watch.hidden.listen(batch)
         self._remedy.call("on_train_batch_start", trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
@@ -300,8 +314,7 @@ class CollapseGuard(Callback):
         if fired:
             self.verdicts.append(verdict)
             self._act(trainer, pl_module, verdict)
-        elif verdict.is_healthy and self._is_checkpoint_due(step):
-            self._healthy.save(trainer, step)
+        self._keep(trainer, step, verdict.is_healthy)
         self._log(trainer, pl_module, verdict, step)
 
     def _read(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Reading:
@@ -322,9 +335,19 @@ class CollapseGuard(Callback):
             flat /= trainer.world_size
         return flat.tolist()
 
-    def _is_checkpoint_due(self, step: int) -> bool:
+    def _keep(self, trainer: Trainer, step: int, is_healthy: bool) -> None:
+        """Confirm or drop the checkpoint that waits for it; write the next where due."""
+        if not is_healthy:
+            self._healthy.doubt(trainer)
+            return
+        self._healthy.confirm(trainer)
         last = self._healthy.step
-        return self.checkpoint_every > 0 and (last is None or step - last >= self.checkpoint_every)
+        if (
+            self.checkpoint_every > 0
+            and not self._healthy.is_waiting
+            and (last is None or step - last >= self.checkpoint_every)
+        ):
+            self._healthy.save(trainer, step)
 
     # Acting
 
@@ -344,12 +367,16 @@ class CollapseGuard(Callback):
     def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Roll back, lower the rate and wake the remedy; what was done, in words."""
         done = []
-        if self.rollback and self.rolled_back_to is None and self._healthy.restore(trainer):
-            self.rolled_back_to = self._healthy.step
-            done.append(f"weights and optimizer are back at step {self.rolled_back_to}")
+        if self.rollback and self.rolled_back_to is None and self._restored(trainer):
+            self.rolled_back_to = step = self._healthy.step
+            assert step is not None  # there was one to restore
+            where = f"at step {step}" if step >= 0 else "where training started"
+            done.append(f"weights and optimizer are back {where}")
         # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
         if self.lr_factor < 1 and self._rate.factor == 1:
-            self._rate.tighten(self.lr_factor)
+            # Optimizers that remember nothing take their largest steps at first.
+            is_new = not any(optimizer.state for optimizer in trainer.optimizers)
+            self._rate.tighten(self.lr_factor, self.lr_warmup if is_new else 0)
             done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
         if self._remedy.wake(trainer, pl_module):
             names = [type(callback).__name__ for callback in self._remedy.callbacks]
@@ -357,6 +384,16 @@ class CollapseGuard(Callback):
         if done:
             self.detector.restart()
         return done
+
+    def _restored(self, trainer: Trainer) -> bool:
+        try:
+            return self._healthy.restore(trainer)
+        except Exception as error:
+            self._say(
+                f"it could not go back to {CHECKPOINT_NAME} ({type(error).__name__}: {error}); training goes on "
+                "from where it is"
+            )
+            return False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, step: int) -> None:
         scalars = {

@@ -1,5 +1,6 @@
 """The guard on jobs that collapse, and on one that does not."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from guard_job import Sharpen, fit
 
 from lightning_qk import AttentionMonitor, CollapseGuard, LocAteR, QKClip, QKSpectrumMonitor
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME
+from lightning_qk.callbacks._watch import HiddenCosine
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +102,95 @@ def test_rolls_back_once_and_wakes_the_remedy(tmp_path):
     largest = max(float(values.max()) for values in clip.maxima.values())
     assert largest < 30
     assert torch.isfinite(weights(job)).all()
+
+
+def test_goes_back_to_the_start_where_nothing_later_was_confirmed(tmp_path):
+    guard = CollapseGuard(every_n_steps=1, rollback=True, lr_factor=0.1, lr_warmup=5, checkpoint_every=1)
+    start, back, moved = [], [], []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer, module):
+            start.append(weights(module).clone())
+
+        def on_train_batch_end(self, trainer, module, *_):
+            moved.append((trainer.global_step, weights(module).clone()))
+
+    restore = guard._healthy.restore
+
+    def restored(trainer):
+        assert trainer.optimizers[0].state
+        done = restore(trainer)
+        back.append(weights(trainer.lightning_module).clone())
+        assert not trainer.optimizers[0].state  # Adam begins anew
+        return done
+
+    guard._healthy.restore = restored
+    with pytest.warns(UserWarning, match="back where training started"):
+        fit(guard, Sharpen(start=1, stop=9), Watch(), default_root_dir=tmp_path)
+    assert guard.rolled_back_to == -1
+    assert torch.equal(back[0], start[0])
+    first = guard.verdicts[0].step + 1
+    after = [back[0], *(values for step, values in moved if step > first)][:4]
+    # The first step of Adam is the rate for every weight: a fifth of a tenth, where it is warmed up over five.
+    sizes = [float((b - a).abs().median()) for a, b in itertools.pairwise(after)]
+    assert sizes[0] == pytest.approx(1e-3 * 0.1 / 5, rel=0.05)
+    assert sizes[2] > 1.2 * sizes[0]
+
+
+def test_a_checkpoint_counts_once_what_followed_was_healthy(tmp_path):
+    guard = CollapseGuard(every_n_steps=1, rollback=True, checkpoint_every=1)
+    seen = {}
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen[trainer.global_step] = (guard._healthy.step, guard._healthy.is_waiting)
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 10:
+                # What is not confirmed yet is dropped by one reading that is not healthy.
+                guard._healthy.doubt(trainer)
+
+    fit(guard, Watch(), default_root_dir=tmp_path, steps=16)
+    readings = guard.detector.sensitivity.window // 2
+    confirmed = [step for step, _ in seen.values()]
+    assert confirmed[0] == -1
+    assert all(step == -1 or number - 1 - step >= readings for number, (step, _) in seen.items())
+    assert max(confirmed) >= 10  # those after it went on
+    assert (tmp_path / "lightning_qk_healthy.ckpt").is_file() or list(
+        tmp_path.rglob("lightning_qk_healthy.ckpt")
+    )
+    torch.load(next(tmp_path.rglob("lightning_qk_healthy.ckpt")), weights_only=False)["state_dict"]
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_training_where_it_is(tmp_path):
+    guard = CollapseGuard(every_n_steps=1, rollback=True, checkpoint_every=1)
+
+    class Break(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            for path in tmp_path.rglob("lightning_qk_healthy.ckpt"):
+                path.write_bytes(b"nothing")
+
+    with pytest.warns(UserWarning, match="could not go back"):
+        trainer, _ = fit(guard, Break(), Sharpen(), default_root_dir=tmp_path)
+    assert trainer.global_step == 20
+    assert guard.rolled_back_to is None
+
+
+def test_cosine_counts_the_tokens_that_the_mask_keeps():
+    hidden = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    watched = HiddenCosine(models.llama())
+    watched.listen({"attention_mask": mask})
+    found = watched._cosines(hidden)
+    watched.stop()
+
+    want = []
+    for row, keep in zip(hidden, mask.bool(), strict=True):
+        unit = torch.nn.functional.normalize(row[keep].double(), dim=-1)
+        pairs = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+        if len(pairs):
+            want.append(float(pairs.mean()))
+    assert found.tolist() == pytest.approx([sum(want), 2.0], rel=1e-5)
 
 
 def test_the_rate_never_exceeds_the_factor_of_its_peak():
