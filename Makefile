@@ -1,6 +1,8 @@
 # Everything runs in .venv, made here. The README shows the pip lines for those who do not use make.
 PYTHON ?= python3
 VENV := .venv
+# Tests at a time: each is of one thread, and takes up to 2 GB.
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -18,10 +20,10 @@ quickstart: $(VENV)/.core
 	$(BIN)/lightning-qk fit --config configs/quickstart.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-oldest: $(VENV)/.oldest
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/heads tests/capture tests/inspect --ignore=tests/heads/test_heads_sharded.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/heads tests/capture tests/inspect --ignore=tests/heads/test_heads_sharded.py
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
