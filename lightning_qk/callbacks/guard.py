@@ -137,6 +137,7 @@ class CollapseGuard(Callback):
         self._is_due = False
         self._steps_before = 0
         self._gave_up = False
+        self._cannot_save = False
 
     @property
     def remedies(self) -> list[Callback]:
@@ -176,12 +177,12 @@ class CollapseGuard(Callback):
         self._healthy.begin(run_directory(trainer))
         self._rate.attach(trainer.optimizers)
         self._losses, self._micro, self._pending = [], [], None
-        self._is_due = self._gave_up = False
+        self._is_due = self._gave_up = self._cannot_save = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
         if self.rollback and self._healthy.step is None and self.rolled_back_to is None:
-            self._healthy.save(trainer, logging_step(trainer) - 1)
+            self._save(trainer, logging_step(trainer) - 1)
             self._healthy.confirm(trainer, at_once=True)
         self._remedy.call("on_train_start", trainer, pl_module)
 
@@ -347,7 +348,17 @@ class CollapseGuard(Callback):
             and not self._healthy.is_waiting
             and (last is None or step - last >= self.checkpoint_every)
         ):
+            self._save(trainer, step)
+
+    def _save(self, trainer: Trainer, step: int) -> None:
+        """A full disk is no reason to end a run."""
+        if self._cannot_save:
+            return
+        try:
             self._healthy.save(trainer, step)
+        except Exception as error:
+            self._cannot_save = True
+            self._say(f"it keeps no more checkpoints ({type(error).__name__}: {error}); training goes on")
 
     # Acting
 

@@ -176,6 +176,18 @@ def test_a_checkpoint_that_cannot_be_read_leaves_training_where_it_is(tmp_path):
     assert guard.rolled_back_to is None
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_training_alone(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+    guard = CollapseGuard(every_n_steps=1, rollback=True, checkpoint_every=1)
+    with pytest.warns(UserWarning, match="keeps no more checkpoints") as said:
+        trainer, _ = fit(guard, default_root_dir=tmp_path)
+    assert trainer.global_step == 20
+    assert sum("keeps no more" in str(one.message) for one in said) == 1
+
+
 def test_cosine_counts_the_tokens_that_the_mask_keeps():
     hidden = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
@@ -296,12 +308,11 @@ def test_refuses_arguments_out_of_range(arguments):
         CollapseGuard(**arguments)
 
 
-def test_two_processes_do_the_same(tmp_path):
-    script = str(Path(__file__).with_name("guard_job.py"))
+def torchrun(script, folder):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*torchrun, script, str(tmp_path)],
+        [*command, str(Path(__file__).with_name(script)), str(folder)],
         env=environment,
         capture_output=True,
         text=True,
@@ -309,7 +320,18 @@ def test_two_processes_do_the_same(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_two_processes_do_the_same(tmp_path):
+    one, other = torchrun("guard_job.py", tmp_path)
     assert one["alarms"] == other["alarms"] != []
     assert one["back"] == other["back"] is not None
     assert torch.equal(one["weights"], other["weights"])
+
+
+def test_goes_back_where_weights_are_sharded_and_in_half_precision(tmp_path):
+    for found in torchrun("guard_sharded_job.py", tmp_path):
+        for name, one in found.items():
+            want = {"steps": 8, "back": -1, "is_start": True, "moved": True, "goes_on": True, "finite": True}
+            assert one == want, name
