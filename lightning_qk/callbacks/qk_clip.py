@@ -242,10 +242,10 @@ class QKClip(Callback):
 
     def _refuse(self, problems: dict[str, str]) -> None:
         named = next(iter(problems.items()), None)
-        what = "a layer on another process" if named is None else f"{named[0]}, of which {named[1]}"
+        what = "a layer on another process" if named is None else f"{named[0]} ({named[1]})"
         raise ValueError(
-            f"expected attention whose logits can be told, got {what}: leave such a layer out of QKClip with "
-            "modules="
+            f"expected attention whose logits can be told, got {what}: leave such a layer out with "
+            "QKClip(modules=…)"
         )
 
     def _name_unheard(self) -> None:

@@ -41,8 +41,8 @@ def call_max_logits(
         return max_logits(**given, above=above)
     if call.relative or position not in _PRODUCTS:
         raise UnsupportedCallError(
-            "it takes its softmax itself, of logits from which q · k cannot be told: load the model with "
-            'attn_implementation="sdpa" or "eager"'
+            "it takes its softmax itself, of logits from which q · k cannot be told; with "
+            'attn_implementation="sdpa" or "eager" they may be, where the model has one'
         )
     logits = by_head(call, heads)
     logits = logits[..., : -call.sinks] if call.sinks else logits

@@ -382,7 +382,7 @@ def test_attention_that_cannot_be_told_is_refused_before_a_weight_is_changed():
     AttentionInterface.register("no_softmax", no_softmax)
     model = models.gpt2(attn_implementation="no_softmax")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="leave such a layer out of QKClip with modules="):
+    with pytest.raises(ValueError, match=r"leave such a layer out with QKClip\(modules=…\)"):
         models.trainer([QKClip(0.1)], max_steps=2).fit(models.Job(model, lr=0.0), models.tokens())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
