@@ -169,7 +169,7 @@ _DRIVEN = [
 # What is meant to train well, though not smoothly.
 _ROUGH = [
     Run("gpt2-high-rate", "gpt2", 21, lr=4e-3),
-    Run("gpt2-garbage", "gpt2", 22, garbage=(120, 128)),
+    Run("gpt2-garbage", "gpt2", 22, garbage=(120, 122)),
     Run("gpt2-sharp-start", "gpt2", 23, qk_scale=8),
     Run("gpt2-fresh-optimizer", "gpt2", 24, resume=150, fresh_optimizer=True),
     Run("gpt2-no-warmup", "gpt2", 26, lr=2e-3, warmup=0),
@@ -177,7 +177,7 @@ _ROUGH = [
     Run("llama-bf16-weights", "llama", 22, rounding="bf16_weights"),
     Run("llama-small-batches", "llama", 23, lr=2e-3, batch_size=5),
     Run("llama-resume", "llama", 24, resume=130),
-    Run("llama-garbage", "llama", 26, garbage=(60, 64)),
+    Run("llama-garbage", "llama", 26, garbage=(60, 61)),
     _bert(Run("bert-no-warmup", "bert", 21, warmup=0)),
     _bert(Run("bert-garbage", "bert", 22, garbage=(180, 188))),
     _bert(Run("bert-small-batches", "bert", 24, batch_size=10)),
@@ -185,7 +185,7 @@ _ROUGH = [
     Run("vit-noise", "vit", 26, wrong_inputs=0.02),
     Run("vit-garbage", "vit", 23, garbage=(100, 106)),
     Run("vit-fresh-optimizer", "vit", 24, resume=150, fresh_optimizer=True),
-    Run("vit-sharp-start", "vit", 27, qk_scale=3),
+    Run("vit-sharp-start", "vit", 27, qk_scale=2),
 ]
 
 
