@@ -3,9 +3,8 @@
     python benchmarks/collapse/run.py [--quick] [--jobs 2] [--out FILE]
 
 Trains what is not in the cache, shows the records to the guard's detectors, trains the failing runs once more with
-a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs (the
-even ones of both lists in ``runs.py``); so were the factor of the learning rate and how a run goes back. The other
-half reports.
+a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs; so
+is what the remedy is. The other half reports.
 """
 
 import argparse
@@ -35,21 +34,23 @@ from truth import MARGIN, final, judge, reference  # noqa: E402
 
 from lightning_qk.guard.detector import Sensitivity  # noqa: E402
 
-FACTORS = (0.1, 0.2)
-"""Of the learning rate, to choose from."""
-TAU = 50.0
+REMEDIES = {
+    "0.1, 50": {"factor": 0.1, "tau": 50.0},
+    "0.1, 10": {"factor": 0.1, "tau": 10.0},
+    "0.2, 10": {"factor": 0.2, "tau": 10.0},
+}
+"""Factor of the learning rate and τ of QK-Clip, to choose from."""
 WARMUP = 40
 """Steps to the smaller rate, where the run goes back to its start."""
 BARS = {"share_warned_before": 0.9, "median_lead": 0.1, "false_alarms": 1, "share_rescued": 0.7}
 
 
-def record(run: Run, factor: float | None, cache: str) -> dict[str, Any]:
-    """A run's record; with a factor, of the run with a guard that helps. Trained if the cache does not have it."""
+def record(run: Run, remedy: str | None, cache: str) -> dict[str, Any]:
+    """A run's record; with a remedy, of the run with a guard that helps. Trained if the cache does not have it."""
     key: dict[str, Any] = run.key()
-    if factor is not None:
+    if remedy is not None:
         key["guard"] = {
-            "factor": factor,
-            "tau": TAU,
+            **REMEDIES[remedy],
             "warmup": WARMUP,
             "rollback": "to what a window confirmed, or the start",
             "sensitivity": asdict(Sensitivity()),
@@ -58,7 +59,9 @@ def record(run: Run, factor: float | None, cache: str) -> dict[str, Any]:
     path = Path(cache) / f"{run.name}.{digest}.json"
     if not path.is_file():
         found = (
-            train(run, cache, monitors=not run.reference) if factor is None else _guarded(run, factor, cache)
+            train(run, cache, monitors=not run.reference)
+            if remedy is None
+            else _guarded(run, cache, **REMEDIES[remedy])
         )
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(found))
@@ -66,11 +69,11 @@ def record(run: Run, factor: float | None, cache: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _guarded(run: Run, factor: float, cache: str) -> dict[str, Any]:
+def _guarded(run: Run, cache: str, factor: float, tau: float) -> dict[str, Any]:
     from lightning_qk import CollapseGuard, QKClip
 
     guard = CollapseGuard(
-        QKClip(TAU),
+        QKClip(tau),
         every_n_steps=EVERY,
         rollback=True,
         lr_factor=factor,
@@ -83,13 +86,13 @@ def _guarded(run: Run, factor: float, cache: str) -> dict[str, Any]:
 
 
 def in_parallel(
-    calls: Sequence[tuple[Run, float | None]], cache: Path, jobs: int, label: str
+    calls: Sequence[tuple[Run, str | None]], cache: Path, jobs: int, label: str
 ) -> list[dict[str, Any]]:
     """Records of many runs, in order, in fresh processes of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they import torch
     out = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(record, run, factor, str(cache)) for run, factor in calls]
+        futures = [pool.submit(record, run, remedy, str(cache)) for run, remedy in calls]
         for done, ((run, _), future) in enumerate(zip(calls, futures, strict=True), 1):
             out.append(future.result())
             print(f"  {label}: {done} of {len(calls)}, {run.name}", file=sys.stderr, flush=True)
@@ -99,7 +102,6 @@ def in_parallel(
 def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]:
     """Everything, on some families."""
     cache.mkdir(parents=True, exist_ok=True)
-    chosen = {run.name for listed in (DRIVEN, ROUGH) for run in listed[::2]}
     runs = [run for run in (*DRIVEN, *ROUGH) if run.family in families]
     plain = [run for run in REFERENCES if run.family in families]
     found = in_parallel([(run, None) for run in (*plain, *runs)], cache, jobs, "runs")
@@ -111,39 +113,49 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
     truths = {run.name: judge(records[run.name]["loss"], healthy[run.family]) for run in runs}
     rows = [told(run, truths[run.name], first_alarm(records[run.name])) for run in runs]
     halves = {
-        "chosen_on": [row for row in rows if row["name"] in chosen],
-        "reported_on": [row for row in rows if row["name"] not in chosen],
+        "chosen_on": [row for run, row in zip(runs, rows, strict=True) if not run.reports],
+        "reported_on": [row for run, row in zip(runs, rows, strict=True) if run.reports],
     }
     failing = [run for run in runs if truths[run.name].fails]
-    calls = [(run, factor) for factor in FACTORS for run in failing]
-    helped = dict(
-        zip(
-            [(run.name, factor) for run, factor in calls],
-            in_parallel(calls, cache, jobs, "helped"),
-            strict=True,
-        )
-    )
-    saved = {
-        factor: {run.name: rescued(helped[run.name, factor]["loss"], healthy[run.family]) for run in failing}
-        for factor in FACTORS
-    }
-    factor = max(FACTORS, key=lambda one: sum(ok for name, ok in saved[one].items() if name in chosen))
+    tried = [(run, remedy) for remedy in REMEDIES for run in failing if not run.reports]
+    helped = dict(zip(tried, in_parallel(tried, cache, jobs, "helped"), strict=True))
+
+    def ratio(run: Run, remedy: str) -> float:
+        """Of the final loss to the healthy one; a loss that is no number is worse than any."""
+        found = final(helped[run, remedy]["loss"]) / healthy[run.family].final
+        return found if math.isfinite(found) else 1e3
+
+    def worth(remedy: str) -> tuple[int, float]:
+        ratios = [ratio(run, remedy) for run in failing if not run.reports]
+        return sum(one <= MARGIN for one in ratios), -math.fsum(ratios)
+
+    remedy = max(REMEDIES, key=worth)
+    reports: list[tuple[Run, str | None]] = [(run, remedy) for run in failing if run.reports]
+    helped |= dict(zip(reports, in_parallel(reports, cache, jobs, "helped"), strict=True))
+    by_name = {run.name: run for run in failing}
     for row in rows:
         if row["failure"] is not None:
-            own = helped[row["name"], factor]
+            run = by_name[row["name"]]
+            own = helped[run, remedy]
             row["helped_final"] = final(own["loss"])
-            row["rescued"] = saved[factor][row["name"]]
+            row["rescued"] = rescued(own["loss"], healthy[run.family])
             row["alarms"] = own["alarms"]
             row["rolled_back_to"] = own["rolled_back_to"]
     out: dict[str, Any] = {
         "healthy_final": {name: one.final for name, one in healthy.items()},
-        "lr_factor": factor,
+        "remedy": REMEDIES[remedy],
+        "remedies": {
+            name: {
+                "rescued": worth(name)[0],
+                "mean_ratio": -worth(name)[1] / max(1, len(tried) // len(REMEDIES)),
+            }
+            for name in REMEDIES
+        },
     }
     for name, half in halves.items():
-        own = [row for row in half if row["failure"] is not None]
-        count = sum(row["rescued"] for row in own)
-        out[name] = {**summary(half), "rescued": count, "share_rescued": count / max(1, len(own))}
-    out["rescued_by_factor"] = {str(one): sum(by_run.values()) for one, by_run in saved.items()}
+        lost = [row for row in half if row["failure"] is not None]
+        count = sum(row["rescued"] for row in lost)
+        out[name] = {**summary(half), "rescued": count, "share_rescued": count / max(1, len(lost))}
     out["sensitivity"] = asdict(Sensitivity())
     out["runs"] = rows
     out["training_seconds"] = sum(one["seconds"] for one in (*records.values(), *helped.values()))
