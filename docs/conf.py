@@ -1,8 +1,8 @@
 """How sphinx builds the pages: ``make docs``.
 
-The source folder is the repository, so that pages beside code, such as examples/paper/README.md, are pages of the site
-with their own pictures, and every relative link works on a code host too. Nothing is fetched, when pages are built or
-when they are read: formulas become MathML.
+The source folder is the repository, so that pages beside code, such as examples/paper/README.md, are pages of the
+site with their own pictures, and every relative link works on a code host too. Nothing is fetched, when pages are
+built or when they are read: formulas become MathML.
 """
 
 from pathlib import Path
@@ -71,8 +71,10 @@ _HOOKS = {name for base in (Callback, LightningModule, LightningDataModule) for 
 
 
 def _skip(app: Sphinx, kind: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
-    """Leave out the hooks that Lightning calls: they are no part of what a user calls."""
-    return True if name in _HOOKS and callable(value) else None
+    """Leave out what nobody calls: Lightning's hooks, and fields that the text on their class explains."""
+    hook = name in _HOOKS and callable(value)
+    field = type(value).__name__ == "_tuplegetter"
+    return True if hook or field else None
 
 
 def _exists(app: Sphinx, env: Any, node: Any, text: nodes.Element) -> nodes.Element | None:
@@ -100,8 +102,8 @@ def _block(translator: Any, node: nodes.math_block) -> None:
 def _front_door(app: Sphinx, error: Exception | None) -> None:
     """The first page, where people look for it."""
     if error is None and app.builder.name == "html":
-        page = f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={root_doc}.html">\n'
-        Path(app.outdir, "index.html").write_text(page, encoding="utf-8")
+        go = f'<meta http-equiv="refresh" content="0; url={root_doc}.html">'
+        Path(app.outdir, "index.html").write_text(f"<!doctype html>{go}\n", encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

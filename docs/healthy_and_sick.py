@@ -2,9 +2,9 @@
 
     python docs/healthy_and_sick.py [--output docs/images/healthy-and-sick.png]
 
-Two small GPT-2s learn to write Python from the standard library of this machine, with the same weights and batches at
-the start. One has a warm-up and a usual learning rate. The other has none and eleven times the rate, which is a
-mistake that people make. Takes about a minute on two cores.
+Two small GPT-2s learn to write Python from the standard library of this machine, with the same weights and batches
+at the start. One has a warm-up and a usual learning rate. The other has none and eleven times the rate, which is a
+mistake that people make. Takes about a minute on one quiet core.
 """
 
 import argparse
@@ -165,8 +165,12 @@ def summary(curves: Curves) -> str:
 
 def main() -> None:
     """Train both runs and write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images" / "healthy-and-sick.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "images" / "healthy-and-sick.png"
+    )
     output = parser.parse_args().output
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # models this small gain nothing from more

@@ -54,7 +54,10 @@ def _report(args: list[str]) -> int:
     from lightning_qk.logging.history import RunRecord
     from lightning_qk.logging.report import write_report
 
-    record = RunRecord.load(options.record)
+    try:
+        record = RunRecord.load(options.record)
+    except ValueError as error:
+        return _fail(_mend(error), 2)
     print_health(record)
     print(write_report(record, target))
     return 0

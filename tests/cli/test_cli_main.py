@@ -330,6 +330,6 @@ def test_the_quick_start_runs_and_its_report_can_be_made_again(
 def test_a_record_that_is_none_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
 
-    assert main(["report", str(tmp_path / "a.safetensors")]) == 1
+    assert main(["report", str(tmp_path / "a.safetensors")]) == 2
 
     assert "expected a record that a monitor wrote" in error_of(capsys)

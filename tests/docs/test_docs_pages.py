@@ -10,14 +10,18 @@ from pages import OTHER, ROOT, check_command, commands, languages, run_python
 
 import lightning_qk
 
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts
+)
 # Those whose code has tests of its own (so has the tutorial), or is made by a command.
 ELSEWHERE = {"docs/attention-health.md", "docs/performance.md", "docs/coverage.md"}
 TAUGHT = [page for page in PAGES if page not in ELSEWHERE]
 LINKED = [*PAGES, "README.md", "CONTRIBUTING.md", "examples/paper/README.md"]
 
 
-@pytest.mark.parametrize("page", [page for page in TAUGHT if "python" in languages(page) and page != "docs/tutorial.md"])
+@pytest.mark.parametrize(
+    "page", [page for page in TAUGHT if "python" in languages(page) and page != "docs/tutorial.md"]
+)
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -14,13 +14,22 @@ from lightning_qk.cli import main
 PAGE = "docs/tutorial.md"
 SMALL = [
     *("--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2", "--trainer.val_check_interval", "4"),
-    *("--trainer.limit_val_batches", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *(
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.enable_progress_bar",
+        "false",
+    ),
     *("--data.max_characters", "60000", "--data.cache_dir", "cache", "--data.batch_size", "4"),
     *("--model.model.n_layer", "2", "--model.model.n_embd", "32", "--data.block_size", "32"),
 ]
 
 
-def test_the_tutorial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tutorial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     for line in commands(PAGE):
         words, _, target = line.partition(" > ")
