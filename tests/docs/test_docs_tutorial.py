@@ -3,6 +3,7 @@
 import glob
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ SMALL = [
 ]
 
 
+@pytest.fixture
+def fresh_wandb() -> Iterator[None]:
+    """Without W&B's service of another test, and leaving none: it goes on in the folder that it was started in."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("fresh_wandb")
 def test_the_tutorial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
