@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-slow lint coverage benchmark paper paper-quick clean
+.PHONY: quickstart test test-oldest test-slow lint docs dist coverage benchmark paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -32,6 +32,17 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in docs/_build; a warning is an error. Nothing is fetched.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo docs/_build/html/index.html
+
+# Wheel and sdist, in dist, installed from there into a fresh environment and tried.
+dist: $(VENV)/.test
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	LIGHTNING_QK_DIST=dist $(BIN)/python -m pytest -m "slow or not slow" tests/dist
 
 benchmark: $(VENV)/.core
 	$(BIN)/python benchmarks/run.py
@@ -65,9 +76,13 @@ $(VENV)/.oldest: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oldest $(OLDEST)
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	$(INSTALL) -e ".[docs]"
+	touch $@
+
 $(VENV)/.lint: $(VENV)/.core
 	$(INSTALL) -e ".[lint]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,6 +7,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_qk.data.text import TextDataModule
 from lightning_qk.module import TransformerModule
+from lightning_qk.module.network import make_config
 
 
 def _data_seed(seed: bool | int) -> int:
@@ -21,6 +22,16 @@ class _SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class WrongModel(ValueError):
+    """Fields of a config that are no model.
+
+    Attributes:
+        status: the exit status of a command that is given them.
+    """
+
+    status = 2
+
+
 class _JobCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.task", "data.task")
@@ -30,6 +41,15 @@ class _JobCLI(LightningCLI):
         # The command has taken its own options out of sys.argv, which the parent warns about.
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        # Before a logger has begun a run that would be left behind, empty.
+        fields = self.config[self.subcommand].model.model
+        if isinstance(fields, dict):
+            try:
+                make_config(fields)
+            except ValueError as error:
+                raise WrongModel(str(error)) from error
 
 
 def _parser_options(prog: str) -> dict[str, Any]:
@@ -59,19 +79,32 @@ def run(args: list[str], prog: str) -> None:
     )
 
 
+def _parser(command: str) -> LightningArgumentParser:
+    """The options of one command, for those who want to know them without running it."""
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(TransformerModule, "model")
+    parser.add_lightning_class_args(TextDataModule, "data")
+    parser.add_method_arguments(Trainer, command, skip=set(LightningCLI.subcommands()[command]))
+    return parser
+
+
 def option_names(command: str) -> list[str]:
     """Names of a command's options as a config has them.
 
     Args:
         command: one of the trainer's commands.
     """
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(Trainer, "trainer")
-    parser.add_lightning_class_args(TransformerModule, "model")
-    parser.add_lightning_class_args(TextDataModule, "data")
-    parser.add_method_arguments(Trainer, command, skip=set(LightningCLI.subcommands()[command]))
-    return [
-        "config",
-        "seed_everything",
-        *(action.dest for action in parser._actions if action.dest != "help"),
-    ]
+    actions = _parser(command)._actions
+    return ["config", "seed_everything", *(action.dest for action in actions if action.dest != "help")]
+
+
+def option_strings(command: str) -> list[str]:
+    """A command's options as they are typed, such as ``--model.lr``.
+
+    Args:
+        command: one of the trainer's commands.
+    """
+    typed = [name for action in _parser(command)._actions for name in action.option_strings]
+    own = ["--help", "--help-all", "--print_config", "--seed_everything"]
+    return sorted({*own, *(name for name in typed if name.startswith("--") and name != "--print_shtab")})

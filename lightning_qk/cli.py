@@ -3,18 +3,26 @@
 Lightning and transformers take seconds to import, so that they are imported by the commands that need them.
 """
 
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+
+from lightning_qk._arguments import OneLineParser, did_you_mean
 
 _PROG = "lightning-qk"
 
 
 def _fit_and_kin(args: list[str]) -> int:
     """Run one of the trainer's commands through LightningCLI."""
+    if args[1:2] in (["-h"], ["--help"]):
+        from lightning_qk._job_help import job_help
+
+        print(job_help(args[0], _PROG))
+        return 0
+    from lightning_qk._configs import resolve_arguments
+
+    args = ["--help" if arg == "--help-all" else arg for arg in resolve_arguments(args)]
     from argparse import ArgumentError
 
     from lightning_qk._lightning_cli import run
@@ -22,35 +30,59 @@ def _fit_and_kin(args: list[str]) -> int:
     try:
         run(args, _PROG)
     except ArgumentError as error:
-        return _fail(_explain(error, args[0]), 2)
+        from lightning_qk._parser_errors import explain
+
+        return _fail(explain(error, args[0], _PROG), 2)
     return 0
 
 
 def _report(args: list[str]) -> int:
     """Make the report again from a run's record."""
-    import argparse
-    from pathlib import Path
+    options = report_parser().parse(args[1:])
+    from lightning_qk.inspect.export import check_targets
 
-    parser = argparse.ArgumentParser(
-        prog=f"{_PROG} report", description="Make the HTML report of a run again from its record."
-    )
-    parser.add_argument("record", type=Path, help="lightning_qk_record.safetensors in the run's log folder")
-    parser.add_argument(
-        "--output", type=Path, help="file to write; default: lightning_qk_report.html next to the record"
-    )
-    options = parser.parse_args(args[1:])
     if not options.record.is_file():
+        what = "the folder" if options.record.is_dir() else "no such file:"
         return _fail(
-            f"expected a record that a monitor wrote, got no such file: {options.record}; correct it", 2
+            f"expected a record that a monitor wrote, got {what} {options.record}; name a run's "
+            "lightning_qk_record.safetensors",
+            2,
         )
+    target = options.output or options.record.with_name("lightning_qk_report.html")
+    check_targets([target])
     from lightning_qk.logging.health import print_health
     from lightning_qk.logging.history import RunRecord
     from lightning_qk.logging.report import write_report
 
-    record = RunRecord.load(options.record)
+    try:
+        record = RunRecord.load(options.record)
+    except ValueError as error:
+        return _fail(_mend(error), 2)
     print_health(record)
-    print(write_report(record, options.output or options.record.with_name("lightning_qk_report.html")))
+    print(write_report(record, target))
     return 0
+
+
+def report_parser() -> OneLineParser:
+    """The options of ``lightning-qk report``."""
+    from pathlib import Path
+
+    parser = OneLineParser(
+        prog=f"{_PROG} report",
+        description="Print the health of every attention layer of a run, and make its HTML report again, from the "
+        "record that the monitors leave in the run's log folder.",
+        epilog=f"example: {_PROG} report runs/quickstart/csv/version_0/lightning_qk_record.safetensors",
+    )
+    parser.add_argument(
+        "record", metavar="RECORD", type=Path, help="lightning_qk_record.safetensors in the run's log folder"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="page to write; default: lightning_qk_report.html beside it",
+    )
+    return parser
 
 
 def _coverage(args: list[str]) -> int:
@@ -67,15 +99,74 @@ def _inspect(args: list[str]) -> int:
     return run(args[1:], f"{_PROG} inspect")
 
 
-# One line makes a command: its name, what the help says, and a function of the arguments (the name first).
+def _configs(args: list[str]) -> int:
+    """List the configs of the package, or print one."""
+    options = configs_parser().parse(args[1:])
+    from lightning_qk import _configs as configs
+
+    if options.name is None:
+        known = configs.names()
+        width = max(map(len, known))
+        print(f"in {configs.folder()}:")
+        for name in known:
+            print(f"  {name:<{width}}  {configs.describe(name)}")
+        return 0
+    name = options.name.removesuffix(".yaml")
+    if name not in configs.names():
+        hint = did_you_mean(name, configs.names())
+        return _fail(f"expected a config out of {', '.join(configs.names())}, got {name!r}{hint}", 2)
+    print((configs.folder() / f"{name}.yaml").read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def configs_parser() -> OneLineParser:
+    """The options of ``lightning-qk configs``."""
+    parser = OneLineParser(
+        prog=f"{_PROG} configs",
+        description="List the configs that come with the package, or print one, to edit a copy of it.",
+        epilog=f"example: {_PROG} configs quickstart > job.yaml; {_PROG} fit --config job.yaml",
+    )
+    parser.add_argument("name", metavar="NAME", nargs="?", help="config to print; without it all are listed")
+    return parser
+
+
+def _completion(args: list[str]) -> int:
+    """Print a shell's completions."""
+    from lightning_qk._completion import run
+
+    return run(args[1:], _PROG)
+
+
+# One line makes a command: its name, what the help says with an example, and a function of the arguments (the name
+# first).
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    "fit": ("train and validate a model: lightning-qk fit --config configs/quickstart.yaml", _fit_and_kin),
-    "validate": ("evaluate on the validation data", _fit_and_kin),
-    "test": ("evaluate on the test data", _fit_and_kin),
-    "predict": ("run the model over the test data", _fit_and_kin),
+    "fit": ("train and validate a model: lightning-qk fit --config quickstart", _fit_and_kin),
+    "validate": (
+        "evaluate on the validation data: lightning-qk validate --config job.yaml --ckpt_path last.ckpt",
+        _fit_and_kin,
+    ),
+    "test": (
+        "evaluate on the test data: lightning-qk test --config job.yaml --ckpt_path last.ckpt",
+        _fit_and_kin,
+    ),
+    "predict": (
+        "run a model over the test data: lightning-qk predict --config job.yaml --ckpt_path last.ckpt",
+        _fit_and_kin,
+    ),
     "inspect": ("show what is in a checkpoint's query and key weights: lightning-qk inspect gpt2", _inspect),
-    "report": ("make the HTML report of a run again from its record", _report),
-    "coverage": ("measure which of transformers' model types are read and captured", _coverage),
+    "report": (
+        "make a run's HTML report again: lightning-qk report runs/job/lightning_qk_record.safetensors",
+        _report,
+    ),
+    "coverage": (
+        "check which model types of transformers are read and captured: lightning-qk coverage llama",
+        _coverage,
+    ),
+    "configs": ("list or print the ready configs: lightning-qk configs quickstart > job.yaml", _configs),
+    "completion": (
+        "print completions for bash, zsh or fish: lightning-qk completion bash",
+        _completion,
+    ),
 }
 
 
@@ -95,6 +186,8 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     traceback = "--traceback" in given or os.environ.get("LIGHTNING_QK_TRACEBACK", "") not in ("", "0")
     given = [arg for arg in given if arg != "--traceback"]
+    if given[:1] == ["help"]:
+        given = [*given[1:2], "--help"]
     if given[:1] in (["-h"], ["--help"]):
         print(_help())
         return 0
@@ -105,29 +198,47 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     name = given[0] if given else None
     if name not in _COMMANDS:
-        what = f"got {name!r}{_did_you_mean(name, _COMMANDS)}" if name else "got none"
+        what = (
+            f"got {name!r}{did_you_mean(name, [*_COMMANDS, '--help', '--version'])}" if name else "got none"
+        )
         return _fail(f"expected a command out of {', '.join(_COMMANDS)}, {what}; see {_PROG} --help", 2)
     try:
         return _COMMANDS[name][1](given)
+    except KeyboardInterrupt:
+        if traceback:
+            raise
+        print(f"{_PROG}: interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         if traceback or not _can_be_mended(error):
             raise
-        return _fail(f"{_mend(error)} (--traceback shows where)", getattr(error, "status", 1))
+        status = getattr(error, "status", 1)
+        return _fail(_mend(error) + (" (--traceback shows where)" if status == 1 else ""), status)
+
+
+def descriptions() -> dict[str, str]:
+    """The commands and what they do, without the examples."""
+    return {name: text.partition(f": {_PROG} ")[0] for name, (text, _) in _COMMANDS.items()}
 
 
 def _help() -> str:
-    width = max(map(len, _COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (text, _) in _COMMANDS.items()]
+    lines = []
+    for name, (text, _) in _COMMANDS.items():
+        what, _, example = text.partition(f": {_PROG} ")
+        lines += [f"  {name:<11} {what}", f"  {'':<11}   {_PROG} {example}"]
     return "\n".join(
         [
-            f"usage: {_PROG} COMMAND [OPTIONS] [--traceback]",
+            f"usage: {_PROG} COMMAND [OPTIONS]",
             "",
             "Watch, diagnose and steer what attention does while a transformer trains.",
             "",
-            "commands:",
+            "commands, each with an example:",
             *lines,
             "",
-            f"{_PROG} COMMAND --help shows the options of a command.",
+            "options:",
+            "  --help      show this, or the options of a command: " + f"{_PROG} COMMAND --help",
+            "  --version   show the version",
+            "  --traceback show where an error comes from",
         ]
     )
 
@@ -141,23 +252,21 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _did_you_mean(word: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _can_be_mended(error: Exception) -> bool:
     """Whether an error speaks of the user's input rather than of a fault in a program."""
     modules = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     names = {kind.__name__ for kind in type(error).__mro__}
     return (
         isinstance(error, ValueError | FileNotFoundError | ModuleNotFoundError)
+        or (isinstance(error, OSError) and error.filename is not None)
         or "MisconfigurationException" in names
         or "wandb" in modules
     )
 
 
 def _mend(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"expected a place that may be read and written, got {error.filename} ({error.strerror})"
     # Where a class of a config refuses its arguments, jsonargparse lists that among other reasons.
     reason = _OUR_REASON.search(str(error))
     text = _one_line(reason["reason"] if reason else str(error))
@@ -171,43 +280,3 @@ def _mend(error: Exception) -> str:
 
 # What a class of ours says about its arguments.
 _OUR_REASON = re.compile(r"^\s*-? ?(?P<reason>expected [^\n]+)$", re.MULTILINE)
-# How jsonargparse says that a key does not exist: on the command line, in a config, in a class's init_args.
-_UNKNOWN_KEY = re.compile(
-    r"(?:unrecognized arguments: -*|does not accept option '|Option '|Key ')(?P<key>[\w.-]+)", re.IGNORECASE
-)
-_CLASS_PATH = re.compile(r"Problem with given class_path '(?P<path>[\w.]+)'")
-_NO_ATTRIBUTE = re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'")
-
-
-def _explain(error: Exception, command: str) -> str:
-    """One line for what jsonargparse says in many."""
-    text = str(getattr(error, "message", None) or error)
-    path, key, attribute = (pattern.search(text) for pattern in (_CLASS_PATH, _UNKNOWN_KEY, _NO_ATTRIBUTE))
-    if attribute:
-        module = sys.modules.get(attribute["module"])
-        hint = _did_you_mean(attribute["name"], dir(module))
-        name = f"{attribute['module']}.{attribute['name']}"
-        return f"expected a class_path that exists, got {name}{hint or '; correct it'}"
-    if key and path:
-        options = _init_args(path["path"])
-        hint = _did_you_mean(key["key"], options)
-        return f"expected init_args of {path['path']} ({', '.join(options)}), got {key['key']!r}{hint}"
-    if key:
-        from lightning_qk._lightning_cli import option_names
-
-        hint = _did_you_mean(key["key"], option_names(command))
-        return (
-            f"expected an option that exists, got {key['key']!r}{hint or f'; see {_PROG} {command} --help'}"
-        )
-    # A list of callbacks is a union of types, and each type gives its reason: the one of the class is meant.
-    start = path.start() if path else 0
-    return _one_line(text[start:].split("\n    - ")[0])
-
-
-def _init_args(class_path: str) -> list[str]:
-    import inspect
-    from importlib import import_module
-
-    module, _, name = class_path.rpartition(".")
-    found: Any = getattr(import_module(module), name)
-    return [option for option in inspect.signature(found).parameters if option != "self"]

@@ -1,6 +1,5 @@
 """``lightning-qk coverage``: build every model type, compare what is read and captured, and write the table."""
 
-import argparse
 import difflib
 import json
 import logging
@@ -9,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_qk._arguments import OneLineParser
 from lightning_qk.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
 from lightning_qk.coverage.workers import Outcome, run_each
 
@@ -23,7 +23,7 @@ def run(args: Sequence[str], prog: str) -> int:
     Returns:
         The exit status: 0 where the bars are met or types were named, 1 where they are missed, 2 for a wrong line.
     """
-    options = _parser(prog).parse_args(args)
+    options = _parser(prog).parse(args)
     if options.jobs < 1 or options.timeout <= 0 or options.memory < 256:
         print(
             f"{prog}: error: expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "
@@ -58,18 +58,26 @@ def run(args: Sequence[str], prog: str) -> int:
     return 0 if options.types or Totals.of(rows).meets_bars() else 1
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str) -> OneLineParser:
+    parser = OneLineParser(
         prog=prog,
         description="Build every model type of the installed transformers at toy size, read its weights, capture "
         "its attention, compare both with its own forward, and print and write what was verified.",
+        epilog=f"example: {prog} llama bert t5; exit status: 0 where types were named or the bars are met, "
+        "else 1; 2 for a wrong line",
     )
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; default: all of them")
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    parser.add_argument("--json", type=Path, help="JSON file to write, with every layer")
-    parser.add_argument("--jobs", type=int, default=1, help="types to check at a time (default: 1)")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a type (default: 120)")
-    parser.add_argument("--memory", type=int, default=2048, help="MiB of memory for a type (default: 2048)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="Markdown file to write")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write, with every layer")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", default=1, help="types to check at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="S", default=120.0, help="seconds for a type (default: 120)"
+    )
+    parser.add_argument(
+        "--memory", type=int, metavar="MIB", default=2048, help="MiB of memory for a type (default: 2048)"
+    )
     return parser
 
 

@@ -130,6 +130,12 @@ def attention_statistics(
 
     Raises:
         ValueError: shapes that do not fit, a mask of another form, or ``rows`` below 1.
+
+    Example:
+        >>> query, key = torch.zeros(1, 1, 4, 8), torch.randn(1, 1, 4, 8)  # all logits are 0
+        >>> found = attention_statistics(query, key, is_causal=True)
+        >>> found["entropy_normalized"].tolist(), found["max_logit"].tolist()
+        ([1.0], [0.0])
     """
     sums = attention_sums(
         query,

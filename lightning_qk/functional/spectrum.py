@@ -191,6 +191,11 @@ def qk_eigenvalues(
 
     Raises:
         ValueError: shapes that do not fit, or an offset without a rotation.
+
+    Example:
+        >>> weight = torch.eye(2, 3)[None]  # one head, d_head = 2, d_model = 3
+        >>> qk_eigenvalues(weight, 2 * weight).real.tolist()
+        [[2.0, 2.0]]
     """
     with full_precision(query.device):
         query, key = _prepare(query, key, square=True)

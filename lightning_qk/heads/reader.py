@@ -178,6 +178,13 @@ def head_projections(model: nn.Module, *, fold_norm: bool = False) -> dict[str, 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: the model contains no attention, or none that can be read.
+
+    Example:
+        >>> from transformers import AutoConfig, AutoModel
+        >>> config = AutoConfig.for_model("bert", num_hidden_layers=1, hidden_size=32, num_attention_heads=4)
+        >>> for name, heads in head_projections(AutoModel.from_config(config)).items():
+        ...     print(name, tuple(heads.query.shape), tuple(heads.key.shape))
+        encoder.layer.0.attention.self (4, 8, 32) (4, 8, 32)
     """
     return dict(ProjectionReader(model, fold_norm=fold_norm))
 

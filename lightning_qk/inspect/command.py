@@ -1,15 +1,15 @@
 """``lightning-qk inspect``: what is in a checkpoint's query and key weights."""
 
 import argparse
-import difflib
 import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from lightning_qk._arguments import OneLineParser
 from lightning_qk.inspect.errors import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -45,14 +45,6 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise BadInput(f"{message}; see {self.prog} --help")
-
-
 def run(args: Sequence[str], prog: str) -> int:
     """Run the command.
 
@@ -85,14 +77,7 @@ def run(args: Sequence[str], prog: str) -> int:
 
 
 def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
-    parser = _parser(prog)
-    options, unknown = parser.parse_known_args(args)
-    if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        word = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}?" if close else f"see {prog} --help"
-        raise BadInput(f"expected an option that exists, got {word!r}; {hint}")
+    options = _parser(prog).parse(args)
     series = len(options.checkpoints) == 1
     if options.html is not None and not series:
         raise BadInput(
@@ -108,8 +93,8 @@ def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
     return options
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser(prog: str) -> OneLineParser:
+    parser = OneLineParser(
         prog=prog,
         description=_DESCRIPTION,
         epilog=_EPILOG,

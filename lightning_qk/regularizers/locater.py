@@ -74,6 +74,14 @@ def locater_penalty(
         ValueError: unknown form or support, a target missing or given to the wrong form, patterns that match
             no layer, a model without readable attention, or one that FSDP's first version flattens (use the
             callback).
+
+    Example:
+        >>> from transformers import AutoConfig, AutoModel
+        >>> model = AutoModel.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=8))
+        >>> loss = 0.1 * locater_penalty(model)  # + the loss of the task
+        >>> loss.backward()
+        >>> model.h[0].attn.c_attn.weight.grad is not None
+        True
     """
     settings = Settings(form, support, target, nu)
     settings.check()

@@ -151,19 +151,53 @@ def test_a_misspelt_config_gets_one_line(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "expected a command out of fit, validate, test, predict, inspect, report, coverage, got none"),
+        ([], "expected a command out of fit, validate, test, predict, inspect, report, coverage, "),
+        (["--hlep"], "got '--hlep'; did you mean '--help'?"),
         (["fti"], "got 'fti'; did you mean 'fit'?"),
         (["fit"], "model.model"),
         (["fit", "--config", "none.yaml"], "none.yaml"),
         (["fit", "--config", "broken.yaml"], "line 2"),
         (["fit", "--config", "job.yaml", "--modle.lr", "1"], "got 'modle.lr'; did you mean 'model.lr'?"),
+        (["fit", "--config", "jbo.yaml"], "got no such file: jbo.yaml; did you mean 'job.yaml'?"),
+        (["fit", "--config", "quikstart"], "did you mean 'quickstart'?"),
+        (["fit", "--config", "."], "got the folder .: name a file in it"),
+        (["fit", "--config", "list.yaml"], "expected a config with keys such as model, data and trainer"),
+        (["fit", "job.yaml"], "expected options alone, got 'job.yaml'; a config is given with --config"),
+        (["fit", "--config"], "expected one argument"),
+        (
+            ["fit", "--config", "job.yaml", "--trainer.max_steps", "abc"],
+            "expected trainer.max_steps to be int, got 'abc'; correct it",
+        ),
+        (
+            ["fit", "--config", "job.yaml", "--trainer.precision", "half"],
+            "bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16 or int or null, got 'half'",
+        ),
+        (
+            [
+                "fit",
+                "--config",
+                "job.yaml",
+                "--trainer.callbacks=lightning_qk.LocAteR",
+                "--trainer.callbacks.form=x",
+            ],
+            "expected form of lightning_qk.LocAteR to be one of variance, target, got 'x'; correct it",
+        ),
+        (["fit", "--config", "job.yaml", "--model.model.model_type", "gpt22"], "did you mean 'gpt2'?"),
+        (["fit", "--config", "job.yaml", "--model.model.n_layr", "2"], "did you mean 'n_layer'?"),
         (["report", "none.safetensors"], "expected a record that a monitor wrote, got no such file"),
+        (["report", "."], "expected a record that a monitor wrote, got the folder ."),
+        (["report"], "expected RECORD, got none; see lightning-qk report --help"),
+        (["report", "--outpt", "x", "y"], "got '--outpt'; did you mean '--output'?"),
+        (["coverage", "--job", "2"], "got '--job'; did you mean '--jobs'?"),
+        (["coverage", "--jobs", "two"], "invalid int value: 'two'"),
+        (["completion"], "expected SHELL, got none"),
     ],
 )
 def test_a_wrong_command_line_gets_one_line(
     config: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("broken.yaml").write_text("model:\n  task: [a\n")
+    Path("list.yaml").write_text("- a\n- b\n")
 
     assert main(args) == 2
 
@@ -296,6 +330,6 @@ def test_the_quick_start_runs_and_its_report_can_be_made_again(
 def test_a_record_that_is_none_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
 
-    assert main(["report", str(tmp_path / "a.safetensors")]) == 1
+    assert main(["report", str(tmp_path / "a.safetensors")]) == 2
 
     assert "expected a record that a monitor wrote" in error_of(capsys)

@@ -1,10 +1,15 @@
 """The command: what it prints, writes and returns, and what it says of bad input."""
 
+import argparse
 import csv
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +23,7 @@ from lightning_qk import head_projections
 from lightning_qk.cli import main
 from lightning_qk.data.tokenizers import byte_tokenizer
 from lightning_qk.functional import qk_moments
+from lightning_qk.inspect import command as command_module
 from lightning_qk.inspect import read as reading_module
 
 
@@ -386,6 +392,79 @@ def test_an_interrupted_run_writes_nothing(
     assert seen.err == "lightning-qk inspect: interrupted; nothing is written\n"
     assert not target.exists()
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_a_real_interrupt(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from lightning_qk.cli import main; from lightning_qk.inspect import read\n"
+        "def slow(*args): Path('started').touch(); time.sleep(60)\n"
+        "read._load = slow\n"
+        f"sys.exit(main(['inspect', {str(llama)!r}, '--json', 'out/a.json', '--html', 'out/a.html']))"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "started").exists() and program.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=60)
+    finally:
+        program.kill()
+    assert program.returncode == 130
+    assert said == "lightning-qk inspect: interrupted; nothing is written\n"
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_target_that_stopped_being_writable(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the checkpoint was read somebody made a folder of the name, or a file of the folder's."""
+    read = command_module._read_all
+
+    def meanwhile(options: argparse.Namespace) -> object:
+        found = read(options)
+        (tmp_path / "page.html").mkdir()
+        (tmp_path / "new").write_text("a file")
+        return found
+
+    for option, name in (("--html", "page.html"), ("--json", "new/a.json"), ("--csv", "new/a.csv")):
+        with monkeypatch.context() as patch:
+            patch.setattr(command_module, "_read_all", meanwhile)
+            assert "may be written" in refusal(capsys, llama, option, tmp_path / name)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "new", "page.html"]
+        (tmp_path / "page.html").rmdir()
+        (tmp_path / "new").unlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_folder_where_a_file_should_be(
+    name: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (llama / name).unlink()
+    (llama / name).mkdir()
+    said = refusal(capsys, llama, "--json", tmp_path / "a.json")
+    assert name in said or "config" in said
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_shard_that_is_a_folder_or_a_dead_link(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = shard_of(llama, "q_proj")
+    shard.unlink()
+    shard.mkdir()
+    assert shard.name in refusal(capsys, llama)
+    shard.rmdir()
+    shard.symlink_to(llama / "nowhere")
+    assert shard.name in refusal(capsys, llama)
+
+
+def test_the_wrong_folder(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.txt").write_text("text")
+    assert "which holds train.txt: pass the folder that save_pretrained wrote" in refusal(capsys, data)
+    assert "which holds train.txt" in refusal(capsys, data, "--series")
 
 
 def test_models_without_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
