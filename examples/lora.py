@@ -47,7 +47,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(get_model_path()), help="a folder or a name on the hub")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--out", default="runs/lora")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)

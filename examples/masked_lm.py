@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="text files, or a name on the hub")
     parser.add_argument("--model", help="a folder or a name on the hub; default: all-MiniLM-L6-v2")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--out", default="runs/masked_lm")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)

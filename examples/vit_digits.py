@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--locater", type=float, default=0.02, help="weight of the penalty; 0: none")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", default="runs/vit_digits")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
