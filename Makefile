@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-slow lint coverage benchmark comparison paper paper-quick clean
+.PHONY: quickstart test test-oldest test-slow lint coverage benchmark comparison tour paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -39,6 +39,9 @@ benchmark: $(VENV)/.core
 # The two packages ask for other versions: they have an environment of their own, and exchange a folder and JSON.
 comparison: $(VENV)/.test .venv-comparison/.done
 	$(BIN)/python benchmarks/comparison.py --page
+
+tour: $(VENV)/.examples
+	$(BIN)/python examples/refresh_tour.py
 
 coverage: $(VENV)/.core
 	$(BIN)/lightning-qk coverage --jobs 2 --output docs/coverage.md

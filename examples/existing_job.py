@@ -46,7 +46,7 @@ def blocks(length):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", default="runs/existing_job")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
