@@ -219,7 +219,8 @@ def render(figures: dict[str, Any]) -> str:
     overlaps = ["| with | spectra | values | largest difference | bar |", "|---|---|---:|---:|---:|"]
     names = {"transformer_lens": "TransformerLens", "weightwatcher": "WeightWatcher"}
     for row in figures["overlaps"]:
-        shown = f"{row['difference']:.1e}" if row["met"] else f"**{row['difference']:.1e}, missed**"
+        shown = f"{row['difference']:.1e}" if row["difference"] else "0, bit for bit"
+        shown = shown if row["met"] else f"**{row['difference']:.1e}, missed**"
         overlaps.append(
             f"| {names[row['package']]} | {row['what']} | {row['values']:,} | {shown} | {row['bar']:g} |"
         )

@@ -206,10 +206,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, where the disk is small")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--json", type=Path, help="write the figures here; docs/inspection.json is the page's"
+    )
     options = parser.parse_args()
     shape = dict(SHAPES[options.shape])
     shape["layers"] = options.layers or shape["layers"]
     found = compare(shape, options.threads, options.repeats)
+    if options.json:
+        facts = {"shape": options.shape, "layers": shape["layers"], "threads": options.threads}
+        about = {**facts, "repeats": options.repeats, "load": round(os.getloadavg()[1], 1)}
+        options.json.write_text(json.dumps({**about, **found}, indent=2) + "\n")
     print(
         f"{options.shape}, {shape['layers']} layers, {found['bytes'] / 1e9:.2f} GB of query and key weights"
     )

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv; default: stdlib")
     parser.add_argument("--model", help="a folder or a name on the hub; default: all-MiniLM-L6-v2")
     parser.add_argument("--locater", type=float, default=0.01, help="weight of the penalty; 0: none")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/classification")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
@@ -41,7 +41,7 @@ def main() -> None:
             "val_files": str(options.data / "dev.tsv"),
             "text_column": "sentence",
         }
-    data = TextDataModule(task="sequence_classification", max_length=64, batch_size=32, **rows)
+    data = TextDataModule(task="sequence_classification", max_length=64, batch_size=16, **rows)
     module = TransformerModule(
         options.model or encoder(),
         "sequence_classification",

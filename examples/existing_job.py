@@ -1,4 +1,4 @@
-"""A Lightning job as it was, and what it takes to watch its attention: one import and three lines, marked "# +".
+"""A Lightning job as it was, and what it takes to watch its attention: an import and three lines with a plus.
 
     python examples/existing_job.py
 

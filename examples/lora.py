@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/lora")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
-    sizes = {"max_length": 64, "batch_size": 32, "max_characters": 2_000_000}
+    sizes = {"max_length": 64, "batch_size": 16, "max_characters": 2_000_000}
     data = TextDataModule("stdlib", "sequence_classification", options.model, **sizes)
     data.prepare_data()
     data.setup()

@@ -26,13 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="text files, or a name on the hub")
     parser.add_argument("--model", help="a folder or a name on the hub; default: all-MiniLM-L6-v2")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", default="runs/masked_lm")
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
     # The tokenizer is the model's own; masks are drawn anew in each epoch and stay the same in validation.
     data = TextDataModule(
-        options.source, "masked_lm", block_size=128, batch_size=16, max_characters=2_000_000
+        options.source, "masked_lm", block_size=128, batch_size=8, max_characters=2_000_000
     )
     module = TransformerModule(
         options.model or encoder(),

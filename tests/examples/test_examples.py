@@ -79,6 +79,7 @@ def test_existing_job():
 def test_the_existing_job_is_unchanged_by_what_looks_on():
     text = (FOLDER / "existing_job.py").read_text()
     new = [line for line in text.splitlines() if "# +" in line]
+    assert len(new) == 4
     assert [line.split("#")[0].strip().split("(")[0] for line in new[1:]] == [
         "QKSpectrumMonitor",
         "AttentionMonitor",
