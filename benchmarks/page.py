@@ -3,7 +3,8 @@
     python benchmarks/page.py
 
 The figures are those of ``docs/performance.json``, which ``benchmarks/run.py --json docs/performance.json``
-writes, and of ``docs/inspection.json``, which ``benchmarks/inspection.py --json docs/inspection.json`` does. The page is never edited by hand; its text is in ``benchmarks/page.md.in``.
+writes, and of ``docs/inspection.json``, which ``benchmarks/inspection.py --json docs/inspection.json`` writes. The
+page is never edited by hand; its text is in ``benchmarks/page.md.in``.
 """
 
 import json

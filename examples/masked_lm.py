@@ -31,9 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     L.seed_everything(0, verbose=False)
     # The tokenizer is the model's own; masks are drawn anew in each epoch and stay the same in validation.
-    data = TextDataModule(
-        options.source, "masked_lm", block_size=128, batch_size=8, max_characters=2_000_000
-    )
+    data = TextDataModule(options.source, "masked_lm", block_size=128, batch_size=8, max_characters=2_000_000)
     module = TransformerModule(
         options.model or encoder(),
         "masked_lm",
