@@ -2,10 +2,11 @@
 
     python examples/existing_job.py
 
-About a minute on two cores. Nothing else of the job knows of lightning-qk: take the marked lines out and it
-trains as before. Look at the table of layers that is printed at the end, at the page
-``lightning_qk_report.html`` in the folder that it names, and at the new columns ``qk/…``, ``attn/…`` and
-``locater/…`` of the ``metrics.csv`` beside it.
+Nothing else of the job knows of lightning-qk: take the marked lines out and it trains as before. Look at the table
+of layers that is printed at the end, at the page ``lightning_qk_report.html`` in the folder that it names, and at
+the new columns ``qk/…``, ``attn/…`` and ``locater/…`` of the ``metrics.csv`` beside it.
+
+Time: 76 processor seconds, one thread; ``--steps 4`` to see that it works.
 """
 
 import argparse

@@ -9,9 +9,11 @@ The same by config, without a script:
     torchrun --nproc_per_node=2 --no-python \\
         lightning-qk fit --config configs/quickstart.yaml --config configs/fsdp2.yaml
 
-A minute on two cores. The callbacks are those of one process: values are pooled over processes, sharded weights
-gathered one layer at a time, and the first process alone logs and writes the report. Look at the last line: the
-number of measurements, and the entropy that every process agrees on.
+The callbacks are those of one process: values are pooled over processes, sharded weights gathered one layer at a
+time, and the first process alone logs and writes the report. Look at the last line: the number of measurements,
+and the entropy that every process agrees on.
+
+Time: 24 processor seconds, one thread; ``--steps 4`` to see that it works.
 """
 
 import argparse

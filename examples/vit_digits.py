@@ -3,8 +3,10 @@
     python examples/vit_digits.py            # pip install scikit-learn
     python examples/vit_digits.py --lr 0.1   # to see what the guard says of a run that goes wrong
 
-Half a minute on two cores. ``TransformerModule`` takes images from any loader of dicts with ``pixel_values`` and
-``labels``. Look at ``val/accuracy``, at the guard's words in the log, and at entropy by layer in the report.
+``TransformerModule`` takes images from any loader of dicts with ``pixel_values`` and ``labels``. Look at
+``val/accuracy``, at the guard's words in the log, and at entropy by layer in the report.
+
+Time: 29 processor seconds, one thread; ``--steps 4`` to see that it works.
 """
 
 import argparse
