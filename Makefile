@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-slow lint docs dist coverage benchmark paper paper-quick clean
+.PHONY: quickstart test test-oldest test-slow lint docs dist coverage benchmark comparison tour paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -47,6 +47,13 @@ dist: $(VENV)/.test
 benchmark: $(VENV)/.core
 	$(BIN)/python benchmarks/run.py
 
+# The two packages ask for other versions: they have an environment of their own, and exchange a folder and JSON.
+comparison: $(VENV)/.test .venv-comparison/.done
+	$(BIN)/python benchmarks/comparison.py --page
+
+tour: $(VENV)/.examples
+	$(BIN)/python examples/refresh_tour.py
+
 coverage: $(VENV)/.core
 	$(BIN)/lightning-qk coverage --jobs 2 --output docs/coverage.md
 
@@ -80,9 +87,15 @@ $(VENV)/.docs: $(VENV)/.core
 	$(INSTALL) -e ".[docs]"
 	touch $@
 
+.venv-comparison/.done: constraints.txt
+	test -x .venv-comparison/bin/python || $(PYTHON) -m venv .venv-comparison
+	.venv-comparison/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-comparison/bin/python -m pip install --quiet --disable-pip-version-check transformer-lens==4.3.0 weightwatcher==0.7.7
+	touch $@
+
 $(VENV)/.lint: $(VENV)/.core
 	$(INSTALL) -e ".[lint]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-comparison build dist docs/_build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,8 +2,9 @@
 
 A checkpoint of random numbers in the shape of a large model is written into a temporary folder, with no more than
 the shards that hold query and key weights. Each figure comes from a process of its own: its peak memory is what
-the system says of it, and its time is set beside that of reading the same bytes and of solving the same
-eigenproblems.
+the system says of it, and its time is set beside two yardsticks: what any program would do to the same end (read
+the weights as float32, multiply ``W_k W_q^T``, solve), and the bare minimum: reading the bytes, and LAPACK's
+share of the eigenproblem, without a product.
 """
 
 import argparse
@@ -79,9 +80,9 @@ def job(kind: str, folder: Path) -> dict[str, float]:
     """One measurement, in this process: seconds, and its peak memory in bytes."""
     shape = json.loads((folder / "config.json").read_text())
     heads, d_head = shape["num_attention_heads"], shape["hidden_size"] // shape["num_attention_heads"]
-    if kind in ("read", "products"):
+    if kind == "read":
         import safetensors.torch  # noqa: F401  (not part of the time)
-    else:
+    elif kind in ("moments", "inspect"):
         from transformers import LlamaForCausalLM  # noqa: F401
 
         import lightning_qk.inspect.command
@@ -90,6 +91,10 @@ def job(kind: str, folder: Path) -> dict[str, float]:
     begin, worked = time.perf_counter(), time.process_time()
     if kind == "read":
         _read(folder)
+    elif kind == "bytes":
+        _read_bytes(folder)
+    elif kind == "lapack":
+        _lapack(shape["num_hidden_layers"], heads, d_head)
     elif kind == "eigenvalues":
         _solve(shape["num_hidden_layers"], heads, shape["num_key_value_heads"], d_head, shape["hidden_size"])
     else:
@@ -113,6 +118,22 @@ def _read(folder: Path) -> None:
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 file.get_tensor(name).float()
+
+
+def _read_bytes(folder: Path) -> None:
+    """The files' bytes into one buffer, as fast as the system gives them; inspect finds them in its cache too."""
+    buffer = bytearray(16 << 20)
+    for path in sorted(folder.glob("model-0*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _lapack(layers: int, heads: int, d_head: int) -> None:
+    """Eigenvalues of matrices of a head's width that are at hand, for every head."""
+    cores = torch.randn(heads, d_head, d_head, generator=torch.Generator().manual_seed(0))
+    for _ in range(layers):
+        torch.linalg.eigvals(cores)
 
 
 def _solve(layers: int, heads: int, kv_heads: int, d_head: int, width: int) -> None:
@@ -153,7 +174,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def compare(shape: dict[str, int], threads: int = 1, repeats: int = 3) -> dict[str, Any]:
     """All figures of one shape; of repeated times the shortest, taken in turns."""
-    kinds = ("read", "eigenvalues", "moments", "inspect")
+    kinds = ("bytes", "lapack", "read", "eigenvalues", "moments", "inspect")
     with tempfile.TemporaryDirectory(prefix="lightning-qk-") as name:
         folder = Path(name)
         size = write_checkpoint(folder, shape)
@@ -172,6 +193,10 @@ def compare(shape: dict[str, int], threads: int = 1, repeats: int = 3) -> dict[s
         "peak": peak,
         "ratio": best["inspect"] / (best["read"] + best["eigenvalues"]),
         "ratio_work": work["inspect"] / (work["read"] + work["eigenvalues"]),
+        "bare": best["inspect"] / (best["bytes"] + best["lapack"]),
+        "bare_work": work["inspect"] / (work["bytes"] + work["lapack"]),
+        "moments_read": best["moments"] / best["read"],
+        "moments_read_work": work["moments"] / work["read"],
     }
 
 
@@ -181,19 +206,29 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, where the disk is small")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--json", type=Path, help="write the figures here; docs/inspection.json is the page's"
+    )
     options = parser.parse_args()
     shape = dict(SHAPES[options.shape])
     shape["layers"] = options.layers or shape["layers"]
     found = compare(shape, options.threads, options.repeats)
+    if options.json:
+        facts = {"shape": options.shape, "layers": shape["layers"], "threads": options.threads}
+        about = {**facts, "repeats": options.repeats, "load": round(os.getloadavg()[1], 1)}
+        options.json.write_text(json.dumps({**about, **found}, indent=2) + "\n")
     print(
         f"{options.shape}, {shape['layers']} layers, {found['bytes'] / 1e9:.2f} GB of query and key weights"
     )
     for kind, seconds in found["seconds"].items():
         work, peak = found["work"][kind], found["peak"][kind] / 1e9
         print(f"{kind:<12} {seconds:7.2f} s, {work:7.2f} s of processor, peak {peak:.2f} GB")
-    print(
-        f"inspect / (read + eigenvalues): {found['ratio']:.2f}; of processor time {found['ratio_work']:.2f}"
-    )
+    for name, what in (
+        ("ratio", "inspect / (read + eigenvalues)"),
+        ("bare", "inspect / (bytes + lapack)"),
+        ("moments_read", "inspect --moments-only / read"),
+    ):
+        print(f"{what}: {found[name]:.2f}; of processor time {found[name + '_work']:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/page.py
 
 The figures are those of ``docs/performance.json``, which ``benchmarks/run.py --json docs/performance.json``
-writes. The page is never edited by hand; its text is in ``benchmarks/page.md.in``.
+writes, and of ``docs/inspection.json``, which ``benchmarks/inspection.py --json docs/inspection.json`` writes. The
+page is never edited by hand; its text is in ``benchmarks/page.md.in``.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 HERE = Path(__file__).parent
 TEXT = HERE / "page.md.in"
 FIGURES, PAGE = HERE.parent / "docs" / "performance.json", HERE.parent / "docs" / "performance.md"
+INSPECTION = HERE.parent / "docs" / "inspection.json"
 
 
 def number(value: float) -> str:
@@ -26,7 +28,34 @@ def render(figures: dict[str, Any]) -> str:
     for entry in figures["results"]:
         value = number(entry["value"]) if entry["met"] else f"**{number(entry['value'])}, missed**"
         rows.append(f"| {entry['measure']} | {value} | ≤ {number(entry['bar'])} | {entry['detail']} |")
-    return TEXT.read_text().format(**figures["machine"], table="\n".join(rows))
+    found = json.loads(INSPECTION.read_text())
+    return TEXT.read_text().format(
+        **figures["machine"],
+        table="\n".join(rows),
+        inspection=inspection(found),
+        inspected=f"{found['layers']} layers, {found['bytes'] / 1e9:.2f} GB of query and key weights",
+        repeats=found["repeats"],
+        load=found["load"],
+        peak=f"{found['peak']['inspect'] / 1e9:.2f}",
+        **{name: f"{found[name]:.1f}" for name in ("ratio_work", "bare_work", "moments_read_work")},
+    )
+
+
+def inspection(found: dict[str, Any]) -> str:
+    """The table of what ``lightning-qk inspect`` takes."""
+    kinds = {
+        "bytes": "read the files' bytes",
+        "lapack": "LAPACK's eigenvalues of matrices of a head's width",
+        "read": "read the weights as float32",
+        "eigenvalues": "multiply `W_k W_q^T` and solve",
+        "moments": "`lightning-qk inspect --moments-only`",
+        "inspect": "`lightning-qk inspect`",
+    }
+    rows = ["| | processor | clock | peak memory |", "|---|---:|---:|---:|"]
+    for kind, what in kinds.items():
+        work, seconds, peak = (found[part][kind] for part in ("work", "seconds", "peak"))
+        rows.append(f"| {what} | {work:.2f} s | {seconds:.1f} s | {peak / 1e9:.2f} GB |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
             found = _pretrained(fetch, str(path), options)
             if inside:
                 found.notes.append(
-                    f"{path} also holds {len(inside)} checkpoints: pass --series to read those instead"
+                    f"{path} also holds {len(inside)} checkpoint{'s' * (len(inside) > 1)}: pass --series to read "
+                    "those instead"
                 )
             return [found]
     if inside:
@@ -155,11 +156,21 @@ def _checkpoints_in(path: Path) -> list[Path]:
             entry
             for entry in sorted(folder.iterdir())
             if (entry.suffix == ".ckpt" and entry.is_file())
-            or (entry.is_dir() and any((entry / name).is_file() for name in (_CONFIG, _ADAPTER)))
+            or (entry / _ADAPTER).is_file()
+            or ((entry / _CONFIG).is_file() and not _of_something_else(entry / _CONFIG))
         ]
         if found:
             return found
     return []
+
+
+def _of_something_else(config: Path) -> bool:
+    """Whether a config.json is no model's, such as that of a pooling layer of sentence-transformers."""
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # a damaged one is told when it is opened
+    return isinstance(fields, dict) and not {"model_type", "architectures"} & fields.keys()
 
 
 def _series(paths: list[Path], options: Options) -> list[Checkpoint]:

@@ -147,7 +147,8 @@ def _at_steps(record: RunRecord) -> str:
     if not steps:
         return ""
     if len(set(steps)) == 1:
-        return f" at step {steps[0]}"
+        # A run that ended before its first measurement has that of the weights it began with.
+        return f" at step {steps[0]}" if steps[0] >= 0 else " before training"
     return f" at step {steps[0]} (attention: {steps[1]})"
 
 

@@ -170,6 +170,15 @@ def test_a_model_with_checkpoints_beside_it(
     assert "at step 5" in capsys.readouterr().out
 
 
+def test_folders_of_something_else_beside_a_model_are_no_checkpoints(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (llama / "1_Pooling").mkdir()
+    (llama / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 384}')
+    assert main(["inspect", str(llama)]) == 0
+    assert "--series" not in capsys.readouterr().out
+
+
 def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     tokenizer = byte_tokenizer()

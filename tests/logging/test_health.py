@@ -136,3 +136,11 @@ def test_nothing_recorded_prints_nothing() -> None:
 def test_format_value(value: float, text: str) -> None:
     assert format_value(value) == text
     assert len(text) <= 8
+
+
+def test_a_run_that_ended_before_its_first_measurement_says_so():
+    history = History(["layer_00"], [2])
+    history.append(-1, {"eig_var": torch.tensor([0.1, 0.2])})
+    out = io.StringIO()
+    print_health(RunRecord(spectrum=history), Console(file=out, width=100))
+    assert "Attention health before training" in out.getvalue()
