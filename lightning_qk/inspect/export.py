@@ -16,7 +16,7 @@ from lightning_qk._version import __version__
 from lightning_qk.inspect.conditions import logged_values
 from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.read import Reading, record_of
-from lightning_qk.inspect.regime import layer_regime
+from lightning_qk.functional.regimes import layer_regime
 from lightning_qk.inspect.table import regimes_of
 
 
