@@ -94,9 +94,10 @@ def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
         hint = f"did you mean {close[0]!r}?" if close else f"see {prog} --help"
         raise BadInput(f"expected an option that exists, got {word!r}; {hint}")
     series = len(options.checkpoints) == 1
-    if options.html is not None and not series:
+    if options.html is not None and not series and not options.compare:
         raise BadInput(
-            "expected one checkpoint, or one folder of them, with --html, got several: leave --html out"
+            "expected one checkpoint, or one folder of them, with --html, got several: add --compare to see them "
+            "side by side"
         )
     if [str(options.json), str(options.csv)].count("-") > 1:
         raise BadInput("expected standard output for one of --json and --csv, got it for both: name a file")
@@ -153,7 +154,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     written.add_argument(
         "--csv", type=Path, metavar="FILE", help="one line a head, as CSV; - for standard output"
     )
-    written.add_argument("--html", type=Path, metavar="FILE", help="a report, one self-contained page")
+    written.add_argument("--html", type=Path, metavar="FILE", help="a report, one self-contained page; with --compare of all of them")
     written.add_argument(
         "--fail-on",
         action="append",
@@ -207,7 +208,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
         pairs = _pairs(sources) if options.compare else []
         broken = _broken(conditions, sources)
         if options.html is not None:
-            write_html(options.html, sources[0])
+            write_html(options.html, sources)
     if options.json is not None:
         write_text(
             options.json,

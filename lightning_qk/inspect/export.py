@@ -169,15 +169,18 @@ def as_csv(sources: Sequence[Sequence[Reading]]) -> str:
     return out.getvalue()
 
 
-def write_html(path: Path, readings: Sequence[Reading]) -> None:
-    """The report of the checkpoints of one model.
+def write_html(path: Path, sources: Sequence[Sequence[Reading]]) -> None:
+    """The report of the checkpoints of one model, or of several models side by side.
 
     Raises:
         BadInput: their layers differ, or the file cannot be written.
     """
     from lightning_qk.logging.report import write_report
 
-    record = record_of(list(readings))
+    if len(sources) == 1:
+        record = record_of(list(sources[0]))
+    else:
+        record = record_of([source[-1] for source in sources], side_by_side=True)
     try:
         write_report(record, path)
     except OSError as error:

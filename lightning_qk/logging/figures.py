@@ -25,6 +25,8 @@ _TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE, _CELL_SIZE = 10.0, 9.0, 8.0, 6.5
 _MAX_TICKS = 16
 # A digit of the cells' size takes about this many inches.
 _DIGIT = 0.053
+# Numbers take longer to draw than all the rest: more cells than this have none.
+_ANNOTATE_BELOW = 64
 
 
 def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
@@ -173,6 +175,8 @@ def _annotate(axes: "Axes", grid: Any, image: Any, width: float, height: float) 
     """
     import numpy as np
 
+    if np.isfinite(grid).sum() > _ANNOTATE_BELOW:
+        return ""
     texts, exponent = cell_texts(grid.ravel().tolist())
     if height < 0.13 or max(map(len, texts)) * _DIGIT > 0.95 * width:
         return ""

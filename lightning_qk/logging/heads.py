@@ -65,6 +65,41 @@ def head_health(record: RunRecord) -> list[HeadHealth]:
     return sorted(found, key=lambda row: (HEAD_VERDICTS.index(row.verdict), -row.badness))
 
 
+# What to look at where nothing is wrong: statistic, whether the smallest counts, and how it is said.
+_EXTREMES = (
+    ("attention", "max_abs_logit", False, "the largest |logit| of all heads, {}"),
+    ("attention", "entropy_normalized", True, "the sharpest of all heads: normalized entropy {}"),
+    ("attention", "sink_first", False, "gives most to the first key of all heads, {}"),
+    ("spectrum", "spectral_radius", False, "the largest |eigenvalue| of all heads, {}"),
+    ("spectrum", "sym_var", False, "the largest spectral variance of all heads, {}"),
+)
+
+
+def extreme_heads(record: RunRecord) -> list[HeadHealth]:
+    """Heads that are first in something, which is no fault: a place to start where no verdict stands out.
+
+    Returns:
+        One entry a head, with verdict ``"ok"`` and what it is first in.
+    """
+    found: dict[tuple[str, int], list[str]] = {}
+    for name, statistic, smallest, words in _EXTREMES:
+        history: History | None = getattr(record, name)
+        if history is None or not history.steps or statistic not in history.values:
+            continue
+        values = history.values[statistic][-1]
+        if sum(history.heads) < 2 or not bool(values.isfinite().any()):
+            continue
+        worst = math.inf if smallest else -math.inf
+        known = torch.where(values.isfinite(), values, torch.full_like(values, worst))
+        place = int(known.argmin() if smallest else known.argmax())
+        layer = 0
+        while place >= sum(history.heads[: layer + 1]):
+            layer += 1
+        key = (history.layers[layer], place - sum(history.heads[:layer]))
+        found.setdefault(key, []).append(words.format(format_value(float(values[place]))))
+    return [HeadHealth(label, head, "ok", "; ".join(words), 0.0) for (label, head), words in found.items()]
+
+
 def _series(history: History | None, label: str) -> dict[str, Tensor]:
     """Statistic → values over the steps, ``(points, heads)``, of one layer."""
     if history is None or not history.steps or label not in history.layers:

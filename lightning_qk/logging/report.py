@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_qk._version import __version__
-from lightning_qk.logging.heads import HEAD_VERDICTS, HeadHealth, head_health
+from lightning_qk.logging.heads import HEAD_VERDICTS, HeadHealth, extreme_heads, head_health
 from lightning_qk.logging.health import format_value, layer_health
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.payload import PRIMARY, make_payload, shown_statistics
@@ -135,6 +135,7 @@ def _content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         "summary": _summary(heads),
         "verdicts": [(v, counts[v], VERDICT_MEANING[v]) for v in HEAD_VERDICTS if counts[v]],
         "worst": worst[:_MAX_ROWS],
+        "extremes": extreme_heads(record) if len(worst) < _FIRST_ROWS else [],
         "more": max(len(worst) - _MAX_ROWS, 0),
         "first": _FIRST_ROWS,
         "maps": _maps(record, missing),

@@ -143,7 +143,7 @@ class Page {
       change: this.change,
       fit: this.fit,
       marked: this.head,
-      cursor: document.activeElement === card ? this.cursor[name] : null,
+      cursor: card.matches(":focus-visible") ? this.cursor[name] : null,
       width: card.clientWidth,
     });
     const history = this.histories[name];
@@ -342,8 +342,9 @@ class Page {
       choose();
       this.cursor[name] = { layer: history.layers[0], index: 0 };
       card.addEventListener("keydown", (event) => this.moveCursor(event, card, name));
-      card.addEventListener("focus", () => this.follow(card, name));
-      card.addEventListener("blur", () => this.draw(card));
+      // Not when a click brought the focus: a figure that is drawn anew between press and release hears no click.
+      card.addEventListener("focus", () => card.matches(":focus-visible") && this.follow(card, name));
+      card.addEventListener("blur", () => this.redraw("map"));
     }
   }
 
