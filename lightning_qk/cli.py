@@ -36,7 +36,10 @@ def _report(args: list[str]) -> int:
     )
     parser.add_argument("record", type=Path, help="lightning_qk_record.safetensors in the run's log folder")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="file to write; default: lightning_qk_report.html next to the record"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="file to write; default: lightning_qk_report.html next to the record",
     )
     options = parser.parse_args(args[1:])
     if not options.record.is_file():
@@ -51,13 +54,17 @@ def _report(args: list[str]) -> int:
         record = RunRecord.load(options.record)
     except OSError as error:
         reason = error.strerror or error
-        return _fail(f"expected a record that may be read, got {options.record} ({reason}): check its permissions", 1)
+        return _fail(
+            f"expected a record that may be read, got {options.record} ({reason}): check its permissions", 1
+        )
     target = options.output or options.record.with_name("lightning_qk_report.html")
     try:
         path = write_report(record, target)
     except OSError as error:
         reason = error.strerror or error
-        return _fail(f"expected a file that may be written, got {target} ({reason}): name another with --output", 1)
+        return _fail(
+            f"expected a file that may be written, got {target} ({reason}): name another with --output", 1
+        )
     print_health(record)
     print(path)
     return 0

@@ -134,7 +134,9 @@ class AttentionMonitor(CaptureMonitor):
         super()._hear(name, call)
         # Of an observed softmax, queries and keys are not seen.
         if self._pool is self._step_pool and self._profile_is_due() and isinstance(call, AttentionCall):
-            self.attempt(lambda: self._add_profile(name, call), "measuring the report's curves over positions")
+            self.attempt(
+                lambda: self._add_profile(name, call), "measuring the report's curves over positions"
+            )
 
     def _add_profile(self, name: str, call: AttentionCall) -> None:
         given = statistics_arguments(call, self_attention=self._self_attention.get(name))

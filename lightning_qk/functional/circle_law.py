@@ -7,10 +7,10 @@ As the widths grow they fill the disc of radius ``R = √(a b d_head d_model)``,
 
     R = ‖W_QK‖_F / √d_model.
 
-With ``c = d_head / d_model``, the share F of them within a radius r follows ``F (1 − c + c F) = (r / R)²``: uniform
-over the disc for narrow heads, and denser at its centre for wide ones (a square product has F = r / R). After
-Burda et al. (Phys. Rev. E 82, 061114, 2010), who treat such products; this form is derived, and checked by Monte
-Carlo.
+With ``c = d_head / d_model``, the share F of them within a radius r follows ``F (1 − c + c F) = (r / R)²``:
+uniform over the disc for narrow heads, and denser at its centre for wide ones (a square product has F = r / R).
+After Burda et al. (Phys. Rev. E 82, 061114, 2010), who treat such products; this form is derived, and checked by
+Monte Carlo.
 """
 
 import torch
@@ -67,6 +67,8 @@ def circle_law_share(modulus: Tensor, d_head: int, d_model: int) -> Tensor:
     c = d_head / d_model
     square = modulus.clamp(0, 1).square()
     # The root in the form that does not cancel for narrow heads.
-    return 2 * square / ((1 - c) + ((1 - c) ** 2 + 4 * c * square).sqrt()).clamp_min(
-        torch.finfo(square.dtype).tiny
+    return (
+        2
+        * square
+        / ((1 - c) + ((1 - c) ** 2 + 4 * c * square).sqrt()).clamp_min(torch.finfo(square.dtype).tiny)
     )

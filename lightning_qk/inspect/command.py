@@ -154,7 +154,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     written.add_argument(
         "--csv", type=Path, metavar="FILE", help="one line a head, as CSV; - for standard output"
     )
-    written.add_argument("--html", type=Path, metavar="FILE", help="a report, one self-contained page; with --compare of all of them")
+    written.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="a report, one self-contained page; with --compare of all of them",
+    )
     written.add_argument(
         "--fail-on",
         action="append",

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_qk._version import __version__
+from lightning_qk.functional.regimes import layer_regime
 from lightning_qk.inspect.conditions import logged_values
 from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.read import Reading, record_of
-from lightning_qk.functional.regimes import layer_regime
 from lightning_qk.inspect.table import regimes_of
 
 

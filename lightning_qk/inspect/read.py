@@ -43,7 +43,8 @@ class Reading:
         values: statistic → one number a head of all layers, shape ``(sum(heads),)``; NaN where it has none.
         eigenvalues: label → eigenvalues, complex ``(heads, d_head)``; empty where moments alone were asked for.
         shapes: label → widths and softmax scale.
-        profile: label → measured linear share by relative position of the key, ``(heads, bins)``; empty without text.
+        profile: label → measured linear share by relative position of the key, ``(heads, bins)``; empty without
+            text.
         attention: the same as ``values`` of what was measured on text, or empty.
         facts: what else to say of the model.
         notes: sentences that a reader has to know.
@@ -323,7 +324,13 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
     for other in readings[1:]:
         check_same_layers(first, other)
     titles = [reading.title for reading in readings]
-    record = RunRecord(info={"Checkpoints" if side_by_side else "Checkpoint": ", ".join(titles) if side_by_side else newest.title})
+    record = RunRecord(
+        info={
+            "Checkpoints" if side_by_side else "Checkpoint": ", ".join(titles)
+            if side_by_side
+            else newest.title
+        }
+    )
     record.info.update(newest.facts)
     record.shapes = dict(newest.shapes)
     points = max(len(readings), 2)
@@ -335,6 +342,8 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
         step = place if side_by_side or reading.step is None else reading.step
         if side_by_side:
             record.points[step] = reading.title
+        elif len(readings) == 1 and reading.step is None:
+            record.points[step] = "this checkpoint"
         record.spectrum.append(step, reading.values)
         if reading.attention and record.attention is not None:
             record.attention.append(step, reading.attention)

@@ -1,8 +1,8 @@
 """Figures for loggers. Pure functions from a history to a matplotlib figure.
 
 Figures are built without pyplot: no global state, no backend change, safe in threads. Sizes are fixed in
-inches rather than found by a layout engine, which would take longer than the drawing. The report draws its own, see
-:mod:`lightning_qk.logging.report`.
+inches rather than found by a layout engine, which would take longer than the drawing. The report draws its
+own, see :mod:`lightning_qk.logging.report`.
 """
 
 import io

@@ -109,10 +109,10 @@ def _series(history: History | None, label: str) -> dict[str, Tensor]:
     return {name: torch.stack([v[start:stop] for v in column]) for name, column in history.values.items()}
 
 
-def _judge(
-    label: str, head: int, spectrum: dict[str, Tensor], attention: dict[str, Tensor]
-) -> HeadHealth:
-    known = {name: column[:, head] for name, column in {**spectrum, **attention}.items() if head < column.shape[1]}
+def _judge(label: str, head: int, spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> HeadHealth:
+    known = {
+        name: column[:, head] for name, column in {**spectrum, **attention}.items() if head < column.shape[1]
+    }
     now = {name: float(column[-1]) for name, column in known.items()}
     verdict, reason, badness = _verdict(now, known, is_measured=bool(attention))
     return HeadHealth(label, head, verdict, reason, badness)
@@ -128,7 +128,11 @@ def _verdict(
         return "no data", "nothing is known of it", 0.0
     logit = now.get("max_abs_logit", math.nan)
     if logit > QK_CLIP_LOGIT:
-        where = "1e4, where every run of Wortsman et al. diverged" if logit > DIVERGED_LOGIT else "100, where Kimi K2 clips"
+        where = (
+            "1e4, where every run of Wortsman et al. diverged"
+            if logit > DIVERGED_LOGIT
+            else "100, where Kimi K2 clips"
+        )
         return "saturated", f"its largest |logit| is {format_value(logit)}, above {where}", logit
     if logit > GROWING_LOGIT and len(series["max_abs_logit"]) >= 6:
         column = series["max_abs_logit"]
@@ -177,7 +181,11 @@ def _non_finite(now: dict[str, float]) -> str:
             return f"its {name} is infinite"
     if math.isnan(now.get("frobenius_sq", 0.0)):
         return "its weights hold NaN"
-    measured = {name for name in ("entropy", "entropy_normalized", "sink_first") if not math.isnan(now.get(name, math.nan))}
+    measured = {
+        name
+        for name in ("entropy", "entropy_normalized", "sink_first")
+        if not math.isnan(now.get(name, math.nan))
+    }
     if measured and math.isnan(now.get("max_abs_logit", 0.0)):
         return "its logits hold NaN"
     return ""

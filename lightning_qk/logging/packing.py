@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-# Of float32's 24 bits of mantissa 12 are kept: numbers are right to 2.4e-4 of themselves, and NaN and infinity stay.
+# Of float32's 24 bits of mantissa 12 are kept: numbers are right to 2.4e-4 of themselves; NaN and infinity stay.
 _KEPT = np.uint32(0xFFFFF000)
 _HALF = np.uint32(0x00000800)
 

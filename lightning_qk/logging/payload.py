@@ -119,7 +119,9 @@ def _packed(record: RunRecord, heads: list[HeadHealth], cut: Cut) -> tuple[str, 
             if history.steps
         },
         "points": {str(step): name for step, name in record.points.items()},
-        "verdicts": {f"{row.label}/{row.head}": [row.verdict, row.reason] for row in heads if row.verdict != "ok"},
+        "verdicts": {
+            f"{row.label}/{row.head}": [row.verdict, row.reason] for row in heads if row.verdict != "ok"
+        },
         "eigenvalues": _eigenvalues(record, cut, pack),
         "propagation": _propagation(record, pack),
         "scalars": [
@@ -134,7 +136,9 @@ def _packed(record: RunRecord, heads: list[HeadHealth], cut: Cut) -> tuple[str, 
         left_out.append(f"Of {longest} kept steps {cut.points} are drawn, evenly chosen.")
     drawn = {label for one in content["eigenvalues"] for label in one["layers"]}
     if len(drawn) < len(record.eigenvalues):
-        left_out.append(f"Eigenvalues of {len(drawn)} of {len(record.eigenvalues)} layers are drawn, evenly chosen.")
+        left_out.append(
+            f"Eigenvalues of {len(drawn)} of {len(record.eigenvalues)} layers are drawn, evenly chosen."
+        )
     return pack.text(content), left_out
 
 
@@ -149,7 +153,9 @@ def evenly(count: int, limit: int) -> list[int]:
 
 def shown_statistics(name: str, history: History, *, secondary: bool = True) -> list[str]:
     """Statistics of a history that the page draws, of those that have a finite value at any step."""
-    has = {s for s in history.statistics if any(bool(v.isfinite().any()) for v in reversed(history.values[s]))}
+    has = {
+        s for s in history.statistics if any(bool(v.isfinite().any()) for v in reversed(history.values[s]))
+    }
     primary = [next((s for s in group if s in has), None) for group in PRIMARY.get(name, ())]
     found = [s for s in primary if s is not None]
     return found + [s for s in SECONDARY.get(name, ()) if secondary and s in has and s not in found]
@@ -249,13 +255,16 @@ def _upper_half(values: Tensor, pack: Pack) -> dict[str, Any]:
     }
 
 
-def _radius(
-    record: RunRecord, label: str, step: int, shape: LayerShape | None, heads: int
-) -> Tensor:
+def _radius(record: RunRecord, label: str, step: int, shape: LayerShape | None, heads: int) -> Tensor:
     """Of each head's disc; NaN where norm or width are not known."""
     unknown = torch.full((heads,), math.nan)
     history = record.spectrum
-    if shape is None or history is None or label not in history.layers or "frobenius_sq" not in history.values:
+    if (
+        shape is None
+        or history is None
+        or label not in history.layers
+        or "frobenius_sq" not in history.values
+    ):
         return unknown
     index = _nearest(history.steps, step)
     if index is None:

@@ -317,7 +317,9 @@ class TestReport:
         assert curves.values[0]["layer_00"].shape[1] == 10
         share = record.attention.series("linear_share")[0]
         # Over 16 keys and more, of few sequences: near the share of all.
-        assert float(curves.values[0]["layer_00"].mean()) == pytest.approx(float(share[: len(curves.values[0]["layer_00"])].mean()), abs=0.2)
+        assert float(curves.values[0]["layer_00"].mean()) == pytest.approx(
+            float(share[: len(curves.values[0]["layer_00"])].mean()), abs=0.2
+        )
         shape = record.shapes["layer_00"]
         assert shape.scaling == pytest.approx(shape.d_head**-0.5)
         assert shape.d_model > shape.d_head
@@ -371,7 +373,9 @@ class TestReport:
             after = type(before)()
             after.load_state_dict(state)
             assert after.state_dict()["snapshots"]["steps"] == state["snapshots"]["steps"]
-            assert after.state_dict()["snapshots"]["values"][0].keys() == state["snapshots"]["values"][0].keys()
+            assert (
+                after.state_dict()["snapshots"]["values"][0].keys() == state["snapshots"]["values"][0].keys()
+            )
 
 
 class TestErrors:

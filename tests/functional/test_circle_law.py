@@ -28,7 +28,9 @@ def test_random_heads_fill_the_disc(d_head: int, d_model: int, kind: str) -> Non
     assert float(modulus.amax(-1).mean()) == pytest.approx(1.0, abs=0.1)
     for distance in (0.2, 0.4, 0.6, 0.8, 0.95):
         share = float((modulus <= distance).double().mean())
-        assert float(circle_law_share(torch.tensor(distance), d_head, d_model)) == pytest.approx(share, abs=0.04)
+        assert float(circle_law_share(torch.tensor(distance), d_head, d_model)) == pytest.approx(
+            share, abs=0.04
+        )
 
 
 def test_a_learnt_head_does_not_follow_it() -> None:

@@ -60,9 +60,7 @@ def test_sampled_rows_agree_with_all() -> None:
     query, key = 3 * torch.randn(64, 2, 48, 8), torch.randn(64, 2, 48, 8)
     generator = torch.Generator().manual_seed(1)
     some = linear_share_profile(query, key, rows=24, is_causal=True, generator=generator)
-    torch.testing.assert_close(
-        some, linear_share_profile(query, key, is_causal=True), atol=0.03, rtol=0
-    )
+    torch.testing.assert_close(some, linear_share_profile(query, key, is_causal=True), atol=0.03, rtol=0)
 
 
 def test_random_walks_pass_signal_as_predicted() -> None:

@@ -100,7 +100,9 @@ def test_models_side_by_side_in_one_page(
     content, numbers = page_data(page)
     assert list(content["points"]) == ["0", "1"]
     assert content["points"]["1"] == str(other)
-    radius = next(one for one in content["histories"]["spectrum"]["statistics"] if one["name"] == "spectral_radius")
+    radius = next(
+        one for one in content["histories"]["spectrum"]["statistics"] if one["name"] == "spectral_radius"
+    )
     values = numbers[radius["values"][0] : sum(radius["values"])].reshape(-1, 2)
     assert values[:, 1] == pytest.approx(3 * values[:, 0], rel=1e-3)
     assert len(content["eigenvalues"]) == 2

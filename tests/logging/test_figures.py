@@ -1,6 +1,7 @@
 """Figures: right numbers in the axes, no global state, the same bytes twice, no crash on missing parts."""
 
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from simulated_run import simulated_record
 
 from lightning_qk.logging import figures
 from lightning_qk.logging.history import History
+
 
 def one_step(values: list[float], heads: tuple[int, ...], name: str = "sym_var") -> History:
     history = History([f"layer_{i:02d}" for i in range(len(heads))], heads)
@@ -84,7 +86,7 @@ def test_digits_in_the_cells_do_not_overlap(scale: float, heads: int) -> None:
     assert len(axes.texts) in (0, 4 * heads)
     assert axes.texts or heads > 12
     boxes = [text.get_window_extent() for text in axes.texts]
-    for left, right in zip(boxes, boxes[1:], strict=False):
+    for left, right in itertools.pairwise(boxes):
         assert left.x1 < right.x0 or left.y0 != right.y0
 
 

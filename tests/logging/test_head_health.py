@@ -10,7 +10,9 @@ from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.report_texts import VERDICT_MEANING
 
 
-def record_of(attention: dict[str, list[float]] | None, spectrum: dict[str, list[float]] | None = None) -> RunRecord:
+def record_of(
+    attention: dict[str, list[float]] | None, spectrum: dict[str, list[float]] | None = None
+) -> RunRecord:
     record = RunRecord()
     for name, values in (("attention", attention), ("spectrum", spectrum)):
         if values:
@@ -57,11 +59,19 @@ def test_predicted_where_nothing_was_measured() -> None:
 def test_growing_logits() -> None:
     history = History(["layer_00"], [2])
     for step in range(9):
-        history.append(step, {"max_abs_logit": torch.tensor([15.0, 5.0 + 2.5 * step]), "entropy_normalized": torch.full((2,), 0.5)})
+        history.append(
+            step,
+            {
+                "max_abs_logit": torch.tensor([15.0, 5.0 + 2.5 * step]),
+                "entropy_normalized": torch.full((2,), 0.5),
+            },
+        )
     rows = {row.head: row for row in head_health(RunRecord(attention=history))}
     assert rows[0].verdict == "ok"
     assert rows[1].verdict == "ok"  # 17.5 at two thirds, 25 at the end
-    history.append(9, {"max_abs_logit": torch.tensor([15.0, 60.0]), "entropy_normalized": torch.full((2,), 0.5)})
+    history.append(
+        9, {"max_abs_logit": torch.tensor([15.0, 60.0]), "entropy_normalized": torch.full((2,), 0.5)}
+    )
     (worst, _) = head_health(RunRecord(attention=history))
     assert (worst.head, worst.verdict) == (1, "growing")
     assert "to 60.0" in worst.reason
@@ -69,7 +79,12 @@ def test_growing_logits() -> None:
 
 def test_the_worst_come_first() -> None:
     rows = head_health(
-        record_of({"entropy_normalized": [0.5, 0.01, 0.5, 0.5, 0.995], "max_abs_logit": [1.0, 2.0, 120.0, 900.0, 0.1]})
+        record_of(
+            {
+                "entropy_normalized": [0.5, 0.01, 0.5, 0.5, 0.995],
+                "max_abs_logit": [1.0, 2.0, 120.0, 900.0, 0.1],
+            }
+        )
     )
     assert [row.head for row in rows] == [3, 2, 1, 4, 0]
     order = [HEAD_VERDICTS.index(row.verdict) for row in rows]
@@ -86,7 +101,8 @@ def test_of_nothing_there_is_nothing() -> None:
 
 def test_the_first_in_something() -> None:
     record = record_of(
-        {"max_abs_logit": [1.0, 7.0, math.nan], "entropy_normalized": [0.5, 0.3, 0.9]}, {"spectral_radius": [3.0, 1.0, math.inf]}
+        {"max_abs_logit": [1.0, 7.0, math.nan], "entropy_normalized": [0.5, 0.3, 0.9]},
+        {"spectral_radius": [3.0, 1.0, math.inf]},
     )
     rows = {row.head: row.reason for row in extreme_heads(record)}
     assert rows == {

@@ -10,7 +10,9 @@ from lightning_qk.logging.packing import Pack, unpack
 
 def test_numbers_survive() -> None:
     pack = Pack()
-    values = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,)), torch.tensor([0.0, 1.0, 0.99999994])])
+    values = torch.cat(
+        [torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,)), torch.tensor([0.0, 1.0, 0.99999994])]
+    )
     special = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 3.4028e38, -1e-45])
     where = [pack.add(values), pack.add(special)]
     content, numbers = unpack(pack.text({"where": where, "name": "χ"}))

@@ -140,7 +140,7 @@ const Plots = {
           hovertemplate: "%{hovertext}<extra></extra>",
           xgap: cell.width > 8 ? 1 : 0,
           ygap: cell.height > 8 ? 1 : 0,
-          colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11 }, len: 1, ...(log ? Plots.logTicks(z) : {}) },
+          colorbar: { thickness: 10, outlinewidth: 0, tickfont: { size: 11 }, exponentformat: "power", ...(log ? Plots.logTicks(z) : {}) },
         },
       ],
       layout: Style.layout({
