@@ -225,6 +225,18 @@ def test_light_and_dark(opened: Any, scheme: str) -> None:
     assert (ink() < 100) == (scheme == "dark")
 
 
+def test_on_paper_the_page_is_light(opened: Any) -> None:
+    page = opened(simulated_record(), color_scheme="dark")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.locator('[data-plot][aria-busy="true"]').count() == 0  # those below the window too
+    ink = "parseInt(getComputedStyle(document.querySelector('#map-spectrum .xtick text')).fill.match(/[0-9]+/)[0])"
+    assert page.evaluate(ink) < 100
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") is None
+    cells(page)
+    assert page.evaluate(ink) > 150
+
+
 def test_a_narrow_window(opened: Any) -> None:
     page = opened(simulated_record())
     page.set_viewport_size({"width": 390, "height": 800})

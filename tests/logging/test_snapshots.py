@@ -1,7 +1,11 @@
 """A few steps out of a long run: bounded, spread, never without the first and the newest."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lightning_qk.logging.history import LayerShape, RunRecord
 from lightning_qk.logging.snapshots import Snapshots
@@ -64,3 +68,18 @@ def test_a_record_keeps_them(tmp_path) -> None:
         for before, after in zip(kept.values, again.snapshots[kind].values, strict=True):
             assert list(before) == list(after)
             assert all(torch.equal(before[label], after[label]) for label in before)
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path) -> None:
+    """Before there were snapshots, a record's file said nothing of them."""
+    record = RunRecord(eigenvalues={"a": torch.ones(2, 3) + 0j}, eigenvalues_step=5, info={"model": "m"})
+    path = record.save(tmp_path / "new.safetensors")
+    with safe_open(str(path), framework="pt") as file:
+        meta = json.loads(file.metadata()["lightning_qk"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    old = {name: value for name, value in meta.items() if name not in ("shapes", "points", "snapshots")}
+    assert len(old) == len(meta) - 3
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"lightning_qk": json.dumps(old)})
+    again = RunRecord.load(tmp_path / "old.safetensors")
+    assert torch.equal(again.eigenvalues["a"], record.eigenvalues["a"])
+    assert (again.shapes, again.points, again.snapshots) == ({}, {}, {})

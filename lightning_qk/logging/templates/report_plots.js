@@ -19,7 +19,7 @@ const Style = {
 
   // A colour of viridis that can be seen on the page's ground.
   ramp(share) {
-    const [low, high] = Style.dark ? [0.28, 1] : [0, 0.86];
+    const [low, high] = Style.dark ? [0.34, 1] : [0, 0.86];
     const place = (low + (high - low) * share) * (VIRIDIS.length - 1);
     const left = Math.min(Math.floor(place), VIRIDIS.length - 2);
     const part = (color, at) => parseInt(color.slice(at, at + 2), 16);
