@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from simulated_run import simulated_record
 from test_report import large_record
 
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.report import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
@@ -317,3 +318,39 @@ def test_an_address_opens_a_head(opened: Any) -> None:
     page.reload()
     page.wait_for_selector("html[data-ready=yes]", state="attached")
     assert page.locator("#panel-title").inner_text() == "layer_02, head 1"
+
+
+def kinds_of_records() -> dict[str, RunRecord]:
+    """Records that hold one thing alone, and one with every monitor."""
+    whole = simulated_record()
+    for name, statistic in (("sinks", "sink_output"), ("position", "positional_share")):
+        history = History(["layer_00", "layer_01"], [4, 2])
+        history.append(0, {statistic: torch.rand(6)})
+        setattr(whole, name, history)
+    whole.hidden = History(["embedding", "layer_00"], [1, 1])
+    for step in (0, 10):
+        whole.hidden.append(step, {"cosine": torch.rand(2), "effective_rank": 5 * torch.rand(2)})
+    alone = {
+        name: RunRecord(**{name: getattr(whole, name)})
+        for name in ("attention", "hidden", "scalars", "sinks")
+    }
+    weights = RunRecord(eigenvalues=whole.eigenvalues, eigenvalues_step=3)
+    return {"whole": whole, **alone, "eigenvalues": weights}
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("attention", "scalars", "sinks")]
+
+
+@pytest.mark.parametrize("kind", ["whole", "hidden", "eigenvalues", *SLOW])
+def test_whatever_was_recorded_draws(opened: Any, kind: str) -> None:
+    page = opened(kinds_of_records()[kind])
+    plots = page.locator("[data-plot]")
+    assert plots.count() > 0
+    for index in range(plots.count()):
+        plots.nth(index).scroll_into_view_if_needed()
+        plots.nth(index).locator(".plot-container").wait_for()
+    if kind == "whole":
+        page.evaluate("window.lightningQK.open({ layer: 'layer_01', index: 1 })")
+        titles = page.locator("#panel h4").all_inner_texts()
+        assert "output in the span of the sinks' values" in titles
+        assert "logits explained by distance" in titles
