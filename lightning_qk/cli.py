@@ -58,8 +58,20 @@ def _report(args: list[str]) -> int:
         record = RunRecord.load(options.record)
     except ValueError as error:
         return _fail(_mend(error), 2)
+    except OSError as error:
+        reason = error.strerror or error
+        return _fail(
+            f"expected a record that may be read, got {options.record} ({reason}): check its permissions", 1
+        )
+    try:
+        path = write_report(record, target)
+    except OSError as error:
+        reason = error.strerror or error
+        return _fail(
+            f"expected a file that may be written, got {target} ({reason}): name another with --output", 1
+        )
     print_health(record)
-    print(write_report(record, target))
+    print(path)
     return 0
 
 

@@ -323,10 +323,11 @@ class Monitor(Callback):
                 callback.contribute(record)
         if not any(len(history) for history in record.histories.values()):
             return
+        # First what needs no disk.
+        print_health(record)
         folder = Path(self._directory or trainer.default_root_dir)
         record.save(folder / RECORD_NAME)
         path = write_report(record, folder / REPORT_NAME)
-        print_health(record)
         print(f"Report: {path}")
 
     def note_non_finite(self, values: Mapping[str, Tensor], when: str) -> None:

@@ -3,15 +3,25 @@
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._captured import CaptureMonitor, Measured
+from lightning_qk.callbacks._pool import SumsPool
+from lightning_qk.callbacks._trainer import logging_step
+from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.statistics import call_sums
 from lightning_qk.functional.localization import POSITION_STATISTICS
+from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.logging.history import RunRecord
+from lightning_qk.logging.snapshots import Snapshots
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.means import HeadMeans
+
+# The report's curve over positions is measured on few rows of few sequences, at few steps: the first ones, in
+# doubling distance, and every tenth. It is not logged.
+_PROFILE_ROWS, _PROFILE_SEQUENCES, _PROFILE_EVERY = 16, 4, 10
 
 
 class AttentionMonitor(CaptureMonitor):
@@ -88,6 +98,10 @@ class AttentionMonitor(CaptureMonitor):
         if rows is not None and rows < 1:
             raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
         self.rows = rows
+        self._measured = 0
+        self._profile_pool = SumsPool()
+        self._profile_generator = torch.Generator()
+        self._profiles = Snapshots()
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -109,6 +123,60 @@ class AttentionMonitor(CaptureMonitor):
         )
         return Measured(found.sums, found.shape[1], found.d_head)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As every monitor of attention."""
+        super().on_fit_start(trainer, pl_module)
+        self._profile_generator.manual_seed(self.seed + trainer.global_rank)
+        self._measured = 0
+        self._profile_pool.reset()
+
+    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+        super()._hear(name, call)
+        # Of an observed softmax, queries and keys are not seen.
+        if self._pool is self._step_pool and self._profile_is_due() and isinstance(call, AttentionCall):
+            self.attempt(
+                lambda: self._add_profile(name, call), "measuring the report's curves over positions"
+            )
+
+    def _add_profile(self, name: str, call: AttentionCall) -> None:
+        given = statistics_arguments(call, self_attention=self._self_attention.get(name))
+        few = _first_sequences(given, _PROFILE_SEQUENCES)
+        sums = profile_sums(**few, rows=_PROFILE_ROWS, generator=self._profile_generator)
+        heads, where = self._check_shape(
+            name, call.module, Measured(sums, sums.total.shape[2], given["query"].shape[3])
+        )
+        self._profile_pool.add(name, sums, heads=heads, where=where)
+
+    def _profile_is_due(self) -> bool:
+        count = self._measured
+        return self.report and (count % _PROFILE_EVERY == 0 or count & (count - 1) == 0)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        """Statistics of all heads, and the report's curves where they are due; a collective call."""
+        values = super().measure(trainer, pl_module)
+        if values is not None and self._profile_is_due():
+            assert self.history is not None  # super().measure
+            heads = dict(zip(self.labels, self.history.heads, strict=True))
+            metric = HeadMeans(heads, [str(part) for part in range(PROFILE_BINS)]).to(pl_module.device)
+            self._profile_pool.into(metric)
+            curves = torch.stack(list(metric.compute().values())).reshape(PROFILE_BINS, -1).mT.float().cpu()
+            parts = zip(self.labels.values(), curves.split(list(self.history.heads)), strict=True)
+            self._profiles.append(logging_step(trainer), dict(parts))
+        self._profile_pool.reset()
+        self._measured += 1
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history and the curves."""
+        state = super().state_dict()
+        return {**state, "snapshots": self._profiles.state_dict()} if len(self._profiles) else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what a checkpoint has."""
+        super().load_state_dict(state_dict)
+        if "snapshots" in state_dict:
+            self._profiles = Snapshots.from_state_dict(state_dict["snapshots"])
+
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means and maxima."""
         return AttentionStatistics(heads)
@@ -124,8 +192,23 @@ class AttentionMonitor(CaptureMonitor):
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""
         record.attention = self.history
+        if len(self._profiles):
+            record.snapshots["linear_profile"] = self._profiles
         if self.rows is not None:
             record.notes.append(
                 f"Attention statistics are means over {self.rows} sampled query rows of each sequence; maximum "
                 "logits are lower bounds."
             )
+
+
+def _first_sequences(given: dict[str, Any], count: int) -> dict[str, Any]:
+    """The same call with its first sequences alone: views, nothing is copied."""
+    batch = len(given["query"])
+    return {
+        name: value[:count] if isinstance(value, Tensor) and _is_batched(name, value, batch) else value
+        for name, value in given.items()
+    }
+
+
+def _is_batched(name: str, value: Tensor, batch: int) -> bool:
+    return name != "sinks" and (name == "query_mask" or value.dim() == 4) and len(value) == batch

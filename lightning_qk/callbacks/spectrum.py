@@ -13,8 +13,9 @@ from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.logging.history import LayerShape, RunRecord
 from lightning_qk.logging.loggers import log_histogram
+from lightning_qk.logging.snapshots import Snapshots
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
 from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
 from lightning_qk.metrics.spectrum import QKSpectrum, at_offset, extreme_values
@@ -113,6 +114,8 @@ class QKSpectrumMonitor(Monitor):
         self._worker = EigenvalueWorker()
         self._eigenvalues: Mapping[str, Tensor] = {}
         self._eigenvalues_step: int | None = None
+        self._snapshots = Snapshots()
+        self._shapes: dict[str, LayerShape] = {}
         self._cross: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
@@ -136,6 +139,10 @@ class QKSpectrumMonitor(Monitor):
         heads = {name: layer.heads for name, layer in layers.items()}
         self._cross = {name for name, layer in layers.items() if not layer.self_attention}
         self.remember_layers(heads, self._cross)
+        self._shapes = {
+            self.labels[name]: LayerShape(layer.sizes.d_head, layer.width[0], float(layer.scaling))
+            for name, layer in layers.items()
+        }
         self._note_positions(layers)
         self._metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
         self._singular = SingularValues(heads) if self.singular else None
@@ -173,10 +180,17 @@ class QKSpectrumMonitor(Monitor):
         self._collect(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, with what the worker still has."""
+        """The history, with what the worker still has, and the eigenvalues of a few steps."""
         if self._worker.pending is not None:
             self.attempt(self._complete_history, "logging")
-        return super().state_dict()
+        state = super().state_dict()
+        return {**state, "snapshots": self._snapshots.state_dict()} if len(self._snapshots) else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what a checkpoint has."""
+        super().load_state_dict(state_dict)
+        if "snapshots" in state_dict:
+            self._snapshots = Snapshots.from_state_dict(state_dict["snapshots"])
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has; then as every monitor."""
@@ -249,7 +263,11 @@ class QKSpectrumMonitor(Monitor):
             name: solved.spectra[name] for name in self._metric.heads if name in solved.spectra
         }
         self._eigenvalues_step = solved.step
+        self._snapshots.append(solved.step, self._complex_by_label())
         return solved, values
+
+    def _complex_by_label(self) -> dict[str, Tensor]:
+        return {self.labels[name]: value for name, value in self._eigenvalues.items() if value.is_complex()}
 
     def _collect_and_log(
         self, trainer: Trainer, pl_module: LightningModule | None, at_epoch_end: bool
@@ -272,12 +290,13 @@ class QKSpectrumMonitor(Monitor):
         return all(self.labels[name] != label for name in self._cross)
 
     def contribute(self, record: RunRecord) -> None:
-        """Add the history and the newest eigenvalues to the record."""
+        """Add the history, the eigenvalues and what they are compared with to the record."""
         record.spectrum = self.history
-        record.eigenvalues = {
-            self.labels[name]: value for name, value in self._eigenvalues.items() if value.is_complex()
-        }
+        record.eigenvalues = self._complex_by_label()
         record.eigenvalues_step = self._eigenvalues_step
+        record.shapes = dict(self._shapes)
+        if len(self._snapshots):
+            record.snapshots["eigenvalues"] = self._snapshots
 
 
 def _checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Pure tensor functions: spectra of heads, signal propagation, statistics of attention. Imports torch alone."""
 
+from lightning_qk.functional.circle_law import circle_law_radius, circle_law_share
 from lightning_qk.functional.divergence import (
     attention_entropy,
     diagonal_prior,
@@ -13,6 +14,7 @@ from lightning_qk.functional.hidden import hidden_statistics
 from lightning_qk.functional.localization import attention_statistics, logit_statistics
 from lightning_qk.functional.marked import attention_on_keys
 from lightning_qk.functional.position import positional_share
+from lightning_qk.functional.profile import linear_share_profile
 from lightning_qk.functional.propagation import (
     exact_signal_propagation_probability,
     signal_propagation_probability,
@@ -35,6 +37,8 @@ __all__ = [
     "attention_entropy",
     "attention_on_keys",
     "attention_statistics",
+    "circle_law_radius",
+    "circle_law_share",
     "diagonal_prior",
     "effective_rank",
     "energy_concentration",
@@ -43,6 +47,7 @@ __all__ = [
     "hard_attention",
     "hidden_statistics",
     "kendall_tau",
+    "linear_share_profile",
     "logit_statistics",
     "mask_geometry",
     "max_logits",

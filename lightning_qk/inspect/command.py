@@ -79,9 +79,10 @@ def run(args: Sequence[str], prog: str) -> int:
 def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
     options = _parser(prog).parse(args)
     series = len(options.checkpoints) == 1
-    if options.html is not None and not series:
+    if options.html is not None and not series and not options.compare:
         raise BadInput(
-            "expected one checkpoint, or one folder of them, with --html, got several: leave --html out"
+            "expected one checkpoint, or one folder of them, with --html, got several: add --compare to see them "
+            "side by side"
         )
     if [str(options.json), str(options.csv)].count("-") > 1:
         raise BadInput("expected standard output for one of --json and --csv, got it for both: name a file")
@@ -138,7 +139,12 @@ def _parser(prog: str) -> OneLineParser:
     written.add_argument(
         "--csv", type=Path, metavar="FILE", help="one line a head, as CSV; - for standard output"
     )
-    written.add_argument("--html", type=Path, metavar="FILE", help="a report, one self-contained page")
+    written.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="a report, one self-contained page; with --compare of all of them",
+    )
     written.add_argument(
         "--fail-on",
         action="append",
@@ -192,7 +198,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
         pairs = _pairs(sources) if options.compare else []
         broken = _broken(conditions, sources)
         if options.html is not None:
-            write_html(options.html, sources[0])
+            write_html(options.html, sources)
     if options.json is not None:
         write_text(
             options.json,

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_qk._version import __version__
+from lightning_qk.functional.regimes import layer_regime
 from lightning_qk.inspect.conditions import logged_values
 from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.read import Reading, record_of
-from lightning_qk.inspect.regime import layer_regime
 from lightning_qk.inspect.table import regimes_of
 
 
@@ -169,15 +169,18 @@ def as_csv(sources: Sequence[Sequence[Reading]]) -> str:
     return out.getvalue()
 
 
-def write_html(path: Path, readings: Sequence[Reading]) -> None:
-    """The report of the checkpoints of one model.
+def write_html(path: Path, sources: Sequence[Sequence[Reading]]) -> None:
+    """The report of the checkpoints of one model, or of several models side by side.
 
     Raises:
         BadInput: their layers differ, or the file cannot be written.
     """
     from lightning_qk.logging.report import write_report
 
-    record = record_of(list(readings))
+    if len(sources) == 1:
+        record = record_of(list(sources[0]))
+    else:
+        record = record_of([source[-1] for source in sources], side_by_side=True)
     try:
         write_report(record, path)
     except OSError as error:

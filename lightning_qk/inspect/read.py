@@ -19,8 +19,9 @@ from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
 from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.inspect.weights import Weights
-from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.history import History, LayerShape, RunRecord
 from lightning_qk.logging.layers import layer_labels
+from lightning_qk.logging.snapshots import Snapshots
 from lightning_qk.metrics.eigenvalues import EigenvalueWorker
 from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, MOMENT_STATISTICS, QKSpectrum, extreme_values
 
@@ -41,6 +42,9 @@ class Reading:
         self_attention: whether each takes queries and keys from the same tokens; others have singular values only.
         values: statistic → one number a head of all layers, shape ``(sum(heads),)``; NaN where it has none.
         eigenvalues: label → eigenvalues, complex ``(heads, d_head)``; empty where moments alone were asked for.
+        shapes: label → widths and softmax scale.
+        profile: label → measured linear share by relative position of the key, ``(heads, bins)``; empty without
+            text.
         attention: the same as ``values`` of what was measured on text, or empty.
         facts: what else to say of the model.
         notes: sentences that a reader has to know.
@@ -54,6 +58,8 @@ class Reading:
     self_attention: list[bool]
     values: dict[str, Tensor]
     eigenvalues: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, LayerShape] = field(default_factory=dict)
+    profile: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -265,6 +271,10 @@ def _reading(
         self_attention=[plan.self_attention for plan in plans.values()],
         values={name: torch.cat(parts) for name, parts in values.items() if parts},
         eigenvalues={labels[name]: own for name, own in spectra.items()},
+        shapes={
+            labels[name]: LayerShape(plan.sizes.d_head, plan.width[0], float(plan.scaling))
+            for name, plan in plans.items()
+        },
         facts=_facts(model, plans, facts),
         notes=notes,
     )
@@ -300,8 +310,12 @@ def _not_finite(reading: Reading) -> list[str]:
     return [f"weights are not finite in {name}" for name in found]
 
 
-def record_of(readings: list[Reading]) -> RunRecord:
-    """A run's record of the checkpoints of one model, by step; the newest one's eigenvalues.
+def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunRecord:
+    """A run's record of checkpoints with the same layers, with the spectra of some of them.
+
+    Args:
+        readings: of one model, by step; or of several models.
+        side_by_side: they are different models, in the order in which they are shown.
 
     Raises:
         BadInput: their layers differ.
@@ -309,17 +323,39 @@ def record_of(readings: list[Reading]) -> RunRecord:
     first, newest = readings[0], readings[-1]
     for other in readings[1:]:
         check_same_layers(first, other)
-    record = RunRecord(info={"Checkpoint": newest.title, **newest.facts})
-    record.spectrum = History(first.labels, first.heads, max(len(readings), 2))
+    titles = [reading.title for reading in readings]
+    record = RunRecord(
+        info={
+            "Checkpoints" if side_by_side else "Checkpoint": ", ".join(titles)
+            if side_by_side
+            else newest.title
+        }
+    )
+    record.info.update(newest.facts)
+    record.shapes = dict(newest.shapes)
+    points = max(len(readings), 2)
+    record.spectrum = History(first.labels, first.heads, points)
     if any(reading.attention for reading in readings):
-        record.attention = History(first.labels, first.heads, max(len(readings), 2))
+        record.attention = History(first.labels, first.heads, points)
+    spectra, profiles = Snapshots(points if side_by_side else 4), Snapshots(points)
     for place, reading in enumerate(readings):
-        step = place if reading.step is None else reading.step
+        step = place if side_by_side or reading.step is None else reading.step
+        if side_by_side:
+            record.points[step] = reading.title
+        elif len(readings) == 1 and reading.step is None:
+            record.points[step] = "this checkpoint"
         record.spectrum.append(step, reading.values)
         if reading.attention and record.attention is not None:
             record.attention.append(step, reading.attention)
+        if reading.eigenvalues:
+            spectra.append(step, reading.eigenvalues)
+        if reading.profile:
+            profiles.append(step, reading.profile)
     record.eigenvalues = newest.eigenvalues
     record.eigenvalues_step = record.spectrum.steps[-1] if newest.eigenvalues else None
+    for kind, kept in (("eigenvalues", spectra), ("linear_profile", profiles)):
+        if len(kept):
+            record.snapshots[kind] = kept
     record.notes = list(dict.fromkeys(note for reading in readings for note in reading.notes))
     return record
 

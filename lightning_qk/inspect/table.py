@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from lightning_qk.functional.regimes import SATURATED, UNIFORM, head_regimes, layer_regime
 from lightning_qk.inspect.read import Reading
-from lightning_qk.inspect.regime import SATURATED, UNIFORM, head_regimes, layer_regime
 from lightning_qk.logging.health import format_value
 
 

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.statistics import call_sums
 from lightning_qk.functional.localization import POSITION_STATISTICS
+from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.inspect.errors import BadInput, one_line
 from lightning_qk.inspect.read import Reading
 from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.inspect.weights import Weights
 from lightning_qk.metrics.attention import AttentionStatistics
+from lightning_qk.metrics.means import HeadMeans
 
 _ENOUGH_CHARACTERS = 40  # a token, at most, in any language
 
@@ -143,7 +146,7 @@ def measure(
         model: the skeleton, which is filled.
         weights: of the checkpoint.
         checkpoint: where the tokenizer is.
-        reading: given ``attention``, statistic → one number a head.
+        reading: given ``attention``, statistic → one number a head, and ``profile``.
         source: a file, or ``"stdlib"``.
         tokenizer: instead of the checkpoint's own.
         length: tokens in a sequence; fewer where the model takes fewer.
@@ -178,7 +181,8 @@ def measure(
             f"{len(missing)} parameters that the checkpoint lacks are zero ({', '.join(missing[:3])})"
         )
     metric = AttentionStatistics(dict(zip(reading.names, reading.heads, strict=True)))
-    capture = _listen(model, reading, metric)
+    curves = HeadMeans(metric.heads, [str(part) for part in range(PROFILE_BINS)])
+    capture = _listen(model, reading, metric, curves)
     parts = ids.split(batch_size)
     try:
         with torch.no_grad():
@@ -197,6 +201,8 @@ def measure(
     finally:
         capture.remove()
     reading.attention = {name: value for name, value in metric.compute().items() if not name.endswith("_se")}
+    profile = torch.stack(list(curves.compute().values())).reshape(PROFILE_BINS, -1).mT
+    reading.profile = dict(zip(reading.labels, reading.split(profile), strict=True))
     for name in POSITION_STATISTICS:
         for self_attention, values in zip(
             reading.self_attention, reading.split(reading.attention[name]), strict=True
@@ -212,7 +218,9 @@ def measure(
         reading.notes.append(f"no attention call of {len(silent)} layers was seen ({', '.join(silent[:3])})")
 
 
-def _listen(model: nn.Module, reading: Reading, metric: AttentionStatistics) -> AttentionCapture:
+def _listen(
+    model: nn.Module, reading: Reading, metric: AttentionStatistics, curves: HeadMeans
+) -> AttentionCapture:
     modules = {name: model.get_submodule(name) for name in reading.names}
     heads = dict(zip(reading.names, reading.heads, strict=True))
     self_attention = dict(zip(reading.names, reading.self_attention, strict=True))
@@ -220,6 +228,9 @@ def _listen(model: nn.Module, reading: Reading, metric: AttentionStatistics) -> 
     def hear(name: str, call: AttentionCall | SoftmaxCall) -> None:
         found = call_sums(call, self_attention=self_attention[name], heads=heads[name])
         metric.update({name: [found.sums]})
+        if isinstance(call, AttentionCall):
+            given = statistics_arguments(call, self_attention=self_attention[name])
+            curves.update({name: [profile_sums(**given)]})
 
     capture = AttentionCapture({module: name for name, module in modules.items()}, hear, model=model)
     capture.install()

@@ -5,10 +5,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_qk.logging.snapshots import Snapshots
 
 
 class History:
@@ -166,6 +168,20 @@ class History:
 _HISTORIES = ("spectrum", "attention", "sinks", "position", "hidden")
 
 
+class LayerShape(NamedTuple):
+    """What a layer's spectra are compared and predicted with.
+
+    Attributes:
+        d_head: width of a head.
+        d_model: width of what its projections read.
+        scaling: the factor on ``q · k`` before the softmax.
+    """
+
+    d_head: int
+    d_model: int
+    scaling: float
+
+
 @dataclass
 class RunRecord:
     """What the report, the health table and the figures are made from.
@@ -178,6 +194,10 @@ class RunRecord:
         hidden: history of :class:`~lightning_qk.HiddenStateMonitor`, one "head" a layer, or None.
         eigenvalues: layer label → complex eigenvalues of W_QK, shape ``(heads, d_head)``, the newest ones.
         eigenvalues_step: the step that the eigenvalues belong to.
+        snapshots: what is kept of a few steps only: ``"eigenvalues"``, complex ``(heads, d_head)``, and
+            ``"linear_profile"``, the measured linear share by relative position of the key, ``(heads, bins)``.
+        shapes: layer label → its widths and its softmax scale.
+        points: step → what it is called, where steps stand for something else, such as models side by side.
         scalars: name → (steps, values) of run-level curves, such as ``locater/penalty``.
         info: facts about the run to print: model, parameters, versions.
         notes: sentences that a reader has to know, such as layers that were not captured.
@@ -190,6 +210,9 @@ class RunRecord:
     hidden: History | None = None
     eigenvalues: dict[str, Tensor] = field(default_factory=dict)
     eigenvalues_step: int | None = None
+    snapshots: dict[str, Snapshots] = field(default_factory=dict)
+    shapes: dict[str, LayerShape] = field(default_factory=dict)
+    points: dict[int, str] = field(default_factory=dict)
     scalars: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     info: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -214,6 +237,9 @@ class RunRecord:
             "scalars": self.scalars,
             "info": self.info,
             "notes": self.notes,
+            "shapes": self.shapes,
+            "points": self.points,
+            "snapshots": {},
         }
         for index, value in enumerate(self.eigenvalues.values()):
             # A copy: layers may be views of one batched tensor, which safetensors refuses.
@@ -225,6 +251,17 @@ class RunRecord:
             values = state.pop("values")
             meta[group] = {**state, "statistics": list(values)}
             tensors.update({f"{group}/{name}": value.contiguous() for name, value in values.items()})
+        for kind, snapshots in self.snapshots.items():
+            meta["snapshots"][kind] = {
+                "max_points": snapshots.max_points,
+                "steps": snapshots.steps,
+                "labels": [list(values) for values in snapshots.values],
+            }
+            for point, values in enumerate(snapshots.values):
+                for index, value in enumerate(values.values()):
+                    plain = torch.view_as_real(value) if value.is_complex() else value
+                    name = f"snapshots/{kind}/{point}/{index}{'/complex' if value.is_complex() else ''}"
+                    tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -262,7 +299,22 @@ class RunRecord:
             scalars={name: (list(steps), list(values)) for name, (steps, values) in meta["scalars"].items()},
             info=meta["info"],
             notes=meta["notes"],
+            # What follows is younger than the format: records of earlier versions lack it.
+            shapes={label: LayerShape(*shape) for label, shape in meta.get("shapes", {}).items()},
+            points={int(step): name for step, name in meta.get("points", {}).items()},
         )
+        for kind, kept in meta.get("snapshots", {}).items():
+            snapshots = Snapshots(kept["max_points"])
+            for point, (step, labels) in enumerate(zip(kept["steps"], kept["labels"], strict=True)):
+                values = {}
+                for index, label in enumerate(labels):
+                    name = f"snapshots/{kind}/{point}/{index}"
+                    is_complex = f"{name}/complex" in tensors
+                    values[label] = (
+                        torch.view_as_complex(tensors[f"{name}/complex"]) if is_complex else tensors[name]
+                    )
+                snapshots.append(step, values)
+            record.snapshots[kind] = snapshots
         for group in _HISTORIES:
             if group in meta:
                 state = meta[group]

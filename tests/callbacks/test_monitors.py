@@ -308,6 +308,21 @@ class TestReport:
         assert record.scalars["locater/penalty"][0] == [0, 1, 2, 3]
         assert set(record.eigenvalues) == {"layer_00", "layer_01"}
         assert record.eigenvalues_step == 3
+        kept = record.snapshots["eigenvalues"]
+        assert kept.steps[0] == -1
+        assert kept.steps[-1] == 3
+        assert torch.equal(kept.values[-1]["layer_01"], record.eigenvalues["layer_01"])
+        curves = record.snapshots["linear_profile"]
+        assert curves.steps == [0, 1, 2]  # the first steps, in doubling distance
+        assert curves.values[0]["layer_00"].shape[1] == 10
+        share = record.attention.series("linear_share")[0]
+        # Over 16 keys and more, of few sequences: near the share of all.
+        assert float(curves.values[0]["layer_00"].mean()) == pytest.approx(
+            float(share[: len(curves.values[0]["layer_00"])].mean()), abs=0.2
+        )
+        shape = record.shapes["layer_00"]
+        assert shape.scaling == pytest.approx(shape.d_head**-0.5)
+        assert shape.d_model > shape.d_head
         printed = capsys.readouterr().out
         assert "layer_01" in printed
         assert printed.count(REPORT_NAME) == 1
@@ -334,8 +349,33 @@ class TestReport:
             "lightning_qk.logging.report.write_report",
             lambda *args: (_ for _ in ()).throw(OSError("no space left")),
         )
-        with pytest.warns(UserWarning, match="report could not be written"):
-            self.fit(tmp_path, [QKSpectrumMonitor()])
+        with pytest.warns(UserWarning, match="report could not be written") as seen:
+            self.fit(tmp_path, [QKSpectrumMonitor(), AttentionMonitor()])
+        assert sum("report could not be written" in str(one.message) for one in seen) == 1
+        assert not list(tmp_path.rglob("*.partial"))
+
+    def test_a_curve_that_fails_leaves_the_statistics(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            "lightning_qk.callbacks.attention.profile_sums",
+            lambda **_: (_ for _ in ()).throw(RuntimeError("too large")),
+        )
+        with pytest.warns(UserWarning, match="stopped measuring the report's curves over positions"):
+            self.fit(tmp_path, [AttentionMonitor()])
+        record = RunRecord.load(tmp_path / "lightning_logs" / "version_0" / RECORD_NAME)
+        assert record.attention.steps == [0, 1, 2, 3]
+        assert record.attention.series("entropy").isfinite().all()
+
+    def test_snapshots_survive_a_checkpoint(self, tmp_path):
+        first = [QKSpectrumMonitor(report=False), AttentionMonitor()]
+        self.fit(tmp_path, first)
+        for before in first:
+            state = before.state_dict()
+            after = type(before)()
+            after.load_state_dict(state)
+            assert after.state_dict()["snapshots"]["steps"] == state["snapshots"]["steps"]
+            assert (
+                after.state_dict()["snapshots"]["values"][0].keys() == state["snapshots"]["values"][0].keys()
+            )
 
 
 class TestErrors:

@@ -333,3 +333,17 @@ def test_a_record_that_is_none_gets_one_line(tmp_path: Path, capsys: pytest.Capt
     assert main(["report", str(tmp_path / "a.safetensors")]) == 2
 
     assert "expected a record that a monitor wrote" in error_of(capsys)
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_qk.logging.history import RunRecord
+
+    record = RunRecord().save(tmp_path / "a.safetensors")
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path, tmp_path / "file" / "b.html"):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        assert main(["report", str(record), "--output", str(target)]) == 1
+        seen = capsys.readouterr()
+        assert seen.err.count("\n") == 1
+        assert f"expected a file that may be written, got {target}" in seen.err
+        assert sorted(path.name for path in tmp_path.iterdir()) == before

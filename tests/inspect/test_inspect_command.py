@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import models
 import pytest
@@ -25,6 +26,7 @@ from lightning_qk.data.tokenizers import byte_tokenizer
 from lightning_qk.functional import qk_moments
 from lightning_qk.inspect import command as command_module
 from lightning_qk.inspect import read as reading_module
+from lightning_qk.logging.packing import unpack
 
 
 @pytest.fixture
@@ -80,6 +82,36 @@ def test_files_hold_what_was_read(llama: Path, tmp_path: Path, capsys: pytest.Ca
     assert page.startswith("<!doctype html>")
     assert "LlamaForCausalLM" in page
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.csv", "a.html", "a.json"]
+
+
+def page_data(page: Path) -> tuple[dict[str, Any], Any]:
+    """What a report carries."""
+    packed = re.search(r'<script type="text/plain" id="data">([^<]+)<', page.read_text())
+    assert packed is not None
+    return unpack(packed[1])
+
+
+def test_models_side_by_side_in_one_page(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name:
+                parameter.mul_(3)
+    model.save_pretrained(other)
+    page = tmp_path / "both.html"
+    assert main(["inspect", str(llama), str(other), "--compare", "--html", str(page)]) == 0
+    content, numbers = page_data(page)
+    assert list(content["points"]) == ["0", "1"]
+    assert content["points"]["1"] == str(other)
+    radius = next(
+        one for one in content["histories"]["spectrum"]["statistics"] if one["name"] == "spectral_radius"
+    )
+    values = numbers[radius["values"][0] : sum(radius["values"])].reshape(-1, 2)
+    assert values[:, 1] == pytest.approx(3 * values[:, 0], rel=1e-3)
+    assert len(content["eigenvalues"]) == 2
 
 
 def test_standard_output_holds_json_alone(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +182,10 @@ def test_a_folder_of_checkpoints_is_an_evolution(
     assert "3 checkpoints" in out
     assert "at step 100" in out
     assert "3 kept steps up to 100" in page.read_text()
+    content, _ = page_data(page)
+    assert content["histories"]["spectrum"]["steps"] == [3, 20, 100]
+    assert [entry["step"] for entry in content["eigenvalues"]] == [3, 20, 100]
+    assert content["propagation"]["predicted"]
     assert main([*line, "--compare", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["step"] for one in found["checkpoints"]] == [3, 20, 100]
@@ -193,7 +229,8 @@ def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     )
     model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "gpt2")
-    line = ["inspect", str(tmp_path / "gpt2"), "--text", "stdlib", "--batches", "2"]
+    page = tmp_path / "text.html"
+    line = ["inspect", str(tmp_path / "gpt2"), "--text", "stdlib", "--batches", "2", "--html", str(page)]
     assert "--tokenizer" in refusal(capsys, *line[1:])
     tokenizer.save_pretrained(tmp_path / "gpt2")
     assert main([*line, "--json", "-", "--fail-on", "attn/entropy_normalized/max>1.001"]) == 0

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.history import History, LayerShape, RunRecord
+from lightning_qk.logging.snapshots import Snapshots
 
 
 def simulated_record(
@@ -18,6 +19,8 @@ def simulated_record(
     query = torch.randn(total, d_head, d_model, generator=generator) / math.sqrt(d_model)
     key = torch.randn(total, d_head, d_model, generator=generator) / math.sqrt(d_model)
     spread = torch.rand(total, generator=generator)
+    eigenvalues, profile = Snapshots(), Snapshots()
+    theta = (torch.arange(10) + 0.5) / 10
     for point in range(points):
         product = (1 + point) * key @ query.mT
         trace = product.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -38,7 +41,12 @@ def simulated_record(
                 "spectral_radius": torch.linalg.eigvals(product).abs().amax(-1),
             },
         )
+        if point in (0, points // 2, points - 1):
+            spectra = torch.linalg.eigvals(product).split(heads)
+            eigenvalues.append(10 * point, dict(zip(labels, spectra, strict=True)))
         if point % 2 == 0:
+            curves = (0.5 + 0.4 * spread[:, None] * (theta - 0.2)).split(heads)
+            profile.append(10 * point, dict(zip(labels, curves, strict=True)))
             entropy = 0.9 - 0.05 * point * spread
             attention.append(
                 10 * point,
@@ -52,12 +60,13 @@ def simulated_record(
                     "entropy_se": torch.full((total,), 0.01),
                 },
             )
-    eigenvalues = torch.linalg.eigvals(points * key @ query.mT).split(heads)
     return RunRecord(
         spectrum=spectrum,
         attention=attention,
-        eigenvalues=dict(zip(labels, eigenvalues, strict=True)),
+        eigenvalues=dict(eigenvalues.values[-1]),
         eigenvalues_step=spectrum.steps[-1],
+        snapshots={"eigenvalues": eigenvalues, "linear_profile": profile},
+        shapes={label: LayerShape(d_head, d_model, d_head**-0.5) for label in labels},
         scalars={"locater/penalty": ([0, 10, 20], [3.0, 2.0, 1.5]), "locater/weight": ([0, 10], [0.0, 1e-3])},
         info={"Model": "GPT2LMHeadModel", "parameters": "124,439,808"},
         notes=["layer_02 was captured without its mask."],
