@@ -49,7 +49,10 @@ def _report(args: list[str]) -> int:
             2,
         )
     target = options.output or options.record.with_name("lightning_qk_report.html")
-    check_targets([target])
+    table = options.parquet
+    if table is not None and not table.name:
+        table = options.record.with_name("lightning_qk_history.parquet")
+    check_targets([target, *([] if table is None else [table])])
     from lightning_qk.logging.health import print_health
     from lightning_qk.logging.history import RunRecord
     from lightning_qk.logging.report import write_report
@@ -72,6 +75,16 @@ def _report(args: list[str]) -> int:
         )
     print_health(record)
     print(path)
+    if table is not None:
+        from lightning_qk.logging.parquet import write_history
+
+        try:
+            print(write_history(record, table))
+        except OSError as error:
+            reason = error.strerror or error
+            return _fail(
+                f"expected a file that may be written, got {table} ({reason}): name another with --parquet", 1
+            )
     return 0
 
 
@@ -93,6 +106,14 @@ def report_parser() -> OneLineParser:
         metavar="FILE",
         type=Path,
         help="page to write; default: lightning_qk_report.html beside it",
+    )
+    parser.add_argument(
+        "--parquet",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="also write every head's history; without a FILE: lightning_qk_history.parquet beside it",
     )
     return parser
 
@@ -149,6 +170,13 @@ def _completion(args: list[str]) -> int:
     return run(args[1:], _PROG)
 
 
+def _wandb_workspace(args: list[str]) -> int:
+    """Make a W&B workspace."""
+    from lightning_qk.logging.workspace_command import run
+
+    return run(args[1:], f"{_PROG} wandb-workspace")
+
+
 # One line makes a command: its name, what the help says with an example, and a function of the arguments (the name
 # first).
 _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
@@ -178,6 +206,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "completion": (
         "print completions for bash, zsh or fish: lightning-qk completion bash",
         _completion,
+    ),
+    "wandb-workspace": (
+        "make a W&B workspace of attention's health: lightning-qk wandb-workspace my-team/my-project",
+        _wandb_workspace,
     ),
 }
 

@@ -69,7 +69,7 @@ def test_a_pretrained_encoder_is_fine_tuned(tmp_path):
     images = {key for row in run.history for key in row if "heatmap" in key}
     assert {"qk/heatmap/sym_var", "attn/heatmap/entropy_normalized"} <= images
     assert any(key.startswith("qk/eigenvalues") for row in run.history for key in row)
-    assert run.config["lightning_qk/AttentionMonitor"]["rows"] == 16
+    assert run.config["lightning_qk"]["AttentionMonitor"]["rows"] == 16
     pngs = [path for path in run.files if str(path).endswith(".png")]
     assert len(pngs) >= len(images)
 

@@ -29,6 +29,10 @@ class WandbRun:
         config: the run's configuration.
         files: paths of the run's files, such as images, relative to its ``files`` folder.
         metrics: name or glob of ``define_metric`` → its step metric.
+        summary: the run's summary.
+        artifacts: name of an artifact → the paths in it and where their contents lie.
+        alerts: title and text of each.
+        resumes: whether the run asks to go on where one with its id ended.
         directory: the run's folder.
     """
 
@@ -36,6 +40,10 @@ class WandbRun:
     config: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    artifacts: dict[str, dict[str, Path]] = field(default_factory=dict)
+    alerts: list[tuple[str, str]] = field(default_factory=list)
+    resumes: bool = False
     directory: Path = Path()
 
     def column(self, key: str) -> list[tuple[int, Any]]:
@@ -48,21 +56,39 @@ def read_wandb_run(folder: str | Path) -> WandbRun:
 
     ``finish`` may return before its service has written the file: this waits for the record of the exit.
     """
+    runs = read_wandb_runs(folder)
+    if len(runs) != 1:
+        raise ValueError(f"expected one .wandb file below {folder}, got {len(runs)}")
+    return runs[0]
+
+
+def read_wandb_runs(folder: str | Path) -> list[WandbRun]:
+    """The offline runs below ``folder``, oldest first; as :func:`read_wandb_run`."""
     deadline = time.monotonic() + _TIMEOUT
     while not (paths := sorted({path.resolve() for path in Path(folder).rglob("*.wandb")})):
         if time.monotonic() > deadline:
             break
         time.sleep(0.05)
-    if len(paths) != 1:
-        raise ValueError(f"expected one .wandb file below {folder}, got {len(paths)}: {paths}")
-    run = WandbRun(directory=paths[0].parent)
-    for kind, record in _finished(paths[0]):
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> WandbRun:
+    run = WandbRun(directory=path.parent)
+    for kind, record in _finished(path):
         if kind == "history":
             row: dict[str, Any] = {}
             _update(row, record.history.item)
             run.history.append(row)
         elif kind == "run":
             _update(run.config, record.run.config.update)
+            run.resumes = bool(record.run.resume)
+        elif kind == "summary":
+            _update(run.summary, record.summary.update)
+        elif kind == "alert":
+            run.alerts.append((record.alert.title, record.alert.text))
+        elif kind == "artifact":
+            entries = {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
+            run.artifacts[record.artifact.name] = entries
         elif kind == "config":
             _update(run.config, record.config.update)
         elif kind == "metric":

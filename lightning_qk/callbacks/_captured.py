@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
+from lightning_qk.callbacks._monitor import Monitor, PerLayer, flat_values, shorten
 from lightning_qk.callbacks._pool import SumsPool
 from lightning_qk.callbacks._trainer import logging_step, projection_reader
 from lightning_qk.capture.call import output_arguments, statistics_arguments
@@ -64,6 +64,8 @@ class CaptureMonitor(Monitor):
     group = "attn"
     presence: str
     """A statistic that is finite wherever a row was measured at all."""
+    curve_statistics: tuple[str, ...] = ()
+    """Statistics whose means are curves of the report."""
 
     def __init__(
         self,
@@ -74,8 +76,16 @@ class CaptureMonitor(Monitor):
         per_head: bool,
         figures_every: int,
         report: bool,
+        per_layer: PerLayer = None,
     ) -> None:
-        super().__init__(every_n_steps, per_head=per_head, figures_every=figures_every, report=report)
+        super().__init__(
+            every_n_steps,
+            per_layer=per_layer,
+            per_head=per_head,
+            figures_every=figures_every,
+            report=report,
+        )
+        self.check_layer_statistics()
         if every_n_eval_batches < 0:
             raise ValueError(
                 f"expected every_n_eval_batches to be 0 (never) or more, got {every_n_eval_batches}"
@@ -312,7 +322,8 @@ class CaptureMonitor(Monitor):
         layers = self.by_layer_and_head(self.history, means, prefix)
         # Not through Lightning to the loggers: trainer.test would print a table of them all.
         pl_module.log_dict(overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False)
-        scalars = overall | {key + suffix: value for key, value in layers.items()}
+        logged = self.worth_logging(self.over_the_model(means, prefix), is_evaluation=True)
+        scalars = {key + suffix: value for key, value in (logged | layers).items()}
         log_scalars(trainer, scalars, logging_step(trainer))
 
     def expects(self, label: str) -> bool:
@@ -320,10 +331,10 @@ class CaptureMonitor(Monitor):
         return any(self.labels[name] == label for name in self._seen)
 
     def contribute(self, record: RunRecord) -> None:
-        """Add the mean over all heads of each statistic that is logged by layer, as curves of the run."""
+        """Add the mean over all heads of some statistics, as curves of the run."""
         if self.history is None or not len(self.history):
             return
-        for name in self.layer_statistics:
+        for name in self.curve_statistics:
             if name in self.history.values:
                 curve = self.history.series(name).nanmean(-1).tolist()
                 record.scalars[f"{self.group}/{name}/mean"] = (list(self.history.steps), curve)

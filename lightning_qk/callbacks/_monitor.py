@@ -1,8 +1,11 @@
 """What the monitors share: when to measure, how to log, what to remember, the report at the end."""
 
+import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +21,14 @@ from lightning_qk.callbacks._trainer import (
     model_info,
     run_directory,
 )
+from lightning_qk.logging.forgotten import Forgotten
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.layers import layer_labels
-from lightning_qk.logging.loggers import describe_config, log_figure, log_scalars
+from lightning_qk.logging.loggers import describe_config, log_file, log_scalars, shows_pictures
+from lightning_qk.logging.pictures import Pictures
 
 _T = TypeVar("_T")
+PerLayer = bool | str | Sequence[str] | None
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
@@ -44,13 +50,33 @@ def flat_values(metric: Metric) -> dict[str, Tensor]:
     return dict(zip(values, table, strict=True))
 
 
+def _checked_layers(per_layer: PerLayer) -> bool | tuple[str, ...] | None:
+    if per_layer is None or isinstance(per_layer, bool):
+        return per_layer
+    return (per_layer,) if isinstance(per_layer, str) else tuple(per_layer)
+
+
+def _draw_heatmap(history: History, statistic: str) -> bytes:
+    from lightning_qk.logging.figures import heatmap, to_png
+
+    return to_png(heatmap(history, statistic))
+
+
+def _arguments(kind: type) -> Collection[str]:
+    return inspect.signature(kind).parameters
+
+
 class Monitor(Callback):
     """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass."""
 
     group: str
     """Prefix of the log keys."""
+    statistics: tuple[str, ...]
+    """Statistics that it has, without those that are made on request."""
     layer_statistics: tuple[str, ...]
-    """Statistics that are logged for every layer."""
+    """Statistics that are logged for every layer unless others are asked for."""
+    extremes: Mapping[str, tuple[str, ...]]
+    """Statistic → which of ``min`` and ``max`` over all heads loggers get beside the mean."""
     figure_statistics: tuple[str, ...]
     """Statistics that are drawn as layer × head heatmaps."""
     witness: str
@@ -67,6 +93,7 @@ class Monitor(Callback):
         per_head: bool,
         figures_every: int,
         report: bool,
+        per_layer: PerLayer = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
@@ -77,6 +104,7 @@ class Monitor(Callback):
             raise ValueError(f"expected figures_every to be 0 (never) or more, got {figures_every}")
         self.every_n_steps = every_n_steps
         self.per_head = per_head
+        self.per_layer = _checked_layers(per_layer)
         self.figures_every = figures_every
         self.report = report
         self.history: History | None = None
@@ -84,6 +112,7 @@ class Monitor(Callback):
         self.notes: list[str] = []
         self._logged = 0
         self._drawn: int | None = None
+        self._pictures = Pictures()
         self._directory: str | None = None
         self._is_due = False
         self._steps_before = 0
@@ -97,7 +126,9 @@ class Monitor(Callback):
         """Refuse a trainer of another package, whose hooks and classes differ."""
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
-            describe_config(trainer, {type(self).__name__: self.settings()})
+            own = ("per_layer", "per_head", "figures_every", "report")
+            rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
+            describe_config(trainer, {type(self).__name__: self.settings() | rest})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes."""
@@ -115,6 +146,11 @@ class Monitor(Callback):
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
         self.begin_batch(self._is_due)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what is left of earlier steps, before any callback logs this one."""
+        if self._is_due:
+            self.log_late(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -123,6 +159,11 @@ class Monitor(Callback):
         if self._is_due and trainer.global_step != self._steps_before:
             self._is_due = False
             self._measure_and_publish(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what is left of earlier steps, before the validation logs this one."""
+        if not trainer.sanity_checking:
+            self.log_late(trainer, pl_module, at_epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the last figures and leave the report."""
@@ -220,6 +261,8 @@ class Monitor(Callback):
         history = self.history
         assert history is not None  # remember_layers comes before the first measurement
         step = logging_step(trainer)
+        if trainer.is_global_zero and self.report and history.forgotten is None:
+            history.forgotten = Forgotten()
         history.append(step, values)
         self.note_non_finite(values, f"at step {step}")
         # Standard errors stay in the history: three more keys for each statistic would bury the rest.
@@ -247,7 +290,7 @@ class Monitor(Callback):
         if pl_module is not None:
             # For EarlyStopping, ModelCheckpoint and the like; the loggers get them below, with the others.
             pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
-        log_scalars(trainer, overall | self.by_layer_and_head(history, values), step)
+        log_scalars(trainer, self.worth_logging(overall) | self.by_layer_and_head(history, values), step)
 
     def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
         """Mean, minimum and maximum over all heads that have a value; keys begin with the group or a prefix."""
@@ -263,13 +306,15 @@ class Monitor(Callback):
     def by_layer_and_head(
         self, history: History, values: Mapping[str, Tensor], prefix: str | None = None
     ) -> dict[str, float]:
-        """Means over the heads of each layer, and each head where asked."""
+        """Means over the heads of each layer, of some statistics, and each head where asked."""
+        is_evaluation = prefix is not None
         prefix = prefix or self.group
+        by_layer = self._by_layer(values, is_evaluation)
         scalars: dict[str, float] = {}
         for name, flat in values.items():
             for label, heads in zip(history.layers, history.split(flat), strict=True):
                 finite = heads[heads.isfinite()]
-                if name in self.layer_statistics and finite.numel():
+                if name in by_layer and finite.numel():
                     scalars[f"{prefix}/{label}/{name}"] = finite.mean().item()
                 if self.per_head:
                     scalars.update(
@@ -279,17 +324,71 @@ class Monitor(Callback):
                     )
         return scalars
 
-    def log_figures(self, trainer: Trainer, step: int) -> None:
-        """Layer × head heatmaps of the newest values, once a step."""
-        from lightning_qk.logging.figures import heatmap
+    def worth_logging(self, overall: Mapping[str, float], *, is_evaluation: bool = False) -> dict[str, float]:
+        """What loggers get of :meth:`over_the_model`: every mean, and the extremes that tell something.
 
+        A dashboard of all of them would bury these. ``trainer.callback_metrics`` has them all.
+        """
+        kept: dict[str, float] = {}
+        for key, value in overall.items():
+            *_, statistic, reduction = key.split("/")
+            wanted = () if is_evaluation else self.extremes.get(statistic, ())
+            if reduction == "mean" or reduction in wanted:
+                kept[key] = value
+        return kept
+
+    def _by_layer(self, values: Mapping[str, Tensor], is_evaluation: bool) -> Collection[str]:
+        """Statistics that are logged for every layer; of evaluation loops only where all are asked for."""
+        if isinstance(self.per_layer, bool):
+            return values if self.per_layer else ()
+        if is_evaluation:
+            return ()
+        return self.layer_statistics if self.per_layer is None else self.per_layer
+
+    def check_layer_statistics(self) -> None:
+        """Refuse names in ``per_layer`` that are no statistics of this monitor; for the end of ``__init__``.
+
+        Raises:
+            ValueError: one is not.
+        """
+        if self.per_layer is None or isinstance(self.per_layer, bool):
+            return
+        known = (*self.statistics, *self.layer_statistics)
+        unknown = [name for name in self.per_layer if name not in known]
+        if unknown:
+            names = ", ".join(dict.fromkeys(known))
+            raise ValueError(
+                f"expected per_layer to be True, False or names among {names}, got {unknown[0]!r}: correct it"
+            )
+
+    def log_figures(self, trainer: Trainer, step: int) -> None:
+        """Draw layer × head heatmaps of the newest values, once a step, in a thread."""
         history = self.history
-        if history is None or not trainer.loggers or step == self._drawn:
+        if history is None or step == self._drawn or "drawing" in self._gave_up:
+            return
+        if not shows_pictures(trainer):
             return
         self._drawn = step
         for name in self.figure_statistics:
             if name in history.values and history.values[name][-1].isfinite().any():
-                log_figure(trainer, f"{self.group}/heatmap/{name}", heatmap(history, name), step)
+                # Of its own: the history goes on.
+                newest = History(history.layers, history.heads)
+                newest.append(step, {name: history.values[name][-1]})
+                self._pictures.draw(
+                    f"{self.group}/heatmap/{name}", step, partial(_draw_heatmap, newest, name)
+                )
+
+    def log_late(
+        self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
+    ) -> None:
+        """Log what was begun at earlier steps in a thread; no collective call.
+
+        Args:
+            trainer: the trainer.
+            pl_module: where its ``log`` may be called.
+            at_epoch_end: whether it is called from a hook of the end or start of an epoch.
+        """
+        self.attempt(lambda: self._pictures.log(trainer), "drawing")
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Last figures, then, from the last of the monitors, the report of all of them."""
@@ -300,6 +399,7 @@ class Monitor(Callback):
         try:
             if self.figures_every and self.history is not None and len(self.history):
                 self.log_figures(trainer, self.history.steps[-1])
+            self.log_late(trainer)
             if self.report and all(monitor._reported for monitor in monitors if monitor.report):
                 self._write_report(trainer, pl_module, monitors)
         except Exception as error:
@@ -308,8 +408,6 @@ class Monitor(Callback):
     def _write_report(
         self, trainer: Trainer, pl_module: LightningModule, monitors: Iterable["Monitor"]
     ) -> None:
-        from pathlib import Path
-
         from lightning_qk.callbacks.locater import LocAteR
         from lightning_qk.logging.health import print_health
         from lightning_qk.logging.report import write_report
@@ -327,8 +425,24 @@ class Monitor(Callback):
         print_health(record)
         folder = Path(self._directory or trainer.default_root_dir)
         record.save(folder / RECORD_NAME)
+        self._write_history(trainer, record, folder)
         path = write_report(record, folder / REPORT_NAME)
         print(f"Report: {path}")
+
+    def _write_history(self, trainer: Trainer, record: RunRecord, folder: Path) -> None:
+        """Every head's history beside the report, and to the loggers that keep files."""
+        from lightning_qk.logging.parquet import HISTORY_NAME, write_history
+
+        try:
+            path = write_history(record, folder / HISTORY_NAME)
+        except Exception as error:
+            self.note(f"the history of the heads could not be written ({type(error).__name__}: {error})")
+            return
+        description = (
+            "Every head at every kept step: step, layer, layer_index, head, key, value. Read it with "
+            "pandas.read_parquet."
+        )
+        log_file(trainer, path, name="lightning_qk_history", kind="history", description=description)
 
     def note_non_finite(self, values: Mapping[str, Tensor], when: str) -> None:
         """Name the layers and heads whose values are not finite, the first time: NaN soon spreads to all."""

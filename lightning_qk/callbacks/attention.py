@@ -1,5 +1,6 @@
 """Callback: where attention goes while a model trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import POSITION_STATISTICS
+from lightning_qk.functional.localization import POSITION_STATISTICS, STATISTICS
 from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.snapshots import Snapshots
@@ -40,8 +41,10 @@ class AttentionMonitor(CaptureMonitor):
 
     Logged keys, for each statistic of :func:`~lightning_qk.functional.attention_statistics`:
 
-    - ``attn/<statistic>/mean``, ``/min``, ``/max`` over all heads, also in ``trainer.callback_metrics``;
-    - ``attn/layer_03/<statistic>`` for entropy, max_logit, distance and sink_first, means over the layer's
+    - ``attn/<statistic>/mean`` over all heads; ``/min`` and ``/max`` of entropy and entropy_normalized, ``/max``
+      of max_logit, max_abs_logit, query_norm, key_norm, sink_first and sink_rate, ``/min`` of linear_share;
+      ``trainer.callback_metrics`` has all three of each;
+    - ``attn/layer_03/<statistic>`` for entropy and max_logit, or those in ``per_layer``, means over the layer's
       heads (``encoder_layer_03`` and so on where a model has several stacks);
     - ``attn/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - ``attn/heatmap/<statistic>`` layer × head figures, to loggers that can show them.
@@ -49,7 +52,7 @@ class AttentionMonitor(CaptureMonitor):
     All micro-batches of a logged step and all ranks are pooled. Attention layers that were not captured are
     named once in the log, with what to do.
 
-    Validation and test loops are measured too: ``attn/val/<statistic>/mean`` and so on, ``attn/test/…`` there,
+    Validation and test loops are measured too: ``attn/val/<statistic>/mean``, ``attn/test/…`` there,
     pooled over the loop, with ``/dataloader_idx_1`` at the end where there are several dataloaders. The sanity
     check is not.
 
@@ -61,6 +64,8 @@ class AttentionMonitor(CaptureMonitor):
         seed: of the monitor's own random generator; torch's global one is never touched.
         every_n_eval_batches: in validation and test loops, measure the first batch of each dataloader and every
             n-th after it; 0 for never.
+        per_layer: names of statistics to log for each layer; None for entropy and max_logit; True for all of them,
+            in evaluation loops too; False for none.
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
@@ -70,7 +75,19 @@ class AttentionMonitor(CaptureMonitor):
         ValueError: the module holds no transformer attention, or an argument is out of range.
     """
 
-    layer_statistics = ("entropy", "max_logit", "distance", "sink_first")
+    statistics = STATISTICS
+    layer_statistics = ("entropy", "max_logit")
+    extremes = {  # noqa: RUF012 (never changed)
+        "entropy": ("min", "max"),
+        "entropy_normalized": ("min", "max"),
+        "max_logit": ("max",),
+        "max_abs_logit": ("max",),
+        "query_norm": ("max",),
+        "key_norm": ("max",),
+        "sink_first": ("max",),
+        "sink_rate": ("max",),
+        "linear_share": ("min",),
+    }
     figure_statistics = ("entropy_normalized", "distance", "sink_first")
     subject = "attention logits"
     witness = "entropy"
@@ -83,6 +100,7 @@ class AttentionMonitor(CaptureMonitor):
         rows: int | None = 64,
         seed: int = 0,
         every_n_eval_batches: int = 10,
+        per_layer: bool | str | Sequence[str] | None = None,
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
@@ -91,6 +109,7 @@ class AttentionMonitor(CaptureMonitor):
             every_n_steps,
             seed=seed,
             every_n_eval_batches=every_n_eval_batches,
+            per_layer=per_layer,
             per_head=per_head,
             figures_every=figures_every,
             report=report,

@@ -1,6 +1,6 @@
 """Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.functional.hidden import hidden_sums
+from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.blocks import find_blocks
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.layers import layer_labels
@@ -28,11 +28,12 @@ class HiddenStateMonitor(Monitor):
 
     Logged keys, for each statistic of :func:`~lightning_qk.functional.hidden_statistics`:
 
-    - ``hidden/<statistic>/mean``, ``/min``, ``/max`` over all blocks, also in ``trainer.callback_metrics``;
-    - ``hidden/layer_03/<statistic>`` for rank_residual_relative, cosine, cosine_abs, effective_rank,
-      token_norm, activation_max and massive_count (``encoder_layer_03`` and so on where a model has several
-      stacks), and the same as ``hidden/embedding/<statistic>`` of the input of the first block, which is in no
-      aggregate.
+    - ``hidden/<statistic>/mean`` over all blocks; ``/min`` of rank_residual, rank_residual_relative and
+      effective_rank, ``/max`` of cosine, cosine_abs, token_norm, activation_max and massive_count;
+      ``trainer.callback_metrics`` has all three of each;
+    - ``hidden/layer_03/<statistic>`` for rank_residual_relative, or those in ``per_layer``
+      (``encoder_layer_03`` and so on where a model has several stacks), and the same as
+      ``hidden/embedding/<statistic>`` of the input of the first block, which is in no aggregate.
 
     All micro-batches of a logged step and all ranks are pooled; every sequence weighs the same. Padding is left
     out by the ``attention_mask`` that the model is given. Packed documents count as one sequence. Blocks that
@@ -46,6 +47,8 @@ class HiddenStateMonitor(Monitor):
         sequences: how many sequences of each micro-batch are drawn; None for all. Means over sequences stay
             without bias; maxima are lower bounds.
         seed: of the monitor's own random generator; torch's global one is never touched.
+        per_layer: names of statistics to log for each block; None for rank_residual_relative; True for all of
+            them; False for none.
         report: write the report at the end.
 
     Raises:
@@ -54,15 +57,18 @@ class HiddenStateMonitor(Monitor):
     """
 
     group = "hidden"
-    layer_statistics = (
-        "rank_residual_relative",
-        "cosine",
-        "cosine_abs",
-        "effective_rank",
-        "token_norm",
-        "activation_max",
-        "massive_count",
-    )
+    statistics = HIDDEN_STATISTICS
+    layer_statistics = ("rank_residual_relative",)
+    extremes = {  # noqa: RUF012 (never changed)
+        "rank_residual": ("min",),
+        "rank_residual_relative": ("min",),
+        "cosine": ("max",),
+        "cosine_abs": ("max",),
+        "effective_rank": ("min",),
+        "token_norm": ("max",),
+        "activation_max": ("max",),
+        "massive_count": ("max",),
+    }
     figure_statistics = ()
     subject = "hidden states"
     witness = "rank_residual"
@@ -75,9 +81,11 @@ class HiddenStateMonitor(Monitor):
         tokens: int | None = 64,
         sequences: int | None = 8,
         seed: int = 0,
+        per_layer: bool | str | Sequence[str] | None = None,
         report: bool = True,
     ) -> None:
-        super().__init__(every_n_steps, per_head=False, figures_every=0, report=report)
+        super().__init__(every_n_steps, per_layer=per_layer, per_head=False, figures_every=0, report=report)
+        self.check_layer_statistics()
         if tokens is not None and tokens < 2:
             raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
         if sequences is not None and sequences < 1:

@@ -1,5 +1,6 @@
 """Callback: how positional the attention of heads is while a model trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class PositionMonitor(CaptureMonitor):
     Logged keys, next to AttentionMonitor's:
 
     - ``attn/positional_share/mean``, ``/min``, ``/max`` over all heads, also in ``trainer.callback_metrics``;
-    - ``attn/layer_03/positional_share``, means over the layer's heads;
+    - ``attn/layer_03/positional_share`` with ``per_layer=True``, means over the layer's heads;
     - ``attn/layer_03/head_05/positional_share`` with ``per_head=True``;
     - ``attn/heatmap/positional_share`` as a layer × head figure.
 
@@ -45,6 +46,8 @@ class PositionMonitor(CaptureMonitor):
         seed: of the monitor's own random generator; torch's global one is never touched.
         every_n_eval_batches: in validation and test loops, measure the first batch of each dataloader and every
             n-th after it; 0 for never.
+        per_layer: names of statistics to log for each layer; None or False for none; True for all of them, in
+            evaluation loops too.
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
@@ -54,7 +57,10 @@ class PositionMonitor(CaptureMonitor):
         ValueError: the module holds no transformer attention, or an argument is out of range.
     """
 
-    layer_statistics = (POSITION,)
+    statistics = (POSITION,)
+    layer_statistics = ()
+    extremes = {POSITION: ("min", "max")}  # noqa: RUF012 (never changed)
+    curve_statistics = (POSITION,)
     figure_statistics = (POSITION,)
     subject = "attention logits"
     witness = POSITION
@@ -68,6 +74,7 @@ class PositionMonitor(CaptureMonitor):
         length: int | None = 512,
         seed: int = 0,
         every_n_eval_batches: int = 10,
+        per_layer: bool | str | Sequence[str] | None = None,
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
@@ -76,6 +83,7 @@ class PositionMonitor(CaptureMonitor):
             every_n_steps,
             seed=seed,
             every_n_eval_batches=every_n_eval_batches,
+            per_layer=per_layer,
             per_head=per_head,
             figures_every=figures_every,
             report=report,

@@ -53,8 +53,8 @@ class AttentionProbes(Monitor):
 
     Logged keys, for each statistic of the probes asked for:
 
-    - ``probe/<statistic>/mean``, ``/min``, ``/max`` over all heads, also in ``trainer.callback_metrics``;
-    - ``probe/layer_03/<statistic>``, means over the layer's heads;
+    - ``probe/<statistic>/mean`` over all heads; ``trainer.callback_metrics`` has the minimum and maximum too;
+    - ``probe/layer_03/<statistic>`` with ``per_layer=True``, means over the layer's heads;
     - ``probe/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - ``probe/heads/<class>`` with ``heads=True``: how many heads are of each class.
 
@@ -86,6 +86,7 @@ class AttentionProbes(Monitor):
         heads: also class every head of the first model that is called (rank 0's batches), log how many are of each
             class and write the table, ``lightning_qk_heads.csv``, into the run's folder.
         seed: of the probes' own random generators.
+        per_layer: names of statistics to log for each layer; True for all of them; None or False for none.
         per_head: also log one scalar a head.
 
     Raises:
@@ -94,7 +95,9 @@ class AttentionProbes(Monitor):
     """
 
     group = "probe"
-    layer_statistics = tuple(name for names in STATISTICS.values() for name in names)
+    statistics = tuple(name for names in STATISTICS.values() for name in names)
+    layer_statistics = ()
+    extremes = {}  # noqa: RUF012 (never changed)
     figure_statistics = ()
     witness = ""  # a head may have no value when all is well
     subject = ""
@@ -112,9 +115,11 @@ class AttentionProbes(Monitor):
         irrelevant: Sequence[int] | Irrelevant | None = None,
         heads: bool = False,
         seed: int = 0,
+        per_layer: bool | str | Sequence[str] | None = None,
         per_head: bool = False,
     ) -> None:
-        super().__init__(None, per_head=per_head, figures_every=0, report=False)
+        super().__init__(None, per_layer=per_layer, per_head=per_head, figures_every=0, report=False)
+        self.check_layer_statistics()
         unknown = [name for name in probes if name not in STATISTICS]
         if isinstance(probes, str) or unknown:
             raise ValueError(

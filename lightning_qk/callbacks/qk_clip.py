@@ -44,17 +44,18 @@ class QKClip(Callback):
 
     Logged keys, at the trainer's ``log_every_n_steps``:
 
-    - ``clip/gamma/min``: the smallest γ since the last logged step, 1 where nothing was clipped, and
-      ``clip/gamma/layer_03``, the smallest of the layer;
+    - ``clip/gamma/min``: the smallest γ since the last logged step, 1 where nothing was clipped;
     - ``clip/clipped_heads``: how many query heads were clipped since the last logged step;
-    - ``clip/max_logit/max`` and ``clip/max_logit/layer_03``: the logged step's largest logit before its clip;
+    - ``clip/max_logit/max``: the logged step's largest logit before its clip;
+    - ``clip/gamma/layer_03`` and ``clip/max_logit/layer_03`` with ``per_layer=True``: the same of each layer;
     - ``clip/layer_03/head_05/gamma`` and ``…/max_logit`` with ``per_head=True``.
 
     Args:
         tau: the largest logit that is left as it is.
         alpha: share of γ that the queries take.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
-        per_head: also log one scalar a head.
+        per_layer: also log two scalars a layer.
+        per_head: also log two scalars a head.
 
     Attributes:
         gammas: qualified layer name → γ of each key head at the last step, ``(kv_heads,)``.
@@ -74,12 +75,14 @@ class QKClip(Callback):
         *,
         alpha: float = 0.5,
         modules: str | Sequence[str] | None = None,
+        per_layer: bool = False,
         per_head: bool = False,
     ) -> None:
         check_clip(tau, alpha)
         self.tau = float(tau)
         self.alpha = float(alpha)
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
+        self.per_layer = per_layer
         self.per_head = per_head
         self.gammas: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
@@ -107,7 +110,7 @@ class QKClip(Callback):
         if stage != "fit":
             return
         refuse_deepspeed(trainer, type(self).__name__)
-        settings = ("tau", "alpha", "modules")
+        settings = ("tau", "alpha", "modules", "per_layer", "per_head")
         describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -267,8 +270,9 @@ class QKClip(Callback):
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
         for name, by_head in smallest.items():
             label = self._labels[name]
-            scalars[f"clip/gamma/{label}"] = by_head.min().item()
-            scalars[f"clip/max_logit/{label}"] = self.maxima[name].max().item()
+            if self.per_layer:
+                scalars[f"clip/gamma/{label}"] = by_head.min().item()
+                scalars[f"clip/max_logit/{label}"] = self.maxima[name].max().item()
             if self.per_head:
                 for head, (gamma, largest) in enumerate(zip(by_head, self.maxima[name], strict=True)):
                     scalars[f"clip/{label}/head_{head:02d}/gamma"] = gamma.item()

@@ -1,5 +1,6 @@
 """Callback: attention sinks, and what they do to the output of heads while a model trains."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_qk.callbacks._captured import CaptureMonitor, Measured, tensors_of
@@ -22,8 +23,9 @@ class SinkMonitor(CaptureMonitor):
     ``sink_share``, ``sink_output``, ``waiver_rate``, ``waiver_mass``, ``waiver_position``), next to
     AttentionMonitor's:
 
-    - ``attn/<statistic>/mean``, ``/min``, ``/max`` over all heads, also in ``trainer.callback_metrics``;
-    - ``attn/layer_03/<statistic>`` for sink_number, sink_output and waiver_mass, means over the layer's heads;
+    - ``attn/<statistic>/mean`` over all heads, and ``/max`` of sink_output and waiver_mass;
+      ``trainer.callback_metrics`` has the mean, minimum and maximum of each;
+    - ``attn/layer_03/<statistic>`` for those in ``per_layer``, means over the layer's heads;
     - ``attn/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - ``attn/heatmap/<statistic>`` layer × head figures for sink_output and waiver_mass.
 
@@ -38,6 +40,8 @@ class SinkMonitor(CaptureMonitor):
         seed: of the monitor's own random generator; torch's global one is never touched.
         every_n_eval_batches: in validation and test loops, measure the first batch of each dataloader and every
             n-th after it; 0 for never.
+        per_layer: names of statistics to log for each layer; None or False for none; True for all of them, in
+            evaluation loops too.
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
@@ -47,7 +51,10 @@ class SinkMonitor(CaptureMonitor):
         ValueError: the module holds no transformer attention, or an argument is out of range.
     """
 
-    layer_statistics = ("sink_number", "sink_output", "waiver_mass")
+    statistics = SINK_STATISTICS
+    layer_statistics = ()
+    extremes = {"sink_output": ("max",), "waiver_mass": ("max",)}  # noqa: RUF012 (never changed)
+    curve_statistics = ("sink_number", "sink_output", "waiver_mass")
     figure_statistics = ("sink_output", "waiver_mass")
     subject = "attention probabilities or values"
     witness = "waiver_mass"
@@ -61,6 +68,7 @@ class SinkMonitor(CaptureMonitor):
         sequences: int | None = 4,
         seed: int = 0,
         every_n_eval_batches: int = 10,
+        per_layer: bool | str | Sequence[str] | None = None,
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
@@ -69,6 +77,7 @@ class SinkMonitor(CaptureMonitor):
             every_n_steps,
             seed=seed,
             every_n_eval_batches=every_n_eval_batches,
+            per_layer=per_layer,
             per_head=per_head,
             figures_every=figures_every,
             report=report,

@@ -18,7 +18,7 @@ from lightning_qk.logging.loggers import log_histogram
 from lightning_qk.logging.snapshots import Snapshots
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
 from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
-from lightning_qk.metrics.spectrum import QKSpectrum, at_offset, extreme_values
+from lightning_qk.metrics.spectrum import MOMENTS, SPECTRUM_STATISTICS, QKSpectrum, at_offset, extreme_values
 
 _ADDED = {
     ALIBI: "linear biases (ALiBi)",
@@ -36,22 +36,24 @@ class QKSpectrumMonitor(Monitor):
 
     Logged keys, for each statistic of :class:`~lightning_qk.metrics.spectrum.QKSpectrum`:
 
-    - ``qk/<statistic>/mean``, ``/min``, ``/max`` over all heads, also in ``trainer.callback_metrics``;
-    - ``qk/layer_03/<statistic>`` for eig_mean, eig_var, sym_var and asymmetry, means over the layer's heads
+    - ``qk/<statistic>/mean`` over all heads; ``/min`` and ``/max`` of eig_mean, eig_var and localization, ``/max``
+      of sym_var, spectral_radius and singular_max; ``trainer.callback_metrics`` has all three of each;
+    - ``qk/layer_03/<statistic>`` for eig_var, or those in ``per_layer``, means over the layer's heads
       (``encoder_layer_03`` and so on where a model has several stacks);
     - ``qk/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - with ``offsets``, ``qk/offset_16/<statistic>/mean`` and so on, for the moments and the spectral radius of the
       form between a query and the key 16 positions before it, in layers with rotary position encoding;
     - with ``singular``, ``qk/sigma_1``, ``qk/energy_top_1``, ``qk/energy_top_4``, ``qk/effective_rank``,
-      ``qk/logit_bound`` and ``qk/update_ratio`` (since the measurement before), ``/mean`` and so on and for each
-      layer, cross-attention included: see :class:`~lightning_qk.metrics.singular.SingularValues`;
+      ``qk/logit_bound`` and ``qk/update_ratio`` (since the measurement before), ``/mean`` and ``/max``, and
+      sigma_1 and update_ratio for each layer, cross-attention included: see
+      :class:`~lightning_qk.metrics.singular.SingularValues`;
     - ``qk/heatmap/<statistic>`` layer × head figures and ``qk/eigenvalues/modulus``, ``qk/eigenvalues/real``
       histograms, to loggers that can show them.
 
     Traces and norms are logged at once. The eigenproblems are solved in a worker thread while training goes
     on: what comes of them (``spectral_radius``, ``singular_max``, the histograms, all of ``singular``) is logged
-    at the next measurement, at the end of the epoch, with a checkpoint or at the end of training, whichever comes
-    first, under the step that it belongs to.
+    at the next measurement, before a validation, at the end of the epoch, with a checkpoint or at the end of
+    training, whichever comes first, under the step that it belongs to.
 
     At the end of training the monitors print a table of the layers' health and write one HTML report into the
     run's folder. Weights that are not finite are named and training goes on.
@@ -67,6 +69,8 @@ class QKSpectrumMonitor(Monitor):
             ``W_q^T R_Δ W_k`` with Δ = −offset, see :func:`~lightning_qk.functional.qk_eigenvalues`.
         singular: also log singular values and the size of updates. Keeps a copy of all query and key weights in
             the host's memory.
+        per_layer: names of statistics to log for each layer; None for eig_var (at each offset too, and sigma_1 and
+            update_ratio with ``singular``); True for all of them; False for none.
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
@@ -78,7 +82,17 @@ class QKSpectrumMonitor(Monitor):
     """
 
     group = "qk"
-    layer_statistics: tuple[str, ...] = ("eig_mean", "eig_var", "sym_var", "asymmetry")
+    statistics: tuple[str, ...] = SPECTRUM_STATISTICS
+    layer_statistics: tuple[str, ...] = ("eig_var",)
+    extremes = {  # noqa: RUF012 (never changed)
+        "eig_mean": ("min", "max"),
+        "eig_var": ("min", "max"),
+        "sym_var": ("max",),
+        "localization": ("min", "max"),
+        "spectral_radius": ("max",),
+        "singular_max": ("max",),
+        **dict.fromkeys(SINGULAR_STATISTICS, ("max",)),
+    }
     figure_statistics = ("eig_mean", "sym_var", "asymmetry")
     witness = "trace"
     subject = "query and key weights"
@@ -91,11 +105,18 @@ class QKSpectrumMonitor(Monitor):
         fold_norm: bool = False,
         offsets: Sequence[int] = (),
         singular: bool = False,
+        per_layer: bool | str | Sequence[str] | None = None,
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
     ) -> None:
-        super().__init__(every_n_steps, per_head=per_head, figures_every=figures_every, report=report)
+        super().__init__(
+            every_n_steps,
+            per_layer=per_layer,
+            per_head=per_head,
+            figures_every=figures_every,
+            report=report,
+        )
         support_size(torch.empty(1, 1), support)
         self.support: Support = support
         self.offsets = _checked_offsets(offsets)
@@ -103,9 +124,16 @@ class QKSpectrumMonitor(Monitor):
             *type(self).layer_statistics,
             *(at_offset(name, offset) for offset in self.offsets for name in type(self).layer_statistics),
         )
+        at_offsets = (*MOMENTS, "spectral_radius")
+        self.statistics = (
+            *type(self).statistics,
+            *(at_offset(name, offset) for offset in self.offsets for name in at_offsets),
+        )
         self.singular = singular
         if singular:
-            self.layer_statistics = (*self.layer_statistics, *SINGULAR_STATISTICS)
+            self.layer_statistics = (*self.layer_statistics, "sigma_1", "update_ratio")
+            self.statistics = (*self.statistics, *SINGULAR_STATISTICS)
+        self.check_layer_statistics()
         self.fold_norm = fold_norm
         self._singular: SingularValues | None = None
         self._cores: list[Cores] = []
@@ -124,8 +152,8 @@ class QKSpectrumMonitor(Monitor):
             "every_n_steps": self.every_n_steps,
             "support": self.support,
             "fold_norm": self.fold_norm,
-            **({"offsets": list(self.offsets)} if self.offsets else {}),
-            **({"singular": True} if self.singular else {}),
+            "offsets": list(self.offsets),
+            "singular": self.singular,
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,13 +199,13 @@ class QKSpectrumMonitor(Monitor):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has, where ``trainer.callback_metrics`` can have it too."""
-        self._collect(trainer, pl_module, at_epoch_end=True)
+        self.log_late(trainer, pl_module, at_epoch_end=True)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Log what the worker still has: a resumed run could not."""
-        self._collect(trainer)
+        self.log_late(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The history, with what the worker still has, and the eigenvalues of a few steps."""
@@ -194,7 +222,7 @@ class QKSpectrumMonitor(Monitor):
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has; then as every monitor."""
-        self._collect(trainer)
+        self.log_late(trainer)
         super().finish(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -230,25 +258,21 @@ class QKSpectrumMonitor(Monitor):
 
     def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """As every monitor; then start on the eigenvalues, once those of the measurement before are logged."""
-        self._collect(trainer, pl_module)
+        self.log_late(trainer, pl_module)
         super().publish(trainer, pl_module, values)
         self._worker.submit(logging_step(trainer), self._cores)
 
-    def _collect(
+    def log_late(
         self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
     ) -> None:
-        """Log spectra that were left to the worker.
+        """Log spectra that were left to the worker; then as every monitor.
 
         Every rank has the same weights or gathered them: nothing is reduced, so that this is no collective
         call and may run after an exception.
-
-        Args:
-            trainer: the trainer.
-            pl_module: where its ``log`` may be called.
-            at_epoch_end: from which hook it is called.
         """
         if self._worker.pending is not None:
             self.attempt(lambda: self._collect_and_log(trainer, pl_module, at_epoch_end), "logging")
+        super().log_late(trainer, pl_module, at_epoch_end=at_epoch_end)
 
     def _complete_history(self) -> tuple[Solved, dict[str, Tensor]]:
         solved = self._worker.peek()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.logging.forgotten import Forgotten
 from lightning_qk.logging.snapshots import Snapshots
 
 
@@ -39,6 +40,8 @@ class History:
         self.max_points = max_points
         self.steps: list[int] = []
         self.values: dict[str, list[Tensor]] = {}
+        # Where points go that thinning takes out; None lets go of them.
+        self.forgotten: Forgotten | None = None
         self._stride = 1
         self._seen = 0
 
@@ -68,7 +71,7 @@ class History:
         if not self.steps or step > self.steps[-1]:
             # The newest point replaces the last one when that was kept only for being the newest.
             if self.steps and (self._seen - 1) % self._stride != 0:
-                self._drop(len(self.steps) - 1)
+                self._forget(len(self.steps) - 1)
             self.steps.append(step)
             self._seen += 1
         self._write(len(self.steps) - 1, flat)
@@ -76,7 +79,7 @@ class History:
             self._stride *= 2
             for index in range(len(self.steps) - 2, 0, -1):
                 if index % 2:
-                    self._drop(index)
+                    self._forget(index)
 
     def complete(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Add values that came late to a step that was recorded; nothing where that step is no longer kept.
@@ -113,10 +116,18 @@ class History:
     def _rewind(self, step: int) -> None:
         if not self.steps or step >= self.steps[-1]:
             return
+        if self.forgotten is not None:
+            self.forgotten.cut(step)
         while self.steps and self.steps[-1] >= step:
             self._drop(len(self.steps) - 1)
         # Only the last point could lie off the stride, and it is gone.
         self._seen = (len(self.steps) - 1) * self._stride + 1 if self.steps else 0
+
+    def _forget(self, index: int) -> None:
+        if self.forgotten is not None:
+            values = {name: column[index] for name, column in self.values.items()}
+            self.forgotten.keep(self.steps[index], values)
+        self._drop(index)
 
     def _drop(self, index: int) -> None:
         del self.steps[index]

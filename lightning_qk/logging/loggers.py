@@ -6,13 +6,15 @@ logger that cannot reach its server may wait a minute each time.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from lightning_qk.logging.figures import to_png
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
@@ -35,14 +37,18 @@ WANDB_SECTIONS = (
     "soft_cap/*",
     "spectrum_scaling/*",
     "update_cap/*",
-    "guard/*",
 )
-# W&B shows at most this many bins of a histogram.
+# W&B refuses more than 512 bins and draws 64 by default: 64 are a few kilobytes, of the megabyte that it advises
+# for a value.
 MAX_BINS = 64
+# Scalars whose largest value tells what a run went through, besides those that are named a maximum.
+_RISKS = ("guard/score", "clip/clipped_heads", "update_cap/capped")
 _MAX_FAILURES = 3
 
 _failures: "WeakKeyDictionary[Logger, int]" = WeakKeyDictionary()
 _defined: "WeakSet[Any]" = WeakSet()
+_summarized: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
+_settings: "WeakKeyDictionary[Logger, dict[str, Any]]" = WeakKeyDictionary()
 
 
 def log_scalars(trainer: "Trainer", values: Mapping[str, float], step: int) -> None:
@@ -59,7 +65,13 @@ def log_scalars(trainer: "Trainer", values: Mapping[str, float], step: int) -> N
     finite = {key: float(value) for key, value in values.items() if math.isfinite(value)}
     if not finite:
         return
-    _to_each(trainer, "scalars", lambda logger: logger.log_metrics(finite, step=step))
+
+    def send(logger: "Logger") -> None:
+        if _kind(logger) == "wandb":
+            _define_wandb_summaries(logger, finite)
+        logger.log_metrics(finite, step=step)
+
+    _to_each(trainer, "scalars", send)
 
 
 def log_figure(trainer: "Trainer", key: str, figure: "Figure", step: int) -> None:
@@ -71,24 +83,37 @@ def log_figure(trainer: "Trainer", key: str, figure: "Figure", step: int) -> Non
         figure: the figure.
         step: the optimizer step.
     """
-    png: list[bytes] = []
+    if shows_pictures(trainer):
+        log_png(trainer, key, to_png(figure), step)
+
+
+def shows_pictures(trainer: "Trainer") -> bool:
+    """Whether a logger of this process takes images, so that they need not be drawn where none does."""
+    return trainer.is_global_zero and any(_kind(logger) is not None for logger in trainer.loggers)
+
+
+def log_png(trainer: "Trainer", key: str, png: bytes, step: int) -> None:
+    """As :func:`log_figure`, for one that is drawn.
+
+    Args:
+        trainer: the trainer.
+        key: the log key.
+        png: the picture.
+        step: the optimizer step.
+    """
 
     def send(logger: "Logger") -> None:
         kind = _kind(logger)
-        if kind is None:
-            return
-        if kind == "mlflow":
-            logger.experiment.log_figure(logger.run_id, figure, f"{key}/step_{step:08d}.png")  # type: ignore[attr-defined]
-            return
-        if not png:
-            png.append(to_png(figure))
         if kind == "wandb":
-            logger.log_image(key, [_image(png[0])], step=step)  # type: ignore[attr-defined]
-        else:
+            logger.log_image(key, [_image(png)], step=step)  # type: ignore[attr-defined]
+        elif kind == "mlflow":
+            name = f"{key}/step_{step:08d}.png"
+            logger.experiment.log_image(logger.run_id, _image(png), artifact_file=name)  # type: ignore[attr-defined]
+        elif kind == "tensorboard":
             import numpy as np
 
             # Not add_figure, which imports pyplot and would render the figure a second time.
-            logger.experiment.add_image(key, np.asarray(_image(png[0])), step, dataformats="HWC")  # type: ignore[attr-defined]
+            logger.experiment.add_image(key, np.asarray(_image(png)), step, dataformats="HWC")  # type: ignore[attr-defined]
 
     _to_each(trainer, key, send)
 
@@ -143,24 +168,65 @@ def log_alert(trainer: "Trainer", title: str, text: str) -> bool:
     return bool(sent)
 
 
-def describe_config(trainer: "Trainer", settings: Mapping[str, Any]) -> None:
-    """Put settings into the run's configuration, each under ``lightning_qk/<name>``.
+def log_file(trainer: "Trainer", path: "str | Path", *, name: str, kind: str, description: str) -> list[str]:
+    """Hand a file over to the loggers that keep files: an artifact of W&B's, one of MLflow's.
 
-    W&B gets them in ``config``, TensorBoard and CSV in ``hparams.yaml``, the others as hyperparameters. To be
-    called in ``setup``, before Lightning writes its own hyperparameters.
+    W&B's artifact is named after the run, so that runs do not become versions of one another, and a run that is
+    resumed adds a version.
+
+    Args:
+        trainer: the trainer.
+        path: the file, which stays where it is.
+        name: name of the artifact, without the run's id.
+        kind: W&B's type of the artifact.
+        description: a sentence on what is in it.
+
+    Returns:
+        The names of the loggers that took it; none on ranks other than the first.
+    """
+    taken: list[str] = []
+
+    def send(logger: "Logger") -> None:
+        found = _kind(logger)
+        if found == "wandb":
+            import wandb
+
+            run = logger.experiment  # type: ignore[attr-defined]
+            artifact = wandb.Artifact(f"{name}-{run.id}", type=kind, description=description)
+            artifact.add_file(str(path))
+            run.log_artifact(artifact)
+        elif found == "mlflow":
+            logger.experiment.log_artifact(logger.run_id, str(path), "lightning_qk")  # type: ignore[attr-defined]
+        else:
+            return
+        taken.append(type(logger).__name__)
+
+    _to_each(trainer, f"the file {name}", send)
+    return taken
+
+
+def describe_config(trainer: "Trainer", settings: Mapping[str, Any]) -> None:
+    """Put settings into the run's configuration, each under ``lightning_qk`` and its name.
+
+    W&B gets them in ``config``, such as ``config["lightning_qk"]["QKSpectrumMonitor"]``, TensorBoard and CSV in
+    ``hparams.yaml``, the others as hyperparameters, flattened with ``/``. To be called in ``setup``, before
+    Lightning writes its own hyperparameters.
 
     Args:
         trainer: the trainer.
         settings: name → plain values, mappings or sequences of them. Anything else is written as text.
     """
-    plain = {f"lightning_qk/{name}": _plain(value) for name, value in settings.items()}
+    plain = {name: _plain(value) for name, value in settings.items()}
 
     def send(logger: "Logger") -> None:
+        # What came before goes along: a mapping that is nested replaces the one before it.
+        known = _settings.setdefault(logger, {})
+        known.update(plain)
         if _kind(logger) == "tensorboard":
             # log_hyperparams would start a second entry in the HParams tab. Lightning saves this mapping.
-            logger.hparams.update(plain)  # type: ignore[attr-defined]
+            logger.hparams["lightning_qk"] = dict(known)  # type: ignore[attr-defined]
         else:
-            logger.log_hyperparams(plain)
+            logger.log_hyperparams({"lightning_qk": dict(known)})
 
     _to_each(trainer, "settings", send)
 
@@ -226,11 +292,36 @@ def _define_wandb_axes(logger: "Logger") -> None:
     # A run that mirrors TensorBoard has that one's step.
     settings = getattr(run, "settings", None)
     if not getattr(settings, "sync_tensorboard", None):
-        prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if getattr(logger, "_prefix", "") else ""  # type: ignore[attr-defined]
         run.define_metric(WANDB_STEP)
         for section in WANDB_SECTIONS:
-            run.define_metric(f"{prefix}{section}", step_metric=WANDB_STEP, step_sync=True)
+            run.define_metric(_with_prefix(logger, section), step_metric=WANDB_STEP, step_sync=True)
     _defined.add(run)
+
+
+def _define_wandb_summaries(logger: "Logger", keys: "Iterable[str]") -> None:
+    """Keep the largest of maxima and the smallest of minima in the run's summary, beside the newest.
+
+    A run that recovered from logits of 10,000 should not look like one that never had them. W&B takes any of the
+    globs that match a key, WandbLogger's own ``*`` among them, so that a summary needs the key's whole name.
+    """
+    run = logger.experiment  # type: ignore[attr-defined]
+    done = _summarized.setdefault(run, set())
+    new = [key for key in keys if key not in done]
+    if not new:
+        return
+    is_mirror = bool(getattr(getattr(run, "settings", None), "sync_tensorboard", None))
+    axis = {} if is_mirror else {"step_metric": WANDB_STEP, "step_sync": True}
+    for key in new:
+        done.add(key)
+        extreme = "max" if key in _RISKS else key.rsplit("/", 1)[-1]
+        if extreme in ("min", "max"):
+            run.define_metric(_with_prefix(logger, key), summary=f"{extreme},last", **axis)
+
+
+def _with_prefix(logger: "Logger", key: str) -> str:
+    """The key as W&B has it."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}{key}" if prefix else key  # type: ignore[attr-defined]
 
 
 def _image(png: bytes) -> Any:

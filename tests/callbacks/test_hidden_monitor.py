@@ -85,7 +85,7 @@ def test_training_does_not_notice():
 
 
 def test_keys_and_cadence(tmp_path):
-    callback = monitor(every_n_steps=2)
+    callback = monitor(every_n_steps=2, per_layer=True)
     models.trainer([callback], logger=CSVLogger(tmp_path), max_steps=5, max_epochs=-1).fit(
         models.Job(models.bert()), models.tokens()
     )

@@ -193,8 +193,8 @@ def test_two_callbacks_in_one_trainer(tmp_path):
         assert metrics[f"locater/{place}/weight"].item() == callback.weight
     assert "locater/penalty" not in metrics
     settings = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
-    assert settings["lightning_qk/LocAteR 1"]["modules"] == "*.h.0.*"
-    assert settings["lightning_qk/LocAteR 2"]["weight"] == 2.0
+    assert settings["lightning_qk"]["LocAteR 1"]["modules"] == "*.h.0.*"
+    assert settings["lightning_qk"]["LocAteR 2"]["weight"] == 2.0
 
 
 def test_names_tell_callbacks_apart():

@@ -298,7 +298,7 @@ def test_optimizers_states_are_left_alone():
 
 def test_it_holds_the_logits_and_goes_with_the_rest(tmp_path):
     logger = CSVLogger(tmp_path)
-    clip = QKClip(2.0, per_head=True)
+    clip = QKClip(2.0, per_layer=True, per_head=True)
     callbacks = [
         clip,
         LocAteR(0.1),

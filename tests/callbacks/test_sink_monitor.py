@@ -141,7 +141,11 @@ def test_a_single_sequence_has_no_share_of_position():
 
 
 def test_keys_next_to_attention_monitors(tmp_path):
-    callbacks = [AttentionMonitor(**QUIET), SinkMonitor(**QUIET), PositionMonitor(per_head=True, **QUIET)]
+    callbacks = [
+        AttentionMonitor(**QUIET),
+        SinkMonitor(per_layer="waiver_mass", **QUIET),
+        PositionMonitor(per_layer=True, per_head=True, **QUIET),
+    ]
     trainer = models.trainer(callbacks, max_steps=4, logger=CSVLogger(tmp_path), val_check_interval=2)
     trainer.fit(models.Job(), models.tokens(), models.tokens(8))
     rows = read_csv(tmp_path / "lightning_logs" / "version_0")

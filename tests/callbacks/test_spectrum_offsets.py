@@ -33,7 +33,8 @@ def test_offsets_are_logged_and_are_those_of_the_weights(tmp_path):
     keys = logged(tmp_path)
     for name in ("eig_mean", "sym_var", "trace", "spectral_radius"):
         assert {f"qk/offset_{offset}/{name}/mean" for offset in (0, 16)} <= keys
-    assert "qk/layer_01/offset_16/asymmetry" in keys
+    assert "qk/layer_01/offset_16/eig_var" in keys
+    assert "qk/layer_01/offset_16/asymmetry" not in keys
     history = monitor.history
     read = head_projections(job).values()
     for statistic in ("trace", "eig_var", "frobenius_sq"):

@@ -61,7 +61,11 @@ def completions(shell: str, folder: Path, typed: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish"])
-@pytest.mark.parametrize(("typed", "expected"), TYPED, ids=lambda value: " ".join(value if isinstance(value, list) else sorted(value)))
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    TYPED,
+    ids=lambda value: " ".join(value if isinstance(value, list) else sorted(value)),
+)
 def test_what_tab_completes(scripts: Path, shell: str, typed: list[str], expected: set[str]) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")

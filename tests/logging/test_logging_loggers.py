@@ -27,7 +27,9 @@ from lightning_qk.logging.history import History
 from lightning_qk.logging.loggers import (
     MAX_BINS,
     describe_config,
+    log_alert,
     log_figure,
+    log_file,
     log_histogram,
     log_scalars,
 )
@@ -131,7 +133,7 @@ def test_wandb_holds_rows_images_histograms_and_settings(
         assert len(histogram["values"]) <= MAX_BINS
         assert sum(histogram["values"]) == 1000
 
-    assert run.config["lightning_qk/Reporter"] == {"every_n_steps": 2, "modules": ["a", "b"], "path": "x"}
+    assert run.config["lightning_qk"]["Reporter"] == {"every_n_steps": 2, "modules": ["a", "b"], "path": "x"}
     for section in ("qk/*", "attn/*", "locater/*"):
         assert run.metrics[section] == "trainer/global_step"
 
@@ -170,25 +172,95 @@ def test_tensorboard_and_csv_in_one_job(figure: Any, tmp_path: Path) -> None:
     assert logged == [(0, 0.0), (2, 2.0), (4, 4.0)]
     for folder in (board.log_dir, table.log_dir):
         settings = yaml.safe_load((Path(folder) / "hparams.yaml").read_text())
-        assert settings["lightning_qk/Reporter"]["modules"] == ["a", "b"]
+        assert settings["lightning_qk"]["Reporter"]["modules"] == ["a", "b"]
 
 
-def test_mlflow_gets_the_figure(figure: Any) -> None:
-    calls: list[tuple[Any, ...]] = []
+def test_mlflow_keeps_scalars_settings_pictures_and_files(
+    figure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # MLflow's own database needs its whole package; the small one has files or a server.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'mlruns'}")
+    fit([logger], figure, tmp_path)
+    table = tmp_path / "lightning_qk_history.parquet"
+    table.write_bytes(b"PAR1")
+    taken = log_file(trainer_with(logger), table, name="history", kind="history", description="Every head.")
+    assert taken == ["MLFlowLogger"]
 
-    class Recorded(MLFlowLogger):
-        """Lightning's class with a client that needs no server."""
+    from mlflow.tracking import MlflowClient
 
-        experiment = SimpleNamespace(log_figure=lambda *args: calls.append(args))  # type: ignore[assignment]
-        run_id = "run"  # type: ignore[assignment]
+    client, run_id = MlflowClient(f"file:{tmp_path / 'mlruns'}"), logger.run_id
+    assert run_id is not None
+    scalars = client.get_metric_history(run_id, "qk/eig_var/mean")
+    assert [(each.step, each.value) for each in scalars] == [(0, 0.0), (2, 2.0), (4, 4.0)]
+    assert client.get_metric_history(run_id, "qk/eig_mean/mean") == []
+    assert client.get_run(run_id).data.params["lightning_qk/Reporter/every_n_steps"] == "2"
+    pictures = client.list_artifacts(run_id, "qk/heatmap/eig_var")
+    assert [Path(each.path).name for each in pictures] == [f"step_0000000{step}.png" for step in (0, 2, 4)]
+    with Image.open(client.download_artifacts(run_id, pictures[0].path, str(tmp_path))) as picture:
+        assert picture.size[0] > 100
+    (file,) = client.list_artifacts(run_id, "lightning_qk")
+    assert file.path == "lightning_qk/lightning_qk_history.parquet"
+    # It has no histograms.
+    log_histogram(trainer_with(logger), "qk/eigenvalues", [1.0, 2.0], 12)
+    assert "qk/eigenvalues" not in client.get_run(run_id).data.metrics
+
+
+def test_other_loggers_get_scalars_and_settings_and_nothing_that_they_cannot_show(
+    figure: Any, tmp_path: Path
+) -> None:
+    class Other(Logger):
+        """One that Lightning does not bring."""
+
+        name = version = "other"
+        experiment = None
 
         def __init__(self) -> None:
-            pass
+            self.rows: list[tuple[int | None, dict[str, float]]] = []
+            self.settings: dict[str, Any] = {}
 
-    logger = Recorded()
-    log_figure(trainer_with(logger), "qk/heatmap", figure, 12)
-    log_histogram(trainer_with(logger), "qk/eigenvalues", [1.0, 2.0], 12)
-    assert calls == [("run", figure, "qk/heatmap/step_00000012.png")]
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            self.rows.append((step, dict(metrics)))
+
+        def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+            self.settings.update(params)
+
+    logger = Other()
+    fit([logger], figure, tmp_path)
+    file = tmp_path / "x.parquet"
+    file.write_bytes(b"PAR1")
+    assert log_file(trainer_with(logger), file, name="x", kind="x", description="x") == []
+    ours = [row for row in logger.rows if "qk/eig_var/mean" in row[1]]
+    assert ours == [(step, {"qk/eig_var/mean": float(step)}) for step in (0, 2, 4)]
+    assert all(isinstance(value, float | int) for _, row in logger.rows for value in row.values())
+    assert logger.settings["lightning_qk"]["Reporter"]["every_n_steps"] == 2
+
+
+def test_an_alert_reaches_wandb_alone(wandb_logger: WandbLogger, tmp_path: Path) -> None:
+    import wandb
+
+    assert log_alert(trainer_with(wandb_logger, CSVLogger(tmp_path)), "CollapseGuard", "step 3: look")
+    assert not log_alert(trainer_with(CSVLogger(tmp_path)), "CollapseGuard", "step 3: look")
+    assert not log_alert(trainer_with(wandb_logger, is_global_zero=False), "CollapseGuard", "step 3: look")
+    wandb.finish()
+    assert read_wandb_run(tmp_path).alerts == [("CollapseGuard", "step 3: look")]
+
+
+def test_settings_of_several_callbacks_stay_beside_one_another(
+    wandb_logger: WandbLogger, tmp_path: Path
+) -> None:
+    import wandb
+
+    board, table = TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")
+    trainer = trainer_with(wandb_logger, board, table)
+    describe_config(trainer, {"A": {"rows": 1}})
+    describe_config(trainer, {"B": {"tau": 2.0}})
+    describe_config(trainer, {"A": {"rows": 3}})
+    expected = {"A": {"rows": 3}, "B": {"tau": 2.0}}
+    assert board.hparams["lightning_qk"] == expected
+    assert table.experiment.hparams["lightning_qk"] == expected
+    wandb.finish()
+    assert read_wandb_run(tmp_path).config["lightning_qk"] == expected
 
 
 class Broken(CSVLogger):
