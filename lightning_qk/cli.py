@@ -266,10 +266,13 @@ def descriptions() -> dict[str, str]:
 
 
 def _help() -> str:
+    width = max(map(len, _COMMANDS))
     lines = []
     for name, (text, _) in _COMMANDS.items():
         what, _, example = text.partition(f": {_PROG} ")
-        lines += [f"  {name:<11} {what}", f"  {'':<11}   {_PROG} {example}"]
+        lines.append(f"  {name:<{width}} {what}")
+        if example:
+            lines.append(f"  {'':<{width}}   {_PROG} {example}")
     return "\n".join(
         [
             f"usage: {_PROG} COMMAND [OPTIONS]",

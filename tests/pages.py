@@ -93,4 +93,4 @@ def _check_ours(arguments: Sequence[str]) -> None:
     elif name == "completion":
         _completion.parser("lightning-qk").parse(rest)
     else:
-        assert name in ("--help", "--version"), arguments
+        assert name in ("--help", "--version", *cli.descriptions()), arguments

@@ -340,11 +340,14 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
 
     record = RunRecord().save(tmp_path / "a.safetensors")
     (tmp_path / "file").write_text("")
-    for target in (tmp_path, tmp_path / "file" / "b.html"):
+    reasons = {
+        tmp_path: "got the folder",
+        tmp_path / "file" / "b.html": "expected a file that may be written, got",
+    }
+    for target, reason in reasons.items():
         before = sorted(path.name for path in tmp_path.iterdir())
         assert main(["report", str(record), "--output", str(target)]) == 2
         seen = capsys.readouterr()
         assert seen.err.count("\n") == 1
-        assert seen.err.startswith("lightning-qk: error: expected a file ")
-        assert str(target) in seen.err
+        assert f"{reason} {target}" in seen.err
         assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -14,7 +14,9 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts
 )
 # Those whose code has tests of its own (so has the tutorial), or is made by a command.
-ELSEWHERE = {"docs/attention-health.md", "docs/performance.md", "docs/coverage.md"}
+ELSEWHERE = {
+    f"docs/{name}.md" for name in ("attention-health", "comparison", "coverage", "loggers", "performance")
+}
 TAUGHT = [page for page in PAGES if page not in ELSEWHERE]
 LINKED = [*PAGES, "README.md", "CONTRIBUTING.md", "examples/paper/README.md"]
 
