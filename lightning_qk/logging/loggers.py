@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from lightning_qk.logging.figures import to_png
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -84,6 +82,8 @@ def log_figure(trainer: "Trainer", key: str, figure: "Figure", step: int) -> Non
         step: the optimizer step.
     """
     if shows_pictures(trainer):
+        from lightning_qk.logging.figures import to_png
+
         log_png(trainer, key, to_png(figure), step)
 
 

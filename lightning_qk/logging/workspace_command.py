@@ -57,7 +57,8 @@ def parser(prog: str) -> OneLineParser:
         prog=prog,
         description="Make a workspace in a W&B project: charts of attention's health first, heatmaps, layers, "
         "then the rest of what the callbacks log. Whatever else the project logs follows below them.",
-        epilog='needs the package wandb-workspaces: pip install "lightning-qk[wandb]"; saving needs `wandb login`',
+        epilog=f"example: {prog} my-team/my-project; needs the package wandb-workspaces, "
+        'pip install "lightning-qk[wandb]", and `wandb login` to save',
     )
     own.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and the project of its runs")
     own.add_argument("--name", default=NAME, help="name of the workspace; default: %(default)s")
