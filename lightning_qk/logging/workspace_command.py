@@ -4,7 +4,6 @@ import sys
 from typing import Any
 
 from lightning_qk._arguments import OneLineParser
-from lightning_qk.logging.workspace import NAME, build_workspace, workspace_json, workspace_outline
 
 
 def run(args: list[str], prog: str) -> int:
@@ -18,6 +17,9 @@ def run(args: list[str], prog: str) -> int:
         The exit status: 0, 1 where W&B did not take it, 2 for a wrong command line.
     """
     options = parser(prog).parse(args)
+    # After the help, which needs none of it.
+    from lightning_qk.logging.workspace import NAME, build_workspace, workspace_json, workspace_outline
+
     entity, slash, project = options.project.partition("/")
     if not (entity and slash and project) or "/" in project:
         return _fail(
@@ -26,9 +28,9 @@ def run(args: list[str], prog: str) -> int:
             2,
         )
     if options.print:
-        print(workspace_outline(options.name))
+        print(workspace_outline(options.name or NAME))
         return 0
-    workspace = build_workspace(entity, project, options.name)
+    workspace = build_workspace(entity, project, options.name or NAME)
     if options.json:
         print(workspace_json(workspace))
         return 0
@@ -57,10 +59,11 @@ def parser(prog: str) -> OneLineParser:
         prog=prog,
         description="Make a workspace in a W&B project: charts of attention's health first, heatmaps, layers, "
         "then the rest of what the callbacks log. Whatever else the project logs follows below them.",
-        epilog='needs the package wandb-workspaces: pip install "lightning-qk[wandb]"; saving needs `wandb login`',
+        epilog=f"example: {prog} my-team/my-project; "
+        'needs the package wandb-workspaces: pip install "lightning-qk[wandb]"; saving needs `wandb login`',
     )
     own.add_argument("project", metavar="ENTITY/PROJECT", help="user or team, and the project of its runs")
-    own.add_argument("--name", default=NAME, help="name of the workspace; default: %(default)s")
+    own.add_argument("--name", help="name of the workspace; default: Attention health")
     show = own.add_mutually_exclusive_group()
     show.add_argument(
         "--print", action="store_true", help="list sections and charts; saves nothing, no account"
