@@ -99,3 +99,9 @@ def test_the_reference_has_every_module(package: str) -> None:
     for module in pkgutil.iter_modules(path):
         if not module.name.startswith("_"):
             assert f".. automodule:: lightning_qk.{package}.{module.name}\n" in documented()
+
+
+def test_the_reference_has_nothing_that_is_gone() -> None:
+    for kind, name in re.findall(r"^\.\. auto(\w+):: (\S+)$", documented(), re.MULTILINE):
+        found = pkgutil.resolve_name(name)
+        assert callable(found) or kind == "module"
