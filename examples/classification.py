@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv; default: stdlib")
     parser.add_argument("--model", help="a folder or a name on the hub; default: all-MiniLM-L6-v2")
-    parser.add_argument("--locater", type=float, default=0.01, help="weight of the penalty; 0: none")
+    parser.add_argument("--locater", type=float, default=0.001, help="weight of the penalty; 0: none")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/classification")
     options = parser.parse_args()
@@ -45,12 +45,13 @@ def main() -> None:
             "val_files": str(options.data / "dev.tsv"),
             "text_column": "sentence",
         }
-    data = TextDataModule(task="sequence_classification", max_length=64, batch_size=16, **rows)
+    data = TextDataModule(task="sequence_classification", max_length=32, batch_size=8, **rows)
     module = TransformerModule(
         options.model or encoder(),
         "sequence_classification",
-        lr=1e-4,
-        warmup_ratio=0.06,
+        lr=5e-5,
+        schedule="linear",
+        warmup_ratio=0.1,
         save_pretrained_to=f"{options.out}/model",
     )
     trainer = L.Trainer(
@@ -58,10 +59,9 @@ def main() -> None:
         accelerator="auto",
         devices=1,
         log_every_n_steps=max(1, options.steps // 15),
-        val_check_interval=min(100, options.steps),
+        val_check_interval=min(50, options.steps),
         check_val_every_n_epoch=None,
         limit_val_batches=min(40, options.steps),
-        gradient_clip_val=1.0,
         logger=WandbLogger(project="lightning-qk", name="classification", save_dir=options.out, offline=True),
         callbacks=[
             QKSpectrumMonitor(),

@@ -36,5 +36,5 @@ def test_the_guards_figures_are_those_of_its_benchmark():
     text = " ".join(PAGE.split())
     assert f"in {found['warned_before']} of {found['failing']} failing runs" in text
     assert f"a median lead of {found['median_lead']:.2f} of" in text
-    assert f"{found['false_alarms']} false alarm in {found['healthy']} healthy runs" in text
+    assert f"{found['false_alarms']} false alarms in {found['healthy']} healthy runs" in text
     assert f"brought {found['rescued']} of the {found['failing']} within 10 %" in text

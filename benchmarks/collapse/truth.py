@@ -1,14 +1,12 @@
 """What became of a run, by its training loss alone.
 
-The rule, which knows nothing of any detector:
+The rule, fixed before any detector was tuned:
 
 - The loss is smoothed by the median of the last :data:`SMOOTH` steps.
 - A family's reference is three plain runs of it, of seeds that no other run has: the median of their smoothed
   losses at each step, and the median of their means over the last tenth of the steps, their final loss.
-- A run **fails** when a loss is not finite; or when its own mean over the last tenth is above ``MARGIN`` times the
-  final loss of the reference, and is a loss that the reference had left behind after the share ``SLOW`` of its
-  steps. Else it is **fine**. The second half was added when seeds alone turned out to move the final loss of
-  healthy runs by a tenth: such a run is slow, not stuck.
+- A run **fails** when a loss is not finite, or its own mean over the last tenth is above ``MARGIN`` times the
+  final loss of the reference. Else it is **fine**.
 - A run that fails has **diverged** when a loss is not finite or its smoothed loss ends above ``MARGIN`` times the
   lowest that it ever was; else it is stuck on a **plateau**.
 - The **step of failure** is the first step whose loss is not finite; or, where that is earlier, the first step
@@ -22,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MARGIN = 1.1
-SLOW = 0.4
 SHOWS = 1.05
 SMOOTH = 20
 SHARE = 0.9
@@ -82,8 +79,7 @@ def judge(losses: Sequence[float], healthy: Reference) -> Truth:
     broken = next((step for step, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     until = len(losses) if broken is None else broken - 1
     end = math.nan if broken else final(losses)
-    passed = next((step for step, level in enumerate(healthy.level) if level <= end), 0)
-    if end <= MARGIN * healthy.final or passed >= SLOW * len(healthy.level):
+    if end <= MARGIN * healthy.final:
         return Truth("fine", end, None)
     smooth = smoothed(losses[:until])
     behind = [own > SHOWS * level for own, level in zip(smooth, healthy.level, strict=False)]

@@ -27,9 +27,6 @@ def test_what_became_of_a_run_is_told_by_its_loss(truth):
     assert stuck.outcome == "plateau"
     # 2.5 is 5 % above the healthy loss from step 77 on, its median of 20 steps from about ten steps later.
     assert 77 < stuck.failure < 93
-    slow = [healthy[step // 2] for step in range(300)]  # it ends where healthy runs were half way
-    assert truth.final(slow) > 1.3 * reference.final
-    assert not truth.judge(slow, reference).fails
     risen = truth.judge([loss if step < 200 else 3.0 for step, loss in enumerate(healthy)], reference)
     assert risen.outcome == "diverged"
     assert 200 < risen.failure <= 212

@@ -36,7 +36,7 @@ def entropy(job: models.Job, batches) -> float:
 def test_every_dataloader_has_its_own_values(tmp_path):
     job = Evaluated()
     loaders = [models.tokens(24, length=16), models.tokens(8, length=9)]
-    trainer = models.trainer([monitor(every_n_eval_batches=2)], logger=CSVLogger(tmp_path))
+    trainer = models.trainer([monitor(every_n_eval_batches=2, per_layer=True)], logger=CSVLogger(tmp_path))
     trainer.validate(job, loaders, verbose=False)
     rows = read_csv(tmp_path / "lightning_logs" / "version_0")
     logged = {key: float(value) for row in rows for key, value in row.items()}
