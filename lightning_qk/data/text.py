@@ -138,6 +138,7 @@ class TextDataModule(pl.LightningDataModule):
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_digest: Any = None
+        self._tokenizer_of: str | None = None
         self._splits: dict[str, Dataset] | None = None
 
     @property
@@ -153,15 +154,31 @@ class TextDataModule(pl.LightningDataModule):
                     "expected setup() before the tokenizer 'words' is used, got a data module that has not "
                     "counted the words yet: call prepare_data() and setup()"
                 )
-            pretrained = getattr(getattr(self.trainer, "lightning_module", None), "pretrained", None)
+            pretrained = self._pretrained()
             if self._tokenizer_name or not pretrained:
                 self._tokenizer = load_tokenizer(self._tokenizer_name or "bytes")
             else:
                 self._tokenizer = load_tokenizer(pretrained, "model with its tokenizer")
+            self._tokenizer_of = None if self._tokenizer_name else pretrained
         return self._tokenizer
+
+    def _pretrained(self) -> str | None:
+        """The pretrained model of the trainer's module, whose tokenizer is the default."""
+        return getattr(getattr(self.trainer, "lightning_module", None), "pretrained", None)
+
+    def _follow_the_model(self) -> None:
+        """Begin anew where data were prepared by hand before there was a trainer, with another tokenizer."""
+        if (
+            self._tokenizer_name
+            or self._tokenizer is None
+            or self._pretrained() in (None, self._tokenizer_of)
+        ):
+            return
+        self._tokenizer, self._tokenizer_digest, self._splits = None, None, None
 
     def prepare_data(self) -> None:
         """Read, tokenize and keep the data; Lightning calls it on one process."""
+        self._follow_the_model()
         self._entry()
 
     def setup(self, stage: str | None = None) -> None:
@@ -170,6 +187,7 @@ class TextDataModule(pl.LightningDataModule):
         Args:
             stage: makes no difference.
         """
+        self._follow_the_model()
         if self._splits is not None:
             return
         from datasets import load_from_disk

@@ -240,6 +240,27 @@ def test_a_tokenizer_is_part_of_the_key_by_its_content(make: Any, tmp_path: Path
     assert 263 in data._splits["train"][0]["input_ids"]
 
 
+def test_data_prepared_by_hand_follow_the_model_that_is_fitted(make: Any, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["some"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write(tmp_path / "a.txt", "some text\n" * 20)
+    data = prepared(make(source=path, task="masked_lm", block_size=8))
+    assert "some" not in data.tokenizer.get_vocab()
+
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=SimpleNamespace(pretrained=str(tmp_path / "model"))
+    )
+    data.prepare_data()
+    data.setup()
+
+    assert "some" in data.tokenizer.get_vocab()
+    assert data._splits is not None
+    assert tokenizer.convert_tokens_to_ids("some") in data._splits["train"][0]["input_ids"]
+
+
 def test_a_build_that_fails_leaves_nothing(make: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "x\ny\n")
     with pytest.raises(ValueError, match="block"):
