@@ -42,7 +42,7 @@ docs: $(VENV)/.docs
 dist: $(VENV)/.test
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
-	LIGHTNING_QK_DIST=dist $(BIN)/python -m pytest -m "slow or not slow" tests/dist
+	LIGHTNING_QK_DIST=dist $(BIN)/python -m pytest tests/packaging
 
 benchmark: $(VENV)/.core
 	$(BIN)/python benchmarks/run.py
