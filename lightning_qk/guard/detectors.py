@@ -1,7 +1,7 @@
 """What each kind of failure looks like before the loss shows it; scores of 1 and more are alarms.
 
 Sources, by the marks of the project's notes: attention logits that grow without bound (Wortsman et al.,
-arXiv 2309.14322 [V]; the bound of 100 is that of Kimi K2, arXiv 2507.20534 [V]), entropy collapse (Zhai et al.,
+arXiv 2309.14322 [V]; Kimi K2 clips at 100, arXiv 2507.20534 [V]), entropy collapse (Zhai et al.,
 arXiv 2303.06296 [V]), rank collapse (Wu et al., arXiv 2405.18781 [V]; Noci et al., arXiv 2206.03126). How they are
 judged over time is our own form [R].
 """
