@@ -1,8 +1,9 @@
 """The ready configs: one folder, ``configs/`` in a clone and ``lightning_qk/configs`` where it is installed."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
+
+from lightning_qk._arguments import did_you_mean
 
 
 class NoSuchConfig(ValueError):
@@ -58,10 +59,9 @@ def resolve(given: str) -> str:
         return str(folder() / f"{name}.yaml")
     if path.is_dir():
         raise NoSuchConfig(f"expected a config file, got the folder {given}: name a file in it")
-    close = difflib.get_close_matches(given, _near(path), n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]!r}?" if close else "correct it"
+    hint = did_you_mean(given, _near(path)) or "; correct it"
     raise NoSuchConfig(
-        f"expected a config file or one of the package's ({', '.join(names())}), got no such file: {given}; {hint}"
+        f"expected a config file or one of the package's ({', '.join(names())}), got no such file: {given}{hint}"
     )
 
 

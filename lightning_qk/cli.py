@@ -66,25 +66,22 @@ def _report(args: list[str]) -> int:
         return _fail(
             f"expected a record that may be read, got {options.record} ({reason}): check its permissions", 1
         )
+    writing = (target, "--output")
     try:
         path = write_report(record, target)
+        print_health(record)
+        print(path)
+        if table is not None:
+            from lightning_qk.logging.parquet import write_history
+
+            writing = (table, "--parquet")
+            print(write_history(record, table))
     except OSError as error:
+        place, option = writing
         reason = error.strerror or error
         return _fail(
-            f"expected a file that may be written, got {target} ({reason}): name another with --output", 1
+            f"expected a file that may be written, got {place} ({reason}): name another with {option}", 1
         )
-    print_health(record)
-    print(path)
-    if table is not None:
-        from lightning_qk.logging.parquet import write_history
-
-        try:
-            print(write_history(record, table))
-        except OSError as error:
-            reason = error.strerror or error
-            return _fail(
-                f"expected a file that may be written, got {table} ({reason}): name another with --parquet", 1
-            )
     return 0
 
 

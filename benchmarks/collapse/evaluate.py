@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from runs import Run
-from truth import MARGIN, Reference, Truth
+from truth import MARGIN, Reference, Truth, final
 
 from lightning_qk.callbacks._watch import ATTENTION, COSINE, SPECTRUM
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
@@ -76,5 +76,4 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def rescued(losses: Sequence[float], healthy: Reference) -> bool:
     """Whether the final loss is within the margin of the healthy runs'."""
-    tail = losses[-max(1, len(losses) // 10) :]
-    return sum(tail) / len(tail) <= MARGIN * healthy.final
+    return final(losses) <= MARGIN * healthy.final

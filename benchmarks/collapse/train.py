@@ -68,9 +68,6 @@ class Module(TransformerModule):
         if not built:
             self.distort()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-
     def distort(self) -> None:
         """What the run's model is from the start on."""
         run = self.run

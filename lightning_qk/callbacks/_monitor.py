@@ -26,6 +26,7 @@ from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_file, log_scalars, shows_pictures
 from lightning_qk.logging.pictures import Pictures
+from lightning_qk.logging.snapshots import Snapshots
 
 _T = TypeVar("_T")
 PerLayer = bool | str | Sequence[str] | None
@@ -113,6 +114,7 @@ class Monitor(Callback):
         self._logged = 0
         self._drawn: int | None = None
         self._pictures = Pictures()
+        self._snapshots = Snapshots()
         self._directory: str | None = None
         self._is_due = False
         self._steps_before = 0
@@ -174,13 +176,16 @@ class Monitor(Callback):
         self.finish(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, so that a resumed run reports the whole run."""
-        return {} if self.history is None else {"history": self.history.state_dict()}
+        """The history, and what is kept of a few steps, so that a resumed run reports the whole run."""
+        state = {} if self.history is None else {"history": self.history.state_dict()}
+        return {**state, "snapshots": self._snapshots.state_dict()} if len(self._snapshots) else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint."""
         if "history" in state_dict:
             self.history = History.from_state_dict(state_dict["history"])
+        if "snapshots" in state_dict:
+            self._snapshots = Snapshots.from_state_dict(state_dict["snapshots"])
 
     # What a monitor has to say
 

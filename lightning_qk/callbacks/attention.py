@@ -16,7 +16,6 @@ from lightning_qk.capture.statistics import call_sums
 from lightning_qk.functional.localization import POSITION_STATISTICS, STATISTICS
 from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.logging.history import RunRecord
-from lightning_qk.logging.snapshots import Snapshots
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.means import HeadMeans
 
@@ -120,7 +119,6 @@ class AttentionMonitor(CaptureMonitor):
         self._measured = 0
         self._profile_pool = SumsPool()
         self._profile_generator = torch.Generator()
-        self._profiles = Snapshots()
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -180,21 +178,10 @@ class AttentionMonitor(CaptureMonitor):
             self._profile_pool.into(metric)
             curves = torch.stack(list(metric.compute().values())).reshape(PROFILE_BINS, -1).mT.float().cpu()
             parts = zip(self.labels.values(), curves.split(list(self.history.heads)), strict=True)
-            self._profiles.append(logging_step(trainer), dict(parts))
+            self._snapshots.append(logging_step(trainer), dict(parts))
         self._profile_pool.reset()
         self._measured += 1
         return values
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history and the curves."""
-        state = super().state_dict()
-        return {**state, "snapshots": self._profiles.state_dict()} if len(self._profiles) else state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what a checkpoint has."""
-        super().load_state_dict(state_dict)
-        if "snapshots" in state_dict:
-            self._profiles = Snapshots.from_state_dict(state_dict["snapshots"])
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means and maxima."""
@@ -211,8 +198,8 @@ class AttentionMonitor(CaptureMonitor):
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""
         record.attention = self.history
-        if len(self._profiles):
-            record.snapshots["linear_profile"] = self._profiles
+        if len(self._snapshots):
+            record.snapshots["linear_profile"] = self._snapshots
         if self.rows is not None:
             record.notes.append(
                 f"Attention statistics are means over {self.rows} sampled query rows of each sequence; maximum "

@@ -49,7 +49,7 @@ class CollapseGuard(Callback):
     With ``rollback=True`` the first alarm takes weights and optimizers' states back to the last healthy
     checkpoint, on all ranks alike: where training started, until there is another. Steps, schedules and the
     position in the data go on. That checkpoint, ``lightning_qk_healthy.ckpt`` in the run's folder, is an ordinary
-    one to resume from. A newer one replaces it once a whole window of readings after it was healthy too, since
+    one to resume from. A newer one replaces it once half a window of readings after it was healthy too, since
     damage is done before it shows; until then it lies beside it as ``lightning_qk_healthy.ckpt.new``.
 
     Logged keys: ``guard/score``, the largest of the detectors' scores, alarming from 1 on; ``guard/loss``,

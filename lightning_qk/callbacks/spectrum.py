@@ -15,7 +15,6 @@ from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, R
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.logging.history import LayerShape, RunRecord
 from lightning_qk.logging.loggers import log_histogram
-from lightning_qk.logging.snapshots import Snapshots
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
 from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
 from lightning_qk.metrics.spectrum import MOMENTS, SPECTRUM_STATISTICS, QKSpectrum, at_offset, extreme_values
@@ -142,7 +141,6 @@ class QKSpectrumMonitor(Monitor):
         self._worker = EigenvalueWorker()
         self._eigenvalues: Mapping[str, Tensor] = {}
         self._eigenvalues_step: int | None = None
-        self._snapshots = Snapshots()
         self._shapes: dict[str, LayerShape] = {}
         self._cross: set[str] = set()
 
@@ -211,14 +209,7 @@ class QKSpectrumMonitor(Monitor):
         """The history, with what the worker still has, and the eigenvalues of a few steps."""
         if self._worker.pending is not None:
             self.attempt(self._complete_history, "logging")
-        state = super().state_dict()
-        return {**state, "snapshots": self._snapshots.state_dict()} if len(self._snapshots) else state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what a checkpoint has."""
-        super().load_state_dict(state_dict)
-        if "snapshots" in state_dict:
-            self._snapshots = Snapshots.from_state_dict(state_dict["snapshots"])
+        return super().state_dict()
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has; then as every monitor."""

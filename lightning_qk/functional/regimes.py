@@ -46,8 +46,7 @@ def _regime(propagation: float, localization: float) -> str:
 
 
 def layer_regime(regimes: Iterable[str]) -> str:
-    """The regimes of a layer's heads in a few words: the commonest first, with counts where there are "
-    "several."""
+    """The regimes of a layer's heads in a few words: the commonest first, with counts where there are several."""
     counts = Counter(regimes).most_common()
     if len(counts) == 1:
         return counts[0][0]

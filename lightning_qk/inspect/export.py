@@ -18,6 +18,7 @@ from lightning_qk.inspect.conditions import logged_values
 from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.inspect.table import regimes_of
+from lightning_qk.logging.whole_file import whole_file
 
 
 def check_targets(paths: Sequence[Path | None]) -> None:
@@ -51,18 +52,13 @@ def write_text(path: Path, text: str) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadInput(
             f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
         ) from error
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
 
 
 def as_json(

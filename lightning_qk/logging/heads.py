@@ -92,11 +92,12 @@ def extreme_heads(record: RunRecord) -> list[HeadHealth]:
         worst = math.inf if smallest else -math.inf
         known = torch.where(values.isfinite(), values, torch.full_like(values, worst))
         place = int(known.argmin() if smallest else known.argmax())
-        layer = 0
-        while place >= sum(history.heads[: layer + 1]):
-            layer += 1
-        key = (history.layers[layer], place - sum(history.heads[:layer]))
-        found.setdefault(key, []).append(words.format(format_value(float(values[place]))))
+        places = [
+            (label, head)
+            for label, heads in zip(history.layers, history.heads, strict=True)
+            for head in range(heads)
+        ]
+        found.setdefault(places[place], []).append(words.format(format_value(float(values[place]))))
     return [HeadHealth(label, head, "ok", "; ".join(words), 0.0) for (label, head), words in found.items()]
 
 

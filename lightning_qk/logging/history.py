@@ -1,7 +1,6 @@
 """What a monitor remembers of a run: per-head statistics over steps, bounded in memory."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lightning_qk.logging.forgotten import Forgotten
 from lightning_qk.logging.snapshots import Snapshots
+from lightning_qk.logging.whole_file import whole_file
 
 
 class History:
@@ -274,13 +274,8 @@ class RunRecord:
                     name = f"snapshots/{kind}/{point}/{index}{'/complex' if value.is_complex() else ''}"
                     tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with whole_file(path) as partial:
             save_file(tensors, partial, metadata={"lightning_qk": json.dumps(meta)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

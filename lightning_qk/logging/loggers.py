@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
-    from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
 WANDB_STEP = "trainer/global_step"
@@ -72,28 +71,13 @@ def log_scalars(trainer: "Trainer", values: Mapping[str, float], step: int) -> N
     _to_each(trainer, "scalars", send)
 
 
-def log_figure(trainer: "Trainer", key: str, figure: "Figure", step: int) -> None:
-    """Log a figure as an image to W&B and TensorBoard, and as an artifact to MLflow. Others get nothing.
-
-    Args:
-        trainer: the trainer.
-        key: the log key.
-        figure: the figure.
-        step: the optimizer step.
-    """
-    if shows_pictures(trainer):
-        from lightning_qk.logging.figures import to_png
-
-        log_png(trainer, key, to_png(figure), step)
-
-
 def shows_pictures(trainer: "Trainer") -> bool:
     """Whether a logger of this process takes images, so that they need not be drawn where none does."""
     return trainer.is_global_zero and any(_kind(logger) is not None for logger in trainer.loggers)
 
 
 def log_png(trainer: "Trainer", key: str, png: bytes, step: int) -> None:
-    """As :func:`log_figure`, for one that is drawn.
+    """Show a picture in the loggers that take images, and leave the others alone.
 
     Args:
         trainer: the trainer.

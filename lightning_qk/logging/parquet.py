@@ -1,11 +1,11 @@
 """The whole per-head history of a run as one Parquet file, of which the loggers' scalars are aggregates."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.whole_file import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,8 +50,6 @@ def write_history(record: RunRecord, path: str | Path) -> Path:
     import pyarrow.parquet as pq
 
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     schema = pa.schema(
         [
             ("step", pa.int64()),
@@ -62,13 +60,9 @@ def write_history(record: RunRecord, path: str | Path) -> Path:
             ("value", pa.float32()),
         ]
     )
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for table in _tables(record, schema):
-                writer.write_table(table, row_group_size=2**22)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        for table in _tables(record, schema):
+            writer.write_table(table, row_group_size=2**22)
     return path
 
 

@@ -6,7 +6,6 @@ within it, compressed, so that it needs no network and no other file. Without a 
 
 import base64
 import gzip
-import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,7 @@ from lightning_qk.logging.health import format_value
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.payload import make_payload
 from lightning_qk.logging.report_sections import page_content
+from lightning_qk.logging.whole_file import whole_file
 
 MAX_BYTES = 4_900_000
 """What a page may come to."""
@@ -39,13 +39,8 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
     """
     path = Path(path)
     page = _render(record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -22,15 +22,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from wandb_reader import read_wandb_run
 
-from lightning_qk.logging.figures import heatmap
+from lightning_qk.logging.figures import heatmap, to_png
 from lightning_qk.logging.history import History
 from lightning_qk.logging.loggers import (
     MAX_BINS,
     describe_config,
     log_alert,
-    log_figure,
     log_file,
     log_histogram,
+    log_png,
     log_scalars,
 )
 
@@ -83,7 +83,7 @@ class Reporter(Callback):
             return
         log_scalars(trainer, {"qk/eig_var/mean": float(step), "qk/eig_mean/mean": math.nan}, step)
         log_scalars(trainer, {"attn/entropy/mean": 1.5}, step)
-        log_figure(trainer, "qk/heatmap/eig_var", self.figure, step)
+        log_png(trainer, "qk/heatmap/eig_var", to_png(self.figure), step)
         log_histogram(trainer, "qk/eigenvalues", torch.linspace(-1, 1, 1000), step)
 
 
@@ -320,7 +320,7 @@ def test_other_ranks_log_nothing(tmp_path: Path, figure: Any) -> None:
     trainer = trainer_with(logger, is_global_zero=False)
     log_scalars(trainer, {"qk/x": 1.0}, 0)
     describe_config(trainer, {"x": 1})
-    log_figure(trainer, "qk/heatmap", figure, 0)
+    log_png(trainer, "qk/heatmap", to_png(figure), 0)
     assert not list(tmp_path.iterdir())
 
 
