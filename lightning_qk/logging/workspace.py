@@ -97,7 +97,7 @@ GROUPS: tuple[Group, ...] = (
         (
             Chart("Entropy", regex=_of_layers("attn", "entropy")),
             Chart("Largest logit", regex=_of_layers("attn", "max_logit"), log=True),
-            Chart("Spectral variance", regex=_of_layers("qk", "eig_var"), log=True),
+            Chart("Spectral variance", regex=_of_layers("qk", "eig_var")),
             Chart("Residual of rank", regex=_of_layers("hidden", "rank_residual_relative")),
         ),
         is_open=True,

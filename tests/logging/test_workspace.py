@@ -91,3 +91,9 @@ def test_without_the_package_it_says_what_to_install(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert 'pip install "lightning-qk[wandb]"' in error
+
+
+def test_what_may_be_negative_is_on_a_linear_axis() -> None:
+    charts = [chart for group in GROUPS for chart in group.charts if chart.log]
+    assert charts
+    assert not [chart.title for chart in charts if "eig_" in f"{chart.keys} {chart.regex}"]
