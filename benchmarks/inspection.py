@@ -204,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="7B")
     parser.add_argument("--layers", type=int, help="fewer layers, where the disk is small")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--json", type=Path, help="write the figures here; docs/inspection.json is the page's"

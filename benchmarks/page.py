@@ -35,9 +35,9 @@ def render(figures: dict[str, Any]) -> str:
         inspection=inspection(found),
         inspected=f"{found['layers']} layers, {found['bytes'] / 1e9:.2f} GB of query and key weights",
         repeats=found["repeats"],
-        load=found["load"],
+        threads=found["threads"],
         peak=f"{found['peak']['inspect'] / 1e9:.2f}",
-        **{name: f"{found[name]:.1f}" for name in ("ratio_work", "bare_work", "moments_read_work")},
+        **{name: f"{found[name]:.2g}" for name in ("ratio", "bare", "moments_read")},
     )
 
 
@@ -51,10 +51,10 @@ def inspection(found: dict[str, Any]) -> str:
         "moments": "`lightning-qk inspect --moments-only`",
         "inspect": "`lightning-qk inspect`",
     }
-    rows = ["| | processor | clock | peak memory |", "|---|---:|---:|---:|"]
+    rows = ["| | clock | processor | peak memory |", "|---|---:|---:|---:|"]
     for kind, what in kinds.items():
         work, seconds, peak = (found[part][kind] for part in ("work", "seconds", "peak"))
-        rows.append(f"| {what} | {work:.2f} s | {seconds:.1f} s | {peak / 1e9:.2f} GB |")
+        rows.append(f"| {what} | {seconds:.2f} s | {work:.2f} s | {peak / 1e9:.2f} GB |")
     return "\n".join(rows)
 
 

@@ -321,9 +321,10 @@ def _products(
         sigma = sigma.to(query.dtype)
         sigma = sigma if sigma.dim() == 2 else sigma.unsqueeze(-3)
         weighted_query, weighted_key = query @ sigma, key @ sigma
-    # (kv_heads, groups, d_head, d_model) against (kv_heads, 1, d_model, d_head).
-    grouped = weighted_query.unflatten(-3, (key.shape[-3], groups))
-    small = (key.unsqueeze(-3) @ grouped.mT).flatten(-4, -3)
+    # The queries that share a key are the rows of one matrix: one product a key head, and no copy of the keys.
+    heads, d_head, d_model = query.shape[-3:]
+    grouped = weighted_query.reshape(*query.shape[:-3], heads // groups, groups * d_head, d_model)
+    small = (grouped @ key.mT).reshape(*query.shape[:-1], d_head).mT
     if not grams:
         return small, small, small
     gram_query = weighted_query @ query.mT

@@ -19,6 +19,9 @@ from lightning_qk.inspect.storage import Get
 # What compiling and sharding put between the parts of a name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 
+_ALIGNMENT = 64
+"""Bytes: torch's own tensors begin at a multiple of it."""
+
 
 class Origin(NamedTuple):
     """Where a parameter's values are.
@@ -103,7 +106,7 @@ class Matching:
                 f"{self._where}: its "
                 "configuration is that of another model"
             )
-        return value if value.dtype == torch.float64 else value.float()
+        return _aligned(value if value.dtype == torch.float64 else value.float())
 
     def _origin(self, names: Iterable[str]) -> Origin | None:
         for name in names:
@@ -136,6 +139,15 @@ class Matching:
             f"expected {names[0]!r} among what transformers makes of {origin.sources[0][0]!r}, got "
             f"{', '.join(made)}: convert the checkpoint with from_pretrained and save_pretrained"
         )
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """The same where memory that torch would give begins; a mapped file has tensors anywhere.
+
+    Products of the same numbers differ in the last bit where they begin elsewhere, and two checkpoints with the
+    same weights must not.
+    """
+    return value if value.data_ptr() % _ALIGNMENT == 0 else value.clone()
 
 
 def _later(get: Get, key: str) -> Callable[[], Tensor]:

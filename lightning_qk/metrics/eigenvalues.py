@@ -79,7 +79,7 @@ class EigenvalueWorker:
         if self._pending is not None:
             raise RuntimeError(f"expected collect() before the next submit(): step {self.pending} is pending")
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-qk-eigenvalues")
+            self._thread = _one_core_thread()
         copies = [_to_host(part) for part in cores]
         self._pending = (step, self._thread.submit(_solve_copies, copies))
 
@@ -107,6 +107,25 @@ class EigenvalueWorker:
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
+
+
+def _one_core_thread() -> ThreadPoolExecutor:
+    """A thread whose LAPACK stays on one core.
+
+    Matrices as small as a head's gain nothing from several, but keep them waiting for each other: on two cores the
+    same time, and twice the processor time, which is taken from the training.
+    """
+    thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-qk-eigenvalues")
+    threads = torch.get_num_threads()
+
+    def stay_on_one() -> None:
+        torch.get_num_threads()  # a thread's first call would set the default again
+        torch.set_num_threads(1)
+
+    thread.submit(stay_on_one).result()
+    # It is torch's number for the thread that asks, and for those that come later: they get the old one.
+    torch.set_num_threads(threads)
+    return thread
 
 
 def _to_host(cores: Cores) -> tuple[Cores, "torch.cuda.Event | None"]:

@@ -1,6 +1,7 @@
 """Eigenproblems in a worker thread: the same numbers, in order, without waiting, nothing lost in silence."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import models
 import pytest
@@ -48,6 +49,30 @@ def test_the_spectra_are_those_of_the_weights(worker, kind):
         torch.testing.assert_close(value, everything[name], equal_nan=True)
     assert tuple(metric.compute()) == MOMENT_STATISTICS
     assert tuple(everything) == (*MOMENT_STATISTICS, *EXTREME_STATISTICS)
+
+
+def test_only_the_thread_stays_on_one_core(worker, monkeypatch):
+    seen = []
+
+    def solve(cores):
+        torch.linalg.eigvals(torch.eye(3))
+        seen.append(torch.get_num_threads())
+        return {}
+
+    def of_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    monkeypatch.setattr(module, "solve", solve)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        worker.submit(0, [])
+        worker.collect()
+        assert seen == [1]
+        assert torch.get_num_threads() == of_a_new_thread() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_submit_does_not_wait_and_collect_does(worker, monkeypatch):
