@@ -413,7 +413,7 @@ class Monitor(Callback):
     def _write_report(
         self, trainer: Trainer, pl_module: LightningModule, monitors: Iterable["Monitor"]
     ) -> None:
-        from lightning_qk.callbacks.locater import LocAteR
+        from lightning_qk.callbacks._account import contributors
         from lightning_qk.logging.health import print_health
         from lightning_qk.logging.report import write_report
 
@@ -421,9 +421,8 @@ class Monitor(Callback):
         for monitor in monitors:
             monitor.contribute(record)
             record.notes.extend(note for note in monitor.notes if note not in record.notes)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LocAteR):
-                callback.contribute(record)
+        for other in contributors(trainer.callbacks):  # type: ignore[attr-defined]
+            other.contribute(record)
         if not any(len(history) for history in record.histories.values()):
             return
         # First what needs no disk.

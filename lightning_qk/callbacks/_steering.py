@@ -11,8 +11,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._monitor import shorten
-from lightning_qk.callbacks._trainer import check_lightning, is_logged_step
+from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.interventions.auxiliary import AttentionPenalty, Auxiliary, Measure
@@ -133,6 +134,7 @@ class PenaltyRemedy(Remedy):
         if not 0 <= weight < float("inf"):
             raise ValueError(f"expected a finite weight of at least 0, got {weight}: pass 0 to switch it off")
         self.weight = float(weight)
+        self.account = Account()
         self._penalty: Auxiliary | None = None
         self._is_due = False
         self._steps_before = 0
@@ -199,16 +201,13 @@ class PenaltyRemedy(Remedy):
             return
         self._is_due = False
         nan = torch.full((), torch.nan, device=pl_module.device)
+        logged = {}
         for key in self.logged_keys():
             # Every rank the same keys: the reduction waits for all.
             value = values.get(key, nan).to(pl_module.device, torch.float32)
-            pl_module.log(
-                f"{self.prefix}/{key}",
-                value,
-                on_step=True,
-                on_epoch=False,
-                sync_dist=trainer.world_size > 1,
-            )
+            logged[f"{self.prefix}/{key}"] = trainer.strategy.reduce(value, reduce_op="mean")
+        pl_module.log_dict(logged, on_step=True, on_epoch=False)
+        self.account.draw(logging_step(trainer), {key: float(value) for key, value in logged.items()})
 
     @abstractmethod
     def logged_keys(self) -> Sequence[str]:

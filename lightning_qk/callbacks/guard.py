@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
 from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step, run_directory
 from lightning_qk.callbacks._watch import COSINE, Watch
@@ -127,6 +128,7 @@ class CollapseGuard(Callback):
         self.detector = CollapseDetector(sensitivity)
         self.verdicts: list[Verdict] = []
         self.rolled_back_to: int | None = None
+        self.account = Account()
         self._remedy = Dormant(remedies)
         self._rate = RateLimit()
         self._healthy = HealthyCheckpoint(self.detector.sensitivity.window // 2)
@@ -271,6 +273,7 @@ class CollapseGuard(Callback):
         """What was seen, what was said, and the remedy's state."""
         return {
             "detector": self.detector.state_dict(),
+            "account": self.account.state_dict(),
             "verdicts": [verdict.state_dict() for verdict in self.verdicts],
             "rolled_back_to": self.rolled_back_to,
             "remedy": self._remedy.state_dict(),
@@ -282,6 +285,7 @@ class CollapseGuard(Callback):
         """Go on with what a checkpoint's run had seen."""
         self.detector.load_state_dict(state_dict["detector"])
         self.verdicts = [Verdict.from_state_dict(state) for state in state_dict["verdicts"]]
+        self.account.load_state_dict(state_dict.get("account", {}))
         self.rolled_back_to = state_dict["rolled_back_to"]
         self._remedy.load_state_dict(state_dict["remedy"])
         self._rate.load_state_dict(state_dict["rate"])
@@ -372,6 +376,9 @@ class CollapseGuard(Callback):
         sentence = f"step {verdict.step}: {verdict.reason}"
         if done:
             sentence += f"; {', '.join(done)}"
+        self.account.tell(
+            verdict.step, f"CollapseGuard: {verdict.reason}{''.join(f'; {one}' for one in done)}"
+        )
         if self.action != "alert" or not log_alert(trainer, "CollapseGuard", sentence):
             self._say(sentence)
 
@@ -415,6 +422,8 @@ class CollapseGuard(Callback):
         if self.lr_factor < 1:
             scalars["guard/lr_factor"] = self._rate.factor
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
+        drawn = ("guard/score", "guard/lr_factor")
+        self.account.draw(step, {name: value for name, value in scalars.items() if name in drawn})
         log_scalars(trainer, scalars, step)
 
     def _say(self, sentence: str) -> None:

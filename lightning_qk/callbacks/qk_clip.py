@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._trainer import (
     check_lightning,
@@ -61,6 +62,7 @@ class QKClip(Callback):
         gammas: qualified layer name → γ of each key head at the last step, ``(kv_heads,)``.
         maxima: qualified layer name → largest logit of each query head before the last clip, ``(heads,)``;
             one that is at most ``tau`` may be a bound, on steps that are not logged.
+        account: curves and the first clip of every layer, for the run's report.
 
     Raises:
         TypeError: the trainer is one of the package ``pytorch_lightning``.
@@ -86,6 +88,7 @@ class QKClip(Callback):
         self.per_head = per_head
         self.gammas: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
+        self.account = Account()
         self._reader: ProjectionReader | None = None
         self._capture: AttentionCapture | None = None
         self._editors: dict[str, HeadEditor] = {}
@@ -98,11 +101,21 @@ class QKClip(Callback):
         self._steps_before = 0
         self._steps = 0
         self._warned: set[str] = set()
+        self._told: set[str] = set()
 
     @property
     def state_key(self) -> str:
         """Several of these can be in one trainer, on other modules."""
         return self._generate_state_key(modules=self.modules)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was done so far, for the report."""
+        return {"account": self.account.state_dict(), "told": sorted(self._told)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the account of a checkpoint's run."""
+        self.account.load_state_dict(state_dict.get("account", {}))
+        self._told = set(state_dict.get("told", ()))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: another package's trainer, DeepSpeed."""
@@ -221,11 +234,24 @@ class QKClip(Callback):
                 )
             gamma = self.gammas[name] = clip_factors(largest, editor.kv_heads, self.tau)
             apply_clip(editor, gamma, self.alpha)
+            self._tell(name, gamma, largest, logging_step(trainer))
             by_head = gamma.repeat_interleave(editor.heads // editor.kv_heads)
             before = self._smallest.get(name)
             self._smallest[name] = by_head if before is None else torch.minimum(before, by_head)
         if self._steps == 1:
             self._name_unheard()
+
+    def _tell(self, name: str, gamma: Tensor, largest: Tensor, step: int) -> None:
+        """Remember the first clip of a layer."""
+        if name in self._told or not bool((gamma < 1).any()):
+            return
+        self._told.add(name)
+        head = int(largest.argmax())
+        self.account.tell(
+            step,
+            f"QKClip clipped {self._labels[name]} for the first time: head {head} had a logit of "
+            f"{float(largest[head]):.4g}, above {self.tau:g} (γ {float(gamma.min()):.3g})",
+        )
 
     def _maxima_of_all_ranks(self, trainer: Trainer, device: torch.device, *, is_deaf: bool) -> Tensor:
         """Maxima of all layers' heads since the last step, flat; at the end, whether a rank cannot tell some."""
@@ -268,6 +294,7 @@ class QKClip(Callback):
         maxima = torch.cat(list(self.maxima.values()))
         scalars["clip/max_logit/max"] = maxima.max().item()
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
+        self.account.draw(logging_step(trainer), scalars)
         for name, by_head in smallest.items():
             label = self._labels[name]
             if self.per_layer:

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -61,6 +62,7 @@ class SigmaReparam(Callback):
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.projections: Projections = projections
         self.remove_at_end = remove_at_end
+        self.account = Account()
         self._is_due = False
         self._steps_before = 0
 
@@ -115,6 +117,7 @@ class SigmaReparam(Callback):
             f"sigma_reparam/gain/{name}": getattr(gains, name)().item() for name in ("mean", "min", "max")
         }
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
+        self.account.draw(logging_step(trainer), scalars)
         log_scalars(trainer, scalars, logging_step(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

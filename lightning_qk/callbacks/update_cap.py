@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -56,6 +57,7 @@ class UpdateCap(Callback):
         self.tau = float(tau)
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.iterations = iterations
+        self.account = Account()
         self._ends: list[Callable[[], None]] = []
         self._labels: dict[str, str] = {}
         # Per matrix since the last logged step.
@@ -118,6 +120,7 @@ class UpdateCap(Callback):
             "update_cap/capped": float((factors < 1).sum()),
         }
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
+        self.account.draw(logging_step(trainer), scalars)
         for name in dict.fromkeys(name for name, _ in keys):
             own = [place for place, key in enumerate(keys) if key[0] == name]
             scalars[f"update_cap/factor/{self._labels[name]}"] = factors[own].min().item()

@@ -210,6 +210,7 @@ class RunRecord:
         shapes: layer label → its widths and its softmax scale.
         points: step → what it is called, where steps stand for something else, such as models side by side.
         scalars: name → (steps, values) of run-level curves, such as ``locater/penalty``.
+        events: (step, sentence) of what happened in the run: alarms, and what was done about them.
         info: facts about the run to print: model, parameters, versions.
         notes: sentences that a reader has to know, such as layers that were not captured.
     """
@@ -225,6 +226,7 @@ class RunRecord:
     shapes: dict[str, LayerShape] = field(default_factory=dict)
     points: dict[int, str] = field(default_factory=dict)
     scalars: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    events: list[tuple[int, str]] = field(default_factory=list)
     info: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -246,6 +248,7 @@ class RunRecord:
             "eigenvalues": list(self.eigenvalues),
             "eigenvalues_step": self.eigenvalues_step,
             "scalars": self.scalars,
+            "events": self.events,
             "info": self.info,
             "notes": self.notes,
             "shapes": self.shapes,
@@ -307,6 +310,7 @@ class RunRecord:
             notes=meta["notes"],
             # What follows is younger than the format: records of earlier versions lack it.
             shapes={label: LayerShape(*shape) for label, shape in meta.get("shapes", {}).items()},
+            events=[(int(step), sentence) for step, sentence in meta.get("events", ())],
             points={int(step): name for step, name in meta.get("points", {}).items()},
         )
         for kind, kept in meta.get("snapshots", {}).items():

@@ -74,6 +74,7 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         "curves": _has_curves(record, missing),
         "eigenvalues": _has_eigenvalues(record, missing),
         "times": times,
+        "events": record.events,
         "scalars": [name for name, (steps, _) in record.scalars.items() if steps],
         "health": layer_health(record),
         "columns": _COLUMNS,
@@ -82,6 +83,7 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         "version": __version__,
     }
     content["anchors"] = [
+        *([("events", "Alarms and remedies")] if record.events else []),
         ("worst", "Where to look first"),
         ("heads", "Every head"),
         ("theory", "Theory and measurement"),
