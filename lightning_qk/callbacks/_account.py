@@ -1,4 +1,4 @@
-"""What a callback that steers a run leaves in its report: curves of what it did, and sentences on single events."""
+"""What a callback that steers leaves in the report: curves of what it did, and sentences on single events."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
