@@ -48,6 +48,8 @@ def told(run: Run, truth: Truth, alarm: Verdict | None) -> dict[str, Any]:
     early = truth.failure is not None and step is not None and step < truth.failure
     return {
         "name": run.name,
+        "seed": run.seed,
+        "reports": run.reports,
         "outcome": truth.outcome,
         "final": truth.final,
         "failure": truth.failure,

@@ -3,8 +3,8 @@
     python benchmarks/collapse/run.py [--quick] [--jobs 2] [--out FILE]
 
 Trains what is not in the cache, shows the records to the guard's detectors, trains the failing runs once more with
-a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs; so
-is what the remedy is. The other half reports.
+a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs, and on
+earlier draws of the other; so is what the remedy is. The other half reports, with seeds of its own.
 """
 
 import argparse
@@ -34,14 +34,12 @@ from truth import MARGIN, final, judge, reference  # noqa: E402
 
 from lightning_qk.guard.detector import Sensitivity  # noqa: E402
 
-REMEDIES = {
-    "0.1, 50": {"factor": 0.1, "tau": 50.0},
-    "0.1, 10": {"factor": 0.1, "tau": 10.0},
-    "0.2, 10": {"factor": 0.2, "tau": 10.0},
+REMEDIES: dict[str, dict[str, Any]] = {
+    "0.1, 10, 40": {"factor": 0.1, "tau": 10.0, "warmup": 40},
+    "0.2, 10, 40": {"factor": 0.2, "tau": 10.0, "warmup": 40},
+    "0.3, 10, 40": {"factor": 0.3, "tau": 10.0, "warmup": 40},
 }
-"""Factor of the learning rate and τ of QK-Clip, to choose from."""
-WARMUP = 40
-"""Steps to the smaller rate, where the run goes back to its start."""
+"""Factor of the learning rate, τ of QK-Clip, and steps to the smaller rate where a run goes back to its start."""
 BARS = {"share_warned_before": 0.9, "median_lead": 0.1, "false_alarms": 1, "share_rescued": 0.7}
 
 
@@ -51,8 +49,7 @@ def record(run: Run, remedy: str | None, cache: str) -> dict[str, Any]:
     if remedy is not None:
         key["guard"] = {
             **REMEDIES[remedy],
-            "warmup": WARMUP,
-            "rollback": "to what a window confirmed, or the start",
+            "rollback": "to what a whole window confirmed, or the start, always warmed up",
             "sensitivity": asdict(Sensitivity()),
         }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
@@ -69,7 +66,7 @@ def record(run: Run, remedy: str | None, cache: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _guarded(run: Run, cache: str, factor: float, tau: float) -> dict[str, Any]:
+def _guarded(run: Run, cache: str, factor: float, tau: float, warmup: int) -> dict[str, Any]:
     from lightning_qk import CollapseGuard, QKClip
 
     guard = CollapseGuard(
@@ -77,7 +74,7 @@ def _guarded(run: Run, cache: str, factor: float, tau: float) -> dict[str, Any]:
         every_n_steps=EVERY,
         rollback=True,
         lr_factor=factor,
-        lr_warmup=WARMUP,
+        lr_warmup=warmup,
         checkpoint_every=2 * EVERY,
     )
     found = train(run, cache, [guard], monitors=False)
@@ -105,18 +102,14 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
     runs = [run for run in (*DRIVEN, *ROUGH) if run.family in families]
     plain = [run for run in REFERENCES if run.family in families]
     found = in_parallel([(run, None) for run in (*plain, *runs)], cache, jobs, "runs")
-    records = dict(zip((run.name for run in (*plain, *runs)), found, strict=True))
+    records = dict(zip((*plain, *runs), found, strict=True))
     healthy = {
-        family: reference([records[run.name]["loss"] for run in plain if run.family == family])
+        family: reference([records[run]["loss"] for run in plain if run.family == family])
         for family in families
     }
-    truths = {run.name: judge(records[run.name]["loss"], healthy[run.family]) for run in runs}
-    rows = [told(run, truths[run.name], first_alarm(records[run.name])) for run in runs]
-    halves = {
-        "chosen_on": [row for run, row in zip(runs, rows, strict=True) if not run.reports],
-        "reported_on": [row for run, row in zip(runs, rows, strict=True) if run.reports],
-    }
-    failing = [run for run in runs if truths[run.name].fails]
+    truths = {run: judge(records[run]["loss"], healthy[run.family]) for run in runs}
+    rows = {run: told(run, truths[run], first_alarm(records[run])) for run in runs}
+    failing = [run for run in runs if truths[run].fails]
     tried = [(run, remedy) for remedy in REMEDIES for run in failing if not run.reports]
     helped = dict(zip(tried, in_parallel(tried, cache, jobs, "helped"), strict=True))
 
@@ -132,15 +125,16 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
     remedy = max(REMEDIES, key=worth)
     reports: list[tuple[Run, str | None]] = [(run, remedy) for run in failing if run.reports]
     helped |= dict(zip(reports, in_parallel(reports, cache, jobs, "helped"), strict=True))
-    by_name = {run.name: run for run in failing}
-    for row in rows:
-        if row["failure"] is not None:
-            run = by_name[row["name"]]
-            own = helped[run, remedy]
-            row["helped_final"] = final(own["loss"])
-            row["rescued"] = rescued(own["loss"], healthy[run.family])
-            row["alarms"] = own["alarms"]
-            row["rolled_back_to"] = own["rolled_back_to"]
+    for run in failing:
+        own = helped[run, remedy]
+        rows[run]["helped_final"] = final(own["loss"])
+        rows[run]["rescued"] = rescued(own["loss"], healthy[run.family])
+        rows[run]["alarms"] = own["alarms"]
+        rows[run]["rolled_back_to"] = own["rolled_back_to"]
+    halves = {
+        "chosen_on": [row for run, row in rows.items() if not run.reports],
+        "reported_on": [row for run, row in rows.items() if run.reports],
+    }
     out: dict[str, Any] = {
         "healthy_final": {name: one.final for name, one in healthy.items()},
         "remedy": REMEDIES[remedy],
@@ -157,7 +151,7 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
         count = sum(row["rescued"] for row in lost)
         out[name] = {**summary(half), "rescued": count, "share_rescued": count / max(1, len(lost))}
     out["sensitivity"] = asdict(Sensitivity())
-    out["runs"] = rows
+    out["runs"] = list(rows.values())
     out["training_seconds"] = sum(one["seconds"] for one in (*records.values(), *helped.values()))
     return out
 
@@ -180,7 +174,7 @@ def show(results: Mapping[str, Any]) -> None:
         lead = "" if row["lead"] is None else f"{row['lead']:.2f}"
         helped = f"{row['helped_final']:.3f}{'' if row['rescued'] else ' no'}" if "rescued" in row else ""
         print(
-            f"{row['name']:24} {row['outcome']:9} {row['failure'] or '':>7} {row['warned'] or '':>6} {lead:>5} "
+            f"{row['name'] + ' ' + str(row['seed']):24} {row['outcome']:9} {row['failure'] or '':>7} {row['warned'] or '':>6} {lead:>5} "
             f"{row['final']:6.3f} {helped:>6}  {row['reason'][:60]}"
         )
     for name in ("chosen_on", "reported_on"):

@@ -50,7 +50,7 @@ class CollapseGuard(Callback):
     With ``rollback=True`` the first alarm takes weights and optimizers' states back to the last healthy
     checkpoint, on all ranks alike: where training started, until there is another. Steps, schedules and the
     position in the data go on. That checkpoint, ``lightning_qk_healthy.ckpt`` in the run's folder, is an ordinary
-    one to resume from. A newer one replaces it once half a window of readings after it was healthy too, since
+    one to resume from. A newer one replaces it once a whole window of readings after it was healthy too, since
     damage is done before it shows; until then it lies beside it as ``lightning_qk_healthy.ckpt.new``.
 
     Logged keys: ``guard/score``, the largest of the detectors' scores, alarming from 1 on; ``guard/loss``,
@@ -66,8 +66,7 @@ class CollapseGuard(Callback):
         sensitivity: what counts as an alarm; None is what was chosen on the benchmark.
         rollback: go back to the last healthy checkpoint, once.
         lr_factor: multiply learning rates at an alarm; 1 leaves them.
-        lr_warmup: steps over which the smaller rate is reached from zero where the optimizers remember nothing, as
-            after going back to the start.
+        lr_warmup: steps over which the smaller rate is reached from zero after going back.
         checkpoint_every: steps between healthy checkpoints, at least; 0 keeps none. Each costs as much as any
             other checkpoint.
         loss: key in ``trainer.callback_metrics`` to watch in place of what ``training_step`` returns.
@@ -131,7 +130,7 @@ class CollapseGuard(Callback):
         self.account = Account()
         self._remedy = Dormant(remedies)
         self._rate = RateLimit()
-        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window // 2)
+        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window)
         self._watch: Watch | None = None
         self._losses: list[Tensor] = []
         self._micro: list[Tensor] = []
@@ -385,16 +384,15 @@ class CollapseGuard(Callback):
     def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Roll back, lower the rate and wake the remedy; what was done, in words."""
         done = []
-        if self.rollback and self.rolled_back_to is None and self._restored(trainer):
+        went_back = self.rollback and self.rolled_back_to is None and self._restored(trainer)
+        if went_back:
             self.rolled_back_to = step = self._healthy.step
             assert step is not None  # there was one to restore
             where = f"at step {step}" if step >= 0 else "where training started"
             done.append(f"weights and optimizer are back {where}")
         # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
         if self.lr_factor < 1 and self._rate.factor == 1:
-            # Optimizers that remember nothing take their largest steps at first.
-            is_new = not any(optimizer.state for optimizer in trainer.optimizers)
-            self._rate.tighten(self.lr_factor, self.lr_warmup if is_new else 0)
+            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
             done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
         if self._remedy.wake(trainer, pl_module):
             names = [type(callback).__name__ for callback in self._remedy.callbacks]

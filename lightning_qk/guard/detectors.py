@@ -29,6 +29,8 @@ class Sensitivity:
         window: readings that running statistics look back on.
         horizon: readings that trends are carried ahead.
         logit: absolute logit of a head that no training comes back from by itself.
+        onset: share of ``logit`` from which on a head's growth is carried ahead; small logits grow fast in every
+            run.
         entropy: normalized entropy, mean over the heads of a layer, below which attention has collapsed.
         cosine: mean cosine of tokens above which a layer's tokens are too much alike while the loss stands still.
         identical: one minus the mean cosine below which they are so in any case.
@@ -36,31 +38,34 @@ class Sensitivity:
         rise: relative rise of the loss over half a window that is an alarm.
         growth: factor by which the squared norms of a layer's ``W_QK`` may grow over a window while the loss
             stands still.
+        lasting: readings in a row at which the loss has to stand still before that counts.
         patience: readings in a row that have to be alarming.
     """
 
     window: int = 8
-    horizon: float = 3.0
-    logit: float = 100.0
+    horizon: float = 5.0
+    logit: float = 110.0
+    onset: float = 0.2
     entropy: float = 0.05
     cosine: float = 0.97
     identical: float = 5e-4
     stall: float = 0.02
     rise: float = 0.15
     growth: float = 30.0
+    lasting: int = 4
     patience: int = 2
 
     def __post_init__(self) -> None:
         for name in ("horizon", "logit", "stall", "rise"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} above 0, got {getattr(self, name)}: raise it")
-        for name in ("entropy", "cosine", "identical"):
+        for name in ("onset", "entropy", "cosine", "identical"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {getattr(self, name)}: correct it")
-        if self.window < 4 or self.patience < 1 or self.growth <= 1:
+        if self.window < 4 or min(self.patience, self.lasting) < 1 or self.growth <= 1:
             raise ValueError(
-                f"expected a window of at least 4, patience of at least 1 and growth above 1, got {self.window}, "
-                f"{self.patience} and {self.growth}: raise them"
+                "expected a window of at least 4, patience and lasting of at least 1 and growth above 1, got "
+                f"{self.window}, {self.patience}, {self.lasting} and {self.growth}: raise them"
             )
 
 
@@ -85,18 +90,21 @@ class LossWatch:
     def __init__(self, sensitivity: Sensitivity) -> None:
         self.sensitivity = sensitivity
         self._blocks: deque[list[float]] = deque(maxlen=sensitivity.window)
-        self.stall = 0.0
+        self._stalls: deque[float] = deque(maxlen=sensitivity.lasting)
+
+    @property
+    def stall(self) -> float:
+        """1 where the loss has stood still for a while, 0 where it falls enough: least of the newest readings."""
+        return min(self._stalls) if len(self._stalls) == self._stalls.maxlen else 0.0
 
     def observe(self, reading: Reading) -> Finding:
-        """Add the losses of a reading; :attr:`stall` is 1 where the loss stands still, 0 where it falls enough."""
+        """Add the losses of a reading."""
         losses = [float(loss) for loss in reading.losses]
         bad = next((loss for loss in losses if not math.isfinite(loss)), None)
         if bad is not None:
-            self.stall = 1.0
             return Finding(math.inf, f"the training loss is {bad}")
         if losses:
             self._blocks.append(losses)
-        self.stall = 0.0
         if len(self._blocks) < self.sensitivity.window:
             return NOTHING
         blocks = list(self._blocks)
@@ -108,7 +116,7 @@ class LossWatch:
         size = max(abs(old), _TINY)
         # Halves of a window lie half a window apart.
         fall = 2 * (old - new) / size
-        self.stall = min(1.0, max(0.0, 1 - fall / self.sensitivity.stall))
+        self._stalls.append(min(1.0, max(0.0, 1 - fall / self.sensitivity.stall)))
         risen = (new - old - 2 * error) / size
         if risen <= 0:
             return NOTHING
@@ -121,16 +129,16 @@ class LossWatch:
     def clear(self) -> None:
         """Forget everything."""
         self._blocks.clear()
-        self.stall = 0.0
+        self._stalls.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The losses of the window."""
-        return {"blocks": list(self._blocks), "stall": self.stall}
+        return {"blocks": list(self._blocks), "stalls": list(self._stalls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with those of a checkpoint."""
         self._blocks = deque(state["blocks"], maxlen=self.sensitivity.window)
-        self.stall = state["stall"]
+        self._stalls = deque(state.get("stalls", ()), maxlen=self.sensitivity.lasting)
 
 
 class Detector:
@@ -149,7 +157,7 @@ class Detector:
 
         Args:
             reading: of this step.
-            stall: 1 where the loss stands still, 0 where it falls.
+            stall: 1 where the loss has stood still for a while, 0 where it falls.
         """
         values = reading.values.get(self.statistic)
         if values is None or not values.numel():
@@ -192,9 +200,12 @@ class LogitGrowth(Detector):
             index = int(values.isinf().nonzero()[0])
             return Finding(math.inf, f"the logits of {reading.place(self.statistic, index)} are not finite")
         slope, error = self.window.trend()
-        growing = sure(slope, error).clamp_min(0)
-        ahead = (self.level() + self.sensitivity.horizon * growing).exp()
-        score, index = _largest(ahead / self.sensitivity.logit)
+        level, limit = self.level(), self.sensitivity.logit
+        growing = torch.where(
+            level >= math.log(self.sensitivity.onset * limit), sure(slope, error).clamp_min(0), 0.0
+        )
+        ahead = (level + self.sensitivity.horizon * growing).exp()
+        score, index = _largest(ahead / limit)
         place = reading.place(self.statistic, index)
         reason = f"the largest logit of {place} is {float(values[index]):.4g}"
         before = float(self.window.rows()[0, index].exp())

@@ -150,8 +150,8 @@ def test_a_checkpoint_counts_once_what_followed_was_healthy(tmp_path):
                 # What is not confirmed yet is dropped by one reading that is not healthy.
                 guard._healthy.doubt(trainer)
 
-    fit(guard, Watch(), default_root_dir=tmp_path, steps=16)
-    readings = guard.detector.sensitivity.window // 2
+    fit(guard, Watch(), default_root_dir=tmp_path, steps=24)
+    readings = guard.detector.sensitivity.window
     confirmed = [step for step, _ in seen.values()]
     assert confirmed[0] == -1
     assert all(step == -1 or number - 1 - step >= readings for number, (step, _) in seen.items())

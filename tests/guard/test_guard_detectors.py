@@ -90,6 +90,13 @@ def test_exponential_growth_of_logits_is_told_before_they_are_there(seed, rate):
     assert f"{values[alarm.step]:.4g}" in alarm.reason
 
 
+def test_small_logits_that_grow_fast_are_no_alarm():
+    # As in the first steps of every run: from next to nothing to a tenth of the limit, and there it stays.
+    assert not alarms(series(logit=lambda i: min(11.0, 0.05 * math.exp(0.5 * i))))
+    (alarm,) = alarms(series(20, logit=lambda i: 0.05 * math.exp(0.5 * i)))
+    assert alarm.scores["logits"] >= 1
+
+
 def test_entropy_that_drops_names_the_layer():
     (alarm,) = alarms(series(entropy=lambda i: 0.6 * math.exp(-0.12 * i)))
     assert alarm.scores["entropy"] >= 1
@@ -100,6 +107,16 @@ def test_alike_tokens_are_an_alarm_only_while_the_loss_stands_still():
     still = alarms(series(cosine=lambda i: 0.99, loss=lambda i: 3.0))
     assert "before h.1" in still[0].reason
     assert not alarms(series(cosine=lambda i: 0.99))
+
+
+@pytest.mark.parametrize(("steps", "alarming"), [(8, False), (24, True)])
+def test_a_pause_of_the_loss_is_no_alarm_and_a_long_one_is(steps, alarming):
+    begin = 20
+
+    def loss(index):
+        return 3.0 * math.exp(-0.03 * (min(index, begin) + max(0, index - begin - steps)))
+
+    assert bool(alarms(series(60, noise=0, cosine=lambda i: 0.985, loss=loss))) == alarming
 
 
 def test_uniform_attention_of_identical_tokens_is_an_alarm_though_the_loss_falls():
@@ -171,7 +188,16 @@ def test_a_trend_is_that_of_most_rows():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"window": 3}, {"logit": 0.0}, {"entropy": 1.0}, {"patience": 0}, {"growth": 1.0}]
+    "arguments",
+    [
+        {"window": 3},
+        {"logit": 0.0},
+        {"entropy": 1.0},
+        {"patience": 0},
+        {"growth": 1.0},
+        {"lasting": 0},
+        {"onset": 1.0},
+    ],
 )
 def test_refuses_what_means_nothing(arguments):
     with pytest.raises(ValueError, match="expected"):
