@@ -3,8 +3,8 @@
     python benchmarks/collapse/run.py [--quick] [--jobs 2] [--out FILE]
 
 Trains what is not in the cache, shows the records to the guard's detectors, trains the failing runs once more with
-a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs, and on
-earlier draws of the other; so is what the remedy is. The other half reports, with seeds of its own.
+a guard that helps, prints a table and writes JSON. What counts as an alarm was chosen on one half of the runs and
+on earlier draws of the other; so is what the remedy is. The other half reports, with seeds of its own.
 """
 
 import argparse
@@ -173,8 +173,9 @@ def show(results: Mapping[str, Any]) -> None:
     for row in results["runs"]:
         lead = "" if row["lead"] is None else f"{row['lead']:.2f}"
         helped = f"{row['helped_final']:.3f}{'' if row['rescued'] else ' no'}" if "rescued" in row else ""
+        name = f"{row['name']} {row['seed']}"
         print(
-            f"{row['name'] + ' ' + str(row['seed']):24} {row['outcome']:9} {row['failure'] or '':>7} {row['warned'] or '':>6} {lead:>5} "
+            f"{name:24} {row['outcome']:9} {row['failure'] or '':>7} {row['warned'] or '':>6} {lead:>5} "
             f"{row['final']:6.3f} {helped:>6}  {row['reason'][:60]}"
         )
     for name in ("chosen_on", "reported_on"):

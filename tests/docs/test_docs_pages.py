@@ -6,17 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from pages import OTHER, ROOT, check_command, commands, languages, run_python
 
 import lightning_qk
+from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.parquet import HISTORY_NAME, write_history
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts
 )
 # Those whose code has tests of its own (so has the tutorial), or is made by a command.
-ELSEWHERE = {
-    f"docs/{name}.md" for name in ("attention-health", "comparison", "coverage", "loggers", "performance")
-}
+ELSEWHERE = {f"docs/{name}.md" for name in ("attention-health", "comparison", "coverage", "performance")}
 TAUGHT = [page for page in PAGES if page not in ELSEWHERE]
 LINKED = [*PAGES, "README.md", "CONTRIBUTING.md", "examples/paper/README.md"]
 
@@ -27,6 +28,8 @@ LINKED = [*PAGES, "README.md", "CONTRIBUTING.md", "examples/paper/README.md"]
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if page == "docs/loggers.md":
+        leave_a_history(tmp_path)
     namespace, printed = run_python(page)
     if "trainer" in namespace:
         assert namespace["trainer"].global_step > 0
@@ -42,6 +45,17 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     elif page == "docs/how-to/read-a-checkpoint.md":
         assert namespace["variances"]["layer_00"].shape == (4,)
         assert "layer_02" in printed
+    elif page == "docs/loggers.md":
+        assert sorted(namespace["table"]["step"].unique()) == [0, 10]
+        assert set(namespace["table"]["head"]) == {0, 1}
+
+
+def leave_a_history(folder: Path) -> None:
+    """What a run with a monitor leaves."""
+    history = History(["layer_00", "layer_01"], [2, 2])
+    for step in (0, 10):
+        history.append(step, {"entropy": torch.rand(4), "sink_rate": torch.rand(4)})
+    write_history(RunRecord(attention=history), folder / HISTORY_NAME)
 
 
 @pytest.mark.parametrize("page", [page for page in TAUGHT if "bash" in languages(page)])

@@ -109,7 +109,7 @@ def test_alike_tokens_are_an_alarm_only_while_the_loss_stands_still():
     assert not alarms(series(cosine=lambda i: 0.99))
 
 
-@pytest.mark.parametrize(("steps", "alarming"), [(8, False), (24, True)])
+@pytest.mark.parametrize(("steps", "alarming"), [(5, False), (24, True)])
 def test_a_pause_of_the_loss_is_no_alarm_and_a_long_one_is(steps, alarming):
     begin = 20
 
