@@ -129,7 +129,7 @@ def benchmark(families: Sequence[str], cache: Path, jobs: int) -> dict[str, Any]
         own = helped[run, remedy]
         rows[run]["helped_final"] = final(own["loss"])
         rows[run]["rescued"] = rescued(own["loss"], healthy[run.family])
-        rows[run]["alarms"] = own["alarms"]
+        rows[run]["alarms"] = [alarm["step"] for alarm in own["alarms"]]
         rows[run]["rolled_back_to"] = own["rolled_back_to"]
     halves = {
         "chosen_on": [row for run, row in rows.items() if not run.reports],

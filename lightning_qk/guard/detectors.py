@@ -207,9 +207,12 @@ class LogitGrowth(Detector):
         ahead = (level + self.sensitivity.horizon * growing).exp()
         score, index = _largest(ahead / limit)
         place = reading.place(self.statistic, index)
-        reason = f"the largest logit of {place} is {float(values[index]):.4g}"
         before = float(self.window.rows()[0, index].exp())
-        return Finding(score, f"{reason}, {before:.4g} {len(self.window) - 1} readings before")
+        return Finding(
+            score,
+            f"the largest logit of {place} has gone from {before:.4g} to {float(values[index]):.4g} in "
+            f"{len(self.window) - 1} readings",
+        )
 
 
 class EntropyCollapse(Detector):
@@ -229,11 +232,11 @@ class EntropyCollapse(Detector):
         ahead = (self.level() + self.sensitivity.horizon * falling).exp()
         score, index = _largest(self.sensitivity.entropy / ahead)
         newest, layers, heads = layer_means(values, reading, self.statistic)
-        before = float(self.window.rows()[0, index].exp())
+        before, now = float(self.window.rows()[0, index].exp()), float(newest[index])
         return Finding(
             score,
-            f"the normalized entropy of {layers[index]} is {float(newest[index]):.3g}, least in head "
-            f"{heads[index]}, {before:.3g} {len(self.window) - 1} readings before",
+            f"the normalized entropy of {layers[index]} has gone from {before:.3g} to {now:.3g} in "
+            f"{len(self.window) - 1} readings, least in head {heads[index]}",
         )
 
 
