@@ -173,6 +173,12 @@ class Detector:
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
         """What to make of the window."""
 
+    @property
+    def span(self) -> str:
+        """How far the window reaches back, in words."""
+        count = len(self.window) - 1
+        return f"{count} reading" if count == 1 else f"{count} readings"
+
     def level(self) -> Tensor:
         """Median of the newest three rows: one number that is far out is no alarm."""
         return self.window.rows()[-3:].nanmedian(0).values
@@ -210,8 +216,7 @@ class LogitGrowth(Detector):
         before = float(self.window.rows()[0, index].exp())
         return Finding(
             score,
-            f"the largest logit of {place} has gone from {before:.4g} to {float(values[index]):.4g} in "
-            f"{len(self.window) - 1} readings",
+            f"the largest logit of {place} has gone from {before:.4g} to {float(values[index]):.4g} in {self.span}",
         )
 
 
@@ -236,7 +241,7 @@ class EntropyCollapse(Detector):
         return Finding(
             score,
             f"the normalized entropy of {layers[index]} has gone from {before:.3g} to {now:.3g} in "
-            f"{len(self.window) - 1} readings, least in head {heads[index]}",
+            f"{self.span}, least in head {heads[index]}",
         )
 
 
@@ -287,7 +292,7 @@ class SpectralGrowth(Detector):
         return Finding(
             score,
             f"the squared norm of W_QK in {layers[index]} has grown {float(grown[index].exp()):.3g}-fold to "
-            f"{float(newest[index]):.3g} in {len(self.window) - 1} readings while the loss stands still",
+            f"{float(newest[index]):.3g} in {self.span} while the loss stands still",
         )
 
 
