@@ -213,11 +213,9 @@ class LogitGrowth(Detector):
         ahead = (level + self.sensitivity.horizon * growing).exp()
         score, index = _largest(ahead / limit)
         place = reading.place(self.statistic, index)
-        before = float(self.window.rows()[0, index].exp())
-        return Finding(
-            score,
-            f"the largest logit of {place} has gone from {before:.4g} to {float(values[index]):.4g} in {self.span}",
-        )
+        before, now = float(self.window.rows()[0, index].exp()), float(values[index])
+        reason = f"the largest logit of {place} has gone from {before:.4g} to {now:.4g} in {self.span}"
+        return Finding(score, reason)
 
 
 class EntropyCollapse(Detector):
