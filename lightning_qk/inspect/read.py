@@ -192,7 +192,7 @@ def read_checkpoint(
     spectra: dict[str, Tensor] = {}
     facts: dict[str, set[str]] = {"positions": set(), "norms": set()}
     # A layer's eigenproblems are solved while the next one is read.
-    worker = EigenvalueWorker()
+    worker = EigenvalueWorker(one_core=True)
 
     def collect() -> None:
         solved = worker.collect()

@@ -55,9 +55,16 @@ class EigenvalueWorker:
     distributed job collect the same.
 
     The thread runs LAPACK, which gives up Python's lock; it draws no random numbers.
+
+    Args:
+        one_core: keep the thread on one core. Matrices as small as a head's gain nothing from several, but keep
+            them waiting for each other: on two cores the same time, and twice the processor time. For programs of
+            our own only: torch has no other way to it than its number for the whole process, which threads that
+            compute for the first time in that moment would keep.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, one_core: bool = False) -> None:
+        self._one_core = one_core
         self._thread: ThreadPoolExecutor | None = None
         self._pending: tuple[int, Future[dict[str, Tensor]]] | None = None
 
@@ -79,7 +86,9 @@ class EigenvalueWorker:
         if self._pending is not None:
             raise RuntimeError(f"expected collect() before the next submit(): step {self.pending} is pending")
         if self._thread is None:
-            self._thread = _one_core_thread()
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-qk-eigenvalues")
+            if self._one_core:
+                _keep_on_one_core(self._thread)
         copies = [_to_host(part) for part in cores]
         self._pending = (step, self._thread.submit(_solve_copies, copies))
 
@@ -109,13 +118,7 @@ class EigenvalueWorker:
             self._thread = None
 
 
-def _one_core_thread() -> ThreadPoolExecutor:
-    """A thread whose LAPACK stays on one core.
-
-    Matrices as small as a head's gain nothing from several, but keep them waiting for each other: on two cores the
-    same time, and twice the processor time, which is taken from the training.
-    """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="lightning-qk-eigenvalues")
+def _keep_on_one_core(thread: ThreadPoolExecutor) -> None:
     threads = torch.get_num_threads()
 
     def stay_on_one() -> None:
@@ -125,7 +128,6 @@ def _one_core_thread() -> ThreadPoolExecutor:
     thread.submit(stay_on_one).result()
     # It is torch's number for the thread that asks, and for those that come later: they get the old one.
     torch.set_num_threads(threads)
-    return thread
 
 
 def _to_host(cores: Cores) -> tuple[Cores, "torch.cuda.Event | None"]:

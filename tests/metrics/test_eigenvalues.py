@@ -51,8 +51,8 @@ def test_the_spectra_are_those_of_the_weights(worker, kind):
     assert tuple(everything) == (*MOMENT_STATISTICS, *EXTREME_STATISTICS)
 
 
-def test_only_the_thread_stays_on_one_core(worker, monkeypatch):
-    seen = []
+def test_only_the_thread_stays_on_one_core(monkeypatch):
+    seen, worker = [], EigenvalueWorker(one_core=True)
 
     def solve(cores):
         torch.linalg.eigvals(torch.eye(3))
@@ -72,6 +72,7 @@ def test_only_the_thread_stays_on_one_core(worker, monkeypatch):
         assert seen == [1]
         assert torch.get_num_threads() == of_a_new_thread() == 2
     finally:
+        worker.close()
         torch.set_num_threads(before)
 
 
