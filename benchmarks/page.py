@@ -35,7 +35,7 @@ def render(figures: dict[str, Any]) -> str:
         inspection=inspection(found),
         inspected=f"{found['layers']} layers, {found['bytes'] / 1e9:.2f} GB of query and key weights",
         repeats=found["repeats"],
-        threads=found["threads"],
+        inspect_threads=found["threads"],
         peak=f"{found['peak']['inspect'] / 1e9:.2f}",
         **{name: f"{found[name]:.2g}" for name in ("ratio", "bare", "moments_read")},
     )
