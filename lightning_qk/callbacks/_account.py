@@ -70,25 +70,6 @@ class Account:
             self._untold = state["untold"]
 
 
-class Accountable(Callback):
-    """Base of callbacks that keep an account; checkpoints have it, so that a resumed run reports the whole run.
-
-    Attributes:
-        account: curves and events for the run's report.
-    """
-
-    def __init__(self) -> None:
-        self.account = Account()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was done so far."""
-        return {"account": self.account.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the account of a checkpoint's run."""
-        self.account.load_state_dict(state_dict.get("account", {}))
-
-
 def contributors(callbacks: Iterable[Callback]) -> Iterator[Contributor]:
     """Of callbacks that steer, and of those that another one wakes: what has something to add to a record."""
     from lightning_qk.callbacks.guard import CollapseGuard
@@ -99,5 +80,5 @@ def contributors(callbacks: Iterable[Callback]) -> Iterator[Contributor]:
             yield from contributors(callback.remedies)
         if isinstance(callback, LocAteR):
             yield callback
-        elif isinstance(callback, Accountable):
-            yield callback.account
+        elif isinstance(account := getattr(callback, "account", None), Account):
+            yield account

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._account import Accountable
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step
 from lightning_qk.capture.steering import AttentionSteering
@@ -56,7 +56,6 @@ class Remedy(Callback):
     """Prefix of the log keys."""
 
     def __init__(self, modules: Patterns, name: str | None) -> None:
-        super().__init__()
         self.modules = kept_patterns(modules)
         self.name = name
         self._steering: AttentionSteering | None = None
@@ -127,7 +126,7 @@ class Remedy(Callback):
             )
 
 
-class PenaltyRemedy(Remedy, Accountable):
+class PenaltyRemedy(Remedy):
     """Base of the callbacks whose penalty on attention reaches the gradient at the attention calls."""
 
     def __init__(self, weight: float, modules: Patterns, name: str | None) -> None:
@@ -135,6 +134,7 @@ class PenaltyRemedy(Remedy, Accountable):
         if not 0 <= weight < float("inf"):
             raise ValueError(f"expected a finite weight of at least 0, got {weight}: pass 0 to switch it off")
         self.weight = float(weight)
+        self.account = Account()
         self._penalty: Auxiliary | None = None
         self._is_due = False
         self._steps_before = 0

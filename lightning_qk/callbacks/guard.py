@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qk.callbacks._account import Accountable
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
 from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step, run_directory
 from lightning_qk.callbacks._watch import COSINE, Watch
@@ -23,7 +23,7 @@ from lightning_qk.logging.loggers import describe_config, log_alert, log_scalars
 Action = Literal["warn", "alert", "stop", "locater", "qk_clip"]
 
 
-class CollapseGuard(Accountable):
+class CollapseGuard(Callback):
     r"""Warns before a run collapses, says where and why, and does something about it where asked.
 
     At its steps it looks at the largest logits and the normalized entropy of every head, the squared norms of
@@ -116,7 +116,6 @@ class CollapseGuard(Accountable):
             )
         if rows < 1:
             raise ValueError(f"expected rows of at least 1, got {rows}: pass how many query rows to sample")
-        super().__init__()
         self.action, remedies = _remedies(action)
         self.every_n_steps = every_n_steps
         self.rollback = rollback
@@ -128,6 +127,7 @@ class CollapseGuard(Accountable):
         self.detector = CollapseDetector(sensitivity)
         self.verdicts: list[Verdict] = []
         self.rolled_back_to: int | None = None
+        self.account = Account()
         self._remedy = Dormant(remedies)
         self._rate = RateLimit()
         self._healthy = HealthyCheckpoint(self.detector.sensitivity.window)
@@ -272,7 +272,7 @@ class CollapseGuard(Accountable):
         """What was seen, what was said, and the remedy's state."""
         return {
             "detector": self.detector.state_dict(),
-            **super().state_dict(),
+            "account": self.account.state_dict(),
             "verdicts": [verdict.state_dict() for verdict in self.verdicts],
             "rolled_back_to": self.rolled_back_to,
             "remedy": self._remedy.state_dict(),
@@ -284,7 +284,7 @@ class CollapseGuard(Accountable):
         """Go on with what a checkpoint's run had seen."""
         self.detector.load_state_dict(state_dict["detector"])
         self.verdicts = [Verdict.from_state_dict(state) for state in state_dict["verdicts"]]
-        super().load_state_dict(state_dict)
+        self.account.load_state_dict(state_dict.get("account", {}))
         self.rolled_back_to = state_dict["rolled_back_to"]
         self._remedy.load_state_dict(state_dict["remedy"])
         self._rate.load_state_dict(state_dict["rate"])

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_qk.callbacks._account import Accountable
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._trainer import (
     check_lightning,
@@ -29,7 +29,7 @@ from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class QKClip(Accountable):
+class QKClip(Callback):
     r"""Holds the attention logits of every head at ``tau``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
 
     After each optimizer step, with S the largest ``scaling q·k`` of a head since the last step, over all
@@ -81,7 +81,6 @@ class QKClip(Accountable):
         per_head: bool = False,
     ) -> None:
         check_clip(tau, alpha)
-        super().__init__()
         self.tau = float(tau)
         self.alpha = float(alpha)
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
@@ -89,6 +88,7 @@ class QKClip(Accountable):
         self.per_head = per_head
         self.gammas: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
+        self.account = Account()
         self._reader: ProjectionReader | None = None
         self._capture: AttentionCapture | None = None
         self._editors: dict[str, HeadEditor] = {}
@@ -109,12 +109,12 @@ class QKClip(Accountable):
         return self._generate_state_key(modules=self.modules)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was done so far, and of which layers it was told."""
-        return {**super().state_dict(), "told": sorted(self._told)}
+        """What was done so far, for the report."""
+        return {"account": self.account.state_dict(), "told": sorted(self._told)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the account of a checkpoint's run."""
-        super().load_state_dict(state_dict)
+        self.account.load_state_dict(state_dict.get("account", {}))
         self._told = set(state_dict.get("told", ()))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

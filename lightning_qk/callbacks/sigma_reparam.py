@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_qk.callbacks._account import Accountable
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -26,7 +26,7 @@ from lightning_qk.interventions.sigma_reparam import (
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class SigmaReparam(Accountable):
+class SigmaReparam(Callback):
     r"""Trains attention weights as ``W = γ W̃ / σ₁(W̃)``: σReparam of Zhai et al. 2023 (arXiv 2303.06296 [V]).
 
     The weights are reparametrized before the optimizer is made, so that it trains W̃ and γ: in ``setup`` where the
@@ -59,10 +59,10 @@ class SigmaReparam(Accountable):
     ) -> None:
         if projections not in ("query_key", "all"):
             raise ValueError(f"expected projections to be 'query_key' or 'all', got {projections!r}")
-        super().__init__()
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.projections: Projections = projections
         self.remove_at_end = remove_at_end
+        self.account = Account()
         self._is_due = False
         self._steps_before = 0
 

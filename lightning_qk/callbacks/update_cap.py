@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_qk.callbacks._account import Accountable
+from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -20,7 +20,7 @@ from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class UpdateCap(Accountable):
+class UpdateCap(Callback):
     r"""Scales each optimizer step's update of query and key weights so that ``σ₁(ΔW) ≤ τ σ₁(W)``.
 
     After Qi et al. 2025 (arXiv 2505.21910 [S]): as if the learning rate of that matrix and step had been smaller.
@@ -54,10 +54,10 @@ class UpdateCap(Accountable):
         iterations: int = 4,
     ) -> None:
         check_cap(tau, iterations)
-        super().__init__()
         self.tau = float(tau)
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.iterations = iterations
+        self.account = Account()
         self._ends: list[Callable[[], None]] = []
         self._labels: dict[str, str] = {}
         # Per matrix since the last logged step.

@@ -130,21 +130,6 @@ def test_every_remedy_has_its_curve(tmp_path, callback, curve):
             assert values[-1] == pytest.approx(float(logged), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [lambda: EntropyBand(0.5, 0.6, 1.0), UpdateCap, SigmaReparam])
-def test_curves_go_on_over_a_resume(tmp_path, kind):
-    def fit_to(steps, path=None):
-        steering, job = kind(), models.Job(models.gpt2())
-        job.train()
-        trainer = models.trainer([steering], max_steps=steps, log_every_n_steps=1, default_root_dir=tmp_path)
-        trainer.fit(job, models.tokens(), ckpt_path=path, weights_only=False)
-        return trainer, steering
-
-    trainer, _ = fit_to(2)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    _, resumed = fit_to(4, tmp_path / "run.ckpt")
-    assert resumed.account.curves.steps == [0, 1, 2, 3]
-
-
 def test_callbacks_of_others_are_left_alone():
     class Foreign:
         account = "savings"
