@@ -1,6 +1,7 @@
 """Check, while a model runs, whether what was read of its layers is what their attention received."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -63,9 +64,8 @@ class SelfCheck:
     """Compares, at the first attention call of every layer, what was read with the q and k that are there.
 
     Forward hooks see what enters the layers and their parts, and a capture sees queries and keys as they are
-    multiplied; both are taken away again by :meth:`remove`. Nothing that the model computes is changed. A layer that
-    was not read, or wrongly, is read again by running it alone on what it was called with
-    (:meth:`~lightning_qk.heads.reader.ProjectionReader.learn`), and compared again.
+    multiplied; both are taken away again by :meth:`remove`. Nothing that the model computes is changed. A layer
+    that was not read, or wrongly, is read again by running it alone on what it was called with, and compared again.
 
     Graphs of torch.compile are left as they are: what runs in one is not checked. Weights that are sharded
     when the attention is called are not checked either.
@@ -210,12 +210,9 @@ class SelfCheck:
             if not (kept.has_parts or call_inputs(call)):
                 return _unchecked("what enters its projections was not seen")
             side = "queries" if match.query > allowed else "keys"
-            reason = (
-                f"its {side} are not W x + b as read from its weights ({plan.layout}): the largest difference of a "
-                f"head is {match.error:.2g} of its length"
-                if match.error < 1e6
-                else f"its {side} are not W x + b as read from its weights ({plan.layout})"
-            )
+            reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
+            if math.isfinite(match.error):
+                reason += f": the largest difference of a head is {match.error:.2g} of its length"
             return Verified(Status.DIFFERS, match.query, match.key, reason, is_self)
         wrong = _wrong_scaling(read.scaling, call, match)
         if wrong is not None:

@@ -1,14 +1,14 @@
 """Compare what was read of a layer's weights with the queries and keys that its attention received.
 
-Nothing here knows layouts or names. Tensors that entered the layer are projected with the weights that were read, and
-the result is looked for among the received vectors:
+Nothing here knows layouts or names. Tensors that entered the layer are projected with the weights that were
+read, and the result is looked for among the received vectors:
 
 - equal up to one positive number, where nothing stands in between;
 - equal up to one positive number a token, head and segment, behind a norm of queries and keys;
-- rotated by position as it was read; or, where positions are not 0, 1, …, or the rotation is of another kind, under a
-  rotation that is the same for queries and keys of one position, so that ``q·q``, ``k·k`` and ``q·k`` of each token
-  are those of the projections: those three make the spectrum at distance 0. Behind norms, which decide the lengths,
-  these are cosines, and those of neighbouring heads, which tell queries from keys.
+- rotated by position as it was read; or, where positions are not 0, 1, …, or the rotation is of another kind,
+  under a rotation that is the same for queries and keys of one position, so that ``q·q``, ``k·k`` and ``q·k`` of
+  each token are those of the projections: those three make the spectrum at distance 0. Behind norms, which decide
+  the lengths, these are cosines, and those of neighbouring heads, which tell queries from keys.
 
 Tokens are compared in their order, and where that fails as a set: windows, packing and moved axes reorder them.
 """
@@ -24,8 +24,8 @@ from lightning_qk.functional._precision import at_least_float32, full_precision
 from lightning_qk.heads.position import NONE
 from lightning_qk.heads.projections import HeadProjections
 
-# Largest relative error of a head's vectors that rounding explains, by the coarsest type that takes part. Products in
-# float32 may be carried out in TF32, which has ten bits.
+# Largest relative error of a head's vectors that rounding explains, by the coarsest type that takes part. Products
+# in float32 may be carried out in TF32, which has ten bits.
 _TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 5e-2}
 # Tokens that are compared.
 _SAMPLES = 48
@@ -134,7 +134,8 @@ def compare(
         added: what norms of queries and of keys do besides.
 
     Returns:
-        The best explanation, good or not; None where nothing can be compared: no input has the width of the weights.
+        The best explanation, good or not; None where nothing can be compared: no input has the width of the
+        weights.
     """
     with torch.no_grad(), full_precision(query.device):
         sides = (
@@ -207,7 +208,7 @@ def _direct(
     received: tuple[list[Tensor], list[Tensor]],
 ) -> Match:
     """Each side on its own, where nothing turns its vectors."""
-    found = []
+    found: list[tuple[float, float | None, int]] = []
     for side, own, given in zip(sides, tokens, received, strict=True):
         if not own:  # the keys of another layer
             found.append((0.0, None, -1))
