@@ -16,6 +16,7 @@ from lightning_qk.heads.borrowing import key_lender
 from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer, alive
 from lightning_qk.heads.factors import Factor, learnt_factors
 from lightning_qk.heads.find import Site
+from lightning_qk.heads.findings import Finding, finding_of
 from lightning_qk.heads.folding import feeding_norm, fold_input_norm
 from lightning_qk.heads.layouts import Layout, added_to_queries, fitting_layouts, unsupported
 from lightning_qk.heads.norms import NormPlan
@@ -75,19 +76,27 @@ class LayerPlan:
         key_layer: qualified name of the layer whose keys are used, None for own ones.
     """
 
-    def __init__(self, site: Site, fold_norm: bool, wrappers: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(
+        self,
+        site: Site,
+        fold_norm: bool,
+        wrappers: tuple[nn.Module, ...] = (),
+        finding: Finding | None = None,
+    ) -> None:
         """Find out how a layer is read.
 
         Args:
             site: the layer where it stands.
             fold_norm: look for the norm that feeds it.
             wrappers: modules around the model that the site was found in, nearest first.
+            finding: what its real call has shown; None for what is known of it.
 
         Raises:
             UnreadLayer: it cannot be read.
         """
         chain = (site.module, *site.ancestors, *wrappers)
-        reason = unsupported(site.module)
+        self._finding = finding or finding_of(site.module) or Finding()
+        reason = self._finding.reason or unsupported(site.module)
         if reason is not None:
             raise UnreadLayer(reason)
         self.name = site.name
@@ -108,6 +117,8 @@ class LayerPlan:
 
     def _choose(self, site: Site, lender: nn.Module | None, fold_norm: bool) -> None:
         """Plan by the first layout that fits, and goes with the sizes where that has to tell."""
+        if self._finding.found is not None:
+            return self._plan_found(site, self._finding.found, fold_norm)
         first: UnreadLayer | None = None
         for layout in fitting_layouts(site.module, lender):
             try:
@@ -202,6 +213,8 @@ class LayerPlan:
         self._gain_behind = bool(behind) and is_behind_rotation(site.module, behind[0])
         self.width = query.columns, key.columns
         self.self_attention = not crosses and not site.is_cross and query.columns == key.columns
+        if self._finding.self_attention is not None:
+            self.self_attention = self._finding.self_attention and query.columns == key.columns
         self._feeding: NormPlan | None = None
         if fold_norm and self.self_attention and self.key_layer is None:
             known = [*inner, *(norm.module for norm in behind)]
@@ -395,4 +408,7 @@ def identity(model: nn.Module) -> Iterator[int]:
         if module is not None:
             yield id(module)
             yield id(type(module))
+            finding = finding_of(module)
+            if finding is not None:
+                yield id(finding)
             stack.extend(module._modules.values())

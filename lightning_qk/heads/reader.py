@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -95,9 +94,6 @@ class ProjectionReader(Mapping[str, HeadProjections]):
     def is_sharded(self, name: str) -> bool:
         """Whether reading a layer gathers its weights from other processes."""
         return self.layers[name].is_sharded()
-
-    def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return False
 
     def _plan(self, model: nn.Module) -> None:
         self._identity = list(identity(model))

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.heads.errors import UnreadLayer
+from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.findings import Finding, settle
 from lightning_qk.heads.plan import LayerPlan, Side
-from lightning_qk.heads.reader import ProjectionReader, find_attention
+from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.search import find_rows
 from lightning_qk.verification.compare import Added, Match, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
@@ -76,13 +80,16 @@ class SelfCheck:
 
     Attributes:
         verdicts: qualified layer name → what was found, of the layers that were called.
+        findings: qualified layer name → how it has to be read, of those that were read again.
     """
 
     def __init__(self, model: nn.Module, reader: ProjectionReader) -> None:
         self._reader = reader
-        self._sites = find_attention(model)
+        self._places = {site.name: site for site in attention_sites(model)}
+        self._sites = {name: site.module for name, site in self._places.items()}
         self._calls: dict[str, _Call] = {name: _Call() for name in self._sites}
         self.verdicts: dict[str, Verified] = {}
+        self.findings: dict[str, Finding] = {}
         names = {module: name for name, module in self._sites.items()}
         self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
         self._handles: list[Any] = []
@@ -132,8 +139,10 @@ class SelfCheck:
         found = {}
         for name in self._sites:
             verdict = self.verdicts.get(name)
+            problem = self._capture.problems.get(name)
+            if verdict is not None and verdict.status is Status.DIFFERS and problem is not None:
+                verdict = _unchecked(problem)  # the call that was compared was another one
             if verdict is None:
-                problem = self._capture.problems.get(name)
                 unread = self._reader.unread.get(name)
                 verdict = _unchecked(
                     unread or problem or "its attention was not called, or in a compiled graph"
@@ -141,16 +150,37 @@ class SelfCheck:
             found[name] = verdict
         return found
 
+    def settle(self, verdicts: Mapping[str, Verified]) -> None:
+        """Let all readers of the model know what was found: layers that differ are left out.
+
+        Args:
+            verdicts: as :meth:`conclude` gives them, or as several processes agreed.
+        """
+        for name, verdict in verdicts.items():
+            finding = self.findings.get(name, Finding()) if verdict.status is Status.REREAD else Finding()
+            if verdict.status is Status.DIFFERS:
+                finding = Finding(reason=verdict.reason)
+            is_self = verdict.self_attention
+            plan = self._reader.layers.get(name)
+            if verdict.ok and is_self is not None and (plan is None or plan.self_attention is not is_self):
+                finding = finding._replace(self_attention=is_self)
+            if finding != Finding():
+                settle(self._sites[name], finding)
+
     def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
-        if name in self.verdicts:
+        before = self.verdicts.get(name)
+        if before is not None and before.ok:
             return
         kept = self._calls[name]
         try:
-            self.verdicts[name] = self._check(name, call, kept)
+            found = self._check(name, call, kept)
         except Exception as error:
             message = str(error).splitlines()[0] if str(error) else "no message"
-            self.verdicts[name] = _unchecked(f"comparing raised {type(error).__name__}: {message}")
-        finally:
+            found = _unchecked(f"comparing raised {type(error).__name__}: {message}")
+        # A layer may attend several times, to other streams with other weights: one call that is explained is enough.
+        if before is None or found.ok:
+            self.verdicts[name] = found
+        if found.ok:
             kept.clear(is_done=True)
 
     def _check(self, name: str, call: AttentionCall | SoftmaxCall, kept: "_Call") -> Verified:
@@ -164,14 +194,12 @@ class SelfCheck:
         first = None if plan is None else self._compare(plan, call, operands, inputs, kept)
         if first is not None and first.status is not Status.DIFFERS:
             return first
-        again = self._learn(name, call, operands, inputs, kept)
-        if again is not None and again.ok:
-            return again._replace(status=Status.REREAD)
-        if first is not None:
-            return first
-        return _unchecked(self._reader.unread.get(name, "its weights were not read"))
+        again = self._read_again(name, call, operands, inputs, kept)
+        if again is not None:
+            return again
+        return first or _unchecked(self._reader.unread.get(name, "its weights were not read"))
 
-    def _learn(
+    def _read_again(
         self,
         name: str,
         call: AttentionCall | SoftmaxCall,
@@ -179,10 +207,20 @@ class SelfCheck:
         inputs: Sequence[Tensor],
         kept: "_Call",
     ) -> Verified | None:
-        """Read a layer again from its call and compare again; None where that is not possible."""
-        if kept.arguments is None or not self._reader.learn(name, *kept.arguments):
+        """Read a layer by running it as it was called and compare again; None unless that is right."""
+        site = self._places[name]
+        if kept.arguments is None:
             return None
-        return self._compare(self._reader.layers[name], call, operands, inputs, kept)
+        try:
+            found = find_rows(site.module, site.config, [kept.arguments])
+            plan = LayerPlan(site, fold_norm=False, finding=Finding(found))
+        except UnreadLayer:
+            return None
+        again = self._compare(plan, call, operands, inputs, kept)
+        if not again.ok:
+            return None
+        self.findings[name] = Finding(found)
+        return again._replace(status=Status.REREAD)
 
     def _compare(
         self,
@@ -323,6 +361,8 @@ def _added(plan: LayerPlan, side: Side) -> Added:
     norm = side.qk_norm.read()
     offset = norm.offset if side.qk_norm.shifted else None
     gain = norm.gain if plan.gain_behind_rotation else None
+    if gain is not None and side.factor is not None:
+        gain = gain.reshape(-1, plan.sizes.d_head) * side.factor.values(plan.module)
     return Added(
         *(None if values is None else values.reshape(-1, plan.sizes.d_head) for values in (offset, gain))
     )
