@@ -42,7 +42,7 @@ class FitCheck:
         self._is_over = False
         self._check: SelfCheck | None = None
         try:
-            reader = ProjectionReader(pl_module, root=trainer.strategy.model, strict=False)
+            reader = ProjectionReader(pl_module, root=trainer.strategy.model, allow_empty=True)
             if reader.layers or reader.unread:
                 self._check = SelfCheck(pl_module, reader)
         except Exception as error:
@@ -107,8 +107,8 @@ class FitCheck:
     def _give_up(self, error: Exception) -> None:
         self._check = None
         rank_zero_warn(
-            f"lightning-qk: what was read of the attention layers is not verified ({type(error).__name__}: {error}); "
-            "training goes on"
+            "lightning-qk: what was read of the attention layers is not verified "
+            f"({type(error).__name__}: {error}); training goes on"
         )
 
 

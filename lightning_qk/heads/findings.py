@@ -5,19 +5,22 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_qk.heads.search import Found
+from lightning_qk.heads.layouts import Layout
+from lightning_qk.heads.trials import Trial
 
 
 class Finding(NamedTuple):
     """What a layer's real call has shown.
 
     Attributes:
-        found: where its queries and keys come from, in place of what its names say; None to keep those.
+        ways: how it was called, where it has to be run so to be read.
+        layout: the layout by which it has to be read, since that gave what its attention received.
         reason: why it has to be left out; None to read it.
         self_attention: whether queries and keys are made of the same tokens; None where that was not seen.
     """
 
-    found: Found | None = None
+    ways: tuple[Trial, ...] = ()
+    layout: Layout | None = None
     reason: str | None = None
     self_attention: bool | None = None
 

@@ -16,9 +16,11 @@ from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.find import attention_sites
 from lightning_qk.heads.findings import Finding, settle
+from lightning_qk.heads.layouts import fitting_layouts
+from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.plan import LayerPlan, Side
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.search import find_rows
+from lightning_qk.heads.trials import recorded_trials
 from lightning_qk.verification.compare import Added, Match, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
@@ -69,7 +71,8 @@ class SelfCheck:
 
     Forward hooks see what enters the layers and their parts, and a capture sees queries and keys as they are
     multiplied; both are taken away again by :meth:`remove`. Nothing that the model computes is changed. A layer
-    that was not read, or wrongly, is read again by running it alone on what it was called with, and compared again.
+    that was not read, or wrongly, is read again by the layouts that its names fit, and by running it alone as it
+    was called, until one explains the call.
 
     Graphs of torch.compile are left as they are: what runs in one is not checked. Weights that are sharded
     when the attention is called are not checked either.
@@ -90,6 +93,7 @@ class SelfCheck:
         self._calls: dict[str, _Call] = {name: _Call() for name in self._sites}
         self.verdicts: dict[str, Verified] = {}
         self.findings: dict[str, Finding] = {}
+        self._plans: dict[str, LayerPlan] = {}
         names = {module: name for name, module in self._sites.items()}
         self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
         self._handles: list[Any] = []
@@ -160,10 +164,9 @@ class SelfCheck:
             finding = self.findings.get(name, Finding()) if verdict.status is Status.REREAD else Finding()
             if verdict.status is Status.DIFFERS:
                 finding = Finding(reason=verdict.reason)
-            is_self = verdict.self_attention
-            plan = self._reader.layers.get(name)
-            if verdict.ok and is_self is not None and (plan is None or plan.self_attention is not is_self):
-                finding = finding._replace(self_attention=is_self)
+            plan = self._plans.get(name) or self._reader.layers.get(name)
+            if verdict.ok and plan is not None:
+                finding = finding._replace(self_attention=_decided(plan, verdict.self_attention))
             if finding != Finding():
                 settle(self._sites[name], finding)
 
@@ -177,7 +180,7 @@ class SelfCheck:
         except Exception as error:
             message = str(error).splitlines()[0] if str(error) else "no message"
             found = _unchecked(f"comparing raised {type(error).__name__}: {message}")
-        # A layer may attend several times, to other streams with other weights: one call that is explained is enough.
+        # A layer may attend several times, to other streams by other weights: one explained call is enough.
         if before is None or found.ok:
             self.verdicts[name] = found
         if found.ok:
@@ -207,20 +210,23 @@ class SelfCheck:
         inputs: Sequence[Tensor],
         kept: "_Call",
     ) -> Verified | None:
-        """Read a layer by running it as it was called and compare again; None unless that is right."""
+        """Read a layer in other ways until one explains its call; None where none does."""
         site = self._places[name]
-        if kept.arguments is None:
-            return None
-        try:
-            found = find_rows(site.module, site.config, [kept.arguments])
-            plan = LayerPlan(site, fold_norm=False, finding=Finding(found))
-        except UnreadLayer:
-            return None
-        again = self._compare(plan, call, operands, inputs, kept)
-        if not again.ok:
-            return None
-        self.findings[name] = Finding(found)
-        return again._replace(status=Status.REREAD)
+        findings = [Finding(layout=layout) for layout in fitting_layouts(site.module)]
+        if kept.arguments is not None:
+            ways = recorded_trials(site.module, site.config, *kept.arguments)
+            findings.append(Finding(ways=tuple(ways)[:1]))
+        for finding in findings:
+            try:
+                plan = LayerPlan(site, fold_norm=False, finding=finding)
+            except UnreadLayer:
+                continue
+            again = self._compare(plan, call, operands, inputs, kept)
+            if again.ok:
+                self.findings[name] = finding
+                self._plans[name] = plan
+                return again._replace(status=Status.REREAD)
+        return None
 
     def _compare(
         self,
@@ -352,6 +358,18 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
     if key < 0:
         return None
     return query == key or _same_values(inputs[query], inputs[key])
+
+
+def _decided(plan: LayerPlan, is_same: bool | None) -> bool | None:
+    """What a call decides on whether a layer is self-attention; None where that was known, or is not seen.
+
+    Queries and keys that are made of one tensor come from the same tokens. The converse holds only of layers that
+    take them as arguments of their own.
+    """
+    takes_both = not plan.is_decided or isinstance(plan.module, nn.MultiheadAttention)
+    if is_same is None or is_same is plan.self_attention:
+        return None
+    return is_same if takes_both or (is_same and not is_known(plan.module)) else None
 
 
 def _added(plan: LayerPlan, side: Side) -> Added:

@@ -286,8 +286,8 @@ def _pair(
         tokens: ``(tokens, width)``.
         received: ``(tokens, heads, d_head)``.
         measure: when two vectors are equal.
-        searched: ``""`` for tokens in their order, ``"tokens"`` for sets of tokens, ``"heads"`` for a set of tokens
-            for each head, as where every head picks its own.
+        searched: ``""`` for tokens in their order, ``"tokens"`` for sets of tokens, ``"heads"`` for a set of
+            tokens for each head, as where every head picks its own.
     """
     if not searched:
         if len(tokens) != len(received):
@@ -343,8 +343,8 @@ def _rotated(
     best = _together(read, sides, tokens, received)
     if best is not None and best.error <= tolerance(received[0][0].dtype):
         return best
-    # Keys of other tokens besides, or of another layer: each side is paired with itself. What a rotation leaves of one
-    # side says less, and is asked only where there are no pairs.
+    # Keys of other tokens besides, or of another layer: each side is paired with itself. What a rotation leaves of
+    # one side says less, and is asked only where there are no pairs.
     alone = [
         _together(read, (side, side), (own, own), (given, given), as_read=best is not None) if own else None
         for side, own, given in zip(sides, tokens, received, strict=True)
