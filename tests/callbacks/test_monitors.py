@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
+from lightning_qk import AttentionMonitor, QKSpectrumMonitor, head_projections
 from lightning_qk.callbacks._monitor import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import attention_statistics, qk_moments
 from lightning_qk.logging.history import RunRecord
@@ -384,27 +384,6 @@ class TestErrors:
         for callback in monitors():
             with pytest.raises(ValueError, match="expected a model that contains transformer attention"):
                 models.trainer([callback]).fit(job, models.tokens())
-
-    def test_another_packages_trainer(self, tmp_path):
-        pytorch_lightning = pytest.importorskip("pytorch_lightning")
-
-        class Other(pytorch_lightning.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.network = models.gpt2()
-
-            def training_step(self, batch, batch_idx):
-                return self.network(input_ids=batch, labels=batch).loss
-
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.1)
-
-        for callback in (*monitors(), LocAteR(1.0)):
-            trainer = pytorch_lightning.Trainer(
-                max_steps=1, callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu"
-            )
-            with pytest.raises(TypeError, match="got one of the package pytorch_lightning: import Trainer"):
-                trainer.fit(Other(), models.tokens())
 
     @pytest.mark.parametrize(
         ("make", "message"),
