@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_qk import AttentionMonitor, QKSpectrumMonitor, head_projections
+from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
 from lightning_qk.callbacks._monitor import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import attention_statistics, qk_moments
 from lightning_qk.logging.history import RunRecord

@@ -60,7 +60,8 @@ def trainer(package, callbacks, **kwargs):
         "val_check_interval": 2,
         **kwargs,
     }
-    return package.Trainer(callbacks=callbacks, **arguments)
+    given = list(callbacks) if isinstance(callbacks, list) else callbacks  # the trainer appends its own
+    return package.Trainer(callbacks=given, **arguments)
 
 
 def monitors() -> list:
