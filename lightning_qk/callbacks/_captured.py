@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._monitor import Monitor, PerLayer, flat_values, shorten
+from lightning_qk.callbacks._monitor import Monitor, OnUnreadable, PerLayer, flat_values, shorten
 from lightning_qk.callbacks._pool import SumsPool
-from lightning_qk.callbacks._trainer import logging_step, projection_reader
+from lightning_qk.callbacks._trainer import logging_step
+from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
 from lightning_qk.capture.call import output_arguments, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
@@ -77,6 +78,8 @@ class CaptureMonitor(Monitor):
         figures_every: int,
         report: bool,
         per_layer: PerLayer = None,
+        modules: Patterns = None,
+        on_unreadable: OnUnreadable = "warn",
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -84,6 +87,8 @@ class CaptureMonitor(Monitor):
             per_head=per_head,
             figures_every=figures_every,
             report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
         )
         self.check_layer_statistics()
         if every_n_eval_batches < 0:
@@ -130,13 +135,21 @@ class CaptureMonitor(Monitor):
         self._listen_to(trainer, pl_module)
 
     def _listen_to(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._modules = find_attention(pl_module)
-        try:
-            layers = projection_reader(trainer, pl_module).layers
-        except ValueError:
-            if not self._modules:
-                raise
-            layers = {}  # no layout is known, but calls can still be captured
+        found = find_attention(pl_module)
+        self._modules = {name: module for name, module in found.items() if matches(name, self.modules)}
+        if not self.choose(
+            found,
+            {},
+            kind="attention layer",
+            nothing=(
+                f"expected a model that contains transformer attention, found none in {type(pl_module).__name__}: "
+                "build the network in __init__ or configure_model"
+            ),
+            unread="whose calls can be captured",
+        ):
+            return
+        # Where the weights cannot be read, calls can still be captured.
+        layers = WatchedReader(pl_module, self.modules, root=trainer.strategy.model).layers
         self._heads = {name: layer.heads for name, layer in layers.items()}
         self._self_attention = {name: layer.self_attention for name, layer in layers.items()}
         self._shapes, self._seen = {}, set()
@@ -146,16 +159,11 @@ class CaptureMonitor(Monitor):
         self._capture = AttentionCapture(names, self._hear, model=pl_module)
         self._capture.install()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Leave the attention interface as it was."""
-        if self._capture is not None:
-            self._capture.remove()
-            self._capture = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the report, and the attention interface as it was: teardown may not follow."""
-        super().on_exception(trainer, pl_module, exception)
-        self.teardown(trainer, pl_module, "fit")
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            capture.remove()
 
     def begin_batch(self, is_due: bool) -> None:
         """Listen during batches of a logged step."""
