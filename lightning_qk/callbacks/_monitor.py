@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qk.callbacks._guarded import GuardedHooks, Refused
+from lightning_qk.callbacks._order import observe_last
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
@@ -158,6 +159,7 @@ class Monitor(GuardedHooks, Callback):
         self.idle = False
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
+            observe_last(trainer)
             own = ("per_layer", "per_head", "figures_every", "report", "modules", "on_unreadable")
             rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
             describe_config(trainer, {type(self).__name__: self.settings() | rest})

@@ -1,32 +1,43 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qk.callbacks._intervention import Intervention, misread_layers
+from lightning_qk.callbacks._monitor import shorten
+from lightning_qk.callbacks._ranks import is_distributed
 from lightning_qk.callbacks._trainer import (
+    DeepSpeedStrategy,
     check_lightning,
     is_logged_step,
     logging_step,
     loss_scale,
     projection_reader,
 )
+from lightning_qk.callbacks._training import training_layers
 from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.interventions.layers import matching_unread, refuse_layers
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.loggers import describe_config
-from lightning_qk.regularizers.locater import Form, LocaterPenalty, Settings, check_form
+from lightning_qk.regularizers.locater import (
+    Form,
+    LocaterPenalty,
+    Settings,
+    check_form,
+    left_out,
+)
 
 Schedule = Literal["constant", "linear"]
 
 
-class LocAteR(Callback):
+class LocAteR(Intervention):
     r"""Regularizes the QK-eigenspectra of a model while it trains: localized attention regularization.
 
     After Bao et al., ICML 2024 (arXiv 2402.02098): a small variance of the eigenvalues of ``W_QK`` with a mean
@@ -40,6 +51,11 @@ class LocAteR(Callback):
     put on the local shard. Nothing waits for the device, save under FSDP's first version. Under manual
     optimization the optimizers of ``self.optimizers()`` have to step: Lightning does not see the steps of
     others.
+
+    Layers of networks that do not train (teachers, frozen references, averaged copies) have no penalty. A layer
+    that cannot be read is left out, which is said; once training has begun nothing is raised: where the penalty
+    cannot be computed any more it is left off, which is said too (with several processes only what each of them
+    sees in the model's modules; an error of one process alone is raised, since weights would come to differ).
 
     Logged keys: ``locater/penalty``, the penalty before it is weighted, and ``locater/weight``. Where one
     trainer has several of these callbacks, ``locater/<name>/penalty`` and ``locater/<name>/weight``.
@@ -61,10 +77,16 @@ class LocAteR(Callback):
         name: tells several of these callbacks in one trainer apart; None numbers them from 1.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: an argument is out of range, patterns match no layer, the module holds no transformer whose
-            attention can be read, two callbacks have one name, or DeepSpeed holds the gradients.
+        TypeError: the trainer is none of Lightning's.
+        ValueError: at the start alone: an argument is out of range, patterns match no layer, the module holds no
+            self-attention whose weights can be read, two callbacks have one name, or DeepSpeed holds the gradients.
     """
+
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        "_penalty": lambda: None,
+        "_aims": lambda: None,
+        "_newest": lambda: None,
+    }
 
     def __init__(
         self,
@@ -106,8 +128,14 @@ class LocAteR(Callback):
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.cross_attention = cross_attention
         self.name = name
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
         self.history = History(["model"], [1])
         self._start_means: dict[str, Tensor] | None = None
+        self._left: dict[str, str] = {}
         self._penalty: LocaterPenalty | None = None
         self._aims: Mapping[str, Tensor] | None = None
         self._prefix = "locater"
@@ -117,6 +145,8 @@ class LocAteR(Callback):
         self._is_due = False
         self._warned = False
         self._warned_idle = False
+        self._is_off = False
+        self._trained: tuple[int, ...] | None = None
 
     @property
     def state_key(self) -> str:
@@ -132,6 +162,7 @@ class LocAteR(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: another package's trainer, one name twice, DeepSpeed."""
+        self.begin_stage(stage)
         check_lightning(trainer, type(self).__name__)
         if stage != "fit":
             return
@@ -149,18 +180,25 @@ class LocAteR(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
-        self._penalty = LocaterPenalty(
-            projection_reader(trainer, pl_module), modules=self.modules, cross_attention=self.cross_attention
-        )
+        reader = projection_reader(trainer, pl_module)
+        penalty = LocaterPenalty(reader, modules=self.modules, cross_attention=self.cross_attention)
+        refuse_layers(penalty.names, misread_layers(trainer, pl_module))
+        for name, reason in matching_unread(reader, self.modules).items():
+            self.say(f"{name} is left out: {reason}")
+        others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
+        if others and self.modules is None:
+            reason = left_out(reader.layers[others[0]], self.cross_attention)
+            rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {reason}")
+        self._penalty = penalty
+        self._trained = None
+        self._choose(trainer, pl_module)
         self._aims = None
         self._batches, self._stepped, self._is_due = 0, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the heads' means at the start, unless a checkpoint brought them."""
-        assert self._penalty is not None  # on_fit_start
-        if self.form == "target" and self.target is None and self._start_means is None:
-            self._aims = self._penalty.means(self.support)
-            self._start_means = {name: mean.cpu() for name, mean in self._aims.items()}
+        if self._penalty is not None and self.form == "target" and self.target is None:
+            self._hold_means(self._penalty)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -176,9 +214,71 @@ class LocAteR(Callback):
     ) -> None:
         """Add the penalty's gradient to the parameters that this optimizer is about to change."""
         penalty = self._penalty
-        assert penalty is not None  # on_fit_start
-        penalty.refresh()
+        if penalty is None or self._is_off:
+            return
         self._stepped = True
+        try:
+            if penalty.refresh():
+                self._trained = None
+            self._choose(trainer, pl_module)
+            if self.form == "target" and self.target is None:
+                self._hold_means(penalty)
+        except Exception as error:
+            # By the model's modules, which are the same on every process: nothing was changed.
+            self._leave_off(error)
+            return
+        try:
+            self._penalize(trainer, pl_module, optimizer, penalty)
+        except Exception as error:
+            if is_distributed(trainer):
+                raise  # gradients of this process alone lack a part: weights would come to differ in silence
+            self._leave_off(error)
+
+    def _leave_off(self, error: Exception) -> None:
+        self._is_off = True
+        self._newest = None
+        self.say(f"the penalty is left off from here on ({type(error).__name__}: {error}); training goes on")
+
+    def leave_alone(self, reasons: Mapping[str, str]) -> None:
+        """Penalize layers no more: qualified name → why, as a clause about the layer."""
+        if self._penalty is not None:
+            for name in [name for name in self._penalty.names if name in reasons]:
+                self.say(f"{name} is not penalized any more: {reasons[name]}; training goes on")
+        self._left |= dict(reasons)
+        self._trained = None
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of the layers that can be penalized, keep those of networks that train, as it is now."""
+        penalty = self._penalty
+        assert penalty is not None  # on_fit_start
+        trained = tuple(
+            id(parameter)
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        )
+        if trained == self._trained:
+            return
+        self._trained = trained
+        penalty.keep_only([name for name in penalty.reader.layers if name not in self._left])
+        names = training_layers(trainer, pl_module, penalty.names)
+        penalty.keep_only([name for name in penalty.names if name in names])
+        if not penalty.names:
+            raise ValueError("no layer is left that can be penalized")
+
+    def _hold_means(self, penalty: LocaterPenalty) -> None:
+        """Take the means of layers that have none yet: all at the start, else those that joined."""
+        means = self._start_means or {}
+        new = [name for name in penalty.names if name not in means]
+        if new:
+            found = penalty.means(self.support)
+            self._start_means = {**means, **{name: found[name].cpu() for name in new}}
+            self._aims = None
+
+    def _penalize(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, penalty: LocaterPenalty
+    ) -> None:
         weight = self.current_weight(logging_step(trainer))
         settings = Settings(self.form, self.support, self._aim(pl_module), self.nu)
         if weight == 0:
@@ -227,14 +327,33 @@ class LocAteR(Callback):
                 "nothing: step the optimizers of self.optimizers(), not others"
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def kept(self) -> dict[str, Any]:
         """The heads' means at the start and the penalty's history."""
         return {"start_means": self._start_means, "history": self.history.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def go_on(self, kept: Mapping[str, Any]) -> None:
         """Hold the means that the first run started from."""
-        self._start_means = state_dict["start_means"]
-        self.history = History.from_state_dict(state_dict["history"])
+        self._start_means, self._aims = kept["start_means"], None
+        self.history = History.from_state_dict(kept["history"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return self.kept()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as in a checkpoint."""
+        if self._is_fit:
+            self.go_on(state_dict)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Nothing: ``state_dict`` is kept."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        if stage == "fit":
+            self._penalty, self._newest, self._aims = None, None, None
 
     def contribute(self, record: RunRecord) -> None:
         """Add the penalty's curve to a run's record."""

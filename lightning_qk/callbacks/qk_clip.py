@@ -1,14 +1,21 @@
 """Callback: QK-Clip, which scales query and key weights down where logits have grown too large."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._account import Account
+from lightning_qk.callbacks._intervention import (
+    Intervention,
+    When,
+    check_when,
+    misread_layers,
+    refuse_frozen,
+)
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._trainer import (
     check_lightning,
@@ -21,15 +28,23 @@ from lightning_qk.capture.extremes import call_max_logits
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
 from lightning_qk.heads.edit import HeadEditor
+from lightning_qk.heads.find import attention_sites
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_unread
-from lightning_qk.interventions.qk_clip import apply_clip, check_clip, clip_factors, clippable_layers
+from lightning_qk.interventions.qk_clip import (
+    apply_clip,
+    check_clip,
+    clip_editors,
+    clip_factors,
+    clippable_layers,
+)
+from lightning_qk.interventions.telling import untellable
 from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class QKClip(Callback):
+class QKClip(Intervention):
     r"""Holds the attention logits of every head at ``tau``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
 
     After each optimizer step, with S the largest ``scaling q·k`` of a head since the last step, over all
@@ -55,6 +70,8 @@ class QKClip(Callback):
         tau: the largest logit that is left as it is.
         alpha: share of γ that the queries take.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
+        when: ``"always"`` refuses layers that are frozen at the start; ``"unfrozen"`` waits, and clips a layer at
+            the steps at which its query and key weights train.
         per_layer: also log two scalars a layer.
         per_head: also log two scalars a head.
 
@@ -62,14 +79,24 @@ class QKClip(Callback):
         gammas: qualified layer name → γ of each key head at the last step, ``(kv_heads,)``.
         maxima: qualified layer name → largest logit of each query head before the last clip, ``(heads,)``;
             one that is at most ``tau`` may be a bound, on steps that are not logged.
+        left: qualified layer name → why it is not clipped any more.
         account: curves and the first clip of every layer, for the run's report.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: an argument is out of range, patterns match no layer, the weights of a layer are no plain
-            trainable parameters of its own, a norm of queries or keys takes every scale out again, DeepSpeed
-            holds copies of the weights; or, at the end of the first batch, the logits of a layer cannot be told.
+        TypeError: the trainer is none of Lightning's.
+        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the weights
+            of a layer are frozen or no plain parameters of its own, a norm of queries or keys takes every scale out
+            again, a layer adds positions to logits of which it takes the softmax itself, or DeepSpeed holds copies of
+            the weights. A layer whose logits turn out not to be told, or whose weights another callback brings
+            into another form (by pruning, say), is left as it is from then on, on all processes, which is said once.
     """
+
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        "_reader": lambda: None,
+        "_capture": lambda: None,
+        "_editors": dict,
+        "_largest": dict,
+    }
 
     def __init__(
         self,
@@ -77,30 +104,43 @@ class QKClip(Callback):
         *,
         alpha: float = 0.5,
         modules: str | Sequence[str] | None = None,
+        when: When = "always",
         per_layer: bool = False,
         per_head: bool = False,
     ) -> None:
         check_clip(tau, alpha)
+        check_when(when)
         self.tau = float(tau)
         self.alpha = float(alpha)
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
+        self.when: When = when
         self.per_layer = per_layer
         self.per_head = per_head
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
         self.gammas: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
+        self.left: dict[str, str] = {}
         self.account = Account()
         self._reader: ProjectionReader | None = None
         self._capture: AttentionCapture | None = None
+        # Found at the start: what processes reduce has one form for the whole fit, whatever becomes of a layer.
+        self._heads: dict[str, int] = {}
+        # Of the layers that are still clipped.
         self._editors: dict[str, HeadEditor] = {}
         self._labels: dict[str, str] = {}
         # Of the calls since the last step.
         self._largest: dict[str, Tensor] = {}
         # Smallest γ of each query head since the last logged step.
         self._smallest: dict[str, Tensor] = {}
+        # Why layers are to be left alone, found on this process since the last step.
+        self._doubts: dict[str, str] = {}
         self._is_due = False
         self._steps_before = 0
         self._steps = 0
-        self._warned: set[str] = set()
         self._told: set[str] = set()
 
     @property
@@ -108,45 +148,89 @@ class QKClip(Callback):
         """Several of these can be in one trainer, on other modules."""
         return self._generate_state_key(modules=self.modules)
 
+    def kept(self) -> dict[str, Any]:
+        """What was done so far, for the report, and which layers are left alone."""
+        return {
+            "account": self.account.state_dict(),
+            "told": sorted(self._told),
+            "left": dict(self.left),
+            "smallest": {name: gamma.cpu() for name, gamma in self._smallest.items()},
+            "steps": self._steps,
+        }
+
+    def go_on(self, kept: Mapping[str, Any]) -> None:
+        """Go on with the account of a checkpoint's run."""
+        self.account.load_state_dict(kept.get("account", {}))
+        self._told = set(kept.get("told", ()))
+        self._smallest = dict(kept.get("smallest", {}))
+        self._steps = int(kept.get("steps", 0))
+        self._doubts |= kept.get("left", {})
+
     def state_dict(self) -> dict[str, Any]:
-        """What was done so far, for the report."""
-        return {"account": self.account.state_dict(), "told": sorted(self._told)}
+        """What a resumed run has to know."""
+        return self.kept()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the account of a checkpoint's run."""
-        self.account.load_state_dict(state_dict.get("account", {}))
-        self._told = set(state_dict.get("told", ()))
+        """Go on as in a checkpoint."""
+        if self._is_fit:
+            self.go_on(state_dict)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Nothing: ``state_dict`` is kept."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any work: another package's trainer, DeepSpeed."""
+        """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
+        self.begin_stage(stage)
         check_lightning(trainer, type(self).__name__)
         if stage != "fit":
             return
         refuse_deepspeed(trainer, type(self).__name__)
-        settings = ("tau", "alpha", "modules", "per_layer", "per_head")
+        settings = ("tau", "alpha", "modules", "when", "per_layer", "per_head")
         describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and stand at their attention; raise where one cannot be clipped exactly."""
-        self._reader = projection_reader(trainer, pl_module)
-        self._warned.clear()
-        self.gammas, self.maxima = {}, {}
-        self._is_due, self._steps = False, 0
+        reader = self._reader = projection_reader(trainer, pl_module)
+        self._is_due = False
         self._steps_before = trainer.global_step
-        self._listen_to(pl_module, self._reader)
-
-    def _listen_to(self, pl_module: LightningModule, reader: ProjectionReader) -> None:
-        self._remove()
         self._largest.clear()
-        self._smallest.clear()
-        self._editors = clippable_layers(reader, self.modules)
+        editors = clippable_layers(
+            reader, self.modules, trained=False, refused=misread_layers(trainer, pl_module)
+        )
+        refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
+        configs = {site.name: site.config for site in attention_sites(pl_module)}
+        for name in editors:
+            reason = untellable(reader.layers[name], configs.get(name))
+            if reason is not None:
+                raise ValueError(
+                    f"expected attention whose logits can be told, got {name} ({reason}): leave such a layer out "
+                    "with QKClip(modules=…)"
+                )
         for name, reason in matching_unread(reader, self.modules).items():
-            self._warn(f"{name} is not clipped: {reason}")
-        names = {reader.layers[name].module: name for name in self._editors}
-        self._capture = AttentionCapture(names, self._hear, model=pl_module)
-        self._capture.install()
+            self.say(f"{name} is not clipped: {reason}")
+        self._heads = {name: editor.heads for name, editor in editors.items()}
+        self._editors = editors
         cross = {name for name, plan in reader.layers.items() if not plan.self_attention}
         self._labels = layer_labels(list(reader.layers), cross=cross)
+        self._listen(pl_module)
+
+    def leave_alone(self, reasons: Mapping[str, str]) -> None:
+        """Clip layers no more, on all processes, from the next step on.
+
+        Args:
+            reasons: qualified name → why, as a clause about the layer.
+        """
+        self._doubts |= {name: reason for name, reason in reasons.items() if name in self._heads}
+
+    def _listen(self, pl_module: LightningModule) -> None:
+        """Stand at the attention of the layers that are still clipped."""
+        self._remove()
+        assert self._reader is not None  # on_fit_start
+        names = {self._reader.layers[name].module: name for name in self._editors}
+        self._capture = AttentionCapture(names, self._hear, model=pl_module)
+        self._capture.install()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -187,7 +271,10 @@ class QKClip(Callback):
 
     def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
         assert self._reader is not None  # on_fit_start
-        plan, heads = self._reader.layers[name], self._editors[name].heads
+        editor = self._editors[name]
+        if editor.is_frozen:
+            return
+        plan, heads = self._reader.layers[name], editor.heads
         where = local_heads(call.module, heads)
         here = heads if where is None else where.stop - where.start
         found = call_max_logits(
@@ -211,35 +298,76 @@ class QKClip(Callback):
 
     def _clip(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the maxima of all ranks and scale the weights; a collective call, the same on every rank."""
-        reader, capture = self._reader, self._capture
-        assert reader is not None  # on_fit_start
-        assert capture is not None  # on_train_batch_end
-        if reader.refresh():
-            self._listen_to(pl_module, reader)
-        is_deaf = any(name not in capture.heard for name in capture.problems)
-        flat = self._maxima_of_all_ranks(trainer, pl_module.device, is_deaf=is_deaf)
-        if flat[-1] > 0:
-            self._refuse(capture.problems)
-        for name, reason in capture.problems.items():
-            self._warn(f"{name} is not clipped any more: {reason}")
-        sizes = [editor.heads for editor in self._editors.values()]
-        self.maxima = dict(zip(self._editors, flat[:-1].split(sizes), strict=True))
+        self._doubt(pl_module)
+        flat, waiting = self._of_all_ranks(trainer, pl_module.device)
+        if flat is None:
+            return
+        self.maxima = {name: found for name, found in flat.items() if name in self._editors}
         self.gammas = {}
+        step = logging_step(trainer)
         for name, editor in self._editors.items():
             largest = self.maxima[name]
             if bool(largest.isposinf().any()):
-                self._warn(
-                    f"the logits of {name} are not finite at step {logging_step(trainer)}, so that these heads "
-                    "are not clipped; look for an overflow in half precision"
+                self.say(
+                    f"the logits of {name} are not finite at step {step}, so that these heads are not clipped; look "
+                    "for an overflow in half precision",
+                    key=f"not finite: {name}",
                 )
-            gamma = self.gammas[name] = clip_factors(largest, editor.kv_heads, self.tau)
-            apply_clip(editor, gamma, self.alpha)
-            self._tell(name, gamma, largest, logging_step(trainer))
+            gamma = clip_factors(largest, editor.kv_heads, self.tau)
+            if name in waiting:
+                gamma = torch.ones_like(gamma)
+            self.gammas[name] = gamma
+            try:
+                apply_clip(editor, gamma, self.alpha)
+            except Exception as error:
+                # All processes leave it alone from the next step on.
+                self._doubts[name] = f"its weights could not be scaled ({type(error).__name__}: {error})"
+            self._tell(name, gamma, largest, step)
             by_head = gamma.repeat_interleave(editor.heads // editor.kv_heads)
             before = self._smallest.get(name)
             self._smallest[name] = by_head if before is None else torch.minimum(before, by_head)
         if self._steps == 1:
-            self._name_unheard()
+            self._name_unheard(waiting)
+
+    def _doubt(self, pl_module: LightningModule) -> None:
+        """Find the layers that cannot be clipped any more; whatever fails here fails for this process alone."""
+        reader, capture = self._reader, self._capture
+        assert reader is not None  # on_fit_start
+        assert capture is not None  # on_train_batch_end
+        for name, reason in capture.problems.items():
+            self._doubts.setdefault(name, reason)
+        try:
+            if reader.refresh():
+                self._find_again(reader)
+                self._listen(pl_module)
+        except Exception as error:
+            reason = f"the model's attention cannot be found again ({type(error).__name__}: {error})"
+            self._doubts = {**dict.fromkeys(self._editors, reason), **self._doubts}
+        for name, editor in self._editors.items():
+            problem = editor.problem()
+            if problem is not None:
+                self._doubts.setdefault(name, f"it has query and key weights {problem}")
+
+    def _find_again(self, reader: ProjectionReader) -> None:
+        """After modules of the model were replaced."""
+        for name in list(self._editors):
+            plan = reader.layers.get(name)
+            if plan is None:
+                gone = "it is no attention layer of the model any more"
+                self._doubts.setdefault(name, reader.unread.get(name, gone))
+                del self._editors[name]
+                continue
+            try:
+                (editor,) = clip_editors(reader, [name], trained=False).values()
+            except ValueError as error:
+                self._doubts.setdefault(name, str(error))
+                del self._editors[name]
+                continue
+            if editor.heads != self._heads[name]:
+                self._doubts.setdefault(name, f"it has {editor.heads} heads now, and had {self._heads[name]}")
+                del self._editors[name]
+                continue
+            self._editors[name] = editor
 
     def _tell(self, name: str, gamma: Tensor, largest: Tensor, step: int) -> None:
         """Remember the first clip of a layer."""
@@ -253,61 +381,81 @@ class QKClip(Callback):
             f"{float(largest[head]):.4g}, above {self.tau:g} (γ {float(gamma.min()):.3g})",
         )
 
-    def _maxima_of_all_ranks(self, trainer: Trainer, device: torch.device, *, is_deaf: bool) -> Tensor:
-        """Maxima of all layers' heads since the last step, flat; at the end, whether a rank cannot tell some."""
-        parts = []
-        for name, editor in self._editors.items():
+    def _of_all_ranks(
+        self, trainer: Trainer, device: torch.device
+    ) -> tuple[dict[str, Tensor] | None, set[str]]:
+        """Maxima of the layers' heads since the last step, and the layers that are frozen on some rank.
+
+        The layers that some rank cannot clip are left alone from now on. One reduction of a form that is fixed at the
+        start, whatever this rank found.
+        """
+        parts, doubts, frozen = [], [], []
+        for name, heads in self._heads.items():
             found = self._largest.get(name)
-            if found is None:
-                found = torch.full((editor.heads,), -torch.inf, device=device)
-            parts.append(found.to(device).float())
+            editor = self._editors.get(name)
+            if found is None or editor is None or found.shape != (heads,):
+                found = torch.full((heads,), -torch.inf, device=device)
+            parts.append(found.detach().to(device).float())
+            doubts.append(float(name in self._doubts))
+            frozen.append(float(editor is not None and name not in self._doubts and editor.is_frozen))
         self._largest.clear()
-        flat = torch.cat([*parts, torch.full((1,), float(is_deaf), device=device)])
+        if not parts:
+            return None, set()
+        flat = torch.cat([*parts, torch.tensor(doubts + frozen, device=device)])
         # What a maximum over ranks makes of NaN is up to the backend.
         flat = flat.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.MAX)
-        return flat.cpu()
+        flat = flat.cpu()
+        *maxima, doubtful, waits = flat.split([*self._heads.values(), len(doubts), len(frozen)])
+        names = list(self._heads)
+        for name in [names[place] for place in doubtful.nonzero().flatten().tolist()]:
+            self._leave(name)
+        waiting = {names[place] for place in waits.nonzero().flatten().tolist()}
+        return dict(zip(names, maxima, strict=True)), waiting
 
-    def _refuse(self, problems: dict[str, str]) -> None:
-        named = next(iter(problems.items()), None)
-        what = "a layer on another process" if named is None else f"{named[0]} ({named[1]})"
-        raise ValueError(
-            f"expected attention whose logits can be told, got {what}: leave such a layer out with "
-            "QKClip(modules=…)"
-        )
+    def _leave(self, name: str) -> None:
+        """Clip a layer no more."""
+        if name not in self.left:
+            self.left[name] = self._doubts.get(name, "another process cannot clip it")
+            self.say(f"{name} is not clipped any more: {self.left[name]}; training goes on")
+        self._editors.pop(name, None)
+        self._smallest.pop(name, None)
 
-    def _name_unheard(self) -> None:
-        silent = [name for name, found in self.maxima.items() if bool(found.isneginf().all())]
+    def _name_unheard(self, waiting: set[str]) -> None:
+        silent = [
+            name for name, found in self.maxima.items() if name not in waiting and bool(found.isneginf().all())
+        ]
         if silent:
-            self._warn(
+            self.say(
                 f"no attention call of {shorten(silent)} was seen in the first step: such a layer was not run, or "
                 "computes its softmax where it cannot be seen (inside a compiled graph, say), and is clipped only "
                 "after a call that is seen"
             )
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what there is a value of: what did not run, or ran on padding alone, has no largest logit."""
         smallest, self._smallest = self._smallest, {}
+        if not smallest:
+            return
         gammas = torch.cat(list(smallest.values()))
-        scalars = {"clip/gamma/min": gammas.min().item()}
-        scalars["clip/clipped_heads"] = float((gammas < 1).sum())
-        maxima = torch.cat(list(self.maxima.values()))
-        scalars["clip/max_logit/max"] = maxima.max().item()
+        scalars = {"clip/gamma/min": gammas.min().item(), "clip/clipped_heads": float((gammas < 1).sum())}
+        largest = torch.cat(list(self.maxima.values())).max().item() if self.maxima else -math.inf
+        if largest > -math.inf:
+            scalars["clip/max_logit/max"] = largest
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
-        self.account.draw(logging_step(trainer), scalars)
+        step = logging_step(trainer)
+        self.account.draw(step, {"clip/max_logit/max": math.nan, **scalars})
         for name, by_head in smallest.items():
-            label = self._labels[name]
+            label, maxima = self._labels[name], self.maxima.get(name)
+            if maxima is None:
+                continue
             if self.per_layer:
                 scalars[f"clip/gamma/{label}"] = by_head.min().item()
-                scalars[f"clip/max_logit/{label}"] = self.maxima[name].max().item()
+                scalars[f"clip/max_logit/{label}"] = maxima.max().item()
             if self.per_head:
-                for head, (gamma, largest) in enumerate(zip(by_head, self.maxima[name], strict=True)):
+                for head, (gamma, own) in enumerate(zip(by_head, maxima, strict=True)):
                     scalars[f"clip/{label}/head_{head:02d}/gamma"] = gamma.item()
-                    scalars[f"clip/{label}/head_{head:02d}/max_logit"] = largest.item()
-        log_scalars(trainer, scalars, logging_step(trainer))
-
-    def _warn(self, sentence: str) -> None:
-        """Say something once."""
-        if sentence.split(" at step ")[0] not in self._warned:
-            self._warned.add(sentence.split(" at step ")[0])
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
+                    scalars[f"clip/{label}/head_{head:02d}/max_logit"] = own.item()
+        found = {key: value for key, value in scalars.items() if value > -math.inf}
+        self.log_safely(lambda: log_scalars(trainer, found, step))

@@ -1,22 +1,31 @@
 """Callback: σReparam on the attention of a model, put on before its optimizer is made."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_qk.callbacks._account import Account
+from lightning_qk.callbacks._intervention import (
+    Intervention,
+    When,
+    check_when,
+    misread_layers,
+    refuse_frozen,
+)
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
     logging_step,
     refuse_deepspeed,
 )
-from lightning_qk.heads.reader import find_attention
+from lightning_qk.heads.edit import head_editors
+from lightning_qk.heads.reader import ProjectionReader, find_attention
+from lightning_qk.interventions.layers import matching_layers
 from lightning_qk.interventions.sigma_reparam import (
     Projections,
     add_sigma_reparam,
@@ -26,7 +35,7 @@ from lightning_qk.interventions.sigma_reparam import (
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class SigmaReparam(Callback):
+class SigmaReparam(Intervention):
     r"""Trains attention weights as ``W = γ W̃ / σ₁(W̃)``: σReparam of Zhai et al. 2023 (arXiv 2303.06296 [V]).
 
     The weights are reparametrized before the optimizer is made, so that it trains W̃ and γ: in ``setup`` where the
@@ -43,10 +52,12 @@ class SigmaReparam(Callback):
         projections: ``"query_key"`` or ``"all"``, see :func:`~lightning_qk.add_sigma_reparam`.
         remove_at_end: make plain weights again when training has ended. Checkpoints that were saved before keep
             their keys.
+        when: ``"always"`` refuses layers that are frozen at the start; ``"unfrozen"`` reparametrizes them all the
+            same, with γ frozen too: they train as others do once both are unfrozen.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: the module holds no attention once its ``configure_model`` has run, weights that cannot be
+        TypeError: the trainer is none of Lightning's.
+        ValueError: at the start alone: the module holds no attention once its ``configure_model`` has run, weights that cannot be
             reparametrized, or a strategy that shards them.
     """
 
@@ -56,18 +67,35 @@ class SigmaReparam(Callback):
         modules: str | Sequence[str] | None = None,
         projections: Projections = "query_key",
         remove_at_end: bool = False,
+        when: When = "always",
     ) -> None:
+        check_when(when)
         if projections not in ("query_key", "all"):
             raise ValueError(f"expected projections to be 'query_key' or 'all', got {projections!r}")
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.projections: Projections = projections
         self.remove_at_end = remove_at_end
+        self.when: When = when
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
         self.account = Account()
         self._is_due = False
         self._steps_before = 0
 
+    def kept(self) -> dict[str, Any]:
+        """The curves; u, v and γ are in the module's own state."""
+        return {"account": self.account.state_dict()}
+
+    def go_on(self, kept: Mapping[str, Any]) -> None:
+        """Go on with a checkpoint's run."""
+        self.account.load_state_dict(kept["account"])
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reparametrize, or see to it that it is done once the network is built."""
+        self.begin_stage(stage)
         check_lightning(trainer, type(self).__name__)
         refuse_deepspeed(trainer, type(self).__name__)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
@@ -76,27 +104,38 @@ class SigmaReparam(Callback):
                 f"{type(trainer.strategy).__name__}, which shards them: use DDP"
             )
         if stage == "fit":
-            settings = ("modules", "projections", "remove_at_end")
+            settings = ("modules", "projections", "remove_at_end", "when")
             describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
         if find_attention(pl_module) or not is_overridden("configure_model", pl_module):
-            self._reparametrize(pl_module)
+            self._reparametrize(trainer, pl_module)
         else:
-            self._follow_configure_model(pl_module)
+            self._follow_configure_model(trainer, pl_module)
 
-    def _follow_configure_model(self, pl_module: LightningModule) -> None:
+    def _follow_configure_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
         build = pl_module.configure_model
 
         @functools.wraps(build)
         def build_and_reparametrize() -> None:
             pl_module.__dict__.pop("configure_model", None)
             build()
-            self._reparametrize(pl_module)
+            self._reparametrize(trainer, pl_module)
 
         pl_module.__dict__["configure_model"] = build_and_reparametrize
 
-    def _reparametrize(self, pl_module: LightningModule) -> None:
-        if not sigma_gains(pl_module):
-            add_sigma_reparam(pl_module, modules=self.modules, projections=self.projections)
+    def _reparametrize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if sigma_gains(pl_module):
+            return
+        if self._is_fit:
+            reader = ProjectionReader(pl_module)
+            editors = head_editors(reader, matching_layers(reader, self.modules), trained=False)
+            refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
+        add_sigma_reparam(
+            pl_module,
+            modules=self.modules,
+            projections=self.projections,
+            trained=False,
+            refused=misread_layers(trainer, pl_module),
+        )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -112,13 +151,18 @@ class SigmaReparam(Callback):
         if not self._is_due or trainer.global_step == self._steps_before:
             return
         self._is_due = False
-        gains = torch.cat([gain.detach().flatten().float() for gain in sigma_gains(pl_module).values()]).cpu()
+        found = [gain.detach().flatten().float() for gain in sigma_gains(pl_module).values()]
+        if not found:
+            self.say("nothing is reparametrized any more: something has taken it away; training goes on")
+            return
+        gains = torch.cat(found).cpu()
         scalars = {
             f"sigma_reparam/gain/{name}": getattr(gains, name)().item() for name in ("mean", "min", "max")
         }
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
         self.account.draw(logging_step(trainer), scalars)
-        log_scalars(trainer, scalars, logging_step(trainer))
+        step = logging_step(trainer)
+        self.log_safely(lambda: log_scalars(trainer, scalars, step))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make plain weights again, if that was asked for."""

@@ -10,7 +10,7 @@ from lightning_qk.functional._logits import GivenLogits
 from lightning_qk.functional.extremes import max_logits
 
 # Positions that leave the logits what they are: products of queries and keys.
-_PRODUCTS = ("none", "rotary", "rotary (2-D)")
+PRODUCTS = ("none", "rotary", "rotary (2-D)")
 
 
 def call_max_logits(
@@ -39,7 +39,7 @@ def call_max_logits(
         for name in ("softcap", "bias", "sinks"):  # no part of q · k
             given.pop(name)
         return max_logits(**given, above=above)
-    if call.relative or position not in _PRODUCTS:
+    if call.relative or position not in PRODUCTS:
         raise UnsupportedCallError(
             "it takes its softmax itself, of logits from which q · k cannot be told; with "
             'attn_implementation="sdpa" or "eager" they may be, where the model has one'

@@ -73,6 +73,27 @@ class HeadEditor:
             raise _Uneditable(
                 "which give queries and keys alike, so that one cannot be scaled without the other"
             )
+        self._shapes = [parameter.shape for parameter in self.parameters()]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether any of the weights takes no gradient now."""
+        return not all(parameter.requires_grad for parameter in self.parameters())
+
+    def problem(self) -> str | None:
+        """Why the weights cannot be multiplied as they are now, as a clause about them; None where they can."""
+        try:
+            found = self.parameters()
+        except _Uneditable as reason:
+            return str(reason)
+        except Exception as error:
+            return f"that cannot be reached ({type(error).__name__}: {error})"
+        if [parameter.shape for parameter in found] != self._shapes:
+            return "of other shapes than before"
+        strange = [own for own in found if not is_plain(own)]
+        if strange:
+            return f"of type {type(strange[0]).__name__} and {strange[0].dtype}"
+        return None
 
     @torch.no_grad()
     def scale(self, query: Tensor, key: Tensor | None) -> None:

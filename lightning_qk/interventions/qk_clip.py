@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qk.heads.edit import HeadEditor, head_editors
 from lightning_qk.heads.reader import ProjectionReader, kept_reader
-from lightning_qk.interventions.layers import matching_layers
+from lightning_qk.interventions.layers import matching_layers, refuse_layers
 
 
 def clip_qk(
@@ -95,13 +95,26 @@ def apply_clip(editor: HeadEditor, gamma: Tensor, alpha: float) -> None:
     editor.scale(query, gamma ** (1 - alpha))
 
 
-def clip_editors(reader: ProjectionReader, names: Iterable[str]) -> dict[str, HeadEditor]:
+def clip_editors(
+    reader: ProjectionReader,
+    names: Iterable[str],
+    *,
+    trained: bool = True,
+    refused: Mapping[str, str] | None = None,
+) -> dict[str, HeadEditor]:
     """What scales the given layers' heads.
+
+    Args:
+        reader: of the model.
+        names: the layers.
+        trained: frozen weights are refused.
+        refused: layers that may not be changed, each with the reason as a clause.
 
     Raises:
         ValueError: one of them cannot be clipped exactly.
     """
     names = list(names)
+    refuse_layers(names, refused)
     for name in names:
         plan = reader.layers[name]
         if plan.normalizes:
@@ -116,14 +129,18 @@ def clip_editors(reader: ProjectionReader, names: Iterable[str]) -> dict[str, He
                 f"embeddings of positions in {name}, which would be scaled by another power: leave the layer out "
                 "with modules="
             )
-    return head_editors(reader, names)
+    return head_editors(reader, names, trained=trained)
 
 
 def clippable_layers(
-    reader: ProjectionReader, modules: str | Sequence[str] | None = None
+    reader: ProjectionReader,
+    modules: str | Sequence[str] | None = None,
+    *,
+    trained: bool = True,
+    refused: Mapping[str, str] | None = None,
 ) -> dict[str, HeadEditor]:
     """What scales the heads of the layers that patterns match, see :func:`clip_editors`."""
-    return clip_editors(reader, matching_layers(reader, modules))
+    return clip_editors(reader, matching_layers(reader, modules), trained=trained, refused=refused)
 
 
 def check_clip(tau: float, alpha: float) -> None:

@@ -14,7 +14,7 @@ from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.edit import head_editors
 from lightning_qk.heads.linear import AffinePlan
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.interventions.layers import matching_layers
+from lightning_qk.interventions.layers import matching_layers, refuse_layers
 
 Projections = Literal["query_key", "all"]
 
@@ -81,6 +81,8 @@ def add_sigma_reparam(
     *,
     modules: str | Sequence[str] | None = None,
     projections: Projections = "query_key",
+    trained: bool = True,
+    refused: Mapping[str, str] | None = None,
 ) -> list[str]:
     r"""Reparametrize attention weights as ``W = γ W̃ / σ₁(W̃)``, with γ trained, in place.
 
@@ -100,6 +102,8 @@ def add_sigma_reparam(
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         projections: ``"query_key"``, or ``"all"`` for every linear map inside the attention layers (of a fused
             one, values have a γ too).
+        trained: frozen weights are refused; else their γ is frozen as well, and may be unfrozen with them.
+        refused: layers that may not be changed, each with the reason as a clause.
 
     Returns:
         Qualified names of the projections that were reparametrized.
@@ -113,10 +117,11 @@ def add_sigma_reparam(
         raise ValueError(f"expected projections to be 'query_key' or 'all', got {projections!r}")
     reader = ProjectionReader(model)
     names = matching_layers(reader, modules)
+    refuse_layers(names, refused)
     # Of every row of a projection, which part it belongs to.
     parts: dict[nn.Module, Tensor] = {}
     transposed: dict[nn.Module, bool] = {}
-    for name, editor in head_editors(reader, names).items():
+    for name, editor in head_editors(reader, names, trained=trained).items():
         for stored in (editor.query, editor.key):
             affine, weight = stored.affine, stored.weight
             if reader.is_sharded(name) or not isinstance(affine, AffinePlan) or weight.dim() != 2:
@@ -213,6 +218,7 @@ def _parametrize(module: nn.Module, part: Tensor) -> None:
     weight: Any = module.weight
     made = SigmaParametrization(weight, part.to(weight.device))
     made.train(module.training)
+    made.gain.requires_grad_(weight.requires_grad)
     parametrize.register_parametrization(module, "weight", made)
     module.register_forward_pre_hook(_iterate)
     module.register_load_state_dict_pre_hook(_load_plain)
@@ -220,9 +226,10 @@ def _parametrize(module: nn.Module, part: Tensor) -> None:
 
 def _iterate(module: nn.Module, inputs: object) -> None:
     # The recomputation of a checkpoint has to find what its forward found.
-    if module.training and not _is_recomputed():
+    if module.training and is_sigma_reparametrized(module) and not _is_recomputed():
         held: Any = module.parametrizations
-        held["weight"][0].iterate(held["weight"].original)
+        if held["weight"].original.requires_grad:
+            held["weight"][0].iterate(held["weight"].original)
 
 
 @torch.compiler.assume_constant_result
@@ -235,7 +242,7 @@ def _load_plain(
 ) -> None:
     """Let a plain weight be loaded: γ becomes its σ₁."""
     weight = state_dict.get(prefix + _PLAIN)
-    if weight is None or prefix + _ORIGINAL in state_dict:
+    if weight is None or prefix + _ORIGINAL in state_dict or not is_sigma_reparametrized(module):
         return
     held: Any = module.parametrizations
     part = held["weight"][0].part

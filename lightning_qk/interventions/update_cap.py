@@ -1,7 +1,7 @@
 """Updates of query and key weights that are held small against the weights in spectral norm."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_qk.functional._precision import at_least_float32
 from lightning_qk.functional.power import starting_subspace, subspace_iteration
-from lightning_qk.heads.edit import StoredRows, head_editors
+from lightning_qk.heads.edit import HeadEditor, StoredRows, head_editors
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.interventions.layers import matching_layers
+from lightning_qk.interventions.layers import matching_layers, refuse_layers
 
 # Vectors that follow the largest singular directions.
 _VECTORS = 8
@@ -50,8 +50,12 @@ class UpdateCapper:
         tau: largest ratio of an update.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         iterations: of the power iteration, each step.
+        trained: frozen weights are refused; else their updates are capped at the steps at which they train.
+        refused: layers that may not be changed, each with the reason as a clause.
 
     Attributes:
+        spare: called with a layer's name and a clause about it where its weights can be capped no more, which
+            leaves the layer alone from then on; None: an error is raised.
         newest: ``(qualified layer name, "query" or "key")`` → what was done at the last step.
 
     Raises:
@@ -67,24 +71,97 @@ class UpdateCapper:
         *,
         modules: str | Sequence[str] | None = None,
         iterations: int = 4,
+        trained: bool = True,
+        refused: Mapping[str, str] | None = None,
     ) -> None:
         check_cap(tau, iterations)
         self.tau, self.iterations = tau, iterations
         reader = model if isinstance(model, ProjectionReader) else ProjectionReader(model)
+        names = matching_layers(reader, modules)
+        refuse_layers(names, refused)
+        self.spare: Callable[[str, str], None] | None = None
+        self._reader = reader
+        self._editors = head_editors(reader, names, trained=trained)
         self._rows: dict[tuple[str, str], StoredRows] = {}
-        for name, editor in head_editors(reader, matching_layers(reader, modules)).items():
-            if reader.is_sharded(name):
-                raise ValueError(
-                    f"expected whole query and key weights, got those of {name}, which are sharded: use DDP, or "
-                    "leave the layer out with modules="
-                )
-            for stored in (editor.query, editor.key):
-                _check_writable(name, stored)
-            self._rows |= {(name, "query"): editor.query, (name, "key"): editor.key}
+        for name, editor in self._editors.items():
+            self._add(name, editor)
         self._before: dict[tuple[str, str], Tensor] = {}
         # Of the weights and of their updates.
         self._subspaces: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.newest: dict[tuple[str, str], Capped] = {}
+
+    def _add(self, name: str, editor: HeadEditor) -> None:
+        if self._reader.is_sharded(name):
+            raise ValueError(
+                f"expected whole query and key weights, got those of {name}, which are sharded: use DDP, or "
+                "leave the layer out with modules="
+            )
+        for stored in (editor.query, editor.key):
+            _check_writable(name, stored)
+        self._rows |= {(name, "query"): editor.query, (name, "key"): editor.key}
+
+    @property
+    def frozen(self) -> list[str]:
+        """The layers whose query or key weights take no gradient now."""
+        return [name for name, editor in self._editors.items() if editor.is_frozen]
+
+    def leave_alone(self, name: str, reason: str) -> None:
+        """Cap a layer's updates no more, for a reason that is a clause about it.
+
+        Raises:
+            ValueError: nobody is to be told (see ``spare``).
+        """
+        if self.spare is None:
+            raise ValueError(f"expected query and key weights whose updates can be capped, got {name}: {reason}")
+        if self._editors.pop(name, None) is not None:
+            for side in ("query", "key"):
+                self._rows.pop((name, side), None)
+                self._before.pop((name, side), None)
+                self._subspaces.pop((name, side), None)
+            self.spare(name, reason)
+
+    def refresh(self) -> None:
+        """Find the layers again if modules of the model were replaced, and see whether all can still be capped."""
+        found = True
+        try:
+            changed = self._reader.refresh()
+        except ValueError as error:
+            changed, found = True, False
+            reason = str(error)
+        for name, editor in list(self._editors.items()):
+            try:
+                if changed and not found:
+                    raise ValueError(reason)
+                if changed:
+                    if name not in self._reader.layers:
+                        gone = "it is no attention layer of the model any more"
+                        raise ValueError(self._reader.unread.get(name, gone))
+                    (editor,) = head_editors(self._reader, [name], trained=False).values()
+                    self._add(name, editor)
+                    self._editors[name] = editor
+                problem = editor.problem()
+                if problem is not None:
+                    raise ValueError(f"it has query and key weights {problem}")
+            except ValueError as error:
+                self.leave_alone(name, str(error))
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """What the estimates of σ₁ go on from, on the CPU: a resumed run caps as one that was not interrupted."""
+        return {
+            f"{side}:{name}": [part.cpu() for part in parts]
+            for (name, side), parts in self._subspaces.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Go on from there, where matrices have the same form."""
+        for (name, side), stored in self._rows.items():
+            parts = state.get(f"{side}:{name}", ())
+            weight = stored.weight
+            columns = _matrix(stored).shape[1]
+            if len(parts) == 2 and all(part.shape[0] == columns for part in parts):
+                dtype = at_least_float32(weight).dtype
+                of_weight, of_update = (part.to(weight.device, dtype) for part in parts)
+                self._subspaces[name, side] = of_weight, of_update
 
     @torch.no_grad()
     def remember(self, parameters: Sequence[Tensor] | None = None) -> None:
@@ -94,33 +171,45 @@ class UpdateCapper:
             parameters: those that the step is going to change; None for all.
         """
         wanted = None if parameters is None else {id(parameter) for parameter in parameters}
+        if self.spare is not None:
+            self.refresh()
         for key, stored in self._rows.items():
             weight = stored.weight
-            if wanted is None or id(weight) in wanted:
+            if weight.requires_grad and (wanted is None or id(weight) in wanted):
                 self._before[key] = _rows(stored)
 
     @torch.no_grad()
     def cap(self) -> dict[tuple[str, str], Capped]:
         """Scale what was done to the weights since :meth:`remember`; nothing waits for the device."""
         self.newest = {}
-        for key, before in self._before.items():
-            stored = self._rows[key]
-            after = _rows(stored)
-            wide = at_least_float32(before)
-            update = at_least_float32(after) - wide
-            of_weight, of_update = self._subspaces.get(key) or _start(wide, update)
-            size, of_weight = subspace_iteration(wide, of_weight, self.iterations)
-            step, of_update = subspace_iteration(update, of_update, self.iterations)
-            self._subspaces[key] = of_weight, of_update
-            ratio = step / size
-            # A step of 0, and one that is not finite, is left alone.
-            is_large = (ratio > self.tau) & ratio.isfinite()
-            factor = torch.where(is_large, self.tau / ratio, 1.0)
-            capped = torch.where(is_large, wide + factor * update, at_least_float32(after))
-            _put(stored, capped.to(after.dtype))
-            self.newest[key] = Capped(factor, ratio)
-        self._before.clear()
+        remembered, self._before = self._before, {}
+        for key, before in remembered.items():
+            stored = self._rows.get(key)
+            if stored is None:
+                continue  # left alone since
+            try:
+                self.newest[key] = self._cap_one(key, stored, before)
+            except Exception as error:
+                if self.spare is None:
+                    raise
+                self.leave_alone(key[0], f"its update could not be capped ({type(error).__name__}: {error})")
         return self.newest
+
+    def _cap_one(self, key: tuple[str, str], stored: StoredRows, before: Tensor) -> Capped:
+        after = _rows(stored)
+        wide = at_least_float32(before)
+        update = at_least_float32(after) - wide
+        of_weight, of_update = self._subspaces.get(key) or _start(wide, update)
+        size, of_weight = subspace_iteration(wide, of_weight, self.iterations)
+        step, of_update = subspace_iteration(update, of_update, self.iterations)
+        self._subspaces[key] = of_weight, of_update
+        ratio = step / size
+        # A step of 0, and one that is not finite, is left alone.
+        is_large = (ratio > self.tau) & ratio.isfinite()
+        factor = torch.where(is_large, self.tau / ratio, 1.0)
+        capped = torch.where(is_large, wide + factor * update, at_least_float32(after))
+        _put(stored, capped.to(after.dtype))
+        return Capped(factor, ratio)
 
     def follow(
         self, optimizer: Optimizer, done: Callable[[dict[tuple[str, str], Capped]], None] | None = None

@@ -135,10 +135,20 @@ class LocaterPenalty:
         self._cross_attention = cross_attention
         self.names = self._select()
 
-    def refresh(self) -> None:
-        """Look for the layers again if modules of the model were replaced."""
-        if self.reader.refresh():
-            self.names = self._select()
+    def refresh(self) -> bool:
+        """Look for the layers again if modules of the model were replaced; whether they were.
+
+        Raises:
+            ValueError: nothing is left that can be read, or that the patterns match.
+        """
+        if not self.reader.refresh():
+            return False
+        self.names = self._select()
+        return True
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Of the layers that are chosen, penalize these alone; all until modules are replaced."""
+        self.names = [name for name in self._select() if name in names]
 
     def means(self, support: Support) -> dict[str, Tensor]:
         """Layer → mean of each head's eigenvalues, shape ``(heads,)``, on the weights' device."""
@@ -420,13 +430,43 @@ def select_layers(
     chosen = [
         name
         for name, layer in layers.items()
-        if (patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns))
-        and (layer.self_attention or (cross_attention and layer.width[0] == layer.width[1]))
+        if _matches(name, patterns) and left_out(layer, cross_attention) is None
     ]
     if not chosen:
+        matched = [name for name in layers if _matches(name, patterns)]
+        if matched:
+            reason = left_out(layers[matched[0]], cross_attention)
+            more = f" (and {len(matched) - 1} more)" if len(matched) > 1 else ""
+            raise ValueError(
+                f"expected at least one attention layer whose spectrum can be penalized, got {matched[0]}{more}, "
+                f"{reason}: {_way_out(layers, matched, cross_attention)}"
+            )
         names = ", ".join(list(projections)[:3])
         raise ValueError(
             f"expected modules={modules!r} to match at least one attention layer, but it matches none of "
             f"{len(projections)} ({names}, ...): use * for any part of a name"
         )
     return chosen
+
+
+def left_out(layer: LayerPlan | HeadProjections, cross_attention: bool) -> str | None:
+    """Why a layer has no penalty, as a clause about it; None where it has one."""
+    if layer.self_attention:
+        return None
+    if layer.width[0] != layer.width[1]:
+        return f"which relates queries of width {layer.width[0]} to keys of width {layer.width[1]}"
+    if cross_attention:
+        return None
+    return "which is not known to be self-attention: its keys may be those of other tokens"
+
+
+def _way_out(
+    layers: Mapping[str, LayerPlan | HeadProjections], matched: Sequence[str], cross_attention: bool
+) -> str:
+    if not cross_attention and any(left_out(layers[name], True) is None for name in matched):
+        return "pass cross_attention=True to penalize it all the same"
+    return "the penalty needs queries and keys of one space"
+
+
+def _matches(name: str, patterns: Sequence[str] | None) -> bool:
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
