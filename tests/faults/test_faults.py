@@ -65,7 +65,8 @@ def check(nursery: Nursery, plan: Plan, folder: Path) -> str:
         assert same(torch.tensor(got["losses"]), torch.tensor(want["losses"])), "losses differ"
         assert_same_weights(got["weights"], want["weights"])
         assert torch.equal(got["rng"], want["rng"])
-        assert got["hooks"] == []
+        if plan.fault != "copied_layer":  # see below
+            assert got["hooks"] == []
         for name, (steps, _) in got["histories"].items():
             assert_history(plan, steps, got["steps"], name)
         expected = [name for name in plan.callbacks if name != "guard"]
@@ -122,7 +123,13 @@ def test_no_run_is_ended_or_changed(plan, nursery, tmp_path):
     check(nursery, plan, tmp_path)
 
 
-# What follows needs a step or two to say so: every fault in its turn, everything else drawn.
+def test_hooks_that_a_copy_took_along_are_gone_after_the_run(nursery, tmp_path):
+    [outcome] = nursery.run(Plan("copied_layer", step=3, callbacks=ALL), tmp_path)
+    assert outcome["end"] == "finished"
+    assert outcome["hooks"] == []
+
+
+# Every fault in its turn, everything else drawn.
 
 
 @pytest.mark.slow
