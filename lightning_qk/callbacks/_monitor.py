@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qk.callbacks._trainer import (
+    Callback,
     check_lightning,
     is_logged_step,
     logging_step,
@@ -96,6 +97,7 @@ class Monitor(Callback):
         report: bool,
         per_layer: PerLayer = None,
     ) -> None:
+        super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
                 f"expected every_n_steps to be at least 1, got {every_n_steps}: pass None to follow the "

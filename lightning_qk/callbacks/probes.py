@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_qk.callbacks._monitor import Monitor, flat_values
 from lightning_qk.callbacks._recorder import CallRecorder, models_and_doors
-from lightning_qk.callbacks._trainer import logging_step, run_directory
+from lightning_qk.callbacks._trainer import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    logging_step,
+    run_directory,
+)
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_scalars
