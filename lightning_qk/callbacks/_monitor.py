@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qk.callbacks._order import observe_last
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
@@ -130,6 +131,7 @@ class Monitor(Callback):
         """Refuse a trainer of another package, whose hooks and classes differ."""
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
+            observe_last(trainer)
             own = ("per_layer", "per_head", "figures_every", "report")
             rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
             describe_config(trainer, {type(self).__name__: self.settings() | rest})
