@@ -47,6 +47,8 @@ class AttentionCapture:
             process is compiled again.
         eager: whoever enables it sees to it that no graph runs (``torch.compiler.set_stance``), so that graphs
             are left as they are.
+        operands: also keep, while enabled, the queries and keys of softmaxes that layers take themselves. They
+            stay in memory as long as their logits do.
 
     Attributes:
         problems: name → why its calls cannot be used. Whatever goes wrong in reading a call or in the listener
@@ -61,6 +63,7 @@ class AttentionCapture:
         *,
         model: nn.Module | None = None,
         eager: bool = False,
+        operands: bool = False,
     ) -> None:
         # By identity: modules compare so, and a wrapper such as FSDP changes a module's class, not the object.
         self._names = {id(module): name for module, name in names.items()}
@@ -68,6 +71,7 @@ class AttentionCapture:
         self._listener = listener
         self._model = model
         self._eager = eager
+        self.operands = operands
         self._enabled = False
         self._give_back: list[Callable[[], None]] | None = None
         self._implementations: dict[str, str] = {}

@@ -16,6 +16,7 @@ class Listening(Protocol):
     """What an :class:`~lightning_qk.capture.interface.AttentionCapture` is to the places that hear calls."""
 
     enabled: bool
+    operands: bool
 
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of this module is handed on now."""
@@ -35,11 +36,13 @@ class _State:
     Attributes:
         listening: some installed capture is enabled. A compiled graph has one version for each value.
         direct: some installed capture stands at scaled_dot_product_attention itself.
+        operands: some enabled capture wants the queries and keys of softmaxes that layers take themselves.
     """
 
     def __init__(self) -> None:
         self.listening = False
         self.direct = False
+        self.operands = False
 
 
 STATE = _State()
@@ -77,7 +80,9 @@ def discard(capture: Listening) -> None:
 def refresh() -> None:
     """Find anew whether somebody listens."""
     with lock:
-        STATE.listening = any(capture.enabled for capture in _captures)
+        enabled = [capture for capture in _captures if capture.enabled]
+        STATE.listening = bool(enabled)
+        STATE.operands = any(capture.operands for capture in enabled)
 
 
 def count_direct(change: int) -> None:

@@ -67,10 +67,17 @@ def _hear(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = read_multihead(module, *args, **kwargs)
         if isinstance(found, str):
             raise UnsupportedCallError(found)
-        return AttentionCall(module, *found[0], "sdpa", found[1])
+        return AttentionCall(module, *found[0], "sdpa", found[1], inputs=_inputs(args, kwargs))
 
     if listeners.is_watched(module):
         listeners.deliver(module, read)
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What the module makes queries and keys of, as its forward was called."""
+    query = args[0] if args else kwargs["query"]
+    key = args[1] if len(args) > 1 else kwargs["key"]
+    return query, key
 
 
 def _tap_encoder_layer(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
@@ -108,7 +115,7 @@ def _hear_fused(layer: Any, arguments: dict[str, Any]) -> None:
         found = read_multihead(attention, source, source, source, padding, attn_mask=mask)
         if isinstance(found, str):
             raise UnsupportedCallError(found)
-        return AttentionCall(attention, *found[0], "sdpa", found[1])
+        return AttentionCall(attention, *found[0], "sdpa", found[1], inputs=(source, source))
 
     listeners.deliver(attention, read)
 

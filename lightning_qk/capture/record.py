@@ -20,6 +20,8 @@ class AttentionCall(NamedTuple):
         options: the other arguments (``scaling``, ``dropout``, ``is_causal``, ``softcap``, ...).
         function: what was called, by which the meaning of the arguments can be found out; None where only the
             implementation's name is known.
+        inputs: what the layer projects to query and key, where whoever captured the call has it: torch's
+            MultiheadAttention.
     """
 
     module: nn.Module
@@ -30,6 +32,7 @@ class AttentionCall(NamedTuple):
     implementation: str
     options: Mapping[str, Any]
     function: Callable[..., Any] | None = None
+    inputs: tuple[Tensor, ...] = ()
 
 
 class SoftmaxCall(NamedTuple):
@@ -45,6 +48,8 @@ class SoftmaxCall(NamedTuple):
         sinks: how many of the last columns, 0 or 1, are no keys but a learnt sink's logit.
         implementation: ``"softmax"``.
         options: nothing.
+        operands: queries ``(..., n, d)`` and keys ``(..., m, d)`` whose products the logits are, as the layer
+            multiplied them; None unless the capture asked for them.
     """
 
     module: nn.Module
@@ -54,6 +59,7 @@ class SoftmaxCall(NamedTuple):
     sinks: int = 0
     implementation: str = "softmax"
     options: Mapping[str, Any] = MappingProxyType({})
+    operands: tuple[Tensor, Tensor] | None = None
 
 
 class UnsupportedCallError(Exception):

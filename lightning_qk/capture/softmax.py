@@ -233,7 +233,9 @@ def _hear(frame: _Frame, logits: Tensor, trace: Trace) -> None:
         return  # some layers take the softmax of one and the same logits twice
     with torch.no_grad():
         given = logits if trace.hidden is None else far_down(logits, trace.hidden)
-    call = SoftmaxCall(frame.module, given, trace.d_head, trace.relative, trace.sinks)
+    call = SoftmaxCall(
+        frame.module, given, trace.d_head, trace.relative, trace.sinks, operands=trace.operands
+    )
     if frame.waits:
         frame.waiting = call, given._version
         return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_qk.capture.listeners import STATE
 from lightning_qk.functional._logits import MASKED_BELOW
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "baddbmm_", "einsum"}
@@ -57,6 +58,7 @@ class Trace(NamedTuple):
         relative: something was subtracted that depends on the products themselves.
         sinks: how many columns behind the keys are none.
         hidden: where a mask was added that is not far enough down to be told from the sum, of the tensor's shape.
+        operands: queries ``(..., n, d)`` and keys ``(..., m, d)``, where a capture wants them.
     """
 
     n: int
@@ -65,6 +67,7 @@ class Trace(NamedTuple):
     relative: bool = False
     sinks: int = 0
     hidden: Tensor | None = None
+    operands: tuple[Tensor, Tensor] | None = None
 
     @property
     def whole(self) -> tuple[int, int]:
@@ -200,7 +203,8 @@ def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace 
     if len(operands) != 2 or not all(_is_computed(one) for one in operands):
         return None
     left, right = operands
-    return Trace(left.shape[-2], right.shape[-1], left.shape[-1])
+    kept = (left, right.mT) if STATE.operands else None
+    return Trace(left.shape[-2], right.shape[-1], left.shape[-1], operands=kept)
 
 
 def _is_computed(operand: Tensor) -> bool:
@@ -224,8 +228,21 @@ def _einsum(args: tuple[Any, ...]) -> Trace | None:
         return None
     sizes = dict(zip(reversed(left), reversed(operands[0].shape), strict=False))
     sizes.update(zip(reversed(right), reversed(operands[1].shape), strict=False))
-    summed = [sizes[letter] for letter in sizes if letter not in output]
-    return Trace(sizes[row], sizes[key], math.prod(summed)) if summed else None
+    summed = [letter for letter in sizes if letter not in output]
+    if not summed:
+        return None
+    kept = None
+    if STATE.operands and all(letter in left and letter in right for letter in summed):
+        kept = _last(left, operands[0], row, summed), _last(right, operands[1], key, summed)
+    return Trace(sizes[row], sizes[key], math.prod(sizes[letter] for letter in summed), operands=kept)
+
+
+def _last(letters: str, operand: Tensor, token: str, summed: list[str]) -> Tensor:
+    """One side of an einsum as (..., tokens, features); axes of an ellipsis come first."""
+    extra = operand.dim() - len(letters)
+    batch = [letter for letter in letters if letter != token and letter not in summed]
+    order = [*range(extra), *(extra + letters.index(letter) for letter in (*batch, token, *summed))]
+    return operand.permute(order).flatten(-len(summed))
 
 
 def _kept(
@@ -265,5 +282,6 @@ def _moved(
     if order[-2:] == [last - 1, last]:
         return trace
     if order[-2:] == [last, last - 1]:
-        return None if trace.sinks else trace._replace(n=trace.m, m=trace.n)
+        flipped = None if trace.operands is None else trace.operands[::-1]
+        return None if trace.sinks else trace._replace(n=trace.m, m=trace.n, operands=flipped)
     return None

@@ -223,6 +223,11 @@ class LayerPlan:
         return rotary
 
     @property
+    def gain_behind_rotation(self) -> bool:
+        """Whether the gain of the norm of queries and keys acts on what was rotated."""
+        return self._gain_behind
+
+    @property
     def module(self) -> nn.Module:
         """The layer."""
         return alive(self._layer)

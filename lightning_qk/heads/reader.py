@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -25,6 +26,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         fold_norm: see :func:`head_projections`.
         root: the outermost module around ``model``, where there is one, such as ``trainer.strategy.model``:
             FSDP's first version may be wrapped around the whole.
+        strict: raise where nothing can be read; else there are no layers then, and `unread` has the reasons.
 
     Attributes:
         layers: qualified name → what is known of a layer without its values.
@@ -32,16 +34,24 @@ class ProjectionReader(Mapping[str, HeadProjections]):
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: the model contains no attention, or none that can be read.
+        ValueError: the model contains no attention, or none that can be read, and ``strict``.
     """
 
     layers: dict[str, LayerPlan]
     unread: dict[str, str]
 
-    def __init__(self, model: nn.Module, *, fold_norm: bool = False, root: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        fold_norm: bool = False,
+        root: nn.Module | None = None,
+        strict: bool = True,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
         self.fold_norm = fold_norm
+        self.strict = strict
         self._model = weakref.ref(model)
         self._root = None if root is None else weakref.ref(root)
         self._plan(model)
@@ -86,6 +96,9 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         """Whether reading a layer gathers its weights from other processes."""
         return self.layers[name].is_sharded()
 
+    def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return False
+
     def _plan(self, model: nn.Module) -> None:
         self._identity = list(identity(model))
         self.layers, self.unread = {}, {}
@@ -98,7 +111,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
                 self.unread[site.name] = str(reason)
                 if isinstance(reason, InaccessibleWeights):
                     inaccessible = inaccessible or site.name
-        if self.layers:
+        if self.layers or not self.strict:
             return
         kind = type(model).__name__
         if not self.unread:

@@ -1,0 +1,367 @@
+"""Check, while a model runs, whether what was read of its layers is what their attention received."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.heads.plan import LayerPlan, Side
+from lightning_qk.heads.reader import ProjectionReader, find_attention
+from lightning_qk.verification.compare import Added, Match, compare, tolerance
+
+# Tensors that are kept of one call of a layer.
+_MOST = 48
+# Relative error of the softmax scale beyond which it was read wrong.
+_SCALING = 1e-2
+
+
+class Status(Enum):
+    """What a check found of one layer."""
+
+    VERIFIED = "verified"
+    REREAD = "verified, read from the call"
+    DIFFERS = "differs"
+    UNCHECKED = "not checked"
+
+
+class Verified(NamedTuple):
+    """What a check found of one layer.
+
+    Attributes:
+        status: whether what was read is what the model computes.
+        query: largest relative difference of a head's queries from ``W x + b``; NaN where they were not compared.
+            Under a rotation by position it is that of ``q·q``, ``k·k`` and ``q·k``.
+        key: likewise of its keys.
+        reason: what differs, or why nothing was compared; empty for verified layers.
+        self_attention: whether queries and keys were made of the same tensor; None where that was not seen.
+    """
+
+    status: Status
+    query: float
+    key: float
+    reason: str = ""
+    self_attention: bool | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the layer is verified."""
+        return self.status in (Status.VERIFIED, Status.REREAD)
+
+
+def _unchecked(reason: str) -> Verified:
+    return Verified(Status.UNCHECKED, float("nan"), float("nan"), reason)
+
+
+class SelfCheck:
+    """Compares, at the first attention call of every layer, what was read with the q and k that are there.
+
+    Forward hooks see what enters the layers and their parts, and a capture sees queries and keys as they are
+    multiplied; both are taken away again by :meth:`remove`. Nothing that the model computes is changed. A layer that
+    was not read, or wrongly, is read again by running it alone on what it was called with
+    (:meth:`~lightning_qk.heads.reader.ProjectionReader.learn`), and compared again.
+
+    Graphs of torch.compile are left as they are: what runs in one is not checked. Weights that are sharded
+    when the attention is called are not checked either.
+
+    Args:
+        model: any module.
+        reader: of the model.
+
+    Attributes:
+        verdicts: qualified layer name → what was found, of the layers that were called.
+    """
+
+    def __init__(self, model: nn.Module, reader: ProjectionReader) -> None:
+        self._reader = reader
+        self._sites = find_attention(model)
+        self._calls: dict[str, _Call] = {name: _Call() for name in self._sites}
+        self.verdicts: dict[str, Verified] = {}
+        names = {module: name for name, module in self._sites.items()}
+        self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Begin to look at forwards."""
+        if self._handles:
+            return
+        for name, module in self._sites.items():
+            if any(_would_notice(part) for part in module.modules()):
+                continue  # its capture knows what enters it, or nothing is known
+            call = self._calls[name]
+            self._handles.append(
+                module.register_forward_pre_hook(functools.partial(_keep_call, call), with_kwargs=True)
+            )
+            for part in module.modules():
+                if part is not module:
+                    self._handles.append(
+                        part.register_forward_pre_hook(
+                            functools.partial(_keep_inputs, call), with_kwargs=True
+                        )
+                    )
+                    self._handles.append(part.register_forward_hook(functools.partial(_keep_output, call)))
+        self._capture.install()
+        self._capture.enabled = True
+
+    def remove(self) -> None:
+        """Leave everything as it was, and let go of what was kept."""
+        self._capture.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for call in self._calls.values():
+            call.clear()
+
+    @contextmanager
+    def looking(self) -> Iterator["SelfCheck"]:
+        """Look at the forwards in this block."""
+        self.install()
+        try:
+            yield self
+        finally:
+            self.remove()
+
+    def conclude(self) -> dict[str, Verified]:
+        """What was found of every layer, in the model's order; those that were not called included."""
+        found = {}
+        for name in self._sites:
+            verdict = self.verdicts.get(name)
+            if verdict is None:
+                problem = self._capture.problems.get(name)
+                unread = self._reader.unread.get(name)
+                verdict = _unchecked(
+                    unread or problem or "its attention was not called, or in a compiled graph"
+                )
+            found[name] = verdict
+        return found
+
+    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+        if name in self.verdicts:
+            return
+        kept = self._calls[name]
+        try:
+            self.verdicts[name] = self._check(name, call, kept)
+        except Exception as error:
+            message = str(error).splitlines()[0] if str(error) else "no message"
+            self.verdicts[name] = _unchecked(f"comparing raised {type(error).__name__}: {message}")
+        finally:
+            kept.clear(is_done=True)
+
+    def _check(self, name: str, call: AttentionCall | SoftmaxCall, kept: "_Call") -> Verified:
+        operands = call.operands if isinstance(call, SoftmaxCall) else (call.query, call.key)
+        if operands is None:
+            return _unchecked("the queries and keys of its softmax could not be told from each other")
+        if any(hasattr(operand, "to_local") for operand in operands):
+            return _unchecked("its queries are spread over processes")
+        inputs = [*call.inputs, *kept.inputs] if isinstance(call, AttentionCall) else kept.inputs
+        plan = self._reader.layers.get(name)
+        first = None if plan is None else self._compare(plan, call, operands, inputs, kept)
+        if first is not None and first.status is not Status.DIFFERS:
+            return first
+        again = self._learn(name, call, operands, inputs, kept)
+        if again is not None and again.ok:
+            return again._replace(status=Status.REREAD)
+        if first is not None:
+            return first
+        return _unchecked(self._reader.unread.get(name, "its weights were not read"))
+
+    def _learn(
+        self,
+        name: str,
+        call: AttentionCall | SoftmaxCall,
+        operands: tuple[Tensor, Tensor],
+        inputs: Sequence[Tensor],
+        kept: "_Call",
+    ) -> Verified | None:
+        """Read a layer again from its call and compare again; None where that is not possible."""
+        if kept.arguments is None or not self._reader.learn(name, *kept.arguments):
+            return None
+        return self._compare(self._reader.layers[name], call, operands, inputs, kept)
+
+    def _compare(
+        self,
+        plan: LayerPlan,
+        call: AttentionCall | SoftmaxCall,
+        operands: tuple[Tensor, Tensor],
+        inputs: Sequence[Tensor],
+        kept: "_Call",
+    ) -> Verified:
+        if plan.is_flat:
+            return _unchecked("its weights are flattened by FSDP's first version")
+        if plan.is_sharded():
+            return _unchecked("its weights are spread over processes")
+        read = plan.read()
+        match = compare(read, inputs, *operands, (_added(plan, plan.query), _added(plan, plan.key)))
+        if match is None:
+            return _unchecked("what enters its projections was not seen")
+        dtypes = [operand.dtype for operand in operands] + [read.query.dtype]
+        kind = operands[0].device.type
+        if torch.is_autocast_enabled(kind):
+            dtypes.append(torch.get_autocast_dtype(kind))
+        allowed = tolerance(*dtypes)
+        is_self = _is_same(inputs, match)
+        if not match.error <= allowed:
+            if not (kept.has_parts or call_inputs(call)):
+                return _unchecked("what enters its projections was not seen")
+            side = "queries" if match.query > allowed else "keys"
+            reason = (
+                f"its {side} are not W x + b as read from its weights ({plan.layout}): the largest difference of a "
+                f"head is {match.error:.2g} of its length"
+                if match.error < 1e6
+                else f"its {side} are not W x + b as read from its weights ({plan.layout})"
+            )
+            return Verified(Status.DIFFERS, match.query, match.key, reason, is_self)
+        wrong = _wrong_scaling(read.scaling, call, match)
+        if wrong is not None:
+            return Verified(Status.DIFFERS, match.query, match.key, wrong, is_self)
+        return Verified(Status.VERIFIED, match.query, match.key, "", is_self)
+
+
+class _Call:
+    """What is kept of the newest call of one layer.
+
+    Attributes:
+        arguments: of its forward.
+        inputs: tensors that entered it, and that entered or left its parts.
+        has_parts: some part of it was called.
+        is_done: nothing is kept any more.
+    """
+
+    def __init__(self) -> None:
+        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.inputs: list[Tensor] = []
+        self.has_parts = False
+        self.is_done = False
+
+    def clear(self, *, is_done: bool = False) -> None:
+        """Let go of the tensors."""
+        self.arguments, self.inputs = None, []
+        self.is_done = self.is_done or is_done
+
+    def add(self, values: Any) -> None:
+        """Keep what tensors there are, each once."""
+        for tensor in _tensors(values):
+            known = any(_same_values(tensor, own) for own in self.inputs)
+            if tensor.dim() >= 2 and tensor.is_floating_point() and not known and len(self.inputs) < _MOST:
+                self.inputs.append(tensor)
+
+
+def _keep_call(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Traced into graphs of torch.compile, as nothing.
+    if torch.compiler.is_compiling() or call.is_done or is_recomputation():
+        return
+    call.clear()
+    call.arguments = args, kwargs
+    call.add((args, kwargs))
+
+
+def _keep_inputs(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling() or call.is_done or is_recomputation():
+        return
+    call.has_parts = True
+    call.add((args, kwargs))
+
+
+def _keep_output(call: _Call, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if torch.compiler.is_compiling() or call.is_done or is_recomputation():
+        return
+    call.add(output)
+
+
+def call_inputs(call: AttentionCall | SoftmaxCall) -> tuple[Tensor, ...]:
+    """What a call itself knows of what its layer projects."""
+    return call.inputs if isinstance(call, AttentionCall) else ()
+
+
+def _would_notice(part: nn.Module) -> bool:
+    """Whether a part of torch takes another way through its forward where it has hooks, or was compiled."""
+    return (
+        isinstance(part, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerEncoder)
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or hasattr(part, "_orig_mod")
+    )
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same order, by where they lie."""
+    if one is other:
+        return True
+    return (
+        one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.storage_offset() == other.storage_offset()
+    )
+
+
+def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
+    query, key = match.sources
+    if key < 0:
+        return None
+    return query == key or _same_values(inputs[query], inputs[key])
+
+
+def _added(plan: LayerPlan, side: Side) -> Added:
+    """What a layer's norm of queries or keys does besides what is folded into the weights."""
+    if side.qk_norm is None:
+        return Added()
+    norm = side.qk_norm.read()
+    offset = norm.offset if side.qk_norm.shifted else None
+    gain = norm.gain if plan.gain_behind_rotation else None
+    return Added(
+        *(None if values is None else values.reshape(-1, plan.sizes.d_head) for values in (offset, gain))
+    )
+
+
+def _wrong_scaling(read: float, call: AttentionCall | SoftmaxCall, match: Match) -> str | None:
+    """What is wrong with the softmax scale, where the call says it; None where nothing is known to be."""
+    if isinstance(call, SoftmaxCall) or match.factor is None:
+        return None
+    given = call.options.get("scaling")
+    if given is None:
+        given = call.query.shape[-1] ** -0.5
+    if not isinstance(given, int | float):
+        return None
+    scaling = float(given) * match.factor
+    if abs(scaling - read) <= _SCALING * abs(scaling):
+        return None
+    return f"its logits are scaled by {scaling:.4g}, which was read as {read:.4g}"
+
+
+def summary(verdicts: Mapping[str, Verified], shorten: Callable[[Sequence[str]], str]) -> list[str]:
+    """What to say of a check: how many layers are verified, and of the others which and why.
+
+    Args:
+        verdicts: qualified layer name → what was found.
+        shorten: makes one text of a list of names.
+    """
+    verified = sum(verdict.ok for verdict in verdicts.values())
+    lines = [f"spectra verified on {verified} of {len(verdicts)} layers"]
+    others: dict[str, list[str]] = {}
+    for name, verdict in verdicts.items():
+        if verdict.ok:
+            continue
+        what = "left out" if verdict.status is Status.DIFFERS else "not verified"
+        others.setdefault(f"{what}: {verdict.reason}", []).append(name)
+    for reason, names in others.items():
+        verb = "is" if len(names) == 1 else f"({len(names)} layers) are"
+        lines.append(f"{shorten(names)} {verb} {reason}")
+    return lines

@@ -1,0 +1,153 @@
+"""What is read wrong is found, and what is read right is not called wrong, on models of every kind."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "heads"))
+import heads_zoo as zoo
+
+from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.verification import Status, verify
+
+Wrong = Callable[[HeadProjections], HeadProjections | None]
+KINDS = sorted(zoo.ZOO)
+# One of each kind of layout, position and norm.
+FEW = (
+    "gpt2",
+    "bert-cross",
+    "llama",
+    "qwen3",
+    "olmo2",
+    "stablelm",
+    "deepseek-v3",
+    "t5",
+    "whisper",
+    "gpt-bigcode",
+)
+
+
+def next_head(read: HeadProjections) -> HeadProjections | None:
+    """Each head's queries with the weights of the next one."""
+    if read.heads == read.kv_heads == 1:
+        return None
+    bias = None if read.query_bias is None else read.query_bias.roll(1, 0)
+    return dataclasses.replace(read, query=read.query.roll(1, 0), query_bias=bias)
+
+
+def exchanged(read: HeadProjections) -> HeadProjections | None:
+    """Keys for queries."""
+    if read.query.shape != read.key.shape or not read.self_attention or read.shared:
+        return None
+    return dataclasses.replace(
+        read, query=read.key, key=read.query, query_bias=read.key_bias, key_bias=read.query_bias
+    )
+
+
+def one_row(read: HeadProjections) -> HeadProjections:
+    """One row of one head is another's."""
+    query = read.query.clone()
+    query[0, 0] = query[-1, 1]
+    return dataclasses.replace(read, query=query)
+
+
+def interleaved(read: HeadProjections) -> HeadProjections | None:
+    """Rows counted the other way round, as for (d_head, heads) in place of (heads, d_head)."""
+    if read.heads == 1:
+        return None
+    query = read.query.flatten(0, 1).unflatten(0, (read.d_head, read.heads)).transpose(0, 1)
+    return dataclasses.replace(read, query=query)
+
+
+def moved_keys(read: HeadProjections) -> HeadProjections:
+    """The coordinates of keys in another order than those of queries."""
+    return dataclasses.replace(read, key=read.key.roll(1, 1))
+
+
+WRONG: tuple[Wrong, ...] = (next_head, exchanged, one_row, interleaved, moved_keys)
+
+
+def checked(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Status]:
+    model = zoo.build(name, dtype)
+    found = verify(model, zoo.feed(name, dtype, positions=True))
+    return {layer: verdict.status for layer, verdict in found.items()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_read_right_is_verified(name: str) -> None:
+    assert set(checked(name).values()) == {Status.VERIFIED}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "t5"])
+def test_half_precision_is_no_difference(name: str) -> None:
+    assert set(checked(name, torch.bfloat16).values()) == {Status.VERIFIED}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_read_wrong_differs(name: str, wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LayerPlan.read
+    spoilt = []
+
+    def read(self: LayerPlan) -> HeadProjections:
+        own = right(self)
+        other = wrong(own)
+        if other is not None and self.key_layer is None:
+            spoilt.append(self.name)
+        return own if other is None else other
+
+    monkeypatch.setattr(LayerPlan, "read", read)
+    found = checked(name)
+    assert {found[layer] for layer in spoilt} <= {Status.DIFFERS}
+    assert {status for layer, status in found.items() if layer not in spoilt} <= {Status.VERIFIED}
+
+
+def test_a_wrong_softmax_scale_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = LayerPlan.read
+    monkeypatch.setattr(
+        LayerPlan, "read", lambda self: dataclasses.replace(right(self), scaling=2 * right(self).scaling)
+    )
+    model = zoo.build("llama")
+    found = verify(model, zoo.feed("llama"))
+    assert all("scaled by" in verdict.reason for verdict in found.values())
+
+
+class Fused(nn.Module):
+    """An attention of a user's own."""
+
+    def __init__(self, width: int, heads: int, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before = inner or nn.Identity()
+        self.fused = nn.Linear(width, 3 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.fused(self.before(x)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Attention(Fused):
+    pass
+
+
+def test_a_norm_or_a_position_inside_the_layer_is_part_of_its_input() -> None:
+    layer = Attention(16, 4, nn.LayerNorm(16))
+    found = verify(layer, torch.randn(2, 5, 16))
+    assert [(verdict.status, verdict.self_attention) for verdict in found.values()] == [
+        (Status.VERIFIED, True)
+    ]
+
+
+def test_queries_and_keys_of_different_tensors_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.MultiheadAttention(16, 4, batch_first=True)
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    assert [one.self_attention for one in verify(layer, (x, x, x)).values()] == [True]
+    assert [one.self_attention for one in verify(layer, (x, y, y)).values()] == [False]
