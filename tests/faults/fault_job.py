@@ -1,6 +1,5 @@
 """The job that is hurt, in the process that trains: see ``harness``."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ def warm_up() -> None:
     import lightning_qk.logging.figures
     import lightning_qk.logging.health
     import lightning_qk.logging.parquet
-    import lightning_qk.logging.report  # noqa: F401
+    import lightning_qk.logging.report
 
     for name in lightning_qk.__all__:
         getattr(lightning_qk, name)
@@ -38,7 +37,7 @@ def warm_up() -> None:
 
 
 class HurtJob(models.Job):
-    """Draws its own batches, and its dropout, from the step: a resumed run sees what an uninterrupted one would."""
+    """Draws its batches and its dropout from the step: a resumed run sees what an uninterrupted one does."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(getattr(models, plan.model)(), lr=1e-3, optimizer="adamw")

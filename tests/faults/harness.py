@@ -1,8 +1,9 @@
 """Training runs in which something goes wrong, each in a process of its own; all of a run follows from its plan.
 
-A :class:`Plan` says what fails, when and where, and who watches. :class:`Nursery` is one process that has imported
-everything and forks a child for each run, so that a run costs no import, may be killed, and may hang. A child trains
-and leaves an :class:`Outcome` in its folder. ``python harness.py PLAN.json FOLDER`` makes one run by hand.
+A :class:`Plan` says what fails, when and where, and who watches. :class:`Nursery` is one process that has
+imported everything and forks a child for each run, so that a run costs no import, may be killed, and may hang. A
+child trains and leaves what :func:`run` returns in its folder. ``python harness.py PLAN.json FOLDER`` makes one
+run by hand.
 """
 
 import ctypes
@@ -42,7 +43,7 @@ class Plan:
         steps: how long the job trains.
         every: ``log_every_n_steps``.
         accumulate: micro-batches a step.
-        validate: validate after so many batches, in the middle of an accumulation where these do not fit; 0: never.
+        validate: batches between validations, in the middle of an accumulation where these do not fit; 0: never.
         processes: how many ranks.
         save_every: steps between checkpoints; 0: none.
         resume: go on from the newest checkpoint in the folder.
@@ -73,7 +74,9 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> "Plan":
-        return cls(**{**(given := json.loads((folder / PLAN).read_text())), "callbacks": tuple(given["callbacks"])})
+        return cls(
+            **{**(given := json.loads((folder / PLAN).read_text())), "callbacks": tuple(given["callbacks"])}
+        )
 
 
 MONITORS = ("spectrum", "singular", "attention", "hidden", "sinks", "position", "guard")
@@ -101,8 +104,7 @@ def drawn(seed: int) -> Plan:
     )
 
 
-# What goes wrong: each a function of the injury, when its step has come (at), before the fit (before), or for all of
-# the run (a flag that the job asks for).
+# What goes wrong: each a function of the injury, called when its step has come (at) or before the fit (before).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +411,11 @@ def _refuse_to_open(folder: Path, code: int) -> None:
     true_open = io.open
 
     def refusing(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if isinstance(file, str | os.PathLike) and set(mode) & set("wax+") and str(file).startswith(str(folder)):
+        if (
+            isinstance(file, str | os.PathLike)
+            and set(mode) & set("wax+")
+            and str(file).startswith(str(folder))
+        ):
             raise OSError(code, os.strerror(code), str(file))
         return true_open(file, mode, *args, **kwargs)
 

@@ -60,7 +60,9 @@ def check(nursery: Nursery, plan: Plan, folder: Path) -> str:
     watched = nursery.run(plan, folder / "watched")
     for rank, (want, got) in enumerate(zip(alone, watched, strict=True)):
         assert not want["end"].startswith(("died", harness.HUNG)), want["output"][-2000:]
-        assert got["end"] == want["end"], f"rank {rank}: {got['end']!r}, alone {want['end']!r}\n{got['output'][-3000:]}"
+        assert got["end"] == want["end"], (
+            f"rank {rank}: {got['end']!r}, alone {want['end']!r}\n{got['output'][-3000:]}"
+        )
         assert (want["end"] == "finished") == (not FAULTS[plan.fault].ends), want["end"]
         assert same(torch.tensor(got["losses"]), torch.tensor(want["losses"])), "losses differ"
         assert_same_weights(got["weights"], want["weights"])
@@ -75,7 +77,13 @@ def check(nursery: Nursery, plan: Plan, folder: Path) -> str:
     reported = [name for name in plan.callbacks if name not in ("guard", "singular")]
     if reported and measured_steps(plan, watched[0]["steps"]) and has_disk(plan):
         check_record(plan, folder / "watched" / "run" / RECORD, watched[0])
-    return f"{plan.fault:26} step {plan.step} of {plan.steps}  {watched[0]['end'][:40]:40} {', '.join(plan.callbacks)}"
+    return line(plan, watched[0]["end"])
+
+
+def line(plan: Plan, end: str) -> str:
+    """Of the summary."""
+    where = f"step {plan.step} of {plan.steps}"
+    return f"{plan.fault:26} {where}  {plan.model:6} {end[:40]:40} {', '.join(plan.callbacks)}"
 
 
 def has_disk(plan: Plan) -> bool:
@@ -86,7 +94,13 @@ def check_record(plan: Plan, path: Path, outcome: dict) -> None:
     """What is on the disk is all that was in memory."""
     assert path.exists(), outcome["output"][-3000:]
     record = RunRecord.load(path)
-    names = {"spectrum": "spectrum", "attention": "attention", "hidden": "hidden", "sinks": "sinks", "position": "position"}
+    names = {
+        "spectrum": "spectrum",
+        "attention": "attention",
+        "hidden": "hidden",
+        "sinks": "sinks",
+        "position": "position",
+    }
     for name, field in names.items():
         if name not in plan.callbacks:
             continue
@@ -99,7 +113,7 @@ def check_record(plan: Plan, path: Path, outcome: dict) -> None:
         if name != "spectrum" or "singular" not in plan.callbacks:
             for statistic, series in values.items():
                 assert same(history.series(statistic), series), statistic
-    assert not list(path.parent.glob("*.partial")) and not list(path.parent.glob(".*.partial"))
+    assert not [one for one in path.parent.iterdir() if one.name.endswith(".partial")]
 
 
 QUICK = (
@@ -137,10 +151,12 @@ def test_hooks_that_a_copy_took_along_are_gone_after_the_run(nursery, tmp_path):
 def test_no_drawn_run_is_ended_or_changed(seed, nursery, tmp_path, summary):
     plan = drawn(seed)
     if FAULTS[plan.fault].resumes:
-        line = check_resume(nursery, dataclasses.replace(plan, save_every=2, step=max(plan.step, 3)), tmp_path)
+        done = check_resume(
+            nursery, dataclasses.replace(plan, save_every=2, step=max(plan.step, 3)), tmp_path
+        )
     else:
-        line = check(nursery, plan, tmp_path)
-    summary.append(f"seed {seed:3}  {line}")
+        done = check(nursery, plan, tmp_path)
+    summary.append(f"seed {seed:3}  {done}")
 
 
 def check_resume(nursery: Nursery, plan: Plan, folder: Path) -> str:
@@ -168,7 +184,7 @@ def check_resume(nursery: Nursery, plan: Plan, folder: Path) -> str:
         for key, series in curves.items():
             assert same(found[key], series), f"{name}: {key}"
         assert found_events == events, name
-    return f"{plan.fault:26} step {plan.step} of {plan.steps}  killed and resumed{'':22} {', '.join(plan.callbacks)}"
+    return line(plan, "killed and resumed")
 
 
 QUICK_RESUMES = ("qk_clip", "update_cap")
@@ -188,7 +204,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(name, nursery, tmp_path):
     check_resume(nursery, plan, tmp_path)
 
 
-@pytest.mark.parametrize("stop", [pytest.param(11, marks=pytest.mark.slow), 13, pytest.param(17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(11, marks=pytest.mark.slow), 13, pytest.param(17, marks=pytest.mark.slow)]
+)
 def test_a_guard_that_acted_goes_on_as_if_it_had_not_been_stopped(stop, nursery, tmp_path):
     """A collapse from step 8 on: alarm, way back, smaller rate and clip, in both."""
     plan = Plan(

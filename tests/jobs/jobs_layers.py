@@ -72,6 +72,10 @@ class MaskedSoftmax(Kept):
         return split_rows(self.q.weight, self.heads), split_rows(self.k.weight, self.heads)
 
 
+class MaskedAttention(MaskedSoftmax):
+    """The same under a name that says what it is."""
+
+
 class EinsumAttention(Kept):
     """One projection without bias, three einsums."""
 

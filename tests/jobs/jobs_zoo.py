@@ -206,7 +206,7 @@ class Towers(Job):
     def __init__(self) -> None:
         super().__init__()
         self.visual = Pictures(24, 3, 16)
-        self.text = Stack(lambda: layers.MaskedSoftmax(WIDTH, HEADS), out=16)
+        self.text = Stack(lambda: layers.MaskedAttention(WIDTH, HEADS), out=16)
         self.logit_scale = nn.Parameter(torch.tensor(1.0))
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -469,7 +469,7 @@ class Tasks(Job):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = Stack(lambda: layers.MaskedSoftmax(WIDTH, HEADS), depth=3)
+        self.trunk = Stack(lambda: layers.MaskedAttention(WIDTH, HEADS), depth=3)
         self.first, self.second = nn.Linear(WORDS, 3), nn.Linear(WORDS, 1)
         self.ran: list[tuple[bool, ...]] = []
 
@@ -529,6 +529,9 @@ IMAGES = floats(3, 8, 8)
 
 SHAPES = {
     "own-softmax": Shape(
+        lambda: Words(lambda: layers.MaskedAttention(WIDTH, HEADS), layers.causal(LENGTH)), words, 2
+    ),
+    "unnamed": Shape(
         lambda: Words(lambda: layers.MaskedSoftmax(WIDTH, HEADS), layers.causal(LENGTH)), words, 2
     ),
     "einsum": Shape(lambda: Words(lambda: layers.EinsumAttention(WIDTH, HEADS)), words, 2),

@@ -5,6 +5,7 @@ Every job runs twice: alone, keeping its own weights and softmaxes, and watched.
 
 import io
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jobs_layers as layers
@@ -306,7 +307,7 @@ def test_attention_is_that_of_the_dense_softmax(name, runs):
                     value,
                     rtol=1e-5,
                     atol=1e-6,
-                    msg=lambda m, s=statistic: f"{layer} {s} at {step}: {m}",
+                    msg=partial("{} {} at step {}: {}".format, layer, statistic, step),
                 )
 
 
