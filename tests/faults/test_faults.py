@@ -74,7 +74,7 @@ def check(nursery: Nursery, plan: Plan, folder: Path) -> str:
         expected = [name for name in plan.callbacks if name != "guard"]
         if measured_steps(plan, got["steps"]):
             assert set(got["histories"]) == set(expected), got["notes"]
-    reported = [name for name in plan.callbacks if name not in ("guard", "singular")]
+    reported = [name for name in plan.callbacks if name != "guard"]
     if reported and measured_steps(plan, watched[0]["steps"]) and has_disk(plan):
         check_record(plan, folder / "watched" / "run" / RECORD, watched[0])
     return line(plan, watched[0]["end"])
@@ -94,25 +94,15 @@ def check_record(plan: Plan, path: Path, outcome: dict) -> None:
     """What is on the disk is all that was in memory."""
     assert path.exists(), outcome["output"][-3000:]
     record = RunRecord.load(path)
-    names = {
-        "spectrum": "spectrum",
-        "attention": "attention",
-        "hidden": "hidden",
-        "sinks": "sinks",
-        "position": "position",
-    }
-    for name, field in names.items():
-        if name not in plan.callbacks:
+    for name in plan.callbacks:
+        if name == "guard":
             continue
-        history = record.histories[field]
+        history = record.histories["spectrum" if name == "singular" else name]
         steps, values = outcome["histories"][name]
-        if name == "spectrum" and "singular" in plan.callbacks:
-            steps = history.steps  # two monitors of one kind
         assert history.steps == steps
         assert_history(plan, history.steps, outcome["steps"], f"record of {name}")
-        if name != "spectrum" or "singular" not in plan.callbacks:
-            for statistic, series in values.items():
-                assert same(history.series(statistic), series), statistic
+        for statistic, series in values.items():
+            assert same(history.series(statistic), series), statistic
     assert not [one for one in path.parent.iterdir() if one.name.endswith(".partial")]
 
 
