@@ -319,7 +319,8 @@ class WindowedAttention(Kept):
             attn = attn.view(b // count, count, self.heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
             attn = attn.view(-1, self.heads, n, n)
         attn = attn.softmax(dim=-1)
-        self.keep(attn)
+        # What −100 is added to is hidden.
+        self.keep(attn, None if mask is None else (mask == 0).repeat(b // len(mask), 1, 1)[:, None])
         return self.proj((attn @ v).transpose(1, 2).reshape(b, n, c))
 
     def reference_qk(self) -> tuple[Tensor, Tensor]:
