@@ -17,6 +17,7 @@ from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.localization import AttentionSums
+from lightning_qk.heads.errors import NotTokenAttention
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
@@ -100,6 +101,7 @@ class CaptureMonitor(Monitor):
         self._generator = torch.Generator()
         self._capture: AttentionCapture | None = None
         self._modules: dict[str, nn.Module] = {}
+        self._reader: WatchedReader | None = None
         # Known before the first call wherever the weights can be read, so that every rank has the same layers.
         self._heads: dict[str, int] = {}
         self._self_attention: dict[str, bool] = {}
@@ -149,15 +151,44 @@ class CaptureMonitor(Monitor):
         ):
             return
         # Where the weights cannot be read, calls can still be captured.
-        layers = WatchedReader(pl_module, self.modules, root=trainer.strategy.model).layers
-        self._heads = {name: layer.heads for name, layer in layers.items()}
-        self._self_attention = {name: layer.self_attention for name, layer in layers.items()}
+        reader = self._reader = WatchedReader(pl_module, self.modules, root=trainer.strategy.model)
+        self._take_facts(reader)
         self._shapes, self._seen = {}, set()
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
         names = {module: name for name, module in self._modules.items()}
         self._capture = AttentionCapture(names, self._hear, model=pl_module)
+        self._leave_out_channels(reader)
         self._capture.install()
+
+    def _take_facts(self, reader: WatchedReader) -> None:
+        """Take what the weights say of the layers' heads and inputs."""
+        self._heads = {name: layer.heads for name, layer in reader.layers.items()}
+        self._self_attention = {name: layer.self_attention for name, layer in reader.layers.items()}
+
+    def _leave_out_channels(self, reader: WatchedReader) -> None:
+        """Leave layers out whose softmax is none over tokens."""
+        assert self._capture is not None  # both callers make sure
+        for name, refusal in reader.refusals.items():
+            if isinstance(refusal, NotTokenAttention) and name in self._modules:
+                self._capture.problems.setdefault(name, str(refusal))
+
+    def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with what the layers' calls have shown; what was measured by other facts does not count."""
+        reader = self._reader
+        if self.idle or reader is None or self._capture is None or not reader.refresh():
+            return
+        heads, is_self = dict(self._heads), dict(self._self_attention)
+        self._take_facts(reader)
+        self._leave_out_channels(reader)
+        changed = [
+            name
+            for name in self._modules
+            if heads.get(name) != self._heads.get(name, heads.get(name))
+            or is_self.get(name) != self._self_attention.get(name, is_self.get(name))
+        ]
+        self._heads = {**heads, **self._heads}
+        self._step_pool.leave_out(changed)
 
     def release(self) -> None:
         """Leave the attention interface as it was."""

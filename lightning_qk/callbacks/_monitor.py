@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_qk.callbacks._guarded import GuardedHooks, Refused
 from lightning_qk.callbacks._order import observe_last
+from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
@@ -160,6 +161,8 @@ class Monitor(GuardedHooks, Callback):
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
             observe_last(trainer)
+            if self.has_heads:
+                add_self_check(trainer)
             own = ("per_layer", "per_head", "figures_every", "report", "modules", "on_unreadable")
             rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
             describe_config(trainer, {type(self).__name__: self.settings() | rest})

@@ -1,14 +1,18 @@
 """One check of a fit's model, shared by all callbacks: is what is read of it what its attention computes with?"""
 
-import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
+from lightning_qk.callbacks._guarded import GuardedHooks
+from lightning_qk.callbacks._trainer import Callback
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.verification import SelfCheck, Status, Verified, summary
+from lightning_qk.verification import SelfCheck as Check
+from lightning_qk.verification import Status, Verified, summary
 
 # Training batches that are looked at until every layer was called: networks may take turns.
 _BATCHES = 4
@@ -22,112 +26,150 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-class FitCheck:
-    """The self-check of one fit: begun with a training batch, ended before anybody acts on what was read.
+class SelfCheck(GuardedHooks, Callback):
+    """Checks what was read of a model's layers while its first batches run; one for all callbacks of a trainer.
 
-    Whichever callback comes first does the work: :meth:`begin` before a batch, :meth:`end` before its first
-    optimizer step or after it. What is found is known to every reader of the model at its next ``refresh``.
+    It comes before all others, so that what it finds is known when they act. Layers whose queries and keys are not
+    ``W x + b`` as read are left out by every reader of the model, and those that were read in another way are read so
+    from then on. Callbacks are told by ``layers_settled``, and those that change weights by ``leave_alone``.
 
     Attributes:
-        verdicts: qualified layer name → what was found, the same on every process; empty until :meth:`end`.
+        verdicts: qualified layer name → what was found, the same on every process; empty until the first batch.
         lines: what was found in words, for the log and the report.
     """
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.verdicts: dict[str, Verified] = {}
         self.lines: list[str] = []
-        self._module = weakref.ref(pl_module)
+        self._check: Check | None = None
         self._batches = 0
-        self._is_looking = False
-        self._is_over = False
-        self._check: SelfCheck | None = None
+        # The same on every process: they decide on collective calls.
+        self._is_open, self._is_over = False, True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers."""
+        self.idle = False
+        self.verdicts, self.lines = {}, []
+        self._batches, self._is_open, self._is_over = 0, False, False
+        self._check = None
         try:
             reader = ProjectionReader(pl_module, root=trainer.strategy.model, allow_empty=True)
             if reader.layers or reader.unread:
-                self._check = SelfCheck(pl_module, reader)
+                self._check = Check(pl_module, reader)
+        except ValueError:
+            self._is_over = trainer.world_size == 1  # no attention: the monitors say so
         except Exception as error:
             self._give_up(error)
 
-    def begin(self) -> None:
-        """Look at the forwards of the batch that comes, where layers are left that were not called."""
-        if self._check is None or self._is_looking or self._is_over:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the forwards of the batch, where layers are left that were not called."""
+        if self._is_over:
             return
-        try:
-            self._check.install()
-            self._is_looking = True
-        except Exception as error:
-            self._give_up(error)
+        self._is_open = True
+        if self._check is not None:
+            try:
+                self._check.install()
+            except Exception as error:
+                self._give_up(error)
 
-    def end(self, trainer: Trainer) -> None:
-        """Stop to look, agree with the other processes, and let all readers know; a collective call.
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Say what is known before anybody acts on it."""
+        # By hand, processes may step at different times: they agree at the end of the batch.
+        if self._is_open and pl_module.automatic_optimization:
+            self._settle(trainer, pl_module)
 
-        Every process calls it at the same places: after the forwards of a batch that :meth:`begin` preceded.
-        """
-        if self._is_over or (self._check is None and trainer.world_size == 1):
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop to look, and say what was found."""
+        if not self._is_open:
             return
-        is_first, self._batches = self._batches == 0, self._batches + 1
-        self._is_looking = False
+        self._is_open, self._batches = False, self._batches + 1
+        self._settle(trainer, pl_module)
+        self._remove()
+        missing = [name for name, verdict in self.verdicts.items() if verdict.status is Status.UNCHECKED]
+        self._is_over = self._is_over or self._batches >= _BATCHES or not missing
+        self._say()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was: teardown may not follow."""
+        self._remove()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model, and the trainer's callbacks, as they were."""
+        self._remove()
+        self._check = None
+        trainer.callbacks = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+
+    def hook_failed(self, hook: str, error: Exception) -> None:
+        """Go on without a check."""
+        self._give_up(error)
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Agree with the other processes on what was found, and let readers and callbacks know; collective."""
         own: dict[str, Verified] = {}
         if self._check is not None:
             try:
-                self._check.remove()
                 own = self._check.conclude()
             except Exception as error:
                 self._give_up(error)
-        self._is_over = self._batches >= _BATCHES
         agreed = _agreed(trainer, own)
         if agreed is None:
             self._is_over = True
             return
         before, self.verdicts = self.verdicts, agreed
-        if self._check is not None:
-            self._check.settle(agreed)
-        missing = [name for name, verdict in agreed.items() if verdict.status is Status.UNCHECKED]
-        self._is_over = self._is_over or not missing
-        if (is_first or before != agreed) and agreed:
-            self._say()
+        if self._check is None or agreed == before:
+            return
+        self._check.settle(agreed)
+        wrong = {name: own.reason for name, own in agreed.items() if own.status is Status.DIFFERS}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if wrong and hasattr(callback, "leave_alone"):
+                callback.leave_alone(wrong)
+            if hasattr(callback, "layers_settled"):
+                callback.layers_settled(trainer, pl_module)
 
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        self._is_looking, self._is_over = False, True
+    def _say(self) -> None:
+        lines = summary(self.verdicts, shorten) if self.verdicts else []
+        for line in lines:
+            if line not in self.lines:
+                say(f"lightning-qk: {line}", warn="left out" in line)
+        self.lines = lines
+
+    def _remove(self) -> None:
         if self._check is not None:
             self._check.remove()
 
-    def _say(self) -> None:
-        lines = summary(self.verdicts, shorten)
-        for place, line in enumerate(lines):
-            if line in self.lines:
-                continue
-            if place and ": " in line and "left out" in line:
-                rank_zero_warn(f"lightning-qk: {line}")
-            else:
-                rank_zero_info(f"lightning-qk: {line}")
-        self.lines = lines
-
     def _give_up(self, error: Exception) -> None:
+        self._remove()
         self._check = None
-        rank_zero_warn(
+        say(
             "lightning-qk: what was read of the attention layers is not verified "
-            f"({type(error).__name__}: {error}); training goes on"
+            f"({type(error).__name__}: {error}); training goes on",
+            warn=True,
         )
 
 
-_CHECKS: "weakref.WeakKeyDictionary[LightningModule, tuple[int, FitCheck]]" = weakref.WeakKeyDictionary()
+def add_self_check(trainer: Trainer) -> None:
+    """Put a self-check before all callbacks of a trainer, once; to be called in ``setup`` of a fit."""
+    callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    if not any(isinstance(callback, SelfCheck) for callback in callbacks):
+        trainer.callbacks = [SelfCheck(), *callbacks]  # type: ignore[attr-defined]
 
 
-def fit_check(trainer: Trainer, pl_module: LightningModule) -> FitCheck:
-    """The check of the fit that runs, made by the first callback that asks; from ``on_fit_start``."""
-    known = _CHECKS.get(pl_module)
-    if known is None or known[0] != id(trainer.fit_loop):
-        known = _CHECKS[pl_module] = id(trainer.fit_loop), FitCheck(trainer, pl_module)
-    return known[1]
+def self_check_of(trainer: Trainer) -> SelfCheck | None:
+    """The self-check of a trainer's fit, or None."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, SelfCheck)), None)
 
 
-def forget_check(pl_module: LightningModule) -> None:
-    """End the check of a fit; a next fit makes its own."""
-    known = _CHECKS.pop(pl_module, None)
-    if known is not None:
-        known[1].remove()
+def say(sentence: str, *, warn: bool) -> None:
+    """Say something on the first process."""
+    (rank_zero_warn if warn else rank_zero_info)(sentence)
 
 
 def _agreed(trainer: Trainer, own: dict[str, Verified]) -> dict[str, Verified] | None:

@@ -166,6 +166,9 @@ class QKSpectrumMonitor(Monitor):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers."""
         super().on_fit_start(trainer, pl_module)
+        self._find_layers(trainer, pl_module)
+
+    def _find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reader = reader = WatchedReader(
             pl_module, self.modules, fold_norm=self.fold_norm, root=trainer.strategy.model
         )
@@ -210,6 +213,19 @@ class QKSpectrumMonitor(Monitor):
                 f"no rotation of queries and keys by position was found in {shorten(still)}: nothing is logged "
                 "for them at offsets"
             )
+
+    def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the layers as their calls have shown that they are to be read; called before the first step."""
+        reader = self._reader
+        if reader is None:
+            return
+        if not reader.refresh():
+            return
+        self._worker.collect()
+        self.history = None
+        self._find_layers(trainer, pl_module)
+        if not self.idle and trainer.global_step == 0:
+            self._remember_start(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
