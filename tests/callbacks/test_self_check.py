@@ -115,7 +115,7 @@ def expected(job: Job) -> Tensor:
     else:
         query, key = (own.weight for own in layer.inner[:2])
     query, key = (rows.unflatten(0, (HEADS, -1)) for rows in (query, key))
-    return qk_moments(query, key).trace
+    return qk_moments(query, key)["trace"]
 
 
 @pytest.mark.parametrize("kind", ["key_first", "needs_table", "separate"])
