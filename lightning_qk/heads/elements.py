@@ -212,7 +212,7 @@ class ElementSearch:
         place = 1
         while place < size or place == 1:
             digits = torch.arange(size, device=parameter.device) // place % base
-            value = read(digits) / factor
+            value = read(digits / base) * base / factor
             rounded = value.round()
             if not float((value - rounded)[mine].abs().max()) <= 0.25:
                 return None

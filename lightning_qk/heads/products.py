@@ -58,6 +58,8 @@ class Following(TorchFunctionMode):
         elif name in _SOFTMAX:
             logits = args[0] if args else kwargs.get("input")
             if isinstance(logits, Tensor):
+                if name.startswith("exp"):
+                    logits = self._unshifted(logits)
                 found = list(self._behind(logits))
                 if not name.startswith("exp"):
                     found = [product._replace(dim=_dim(args, kwargs)) for product in found]
@@ -73,6 +75,18 @@ class Following(TorchFunctionMode):
         if outputs:
             self.made.append((name, list(_tensors((args, kwargs))), outputs, args, kwargs))
         return out
+
+    def _unshifted(self, logits: Tensor) -> Tensor:
+        """What the largest logit, or the logarithm of their sum, was subtracted from before the exponential."""
+        made = {id(out): own for own in self.made for out in own[2]}
+        own = made.get(id(logits))
+        if own is None or own[0] not in ("sub", "__sub__", "sub_", "subtract") or len(own[3]) < 2:
+            return logits
+        taken = made.get(id(own[3][1]))
+        while taken is not None and taken[0] in ("detach", "__getitem__", "unsqueeze", "expand_as"):
+            taken = made.get(id(taken[3][0]))
+        is_shift = taken is not None and taken[0] in ("amax", "max", "logsumexp", "__get__")
+        return own[3][0] if is_shift and isinstance(own[3][0], Tensor) else logits
 
     def _normalized(self, summed: Any, dim: int) -> None:
         """Keep what exponentials are divided by the sum over."""

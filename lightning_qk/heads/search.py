@@ -259,7 +259,8 @@ class _Search:
         size = self.bench.size
         numbers = torch.arange(size)
         told = [torch.zeros(size), torch.ones(size)]
-        told += [(numbers // _BASE**place % _BASE).float() for place in range(_digits(size))]
+        # No larger than one, where bounds are flat.
+        told += [(numbers // _BASE**place % _BASE) / _BASE for place in range(_digits(size))]
         if not self.bench.emitters:
             told = told[:1]
             self.elements = ElementSearch(self.bench, self.trial)
@@ -588,6 +589,7 @@ class _Search:
                         "them"
                     )
                 return
+            heads: list[Tensor] = []
             for side, numbers in zip(_SIDES, way.sides, strict=True):
                 got = [getattr(own.seen.products[way.place], side) for own in (first, second)]
                 tolerance = _tolerance(got[0])
@@ -601,9 +603,15 @@ class _Search:
                 vectors = [tensor.double().flatten(0, -2).cpu() for tensor in got]
                 wanted = torch.stack([part.norm(dim=-1) for part in (*want, want[0] - want[1])], -1)
                 lengths = torch.stack([part.norm(dim=-1) for part in (*vectors, vectors[0] - vectors[1])], -1)
-                error = (lengths[:, None] - wanted.cpu()[None]).abs().amax(-1).amin(1)
+                error, nearest = (lengths[:, None] - wanted.cpu()[None]).abs().amax(-1).min(1)
+                heads.append((nearest // len(made[0][0])).view(*got[0].shape[:-1], 1))  # type: ignore[arg-type]
                 if not float(error.max()) <= tolerance * float(wanted.max()):
                     raise _Rejected(f"{_NAMES[side]} mix several tokens or heads, or depend on how many tokens there are")
+
+            try:
+                _pairs(*heads)
+            except UnreadLayer:
+                raise _Rejected("its products take vectors of several heads together") from None
 
     def _bound(self, ways: list[_Way]) -> float | None:
         """The bound that large queries and keys are clamped to, or None."""
@@ -762,7 +770,7 @@ def _numbers(seen: list[Tensor], what: str) -> _Numbers:
         raise UnreadLayer(f"{what} have something added to them behind the projections")
     rows = torch.zeros(seen[0].shape, dtype=torch.long, device=seen[0].device)
     for place, digit in enumerate(digits):
-        value = digit / factor
+        value = digit * _BASE / factor
         rounded = value.round()
         whole = float((value - rounded).abs().max()) <= 0.25
         if not (whole and float(rounded.min()) >= 0 and float(rounded.max()) < _BASE):
