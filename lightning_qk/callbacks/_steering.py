@@ -1,19 +1,24 @@
 """What callbacks that steer attention calls have in common."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qk.callbacks._account import Account
+from lightning_qk.callbacks._intervention import Intervention
 from lightning_qk.callbacks._monitor import shorten
-from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step
+from lightning_qk.callbacks._trainer import (
+    DeepSpeedStrategy,
+    check_lightning,
+    is_logged_step,
+    logging_step,
+)
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.interventions.auxiliary import AttentionPenalty, Auxiliary, Measure
@@ -49,15 +54,23 @@ def chosen_sites(model: nn.Module, modules: Patterns) -> list[Site]:
     return chosen
 
 
-class Remedy(Callback):
+class Remedy(Intervention):
     """Base of the callbacks that steer attention calls; see there for what users pass."""
 
     group: str
     """Prefix of the log keys."""
 
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {"_steering": lambda: None, "_modules": dict}
+
     def __init__(self, modules: Patterns, name: str | None) -> None:
         self.modules = kept_patterns(modules)
         self.name = name
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
+        self._modules: dict[str, nn.Module] = {}
         self._steering: AttentionSteering | None = None
         self._names: list[str] = []
         self._was_missed = False
@@ -77,7 +90,9 @@ class Remedy(Callback):
         return {"modules": self.modules}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any work: another package's trainer, one name twice."""
+        """Refuse what cannot work, before any work: no trainer of Lightning, one name twice."""
+        self._remove()
+        self.begin_stage(stage)
         check_lightning(trainer, type(self).__name__)
         same = [
             other
@@ -95,17 +110,26 @@ class Remedy(Callback):
 
     def steer(self, steering: AttentionSteering, names: Sequence[str], what: str) -> None:
         """Install, and say so."""
+        steering.spare = self._spare
         steering.install()
         self._steering, self._names, self._was_missed = steering, list(names), False
+        self._modules = {name: module for module, name in steering.modules.items()}
         rank_zero_info(
             f"{type(self).__name__}: {what} in {len(names)} attention layers ({shorten(list(names))})"
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the attention interface as it was."""
+        self._remove()
+
+    def _remove(self) -> None:
         if self._steering is not None:
             self._steering.remove()
             self._steering = None
+        self._modules = {}
+
+    def _spare(self, name: str, reason: str) -> None:
+        self.say(f"{name} is left as it is from now on: {reason}; training goes on")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the attention interface as it was: teardown may not follow."""
@@ -114,30 +138,57 @@ class Remedy(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Name, once, the layers whose calls did not come by in the first batch."""
-        if self._steering is None or self._was_missed:
+        """Name, once, layers that were replaced, and those whose calls did not come by in the first batch."""
+        if self._steering is None:
+            return
+        for name, module in list(self._modules.items()):
+            if _module_at(pl_module, name) is not module:
+                del self._modules[name]
+                self.say(f"{name} is not steered any more: it was replaced or removed; training goes on")
+        if self._was_missed:
             return
         self._was_missed = True
         missing = [name for name in self._names if name not in self._steering.reached]
         if missing:
-            rank_zero_warn(
-                f"{type(self).__name__}: {len(missing)} of {len(self._names)} layers were not steered in the "
+            self.say(
+                f"{len(missing)} of {len(self._names)} layers were not steered in the "
                 f"first batch ({shorten(missing)}): they were not run, or did not call their attention function"
             )
 
 
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 class PenaltyRemedy(Remedy):
     """Base of the callbacks whose penalty on attention reaches the gradient at the attention calls."""
+
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {**Remedy.live, "_penalty": lambda: None}
 
     def __init__(self, weight: float, modules: Patterns, name: str | None) -> None:
         super().__init__(modules, name)
         if not 0 <= weight < float("inf"):
             raise ValueError(f"expected a finite weight of at least 0, got {weight}: pass 0 to switch it off")
         self.weight = float(weight)
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
         self.account = Account()
         self._penalty: Auxiliary | None = None
         self._is_due = False
         self._steps_before = 0
+
+    def kept(self) -> dict[str, Any]:
+        """The curves."""
+        return {"account": self.account.state_dict()}
+
+    def go_on(self, kept: Mapping[str, Any]) -> None:
+        """Go on with a checkpoint's run."""
+        self.account.load_state_dict(kept["account"])
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -170,14 +221,16 @@ class PenaltyRemedy(Remedy):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Penalize the calls of this batch."""
-        assert self._penalty is not None  # on_fit_start
+        if self._penalty is None:
+            return
         self._penalty.enabled, self._penalty.scale = self.weight > 0, 1.0
         self._steps_before = trainer.global_step
         self._is_due = self._is_due or is_logged_step(trainer, None)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Take the factor that the loss carries by now: of accumulation and of a gradient scaler."""
-        assert self._penalty is not None  # on_fit_start
+        if self._penalty is None:
+            return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale: float | Tensor = 1.0
         if scaler is not None and scaler.is_enabled():
@@ -192,7 +245,8 @@ class PenaltyRemedy(Remedy):
         """Log the means over the step's micro-batches, layers and ranks."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         penalty = self._penalty
-        assert penalty is not None  # on_fit_start
+        if penalty is None:
+            return
         penalty.enabled = False  # a validation between two batches may use autograd
         if trainer.global_step == self._steps_before:
             return

@@ -1,7 +1,7 @@
 """Callback: a sparse attention pattern is learnt while a model trains."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -54,6 +54,8 @@ class DifferentiableAttentionMask(PenaltyRemedy):
 
     group = "attention_mask"
 
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {**PenaltyRemedy.live, "_sites": list}
+
     def __init__(
         self,
         max_length: int | None = None,
@@ -72,6 +74,10 @@ class DifferentiableAttentionMask(PenaltyRemedy):
         self.max_length = max_length
         self.temperature = temperature
         self.initial = initial
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
         self._gates: dict[str, OffsetGates] = {}
         self._sites: list[Site] = []
 
@@ -90,6 +96,16 @@ class DifferentiableAttentionMask(PenaltyRemedy):
             raise ValueError(
                 f"expected self-attention, got cross-attention alone ({shorten(cross)}), which has no offsets: "
                 "choose other modules"
+            )
+        capped = [
+            site.name
+            for site in self._sites
+            if getattr(site.module, "attn_logit_softcapping", None) is not None
+        ]
+        if capped:
+            raise ValueError(
+                f"expected attention without a soft cap of its own, got {shorten(capped)}: leave such layers out "
+                "with modules="
             )
         if cross:
             rank_zero_warn(
@@ -125,6 +141,11 @@ class DifferentiableAttentionMask(PenaltyRemedy):
                 "that trains them: add self.attention_gates.parameters()"
             )
         self._install(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the attention interface as it was; the gates can still be exported."""
+        super().teardown(trainer, pl_module, stage)
+        self._sites = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gate the layers, where no fit is around."""

@@ -1,7 +1,7 @@
 """Callback: attention is pulled toward a prior while a model trains."""
 
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._steering import Patterns, PenaltyRemedy, chosen_sites, move_prior
 from lightning_qk.functional.divergence import PriorFunction
+from lightning_qk.heads.sizes import head_count
 from lightning_qk.interventions.attention_prior import Kind, is_positional, named_prior, prior_measure
 
 
@@ -48,6 +49,12 @@ class AttentionPrior(PenaltyRemedy):
 
     group = "attention_prior"
 
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        **PenaltyRemedy.live,
+        "_function": lambda: None,
+        "_target": lambda: None,
+    }
+
     def __init__(
         self,
         prior: str | PriorFunction = "diagonal",
@@ -72,8 +79,29 @@ class AttentionPrior(PenaltyRemedy):
         self.prior = prior
         self.window = window
         self.heads = None if heads is None else list(heads)
-        self._function = named_prior(prior, window) if isinstance(prior, str) else prior
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
+        self._function: PriorFunction | None = None
         self._target: Tensor | PriorFunction | None = None
+        self._has_begun = False
+
+    @property
+    def _is_in_batches(self) -> bool:
+        """Whether each batch brings its prior."""
+        return isinstance(self.prior, str) and named_prior(self.prior, self.window) is None
+
+    def _moved(self, batch: Any) -> Tensor | None:
+        """The prior out of a batch. One that cannot bring any is refused at the start, and later gets no pull."""
+        assert isinstance(self.prior, str)  # _is_in_batches
+        try:
+            return move_prior(batch, self.prior)
+        except Exception as error:
+            if not self._has_begun:
+                raise
+            self.say(f"a batch gets no pull: {error}")
+            return None
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -83,6 +111,16 @@ class AttentionPrior(PenaltyRemedy):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where one cannot be steered."""
         sites = chosen_sites(pl_module, self.modules)
+        self._function = (
+            named_prior(self.prior, self.window) if isinstance(self.prior, str) else self.prior
+        )
+        for site in sites:
+            count = head_count(site.module)
+            if self.heads is not None and count is not None and max(self.heads) >= count:
+                raise ValueError(
+                    f"expected indices of heads below {count}, got {self.heads} for {site.name}: leave the layer "
+                    "out with modules="
+                )
         if is_positional(self.prior):
             cross = [site.name for site in sites if site.is_cross]
             sites = [site for site in sites if not site.is_cross]
@@ -102,9 +140,8 @@ class AttentionPrior(PenaltyRemedy):
     ) -> None:
         """Take the batch's prior."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._target = self._function
-        if self._function is None and isinstance(self.prior, str):
-            self._target = move_prior(batch, self.prior)
+        self._target = self._moved(batch) if self._is_in_batches else self._function
+        self._has_begun = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,8 +159,8 @@ class AttentionPrior(PenaltyRemedy):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the prior out of batches that the module evaluates, too."""
-        if self._function is None and isinstance(self.prior, str):
-            move_prior(batch, self.prior)
+        if self._is_in_batches:
+            self._moved(batch)
 
     on_test_batch_start = on_validation_batch_start
     on_predict_batch_start = on_validation_batch_start

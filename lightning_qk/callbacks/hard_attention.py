@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from lightning_qk.callbacks._replacing import ReplacingRemedy, cross_names, layer_names
 from lightning_qk.callbacks._steering import Patterns
@@ -38,5 +39,16 @@ class HardAttention(ReplacingRemedy):
 
     def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
         """Hard attention."""
+        for site in sites:
+            if isinstance(getattr(site.module, "sinks", None), Tensor):
+                raise ValueError(
+                    f"expected attention over keys alone, got {site.name}, which has a learnt sink: leave it out "
+                    "with modules="
+                )
+            if getattr(site.module, "attn_logit_softcapping", None) is not None:
+                raise ValueError(
+                    f"expected logits without a soft cap, got {site.name}, which has one: leave it out with "
+                    "modules="
+                )
         hard = HardRetrieval(layer_names(sites), cross=cross_names(sites), model=pl_module)
         return hard.steering, "every row takes one key"

@@ -29,7 +29,7 @@ class Front(Protocol):
         """Make the call, or another one."""
 
     def refuse(self, module: nn.Module, reason: str) -> None:
-        """Raise: a call of this module cannot be read."""
+        """A call of this module cannot be read: raise, or leave it as it is."""
 
 
 class _State:
@@ -105,8 +105,9 @@ def _steered(
     try:
         call = read_call(function, implementation or "eager", args, kwargs)
     except UnsupportedCallError as error:
-        wanted[0].refuse(module, str(error))
-        raise
+        for front in wanted:
+            front.refuse(module, str(error))
+        return hear(function, implementation)(*args, **kwargs)
 
     def run(call: AttentionCall) -> Any:
         heard = hear(call.function, call.implementation)

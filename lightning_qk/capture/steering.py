@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from lightning_qk.capture import compiled, fronts
@@ -11,6 +13,11 @@ from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.callers import uses_interface
 from lightning_qk.capture.fronts import Run
 from lightning_qk.capture.interface import stand_at_interface
+
+# By which torch ends the recomputation of a checkpoint early: no error.
+_STOP: tuple[type[BaseException], ...] = tuple(
+    own for own in (getattr(torch.utils.checkpoint, "_StopRecomputationError", None),) if own is not None
+)
 
 Wrap = Callable[[str, AttentionCall, Run], Any]
 """``wrap(name, call, run) -> output``: makes the call, or one changed by ``call._replace``, with ``run``."""
@@ -30,8 +37,12 @@ class AttentionSteering:
             ``(batch, n, heads, d_value)`` first.
         replaces: whether the wrapper exchanges the function. Only one may for each module.
         model: what the modules are part of; compiled anew if it was compiled before.
+        idle: makes the calls of a module that is left alone; None: as they are.
 
     Attributes:
+        spare: called once with the name of a module whose call could not be steered, and why, as a clause about it:
+            its calls are left as they are then, this one and all that follow. None: an error is raised.
+        left: names of these modules.
         reached: names of the modules whose calls came by.
 
     Raises:
@@ -46,8 +57,12 @@ class AttentionSteering:
         *,
         replaces: bool = False,
         model: nn.Module | None = None,
+        idle: Wrap | None = None,
     ) -> None:
         check_interface(names)
+        self._idle = idle
+        self.spare: Callable[[str, str], None] | None = None
+        self.left: set[str] = set()
         self._modules = dict(names)
         self._names = {id(module): name for module, name in names.items()}
         self._wrap = wrap
@@ -55,6 +70,11 @@ class AttentionSteering:
         self._give_back: Callable[[], None] | None = None
         self.replaces = replaces
         self.reached: set[str] = set()
+
+    @property
+    def modules(self) -> dict[nn.Module, str]:
+        """Module to name."""
+        return dict(self._modules)
 
     def install(self) -> None:
         """Start to steer."""
@@ -87,14 +107,33 @@ class AttentionSteering:
         """Let the wrapper make one call."""
         name = self._names[id(call.module)]
         self.reached.add(name)
-        try:
-            return self._wrap(name, call, run)
-        except UnsupportedCallError as error:
-            self.refuse(call.module, str(error))
+        if name not in self.left:
+            try:
+                return self._wrap(name, call, run)
+            except UnsupportedCallError as error:
+                self.refuse(call.module, str(error))
+            except Exception as error:
+                if not self.tolerates(name, error):
+                    raise
+        return run(call) if self._idle is None else self._idle(name, call, run)
 
     def refuse(self, module: nn.Module, reason: str) -> None:
-        """Raise: a call of this module cannot be steered."""
-        raise ValueError(f"{self._names[id(module)]} cannot be steered: {reason}")
+        """A call of this module cannot be steered: leave the module alone, or raise where nobody is to be told."""
+        name = self._names[id(module)]
+        if self.spare is None:
+            raise ValueError(f"{name} cannot be steered: {reason}")
+        if name not in self.left:
+            self.left.add(name)
+            self.spare(name, reason)
+
+    def tolerates(self, name: str, error: Exception) -> bool:
+        """Whether an error leads to a module being left alone, as it does then, and need not be raised."""
+        if self.spare is None or isinstance(error, _STOP):
+            return False
+        if name not in self.left:
+            self.left.add(name)
+            self.spare(name, f"its attention call failed ({type(error).__name__}: {error})")
+        return True
 
 
 def check_interface(names: Mapping[nn.Module, str]) -> None:

@@ -147,7 +147,9 @@ class GatedAttention(Auxiliary):
         super().__init__(weight, len(names))
         self._gates = {id(module): gates[name] for module, name in names.items()}
         self._replacements = Replacements(self._compute)
-        self.steering = AttentionSteering(names, self._wrap, replaces=True, model=model)
+        self.steering = AttentionSteering(
+            names, self._wrap, replaces=True, model=model, idle=self._without_gates
+        )
 
     def __enter__(self) -> "GatedAttention":
         self.steering.install()
@@ -160,6 +162,15 @@ class GatedAttention(Auxiliary):
         if call.options.get("softcap") is not None:
             raise UnsupportedCallError("its logits are soft-capped: leave it out with modules=")
         return run(call._replace(function=self._replacements.of(call, is_cross=False)))
+
+    def _without_gates(self, name: str, call: AttentionCall, run: Run) -> Any:
+        """A layer that is left alone: its gates get a gradient of zeros, since DDP waits for one of each."""
+        output = run(call)
+        first = output[0] if isinstance(output, tuple) else output
+        if not (call.module.training and torch.is_grad_enabled() and first.requires_grad):
+            return output
+        first = first + (0.0 * self._gates[id(call.module)].logits.sum()).to(first.dtype)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
 
     def _compute(self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float) -> Tensor:
         gates = self._gates[id(module)]

@@ -117,8 +117,14 @@ class AttentionPenalty(Auxiliary):
             return output
         if not (call.query.requires_grad or call.key.requires_grad):
             return output
-        given, _ = attention_arguments(call, self_attention=name not in self._cross)
-        penalty = self._measure(name, given)
+        try:
+            given, _ = attention_arguments(call, self_attention=name not in self._cross)
+            penalty = self._measure(name, given)
+        except Exception as error:
+            # What the call has returned stands: dropout is not drawn a second time.
+            if not self.steering.tolerates(name, error):
+                raise
+            return output
         return output if penalty is None else self.attach(output, penalty)
 
 
