@@ -241,6 +241,8 @@ class SelfCheck:
         if plan.is_sharded():
             return _unchecked("its weights are spread over processes")
         read = plan.read()
+        if not all(bool(own.isfinite().all()) for own in (*operands, read.query, read.key)):
+            return _unchecked("its queries and keys, or their weights, are not finite")
         match = compare(read, inputs, *operands, (_added(plan, plan.query), _added(plan, plan.key)))
         if match is None:
             return _unchecked("what enters its projections was not seen")
@@ -285,34 +287,41 @@ class _Call:
         self.arguments, self.inputs = None, []
         self.is_done = self.is_done or is_done
 
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forget the call before."""
+        self.clear()
+        self.arguments = args, kwargs
+        self.add((args, kwargs))
+
     def add(self, values: Any) -> None:
-        """Keep what tensors there are, each once."""
-        for tensor in _tensors(values):
-            known = any(_same_values(tensor, own) for own in self.inputs)
-            if tensor.dim() >= 2 and tensor.is_floating_point() and not known and len(self.inputs) < _MOST:
-                self.inputs.append(tensor)
+        """Keep what plain tensors there are, each once; nothing is raised into the forward."""
+        try:
+            for tensor in _tensors(values):
+                if len(self.inputs) < _MOST and not any(_same_values(tensor, own) for own in self.inputs):
+                    self.inputs.append(tensor)
+        except Exception:
+            self.clear(is_done=True)
+
+
+def _watches(call: _Call) -> bool:
+    # Traced into graphs of torch.compile, as nothing.
+    return not (torch.compiler.is_compiling() or call.is_done or is_recomputation())
 
 
 def _keep_call(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # Traced into graphs of torch.compile, as nothing.
-    if torch.compiler.is_compiling() or call.is_done or is_recomputation():
-        return
-    call.clear()
-    call.arguments = args, kwargs
-    call.add((args, kwargs))
+    if _watches(call):
+        call.begin(args, kwargs)
 
 
 def _keep_inputs(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling() or call.is_done or is_recomputation():
-        return
-    call.has_parts = True
-    call.add((args, kwargs))
+    if _watches(call):
+        call.has_parts = True
+        call.add((args, kwargs))
 
 
 def _keep_output(call: _Call, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if torch.compiler.is_compiling() or call.is_done or is_recomputation():
-        return
-    call.add(output)
+    if _watches(call):
+        call.add(output)
 
 
 def call_inputs(call: AttentionCall | SoftmaxCall) -> tuple[Tensor, ...]:
@@ -330,8 +339,10 @@ def _would_notice(part: nn.Module) -> bool:
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
+    """Tensors of numbers with two axes or more, of no class of their own."""
+    if type(values) in (Tensor, nn.Parameter):
+        if values.dim() >= 2 and values.is_floating_point() and values.layout is torch.strided:
+            yield values
     elif isinstance(values, Mapping):
         for value in values.values():
             yield from _tensors(value)

@@ -29,7 +29,7 @@ class KeyFirst(nn.Module):
         return x + self.out(out.transpose(1, 2).flatten(2))
 
 
-class NeedsTable(nn.Module):
+class TableAttention(nn.Module):
     """Cannot be run alone: its forward wants an argument that nobody can guess."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class NeedsTable(nn.Module):
         return x + (weights @ v).transpose(1, 2).flatten(2)
 
 
-class Separate(nn.Module):
+class SeparateAttention(nn.Module):
     """Self-attention whose forward takes queries, keys and values."""
 
     def __init__(self) -> None:
@@ -64,7 +64,11 @@ class Network(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.attention = {"key_first": KeyFirst, "needs_table": NeedsTable, "separate": Separate}[kind]()
+        self.attention = {
+            "key_first": KeyFirst,
+            "needs_table": TableAttention,
+            "separate": SeparateAttention,
+        }[kind]()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "needs_table":
@@ -110,7 +114,7 @@ def expected(job: Job) -> Tensor:
     layer = job.net.attention
     if isinstance(layer, KeyFirst):
         key, query, _ = layer.qkv.weight.chunk(3)
-    elif isinstance(layer, NeedsTable):
+    elif isinstance(layer, TableAttention):
         query, key = layer.q_proj.weight, layer.k_proj.weight
     else:
         query, key = (own.weight for own in layer.inner[:2])
@@ -127,7 +131,7 @@ def test_every_layer_is_verified_and_right(kind: str, caplog: pytest.LogCaptureF
     assert monitor.history is not None
     got = monitor.history.series("trace")[-1]
     torch.testing.assert_close(got, expected(job).detach(), rtol=1e-5, atol=1e-6)
-    assert list(monitor.labels.values()) == ["layer_00"]
+    assert list(monitor.labels.values()) == ["attention"]
     assert "qk/trace/mean" in trainer.callback_metrics
     assert job.losses == fit(kind)[0].losses
     assert not any(isinstance(callback, SelfCheck) for callback in trainer.callbacks)

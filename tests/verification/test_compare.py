@@ -151,3 +151,21 @@ def test_queries_and_keys_of_different_tensors_are_told(monkeypatch: pytest.Monk
     x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
     assert [one.self_attention for one in verify(layer, (x, x, x)).values()] == [True]
     assert [one.self_attention for one in verify(layer, (x, y, y)).values()] == [False]
+
+
+class Raising(dict):
+    """What an argument may be that nobody can look into."""
+
+    def values(self) -> object:
+        raise RuntimeError("not to be looked at")
+
+
+class Picky(Attention):
+    def forward(self, x: torch.Tensor, extra: Raising) -> torch.Tensor:
+        return super().forward(x)
+
+
+def test_arguments_that_cannot_be_looked_into_do_not_disturb_the_forward() -> None:
+    layer = Picky(16, 4)
+    found = verify(layer, (torch.randn(2, 5, 16), Raising()))
+    assert {verdict.status for verdict in found.values()} <= {Status.UNCHECKED, Status.VERIFIED}
