@@ -9,6 +9,7 @@ seen in that.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -143,6 +144,53 @@ def find_rows(
     raise UnreadLayer(
         f"{kind} reaches no softmax of a product when it is run alone{failures[0] if failures else ''}"
     )
+
+
+_REACHES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[int], bool]]" = weakref.WeakKeyDictionary()
+# Larger modules are networks, and no layers.
+_MOST_PROJECTIONS = 24
+
+
+def reaches_product(module: nn.Module) -> bool:
+    """Whether a module, run alone, takes a softmax of a product both sides of which its projections change.
+
+    Found out once for each module and what it contains.
+    """
+    parts = [id(own) for own in module.modules()]
+    known = _REACHES.get(module)
+    if known is None or known[0] != parts:
+        known = _REACHES[module] = parts, _reaches_product(module)
+    return known[1]
+
+
+def _reaches_product(module: nn.Module) -> bool:
+    try:
+        bench = Bench(module)
+        bench.check_access()
+    except UnreadLayer:
+        return False
+    if not 2 <= len(bench.emitters) + len(bench.loose) or len(bench.emitters) > _MOST_PROJECTIONS:
+        return False
+    for own in (bench, Bench(module, is_bare=True)):
+        device = own.device()
+        with torch.no_grad(), own_random_numbers(device):
+            for place, trial in enumerate(trials(module, None, own.widths()[:3], device)):
+                if place >= 12:
+                    break
+                # Of bare parameters other values than their own, as they may be zero.
+                given = [
+                    {id(loose.parameter): scale * _varied(loose.parameter, place) for loose in own.loose}
+                    for place, scale in ((0, 1.0), (1, 2.0))
+                ]
+                seen = [
+                    own.run(trial, random(seed, 1.0), given[seed] if not own.emitters else None)
+                    for seed in (0, 1)
+                ]
+                for first, second in zip(*(run.products for run in seen), strict=False):
+                    sides = [(getattr(first, side), getattr(second, side)) for side in _SIDES]
+                    if all(a.shape == b.shape and not torch.equal(a, b) for a, b in sides):
+                        return True
+    return False
 
 
 def _ways(bench: Bench, config: Any, calls: Sequence[Call], device: torch.device) -> Any:
