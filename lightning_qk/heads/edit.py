@@ -205,7 +205,9 @@ def _editor(
     return editor
 
 
-def _parameters(affine: AffinePlan | BarePlan | ParameterPlan) -> tuple[nn.Parameter, nn.Parameter | None, int]:
+def _parameters(
+    affine: AffinePlan | BarePlan | ParameterPlan,
+) -> tuple[nn.Parameter, nn.Parameter | None, int]:
     """Weight, bias and where in the bias the rows begin, as they are now."""
     if isinstance(affine, ParameterPlan):
         return *affine.stored()[:2], 0

@@ -238,7 +238,9 @@ class ElementSearch:
             if not bool(mine.any()):
                 continue
             if not float((factors[mine] - factor).abs().max()) <= _tolerance(parameter) * abs(factor):
-                raise UnreadLayer(f"{what} depend on its parameter {loose.path!r} by no sum of one of its elements")
+                raise UnreadLayer(
+                    f"{what} depend on its parameter {loose.path!r} by no sum of one of its elements"
+                )
 
             def change(values: Tensor, parameter: Tensor = parameter, zero: Tensor = zero) -> Tensor:
                 return read(none, {id(parameter): values.to(parameter).view(parameter.shape)}) - zero

@@ -234,5 +234,3 @@ def _einsum_operands(equation: str, left: Tensor, right: Tensor) -> tuple[Tensor
         for tensor, side, labels in ((left, first, own[0]), (right, second, own[1]))
     )
     return query, key
-
-

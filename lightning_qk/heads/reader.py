@@ -147,7 +147,9 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         self.unread.pop(name, None)
         self.refusals.pop(name, None)
         known = {**self.layers, name: plan}
-        self.layers = {site.name: known[site.name] for site in attention_sites(self.model) if site.name in known}
+        self.layers = {
+            site.name: known[site.name] for site in attention_sites(self.model) if site.name in known
+        }
 
     def refuse(self, name: str, reason: str) -> None:
         """Leave a layer out from now on, until the model's modules are replaced.

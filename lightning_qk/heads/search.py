@@ -110,7 +110,11 @@ def find_rows(
     """
     kind = type(module).__name__
     own = module.__dict__.get("forward")
-    if own is not None and "_old_forward" not in module.__dict__ and getattr(own, "__self__", None) is not module:
+    if (
+        own is not None
+        and "_old_forward" not in module.__dict__
+        and getattr(own, "__self__", None) is not module
+    ):
         raise UnreadLayer(f"the forward of this {kind} was replaced by a function that runs the layer itself")
     is_strict = not is_known(module)
     bench = Bench(module)
@@ -455,13 +459,19 @@ class _Search:
                 )
             given[id(weight)] = values.to(weight)
             weights.append((first, plan, given[id(weight)], None))
-        biases = torch.cat([torch.zeros(0), *(drawn((loose.parameter.numel(),)) for loose in self.bench.loose)])
-        used = torch.cat([torch.zeros(0, dtype=torch.long), *(own.biases.flatten().cpu() for own in self._biases.values())])
+        biases = torch.cat(
+            [torch.zeros(0), *(drawn((loose.parameter.numel(),)) for loose in self.bench.loose)]
+        )
+        used = torch.cat(
+            [torch.zeros(0, dtype=torch.long), *(own.biases.flatten().cpu() for own in self._biases.values())]
+        )
         start = 0
         for loose in self.bench.loose:
             stop = start + loose.parameter.numel()
             if bool(((used >= start) & (used < stop)).any()):
-                given[id(loose.parameter)] = biases[start:stop].view(loose.parameter.shape).to(loose.parameter)
+                given[id(loose.parameter)] = (
+                    biases[start:stop].view(loose.parameter.shape).to(loose.parameter)
+                )
             start = stop
         inputs = {name: (scale * drawn(own.shape)).to(own) for name, own in _shared_storage(trial.given)}
         inputs = {name: inputs[first] for name, first in _first_names(trial.given).items()}
@@ -470,7 +480,9 @@ class _Search:
         added = {
             int(number): int(bias)
             for own in self._biases.values()
-            for number, bias in zip(own.numbers.flatten().tolist(), own.biases.flatten().tolist(), strict=True)
+            for number, bias in zip(
+                own.numbers.flatten().tolist(), own.biases.flatten().tolist(), strict=True
+            )
         }
 
         def made(numbers: Tensor) -> Tensor | None:
@@ -499,7 +511,8 @@ class _Search:
         first = self._sample(1, 0.1)
         second = self._sample(1, 0.1, shifted=shifted)
         products = [
-            own.seen.products[way.place] if len(own.seen.products) > way.place else None for own in (first, second)
+            own.seen.products[way.place] if len(own.seen.products) > way.place else None
+            for own in (first, second)
         ]
         if products[0] is None or products[1] is None:
             return None, False
@@ -542,7 +555,9 @@ class _Search:
         self._check_wider(ways)
         return self._bound(ways)
 
-    def _is_made(self, sample: _Sample, way: _Way, side: str, numbers: _Numbers, bound: float = math.inf) -> bool:
+    def _is_made(
+        self, sample: _Sample, way: _Way, side: str, numbers: _Numbers, bound: float = math.inf
+    ) -> bool:
         """Whether each vector of a side is what its rows are for some token."""
         if len(sample.seen.products) <= way.place:
             return False
@@ -613,9 +628,7 @@ class _Search:
             ):
                 return False
             shifted = way.sides[1].rows.unique().cpu()
-            first, second = (
-                self._sample(5, 0.1, varied=loose, shifted=part) for part in (None, shifted)
-            )
+            first, second = (self._sample(5, 0.1, varied=loose, shifted=part) for part in (None, shifted))
             if any(len(own.seen.products) <= way.place for own in (first, second)):
                 return False
             factor, _ = _softmax_of(*(own.seen.products[way.place] for own in (first, second)))
@@ -654,7 +667,9 @@ class _Search:
                 error, nearest = (lengths[:, None] - wanted.cpu()[None]).abs().amax(-1).min(1)
                 heads.append((nearest // len(made[0][0])).view(*got[0].shape[:-1], 1))  # type: ignore[arg-type]
                 if not float(error.max()) <= tolerance * float(wanted.max()):
-                    raise _Rejected(f"{_NAMES[side]} mix several tokens or heads, or depend on how many tokens there are")
+                    raise _Rejected(
+                        f"{_NAMES[side]} mix several tokens or heads, or depend on how many tokens there are"
+                    )
 
             try:
                 _pairs(*heads)
@@ -704,16 +719,16 @@ class _Search:
             if len(places):
                 parts.append(Part(places, plan, flat[places] - first))
         columns = {part.affine.columns for part in parts}
-        names = [
-            name for name, own in self.trial.given.items() if own.shape[-1] in columns
-        ]
+        names = [name for name, own in self.trial.given.items() if own.shape[-1] in columns]
         given = self._bare_source(numbers, names)
         if given is None:
             raise UnreadLayer(f"its {what} are made of none of its inputs, or of several")
         if len(parts) == 1:
             return FoundSide(parts[0].affine, parts[0].rows.view(numbers.shape), norm, given)
         composed = Composed(parts)
-        return FoundSide(composed, torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers))
+        return FoundSide(
+            composed, torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers)
+        )
 
     def _bare_source(self, numbers: Tensor, names: list[str]) -> str | None:
         """The only input whose change changes some rows."""

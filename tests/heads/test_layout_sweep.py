@@ -25,7 +25,12 @@ from lightning_qk.heads.edit import head_editors
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.qk_clip import clip_qk
 
-SEPARATE = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("a", "b", "c"), ("key", "query", "value"))
+SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("a", "b", "c"),
+    ("key", "query", "value"),
+)
 CUTS = ("heads first", "heads last")
 
 
@@ -37,7 +42,9 @@ def _model(make):
 def _given(layer, *tokens):
     """Random inputs, and what the layer made of them."""
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(2, count, width, generator=generator, dtype=torch.float64) for count, width in tokens]
+    inputs = [
+        torch.randn(2, count, width, generator=generator, dtype=torch.float64) for count, width in tokens
+    ]
     layer(*inputs)
     return inputs, {side: values.clone() for side, values in layer.seen.items()}
 
@@ -151,7 +158,11 @@ def _largest(seen):
 @pytest.mark.parametrize(
     "make",
     [
-        *(lambda axes=axes, kinds=kinds: SweptAttention(Case(axes, kinds, "qkv_proj")) for axes in AXES for kinds in KINDS),
+        *(
+            lambda axes=axes, kinds=kinds: SweptAttention(Case(axes, kinds, "qkv_proj"))
+            for axes in AXES
+            for kinds in KINDS
+        ),
         *(lambda store=store: SweptAttention(Case("hte", "qkv", "qkv", "sdpa", store)) for store in STORES),
         *(lambda cut=cut: SeparateSelfAttention(SEPARATE[3], cut, "sdpa", 2, bias=True) for cut in CUTS),
     ],
