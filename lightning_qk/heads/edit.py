@@ -139,7 +139,7 @@ class HeadEditor:
                 f"which are made from several tensors ({type(affine.module).__name__} {affine.name!r}: an "
                 "adapter, a quantized weight or a composition): merge or drop what is around the weights"
             )
-        weight, bias, _ = _parameters(affine)
+        weight, *_ = _parameters(affine)
         if isinstance(affine, ParameterPlan):
             shared = affine.stored()[2]
             shared = shared[shared >= 0]

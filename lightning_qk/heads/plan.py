@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.adapted import AdaptedPlan, adapter_around
 from lightning_qk.heads.affine import Affine, AffineMap
-from lightning_qk.heads.borrowing import key_lender
 from lightning_qk.heads.between import CHANNELS, attends_over_channels, configured_clip
+from lightning_qk.heads.borrowing import key_lender
 from lightning_qk.heads.errors import InaccessibleWeights, NotTokenAttention, UnreadLayer, alive
 from lightning_qk.heads.factors import Factor, learnt_factors
 from lightning_qk.heads.find import Site

@@ -187,7 +187,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
                 ways = []
             try:
                 self.layers[site.name] = LayerPlan(site, self.fold_norm, wrappers, ways=ways)
-            except UnreadLayer as reason:  # noqa: PERF203
+            except UnreadLayer as reason:
                 self._refuse(site.name, reason)
                 if isinstance(reason, InaccessibleWeights):
                     inaccessible = inaccessible or site.name

@@ -1,4 +1,4 @@
-"""Run one attention layer alone, its projections giving numbers of our choice and its parameters as we set them."""
+"""Run one attention layer alone, its projections giving numbers of our choice, its parameters as we set them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_qk.heads.affine import AffineMap
 from lightning_qk.heads.composed import Composed, Part
 from lightning_qk.heads.elements import Elements, ElementSearch, ParameterPlan
-from lightning_qk.heads.errors import InaccessibleWeights, NotTokenAttention, UnreadLayer
+from lightning_qk.heads.errors import NotTokenAttention, UnreadLayer
 from lightning_qk.heads.norms import plan_norm
 from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.probing import own_random_numbers
@@ -134,7 +134,7 @@ def find_rows(
             for trial in ways_of:
                 try:
                     return _Search(bench, trial, is_strict=is_strict).read()
-                except _NoProduct as failure:
+                except _NoProduct as failure:  # noqa: PERF203
                     failures.append(str(failure))
                 except NotTokenAttention:
                     raise
@@ -173,7 +173,7 @@ def _reaches_product(module: nn.Module) -> bool:
         bench.check_access()
     except UnreadLayer:
         return False
-    if not 2 <= len(bench.emitters) + len(bench.loose) or len(bench.emitters) > _MOST_PROJECTIONS:
+    if len(bench.emitters) + len(bench.loose) < 2 or len(bench.emitters) > _MOST_PROJECTIONS:
         return False
     for own in (bench, Bench(module, is_bare=True)):
         device = own.device()
@@ -953,7 +953,8 @@ def _softmax_of(first: Product, second: Product) -> tuple[float | None, bool]:
     """The factor of two products' logits on the change of the products, and whether keys are on the left."""
     if first.logits is None or second.logits is None:
         return first.scaling, False
-    assert first.dots is not None and second.dots is not None  # where there are logits
+    assert first.dots is not None  # where there are logits
+    assert second.dots is not None
     if first.logits.shape != second.logits.shape or first.dots.shape != second.dots.shape:
         return None, False
     change = second.dots.double() - first.dots.double()

@@ -349,9 +349,7 @@ def recorded_trials(
                 given[name] = drawn[key]
             elif isinstance(value, Tensor):
                 arguments[name] = cut(value).clone()
-            elif value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype):
-                arguments[name] = value
-            elif isinstance(value, list | tuple) and all(isinstance(part, int | float) for part in value):
+            elif value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype) or (isinstance(value, list | tuple) and all(isinstance(part, int | float) for part in value)):
                 arguments[name] = value
             elif defaults.get(name, inspect.Parameter.empty) is inspect.Parameter.empty and name in defaults:
                 arguments[name] = copy.deepcopy(value)

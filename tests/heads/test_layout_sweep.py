@@ -140,7 +140,8 @@ def test_scaling_multiplies_queries_and_keys_and_leaves_values(case):
     try:
         editors = head_editors(reader, ["layer"])
     except ValueError as refused:
-        assert "modules=" in str(refused)
+        if "modules=" not in str(refused):
+            raise
         return
     query, key = (torch.linspace(low, 2.0, HEADS, dtype=torch.float64) for low in (0.25, 0.5))
     editors["layer"].scale(query, key)
