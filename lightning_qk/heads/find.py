@@ -95,7 +95,7 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _takes_softmax(module: nn.Module) -> bool:
-    """Whether a class of a model's own names a softmax in what its forward calls, or children without weights do."""
+    """Whether a class of a model's own, or children without weights, name a softmax in what they call."""
     if is_known(module) or isinstance(module, _LISTS) or not _has_weights(module):
         return False
     # What trains is no layer.

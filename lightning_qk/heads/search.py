@@ -603,7 +603,8 @@ class _Search:
             culprit = next((one for one in loose if not self._is_unchanged(ways, scaling, [one])), loose[0])
         if culprit is not None:
             raise _Rejected(
-                f"its learnt parameter {culprit.path!r} changes its queries, its keys or the factor on their product"
+                f"its learnt parameter {culprit.path!r} changes its queries, its keys or the factor "
+                "on their product"
             )
 
     def _own_parameters(self) -> set[int]:
@@ -646,8 +647,8 @@ class _Search:
             if any(len(own.seen.products) <= way.place for own in (first, second)):
                 if self.trial.tokens == 1:
                     raise _Rejected(
-                        f"it runs alone on single tokens only{first.seen.failed}, which do not tell whether it mixes "
-                        "them"
+                        f"it runs alone on single tokens only{first.seen.failed}, which do not tell whether it "
+                        "mixes them"
                     )
                 return
             heads: list[Tensor] = []
@@ -777,8 +778,8 @@ class _Search:
             norm = None if between is None else plan_norm(between, (emitter.plan.columns,))
             if between is not None and norm is None:
                 raise UnreadLayer(
-                    f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which is "
-                    "no RMSNorm or LayerNorm"
+                    f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which "
+                    "is no RMSNorm or LayerNorm"
                 )
             made.append(Part(places, emitter.plan, rows, source, norm, features.factor))
         return Composed(made)

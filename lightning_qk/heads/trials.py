@@ -349,7 +349,7 @@ def recorded_trials(
                 given[name] = drawn[key]
             elif isinstance(value, Tensor):
                 arguments[name] = cut(value).clone()
-            elif value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype) or (isinstance(value, list | tuple) and all(isinstance(part, int | float) for part in value)):
+            elif _is_number(value):
                 arguments[name] = value
             elif defaults.get(name, inspect.Parameter.empty) is inspect.Parameter.empty and name in defaults:
                 arguments[name] = copy.deepcopy(value)
@@ -365,6 +365,13 @@ def recorded_trials(
 
 def _brings_tokens(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() >= 2 and not _NO_TOKENS.search(name)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is None, a number or a name, or several numbers."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(part, int | float) for part in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _unturned(name: str, value: Any) -> Any:
