@@ -32,6 +32,14 @@ def calls_softmax(module: nn.Module) -> bool:
     return any("softmax" in name.lower() for name in _class_names(kind))
 
 
+def names_softmax(module: nn.Module) -> bool:
+    """Whether the module's class names a softmax in its own methods, or in functions that they call by name."""
+    kind: Any = type(module)
+    if kind.__module__.split(".")[0] == "torch":
+        return "softmax" in kind.__name__.lower()
+    return _class_names_softmax(kind)
+
+
 def uses_interface(module: nn.Module) -> bool:
     """Whether the module's class looks its attention function up in transformers' AttentionInterface.
 
@@ -57,6 +65,16 @@ def functions_of(kind: type) -> list[types.FunctionType]:
 @functools.lru_cache(maxsize=4096)
 def _class_calls_sdpa(kind: type) -> bool:
     return any(_mentions(function) for base in own_classes(kind) for function in _functions_of(base))
+
+
+@functools.lru_cache(maxsize=4096)
+def _class_names_softmax(kind: type) -> bool:
+    return any(
+        "softmax" in name.lower()
+        for base in own_classes(kind)
+        for function in _functions_of(base)
+        for name in names_in(function.__code__)
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -69,15 +69,15 @@ class HeadEditor:
         self.shared = plan.sizes.shared
         if plan.clip is not None:
             raise _Uneditable(
-                f"whose queries and keys are clamped to ±{plan.clip:g} behind them, so that factors on them are none "
-                "on what is multiplied: train without the clamp"
+                f"whose queries and keys are clamped to ±{plan.clip:g} behind them, so that factors on them are "
+                "none on what is multiplied: train without the clamp"
             )
         self.query, self.key = self._stored(plan.query), self._stored(plan.key)
         for stored in (self.query, self.key):
             if len(stored.places.unique()) != stored.places.numel():
                 raise _Uneditable(
-                    "whose rows several heads share that do not follow each other, so that one head cannot be scaled "
-                    "alone: use as many key heads as heads, or repeat them with repeat_interleave"
+                    "whose rows several heads share that do not follow each other, so that one head cannot be "
+                    "scaled alone: use as many key heads as heads, or repeat them with repeat_interleave"
                 )
         if self.query.affine is self.key.affine and bool(
             torch.isin(self.query.places, self.key.places).any()
@@ -160,7 +160,7 @@ class HeadEditor:
                 f"which are made from several tensors ({type(affine.module).__name__} {affine.name!r}: an "
                 "adapter, a quantized weight or a composition): merge or drop what is around the weights"
             )
-        weight, bias, _ = _parameters(affine)
+        weight, *_ = _parameters(affine)
         if isinstance(affine, ParameterPlan):
             shared = affine.stored()[2]
             shared = shared[shared >= 0]
@@ -226,7 +226,9 @@ def _editor(
     return editor
 
 
-def _parameters(affine: AffinePlan | BarePlan | ParameterPlan) -> tuple[nn.Parameter, nn.Parameter | None, int]:
+def _parameters(
+    affine: AffinePlan | BarePlan | ParameterPlan,
+) -> tuple[nn.Parameter, nn.Parameter | None, int]:
     """Weight, bias and where in the bias the rows begin, as they are now."""
     if isinstance(affine, ParameterPlan):
         return *affine.stored()[:2], 0

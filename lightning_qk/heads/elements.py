@@ -177,7 +177,7 @@ class ElementSearch:
                 continue
             starts = self._numbered(parameter, lambda values, change=change: change(values, 0), factor, mine)
             ends = self._numbered(
-                parameter, lambda values, change=change: change(values, columns - 1), factor, mine
+                parameter, lambda values, change=change, last=columns - 1: change(values, last), factor, mine
             )
             if starts is None or ends is None:
                 continue
@@ -238,7 +238,9 @@ class ElementSearch:
             if not bool(mine.any()):
                 continue
             if not float((factors[mine] - factor).abs().max()) <= _tolerance(parameter) * abs(factor):
-                raise UnreadLayer(f"{what} depend on its parameter {loose.path!r} by no sum of one of its elements")
+                raise UnreadLayer(
+                    f"{what} depend on its parameter {loose.path!r} by no sum of one of its elements"
+                )
 
             def change(values: Tensor, parameter: Tensor = parameter, zero: Tensor = zero) -> Tensor:
                 return read(none, {id(parameter): values.to(parameter).view(parameter.shape)}) - zero
@@ -265,7 +267,7 @@ class ElementSearch:
                 stop = start + loose.parameter.numel()
                 own = mine & (biases >= start) & (biases < stop)
                 if bool(own.any()):
-                    weight, bias, known = plan.stored()
+                    _, bias, known = plan.stored()
                     if bias is not None and bias is not loose.parameter:
                         raise UnreadLayer(f"several parameters are added to the rows of {plan.name!r}")
                     places = torch.full((plan.rows,), -1) if bias is None else known.clone()

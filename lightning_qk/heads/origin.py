@@ -11,7 +11,16 @@ _KNOWN = frozenset({"transformers", "torch", "timm"})
 _WRAPS = frozenset({*_KNOWN, "accelerate", "lightning", "lightning_qk", "functools"})
 # What a class may define without having a say in what its forward computes.
 _HARMLESS = frozenset(
-    {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__dict__", "__weakref__", "__slots__"}
+    {
+        "__init__",
+        "__module__",
+        "__qualname__",
+        "__doc__",
+        "__annotations__",
+        "__dict__",
+        "__weakref__",
+        "__slots__",
+    }
     | {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "__annotate_func__"}
     | {"extra_repr", "reset_parameters", "_reset_parameters"}
 )

@@ -435,8 +435,8 @@ def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
     kind = type(module).__name__
     if next(fitting_layouts(module), None) is not None:
         return (
-            f"{kind} is no class of a known library, so that the names of its children do not tell its layout, and "
-            f"running it alone does not tell: {reason}"
+            f"{kind} is no class of a known library, so that the names of its children do not tell its layout, "
+            f"and running it alone does not tell: {reason}"
         )
     children = ", ".join(name for name, _ in module.named_children()) or "none"
     return (

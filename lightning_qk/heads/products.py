@@ -127,7 +127,8 @@ class Following(TorchFunctionMode):
     ) -> None:
         """What torch's function for whole layers projects: tokens first, or without a batch."""
         if use_separate_proj_weight:
-            assert q_proj_weight is not None and k_proj_weight is not None
+            assert q_proj_weight is not None
+            assert k_proj_weight is not None
             weights = (q_proj_weight, k_proj_weight)
         else:
             assert in_proj_weight is not None
@@ -234,5 +235,3 @@ def _einsum_operands(equation: str, left: Tensor, right: Tensor) -> tuple[Tensor
         for tensor, side, labels in ((left, first, own[0]), (right, second, own[1]))
     )
     return query, key
-
-

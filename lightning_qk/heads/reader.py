@@ -210,8 +210,8 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         more = f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else ""
         raise ValueError(
             f"expected at least one attention layer of a known layout, found {len(self.unread)} in {kind} of "
-            f"which none can be read ({listed}{more}): pass a model whose attention is a softmax over q · k of its "
-            "own projections"
+            f"which none can be read ({listed}{more}): pass a model whose attention is a softmax over q · k of "
+            "its own projections"
         )
 
     def _wrappers(self, model: nn.Module) -> tuple[nn.Module, ...]:

@@ -1,4 +1,4 @@
-"""Run one attention layer alone, its projections giving numbers of our choice and its parameters as we set them."""
+"""Run one attention layer alone, its projections giving numbers of our choice, its parameters as we set them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -140,7 +140,10 @@ class Bench:
         found = [emitter.plan.columns for emitter in self.emitters.values()]
         if self._is_bare:
             found += [
-                size for loose in self.loose if loose.parameter.dim() > 1 for size in loose.parameter.shape[::-1]
+                size
+                for loose in self.loose
+                if loose.parameter.dim() > 1
+                for size in loose.parameter.shape[::-1]
             ]
         return [width for width in dict.fromkeys(found) if width > 1]
 
@@ -232,7 +235,9 @@ def _distinct(products: list[Product]) -> list[Product]:
     """Products, each once."""
     found: dict[tuple[int, int], Product] = {}
     for product in products:
-        found.setdefault((id(product.query), id(product.key if product.dots is None else product.dots)), product)
+        found.setdefault(
+            (id(product.query), id(product.key if product.dots is None else product.dots)), product
+        )
     return list(found.values())
 
 

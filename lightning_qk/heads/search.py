@@ -9,6 +9,7 @@ seen in that.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from lightning_qk.heads.affine import AffineMap
 from lightning_qk.heads.composed import Composed, Part
 from lightning_qk.heads.elements import Elements, ElementSearch, ParameterPlan
-from lightning_qk.heads.errors import InaccessibleWeights, NotTokenAttention, UnreadLayer
+from lightning_qk.heads.errors import NotTokenAttention, UnreadLayer
 from lightning_qk.heads.norms import plan_norm
 from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.probing import own_random_numbers
@@ -109,7 +110,11 @@ def find_rows(
     """
     kind = type(module).__name__
     own = module.__dict__.get("forward")
-    if own is not None and "_old_forward" not in module.__dict__ and getattr(own, "__self__", None) is not module:
+    if (
+        own is not None
+        and "_old_forward" not in module.__dict__
+        and getattr(own, "__self__", None) is not module
+    ):
         raise UnreadLayer(f"the forward of this {kind} was replaced by a function that runs the layer itself")
     is_strict = not is_known(module)
     bench = Bench(module)
@@ -129,7 +134,7 @@ def find_rows(
             for trial in ways_of:
                 try:
                     return _Search(bench, trial, is_strict=is_strict).read()
-                except _NoProduct as failure:
+                except _NoProduct as failure:  # noqa: PERF203
                     failures.append(str(failure))
                 except NotTokenAttention:
                     raise
@@ -143,6 +148,53 @@ def find_rows(
     raise UnreadLayer(
         f"{kind} reaches no softmax of a product when it is run alone{failures[0] if failures else ''}"
     )
+
+
+_REACHES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[int], bool]]" = weakref.WeakKeyDictionary()
+# Larger modules are networks, and no layers.
+_MOST_PROJECTIONS = 24
+
+
+def reaches_product(module: nn.Module) -> bool:
+    """Whether a module, run alone, takes a softmax of a product both sides of which its projections change.
+
+    Found out once for each module and what it contains.
+    """
+    parts = [id(own) for own in module.modules()]
+    known = _REACHES.get(module)
+    if known is None or known[0] != parts:
+        known = _REACHES[module] = parts, _reaches_product(module)
+    return known[1]
+
+
+def _reaches_product(module: nn.Module) -> bool:
+    try:
+        bench = Bench(module)
+        bench.check_access()
+    except UnreadLayer:
+        return False
+    if len(bench.emitters) + len(bench.loose) < 2 or len(bench.emitters) > _MOST_PROJECTIONS:
+        return False
+    for own in (bench, Bench(module, is_bare=True)):
+        device = own.device()
+        with torch.no_grad(), own_random_numbers(device):
+            for place, trial in enumerate(trials(module, None, own.widths()[:3], device)):
+                if place >= 12:
+                    break
+                # Of bare parameters other values than their own, as they may be zero.
+                given = [
+                    {id(loose.parameter): scale * _varied(loose.parameter, place) for loose in own.loose}
+                    for place, scale in ((0, 1.0), (1, 2.0))
+                ]
+                seen = [
+                    own.run(trial, random(seed, 1.0), given[seed] if not own.emitters else None)
+                    for seed in (0, 1)
+                ]
+                for first, second in zip(*(run.products for run in seen), strict=False):
+                    sides = [(getattr(first, side), getattr(second, side)) for side in _SIDES]
+                    if all(a.shape == b.shape and not torch.equal(a, b) for a, b in sides):
+                        return True
+    return False
 
 
 def _ways(bench: Bench, config: Any, calls: Sequence[Call], device: torch.device) -> Any:
@@ -407,13 +459,19 @@ class _Search:
                 )
             given[id(weight)] = values.to(weight)
             weights.append((first, plan, given[id(weight)], None))
-        biases = torch.cat([torch.zeros(0), *(drawn((loose.parameter.numel(),)) for loose in self.bench.loose)])
-        used = torch.cat([torch.zeros(0, dtype=torch.long), *(own.biases.flatten().cpu() for own in self._biases.values())])
+        biases = torch.cat(
+            [torch.zeros(0), *(drawn((loose.parameter.numel(),)) for loose in self.bench.loose)]
+        )
+        used = torch.cat(
+            [torch.zeros(0, dtype=torch.long), *(own.biases.flatten().cpu() for own in self._biases.values())]
+        )
         start = 0
         for loose in self.bench.loose:
             stop = start + loose.parameter.numel()
             if bool(((used >= start) & (used < stop)).any()):
-                given[id(loose.parameter)] = biases[start:stop].view(loose.parameter.shape).to(loose.parameter)
+                given[id(loose.parameter)] = (
+                    biases[start:stop].view(loose.parameter.shape).to(loose.parameter)
+                )
             start = stop
         inputs = {name: (scale * drawn(own.shape)).to(own) for name, own in _shared_storage(trial.given)}
         inputs = {name: inputs[first] for name, first in _first_names(trial.given).items()}
@@ -422,7 +480,9 @@ class _Search:
         added = {
             int(number): int(bias)
             for own in self._biases.values()
-            for number, bias in zip(own.numbers.flatten().tolist(), own.biases.flatten().tolist(), strict=True)
+            for number, bias in zip(
+                own.numbers.flatten().tolist(), own.biases.flatten().tolist(), strict=True
+            )
         }
 
         def made(numbers: Tensor) -> Tensor | None:
@@ -451,7 +511,8 @@ class _Search:
         first = self._sample(1, 0.1)
         second = self._sample(1, 0.1, shifted=shifted)
         products = [
-            own.seen.products[way.place] if len(own.seen.products) > way.place else None for own in (first, second)
+            own.seen.products[way.place] if len(own.seen.products) > way.place else None
+            for own in (first, second)
         ]
         if products[0] is None or products[1] is None:
             return None, False
@@ -494,7 +555,9 @@ class _Search:
         self._check_wider(ways)
         return self._bound(ways)
 
-    def _is_made(self, sample: _Sample, way: _Way, side: str, numbers: _Numbers, bound: float = math.inf) -> bool:
+    def _is_made(
+        self, sample: _Sample, way: _Way, side: str, numbers: _Numbers, bound: float = math.inf
+    ) -> bool:
         """Whether each vector of a side is what its rows are for some token."""
         if len(sample.seen.products) <= way.place:
             return False
@@ -540,7 +603,8 @@ class _Search:
             culprit = next((one for one in loose if not self._is_unchanged(ways, scaling, [one])), loose[0])
         if culprit is not None:
             raise _Rejected(
-                f"its learnt parameter {culprit.path!r} changes its queries, its keys or the factor on their product"
+                f"its learnt parameter {culprit.path!r} changes its queries, its keys or the factor "
+                "on their product"
             )
 
     def _own_parameters(self) -> set[int]:
@@ -565,9 +629,7 @@ class _Search:
             ):
                 return False
             shifted = way.sides[1].rows.unique().cpu()
-            first, second = (
-                self._sample(5, 0.1, varied=loose, shifted=part) for part in (None, shifted)
-            )
+            first, second = (self._sample(5, 0.1, varied=loose, shifted=part) for part in (None, shifted))
             if any(len(own.seen.products) <= way.place for own in (first, second)):
                 return False
             factor, _ = _softmax_of(*(own.seen.products[way.place] for own in (first, second)))
@@ -585,8 +647,8 @@ class _Search:
             if any(len(own.seen.products) <= way.place for own in (first, second)):
                 if self.trial.tokens == 1:
                     raise _Rejected(
-                        f"it runs alone on single tokens only{first.seen.failed}, which do not tell whether it mixes "
-                        "them"
+                        f"it runs alone on single tokens only{first.seen.failed}, which do not tell whether it "
+                        "mixes them"
                     )
                 return
             heads: list[Tensor] = []
@@ -606,7 +668,9 @@ class _Search:
                 error, nearest = (lengths[:, None] - wanted.cpu()[None]).abs().amax(-1).min(1)
                 heads.append((nearest // len(made[0][0])).view(*got[0].shape[:-1], 1))  # type: ignore[arg-type]
                 if not float(error.max()) <= tolerance * float(wanted.max()):
-                    raise _Rejected(f"{_NAMES[side]} mix several tokens or heads, or depend on how many tokens there are")
+                    raise _Rejected(
+                        f"{_NAMES[side]} mix several tokens or heads, or depend on how many tokens there are"
+                    )
 
             try:
                 _pairs(*heads)
@@ -656,16 +720,16 @@ class _Search:
             if len(places):
                 parts.append(Part(places, plan, flat[places] - first))
         columns = {part.affine.columns for part in parts}
-        names = [
-            name for name, own in self.trial.given.items() if own.shape[-1] in columns
-        ]
+        names = [name for name, own in self.trial.given.items() if own.shape[-1] in columns]
         given = self._bare_source(numbers, names)
         if given is None:
             raise UnreadLayer(f"its {what} are made of none of its inputs, or of several")
         if len(parts) == 1:
             return FoundSide(parts[0].affine, parts[0].rows.view(numbers.shape), norm, given)
         composed = Composed(parts)
-        return FoundSide(composed, torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers))
+        return FoundSide(
+            composed, torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers)
+        )
 
     def _bare_source(self, numbers: Tensor, names: list[str]) -> str | None:
         """The only input whose change changes some rows."""
@@ -714,8 +778,8 @@ class _Search:
             norm = None if between is None else plan_norm(between, (emitter.plan.columns,))
             if between is not None and norm is None:
                 raise UnreadLayer(
-                    f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which is "
-                    "no RMSNorm or LayerNorm"
+                    f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which "
+                    "is no RMSNorm or LayerNorm"
                 )
             made.append(Part(places, emitter.plan, rows, source, norm, features.factor))
         return Composed(made)
@@ -890,7 +954,8 @@ def _softmax_of(first: Product, second: Product) -> tuple[float | None, bool]:
     """The factor of two products' logits on the change of the products, and whether keys are on the left."""
     if first.logits is None or second.logits is None:
         return first.scaling, False
-    assert first.dots is not None and second.dots is not None  # where there are logits
+    assert first.dots is not None  # where there are logits
+    assert second.dots is not None
     if first.logits.shape != second.logits.shape or first.dots.shape != second.dots.shape:
         return None, False
     change = second.dots.double() - first.dots.double()

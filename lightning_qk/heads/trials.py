@@ -43,7 +43,22 @@ class Trial(NamedTuple):
 
 
 _INPUTS = frozenset(
-    {"query", "key", "value", "q", "k", "v", "keys", "values", "queries", "Q", "K", "V", "queries_in", "keys_in"}
+    {
+        "query",
+        "key",
+        "value",
+        "q",
+        "k",
+        "v",
+        "keys",
+        "values",
+        "queries",
+        "Q",
+        "K",
+        "V",
+        "queries_in",
+        "keys_in",
+    }
     | {f"{kind}{end}" for kind in ("query", "key", "value") for end in ("_states", "_input", "s_input")}
     | {f"{kind}_{end}" for kind in "qkv" for end in ("in", "input", "states")}
     | {f"{start}_{kind}" for kind in "qkv" for start in ("x", "input", "inputs")}
@@ -72,7 +87,9 @@ _NO_TOKENS = re.compile(
     r"|^(h|w|height|width|layer\w*|n|args|kwargs|return_\w*|output_\w*|need_\w*|use_\w*|is_\w*)$",
     re.IGNORECASE,
 )
-_OTHERS = re.compile(r"(^|_)(context|memory|kv|encoder|enc|cross|source|src|other|cond|y|x2)(_|$)", re.IGNORECASE)
+_OTHERS = re.compile(
+    r"(^|_)(context|memory|kv|encoder|enc|cross|source|src|other|cond|y|x2)(_|$)", re.IGNORECASE
+)
 _ANGLES = ("position_embeddings", "position_embedding", "rotary_pos_emb", "rotary_emb", "freqs_cis", "rope")
 # Arguments that are given also where they have a default.
 _KNOWN = frozenset(
@@ -115,9 +132,7 @@ def _trials(
     masks += ["ones", "zeros"] if needed else []
     shapes = (_SHAPES[0], *((2, count, None) for count in _token_counts(module)), *_SHAPES[1:])
 
-    def trial(
-        masked: str, width: int, other: int | None, shape: tuple[int | None, ...], form: Any
-    ) -> Trial:
+    def trial(masked: str, width: int, other: int | None, shape: tuple[int | None, ...], form: Any) -> Trial:
         full = tuple(width if size is None else size for size in shape)
         generator = torch.Generator().manual_seed(0)
         given = {name: torch.randn(full, generator=generator).to(device, dtype) for name in inputs}
@@ -196,7 +211,6 @@ def _token_counts(module: nn.Module) -> list[int]:
 def _side(value: Any) -> int | None:
     value = value[0] if isinstance(value, list | tuple) and value else value
     return value if isinstance(value, int) and not isinstance(value, bool) else None
-
 
 
 def _input_names(parameters: list[inspect.Parameter]) -> tuple[str, ...]:
@@ -313,7 +327,9 @@ def recorded_trials(
         arguments: dict[str, Any] = {}
         drawn: dict[tuple[Any, ...], Tensor] = {}
         generator = torch.Generator().manual_seed(0)
-        batch = next((own.shape[0] for own in named.values() if isinstance(own, Tensor) and own.dim() > 2), None)
+        batch = next(
+            (own.shape[0] for own in named.values() if isinstance(own, Tensor) and own.dim() > 2), None
+        )
         if count is not None and (batch is None or batch <= count):
             continue
 
@@ -333,9 +349,7 @@ def recorded_trials(
                 given[name] = drawn[key]
             elif isinstance(value, Tensor):
                 arguments[name] = cut(value).clone()
-            elif value is None or isinstance(value, bool | int | float | str | torch.Size | torch.dtype):
-                arguments[name] = value
-            elif isinstance(value, list | tuple) and all(isinstance(part, int | float) for part in value):
+            elif _is_number(value):
                 arguments[name] = value
             elif defaults.get(name, inspect.Parameter.empty) is inspect.Parameter.empty and name in defaults:
                 arguments[name] = copy.deepcopy(value)
@@ -351,6 +365,13 @@ def recorded_trials(
 
 def _brings_tokens(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() >= 2 and not _NO_TOKENS.search(name)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is None, a number or a name, or several numbers."""
+    if isinstance(value, list | tuple):
+        return all(isinstance(part, int | float) for part in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
 
 
 def _unturned(name: str, value: Any) -> Any:

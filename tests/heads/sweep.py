@@ -81,12 +81,16 @@ def attend(way: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = (logits - logits.amax(-1, keepdim=True)).exp()
         return weights / weights.sum(-1, keepdim=True) @ v
     if way == "loop":
-        return torch.stack([F.softmax(a @ b.mT * scale, -1) @ c for a, b, c in zip(*(x.unbind(1) for x in (q, k, v)), strict=True)], 1)
+        return torch.stack(
+            [
+                F.softmax(a @ b.mT * scale, -1) @ c
+                for a, b, c in zip(*(x.unbind(1) for x in (q, k, v)), strict=True)
+            ],
+            1,
+        )
     assert way == "baddbmm"
     batch, heads, tokens, _ = q.shape
-    logits = torch.baddbmm(
-        q.new_zeros(1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale
-    )
+    logits = torch.baddbmm(q.new_zeros(1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=scale)
     return (logits.softmax(-1) @ v.flatten(0, 1)).view(batch, heads, tokens, -1)
 
 
@@ -126,7 +130,9 @@ class SweptAttention(nn.Module):
         """Self-attention."""
         sizes = {"t": 3, "h": HEADS, "e": D_HEAD}
         rows = self.project(x).unflatten(-1, [sizes[axis] for axis in self.case.axes])
-        rows = rows.permute(2 + self.case.axes.index("t"), 0, 2 + self.case.axes.index("h"), 1, 2 + self.case.axes.index("e"))
+        rows = rows.permute(
+            2 + self.case.axes.index("t"), 0, 2 + self.case.axes.index("h"), 1, 2 + self.case.axes.index("e")
+        )
         q, k, v = (rows[self.case.kinds.index(kind)] for kind in "qkv")
         self.seen = {"q": q.detach(), "k": k.detach(), "v": v.detach()}
         return self.leave(attend(self.case.way, q, k, v).transpose(1, 2).flatten(2))
@@ -135,7 +141,9 @@ class SweptAttention(nn.Module):
 class SeparateAttention(nn.Module):
     """Separate projections under some names, cut into heads in one of two ways."""
 
-    def __init__(self, names: tuple[str, str, str], cut: str, way: str, kv_heads: int, bias: bool, kdim: int = WIDTH) -> None:
+    def __init__(
+        self, names: tuple[str, str, str], cut: str, way: str, kv_heads: int, bias: bool, kdim: int = WIDTH
+    ) -> None:
         super().__init__()
         self.names, self.cut, self.way, self.kv_heads = names, cut, way, kv_heads
         self.num_heads = HEADS
@@ -153,7 +161,9 @@ class SeparateAttention(nn.Module):
 
     def run(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """Attend to what y and z say."""
-        q, k, v = (self.heads(getattr(self, name)(own)) for name, own in zip(self.names, (x, y, z), strict=True))
+        q, k, v = (
+            self.heads(getattr(self, name)(own)) for name, own in zip(self.names, (x, y, z), strict=True)
+        )
         self.seen = {"q": q.detach(), "k": k.detach(), "v": v.detach()}
         return self.leave(attend(self.way, q, k, v).transpose(1, 2).flatten(2))
 

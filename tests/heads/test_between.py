@@ -1,0 +1,239 @@
+"""What stands between projection and product: applied, named or refused."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from heads_zoo import GQA
+from sweep import D_HEAD, HEADS, WIDTH, attend
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_qk import head_projections
+from lightning_qk.heads.between import attends_over_channels
+from lightning_qk.heads.edit import head_editors
+from lightning_qk.heads.errors import NotTokenAttention
+from lightning_qk.heads.reader import ProjectionReader
+
+
+class Base(nn.Module):
+    """A fused projection of a known name, [Q|K|V]; subclasses put something between it and the product."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = HEADS
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.temperature = nn.Parameter(torch.ones(HEADS, 1, 1))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+        self.gain = nn.Parameter(torch.ones(D_HEAD))
+        self.shift = nn.Parameter(torch.zeros(HEADS, 1, D_HEAD))
+
+    def split(self, x):
+        return self.qkv(x).unflatten(-1, (3, HEADS, D_HEAD)).permute(2, 0, 3, 1, 4)
+
+
+class ClampedAttention(Base):
+    def forward(self, x):
+        return attend("matmul", *(part.clamp(-8, 8) for part in self.split(x)))
+
+
+class OneSidedAttention(Base):
+    def forward(self, x):
+        return attend("matmul", *(part.clamp(max=8) for part in self.split(x)))
+
+
+class RectifiedAttention(Base):
+    def forward(self, x):
+        return attend("matmul", *(part.relu() for part in self.split(x)))
+
+
+class TemperatureAttention(Base):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return (q @ k.mT * self.temperature).softmax(-1) @ v
+
+
+class ExponentAttention(Base):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return (q @ k.mT * self.logit_scale.exp()).softmax(-1) @ v
+
+
+class GainAttention(Base):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return ((q * self.gain) @ k.mT).softmax(-1) @ v
+
+
+class ShiftAttention(Base):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return ((q + self.shift) @ k.mT).softmax(-1) @ v
+
+
+class CosineAttention(Base):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).softmax(-1) @ v
+
+
+class TalkingAttention(Base):
+    def __init__(self):
+        super().__init__()
+        self.talk = nn.Parameter(torch.eye(HEADS))
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return torch.einsum("bhij,hg->bgij", q @ k.mT, self.talk).softmax(-1) @ v
+
+
+class UnmovedAttention(Base):
+    """Heads cut without moving the tokens: each holds vectors of several."""
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = (part.reshape(batch, HEADS, tokens, D_HEAD) for part in self.qkv(x).chunk(3, -1))
+        return attend("sdpa", q, k, v)
+
+
+class LengthAttention(Base):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return attend("sdpa", q * math.log(x.shape[1] + 1), k, v)
+
+
+class ConvolvedAttention(Base):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv1d(3 * WIDTH, 3 * WIDTH, 3, padding=1, groups=3 * WIDTH)
+
+    def forward(self, x):
+        rows = self.mix(self.qkv(x).mT).mT
+        return attend("sdpa", *rows.unflatten(-1, (3, HEADS, D_HEAD)).permute(2, 0, 3, 1, 4))
+
+
+class AdaptedAttention(Base):
+    """A LoRA by hand, whose second matrix is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, 3 * WIDTH, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        rows = self.qkv(x) + self.up(self.down(x))
+        return attend("sdpa", *rows.unflatten(-1, (3, HEADS, D_HEAD)).permute(2, 0, 3, 1, 4))
+
+
+class ChannelAttention(Base):
+    def forward(self, x):
+        q, k, v = (part.mT for part in self.split(x))
+        return (q @ k.mT * self.temperature).softmax(-1) @ v
+
+
+class CrossCovarianceAttention(Base):
+    def forward(self, x):
+        q, k, v = (part.mT for part in self.split(x))
+        q, k = (F.normalize(part, dim=-1) for part in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
+def _refusal(kind):
+    model = nn.ModuleDict({"layer": kind()})
+    reader = ProjectionReader(model, allow_empty=True)
+    assert "layer" not in reader
+    assert str(reader.refusals["layer"]) == reader.unread["layer"]
+    return reader.refusals["layer"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OneSidedAttention, "large ones of its queries are bounded, by no clamp"),
+        (RectifiedAttention, "something that is not linear"),
+        (TemperatureAttention, "its learnt parameter 'temperature'"),
+        (ExponentAttention, "its learnt parameter 'logit_scale'"),
+        (GainAttention, "its learnt parameter 'gain'"),
+        (ShiftAttention, "its learnt parameter 'shift'"),
+        (CosineAttention, "mix rows"),
+        (TalkingAttention, "its queries"),
+        (UnmovedAttention, "vectors of several heads together"),
+        (LengthAttention, "how many tokens there are"),
+        (ConvolvedAttention, "its queries"),
+        (AdaptedAttention, "its queries"),
+    ],
+)
+def test_what_is_no_form_of_the_projections_is_refused_by_name(kind, reason):
+    refusal = _refusal(kind)
+    assert reason in str(refusal)
+    assert not isinstance(refusal, NotTokenAttention)
+
+
+@pytest.mark.parametrize("kind", [ChannelAttention, CrossCovarianceAttention])
+def test_attention_over_channels_is_no_attention_over_tokens(kind):
+    assert isinstance(_refusal(kind), NotTokenAttention)
+    # What is asked of classes whose names are believed.
+    assert attends_over_channels(kind())
+
+
+@pytest.mark.parametrize("kind", [ClampedAttention, TemperatureAttention, LengthAttention])
+def test_attention_over_tokens_is_none_over_channels(kind):
+    assert not attends_over_channels(kind())
+
+
+def test_a_clamp_is_named_and_its_weights_are_not_edited():
+    model = nn.ModuleDict({"layer": ClampedAttention()})
+    reader = ProjectionReader(model)
+    assert reader["layer"].clip == pytest.approx(8.0)
+    assert torch.equal(reader["layer"].query, model["layer"].qkv.weight[:WIDTH].unflatten(0, (HEADS, D_HEAD)))
+    with pytest.raises(ValueError, match="clamped to ±8"):
+        head_editors(reader, ["layer"])
+
+
+@pytest.mark.parametrize("clip", [None, 8.0])
+def test_the_clamp_of_a_known_model_is_named(clip):
+    model = transformers.OlmoModel(transformers.OlmoConfig(**GQA, clip_qkv=clip))
+    reader = ProjectionReader(model)
+    assert len(reader) == 2
+    for heads in head_projections(model).values():
+        assert heads.clip == clip
+    if clip is None:
+        head_editors(reader, reader)
+    else:
+        with pytest.raises(ValueError, match="clamped"):
+            head_editors(reader, reader)
+
+
+def test_the_factor_behind_norms_is_the_layers_own():
+    class NormedAttention(Base):
+        def __init__(self):
+            super().__init__()
+            self.norm_a, self.norm_b = nn.LayerNorm(D_HEAD), nn.RMSNorm(D_HEAD)
+            self.scale = 8.0  # which divides
+
+        def forward(self, x):
+            q, k, v = self.split(x)
+            return (self.norm_a(3 * q) @ self.norm_b(k).mT / self.scale).softmax(-1) @ v
+
+    (heads,) = head_projections(nn.ModuleDict({"layer": NormedAttention()})).values()
+    assert heads.qk_norm
+    assert heads.scaling == pytest.approx(1 / 8)
+
+
+def test_the_name_of_a_class_does_not_make_it_known():
+    class Replaced(transformers.models.llama.modeling_llama.LlamaAttention):
+        """Keys and queries exchanged behind the same names."""
+
+        def forward(self, hidden_states):
+            k, q, v = (
+                own(hidden_states).unflatten(-1, (4, 8)).transpose(1, 2)
+                for own in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
+    config = transformers.LlamaConfig(**{**GQA, "num_key_value_heads": 4})
+    layer = Replaced(config, 0)
+    (heads,) = head_projections(nn.ModuleDict({"layer": layer})).values()
+    assert torch.equal(heads.query, layer.k_proj.weight.unflatten(0, (4, 8)))
+    assert torch.equal(heads.key, layer.q_proj.weight.unflatten(0, (4, 8)))
