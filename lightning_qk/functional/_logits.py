@@ -6,14 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._precision import at_least_float32, norms
+
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``mask(batch, head, query, key)``: True where the key is visible, of index tensors that broadcast."""
 
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
 MASKED_BELOW = -9e3
-# What hidden keys are pushed down by: more than any logit, and finite, so that its product with 0 is 0.
-FAR = 1e30
+# What hidden keys are pushed down by, in float32 and in float64: far more than any logit of a call in range (see
+# Logits.in_range), and finite, so that its product with 0 is 0.
+_FAR = {torch.float32: 1e30, torch.float64: 1e300}
+# Logits whose squares, and sums of them, have all their digits.
+_RANGE = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e140)}
 # Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
 CHUNK_ELEMENTS = 1 << 21
 
@@ -146,6 +151,42 @@ class Logits(NamedTuple):
             softcap=softcap,
         )
 
+    def in_range(self) -> "Logits":
+        """The same call in a precision whose range its logits do not leave, with a key for chunks.
+
+        Logits beyond 1e18, or all below 1e-15, are computed in float64. Where that is not enough, and on devices
+        where looking at the size would wait for them, the logits become NaN, sequence by sequence and head by head.
+        """
+        source = self._replace(key=at_least_float32(self.key).contiguous())
+        if source.key.numel() == 0 or source.query.numel() == 0 or source.key.dtype not in _RANGE:
+            return source
+        size = source._size()
+        fits = _fits(size, source.key.dtype)
+        if source.device.type == "cpu":
+            if bool(fits.all()):
+                return source
+            source = source._replace(key=source.key.double())
+            fits = _fits(size, torch.float64)
+            if bool(fits.all()):
+                return source
+        return source._replace(query=torch.where(fits, source.query, torch.nan))
+
+    def _size(self) -> Tensor:
+        """No logit of a sequence and head has a larger modulus, ``(batch|1, heads, 1, 1)``; float64 on the CPU."""
+        wide = torch.float64 if self.device.type == "cpu" else self.key.dtype
+        of_query, of_key = (_longest(part, wide) for part in (self.query, self.key))
+        size = of_query * of_key.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
+        size = (size * abs(self.scaling))[..., None, None]
+        if self.softcap is not None:
+            size = size.clamp_max(abs(self.softcap))
+        for added in (self.bias, self.mask):
+            if isinstance(added, Tensor) and added.is_floating_point() and added.numel():
+                # A broadcast tensor is read once.
+                own = added[tuple(slice(1) if step == 0 else slice(None) for step in added.stride())]
+                largest = own.amax((2, 3), keepdim=True) if added is self.mask else _modulus(own)
+                size = size + largest.to(wide).clamp_min(0)
+        return size
+
     def chunk(self, index: slice | Tensor, buffer: Tensor) -> "Chunk":
         """Logits of some query rows, and which keys they see.
 
@@ -240,6 +281,9 @@ class GivenLogits(NamedTuple):
     used: Tensor  # (batch, n): rows that may be looked at; the others may hold anything
     query_offset: int
     sinks: Tensor | None = None  # (batch, heads, n)
+    largest: Tensor | None = None  # (batch,): the largest logit of the rows that may be looked at
+    wide: bool = False  # chunks in float64, whatever the logits are in
+    fits: Tensor | None = None  # (batch,): the others become NaN
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -250,12 +294,22 @@ class GivenLogits(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the chunks."""
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.wide or self.logits.dtype == torch.float64 else torch.float32
 
     @property
     def device(self) -> torch.device:
         """Of the chunks."""
         return self.logits.device
+
+    def in_range(self) -> "GivenLogits":
+        """The same in a precision whose range the logits do not leave, as :meth:`Logits.in_range`."""
+        if self.largest is None or self.dtype == torch.float64:
+            return self
+        # What is far below is hidden, and relative logits are 0 at most.
+        fits = _fits(self.largest.float().clamp_min(0), torch.float32)
+        if self.device.type == "cpu":
+            return self if bool(fits.all()) else self._replace(wide=True)
+        return self._replace(fits=fits)
 
     @classmethod
     def check(
@@ -293,13 +347,14 @@ class GivenLogits(NamedTuple):
             none = torch.zeros(batch, n, dtype=torch.bool, device=logits.device)
             return cls(logits, none, query_offset, sinks)
         # Not "> bound", so that NaN is no mask: it is to be seen in the statistics.
-        valid = ~(logits.amax((1, 3)) <= MASKED_BELOW)
+        top = logits.amax((1, 3))
+        valid = ~(top <= MASKED_BELOW)
         if self_attention and query_offset >= 0 and query_offset + n <= m:
             seen = ~(logits.amax((1, 2)) <= MASKED_BELOW)
             valid &= seen[:, query_offset : query_offset + n]
         if query_mask is not None:
             valid &= query_mask.to(device=valid.device, dtype=torch.bool)
-        return cls(logits, valid, query_offset, sinks)
+        return cls(logits, valid, query_offset, sinks, torch.where(valid, top, 0.0).amax(1))
 
     def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
         """Some query rows, and which keys they see; arguments as those of :meth:`Logits.chunk`."""
@@ -307,7 +362,10 @@ class GivenLogits(NamedTuple):
         used = self.used[:, index] if isinstance(index, slice) else self.used.gather(1, index)
         hidden = (rows <= MASKED_BELOW) | ~used[:, None, :, None]
         x = buffer[: rows.numel()].view(rows.shape)
-        x.copy_(rows).masked_fill_(hidden, 0.0)
+        x.copy_(rows)
+        if self.fits is not None:
+            x.masked_fill_(~self.fits[:, None, None, None], torch.nan)
+        x.masked_fill_(hidden, 0.0)
         if isinstance(index, slice):
             position = torch.arange(index.start, index.stop, device=self.device)[None]
         else:
@@ -321,6 +379,36 @@ class GivenLogits(NamedTuple):
     def chunks(self, count: int) -> Iterator[slice]:
         """Slices of ``count`` rows whose logits have ``CHUNK_ELEMENTS`` elements at most, or one row."""
         return _chunks(self.shape, count)
+
+
+def _longest(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest Euclidean norm of each sequence and head, ``(batch, heads)``."""
+    return norms(vectors, dtype).amax(-1)
+
+
+def _modulus(tensor: Tensor) -> Tensor:
+    low, high = tensor.amin((2, 3), keepdim=True), tensor.amax((2, 3), keepdim=True)
+    return torch.maximum(high, -low)
+
+
+def _fits(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which sizes of logits have squares within the range of a dtype, or are 0."""
+    low, high = _RANGE[dtype]
+    # What is not a number says so by itself.
+    return (
+        (size == 0)
+        | ((size >= low) & (size <= high))
+        | size.isnan()
+        | (size.isinf() & (size.device.type == "cpu"))
+    )
+
+
+def hide(x: Tensor, shown: Tensor) -> Tensor:
+    """Push logits of hidden keys far below all others, in place: where ``shown`` is 0, of a call in range.
+
+    Arithmetic with a matrix that all heads share is many times faster than filling by a mask.
+    """
+    return x.add_((shown - 1) * _FAR[x.dtype])
 
 
 def _chunks(shape: tuple[int, int, int, int], count: int) -> Iterator[slice]:

@@ -267,6 +267,9 @@ class _Divergence(RowMeasure):
     def value(self, softmax: Softmax) -> tuple[Tensor, Tensor]:
         mass, total = self._mass(softmax)
         value = torch.special.xlogy(mass, mass).sum(-1) - (mass * softmax.log_p).sum(-1)
+        # Mass where the probability is 0 to all digits.
+        lost = (softmax.log_p == torch.finfo(softmax.log_p.dtype).min) & (mass > 0)
+        value = value.masked_fill(lost.any(-1), math.inf)
         return value, total != 0
 
     def gradient(self, softmax: Softmax) -> RowGradient:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._logits import CHUNK_ELEMENTS, sample_rows
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import are_safe, at_least_float32, full_precision, norms, scaled
 from lightning_qk.functional.singular import effective_rank
 
 MASSIVE_ABOVE = 100.0
@@ -183,16 +183,20 @@ def hidden_sums(
         def put(name: str, value: Tensor, counted: Tensor) -> None:
             values[name], weights[name] = value, counted.to(x.dtype)
 
-        length = torch.linalg.vector_norm(x, dim=-1)
-        size = torch.linalg.vector_norm(length, dim=-1)
-        residual = _residual(x, valid if mask is not None else None, count)
-        put("rank_residual", residual, has_pairs)
-        put("rank_residual_relative", residual / size, has_pairs & (size != 0))
-        put("cosine", *_mean_cosine(x, length))
+        length = norms(x)
+        # Squares of very large and of very small numbers leave the range of the type.
+        safe = are_safe(torch.where(length == 0, 1.0, length))
+        unit, size = (x, x.new_ones(1, 1, 1)) if safe else scaled(x, (1, 2))
+        residual = _residual(unit, valid if mask is not None else None, count)
+        whole = torch.linalg.vector_norm(unit.flatten(1), dim=1)
+        put("rank_residual", residual * size[:, 0, 0], has_pairs)
+        put("rank_residual_relative", (residual / whole).clamp_max(1), has_pairs & (whole != 0))
+        del unit
+        put("cosine", *_mean_cosine(x if safe else scaled(x, -1)[0]))
         put("token_norm", length.sum(1) / count, count)
 
         some, used = _sample(x, valid, tokens, generator)
-        put("cosine_abs", *_mean_abs_cosine(some))
+        put("cosine_abs", *_mean_abs_cosine(some if safe else scaled(some, -1)[0]))
         singular = _singular_values(some)
         smallest = (used.sum(1).clamp(1, singular.shape[-1]) - 1)[:, None]
         rank = effective_rank(singular).to(x.dtype)
@@ -248,14 +252,15 @@ def _residual(x: Tensor, valid: Tensor | None, count: Tensor) -> Tensor:
     return torch.linalg.vector_norm(centred.flatten(1), dim=1)
 
 
-def _mean_cosine(x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosine of pairs of tokens that are not zero, and whether there are any."""
+def _mean_cosine(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosine of pairs of tokens that are not zero, and whether there are any; squares are in range."""
+    length = torch.linalg.vector_norm(x, dim=-1)
     is_direction = length != 0
     number = is_direction.sum(1).to(x.dtype)
     # One product instead of unit vectors in memory.
     weight = torch.where(is_direction, length.reciprocal(), torch.zeros_like(length))
     resultant = (weight[:, None] @ x)[:, 0].square().sum(-1)
-    return (resultant - number) / (number * (number - 1)), number > 1
+    return ((resultant - number) / (number * (number - 1))).clamp(-1, 1), number > 1
 
 
 def _sample(
@@ -278,7 +283,7 @@ def _mean_abs_cosine(some: Tensor) -> tuple[Tensor, Tensor]:
     for part in unit.split(rows, dim=1):
         total += (part @ unit.mT).abs().sum((1, 2))
     number = (length != 0).sum((1, 2)).to(unit.dtype)
-    return (total - number) / (number * (number - 1)), number > 1
+    return ((total - number) / (number * (number - 1))).clamp(0, 1), number > 1
 
 
 def _singular_values(some: Tensor) -> Tensor:
@@ -286,11 +291,11 @@ def _singular_values(some: Tensor) -> Tensor:
     device = some.device
     if device.type == "mps":  # has no float64
         some = some.cpu()
-    wide = some.double()
+    wide, size = scaled(some.double(), (1, 2))
     # A mask leaves rows of zeros, which add singular values of zero.
     gram = wide @ wide.mT if wide.shape[1] <= wide.shape[2] else wide.mT @ wide
     finite = gram.isfinite().all(-1).all(-1)
     gram = torch.where(finite[:, None, None], gram, torch.zeros_like(gram))
-    values = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+    values = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt() * size[:, 0]
     values = torch.where(finite[:, None], values, torch.full_like(values, torch.nan))
     return values.to(device) if device.type != "mps" else values.float().to(device)

@@ -264,7 +264,7 @@ def attention_sums(
         every = every and (logits.query_offset >= 0 or not logits.is_causal)
         collected = kernel_rows(logits, used, selection.index, every=every)
         if collected is None:
-            collected = collect_rows(selection.by_chunks(), used, selection.index)
+            collected = collect_rows(selection.logits, used, selection.index)
         return _pool(
             collected,
             selection.valid,

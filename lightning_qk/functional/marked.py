@@ -112,4 +112,5 @@ def attention_on_keys(
             weight += keep.sum(-1)
         scale = selection.weights().to(source.dtype)
         means = MeanSums(total * scale, weight * scale).means(per_sequence=per_sequence)
+    means = means.to(torch.float64 if key.dtype == torch.float64 else torch.float32)
     return {"mass": means[0], "uniform": means[1]}

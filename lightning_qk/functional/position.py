@@ -95,9 +95,8 @@ def positional_share(
         if seen is not None:
             # Padding may hold anything, NaN included, and what follows multiplies it by 0.
             key = torch.where(seen[:, None, :, None], key, 0.0)
-        logits = logits._replace(
-            query=torch.where(valid[:, None, :, None], query, 0.0), key=at_least_float32(key).contiguous()
-        )
+        result = torch.promote_types(at_least_float32(key).dtype, torch.float32)
+        logits = logits._replace(query=torch.where(valid[:, None, :, None], query, 0.0), key=key).in_range()
         pairs = _collect(logits, valid)
         if not per_sequence:
             pairs = pairs.pooled()
@@ -105,8 +104,8 @@ def positional_share(
         explained = _solve(pairs, lambda f: apply(pairs, f, logits, valid))
         share = (explained / pairs.total).clamp(0.0, 1.0)
     # Rounding alone leaves this much of logits that do not vary.
-    noise = (8 * torch.finfo(logits.dtype).eps) ** 2 * pairs.energy
-    share = torch.where(pairs.total > noise, share, torch.nan).to(logits.dtype)
+    noise = (8 * torch.finfo(result).eps) ** 2 * pairs.energy
+    share = torch.where(pairs.total > noise, share, torch.nan).to(result)
     return share if per_sequence else share[0]
 
 

@@ -135,4 +135,5 @@ def profile_sums(
             total += empty.scatter_add(-1, place, inside.expand(shape)).sum(2)
             weight += empty.scatter_add(-1, place, visible).sum(2)
         scale = selection.weights().to(source.dtype)[..., None]
-        return MeanSums(*((part * scale).movedim(-1, 0) for part in (total, weight)))
+        result = torch.float64 if key.dtype == torch.float64 else torch.float32
+        return MeanSums(*((part * scale).movedim(-1, 0).to(result) for part in (total, weight)))

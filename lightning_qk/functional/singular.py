@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import at_least_float32, full_precision, scaled
 from lightning_qk.functional.spectrum import core_singular_values, qk_singular_core
 
 FloorNorm = Literal["euclidean", "max"]
@@ -26,14 +26,19 @@ def effective_rank(singular_values: Tensor) -> Tensor:
         singular_values: shape ``(..., r)``, not negative, in any order; zeros change nothing.
 
     Returns:
-        Shape ``(...)``. NaN where all are zero or one is not finite.
+        Shape ``(...)``. NaN where all are zero, or one is negative or not finite.
 
     Example:
         >>> round(effective_rank(torch.tensor([3.0, 3.0, 0.0])).item(), 4)
         2.0
     """
     values = at_least_float32(singular_values)
-    return torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+    if values.shape[-1] == 0:
+        return values.new_full(values.shape[:-1], torch.nan)
+    # Relative to the largest, so that the sum of huge values stays in range.
+    values = values / values.amax(-1, keepdim=True)
+    rank = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+    return torch.where((values < 0).any(-1), torch.nan, rank)
 
 
 def energy_concentration(singular_values: Tensor, s: int) -> Tensor:
@@ -146,6 +151,8 @@ def update_ratio(query: Tensor, key: Tensor, query_before: Tensor, key_before: T
         ValueError: shapes that do not fit.
     """
     with full_precision(query.device):
+        query, query_before = _together(query, query_before)
+        key, key_before = _together(key, key_before)
         difference = core_singular_values(update_core(query, key, query_before, key_before))[..., 0]
         whole = core_singular_values(qk_singular_core(query_before, key_before))[..., 0]
         out = {"qk": difference / whole}
@@ -153,6 +160,15 @@ def update_ratio(query: Tensor, key: Tensor, query_before: Tensor, key_before: T
             old = at_least_float32(before)
             out[name] = _largest_singular(at_least_float32(after) - old) / _largest_singular(old)
         return out
+
+
+def _together(after: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Both weights over one number a head, so that no product leaves the range of the type; ratios stay."""
+    if after.shape != before.shape or after.numel() == 0:
+        return after, before
+    after, before = at_least_float32(after), at_least_float32(before)
+    _, size = scaled(torch.cat([after, before], -1), (-2, -1))
+    return after / size, before / size
 
 
 def update_core(query: Tensor, key: Tensor, query_before: Tensor, key_before: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._logits import Logits, MaskFunction
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import at_least_float32, full_precision, norms
 from lightning_qk.functional._rows import Selection, eligible_keys, probabilities
 from lightning_qk.functional._sums import MeanSums
 
@@ -278,7 +278,7 @@ def _energy(rows: Tensor) -> Tensor:
 
 def _is_small(value: Tensor, seen: Tensor) -> Tensor:
     """Keys whose value is short against the median of those that are seen, ``(batch, value_heads, m)``."""
-    length = torch.linalg.vector_norm(value, dim=-1)
+    length = norms(value)
     known = torch.where(seen[:, None], length, torch.nan)
     if not value.shape[2]:
         return torch.zeros_like(length, dtype=torch.bool)

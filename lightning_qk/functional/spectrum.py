@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import at_least_float32, full_precision, scaled
 from lightning_qk.functional.rotary import Rotary, rotate_between
 
 Support = Literal["model", "head"]
@@ -94,10 +94,21 @@ def qk_moments(
     """
     n = support_size(query, support)
     with full_precision(query.device):
-        products = qk_products(query, key, sigma)
+        query, key = _prepare(query, key, square=True)
+        # Fourth powers of weights leave the range of the type long before the weights do.
+        query, size = scaled(query, (-2, -1))
+        key, size_of_key = scaled(key, (-2, -1))
+        size_of_key = size_of_key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        products = Products(*_products(query, key, sigma))
         if offset is not None:
             products = products.at(_rotation(rotary, offset), torch.as_tensor(offset, device=query.device))
-        return products.moments(n)
+        powers = {"trace": 1, "eig_mean": 1, "asymmetry": 0, "concentration": 0}
+        found = products.moments(n)
+        # One factor after the other: their product alone may leave the range.
+        for name in found:
+            for _ in range(powers.get(name, 2)):
+                found[name] = found[name] * size[..., 0, 0] * size_of_key[..., 0, 0]
+        return found
 
 
 class Products(NamedTuple):
