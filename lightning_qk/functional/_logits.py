@@ -1,11 +1,22 @@
 """Logits of one attention call by chunks of query rows: scale, soft cap, bias, and which pairs are visible."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import (
+    KindError,
+    boolean,
+    dense,
+    flags,
+    floating,
+    generator_of,
+    integer,
+    number,
+    one_device,
+)
 from lightning_qk.functional._precision import at_least_float32, norms
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -107,6 +118,8 @@ class Logits(NamedTuple):
         Raises:
             ValueError: shapes that do not fit, or a mask that is neither boolean nor floating.
         """
+        floating(query, "query")
+        floating(key, "key")
         if (
             query.dim() != 4
             or key.dim() != 4
@@ -121,23 +134,48 @@ class Logits(NamedTuple):
                 "attention function receives them"
             )
         batch, heads, n, d_head = query.shape
+        if not heads or not d_head:
+            raise ValueError(
+                f"expected at least one head and a d_head of at least 1, got a query of shape {tuple(query.shape)}: "
+                "pass the tensors as the attention function receives them"
+            )
+        one_device(
+            query=query, key=key, bias=bias, mask=mask if isinstance(mask, Tensor) else None, sinks=sinks
+        )
+        boolean(is_causal, "is_causal")
+        query_offset = integer(query_offset, "query_offset")
+        if sliding_window is not None:
+            sliding_window = integer(sliding_window, "sliding_window")
+            if sliding_window < 1:
+                raise ValueError(
+                    f"expected sliding_window to be at least 1, or None for no window, got {sliding_window}: a row "
+                    "sees its own key with 1"
+                )
+        scaling = d_head**-0.5 if scaling is None else number(scaling, "scaling")
+        if softcap is not None:
+            softcap = number(softcap, "softcap")
+            if softcap <= 0:
+                raise ValueError(f"expected softcap to be above 0, got {softcap}: pass None for none")
         full = (batch, heads, n, key.shape[2])
         if isinstance(mask, Tensor):
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise ValueError(
+            if dense(mask, "mask").dtype != torch.bool and not mask.is_floating_point():
+                raise KindError(
                     f"expected a boolean mask (True = visible) or an additive floating one, got {mask.dtype}: "
                     "convert a mask of zeros and ones with .bool()"
                 )
-            mask = _broadcast(mask, full, "mask")
+            mask = _broadcast(mask if mask.dtype == torch.bool else floating(mask, "mask"), full, "mask")
         elif mask is not None and not callable(mask):
-            raise ValueError(
+            raise KindError(
                 "expected a mask that is a tensor or a function of batch, head, query and key indices, got "
                 f"{type(mask).__name__}"
             )
         if bias is not None:
-            bias = _broadcast(bias, full, "bias")
-        if sinks is not None and sinks.numel() != heads:
-            raise ValueError(f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}")
+            bias = _broadcast(floating(bias, "bias"), full, "bias")
+        if sinks is not None and floating(sinks, "learnt sinks").numel() != heads:
+            raise ValueError(
+                f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}: pass the logits of the "
+                "layer's own heads"
+            )
         return cls(
             query=query,
             key=key,
@@ -147,7 +185,7 @@ class Logits(NamedTuple):
             is_causal=is_causal,
             sliding_window=sliding_window,
             query_offset=query_offset,
-            scaling=d_head**-0.5 if scaling is None else float(scaling),
+            scaling=scaling,
             softcap=softcap,
         )
 
@@ -207,7 +245,11 @@ class Logits(NamedTuple):
         # Query heads of one group become rows of one product: key heads are never repeated in memory.
         grouped = (query * self.scaling).reshape(batch * kv_heads, heads // kv_heads * count, d_head)
         logits = buffer[: batch * heads * count * width]
-        torch.bmm(grouped, key.reshape(-1, width, d_head).mT, out=logits.view(*grouped.shape[:2], width))
+        torch.bmm(
+            grouped,
+            key.reshape(batch * kv_heads, width, d_head).mT,
+            out=logits.view(*grouped.shape[:2], width),
+        )
         logits = logits.view(batch, heads, count, width)
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -328,14 +370,18 @@ class GivenLogits(NamedTuple):
         Raises:
             ValueError: another number of axes, no floating dtype, or a query mask that does not fit.
         """
-        if logits.dim() != 4 or not logits.is_floating_point():
+        floating(logits, "logits (batch, heads, n, m)")
+        query_offset = integer(query_offset, "query_offset")
+        if logits.dim() != 4:
             raise ValueError(
                 "expected floating logits (batch, heads, n, m), got "
                 f"{logits.dtype} of shape {tuple(logits.shape)}: give each head an axis of its own"
             )
         batch, heads, n, m = logits.shape
-        _check_query_mask(query_mask, batch, n)
+        check_query_mask(query_mask, batch, n)
         if sinks is not None:
+            floating(sinks, "learnt sinks")
+            one_device(logits=logits, sinks=sinks)
             sizes = zip(reversed(sinks.shape), (n, heads, batch), strict=False)
             if sinks.dim() > 3 or any(have not in (1, want) for have, want in sizes):
                 raise ValueError(
@@ -413,6 +459,8 @@ def hide(x: Tensor, shown: Tensor) -> Tensor:
 
 def _chunks(shape: tuple[int, int, int, int], count: int) -> Iterator[slice]:
     batch, heads, _, m = shape
+    if not m:
+        return  # no logit
     size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * m))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
@@ -426,7 +474,7 @@ def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Te
             f"expected a {name} that broadcasts to (batch, heads, n, m) = {full}, got {tuple(tensor.shape)}: "
             f"a padding mask of shape (batch, m) becomes {name}[:, None, None, :].bool()"
         )
-    return tensor.view(shape).expand(-1, -1, full[2], full[3])
+    return tensor.reshape(shape).expand(-1, -1, full[2], full[3])
 
 
 def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
@@ -447,10 +495,10 @@ def valid_rows(
         ``(batch, m)``, or None without a mask.
     """
     batch, _, n, _ = logits.query.shape
-    _check_query_mask(query_mask, batch, n)
+    check_query_mask(query_mask, batch, n)
     m = logits.key.shape[2]
     device = logits.query.device
-    valid = torch.ones(batch, n, dtype=torch.bool, device=device)
+    valid = torch.full((batch, n), m > 0, device=device)
     seen = None
     if logits.mask is not None:
         sees = []
@@ -461,7 +509,7 @@ def valid_rows(
             visible = visible.any(1)
             sees.append(visible.any(-1).expand(batch, -1))
             seen |= visible.any(-2)
-        valid = torch.cat(sees, dim=1)
+        valid = torch.cat(sees, dim=1) if sees else valid
         if self_attention and n == m:
             valid = valid & seen
         elif self_attention and logits.query_offset + n <= m:
@@ -478,11 +526,33 @@ def valid_rows(
     return valid, seen
 
 
-def _check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
-    if query_mask is not None and query_mask.shape != (batch, n):
+def check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
+    if query_mask is None:
+        return
+    if dense(query_mask, "query_mask").shape != (batch, n):
         raise ValueError(
-            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}"
+            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass one entry a "
+            "query"
         )
+    flags(query_mask, "query_mask")
+
+
+def check_rows(rows: Any, self_attention: Any, generator: Any) -> int | None:
+    """How many rows to sample, checked with what goes with it.
+
+    Raises:
+        ValueError: no integer of at least 1, no boolean, or no generator.
+    """
+    boolean(self_attention, "self_attention", none=True)
+    generator_of(generator)
+    if rows is None:
+        return None
+    rows = integer(rows, "rows")
+    if rows < 1:
+        raise ValueError(
+            f"expected rows to be at least 1, or None for all rows, got {rows}: pass a whole number"
+        )
+    return rows
 
 
 def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Fourth powers of these, and sums of them, keep all their digits in float32.
 _SAFE = 1e-8, 1e8
 

@@ -47,7 +47,7 @@ def collect_rows(source: Logits | GivenLogits, used: Tensor, index: Tensor | Non
     # One set of buffers for all chunks: fresh memory costs more than what is computed in it.
     elements = batch * heads * m * max((chunk.stop - chunk.start for chunk in chunks), default=0)
     buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(3)]
-    for part in chunks:
+    for part in chunks if m else ():
         chunk = source.chunk(part if index is None else index[:, part], buffers[0])
         keep = used[:, part]
         rows = _row_statistics(chunk, keep, buffers[1:])

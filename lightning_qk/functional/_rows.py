@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import Chunk, Logits, hide, sample_rows, take_rows, valid_rows
+from lightning_qk.functional._logits import (
+    Chunk,
+    Logits,
+    check_rows,
+    hide,
+    sample_rows,
+    take_rows,
+    valid_rows,
+)
 from lightning_qk.functional._precision import norms
 
 # A key's mean over rows counts when it is seen by at least this share of the rows that see the most-seen key.
@@ -41,8 +49,7 @@ class Selection:
         self_attention: bool | None,
         generator: torch.Generator | None,
     ) -> None:
-        if rows is not None and rows < 1:
-            raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
+        rows = check_rows(rows, self_attention, generator)
         n, m = logits.query.shape[2], logits.key.shape[2]
         own = n == m if self_attention is None else self_attention
         self.valid, seen = valid_rows(logits, query_mask, own)
@@ -118,6 +125,8 @@ def eligible_keys(seen: Tensor) -> Tensor:
     Args:
         seen: how many rows see each key, ``(..., keys)``.
     """
+    if not seen.shape[-1]:
+        return seen > 0
     return (seen > 0) & (seen >= _MIN_SEEN * seen.amax(-1, keepdim=True))
 
 

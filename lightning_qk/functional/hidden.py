@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import boolean, dense, flags, floating, generator_of, integer
 from lightning_qk.functional._logits import CHUNK_ELEMENTS, sample_rows
 from lightning_qk.functional._precision import are_safe, at_least_float32, full_precision, norms, scaled
 from lightning_qk.functional.singular import effective_rank
@@ -116,6 +117,7 @@ def hidden_statistics(
         >>> found["rank_residual"].item(), round(found["cosine"].item(), 4)
         (0.0, 1.0)
     """
+    boolean(per_sequence, "per_sequence")
     sums = hidden_sums(states, mask=mask, tokens=tokens, generator=generator)
     if not per_sequence:
         maximum = sums.maximum.amax(1) if states.shape[0] else sums.maximum.new_full((1,), -torch.inf)
@@ -155,8 +157,8 @@ def hidden_sums(
     Raises:
         ValueError: as :func:`hidden_statistics`, or ``sequences`` below 1.
     """
-    valid = _check(states, mask, tokens)
-    if sequences is not None and sequences < 1:
+    valid = _check(states, mask, tokens, generator)
+    if sequences is not None and integer(sequences, "sequences") < 1:
         raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
     if sequences is not None and sequences < states.shape[0]:
         device = "cpu" if generator is None else generator.device
@@ -225,23 +227,27 @@ def hidden_sums(
         return HiddenSums(total, weight, largest[None])
 
 
-def _check(states: Tensor, mask: Tensor | None, tokens: int | None) -> Tensor:
+def _check(
+    states: Tensor, mask: Tensor | None, tokens: int | None, generator: torch.Generator | None
+) -> Tensor:
     """Which tokens count, boolean ``(batch, n)``."""
-    if tokens is not None and tokens < 2:
+    floating(states, "hidden states (batch, n, d)")
+    generator_of(generator)
+    if tokens is not None and integer(tokens, "tokens") < 2:
         raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
-    if states.dim() != 3 or not states.is_floating_point():
+    if states.dim() != 3:
         raise ValueError(
             f"expected floating hidden states (batch, n, d), got {states.dtype} of shape {tuple(states.shape)}: "
             "give them one axis for the tokens and one for the features"
         )
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    if mask.shape != states.shape[:2]:
+    if dense(mask, "mask").shape != states.shape[:2]:
         raise ValueError(
             f"expected a mask of shape (batch, n) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}: pass one "
             "entry a token, such as the batch's attention_mask"
         )
-    return mask.to(device=states.device, dtype=torch.bool)
+    return flags(mask, "mask").to(device=states.device, dtype=torch.bool)
 
 
 def _residual(x: Tensor, valid: Tensor | None, count: Tensor) -> Tensor:

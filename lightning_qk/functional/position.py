@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_qk.functional._checks import boolean
 from lightning_qk.functional._logits import Chunk, Logits, MaskFunction, valid_rows
 from lightning_qk.functional._precision import at_least_float32, full_precision
 
@@ -78,6 +79,7 @@ def positional_share(
         >>> round(positional_share(query, query, is_causal=True).item(), 4)  # ω = cos(i − j)
         1.0
     """
+    boolean(per_sequence, "per_sequence")
     logits = Logits.check(
         query,
         key,
@@ -87,8 +89,10 @@ def positional_share(
         sliding_window=sliding_window,
         softcap=softcap,
         bias=bias,
+        sinks=sinks,
         query_offset=query_offset,
     )
+    boolean(self_attention, "self_attention", none=True)
     n, m = query.shape[2], key.shape[2]
     with full_precision(query.device):
         valid, seen = valid_rows(logits, query_mask, n == m if self_attention is None else self_attention)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import integer
 from lightning_qk.functional._logits import Logits, MaskFunction
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._rows import Selection
@@ -102,6 +103,7 @@ def profile_sums(
     **call: object,
 ) -> MeanSums:
     """The additive form of :func:`linear_share_profile`, ``(bins, batch, heads)``; same arguments."""
+    bins = integer(bins, "bins")
     if bins < 1:
         raise ValueError(f"expected bins of at least 1, got {bins}: pass how many parts positions fall into")
     logits = Logits.check(query, key, **call)  # type: ignore[arg-type]

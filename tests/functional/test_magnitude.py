@@ -52,7 +52,7 @@ def same(got: torch.Tensor, want: torch.Tensor, name: str, rtol: float = 1e-4, a
 @pytest.mark.parametrize("size", [1e-15, 1e-10, *LARGE])
 def test_logits_of_any_size(size, dtype):
     """As dense softmax in float64, hidden keys larger and smaller than all that is seen among them."""
-    query, key, value = tensors(size, dtype)
+    query, key, _value = tensors(size, dtype)
     want = dense_attention(query, key, CAUSAL)
     for hidden in ({"is_causal": True}, {"mask": CAUSAL}, {"mask": lambda b, h, i, j: j <= i}):
         got = attention_statistics(query, key, **hidden)
