@@ -13,6 +13,9 @@ from lightning_qk.functional._logits import MASKED_BELOW, Logits
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.
 _MAX_D_HEAD = 256
+# Float32 holds squares of logits between these. Beyond them, and for what keys receive in half precisions beyond the last,
+# where the logits' own rounding decides, the kernels' numbers are replaced by NaN: to look at the size would be to wait.
+_SMALLEST, _LARGEST, _LARGEST_HALF = 1e-15, 1e18, 1e5
 _broken: set[torch.device] = set()
 
 
@@ -213,8 +216,14 @@ def launch(
         counted[9] = False
     top = state[2].amax(-1)
     maximum = torch.stack([top, torch.maximum(top, -out[2].amin(-1))])
-    received_sq = out[3] if index is not None else torch.zeros_like(out[0])
-    return Collected(values[:11], counted, maximum, out[0], received_sq, out[1])
+    received, received_sq = out[0], out[3] if index is not None else torch.zeros_like(out[0])
+    size = maximum[1]
+    known = size != -math.inf
+    values = values[:11].masked_fill_((known & ~(size <= _LARGEST))[..., None], math.nan)
+    values[4].masked_fill_((known & (size != 0) & (size < _SMALLEST))[..., None], math.nan)
+    exact = size <= (_LARGEST if query.dtype == torch.float32 else _LARGEST_HALF)
+    received.masked_fill_((known & ~exact)[..., None], math.nan)
+    return Collected(values, counted, maximum, received, received_sq, out[1])
 
 
 def _strides(tensor: Any) -> tuple[int, ...]:

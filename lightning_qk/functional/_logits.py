@@ -1,10 +1,23 @@
 """Logits of one attention call by chunks of query rows: scale, soft cap, bias, and which pairs are visible."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_qk.functional._checks import (
+    KindError,
+    boolean,
+    dense,
+    flags,
+    floating,
+    generator_of,
+    integer,
+    number,
+    one_device,
+)
+from lightning_qk.functional._precision import at_least_float32, norms
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``mask(batch, head, query, key)``: True where the key is visible, of index tensors that broadcast."""
@@ -12,8 +25,11 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
 MASKED_BELOW = -9e3
-# What hidden keys are pushed down by: more than any logit, and finite, so that its product with 0 is 0.
-FAR = 1e30
+# What hidden keys are pushed down by, in float32 and in float64: far more than any logit of a call in range (see
+# Logits.in_range), and finite, so that its product with 0 is 0.
+_FAR = {torch.float32: 1e30, torch.float64: 1e300}
+# Logits whose squares, and sums of them, have all their digits.
+_RANGE = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e140)}
 # Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
 CHUNK_ELEMENTS = 1 << 21
 
@@ -102,6 +118,8 @@ class Logits(NamedTuple):
         Raises:
             ValueError: shapes that do not fit, or a mask that is neither boolean nor floating.
         """
+        floating(query, "query")
+        floating(key, "key")
         if (
             query.dim() != 4
             or key.dim() != 4
@@ -116,23 +134,48 @@ class Logits(NamedTuple):
                 "attention function receives them"
             )
         batch, heads, n, d_head = query.shape
+        if not heads or not d_head:
+            raise ValueError(
+                f"expected at least one head and a d_head of at least 1, got a query of shape {tuple(query.shape)}: "
+                "pass the tensors as the attention function receives them"
+            )
+        one_device(
+            query=query, key=key, bias=bias, mask=mask if isinstance(mask, Tensor) else None, sinks=sinks
+        )
+        boolean(is_causal, "is_causal")
+        query_offset = integer(query_offset, "query_offset")
+        if sliding_window is not None:
+            sliding_window = integer(sliding_window, "sliding_window")
+            if sliding_window < 1:
+                raise ValueError(
+                    f"expected sliding_window to be at least 1, or None for no window, got {sliding_window}: a row "
+                    "sees its own key with 1"
+                )
+        scaling = d_head**-0.5 if scaling is None else number(scaling, "scaling")
+        if softcap is not None:
+            softcap = number(softcap, "softcap")
+            if softcap <= 0:
+                raise ValueError(f"expected softcap to be above 0, got {softcap}: pass None for none")
         full = (batch, heads, n, key.shape[2])
         if isinstance(mask, Tensor):
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise ValueError(
+            if dense(mask, "mask").dtype != torch.bool and not mask.is_floating_point():
+                raise KindError(
                     f"expected a boolean mask (True = visible) or an additive floating one, got {mask.dtype}: "
                     "convert a mask of zeros and ones with .bool()"
                 )
-            mask = _broadcast(mask, full, "mask")
+            mask = _broadcast(mask if mask.dtype == torch.bool else floating(mask, "mask"), full, "mask")
         elif mask is not None and not callable(mask):
-            raise ValueError(
+            raise KindError(
                 "expected a mask that is a tensor or a function of batch, head, query and key indices, got "
                 f"{type(mask).__name__}"
             )
         if bias is not None:
-            bias = _broadcast(bias, full, "bias")
-        if sinks is not None and sinks.numel() != heads:
-            raise ValueError(f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}")
+            bias = _broadcast(floating(bias, "bias"), full, "bias")
+        if sinks is not None and floating(sinks, "learnt sinks").numel() != heads:
+            raise ValueError(
+                f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}: pass the logits of the "
+                "layer's own heads"
+            )
         return cls(
             query=query,
             key=key,
@@ -142,9 +185,45 @@ class Logits(NamedTuple):
             is_causal=is_causal,
             sliding_window=sliding_window,
             query_offset=query_offset,
-            scaling=d_head**-0.5 if scaling is None else float(scaling),
+            scaling=scaling,
             softcap=softcap,
         )
+
+    def in_range(self) -> "Logits":
+        """The same call in a precision whose range its logits do not leave, with a key for chunks.
+
+        Logits beyond 1e18, or all below 1e-15, are computed in float64. Where that is not enough, and on devices
+        where looking at the size would wait for them, the logits become NaN, sequence by sequence and head by head.
+        """
+        source = self._replace(key=at_least_float32(self.key).contiguous())
+        if source.key.numel() == 0 or source.query.numel() == 0 or source.key.dtype not in _RANGE:
+            return source
+        size = source._size()
+        fits = _fits(size, source.key.dtype)
+        if source.device.type == "cpu":
+            if bool(fits.all()):
+                return source
+            source = source._replace(key=source.key.double())
+            fits = _fits(size, torch.float64)
+            if bool(fits.all()):
+                return source
+        return source._replace(query=torch.where(fits, source.query, torch.nan))
+
+    def _size(self) -> Tensor:
+        """No logit of a sequence and head has a larger modulus, ``(batch|1, heads, 1, 1)``; float64 on the CPU."""
+        wide = torch.float64 if self.device.type == "cpu" else self.key.dtype
+        of_query, of_key = (_longest(part, wide) for part in (self.query, self.key))
+        size = of_query * of_key.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
+        size = (size * abs(self.scaling))[..., None, None]
+        if self.softcap is not None:
+            size = size.clamp_max(abs(self.softcap))
+        for added in (self.bias, self.mask):
+            if isinstance(added, Tensor) and added.is_floating_point() and added.numel():
+                # A broadcast tensor is read once.
+                own = added[tuple(slice(1) if step == 0 else slice(None) for step in added.stride())]
+                largest = own.amax((2, 3), keepdim=True) if added is self.mask else _modulus(own)
+                size = size + largest.to(wide).clamp_min(0)
+        return size
 
     def chunk(self, index: slice | Tensor, buffer: Tensor) -> "Chunk":
         """Logits of some query rows, and which keys they see.
@@ -166,7 +245,11 @@ class Logits(NamedTuple):
         # Query heads of one group become rows of one product: key heads are never repeated in memory.
         grouped = (query * self.scaling).reshape(batch * kv_heads, heads // kv_heads * count, d_head)
         logits = buffer[: batch * heads * count * width]
-        torch.bmm(grouped, key.reshape(-1, width, d_head).mT, out=logits.view(*grouped.shape[:2], width))
+        torch.bmm(
+            grouped,
+            key.reshape(batch * kv_heads, width, d_head).mT,
+            out=logits.view(*grouped.shape[:2], width),
+        )
         logits = logits.view(batch, heads, count, width)
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -240,6 +323,9 @@ class GivenLogits(NamedTuple):
     used: Tensor  # (batch, n): rows that may be looked at; the others may hold anything
     query_offset: int
     sinks: Tensor | None = None  # (batch, heads, n)
+    largest: Tensor | None = None  # (batch,): the largest logit of the rows that may be looked at
+    wide: bool = False  # chunks in float64, whatever the logits are in
+    fits: Tensor | None = None  # (batch,): the others become NaN
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -250,12 +336,22 @@ class GivenLogits(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the chunks."""
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+        return torch.float64 if self.wide or self.logits.dtype == torch.float64 else torch.float32
 
     @property
     def device(self) -> torch.device:
         """Of the chunks."""
         return self.logits.device
+
+    def in_range(self) -> "GivenLogits":
+        """The same in a precision whose range the logits do not leave, as :meth:`Logits.in_range`."""
+        if self.largest is None or self.dtype == torch.float64:
+            return self
+        # What is far below is hidden, and relative logits are 0 at most.
+        fits = _fits(self.largest.float().clamp_min(0), torch.float32)
+        if self.device.type == "cpu":
+            return self if bool(fits.all()) else self._replace(wide=True)
+        return self._replace(fits=fits)
 
     @classmethod
     def check(
@@ -274,14 +370,18 @@ class GivenLogits(NamedTuple):
         Raises:
             ValueError: another number of axes, no floating dtype, or a query mask that does not fit.
         """
-        if logits.dim() != 4 or not logits.is_floating_point():
+        floating(logits, "logits (batch, heads, n, m)")
+        query_offset = integer(query_offset, "query_offset")
+        if logits.dim() != 4:
             raise ValueError(
                 "expected floating logits (batch, heads, n, m), got "
                 f"{logits.dtype} of shape {tuple(logits.shape)}: give each head an axis of its own"
             )
         batch, heads, n, m = logits.shape
-        _check_query_mask(query_mask, batch, n)
+        check_query_mask(query_mask, batch, n)
         if sinks is not None:
+            floating(sinks, "learnt sinks")
+            one_device(logits=logits, sinks=sinks)
             sizes = zip(reversed(sinks.shape), (n, heads, batch), strict=False)
             if sinks.dim() > 3 or any(have not in (1, want) for have, want in sizes):
                 raise ValueError(
@@ -293,13 +393,14 @@ class GivenLogits(NamedTuple):
             none = torch.zeros(batch, n, dtype=torch.bool, device=logits.device)
             return cls(logits, none, query_offset, sinks)
         # Not "> bound", so that NaN is no mask: it is to be seen in the statistics.
-        valid = ~(logits.amax((1, 3)) <= MASKED_BELOW)
+        top = logits.amax((1, 3))
+        valid = ~(top <= MASKED_BELOW)
         if self_attention and query_offset >= 0 and query_offset + n <= m:
             seen = ~(logits.amax((1, 2)) <= MASKED_BELOW)
             valid &= seen[:, query_offset : query_offset + n]
         if query_mask is not None:
             valid &= query_mask.to(device=valid.device, dtype=torch.bool)
-        return cls(logits, valid, query_offset, sinks)
+        return cls(logits, valid, query_offset, sinks, torch.where(valid, top, 0.0).amax(1))
 
     def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
         """Some query rows, and which keys they see; arguments as those of :meth:`Logits.chunk`."""
@@ -307,7 +408,10 @@ class GivenLogits(NamedTuple):
         used = self.used[:, index] if isinstance(index, slice) else self.used.gather(1, index)
         hidden = (rows <= MASKED_BELOW) | ~used[:, None, :, None]
         x = buffer[: rows.numel()].view(rows.shape)
-        x.copy_(rows).masked_fill_(hidden, 0.0)
+        x.copy_(rows)
+        if self.fits is not None:
+            x.masked_fill_(~self.fits[:, None, None, None], torch.nan)
+        x.masked_fill_(hidden, 0.0)
         if isinstance(index, slice):
             position = torch.arange(index.start, index.stop, device=self.device)[None]
         else:
@@ -323,8 +427,40 @@ class GivenLogits(NamedTuple):
         return _chunks(self.shape, count)
 
 
+def _longest(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest Euclidean norm of each sequence and head, ``(batch, heads)``."""
+    return norms(vectors, dtype).amax(-1)
+
+
+def _modulus(tensor: Tensor) -> Tensor:
+    low, high = tensor.amin((2, 3), keepdim=True), tensor.amax((2, 3), keepdim=True)
+    return torch.maximum(high, -low)
+
+
+def _fits(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which sizes of logits have squares within the range of a dtype, or are 0."""
+    low, high = _RANGE[dtype]
+    # What is not a number says so by itself.
+    return (
+        (size == 0)
+        | ((size >= low) & (size <= high))
+        | size.isnan()
+        | (size.isinf() & (size.device.type == "cpu"))
+    )
+
+
+def hide(x: Tensor, shown: Tensor) -> Tensor:
+    """Push logits of hidden keys far below all others, in place: where ``shown`` is 0, of a call in range.
+
+    Arithmetic with a matrix that all heads share is many times faster than filling by a mask.
+    """
+    return x.add_((shown - 1) * _FAR[x.dtype])
+
+
 def _chunks(shape: tuple[int, int, int, int], count: int) -> Iterator[slice]:
     batch, heads, _, m = shape
+    if not m:
+        return  # no logit
     size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * m))
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
@@ -338,7 +474,7 @@ def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Te
             f"expected a {name} that broadcasts to (batch, heads, n, m) = {full}, got {tuple(tensor.shape)}: "
             f"a padding mask of shape (batch, m) becomes {name}[:, None, None, :].bool()"
         )
-    return tensor.view(shape).expand(-1, -1, full[2], full[3])
+    return tensor.reshape(shape).expand(-1, -1, full[2], full[3])
 
 
 def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
@@ -359,10 +495,10 @@ def valid_rows(
         ``(batch, m)``, or None without a mask.
     """
     batch, _, n, _ = logits.query.shape
-    _check_query_mask(query_mask, batch, n)
+    check_query_mask(query_mask, batch, n)
     m = logits.key.shape[2]
     device = logits.query.device
-    valid = torch.ones(batch, n, dtype=torch.bool, device=device)
+    valid = torch.full((batch, n), m > 0, device=device)
     seen = None
     if logits.mask is not None:
         sees = []
@@ -373,7 +509,7 @@ def valid_rows(
             visible = visible.any(1)
             sees.append(visible.any(-1).expand(batch, -1))
             seen |= visible.any(-2)
-        valid = torch.cat(sees, dim=1)
+        valid = torch.cat(sees, dim=1) if sees else valid
         if self_attention and n == m:
             valid = valid & seen
         elif self_attention and logits.query_offset + n <= m:
@@ -390,11 +526,33 @@ def valid_rows(
     return valid, seen
 
 
-def _check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
-    if query_mask is not None and query_mask.shape != (batch, n):
+def check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
+    if query_mask is None:
+        return
+    if dense(query_mask, "query_mask").shape != (batch, n):
         raise ValueError(
-            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}"
+            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass one entry a "
+            "query"
         )
+    flags(query_mask, "query_mask")
+
+
+def check_rows(rows: Any, self_attention: Any, generator: Any) -> int | None:
+    """How many rows to sample, checked with what goes with it.
+
+    Raises:
+        ValueError: no integer of at least 1, no boolean, or no generator.
+    """
+    boolean(self_attention, "self_attention", none=True)
+    generator_of(generator)
+    if rows is None:
+        return None
+    rows = integer(rows, "rows")
+    if rows < 1:
+        raise ValueError(
+            f"expected rows to be at least 1, or None for all rows, got {rows}: pass a whole number"
+        )
+    return rows
 
 
 def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:

@@ -7,10 +7,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Fourth powers of these, and sums of them, keep all their digits in float32.
+_SAFE = 1e-8, 1e8
+
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precisions are raised to float32; float32 and float64 stay as they are."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def norms(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Euclidean norms along the last axis, none of whose squares leaves the range of the type.
+
+    Args:
+        vectors: shape ``(..., d)``, floating.
+        dtype: of the result; None for float32, or float64 for float64 vectors.
+
+    Returns:
+        Shape ``(...)``.
+    """
+    if dtype is None:
+        dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    if vectors.dtype != torch.float64 and vectors.device.type == "cpu":
+        plain = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+        if are_safe(plain):
+            return plain.to(dtype)
+    if vectors.dtype != torch.float64 and vectors.device.type != "mps":
+        return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float64).to(dtype)
+    if vectors.shape[-1] == 0:
+        return torch.zeros(vectors.shape[:-1], dtype=dtype, device=vectors.device)
+    unit, size = scaled(vectors, -1)
+    return (torch.linalg.vector_norm(unit, dim=-1, dtype=dtype) * size[..., 0]).to(dtype)
+
+
+def are_safe(lengths: Tensor) -> bool:
+    """Whether no square of vectors of these norms can leave the range of float32; False where looking would wait."""
+    return lengths.device.type == "cpu" and bool(((lengths >= _SAFE[0]) & (lengths <= _SAFE[1])).all())
+
+
+def scaled(tensor: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """A tensor over a power of two near its largest modulus along some axes, which changes no digit, and that power.
+
+
+    The power has the reduced axes with size 1. It is 1 where all is zero, and where something is not finite, which stays
+    so.
+    """
+    largest = tensor.detach().abs().amax(dim, keepdim=True)
+    has_size = (largest > 0) & largest.isfinite()
+    least = -1022 if tensor.dtype == torch.float64 else -126
+    exponent = (torch.frexp(torch.where(has_size, largest, 1.0)).exponent - 1).clamp_min(least)
+    size = torch.ldexp(torch.ones_like(largest), exponent)
+    return tensor / size, size
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._kernel import Collected
-from lightning_qk.functional._logits import FAR, Chunk, GivenLogits, Logits
+from lightning_qk.functional._logits import Chunk, GivenLogits, Logits, hide
 
 ROW_STATISTICS = (
     "entropy",
@@ -31,6 +31,8 @@ EXTREMES = ("max_logit", "max_abs_logit")
 
 def collect_rows(source: Logits | GivenLogits, used: Tensor, index: Tensor | None) -> Collected:
     """Statistics of all rows, or of those of an index, chunk by chunk."""
+    result = torch.float64 if source.dtype == torch.float64 else torch.float32
+    source = source.in_range()
     batch, heads, n, m = source.shape
     dtype, device = source.dtype, source.device
     count = n if index is None else index.shape[1]
@@ -45,7 +47,7 @@ def collect_rows(source: Logits | GivenLogits, used: Tensor, index: Tensor | Non
     # One set of buffers for all chunks: fresh memory costs more than what is computed in it.
     elements = batch * heads * m * max((chunk.stop - chunk.start for chunk in chunks), default=0)
     buffers = [torch.empty(elements, dtype=dtype, device=device) for _ in range(3)]
-    for part in chunks:
+    for part in chunks if m else ():
         chunk = source.chunk(part if index is None else index[:, part], buffers[0])
         keep = used[:, part]
         rows = _row_statistics(chunk, keep, buffers[1:])
@@ -62,6 +64,10 @@ def collect_rows(source: Logits | GivenLogits, used: Tensor, index: Tensor | Non
         if chunk.shown is not None:
             seen[..., chunk.edge : width] += (counts @ chunk.shown).squeeze(-2)
 
+    if result != dtype:
+        values, maximum, received, received_sq, seen = (
+            part.to(result) for part in (values, maximum, received, received_sq, seen)
+        )
     return Collected(values, counted, maximum, received, received_sq, seen)
 
 
@@ -92,7 +98,7 @@ def _row_statistics(chunk: Chunk, keep: Tensor, buffers: Sequence[Tensor]) -> _R
     # Hidden keys are pushed far down for the maximum and multiplied by 0 after it: arithmetic with a matrix that
     # all heads share is many times faster than filling by a mask, and so is exp of 0 than of what is far down.
     if shown is not None:
-        x[..., edge:] += (shown - 1) * FAR
+        hide(x[..., edge:], shown)
     top = x.amax(-1)
     x -= top[..., None]
     if shown is not None:

@@ -3,8 +3,16 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import FAR, Chunk, Logits, sample_rows, take_rows, valid_rows
-from lightning_qk.functional._precision import at_least_float32
+from lightning_qk.functional._logits import (
+    Chunk,
+    Logits,
+    check_rows,
+    hide,
+    sample_rows,
+    take_rows,
+    valid_rows,
+)
+from lightning_qk.functional._precision import norms
 
 # A key's mean over rows counts when it is seen by at least this share of the rows that see the most-seen key.
 _MIN_SEEN = 0.25
@@ -41,8 +49,7 @@ class Selection:
         self_attention: bool | None,
         generator: torch.Generator | None,
     ) -> None:
-        if rows is not None and rows < 1:
-            raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
+        rows = check_rows(rows, self_attention, generator)
         n, m = logits.query.shape[2], logits.key.shape[2]
         own = n == m if self_attention is None else self_attention
         self.valid, seen = valid_rows(logits, query_mask, own)
@@ -63,8 +70,8 @@ class Selection:
         return self.used.shape[1]
 
     def by_chunks(self) -> Logits:
-        """The call as its chunks are computed: keys contiguous and in float32 at least."""
-        return self.logits._replace(key=at_least_float32(self.logits.key).contiguous())
+        """The call as its chunks are computed: keys contiguous, in a precision whose range the logits do not leave."""
+        return self.logits.in_range()
 
     def part(self, rows: slice) -> slice | Tensor:
         """Some of the rows that are looked at, as :meth:`Logits.chunk` takes them."""
@@ -96,7 +103,7 @@ def probabilities(chunk: Chunk) -> Tensor:
     """
     x, shown, edge, _, sinks = chunk
     if shown is not None:
-        x[..., edge:] += (shown - 1) * FAR
+        hide(x[..., edge:], shown)
     top = x.amax(-1, keepdim=True)
     if sinks is not None:
         top = torch.maximum(top, sinks[..., None])
@@ -118,21 +125,18 @@ def eligible_keys(seen: Tensor) -> Tensor:
     Args:
         seen: how many rows see each key, ``(..., keys)``.
     """
+    if not seen.shape[-1]:
+        return seen > 0
     return (seen > 0) & (seen >= _MIN_SEEN * seen.amax(-1, keepdim=True))
 
 
 def query_norms(query: Tensor, index: Tensor | None) -> Tensor:
     """Euclidean norms of the queries of some rows, ``(batch, heads, rows)``; float32 at least."""
-    return _norms(query if index is None else take_rows(query, index))
+    return norms(query if index is None else take_rows(query, index))
 
 
 def key_norm_sums(key: Tensor, seen: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Sum of the Euclidean norms of the keys that are seen, and their number, both ``(batch, heads)``."""
-    total = torch.where(seen[:, None], _norms(key), 0.0).sum(-1)
+    total = torch.where(seen[:, None], norms(key), 0.0).sum(-1)
     total = total.repeat_interleave(heads // key.shape[1], dim=1)
     return total, seen.sum(-1, keepdim=True).to(total.dtype).expand_as(total)
-
-
-def _norms(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)

@@ -9,8 +9,10 @@ from torch import Tensor
 from lightning_qk.functional._logits import Logits
 from lightning_qk.functional._precision import at_least_float32, full_precision
 
-# Zero times this is zero, zero times minus infinity is not a number.
-_LEAST_LOG = -1e30
+
+# Zero times the least number is zero, zero times minus infinity is not a number.
+def _least_log(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min
 
 
 class Softmax(NamedTuple):
@@ -101,7 +103,14 @@ def softmax_rows(logits: Logits, rows: slice, buffer: Tensor) -> Softmax:
     p /= total[..., None]
     log_sink = None if chunk.sinks is None else chunk.sinks - top - log_total
     return Softmax(
-        log_p.clamp_(min=_LEAST_LOG), p, chunk.shown, chunk.edge, chunk.keys, chunk.position, rows, log_sink
+        log_p.clamp_(min=_least_log(log_p.dtype)),
+        p,
+        chunk.shown,
+        chunk.edge,
+        chunk.keys,
+        chunk.position,
+        rows,
+        log_sink,
     )
 
 

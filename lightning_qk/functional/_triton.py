@@ -17,7 +17,8 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-# Below any logit, and finite, so that its product with 0 is 0.
+# Below any logit relative to its mean whose statistics are kept (see _LARGEST in _kernel.py), and finite, so that its
+# product with 0 is 0.
 _FAR = tl.constexpr(-1e30)
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -394,7 +395,7 @@ def rows_kernel(
         reference += mean
     out = state + line.to(tl.int64) * rows + row
     tl.store(out, mean, mask=here)
-    tl.store(out + plane, tl.where(counts, reference, -_FAR), mask=here)
+    tl.store(out + plane, tl.where(counts, reference, float("inf")), mask=here)
     tl.store(out + 2 * plane, tl.where(counts, highest, float("-inf")), mask=here)
 
 
@@ -464,7 +465,7 @@ def keys_kernel(
             for start in range(start_at, stop_at, BLOCK_M):
                 row = start + tl.arange(0, BLOCK_M)
                 here = row < rows
-                reference = tl.load(state + plane + row, mask=here, other=1e30)
+                reference = tl.load(state + plane + row, mask=here, other=float("inf"))
                 i = row
                 end_i = rows
                 if INDEX:
@@ -478,7 +479,7 @@ def keys_kernel(
                     end_i, m, window, scale, cap, bias, bias_n, bias_m, mask, mask_n, mask_m, masked_below,
                     CAUSAL, WINDOW, SOFTCAP, BIAS, MASK,
                 )  # fmt: skip
-                shown = shown & (reference < 1e29)[None, :]
+                shown = shown & (reference < float("inf"))[None, :]
                 lowest = tl.minimum(lowest, tl.min(tl.where(shown, x, float("inf")), 1))
                 if not JOINT:
                     x -= tl.load(state + row, mask=here, other=0.0)[None, :]

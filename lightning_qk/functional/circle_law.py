@@ -16,6 +16,9 @@ Monte Carlo.
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import floating, integer
+from lightning_qk.functional._precision import at_least_float32
+
 
 def circle_law_radius(frobenius_sq: Tensor, d_model: int) -> Tensor:
     r"""Radius of the disc that holds the eigenvalues of a random head of the same norm.
@@ -25,7 +28,7 @@ def circle_law_radius(frobenius_sq: Tensor, d_model: int) -> Tensor:
         d_model: width of what the projections read.
 
     Returns:
-        The radius, of the same shape. The largest eigenvalue of a random head of finite width lies a little in or
+        The radius, of the same shape, in float32 at least. The largest eigenvalue of a random head of finite width lies a little in or
         out of it.
 
     Raises:
@@ -35,9 +38,11 @@ def circle_law_radius(frobenius_sq: Tensor, d_model: int) -> Tensor:
         >>> circle_law_radius(torch.tensor(9.0), 4)
         tensor(1.5000)
     """
+    floating(frobenius_sq, "frobenius_sq")
+    d_model = integer(d_model, "d_model")
     if d_model < 1:
         raise ValueError(f"expected a d_model of at least 1, got {d_model}: pass the width of the tokens")
-    return (frobenius_sq / d_model).sqrt()
+    return (at_least_float32(frobenius_sq) / d_model).sqrt()
 
 
 def circle_law_share(modulus: Tensor, d_head: int, d_model: int) -> Tensor:
@@ -49,8 +54,8 @@ def circle_law_share(modulus: Tensor, d_head: int, d_model: int) -> Tensor:
         d_model: width of what the projections read.
 
     Returns:
-        Shares in [0, 1], of the same shape: the root of ``F (1 − c + c F) = modulus²`` with
-        ``c = d_head / d_model``, and 1 from the radius on.
+        Shares in [0, 1], of the same shape, in float32 at least: the root of ``F (1 − c + c F) = modulus²`` with
+        ``c = d_head / d_model``, and 1 from the radius on; NaN for a negative distance.
 
     Raises:
         ValueError: a head that is wider than the model, or a width below 1.
@@ -59,13 +64,16 @@ def circle_law_share(modulus: Tensor, d_head: int, d_model: int) -> Tensor:
         >>> circle_law_share(torch.tensor([0.5, 2.0]), 64, 64)  # a square product is dense at its centre
         tensor([0.5000, 1.0000])
     """
+    floating(modulus, "modulus")
+    d_head, d_model = integer(d_head, "d_head"), integer(d_model, "d_model")
     if not 1 <= d_head <= d_model:
         raise ValueError(
             f"expected a head no wider than the model, got d_head={d_head} and d_model={d_model}: "
             "pass the widths of the projections"
         )
     c = d_head / d_model
-    square = modulus.clamp(0, 1).square()
+    modulus = at_least_float32(modulus)
+    square = torch.where(modulus < 0, torch.nan, modulus.clamp(0, 1)).square()
     # The root in the form that does not cancel for narrow heads.
     return (
         2

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import KindError, boolean, dense, floating, integer, one_device
 from lightning_qk.functional._logits import Logits, MaskFunction, valid_rows
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._streamed import RowGradient, RowMeasure, Softmax, row_values
@@ -61,6 +62,8 @@ def attention_entropy(
     Raises:
         ValueError: shapes that do not fit, a mask of another form, or another reduction.
     """
+    boolean(normalized, "normalized")
+    _check_reduction(reduction)
     return _reduce(
         *_rows(
             _Entropy(normalized),
@@ -129,13 +132,19 @@ def prior_divergence(
     Raises:
         ValueError: shapes that do not fit, a mask of another form, or another reduction.
     """
+    Logits.check(query, key)
     full = (*query.shape[:3], key.shape[2])
     if isinstance(prior, Tensor):
+        if dense(prior, "prior").is_complex() or (prior.is_floating_point() and prior.dtype.itemsize < 2):
+            floating(prior, "prior")
+        one_device(query=query, prior=prior)
         prior = _broadcast_prior(prior, full)
     elif not callable(prior):
-        raise ValueError(
-            f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}"
+        raise KindError(
+            f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}: pass "
+            "uniform_prior, say"
         )
+    _check_reduction(reduction)
     return _reduce(
         *_rows(
             _Divergence(prior),
@@ -172,8 +181,9 @@ def window_prior(width: int) -> PriorFunction:
     Raises:
         ValueError: a width below 1.
     """
+    width = integer(width, "width")
     if width < 1:
-        raise ValueError(f"expected a window of at least 1 position, got {width}")
+        raise ValueError(f"expected a window of at least 1 position, got {width}: 1 is the token itself")
 
     def prior(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
         return ((key - position).abs() < width).float()
@@ -191,6 +201,7 @@ def _rows(
     **call: Any,
 ) -> tuple[Tensor, Tensor]:
     logits = Logits.check(query, key, **call)
+    boolean(self_attention, "self_attention", none=True)
     if self_attention is None:
         self_attention = query.shape[2] == key.shape[2]
     with full_precision(query.device):
@@ -206,12 +217,17 @@ def _rows(
 
 
 def _reduce(values: Tensor, used: Tensor, reduction: Reduction) -> Tensor:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"expected reduction to be 'sequence', 'batch' or 'none', got {reduction!r}")
     if reduction == "none":
         return torch.where(used, values, math.nan)
     axes = (2,) if reduction == "sequence" else (0, 2)
     return values.sum(axes) / used.sum(axes)
+
+
+def _check_reduction(reduction: object) -> None:
+    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
+        raise ValueError(
+            f"expected reduction to be 'sequence', 'batch' or 'none', got {reduction!r}: pass one of the three"
+        )
 
 
 def _broadcast_prior(prior: Tensor, full: tuple[int, ...]) -> Tensor:
@@ -221,7 +237,7 @@ def _broadcast_prior(prior: Tensor, full: tuple[int, ...]) -> Tensor:
             f"expected a prior that broadcasts to (batch, heads, n, m) = {full}, got {tuple(prior.shape)}: one a "
             "sequence, (batch, n, m), becomes prior[:, None]"
         )
-    return prior.view(shape).expand(-1, -1, full[2], full[3])
+    return prior.reshape(shape).expand(-1, -1, full[2], full[3])
 
 
 class _Entropy(RowMeasure):
@@ -267,6 +283,9 @@ class _Divergence(RowMeasure):
     def value(self, softmax: Softmax) -> tuple[Tensor, Tensor]:
         mass, total = self._mass(softmax)
         value = torch.special.xlogy(mass, mass).sum(-1) - (mass * softmax.log_p).sum(-1)
+        # Mass where the probability is 0 to all digits.
+        lost = (softmax.log_p == torch.finfo(softmax.log_p.dtype).min) & (mass > 0)
+        value = value.masked_fill(lost.any(-1), math.inf)
         return value, total != 0
 
     def gradient(self, softmax: Softmax) -> RowGradient:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import MASKED_BELOW, Logits, MaskFunction, valid_rows
+from lightning_qk.functional._checks import boolean, floating, number
+from lightning_qk.functional._logits import MASKED_BELOW, Logits, MaskFunction, check_query_mask, valid_rows
 from lightning_qk.functional._precision import full_precision
 
 # Products and norms are rounded: a bound that is larger by so much holds for rounded logits too.
@@ -57,9 +58,17 @@ def max_logits(
     Raises:
         ValueError: shapes that do not fit.
     """
-    query, key = query.detach(), key.detach()
+    query, key = floating(query, "query").detach(), floating(key, "key").detach()
+    boolean(self_attention, "self_attention", none=True)
+    if above is not None:
+        above = number(above, "above")
     mask = mask.detach() if isinstance(mask, Tensor) else mask
+    Logits.check(query, key)
+    check_query_mask(query_mask, query.shape[0], query.shape[2])
     call = _Call(mask, is_causal, scaling, sliding_window, query_mask, query_offset, self_attention)
+    if not query.shape[0]:
+        wide = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+        return torch.full(query.shape[1:2], -torch.inf, dtype=wide, device=query.device)
     with torch.no_grad(), full_precision(query.device):
         if above is None:
             return call.exact(query, key).amax(0)
@@ -89,7 +98,7 @@ class _Call(NamedTuple):
     def check(self, query: Tensor, key: Tensor) -> Logits:
         mask = self.mask
         if isinstance(mask, Tensor) and mask.is_floating_point():
-            mask = mask > MASKED_BELOW
+            mask = floating(mask, "mask") > MASKED_BELOW
         return Logits.check(
             query,
             key,

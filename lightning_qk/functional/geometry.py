@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import boolean, dense, flags, integer
+
 # Elements of a block of rows of the matrix of distances.
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -59,6 +61,7 @@ def mask_geometry(
         >>> mask_geometry(n=9, is_causal=True, sliding_window=3).radius
         4
     """
+    boolean(is_causal, "is_causal")
     if mask is None:
         if n is None or tokens is not None:
             raise ValueError("expected a mask, or n without a mask and without tokens: pass one of the two")
@@ -67,7 +70,7 @@ def mask_geometry(
         raise ValueError(
             "expected a mask alone, got one with n, is_causal or sliding_window: put them into the mask"
         )
-    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != torch.bool:
+    if dense(mask, "mask").dim() != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != torch.bool:
         raise ValueError(
             f"expected a boolean mask (n, n), True where the key is seen, got {mask.dtype} of shape "
             f"{tuple(mask.shape)}: take one sequence and one head"
@@ -77,11 +80,11 @@ def mask_geometry(
         raise ValueError("expected a mask of at least one token, got shape (0, 0)")
     is_node = torch.ones(size, dtype=torch.bool, device=mask.device)
     if tokens is not None:
-        if tokens.shape != (size,):
+        if dense(tokens, "tokens").shape != (size,):
             raise ValueError(
                 f"expected tokens of shape ({size},), one entry a row, got {tuple(tokens.shape)}"
             )
-        is_node = tokens.to(device=mask.device, dtype=torch.bool)
+        is_node = flags(tokens, "tokens").to(device=mask.device, dtype=torch.bool)
     places = is_node.nonzero()[:, 0]
     within = _eccentricity(mask[places][:, places])
     eccentricity = torch.full((size,), torch.nan, device=mask.device)
@@ -110,6 +113,8 @@ def _eccentricity(mask: Tensor) -> Tensor:
 
 
 def _of_window(n: int, is_causal: bool, window: int | None) -> MaskGeometry:
+    n = integer(n, "n")
+    window = None if window is None else integer(window, "sliding_window")
     if n < 1 or (window is not None and window < 1):
         raise ValueError(
             f"expected at least one token and a window of at least 1, got n={n}, window {window}"

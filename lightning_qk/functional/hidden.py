@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import boolean, dense, flags, floating, generator_of, integer
 from lightning_qk.functional._logits import CHUNK_ELEMENTS, sample_rows
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import are_safe, at_least_float32, full_precision, norms, scaled
 from lightning_qk.functional.singular import effective_rank
 
 MASSIVE_ABOVE = 100.0
@@ -116,6 +117,7 @@ def hidden_statistics(
         >>> found["rank_residual"].item(), round(found["cosine"].item(), 4)
         (0.0, 1.0)
     """
+    boolean(per_sequence, "per_sequence")
     sums = hidden_sums(states, mask=mask, tokens=tokens, generator=generator)
     if not per_sequence:
         maximum = sums.maximum.amax(1) if states.shape[0] else sums.maximum.new_full((1,), -torch.inf)
@@ -155,8 +157,8 @@ def hidden_sums(
     Raises:
         ValueError: as :func:`hidden_statistics`, or ``sequences`` below 1.
     """
-    valid = _check(states, mask, tokens)
-    if sequences is not None and sequences < 1:
+    valid = _check(states, mask, tokens, generator)
+    if sequences is not None and integer(sequences, "sequences") < 1:
         raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
     if sequences is not None and sequences < states.shape[0]:
         device = "cpu" if generator is None else generator.device
@@ -183,16 +185,20 @@ def hidden_sums(
         def put(name: str, value: Tensor, counted: Tensor) -> None:
             values[name], weights[name] = value, counted.to(x.dtype)
 
-        length = torch.linalg.vector_norm(x, dim=-1)
-        size = torch.linalg.vector_norm(length, dim=-1)
-        residual = _residual(x, valid if mask is not None else None, count)
-        put("rank_residual", residual, has_pairs)
-        put("rank_residual_relative", residual / size, has_pairs & (size != 0))
-        put("cosine", *_mean_cosine(x, length))
+        length = norms(x)
+        # Squares of very large and of very small numbers leave the range of the type.
+        safe = are_safe(torch.where(length == 0, 1.0, length))
+        unit, size = (x, x.new_ones(1, 1, 1)) if safe else scaled(x, (1, 2))
+        residual = _residual(unit, valid if mask is not None else None, count)
+        whole = torch.linalg.vector_norm(unit.flatten(1), dim=1)
+        put("rank_residual", residual * size[:, 0, 0], has_pairs)
+        put("rank_residual_relative", (residual / whole).clamp_max(1), has_pairs & (whole != 0))
+        del unit
+        put("cosine", *_mean_cosine(x if safe else scaled(x, -1)[0]))
         put("token_norm", length.sum(1) / count, count)
 
         some, used = _sample(x, valid, tokens, generator)
-        put("cosine_abs", *_mean_abs_cosine(some))
+        put("cosine_abs", *_mean_abs_cosine(some if safe else scaled(some, -1)[0]))
         singular = _singular_values(some)
         smallest = (used.sum(1).clamp(1, singular.shape[-1]) - 1)[:, None]
         rank = effective_rank(singular).to(x.dtype)
@@ -221,23 +227,27 @@ def hidden_sums(
         return HiddenSums(total, weight, largest[None])
 
 
-def _check(states: Tensor, mask: Tensor | None, tokens: int | None) -> Tensor:
+def _check(
+    states: Tensor, mask: Tensor | None, tokens: int | None, generator: torch.Generator | None
+) -> Tensor:
     """Which tokens count, boolean ``(batch, n)``."""
-    if tokens is not None and tokens < 2:
+    floating(states, "hidden states (batch, n, d)")
+    generator_of(generator)
+    if tokens is not None and integer(tokens, "tokens") < 2:
         raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
-    if states.dim() != 3 or not states.is_floating_point():
+    if states.dim() != 3:
         raise ValueError(
             f"expected floating hidden states (batch, n, d), got {states.dtype} of shape {tuple(states.shape)}: "
             "give them one axis for the tokens and one for the features"
         )
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-    if mask.shape != states.shape[:2]:
+    if dense(mask, "mask").shape != states.shape[:2]:
         raise ValueError(
             f"expected a mask of shape (batch, n) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}: pass one "
             "entry a token, such as the batch's attention_mask"
         )
-    return mask.to(device=states.device, dtype=torch.bool)
+    return flags(mask, "mask").to(device=states.device, dtype=torch.bool)
 
 
 def _residual(x: Tensor, valid: Tensor | None, count: Tensor) -> Tensor:
@@ -248,14 +258,15 @@ def _residual(x: Tensor, valid: Tensor | None, count: Tensor) -> Tensor:
     return torch.linalg.vector_norm(centred.flatten(1), dim=1)
 
 
-def _mean_cosine(x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosine of pairs of tokens that are not zero, and whether there are any."""
+def _mean_cosine(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosine of pairs of tokens that are not zero, and whether there are any; squares are in range."""
+    length = torch.linalg.vector_norm(x, dim=-1)
     is_direction = length != 0
     number = is_direction.sum(1).to(x.dtype)
     # One product instead of unit vectors in memory.
     weight = torch.where(is_direction, length.reciprocal(), torch.zeros_like(length))
     resultant = (weight[:, None] @ x)[:, 0].square().sum(-1)
-    return (resultant - number) / (number * (number - 1)), number > 1
+    return ((resultant - number) / (number * (number - 1))).clamp(-1, 1), number > 1
 
 
 def _sample(
@@ -278,7 +289,7 @@ def _mean_abs_cosine(some: Tensor) -> tuple[Tensor, Tensor]:
     for part in unit.split(rows, dim=1):
         total += (part @ unit.mT).abs().sum((1, 2))
     number = (length != 0).sum((1, 2)).to(unit.dtype)
-    return (total - number) / (number * (number - 1)), number > 1
+    return ((total - number) / (number * (number - 1))).clamp(0, 1), number > 1
 
 
 def _singular_values(some: Tensor) -> Tensor:
@@ -286,11 +297,11 @@ def _singular_values(some: Tensor) -> Tensor:
     device = some.device
     if device.type == "mps":  # has no float64
         some = some.cpu()
-    wide = some.double()
+    wide, size = scaled(some.double(), (1, 2))
     # A mask leaves rows of zeros, which add singular values of zero.
     gram = wide @ wide.mT if wide.shape[1] <= wide.shape[2] else wide.mT @ wide
     finite = gram.isfinite().all(-1).all(-1)
     gram = torch.where(finite[:, None, None], gram, torch.zeros_like(gram))
-    values = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+    values = torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt() * size[:, 0]
     values = torch.where(finite[:, None], values, torch.full_like(values, torch.nan))
     return values.to(device) if device.type != "mps" else values.float().to(device)

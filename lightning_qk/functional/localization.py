@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import boolean, floating, integer
 from lightning_qk.functional._kernel import Collected, kernel_rows
-from lightning_qk.functional._logits import GivenLogits, Logits, MaskFunction, sample_rows
+from lightning_qk.functional._logits import GivenLogits, Logits, MaskFunction, check_rows, sample_rows
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._row_statistics import EXTREMES, ROW_STATISTICS, collect_rows
 from lightning_qk.functional._rows import Selection, eligible_keys, key_norm_sums, query_norms
@@ -137,6 +138,7 @@ def attention_statistics(
         >>> found["entropy_normalized"].tolist(), found["max_logit"].tolist()
         ([1.0], [0.0])
     """
+    boolean(per_sequence, "per_sequence")
     sums = attention_sums(
         query,
         key,
@@ -200,6 +202,7 @@ def logit_statistics(
         ValueError: no floating tensor of four axes, ``query_mask`` or ``sinks`` of another shape, or ``rows``
             below 1.
     """
+    boolean(per_sequence, "per_sequence")
     sums = logit_sums(
         logits,
         rows=rows,
@@ -220,9 +223,9 @@ def means(
 ) -> dict[str, Tensor]:
     """Means of one call, ``(heads,)`` or ``(batch, heads)``; that of the learnt sink where there is one."""
     if not per_sequence:
-        sums = AttentionSums(
-            sums.total.sum(1), sums.weight.sum(1), sums.variance.sum(1), sums.maximum.amax(1)
-        )
+        empty = sums.maximum.new_full((len(EXTREMES), 1, sums.maximum.shape[2]), -math.inf)
+        maximum = torch.cat([sums.maximum, empty], 1).amax(1)
+        sums = AttentionSums(sums.total.sum(1), sums.weight.sum(1), sums.variance.sum(1), maximum)
     out = finish(sums, standard_errors=standard_errors)
     if not has_sinks:
         out = {name: value for name, value in out.items() if not name.startswith("sink_learnt")}
@@ -264,7 +267,7 @@ def attention_sums(
         every = every and (logits.query_offset >= 0 or not logits.is_causal)
         collected = kernel_rows(logits, used, selection.index, every=every)
         if collected is None:
-            collected = collect_rows(selection.by_chunks(), used, selection.index)
+            collected = collect_rows(selection.logits, used, selection.index)
         return _pool(
             collected,
             selection.valid,
@@ -287,8 +290,11 @@ def logit_sums(
     generator: torch.Generator | None = None,
 ) -> AttentionSums:
     """The additive form of :func:`logit_statistics`, for accumulation; same arguments."""
-    if rows is not None and rows < 1:
-        raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
+    rows = check_rows(rows, self_attention, generator)
+    floating(logits, "logits (batch, heads, n, m)")
+    boolean(relative, "relative")
+    if query_offset is not None:
+        query_offset = integer(query_offset, "query_offset")
     if self_attention is None:
         self_attention = logits.dim() == 4 and logits.shape[2] == logits.shape[3]
     # Without a place among the keys a query's own key is not known.

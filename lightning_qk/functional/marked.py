@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import boolean, dense
 from lightning_qk.functional._logits import Logits, MaskFunction
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._rows import Selection, probabilities
@@ -69,6 +70,7 @@ def attention_on_keys(
         >>> attention_on_keys(query, key, noise)["uniform"]
         tensor([0.4000, 0.4000, 0.4000, 0.4000])
     """
+    boolean(per_sequence, "per_sequence")
     logits = Logits.check(
         query,
         key,
@@ -82,7 +84,7 @@ def attention_on_keys(
         query_offset=query_offset,
     )
     batch, heads, _, m = logits.shape
-    if marked.dtype != torch.bool or tuple(marked.shape) not in ((m,), (batch, m)):
+    if dense(marked, "marked").dtype != torch.bool or tuple(marked.shape) not in ((m,), (batch, m)):
         raise ValueError(
             f"expected boolean marks of shape (batch, m) = {(batch, m)} or (m,), got {marked.dtype} of shape "
             f"{tuple(marked.shape)}: mark every key with True or False"
@@ -112,4 +114,5 @@ def attention_on_keys(
             weight += keep.sum(-1)
         scale = selection.weights().to(source.dtype)
         means = MeanSums(total * scale, weight * scale).means(per_sequence=per_sequence)
+    means = means.to(torch.float64 if key.dtype == torch.float64 else torch.float32)
     return {"mass": means[0], "uniform": means[1]}

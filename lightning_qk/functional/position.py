@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_qk.functional._checks import boolean
 from lightning_qk.functional._logits import Chunk, Logits, MaskFunction, valid_rows
 from lightning_qk.functional._precision import at_least_float32, full_precision
 
@@ -78,6 +79,7 @@ def positional_share(
         >>> round(positional_share(query, query, is_causal=True).item(), 4)  # ω = cos(i − j)
         1.0
     """
+    boolean(per_sequence, "per_sequence")
     logits = Logits.check(
         query,
         key,
@@ -87,17 +89,18 @@ def positional_share(
         sliding_window=sliding_window,
         softcap=softcap,
         bias=bias,
+        sinks=sinks,
         query_offset=query_offset,
     )
+    boolean(self_attention, "self_attention", none=True)
     n, m = query.shape[2], key.shape[2]
     with full_precision(query.device):
         valid, seen = valid_rows(logits, query_mask, n == m if self_attention is None else self_attention)
         if seen is not None:
             # Padding may hold anything, NaN included, and what follows multiplies it by 0.
             key = torch.where(seen[:, None, :, None], key, 0.0)
-        logits = logits._replace(
-            query=torch.where(valid[:, None, :, None], query, 0.0), key=at_least_float32(key).contiguous()
-        )
+        result = torch.promote_types(at_least_float32(key).dtype, torch.float32)
+        logits = logits._replace(query=torch.where(valid[:, None, :, None], query, 0.0), key=key).in_range()
         pairs = _collect(logits, valid)
         if not per_sequence:
             pairs = pairs.pooled()
@@ -105,8 +108,8 @@ def positional_share(
         explained = _solve(pairs, lambda f: apply(pairs, f, logits, valid))
         share = (explained / pairs.total).clamp(0.0, 1.0)
     # Rounding alone leaves this much of logits that do not vary.
-    noise = (8 * torch.finfo(logits.dtype).eps) ** 2 * pairs.energy
-    share = torch.where(pairs.total > noise, share, torch.nan).to(logits.dtype)
+    noise = (8 * torch.finfo(result).eps) ** 2 * pairs.energy
+    share = torch.where(pairs.total > noise, share, torch.nan).to(result)
     return share if per_sequence else share[0]
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import integer
 from lightning_qk.functional._logits import Logits, MaskFunction
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._rows import Selection
@@ -102,6 +103,7 @@ def profile_sums(
     **call: object,
 ) -> MeanSums:
     """The additive form of :func:`linear_share_profile`, ``(bins, batch, heads)``; same arguments."""
+    bins = integer(bins, "bins")
     if bins < 1:
         raise ValueError(f"expected bins of at least 1, got {bins}: pass how many parts positions fall into")
     logits = Logits.check(query, key, **call)  # type: ignore[arg-type]
@@ -135,4 +137,5 @@ def profile_sums(
             total += empty.scatter_add(-1, place, inside.expand(shape)).sum(2)
             weight += empty.scatter_add(-1, place, visible).sum(2)
         scale = selection.weights().to(source.dtype)[..., None]
-        return MeanSums(*((part * scale).movedim(-1, 0) for part in (total, weight)))
+        result = torch.float64 if key.dtype == torch.float64 else torch.float32
+        return MeanSums(*((part * scale).movedim(-1, 0).to(result) for part in (total, weight)))

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import floating, integer, number, one_device
 from lightning_qk.functional._precision import at_least_float32
 
 # Standard deviations beyond which a quadratic form of normal variables has no mass to speak of.
@@ -45,7 +46,7 @@ def signal_propagation_probability(
         length: T, for the walk's moments and the window of so many tokens; None is the limit of many.
 
     Returns:
-        Probabilities in [0, 1], of the shape that the arguments broadcast to.
+        Probabilities in [0, 1], of the shape that the arguments broadcast to. Their gradient is not finite where F is 0.
 
     Raises:
         ValueError: ``length`` is not positive.
@@ -55,8 +56,16 @@ def signal_propagation_probability(
         >>> round(signal_propagation_probability(0.95, 0 * one, one, one).item(), 3)
         0.424
     """
-    trace = at_least_float32(trace)
-    position = torch.as_tensor(theta, dtype=trace.dtype, device=trace.device)
+    moments = {"trace": trace, "trace_sq": trace_sq, "frobenius_sq": frobenius_sq}
+    for name, moment in moments.items():
+        floating(moment, name)
+    one_device(**moments)
+    result = at_least_float32(trace).dtype
+    _check_shapes(theta, *moments.values())
+    # In float64, where it exists: the variance is a square of what may be tiny.
+    wide = result if trace.device.type == "mps" else torch.float64
+    trace, trace_sq, frobenius_sq = (moment.to(wide) for moment in moments.values())
+    position = _positions(theta, trace)
     low, high = _window(length)
     covariance, spread = _walk_moments(position, length)
     mean = covariance * trace
@@ -64,7 +73,32 @@ def signal_propagation_probability(
     # |η| ≤ F keeps the variance at F/12 or more; the floor is for F = 0, where it makes the limit exact: 1
     # inside the window, 0 outside, ½ on its edge.
     deviation = variance.clamp_min(torch.finfo(trace.dtype).tiny).sqrt()
-    return _normal_cdf((high - mean) / deviation) - _normal_cdf((low - mean) / deviation)
+    return (_normal_cdf((high - mean) / deviation) - _normal_cdf((low - mean) / deviation)).to(result)
+
+
+def _positions(theta: object, like: Tensor) -> Tensor:
+    """Relative positions as a tensor like another; a single one is looked at.
+
+    Raises:
+        ValueError: one that is no real number, or not in [0, 1].
+    """
+    if isinstance(theta, Tensor):
+        return floating(theta, "theta").to(like)
+    place = number(theta, "theta")
+    if not 0 <= place <= 1:
+        raise ValueError(f"expected theta to be between 0 and 1, got {place}: it is a relative position")
+    return torch.as_tensor(place, dtype=like.dtype, device=like.device)
+
+
+def _check_shapes(theta: object, *moments: Tensor) -> None:
+    shapes = [tuple(part.shape) for part in (theta, *moments) if isinstance(part, Tensor)]
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            f"expected theta and moments that broadcast, got shapes {shapes}: give theta an axis of its own, as in "
+            "theta[:, None]"
+        ) from None
 
 
 def exact_signal_propagation_probability(
@@ -99,13 +133,23 @@ def exact_signal_propagation_probability(
         >>> round(exact_signal_propagation_probability(0.95, one_coordinate, one_coordinate).item(), 3)
         0.672
     """
+    floating(query, "query weights")
+    floating(key, "key weights")
+    one_device(query=query, key=key)
     if query.shape != key.shape or query.dim() != 3:
         raise ValueError(
             f"expected query and key weights of one shape (heads, d_head, d_model), got {tuple(query.shape)} and "
             f"{tuple(key.shape)}: repeat the keys that heads share"
         )
+    if 0 in query.shape:
+        raise ValueError(
+            f"expected at least one head, a d_head and a d_model of at least 1, got {tuple(query.shape)}: pass the "
+            "weights of a layer"
+        )
     window = _window(length)
-    positions = torch.as_tensor(theta, dtype=torch.float64, device=query.device)
+    positions = _positions(theta, query.new_empty((), dtype=torch.float64))
+    if positions.dim() > 1:
+        raise ValueError(f"expected theta of shape (positions,), got {tuple(positions.shape)}: flatten it")
     with torch.no_grad():
         probabilities = [
             _exact(positions.reshape(-1), own.double(), other.double(), length, window)
@@ -118,6 +162,8 @@ def _exact(
     theta: Tensor, query: Tensor, key: Tensor, length: int | None, ends: tuple[float, float]
 ) -> Tensor:
     """The law of one head, ``(positions,)``."""
+    if not bool(query.isfinite().all() & key.isfinite().all()):
+        return torch.full_like(theta, torch.nan)
     # Coordinates outside the span of both projections have no part in it.
     _, values, basis = torch.linalg.svd(torch.cat([query, key]), full_matrices=False)
     basis = basis[values > 1e-10 * values[0]]
@@ -158,6 +204,7 @@ def _window(length: int | None) -> tuple[float, float]:
     """Between which logits, relative to their row's mean and in units of T, the softmax is taken to be linear."""
     if length is None:
         return 0.0, 1.0
+    length = integer(length, "length")
     if length < 1:
         raise ValueError(
             f"expected a length of at least 1 token, got {length}: give None for the limit of many"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import dense, floating, one_device
+
 
 def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
     r"""Kendall's rank correlation τ_b along the last axis, ties corrected.
@@ -30,12 +32,22 @@ def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
         >>> round(kendall_tau(torch.tensor([1, 2, 3, 3]), torch.tensor([1, 3, 2, 4])).item(), 4)
         0.5477
     """
+    for name, value in (("x", x), ("y", y)):
+        if dense(value, name).is_complex() or (value.is_floating_point() and value.dtype.itemsize < 2):
+            floating(value, name)
+    one_device(x=x, y=y)
     if x.dim() == 0 or y.dim() == 0 or x.shape[-1] != y.shape[-1]:
         raise ValueError(
             f"expected two tensors with last axes of one length, got shapes {tuple(x.shape)} and "
             f"{tuple(y.shape)}: a value of x and one of y belong to each item"
         )
-    shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    try:
+        shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"expected leading axes that broadcast, got shapes {tuple(x.shape)} and {tuple(y.shape)}: give both the "
+            "same"
+        ) from None
     agree, of_x, of_y = torch.zeros(3, *shape, dtype=torch.float64, device=x.device)
     for shift in range(1, x.shape[-1]):
         # Not the difference's sign: that of two infinite values would be NaN.

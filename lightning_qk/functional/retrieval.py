@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import boolean, floating, one_device
 from lightning_qk.functional._logits import Logits, MaskFunction
 from lightning_qk.functional._precision import at_least_float32, full_precision
 from lightning_qk.functional._streamed import RowGradient, RowSums, row_buffer, softmax_rows
@@ -63,10 +64,13 @@ def hard_attention(
         bias=bias,
         query_offset=query_offset,
     )
+    floating(value, "value")
+    one_device(query=query, value=value)
+    boolean(training, "training")
     if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
         raise ValueError(
             f"expected a value (batch, kv_heads, m, d_value) = {(*key.shape[:3], 'd_value')}, got "
-            f"{tuple(value.shape)}"
+            f"{tuple(value.shape)}: pass it as the attention function gets it"
         )
     added = logits.mask if isinstance(logits.mask, Tensor) else None
     with torch.set_grad_enabled(training and torch.is_grad_enabled()):
@@ -96,9 +100,11 @@ class _HardAttention(torch.autograd.Function):
                     chunk.logits[..., chunk.edge :].masked_fill_(chunk.shown == 0, -torch.inf)
                 top, taken[:, :, rows] = chunk.logits.max(-1)
                 sees[:, :, rows] = top != -torch.inf
-        index = taken.reshape(batch, kv_heads, -1, 1).expand(-1, -1, -1, d_value)
+        if not m:
+            value, sees = value.new_zeros(batch, kv_heads, 1, d_value), torch.zeros_like(sees)
+        index = taken.reshape(batch, kv_heads, heads // kv_heads * n, 1).expand(-1, -1, -1, d_value)
         output = value.gather(2, index).view(batch, heads, n, d_value)
-        ctx.save_for_backward(query, key, value, bias, mask, taken, sees)
+        ctx.save_for_backward(query, key, value[:, :, :m], bias, mask, taken, sees)
         ctx.logits = logits._replace(
             query=query.new_empty(0),
             key=key.new_empty(0),
@@ -112,7 +118,7 @@ class _HardAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mask, taken, sees = ctx.saved_tensors
         need_query, need_key, need_value, need_bias, need_mask, _ = ctx.needs_input_grad
-        batch, _, n, d_value = grad.shape
+        batch, heads, n, d_value = grad.shape
         kv_heads, m = value.shape[1:3]
         with torch.no_grad(), full_precision(query.device):
             source: Logits = ctx.logits._replace(
@@ -124,9 +130,12 @@ class _HardAttention(torch.autograd.Function):
             grad = torch.where(sees[..., None], grad, 0.0).to(source.dtype)
             by_value = None
             if need_value:
-                index = taken.reshape(batch, kv_heads, -1, 1).expand(-1, -1, -1, d_value)
+                index = taken.reshape(batch, kv_heads, heads // kv_heads * n, 1).expand(-1, -1, -1, d_value)
                 by_value = source.key.new_zeros(batch, kv_heads, m, d_value)
-                by_value.scatter_add_(2, index, grad.reshape(batch, kv_heads, -1, d_value))
+                if m:
+                    by_value.scatter_add_(
+                        2, index, grad.reshape(batch, kv_heads, heads // kv_heads * n, d_value)
+                    )
                 by_value = by_value.to(value.dtype)
             sums = RowSums(source, (need_query, need_key, need_bias, need_mask, False, False), None)
             if need_query or need_key or need_bias or need_mask:

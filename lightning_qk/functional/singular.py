@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._checks import floating, integer, number, one_device
+from lightning_qk.functional._precision import at_least_float32, full_precision, scaled
 from lightning_qk.functional.spectrum import core_singular_values, qk_singular_core
 
 FloorNorm = Literal["euclidean", "max"]
@@ -26,14 +27,27 @@ def effective_rank(singular_values: Tensor) -> Tensor:
         singular_values: shape ``(..., r)``, not negative, in any order; zeros change nothing.
 
     Returns:
-        Shape ``(...)``. NaN where all are zero or one is not finite.
+        Shape ``(...)``. NaN where all are zero, or one is negative or not finite.
 
     Example:
         >>> round(effective_rank(torch.tensor([3.0, 3.0, 0.0])).item(), 4)
         2.0
     """
-    values = at_least_float32(singular_values)
-    return torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+    values = at_least_float32(_values(singular_values))
+    if values.shape[-1] == 0:
+        return values.new_full(values.shape[:-1], torch.nan)
+    # Relative to the largest, so that the sum of huge values stays in range.
+    values = values / values.amax(-1, keepdim=True)
+    rank = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+    return torch.where((values < 0).any(-1), torch.nan, rank)
+
+
+def _values(singular_values: Tensor) -> Tensor:
+    if not floating(singular_values, "singular values").dim():
+        raise ValueError(
+            "expected singular values of shape (..., r), got shape (): give them an axis of their own"
+        )
+    return singular_values
 
 
 def energy_concentration(singular_values: Tensor, s: int) -> Tensor:
@@ -53,9 +67,10 @@ def energy_concentration(singular_values: Tensor, s: int) -> Tensor:
     Raises:
         ValueError: ``s`` is below 1.
     """
+    s = integer(s, "s")
     if s < 1:
         raise ValueError(f"expected s of at least 1, got {s}: pass how many leading directions to count")
-    values = at_least_float32(singular_values)
+    values = at_least_float32(_values(singular_values))
     # Relative to the largest, so that squares of tiny or huge values stay in range.
     energy = (values / values[..., :1]).square()
     return energy[..., :s].sum(-1) / energy.sum(-1)
@@ -86,7 +101,7 @@ def entropy_floor(sigma: Tensor | float, n: int, *, norm: FloorNorm = "euclidean
         norm: which norm of the row is bounded.
 
     Returns:
-        Nats, of sigma's shape, in float32 at least.
+        Nats, of sigma's shape, in float32 at least; NaN where a tensor is negative.
 
     Raises:
         ValueError: ``n`` is below 1, or an unknown norm.
@@ -95,13 +110,18 @@ def entropy_floor(sigma: Tensor | float, n: int, *, norm: FloorNorm = "euclidean
         >>> round(entropy_floor(0.0, 8).exp().item(), 4)
         8.0
     """
+    n = integer(n, "n")
     if n < 1:
-        raise ValueError(f"expected at least one key, got n={n}")
-    if norm not in get_args(FloorNorm):
+        raise ValueError(f"expected at least one key, got n={n}: pass how many keys a query sees")
+    if not isinstance(norm, str) or norm not in get_args(FloorNorm):
         raise ValueError(f"expected norm to be 'euclidean' or 'max', got {norm!r}: pass one of the two")
-    bound = at_least_float32(torch.as_tensor(sigma))
+    bound = at_least_float32(
+        floating(sigma if isinstance(sigma, Tensor) else torch.tensor(_bound(sigma)), "sigma")
+    )
+    # No row is bounded by less than nothing.
+    bound = torch.where(bound < 0, torch.nan, bound)
     if n == 1:
-        return torch.zeros_like(bound)
+        return torch.where(bound.isnan(), bound, 0.0)
     if norm == "euclidean":
         return _two_level_entropy(bound * math.sqrt(n / (n - 1)), torch.ones_like(bound), n)
     gap = 2 * bound
@@ -113,6 +133,16 @@ def entropy_floor(sigma: Tensor | float, n: int, *, norm: FloorNorm = "euclidean
     best = torch.where(gap < 1e-2, torch.full_like(best, n / 2), best)
     below, above = (k.clamp(1, n - 1) for k in (best.floor(), best.floor() + 1))
     return torch.minimum(_two_level_entropy(gap, below, n), _two_level_entropy(gap, above, n))
+
+
+def _bound(sigma: object) -> float:
+    # An infinite bound is none, and its floor is 0.
+    found = math.inf if sigma == math.inf else number(sigma, "sigma")
+    if found < 0:
+        raise ValueError(
+            f"expected sigma to be at least 0, got {found}: pass a bound on the norm of the logits"
+        )
+    return found
 
 
 def _two_level_entropy(gap: Tensor, k: Tensor, n: int) -> Tensor:
@@ -145,7 +175,17 @@ def update_ratio(query: Tensor, key: Tensor, query_before: Tensor, key_before: T
     Raises:
         ValueError: shapes that do not fit.
     """
+    for name, weight in (
+        ("query", query),
+        ("key", key),
+        ("query_before", query_before),
+        ("key_before", key_before),
+    ):
+        floating(weight, f"{name} weights")
+    one_device(query=query, key=key, query_before=query_before, key_before=key_before)
     with full_precision(query.device):
+        query, query_before = _together(query, query_before)
+        key, key_before = _together(key, key_before)
         difference = core_singular_values(update_core(query, key, query_before, key_before))[..., 0]
         whole = core_singular_values(qk_singular_core(query_before, key_before))[..., 0]
         out = {"qk": difference / whole}
@@ -153,6 +193,15 @@ def update_ratio(query: Tensor, key: Tensor, query_before: Tensor, key_before: T
             old = at_least_float32(before)
             out[name] = _largest_singular(at_least_float32(after) - old) / _largest_singular(old)
         return out
+
+
+def _together(after: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Both weights over one number a head, so that no product leaves the range of the type; ratios stay."""
+    if after.shape != before.shape or after.numel() == 0:
+        return after, before
+    after, before = at_least_float32(after), at_least_float32(before)
+    _, size = scaled(torch.cat([after, before], -1), (-2, -1))
+    return after / size, before / size
 
 
 def update_core(query: Tensor, key: Tensor, query_before: Tensor, key_before: Tensor) -> Tensor:

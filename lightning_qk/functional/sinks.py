@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._checks import boolean, floating, number, one_device
 from lightning_qk.functional._logits import Logits, MaskFunction
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import at_least_float32, full_precision, norms
 from lightning_qk.functional._rows import Selection, eligible_keys, probabilities
 from lightning_qk.functional._sums import MeanSums
 
@@ -111,6 +112,7 @@ def sink_statistics(
         ValueError: shapes that do not fit, a mask of another form, ``rows`` below 1, or a threshold outside of
             (0, 1).
     """
+    boolean(per_sequence, "per_sequence")
     sums = sink_sums(
         query,
         key,
@@ -146,10 +148,13 @@ def sink_sums(
     **call: Any,
 ) -> MeanSums:
     """The additive form of :func:`sink_statistics`, for accumulation; same arguments."""
+    threshold = number(threshold, "threshold")
     if not 0 < threshold < 1:
         raise ValueError(f"expected a threshold between 0 and 1, got {threshold}: 0.2 is usual")
     logits = Logits.check(query, key, **call)
     batch, heads, _, m = logits.shape
+    floating(value, "value")
+    one_device(query=query, value=value)
     if (
         value.dim() != 4
         or value.shape[0] != batch
@@ -278,7 +283,7 @@ def _energy(rows: Tensor) -> Tensor:
 
 def _is_small(value: Tensor, seen: Tensor) -> Tensor:
     """Keys whose value is short against the median of those that are seen, ``(batch, value_heads, m)``."""
-    length = torch.linalg.vector_norm(value, dim=-1)
+    length = norms(value)
     known = torch.where(seen[:, None], length, torch.nan)
     if not value.shape[2]:
         return torch.zeros_like(length, dtype=torch.bool)

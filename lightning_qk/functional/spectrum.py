@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._checks import KindError, dense, floating, integer, one_device
+from lightning_qk.functional._precision import at_least_float32, full_precision, scaled
 from lightning_qk.functional.rotary import Rotary, rotate_between
 
 Support = Literal["model", "head"]
@@ -92,12 +93,25 @@ def qk_moments(
         >>> moments["trace"].item(), round(moments["eig_mean"].item(), 4)
         (4.0, 1.3333)
     """
+    if floating(query, "query weights").dim() < 3:
+        _prepare(query, key, square=True)
     n = support_size(query, support)
     with full_precision(query.device):
-        products = qk_products(query, key, sigma)
+        query, key = _prepare(query, key, square=True)
+        # Fourth powers of weights leave the range of the type long before the weights do.
+        query, size = scaled(query, (-2, -1))
+        key, size_of_key = scaled(key, (-2, -1))
+        size_of_key = size_of_key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        products = Products(*_products(query, key, sigma))
         if offset is not None:
             products = products.at(_rotation(rotary, offset), torch.as_tensor(offset, device=query.device))
-        return products.moments(n)
+        powers = {"trace": 1, "eig_mean": 1, "asymmetry": 0, "concentration": 0}
+        found = products.moments(n)
+        # One factor after the other: their product alone may leave the range.
+        for name in found:
+            for _ in range(powers.get(name, 2)):
+                found[name] = found[name] * size[..., 0, 0] * size_of_key[..., 0, 0]
+        return found
 
 
 class Products(NamedTuple):
@@ -197,7 +211,7 @@ def qk_eigenvalues(
         >>> qk_eigenvalues(weight, 2 * weight).real.tolist()
         [[2.0, 2.0]]
     """
-    with full_precision(query.device):
+    with full_precision(floating(query, "query weights").device):
         query, key = _prepare(query, key, square=True)
         small, _, _ = _products(query, key, sigma, grams=False)
         if offset is not None:
@@ -214,6 +228,22 @@ def _rotation(rotary: Rotary | None, offset: int | Tensor) -> Rotary:
             f"expected the layer's rotation with offset={offset!r}, got rotary=None: pass rotary=, "
             "or leave offset out for a layer without rotary position encoding"
         )
+    if not isinstance(rotary, Rotary):
+        raise KindError(
+            f"expected rotary to be a Rotary, got {type(rotary).__name__}: pass that of HeadProjections"
+        )
+    floating(rotary.inv_freq, "rotary.inv_freq")
+    if isinstance(offset, Tensor):
+        if dense(offset, "offset").is_floating_point() or offset.is_complex() or offset.dtype == torch.bool:
+            raise KindError(
+                f"expected offset to be an integer tensor, got {offset.dtype}: convert it with .long()"
+            )
+        if offset.dim() > 1 or not offset.numel():
+            raise ValueError(
+                f"expected offset of shape (offsets,), one at least, got {tuple(offset.shape)}: flatten it"
+            )
+    else:
+        integer(offset, "offset")
     return rotary
 
 
@@ -243,7 +273,7 @@ def qk_singular_values(query: Tensor, key: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
-    with full_precision(query.device):
+    with full_precision(floating(query, "query weights").device):
         return core_singular_values(qk_singular_core(query, key))
 
 
@@ -280,6 +310,9 @@ def _without_non_finite(core: Tensor) -> tuple[Tensor, Tensor]:
 
 def _prepare(query: Tensor, key: Tensor, *, square: bool) -> tuple[Tensor, Tensor]:
     """Raise to float32 at least and check the shapes."""
+    floating(query, "query weights")
+    floating(key, "key weights")
+    one_device(query=query, key=key)
     if query.dim() < 3 or key.dim() != query.dim() or key.shape[:-3] != query.shape[:-3]:
         raise ValueError(
             "expected query (..., heads, d_head, d_model) and key (..., kv_heads, d_head, d_model) with the "
@@ -288,7 +321,15 @@ def _prepare(query: Tensor, key: Tensor, *, square: bool) -> tuple[Tensor, Tenso
         )
     heads, d_head, width = query.shape[-3:]
     kv_heads, key_d_head, key_width = key.shape[-3:]
-    if d_head != key_d_head or kv_heads == 0 or heads % kv_heads:
+    if (
+        not heads
+        or not d_head
+        or not width
+        or not key_width
+        or d_head != key_d_head
+        or kv_heads == 0
+        or heads % kv_heads
+    ):
         raise ValueError(
             f"expected one d_head and a number of heads that kv_heads divides, got query {tuple(query.shape)} "
             f"and key {tuple(key.shape)}: check how the weights were split into heads"
@@ -313,7 +354,10 @@ def _products(
     weighted_query, weighted_key = query, key
     if sigma is not None:
         d_model = query.shape[-1]
-        if sigma.shape[-2:] != (d_model, d_model):
+        floating(sigma, "sigma")
+        one_device(query=query, sigma=sigma)
+        leading = sigma.shape[:-2] in ((), query.shape[:-3])
+        if sigma.shape[-2:] != (d_model, d_model) or not leading:
             raise ValueError(
                 f"expected sigma of shape (..., {d_model}, {d_model}), as wide as the tokens, got "
                 f"{tuple(sigma.shape)}: pass the covariance of the layer's own inputs"
@@ -334,6 +378,6 @@ def _products(
 
 def support_size(query: Tensor, support: Support) -> int:
     """Number of eigenvalues that the spectrum is averaged over: d_model or d_head."""
-    if support not in get_args(Support):
+    if not isinstance(support, str) or support not in get_args(Support):
         raise ValueError(f"expected support to be 'model' or 'head', got {support!r}: pass one of the two")
     return query.shape[-1 if support == "model" else -2]

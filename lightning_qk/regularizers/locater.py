@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.functional._checks import floating, number
 from lightning_qk.functional._precision import at_least_float32
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.batch import group_layers, read_together, stack
@@ -71,7 +72,8 @@ def locater_penalty(
         A scalar, differentiable in the model's weights, float32 at least. Never negative.
 
     Raises:
-        ValueError: unknown form or support, a target missing or given to the wrong form, patterns that match
+        ValueError: unknown form or support, a target missing, of another shape or given to the wrong form, a target or ν that
+            is not finite, patterns that match
             no layer, a model without readable attention, or one that FSDP's first version flattens (use the
             callback).
 
@@ -178,7 +180,12 @@ class LocaterPenalty:
 
         Returns:
             The penalty before it is weighted, detached; and whether any parameter depends on it.
+
+        Raises:
+            ValueError: a weight that is no finite number.
         """
+        if not isinstance(weight, Tensor):
+            weight = number(weight, "weight")
         wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
         totals: list[Tensor] = []
         reached = False
@@ -216,6 +223,11 @@ class Settings(NamedTuple):
     def check(self) -> None:
         """Raise ValueError for an unknown form or support, or a target that does not go with the form."""
         check_form(self.form, self.target)
+        number(self.nu, "nu")
+        for aim in self.target.values() if isinstance(self.target, Mapping) else ():
+            floating(aim, "target")
+        if self.target is not None and not isinstance(self.target, Mapping):
+            number(self.target, "target")
         support_size(torch.empty(1, 1), self.support)
 
     def of(self, batch: "_Batch") -> closed_form.Form:
@@ -224,10 +236,22 @@ class Settings(NamedTuple):
         if self.form == "variance":
             return closed_form.Form(n, -1.0, 0.0)
         if isinstance(self.target, Mapping):
-            aims = [self.target[name].to(batch.query) for name in batch.names]
+            aims = [self._aim(name, batch.query) for name in batch.names]
             return closed_form.Form(n, self.nu, torch.stack(aims))
         assert self.target is not None  # check_form
         return closed_form.Form(n, self.nu, float(self.target))
+
+    def _aim(self, name: str, query: Tensor) -> Tensor:
+        """The target of a layer's heads, beside its weights."""
+        assert isinstance(self.target, Mapping)
+        aim, heads = self.target.get(name), query.shape[-3]
+        if aim is None or tuple(aim.shape) not in ((), (heads,)):
+            got = "none" if aim is None else f"shape {tuple(aim.shape)}"
+            raise ValueError(
+                f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a head for "
+                "every layer that is penalized"
+            )
+        return aim.to(query).expand(heads)
 
 
 class _Batch(NamedTuple):
@@ -423,6 +447,15 @@ def select_layers(
     Raises:
         ValueError: nothing is left.
     """
+    if not isinstance(projections, Mapping):
+        raise TypeError(
+            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass the model or "
+            "what head_projections returned for it"
+        )
+    if not projections:
+        raise ValueError(
+            "expected at least one layer, got an empty mapping: pass what head_projections returned"
+        )
     patterns = [modules] if isinstance(modules, str) else modules
     layers: Mapping[str, LayerPlan | HeadProjections] = projections
     if isinstance(projections, ProjectionReader):

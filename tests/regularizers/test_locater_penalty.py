@@ -348,3 +348,46 @@ def test_parametrized_weights():
         Settings("variance", "model", None, 1.0), 1.0, list(model.parameters())
     )
     torch.testing.assert_close(model.get_parameter(name).grad, want)
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "error", "message"),
+    [
+        ({}, {}, ValueError, "at least one layer"),
+        (3, {}, TypeError, "expected a module or a mapping"),
+        (None, {"form": "target", "target": float("nan")}, ValueError, "expected target to be finite"),
+        (None, {"form": "target", "target": float("inf")}, ValueError, "expected target to be finite"),
+        (None, {"form": "target", "target": "one"}, TypeError, "expected target to be a number"),
+        (None, {"form": "target", "target": 1.0, "nu": float("nan")}, ValueError, "expected nu to be finite"),
+        (None, {"form": "target", "target": {}}, ValueError, "expected a target of shape .* got none"),
+    ],
+)
+def test_what_would_make_every_gradient_wrong_is_refused(given, arguments, error, message):
+    with pytest.raises(error, match=message):
+        locater_penalty(projections() if given is None else given, **arguments)
+
+
+def test_targets_of_another_number_of_heads_are_refused():
+    heads = projections()
+    target = {name: torch.ones(head.query.shape[0] + 1) for name, head in heads.items()}
+    with pytest.raises(ValueError, match="expected a target of shape"):
+        locater_penalty(heads, form="target", target=target)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1"])
+def test_a_weight_that_is_no_number_leaves_the_gradients_alone(weight):
+    model = models.gpt2()
+    penalty = LocaterPenalty(ProjectionReader(model))
+    with pytest.raises(ValueError, match="expected weight"):
+        penalty.add_gradient(Settings("variance", "model", None, 1.0), weight, list(model.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_layers_are_penalized_and_get_no_gradient():
+    model = models.gpt2().requires_grad_(False)
+    penalty = LocaterPenalty(ProjectionReader(model))
+    settings = Settings("variance", "model", None, 1.0)
+    value, reached = penalty.add_gradient(settings, 0.1, list(model.parameters()))
+    assert value > 0
+    assert not reached
+    assert all(parameter.grad is None for parameter in model.parameters())
