@@ -22,7 +22,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward
 # Different prefixes that are looked at: those of one network differ by what its class puts before its names.
 _MOST_NETWORKS = 64
 # How networks are called that follow another one.
-_COPY = re.compile(r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])")
+_COPY = re.compile(
+    r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])"
+)
 _NUMBER = re.compile(r"\d+")
 # Tensors of attention that no weights are: constants that older versions of transformers saved too.
 _CONSTANTS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids|relative_position_index)$")
@@ -94,7 +96,9 @@ class Matching:
             if networks:
                 (own, found), *rest = networks.items()
                 self.prefix = ".".join(filter(None, (prefix, own)))
-                self.others = [".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)]
+                self.others = [
+                    ".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)
+                ]
         elif 2 * len(found.left_over) >= len(found.origins):
             rest = list(_within(model, list(found.left_over.values()), named).items())
             self.others = [".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)]

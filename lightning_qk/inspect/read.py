@@ -228,9 +228,7 @@ def _read_checkpoint(
     trust: bool,
     progress: Progress | None,
 ) -> tuple[Reading, nn.Module, Weights]:
-    model = build_skeleton(
-        checkpoint.config, trust=trust, tensors=checkpoint.tensors, size=checkpoint.size
-    )
+    model = build_skeleton(checkpoint.config, trust=trust, tensors=checkpoint.tensors, size=checkpoint.size)
     weights = checkpoint.weights(model)
     layers = [site.name for site in attention_sites(model)]
     weights.check_depth(layers)

@@ -48,9 +48,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (root / "old").mkdir()
     model.config.save_pretrained(root / "old")
-    torch.save(
-        model.state_dict(), root / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False
-    )
+    torch.save(model.state_dict(), root / "old" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     return root
 
 
@@ -106,7 +104,11 @@ def damaged_bytes(path: Path, source: random.Random) -> None:
         for _ in range(8):  # where headers are
             data[source.randrange(min(64, len(data)))] = source.randrange(256)
     elif kind == 4:
-        data = bytearray(source.choice([b"", b"\xef\xbb\xbf{}", b"\xff\xfe", b"[" * 10**5, b"null", b"PK\x03\x04", b"\x80\x02."]))
+        data = bytearray(
+            source.choice(
+                [b"", b"\xef\xbb\xbf{}", b"\xff\xfe", b"[" * 10**5, b"null", b"PK\x03\x04", b"\x80\x02."]
+            )
+        )
     else:
         data = bytearray(source.randbytes(len(data)))
     path.write_bytes(bytes(data))
@@ -124,7 +126,9 @@ def test_mutations_of_valid_checkpoints(
         folder = tmp_path / f"case_{place}"
         shutil.copytree(origin, folder)
         target = folder / "adapter" if kind == "lora" else folder
-        files = sorted(file for file in target.iterdir() if not file.name.startswith(("README", "generation")))
+        files = sorted(
+            file for file in target.iterdir() if not file.name.startswith(("README", "generation"))
+        )
         suffix = (".json",) if how == "json" else (".safetensors", ".bin", ".ckpt", ".json")
         choice = [file for file in files if file.suffix in suffix and "tokenizer" not in file.name]
         if not choice:
@@ -147,7 +151,9 @@ def zip_of(path: Path, entries: dict[str, bytes], compression: int) -> None:
 
 
 def bomb(path: Path) -> None:
-    zip_of(path, {"data.pkl": b"\x80\x02}.", "data/0": b"\0" * 2**26, "version": b"3\n"}, zipfile.ZIP_DEFLATED)
+    zip_of(
+        path, {"data.pkl": b"\x80\x02}.", "data/0": b"\0" * 2**26, "version": b"3\n"}, zipfile.ZIP_DEFLATED
+    )
 
 
 def bytes_bomb(path: Path) -> None:
@@ -251,7 +257,9 @@ def test_little_memory_is_taken_and_nothing_runs(valid: Path, tmp_path: Path) ->
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_compressed_checkpoint_can_be_saved_again(valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_compressed_checkpoint_can_be_saved_again(
+    valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The remedy: torch reads it."""
     shutil.copytree(valid / "torch", tmp_path / "model")
     path = tmp_path / "model" / "pytorch_model.bin"
@@ -264,7 +272,9 @@ def test_a_compressed_checkpoint_can_be_saved_again(valid: Path, tmp_path: Path,
     assert run(capsys, tmp_path / "model") == 0
 
 
-def test_a_pattern_that_runs_for_years(valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pattern_that_runs_for_years(
+    valid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(valid / "lora", tmp_path / "lora")
     path = tmp_path / "lora" / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())

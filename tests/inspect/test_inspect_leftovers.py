@@ -105,7 +105,9 @@ def test_the_remedies_of_an_adapter_that_does_not_fit(adapter: Path, tmp_path: P
     check(read(tmp_path / "merged"), merged)
 
 
-@pytest.mark.parametrize("pattern", ["model.layers.1.self_attn.k_proj", r"layers\.[1-9]\.self_attn\.(k|v)_proj", "k_proj"])
+@pytest.mark.parametrize(
+    "pattern", ["model.layers.1.self_attn.k_proj", r"layers\.[1-9]\.self_attn\.(k|v)_proj", "k_proj"]
+)
 def test_patterns_are_matched_as_peft_does(pattern: str, tmp_path: Path) -> None:
     merged = adapted(
         models.llama(), tmp_path, target_modules=["q_proj", "k_proj"], alpha_pattern={pattern: 64}

@@ -25,7 +25,10 @@ def a_record() -> RunRecord:
     torch.manual_seed(0)
     record = RunRecord(info={"Model": "M"}, notes=["a note"], events=[(1, "an alarm")], points={})
     for name, statistics in (
-        ("spectrum", ("eig_mean", "eig_var", "trace", "trace_sq", "frobenius_sq", "propagation", "localization")),
+        (
+            "spectrum",
+            ("eig_mean", "eig_var", "trace", "trace_sq", "frobenius_sq", "propagation", "localization"),
+        ),
         ("attention", ("entropy", "entropy_normalized", "max_abs_logit", "linear_share")),
     ):
         history = History(["layer_00", "layer_01"], [2, 2])
@@ -45,7 +48,9 @@ def a_record() -> RunRecord:
 
 def parts(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with safe_open(str(path), framework="pt") as file:
-        return json.loads(file.metadata()["lightning_qk"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["lightning_qk"]), {
+            name: file.get_tensor(name) for name in file.keys()
+        }  # noqa: SIM118
 
 
 def damage(path: Path, source: random.Random) -> None:
@@ -70,7 +75,9 @@ def damage(path: Path, source: random.Random) -> None:
         del tensors[source.choice(sorted(tensors))]
     elif kind == "shape":
         name = source.choice(sorted(tensors))
-        tensors[name] = source.choice([torch.zeros(0), torch.ones(3, dtype=torch.int64), torch.full((1, 4), torch.nan)])
+        tensors[name] = source.choice(
+            [torch.zeros(0), torch.ones(3, dtype=torch.int64), torch.full((1, 4), torch.nan)]
+        )
     if kind == "bytes":
         data = bytearray(path.read_bytes())
         if source.random() < 0.5:
@@ -106,7 +113,9 @@ def test_mutations_of_a_record(part: int, tmp_path: Path, capsys: pytest.Capture
     assert 2 in statuses
 
 
-def test_what_a_record_holds_is_neither_markup_nor_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_record_holds_is_neither_markup_nor_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = a_record()
     record.info["Model"] = record.notes[0] = ESCAPE
     record.events = [(1, ESCAPE)]
