@@ -40,9 +40,17 @@ def _fit_and_kin(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     """Make the report again from a run's record."""
     options = report_parser().parse(args[1:])
+    from lightning_qk.inspect.errors import BadInput, one_line
     from lightning_qk.inspect.export import check_targets
 
-    if not options.record.is_file():
+    try:
+        is_file = options.record.is_file()
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        reason = getattr(error, "strerror", None) or error
+        return _fail(
+            f"expected a record that a monitor wrote, got {options.record} ({reason}); correct it", 2
+        )
+    if not is_file:
         what = "the folder" if options.record.is_dir() else "no such file:"
         return _fail(
             f"expected a record that a monitor wrote, got {what} {options.record}; name a run's "
@@ -83,6 +91,12 @@ def _report(args: list[str]) -> int:
         return _fail(
             f"expected a file that may be written, got {place} ({reason}): name another with {option}", 1
         )
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
+        # A record whose parts are what a monitor writes and do not go together.
+        raise BadInput(
+            f"expected a record that a monitor wrote, got {options.record}, of which no page can be made "
+            f"({type(error).__name__}: {one_line(error)}): pass another, or report this with what --traceback shows"
+        ) from error
     return 0
 
 

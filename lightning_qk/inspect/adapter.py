@@ -64,7 +64,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         )
     for name, kinds in _KINDS.items():
         value = config.get(name)
-        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        if value is not None and (
+            not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        ):
             raise BadInput(
                 f"expected {name} to be {' or '.join(one.__name__ for one in kinds)} in {where}, got "
                 f"{type(value).__name__}: correct its adapter_config.json"
@@ -235,7 +237,9 @@ class AdaptedWeights:
         """What a reader has to know of tensors that were not read, and of an adapter that changes no attention."""
         notes = self._base.notes(layers)
         if not self._used:
-            notes.append(f"the adapter {self._where} changes no query or key weights: these are the spectra of its base")
+            notes.append(
+                f"the adapter {self._where} changes no query or key weights: these are the spectra of its base"
+            )
         if self._heads:
             notes.append(
                 f"{len(self._heads)} tensors of modules that the adapter's task added beside the network are not "

@@ -266,7 +266,9 @@ def _naming(target: str) -> Iterator[None]:
     except (BadInput, OSError):
         raise
     except MemoryError as error:
-        raise BadInput(f"expected a checkpoint that fits into memory, got {target}: free some, or pass another") from error
+        raise BadInput(
+            f"expected a checkpoint that fits into memory, got {target}: free some, or pass another"
+        ) from error
     except Exception as error:
         raise BadInput(
             f"expected a checkpoint that can be read, got {target} ({type(error).__name__}: {one_line(error)}): save it "

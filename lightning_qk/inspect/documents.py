@@ -13,7 +13,7 @@ _LARGEST = 2**26
 _DEEPEST = 64
 # What a configuration's class makes one object, or one entry of a list, of each.
 _COUNTED = re.compile(r"(?:^|_)(?:n_)?(?:layers?|depths?|blocks?|stages?|hidden_layers|experts|groups)$")
-_FEWEST = 1024
+_FEWEST = 256
 """So many layers are allowed whatever the number of tensors: several layers can share one."""
 
 

@@ -31,17 +31,29 @@ def check_targets(paths: Sequence[Path | None]) -> None:
     for path in paths:
         if path is None or str(path) == "-":
             continue
-        if path.is_dir():
-            raise BadInput(f"expected a file to write, got the folder {path}: add a name")
-        folder = path.parent
-        while not folder.exists():
-            folder = folder.parent
-        if (
-            not folder.is_dir()
-            or not os.access(folder, os.W_OK)
-            or (path.exists() and not os.access(path, os.W_OK))
-        ):
-            raise BadInput(f"expected a file that may be written, got {path}: pick another place")
+        try:
+            _check_target(path)
+        except BadInput:
+            raise
+        except (OSError, ValueError) as error:  # such as a name that is too long
+            raise BadInput(
+                f"expected a file that may be written, got {path} ({getattr(error, 'strerror', None) or error}): pick "
+                "another place"
+            ) from error
+
+
+def _check_target(path: Path) -> None:
+    if path.is_dir():
+        raise BadInput(f"expected a file to write, got the folder {path}: add a name")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if (
+        not folder.is_dir()
+        or not os.access(folder, os.W_OK)
+        or (path.exists() and not os.access(path, os.W_OK))
+    ):
+        raise BadInput(f"expected a file that may be written, got {path}: pick another place")
 
 
 def write_text(path: Path, text: str) -> None:

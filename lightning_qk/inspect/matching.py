@@ -21,6 +21,10 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward
 
 # Different prefixes that are looked at: those of one network differ by what its class puts before its names.
 _MOST_NETWORKS = 64
+# How networks are called that follow another one.
+_COPY = re.compile(
+    r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])"
+)
 _NUMBER = re.compile(r"\d+")
 # Tensors of attention that no weights are: constants that older versions of transformers saved too.
 _CONSTANTS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids|relative_position_index)$")
@@ -92,7 +96,12 @@ class Matching:
             if networks:
                 (own, found), *rest = networks.items()
                 self.prefix = ".".join(filter(None, (prefix, own)))
-                self.others = [".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)]
+                self.others = [
+                    ".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)
+                ]
+        elif 2 * len(found.left_over) >= len(found.origins):
+            rest = list(_within(model, list(found.left_over.values()), named).items())
+            self.others = [".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)]
         self.origins = {
             name: origin._replace(sources=[(below[key], pattern) for key, pattern in origin.sources])
             for name, origin in found.origins.items()
@@ -380,7 +389,7 @@ def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> d
 
     Returns:
         Prefix → what was found below it, the prefix that most of the network's names have first; of equal ones the
-        one that was registered first.
+        one that is not called a copy of another, then the one that was registered first.
     """
     plain = {_WRAPPERS.sub("", key): key for key in keys}
     base = f"{getattr(model, 'base_model_prefix', '') or 'base'}."
@@ -402,7 +411,8 @@ def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> d
                 found[prefix].setdefault(name, Origin(name, [(stored, stored)]))
                 counts[prefix] += 1
     networks = {}
-    for prefix, _ in counts.most_common():
+    order = sorted(counts, key=lambda prefix: (-counts[prefix], bool(_COPY.search(prefix))))
+    for prefix in order[:_MOST_NETWORKS]:
         used = {source for origin in found[prefix].values() for source, _ in origin.sources}
         start = f"{prefix}." if prefix else ""
         left_over = {
@@ -411,8 +421,6 @@ def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> d
             if key.startswith(start) and stored not in used
         }
         networks[prefix] = _Found(found[prefix], left_over)
-        if len(networks) == _MOST_NETWORKS:
-            break
     return networks
 
 

@@ -205,9 +205,30 @@ def read_checkpoint(
     Raises:
         BadInput: the model holds no attention that can be read, or the checkpoint lacks weights.
     """
-    model = build_skeleton(
-        checkpoint.config, trust=trust, tensors=checkpoint.tensors, size=checkpoint.size
-    )
+    with _naming(checkpoint):
+        return _read_checkpoint(checkpoint, support, fold_norm, eigenvalues, trust, progress)
+
+
+@contextmanager
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """What is wrong with a checkpoint is told with what it is called."""
+    try:
+        yield
+    except BadInput as error:
+        if any(part in str(error) for part in checkpoint.title.split(" on ")):
+            raise
+        raise BadInput(f"{error} (of {checkpoint.title})") from error
+
+
+def _read_checkpoint(
+    checkpoint: Checkpoint,
+    support: Support,
+    fold_norm: bool,
+    eigenvalues: bool,
+    trust: bool,
+    progress: Progress | None,
+) -> tuple[Reading, nn.Module, Weights]:
+    model = build_skeleton(checkpoint.config, trust=trust, tensors=checkpoint.tensors, size=checkpoint.size)
     weights = checkpoint.weights(model)
     layers = [site.name for site in attention_sites(model)]
     weights.check_depth(layers)

@@ -131,11 +131,19 @@ def _numel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
     """Of a range."""
-    given = [value for value in (*args, *(kwargs.get(name) for name in ("start", "end", "step"))) if value is not None]
+    given = [
+        value
+        for value in (*args, *(kwargs.get(name) for name in ("start", "end", "step")))
+        if value is not None
+    ]
     numbers = [float(value) for value in given if isinstance(value, int | float)]
     if len(numbers) == 1:
         return numbers[0]
-    return abs((numbers[1] - numbers[0]) / (numbers[2] if len(numbers) > 2 and numbers[2] else 1)) if numbers else 0
+    return (
+        abs((numbers[1] - numbers[0]) / (numbers[2] if len(numbers) > 2 and numbers[2] else 1))
+        if numbers
+        else 0
+    )
 
 
 class _Budget:
@@ -146,7 +154,7 @@ class _Budget:
     """
 
     def __init__(self, tensors: int | None, size: int | None) -> None:
-        self._most = None if tensors is None else 64 * tensors + 20_000
+        self._most = None if tensors is None else 64 * tensors + 4_000
         self._largest = 2**32 if size is None else max(2**24, 4 * size)
         self._count = 0
 

@@ -14,7 +14,14 @@ from torch import nn
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
 from lightning_qk.inspect.documents import check_counts, parse_json, read_json
 from lightning_qk.inspect.errors import BadInput, one_line
-from lightning_qk.inspect.storage import Storage, folder_storage, has_weights, load_torch, state_dict, tensor_names
+from lightning_qk.inspect.storage import (
+    Storage,
+    folder_storage,
+    has_weights,
+    load_torch,
+    state_dict,
+    tensor_names,
+)
 from lightning_qk.inspect.weights import StoredWeights, Weights
 
 if TYPE_CHECKING:
@@ -208,11 +215,7 @@ def _series(paths: list[Path], options: Options) -> list[Checkpoint]:
     opened: dict[int, Checkpoint] = {}
     left_out = []
     for place, path in enumerate(paths):
-        one = (
-            _file(path, options)
-            if path.is_file()
-            else _folder(path, replace(options, series=False))[0]
-        )
+        one = _file(path, options) if path.is_file() else _folder(path, replace(options, series=False))[0]
         step = one.step if numbered and one.step is not None else place
         if step in opened:
             left_out.append(path.name)
@@ -231,7 +234,9 @@ def _step_of(path: str) -> int | None:
 
 
 def _plausible_step(step: Any) -> int | None:
-    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _LARGEST_STEP else None
+    return (
+        step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _LARGEST_STEP else None
+    )
 
 
 def _local(folder: Path) -> Fetch:

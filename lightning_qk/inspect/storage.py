@@ -77,7 +77,9 @@ class Storage:
         """Bytes of all files together; None where one of them is not at hand."""
         paths = {self.path(name) for name in self.files}
         try:
-            return sum(path.stat().st_size for path in paths if path is not None) if None not in paths else None
+            return (
+                sum(path.stat().st_size for path in paths if path is not None) if None not in paths else None
+            )
         except OSError:
             return None
 
@@ -89,7 +91,9 @@ class Storage:
 
             def get(name: str) -> Tensor:
                 if name not in self.files:
-                    raise BadInput(f"expected the tensor {name!r} in {self.where}, got no such tensor: save it again")
+                    raise BadInput(
+                        f"expected the tensor {name!r} in {self.where}, got no such tensor: save it again"
+                    )
                 path = self.files[name]
                 if path not in opened:
                     opened[path] = stack.enter_context(open_tensors(path, trust=self._trust))
@@ -154,7 +158,9 @@ def _safetensors(path: Path) -> Iterator[Any]:
     _check_readable(path)
     try:
         file = safe_open(str(path), framework="pt")
-    except BaseException as error:  # a damaged file, or one that the system cannot map; or a fault of the library
+    except (
+        BaseException
+    ) as error:  # a damaged file, or one that the system cannot map; or a fault of the library
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise BadInput(
@@ -285,7 +291,9 @@ def state_dict(loaded: Any) -> dict[str, Tensor]:
 
 
 def _named_tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    return {
+        name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
 
 
 def folder_storage(fetch: Callable[[str], Path | None], where: str, *, trust: bool = False) -> Storage:

@@ -61,7 +61,9 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
     for place, label in enumerate(reading.labels):
         if not per_head:
             cells = [_cell(_of_layer(reading, column, place)) for column in columns]
-            table.add_row(escape(label), str(reading.heads[place]), *cells, _styled(layer_regime(regimes[place])))
+            table.add_row(
+                escape(label), str(reading.heads[place]), *cells, _styled(layer_regime(regimes[place]))
+            )
             continue
         for head, regime in enumerate(regimes[place]):
             parts = [reading.split(_flat(reading, column.statistic))[place][head] for column in columns]
@@ -103,7 +105,9 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
                 _signed(_of_layer(other, column, place) - _of_layer(first, column, place))
                 for column in columns
             ]
-            table.add_row(escape(label), *cells, _change(layer_regime(before[place]), layer_regime(after[place])))
+            table.add_row(
+                escape(label), *cells, _change(layer_regime(before[place]), layer_regime(after[place]))
+            )
             continue
         for head in range(first.heads[place]):
             cells = []

@@ -94,7 +94,8 @@ def _record(meta: dict[str, Any], get: Get) -> RunRecord:
         eigenvalues_step=None if step is None else _whole(step, "the step of its eigenvalues"),
         scalars=_scalars(_object(meta.get("scalars"), "its curves")),
         info={
-            _text(name, "a fact"): _text(value, "a fact") for name, value in _object(meta.get("info"), "its facts").items()
+            _text(name, "a fact"): _text(value, "a fact")
+            for name, value in _object(meta.get("info"), "its facts").items()
         },
         notes=_texts(meta.get("notes"), "its notes"),
         # What follows is younger than the format: records of earlier versions lack it.
@@ -119,7 +120,10 @@ def _record(meta: dict[str, Any], get: Get) -> RunRecord:
 def _history(group: str, state: dict[str, Any], get: Get) -> History:
     what = f"the history of {group}"
     layers = _texts(state.get("layers"), f"the layers of {what}")
-    heads = [_whole(one, f"the heads of {what}", least=1) for one in _list(state.get("heads"), f"the heads of {what}")]
+    heads = [
+        _whole(one, f"the heads of {what}", least=1)
+        for one in _list(state.get("heads"), f"the heads of {what}")
+    ]
     steps = _steps(state.get("steps"), what)
     if len(layers) != len(heads) or len(set(layers)) != len(layers):
         _refuse(f"{what} has no number of heads for each layer")
@@ -234,7 +238,11 @@ def _whole(value: Any, what: str, least: int = -_LARGEST_STEP) -> int:
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or (math.isfinite(value) and abs(value) > 1e300):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or (math.isfinite(value) and abs(value) > 1e300)
+    ):
         _refuse(f"{what} holds what is no number")
     return float(value)
 

@@ -74,3 +74,28 @@ def test_a_long_run_keeps_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (path,) = tmp_path.rglob("lightning_qk_history.parquet")
     table = pq.read_table(path, filters=[("key", "==", "attn/entropy")]).to_pandas()
     assert table.step.tolist() == [step for step in range(11) for _ in range(8)]
+
+
+def test_a_full_disk_loses_later_points_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Forgotten()
+    kept.keep(0, {"a": torch.tensor([1.0, 2.0])})
+    file = kept._file
+
+    class Full:
+        def seek(self, *where: int) -> int:
+            return file.seek(*where)  # type: ignore[union-attr]
+
+        def write(self, data: memoryview) -> int:
+            raise OSError(28, "No space left on device")
+
+        def read(self, size: int) -> bytes:
+            return file.read(size)  # type: ignore[union-attr]
+
+    kept._file = Full()  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="TMPDIR") as said:
+        for step in (1, 2, 3):
+            kept.keep(step, {"a": torch.zeros(2)})
+    assert len(said) == 1
+    steps, values = kept.series("a", 2)
+    assert steps == [0]
+    torch.testing.assert_close(values, torch.tensor([[1.0, 2.0]]))
