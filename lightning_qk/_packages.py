@@ -23,7 +23,8 @@ def is_lightning(thing: object, *names: str) -> bool:
         thing: a trainer, strategy, logger, callback or module.
         names: names of classes, such as ``"Trainer"`` or ``"DeepSpeedStrategy"``; one is enough.
     """
-    return not _names(type(thing)).isdisjoint(names)
+    kind: Any = type(thing)
+    return not _names(kind).isdisjoint(names)
 
 
 class _Either(type):

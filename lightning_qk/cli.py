@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lightning_qk._arguments import OneLineParser, did_you_mean
+from lightning_qk._printable import printable
 
 _PROG = "lightning-qk"
 
@@ -70,12 +71,12 @@ def _report(args: list[str]) -> int:
     try:
         path = write_report(record, target)
         print_health(record)
-        print(path)
+        print(printable(path))
         if table is not None:
             from lightning_qk.logging.parquet import write_history
 
             writing = (table, "--parquet")
-            print(write_history(record, table))
+            print(printable(write_history(record, table)))
     except OSError as error:
         place, option = writing
         reason = error.strerror or error
@@ -288,7 +289,7 @@ def _help() -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"{_PROG}: error: {message}", file=sys.stderr)
+    print(printable(f"{_PROG}: error: {message}"), file=sys.stderr)
     return status
 
 

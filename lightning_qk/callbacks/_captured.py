@@ -8,14 +8,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._monitor import Monitor, PerLayer, flat_values, shorten
+from lightning_qk.callbacks._monitor import Monitor, OnUnreadable, PerLayer, flat_values, shorten
 from lightning_qk.callbacks._pool import SumsPool
-from lightning_qk.callbacks._trainer import logging_step, projection_reader
+from lightning_qk.callbacks._trainer import logging_step
+from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
 from lightning_qk.capture.call import output_arguments, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.localization import AttentionSums
+from lightning_qk.heads.errors import NotTokenAttention
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
@@ -77,6 +79,8 @@ class CaptureMonitor(Monitor):
         figures_every: int,
         report: bool,
         per_layer: PerLayer = None,
+        modules: Patterns = None,
+        on_unreadable: OnUnreadable = "warn",
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -84,6 +88,8 @@ class CaptureMonitor(Monitor):
             per_head=per_head,
             figures_every=figures_every,
             report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
         )
         self.check_layer_statistics()
         if every_n_eval_batches < 0:
@@ -95,6 +101,7 @@ class CaptureMonitor(Monitor):
         self._generator = torch.Generator()
         self._capture: AttentionCapture | None = None
         self._modules: dict[str, nn.Module] = {}
+        self._reader: WatchedReader | None = None
         # Known before the first call wherever the weights can be read, so that every rank has the same layers.
         self._heads: dict[str, int] = {}
         self._self_attention: dict[str, bool] = {}
@@ -130,32 +137,64 @@ class CaptureMonitor(Monitor):
         self._listen_to(trainer, pl_module)
 
     def _listen_to(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._modules = find_attention(pl_module)
-        try:
-            layers = projection_reader(trainer, pl_module).layers
-        except ValueError:
-            if not self._modules:
-                raise
-            layers = {}  # no layout is known, but calls can still be captured
-        self._heads = {name: layer.heads for name, layer in layers.items()}
-        self._self_attention = {name: layer.self_attention for name, layer in layers.items()}
+        found = find_attention(pl_module)
+        self._modules = {name: module for name, module in found.items() if matches(name, self.modules)}
+        if not self.choose(
+            found,
+            {},
+            kind="attention layer",
+            nothing=(
+                f"expected a model that contains transformer attention, found none in {type(pl_module).__name__}: "
+                "build the network in __init__ or configure_model"
+            ),
+            unread="whose calls can be captured",
+        ):
+            return
+        # Where the weights cannot be read, calls can still be captured.
+        reader = self._reader = WatchedReader(pl_module, self.modules, root=trainer.strategy.model)
+        self._take_facts(reader)
         self._shapes, self._seen = {}, set()
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
         names = {module: name for name, module in self._modules.items()}
         self._capture = AttentionCapture(names, self._hear, model=pl_module)
+        self._leave_out_channels(reader)
         self._capture.install()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the attention interface as it was."""
-        if self._capture is not None:
-            self._capture.remove()
-            self._capture = None
+    def _take_facts(self, reader: WatchedReader) -> None:
+        """Take what the weights say of the layers' heads and inputs."""
+        self._heads = {name: layer.heads for name, layer in reader.layers.items()}
+        self._self_attention = {name: layer.self_attention for name, layer in reader.layers.items()}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the report, and the attention interface as it was: teardown may not follow."""
-        super().on_exception(trainer, pl_module, exception)
-        self.teardown(trainer, pl_module, "fit")
+    def _leave_out_channels(self, reader: WatchedReader) -> None:
+        """Leave layers out whose softmax is none over tokens."""
+        assert self._capture is not None  # both callers make sure
+        for name, refusal in reader.refusals.items():
+            if isinstance(refusal, NotTokenAttention) and name in self._modules:
+                self._capture.problems.setdefault(name, str(refusal))
+
+    def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with what the layers' calls have shown; what was measured by other facts does not count."""
+        reader = self._reader
+        if self.idle or reader is None or self._capture is None or not reader.refresh():
+            return
+        heads, is_self = dict(self._heads), dict(self._self_attention)
+        self._take_facts(reader)
+        self._leave_out_channels(reader)
+        changed = [
+            name
+            for name in self._modules
+            if heads.get(name) != self._heads.get(name, heads.get(name))
+            or is_self.get(name) != self._self_attention.get(name, is_self.get(name))
+        ]
+        self._heads = {**heads, **self._heads}
+        self._step_pool.leave_out(changed)
+
+    def release(self) -> None:
+        """Leave the attention interface as it was."""
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            capture.remove()
 
     def begin_batch(self, is_due: bool) -> None:
         """Listen during batches of a logged step."""

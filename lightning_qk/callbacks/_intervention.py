@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_qk.callbacks._monitor import shorten
+from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import Callback
 
 When = Literal["always", "unfrozen"]
@@ -27,6 +28,8 @@ class Intervention(Callback):
     fit with the same object is that of a new one. A checkpoint is restored after ``setup``.
     """
 
+    reads_weights: ClassVar[bool] = True
+    """Whether it acts on query and key weights as they are read, which are checked then."""
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {}
     """Attributes that hold parts of a running model or trainer, and what they are in a copy or a pickle."""
 
@@ -40,11 +43,13 @@ class Intervention(Callback):
         self._said: set[str] = set()
         self._cannot_log = False
 
-    def begin_stage(self, stage: str) -> None:
+    def begin_stage(self, trainer: Trainer, stage: str) -> None:
         """To be called first in ``setup``."""
         self._is_fit = stage == "fit"
         if self._is_fit:
             self.begin()
+            if self.reads_weights:
+                add_self_check(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to a running model."""

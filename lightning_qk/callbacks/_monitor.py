@@ -6,23 +6,28 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qk.callbacks._guarded import GuardedHooks, Refused
 from lightning_qk.callbacks._order import observe_last
+from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
+    describe_error,
+    is_last_chance,
     is_logged_step,
     logging_step,
     model_info,
     run_directory,
+    say,
 )
+from lightning_qk.callbacks._watched import Patterns, kept_patterns, matching
 from lightning_qk.logging.forgotten import Forgotten
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.layers import layer_labels
@@ -32,6 +37,7 @@ from lightning_qk.logging.snapshots import Snapshots
 
 _T = TypeVar("_T")
 PerLayer = bool | str | Sequence[str] | None
+OnUnreadable = Literal["warn", "raise"]
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
@@ -69,8 +75,11 @@ def _arguments(kind: type) -> Collection[str]:
     return inspect.signature(kind).parameters
 
 
-class Monitor(Callback):
-    """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass."""
+class Monitor(GuardedHooks, Callback):
+    """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass.
+
+    Nothing raises out of its hooks but a refusal that was asked for by ``on_unreadable="raise"``.
+    """
 
     group: str
     """Prefix of the log keys."""
@@ -97,6 +106,8 @@ class Monitor(Callback):
         figures_every: int,
         report: bool,
         per_layer: PerLayer = None,
+        modules: Patterns = None,
+        on_unreadable: OnUnreadable = "warn",
     ) -> None:
         super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
@@ -106,6 +117,13 @@ class Monitor(Callback):
             )
         if figures_every < 0:
             raise ValueError(f"expected figures_every to be 0 (never) or more, got {figures_every}")
+        if on_unreadable not in get_args(OnUnreadable):
+            raise ValueError(
+                f"expected on_unreadable to be 'warn' or 'raise', got {on_unreadable!r}: pass 'warn' to watch "
+                "what can be watched and have the rest named"
+            )
+        self.modules = kept_patterns(modules)
+        self.on_unreadable: OnUnreadable = on_unreadable
         self.every_n_steps = every_n_steps
         self.per_head = per_head
         self.per_layer = _checked_layers(per_layer)
@@ -124,24 +142,40 @@ class Monitor(Callback):
         self._reported = False
         self._gave_up: set[str] = set()
         self._found_non_finite = False
+        self._steps_measured = 0
+        self._at_the_end = False
+        self._steps_a_batch = 1
+        self._first_step = 0
+        self._last_step: int | None = None
 
     # Lightning's hooks
 
+    @property
+    def state_key(self) -> str:
+        """Several of these can be in one trainer, on other modules."""
+        return super().state_key if self.modules is None else self._generate_state_key(modules=self.modules)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a trainer of another package, whose hooks and classes differ."""
+        """Put the settings into the run's config."""
+        self.idle = False
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
             observe_last(trainer)
-            own = ("per_layer", "per_head", "figures_every", "report")
+            if self.has_heads:
+                add_self_check(trainer)
+            own = ("per_layer", "per_head", "figures_every", "report", "modules", "on_unreadable")
             rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
             describe_config(trainer, {type(self).__name__: self.settings() | rest})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes."""
+        self.idle = False
         self._directory = run_directory(trainer)
         self._reported = self._found_non_finite = False
         self._gave_up.clear()
         self._logged, self._drawn, self._is_due = 0, None, False
+        self._steps_measured, self._steps_a_batch = 0, 1
+        self._first_step, self._last_step = trainer.global_step, None
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -150,7 +184,10 @@ class Monitor(Callback):
         self._steps_before = trainer.global_step
         # With accumulation, and with an optimizer that is stepped by hand, the step comes with a later batch.
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
-        self.begin_batch(self._is_due)
+        if not self._steps_measured and not self._is_due:
+            # A run, or an epoch, that is over before the first step that is due has numbers all the same.
+            self._is_due = is_last_chance(trainer, batch_idx, self._steps_a_batch)
+        self.begin_batch(self._is_due and "measuring" not in self._gave_up)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left of earlier steps, before any callback logs this one."""
@@ -162,8 +199,13 @@ class Monitor(Callback):
     ) -> None:
         """Measure and log once the optimizer has stepped."""
         self.end_batch()
-        if self._is_due and trainer.global_step != self._steps_before:
+        steps = trainer.global_step - self._steps_before
+        if not steps:
+            return
+        self._steps_a_batch, self._last_step = max(steps, 1), logging_step(trainer)
+        if self._is_due:
             self._is_due = False
+            self._steps_measured += 1
             self._measure_and_publish(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,12 +214,21 @@ class Monitor(Callback):
             self.log_late(trainer, pl_module, at_epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the last figures and leave the report."""
+        """Measure what no step was measured of, log the last figures and leave the report."""
+        if not self.idle:
+            self.attempt(lambda: self._measure_at_the_end(trainer, pl_module), "measuring at the end")
         self.finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the report of what was seen until then."""
-        self.finish(trainer, pl_module)
+        """Leave the report of what was seen until then, and the model as it was: teardown may not follow."""
+        try:
+            self.finish(trainer, pl_module)
+        finally:
+            self.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        self.release()
 
     def state_dict(self) -> dict[str, Any]:
         """The history, and what is kept of a few steps, so that a resumed run reports the whole run."""
@@ -204,6 +255,13 @@ class Monitor(Callback):
     @abstractmethod
     def contribute(self, record: RunRecord) -> None:
         """Add what this monitor remembers to the run's record."""
+
+    def release(self) -> None:
+        """Take away whatever stands in the model, and end what runs beside the training."""
+
+    def can_measure_at_the_end(self) -> bool:
+        """Whether there is something to measure after the last step, where no step was measured."""
+        return self._is_due
 
     def begin_batch(self, is_due: bool) -> None:
         """Before a batch: get ready to listen when it is to be measured."""
@@ -232,6 +290,79 @@ class Monitor(Callback):
         ):
             self.history = History(layers, list(heads.values()))
 
+    def choose(
+        self,
+        found: Collection[str],
+        left_out: Mapping[str, str],
+        *,
+        kind: str,
+        nothing: str,
+        unread: str,
+    ) -> bool:
+        """Say what is not watched and why; whether anything is.
+
+        Args:
+            found: qualified names of all layers of the model, those that ``modules`` leaves out included.
+            left_out: name → reason, of layers that ``modules`` asks for and that cannot be watched.
+            kind: what a layer is, in the singular.
+            nothing: sentence for a model without any, in the form of an error.
+            unread: what is expected of the layers, in the form "whose weights can be read".
+
+        Returns:
+            Whether a layer is left to watch. Where none is, the monitor is idle from here on.
+
+        Raises:
+            Refused: something cannot be watched, with ``on_unreadable="raise"``.
+        """
+        chosen = matching(found, self.modules)
+        watched = [name for name in chosen if name not in left_out]
+        must = self.on_unreadable == "raise"
+        if not found:
+            sentence = nothing
+        elif not chosen:
+            sentence = (
+                f"expected modules={self.modules!r} to match at least one {kind}, but it matches none of "
+                f"{len(found)} ({shorten(list(found))}): use * for any part of a name"
+            )
+        elif left_out and (must or not watched):
+            first = next(iter(left_out.values()))
+            same = [name for name, reason in left_out.items() if reason == first]
+            others = len(left_out) - len(same)
+            rest = f" (and {others} for other reasons)" if others else ""
+            sentence = (
+                f"expected {kind}s {unread}, got {shorten(same)} left out{rest}: {first}; choose others by "
+                "modules="
+            )
+        else:
+            self.note_left_out(left_out)
+            return True
+        if must:
+            raise Refused(f"{sentence}, or pass on_unreadable='warn' to go on without them")
+        self.note(f"nothing is watched: {sentence}")
+        self.stop()
+        return False
+
+    def stop(self) -> None:
+        """Watch nothing from here on; training goes on."""
+        self.idle, self._is_due = True, False
+        try:
+            self.release()
+        except Exception as error:
+            self.note(f"what stood in the model could not be taken away ({describe_error(error)})")
+
+    def hook_failed(self, hook: str, error: Exception) -> None:
+        """Say so and watch nothing more; what was seen until then is still reported."""
+        ends = hook in ("on_train_end", "on_exception", "teardown")
+        if hook in ("state_dict", "load_state_dict"):
+            self.note(f"its history is missing where it failed in {hook} ({describe_error(error)})")
+            return
+        self.note(
+            f"it stopped {'reporting' if ends else 'watching'}, since {hook} failed ({describe_error(error)}); "
+            "training goes on"
+        )
+        self._reported = self._reported or ends
+        self.stop()
+
     def note_left_out(self, reasons: Mapping[str, str]) -> None:
         """Name the layers that are not measured; those with the same reason in one sentence."""
         for reason in dict.fromkeys(reasons.values()):
@@ -256,20 +387,26 @@ class Monitor(Callback):
             return action()
         except Exception as error:
             self._gave_up.add(what)
-            self.note(f"it stopped {what} ({type(error).__name__}: {error}); training goes on")
+            self.note(f"it stopped {what} ({describe_error(error)}); training goes on")
             return None
 
     def note(self, sentence: str) -> None:
         """Say something once, in the log and in the report."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
+            say(f"{type(self).__name__}: {sentence}")
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+    def step_of(self, trainer: Trainer) -> int:
+        """The step that is measured: at the end of training the last one."""
+        if self._at_the_end and self._last_step is not None:
+            return self._last_step
+        return logging_step(trainer)
+
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the statistics of one step to the history, the loggers and ``trainer.callback_metrics``."""
         history = self.history
         assert history is not None  # remember_layers comes before the first measurement
-        step = logging_step(trainer)
+        step = self.step_of(trainer)
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
         history.append(step, values)
@@ -469,6 +606,31 @@ class Monitor(Callback):
                 f"{self.subject} are not finite {when} in {shorten(found)}: training goes on; look for a "
                 "learning rate that is too high, or an overflow in half precision"
             )
+
+    def _measure_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure a run none of whose steps was, as far as that can be done after its last one; else say so."""
+        if self._steps_measured or self._last_step is None:
+            return
+        if not self.can_measure_at_the_end():
+            steps = trainer.global_step - self._first_step
+            every = "log_every_n_steps" if self.every_n_steps is None else "every_n_steps"
+            self.nothing_measured(
+                f"no step was measured: training ended after {steps} of them, before one was due, and its end was "
+                f"not known beforehand; pass a smaller {every}"
+            )
+            return
+        self._at_the_end, self._is_due = True, False
+        try:
+            values = self.attempt(lambda: self.measure(trainer, pl_module))
+            if values is not None:
+                # No module may log now.
+                self.attempt(lambda: self.publish(trainer, None, values), "logging")
+        finally:
+            self._at_the_end = False
+
+    def nothing_measured(self, sentence: str) -> None:
+        """Say that training ended without a measurement."""
+        self.note(sentence)
 
     def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = self.attempt(lambda: self.measure(trainer, pl_module))

@@ -57,6 +57,7 @@ def chosen_sites(model: nn.Module, modules: Patterns) -> list[Site]:
 class Remedy(Intervention):
     """Base of the callbacks that steer attention calls; see there for what users pass."""
 
+    reads_weights = False
     group: str
     """Prefix of the log keys."""
 
@@ -92,7 +93,7 @@ class Remedy(Intervention):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: no trainer of Lightning, one name twice."""
         self._remove()
-        self.begin_stage(stage)
+        self.begin_stage(trainer, stage)
         check_lightning(trainer, type(self).__name__)
         same = [
             other

@@ -1,5 +1,6 @@
 """Questions to a Lightning Trainer: is this step logged, under which number, and where do files go."""
 
+import math
 import os
 import sys
 
@@ -7,6 +8,7 @@ import lightning.pytorch
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -69,6 +71,24 @@ def refuse_deepspeed(trainer: Trainer, name: str) -> None:
         )
 
 
+def say(sentence: str) -> None:
+    """Warn on rank zero. Where warnings are errors (``python -W error``), log: a notice ends no training."""
+    try:
+        rank_zero_warn(sentence)
+    except Exception:
+        rank_zero_info(sentence)
+
+
+def describe_error(error: BaseException) -> str:
+    """Kind and message of an exception, in one line."""
+    kind = type(error).__name__
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        return kind
+    return f"{kind}: {message}" if message else kind
+
+
 def logging_step(trainer: Trainer) -> int:
     """The step under which Lightning itself logs the values of this batch.
 
@@ -85,6 +105,23 @@ def is_logged_step(trainer: Trainer, every_n_steps: int | None) -> bool:
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return True
     return every > 0 and (logging_step(trainer) + 1) % every == 0
+
+
+def is_last_chance(trainer: Trainer, batch_idx: int, steps_a_batch: int) -> bool:
+    """Whether the run, or its epoch, is known to end with the step that the current batch belongs to.
+
+    Args:
+        trainer: the trainer, in ``on_train_batch_start``.
+        batch_idx: index of the batch in its epoch.
+        steps_a_batch: by how much a batch that steps raises ``trainer.global_step``: one for each optimizer.
+    """
+    if 0 <= trainer.max_steps <= trainer.global_step + steps_a_batch:
+        return True
+    if trainer.is_last_batch:
+        return True
+    batches, together = trainer.num_training_batches, max(trainer.accumulate_grad_batches, 1)
+    # The last batches of an epoch step together, however few they are.
+    return math.isfinite(batches) and batch_idx // together >= (int(batches) - 1) // together
 
 
 def projection_reader(

@@ -1,13 +1,16 @@
 """What a guard reads: the numbers of the trainer's own monitors, or of quiet ones where there are none."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_qk.callbacks._agreement import total
 from lightning_qk.callbacks._monitor import Monitor
+from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks.attention import AttentionMonitor
 from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
 from lightning_qk.guard.reading import Place
@@ -26,18 +29,31 @@ class _Quiet(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The guard has checked the trainer."""
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Remember the newest values alone."""
         assert self.history is not None  # remember_layers comes before the first measurement
         self.history = History(self.history.layers, self.history.heads, max_points=2)
-        self.history.append(_step(trainer), values)
+        self.history.append(logging_step(trainer), values)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is left to log."""
 
+    def note(self, sentence: str) -> None:
+        """Say something once, as the guard."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            try:
+                rank_zero_warn(f"CollapseGuard: {sentence}")
+            except Warning:
+                rank_zero_info(f"CollapseGuard: {sentence}")
+
 
 class QuietAttention(_Quiet, AttentionMonitor):
     """Attention statistics of a few rows, for a guard."""
+
+    def draw_from(self, rank: int, step: int, batch: int) -> None:
+        """Rows of a batch depend on these numbers alone."""
+        self._generator.manual_seed((self.seed + rank) + 1_000_003 * (step + 1) + 7_919 * batch)
 
 
 class QuietSpectrum(_Quiet, QKSpectrumMonitor):
@@ -48,12 +64,6 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
 
     def contribute(self, record: RunRecord) -> None:
         """Nothing is left to report."""
-
-
-def _step(trainer: Trainer) -> int:
-    from lightning_qk.callbacks._trainer import logging_step
-
-    return logging_step(trainer)
 
 
 class HiddenCosine:
@@ -74,6 +84,7 @@ class HiddenCosine:
         self._sums: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._keep: Tensor | None = None
+        self._problem: str | None = None
 
     @property
     def places(self) -> list[Place]:
@@ -97,10 +108,17 @@ class HiddenCosine:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))
-            if isinstance(given, Tensor) and given.dim() == 3 and given.is_floating_point():
-                found = self._cosines(given.detach())
-                self._sums[name] = self._sums[name] + found if name in self._sums else found
+            # Without gradients it is no training: a teacher, or a generation within the step.
+            if not torch.is_grad_enabled():
+                return
+            try:
+                given = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))
+                if isinstance(given, Tensor) and given.dim() == 3 and given.is_floating_point():
+                    found = self._cosines(given.detach())
+                    self._sums[name] = self._sums[name] + found if name in self._sums else found
+            except Exception as error:
+                # The model's forward goes on.
+                self._problem = f"{type(error).__name__}: {error}"
 
         return hook
 
@@ -109,74 +127,119 @@ class HiddenCosine:
         stride = -(-hidden.shape[1] // self.tokens)
         unit = nn.functional.normalize(hidden[:, ::stride].float(), dim=-1)
         if self._keep is not None and self._keep.shape == hidden.shape[:2]:
-            keep = (self._keep[:, ::stride] != 0).float()
-            unit = unit * keep.unsqueeze(-1)
-            count = keep.sum(1)
-        else:
-            count = unit.new_full((unit.shape[0],), unit.shape[1])
+            unit = unit * (self._keep[:, ::stride] != 0).float().unsqueeze(-1)
+        # What a mask hides, and states that are zero (a decoder's queries at its first layer): no direction.
+        count = (unit != 0).any(-1).float().sum(1)
         pairs = count * (count - 1)
         cosine = (unit.sum(1).square().sum(-1) - count) / pairs.clamp_min(1)
         told = (pairs > 0).float()
         return torch.stack([(cosine * told).sum(), told.sum()])
 
+    def take(self, device: torch.device) -> Tensor:
+        """Sum of cosines and number of sequences of all layers since the last call, ``(layers, 2)``, this rank's.
+
+        Raises:
+            RuntimeError: they could not be computed.
+        """
+        sums, self._sums = self._sums, {}
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise RuntimeError(problem)
+        if not self.modules:
+            return torch.zeros(0, 2, device=device)
+        return torch.stack([sums.get(name, torch.zeros(2)).to(device) for name in self.modules])
+
     def compute(self, trainer: Trainer, device: torch.device) -> Tensor:
         """Means of all layers since the last call, over ranks, ``(layers,)``; a collective call."""
-        sums = torch.stack([self._sums.get(name, torch.zeros(2)).to(device) for name in self.modules])
-        self._sums = {}
-        if trainer.world_size > 1 and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+        sums = total(trainer, self.take(device))
         return (sums[:, 0] / sums[:, 1]).float().cpu()
 
 
 class Watch:
     """Everything that a guard reads of a trainer, measured at a guard's steps.
 
-    A monitor of the trainer is read where it measures at all of these steps; else a quiet one measures.
+    A monitor of the trainer is read where it measures at all of these steps; else a quiet one measures. Without
+    attention that can be watched nothing is read, and the training loss is all that a guard has.
 
     Args:
-        trainer: the trainer, at the start of a fit.
-        pl_module: its module.
         every_n_steps: cadence of the guard; None follows the trainer's ``log_every_n_steps``.
         rows: query rows that a quiet monitor samples.
-        callbacks: monitors that may be read.
 
-    Raises:
-        ValueError: the module holds no transformer attention.
+    Attributes:
+        is_ready_to_listen: whether :meth:`begin` came to its end.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        every_n_steps: int | None,
-        rows: int,
-        callbacks: Iterable[Any],
-    ) -> None:
-        callbacks = list(callbacks)
-        every = _cadence(trainer, every_n_steps)
-        own_attention = _fitting(callbacks, AttentionMonitor, trainer, every)
-        own_spectrum = _fitting(callbacks, QKSpectrumMonitor, trainer, every)
+    def __init__(self, every_n_steps: int | None, rows: int) -> None:
+        self.every_n_steps, self.rows = every_n_steps, rows
         self.quiet: list[Monitor] = []
-        if own_attention is None:
-            own_attention = QuietAttention(
-                every_n_steps, rows=rows, every_n_eval_batches=0, figures_every=0, report=False
+        self.attention: Monitor | None = None
+        self.spectrum: Monitor | None = None
+        self.hidden = HiddenCosine(nn.Module())
+        self.is_ready_to_listen = False
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, callbacks: Iterable[Any]) -> None:
+        """At the start of a fit.
+
+        Raises:
+            ValueError: the module holds no transformer attention.
+        """
+        callbacks = list(callbacks)
+        every = _cadence(trainer, self.every_n_steps)
+        self.attention = _fitting(callbacks, AttentionMonitor, trainer, every)
+        self.spectrum = _fitting(callbacks, QKSpectrumMonitor, trainer, every)
+        if self.attention is None:
+            self.attention = QuietAttention(
+                self.every_n_steps, rows=self.rows, every_n_eval_batches=0, figures_every=0, report=False
             )
-            self.quiet.append(own_attention)
-        if own_spectrum is None:
-            own_spectrum = QuietSpectrum(every_n_steps, figures_every=0, report=False)
-            self.quiet.append(own_spectrum)
-        self.attention: Monitor = own_attention
-        self.spectrum: Monitor | None = own_spectrum
-        self.hidden = HiddenCosine(pl_module)
+            self.quiet.append(self.attention)
+        if self.spectrum is None:
+            self.spectrum = QuietSpectrum(self.every_n_steps, figures_every=0, report=False)
+            self.quiet.append(self.spectrum)
         for monitor in self.quiet:
-            try:
-                monitor.on_fit_start(trainer, pl_module)
-            except ValueError:  # noqa: PERF203 (two rounds, once a fit)
-                if monitor is self.attention:
-                    raise
-                # Weights that cannot be read leave the attention itself to be watched.
-                self.quiet.remove(monitor)
-                self.spectrum = None
+            monitor.on_fit_start(trainer, pl_module)
+            if not monitor.idle:
+                continue
+            if monitor is self.attention:
+                raise ValueError(monitor.notes[-1].removeprefix("nothing is watched: "))
+            # Weights that cannot be read leave the attention itself to be watched.
+            self.spectrum = None
+        self.quiet = [monitor for monitor in self.quiet if not monitor.idle]
+        self.hidden = HiddenCosine(pl_module)
+        self.is_ready_to_listen = True
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was: nothing is watched any more."""
+        self.hidden.stop()
+        quiet, self.quiet = self.quiet, []
+        self.attention = self.spectrum = None
+        self.hidden = HiddenCosine(nn.Module())
+        for monitor in quiet:
+            monitor.teardown(trainer, pl_module, "fit")
+
+    def begin_batch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, is_due: bool
+    ) -> None:
+        """Before a batch: get ready to listen where it is due."""
+        for monitor in self.quiet:
+            if isinstance(monitor, QuietAttention):
+                # Anew for each batch, so that a resumed run samples the rows that it would have sampled.
+                monitor.draw_from(trainer.global_rank, logging_step(trainer), batch_idx)
+            monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if is_due:
+            self.hidden.listen(batch)
+
+    def end_batch(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a batch: measure where due; a collective call then."""
+        for monitor in self.quiet:
+            monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def skip_batch(self) -> None:
+        """After a batch that some rank cannot measure: no rank does."""
+        for monitor in self.quiet:
+            monitor.end_batch()
+            monitor._is_due = False
 
     def is_ready(self, step: int) -> bool:
         """Whether the trainer's monitors have measured a step: a guard may stand before them."""
@@ -185,8 +248,14 @@ class Watch:
             for monitor in (self.attention, self.spectrum)
         )
 
-    def read(self, step: int) -> tuple[dict[str, Tensor], dict[str, list[Place]]]:
-        """Values and places of the monitors' statistics at a step; those that were not measured are left out."""
+    def read(
+        self, trainer: Trainer, pl_module: LightningModule, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, list[Place]]]:
+        """Values and places of the monitors' statistics at a step; those that were not measured are left out.
+
+        Layers that are not trained have none: a teacher or a frozen part does not collapse. Cross-attention has no
+        entropy: that it goes to single keys is what an alignment is.
+        """
         values: dict[str, Tensor] = {}
         places: dict[str, list[Place]] = {}
         for group, monitor, names in (
@@ -202,8 +271,47 @@ class Watch:
                 for label, heads in zip(history.layers, history.heads, strict=True)
                 for head in range(heads)
             ]
-            values.update({f"{group}/{name}": history.values[name][-1] for name in names})
+            own_attention: Mapping[str, bool] = getattr(monitor, "_self_attention", {})
+            for name in names:
+                if name not in history.values:
+                    continue
+                newest = self.of_trained(trainer, pl_module, history.values[name][-1], places[group])
+                if name == "entropy_normalized":
+                    for index, place in enumerate(places[group]):
+                        if not own_attention.get(place.layer, True):
+                            newest[index] = torch.nan
+                values[f"{group}/{name}"] = newest
         return values, places
+
+    def of_trained(
+        self, trainer: Trainer, pl_module: LightningModule, values: Tensor, places: Sequence[Place]
+    ) -> Tensor:
+        """A copy without the numbers of layers that are not trained."""
+        trained = _trained(trainer, pl_module, {place.layer for place in places})
+        keep = torch.tensor([place.layer in trained for place in places])
+        return torch.where(keep, values, torch.nan)
+
+
+def _trained(trainer: Trainer, pl_module: LightningModule, names: set[str]) -> set[str]:
+    """Of some layers those that an optimizer changes; those without weights of their own are among them."""
+    modules = dict(pl_module.named_modules())
+    stepped = {
+        id(parameter)
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    own = {name: list(modules[name].parameters()) for name in names if name in modules}
+    # A strategy may step flat copies, in which no layer is found.
+    is_told = any(id(parameter) in stepped for parameters in own.values() for parameter in parameters)
+    return {
+        name
+        for name in names
+        if not own.get(name)
+        or any(
+            parameter.requires_grad and (not is_told or id(parameter) in stepped) for parameter in own[name]
+        )
+    }
 
 
 def _cadence(trainer: Trainer, every_n_steps: int | None) -> int:

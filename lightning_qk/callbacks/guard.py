@@ -1,26 +1,37 @@
 """Callback: early warning of collapse, and what is done about it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qk._packages import either
 from lightning_qk.callbacks._account import Account
+from lightning_qk.callbacks._agreement import all_agree, from_zero, has_peers, total
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
-from lightning_qk.callbacks._trainer import check_lightning, is_logged_step, logging_step, run_directory
+from lightning_qk.callbacks._trainer import (
+    Callback,
+    check_lightning,
+    is_logged_step,
+    logging_step,
+    run_directory,
+)
 from lightning_qk.callbacks._watch import COSINE, Watch
 from lightning_qk.callbacks.locater import LocAteR
 from lightning_qk.callbacks.qk_clip import QKClip
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
-from lightning_qk.guard.reading import Reading
+from lightning_qk.guard.reading import Place, Reading
 from lightning_qk.logging.loggers import describe_config, log_alert, log_scalars
 
 Action = Literal["warn", "alert", "stop", "locater", "qk_clip"]
+# For isinstance, of either package.
+_AnyCallback = either("Callback")
 
 
 class CollapseGuard(Callback):
@@ -116,6 +127,7 @@ class CollapseGuard(Callback):
             )
         if rows < 1:
             raise ValueError(f"expected rows of at least 1, got {rows}: pass how many query rows to sample")
+        super().__init__()
         self.action, remedies = _remedies(action)
         self.every_n_steps = every_n_steps
         self.rollback = rollback
@@ -125,30 +137,41 @@ class CollapseGuard(Callback):
         self.loss = loss
         self.rows = rows
         self.detector = CollapseDetector(sensitivity)
+        self._remedy = Dormant(remedies, self._say)
+        self._rate = RateLimit()
+        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window)
+        self._healthy.keeps_replaced = rollback
+        self._watch: Watch | None = None
+        self._has_begun = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """As for a new run."""
+        self.detector.restart()
         self.verdicts: list[Verdict] = []
         self.rolled_back_to: int | None = None
         self.account = Account()
-        self._remedy = Dormant(remedies)
-        self._rate = RateLimit()
-        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window)
-        self._watch: Watch | None = None
         self._losses: list[Tensor] = []
         self._micro: list[Tensor] = []
-        self._pending: int | None = None
+        self._pending: _Pending | None = None
         self._is_due = False
         self._steps_before = 0
+        # What went wrong on this rank since ranks agreed last; readings that failed in a row, the same on all.
+        self._trouble: str | None = None
+        self._lost = 0
         self._gave_up = False
         self._cannot_save = False
+        self._said: set[str] = set()
 
     @property
-    def remedies(self) -> list[Callback]:
+    def remedies(self) -> list[Any]:
         """The callbacks that are switched on when the guard fires."""
         return list(self._remedy.callbacks)
 
     # Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any work."""
+        """Refuse what cannot work, before any work; a fit of another model is a new run."""
         check_lightning(trainer, type(self).__name__)
         for callback in self._remedy.callbacks:
             if any(callback is other for other in trainer.callbacks):  # type: ignore[attr-defined]
@@ -156,55 +179,89 @@ class CollapseGuard(Callback):
                     f"expected a remedy that is the guard's alone, got the trainer's own "
                     f"{type(callback).__name__}: take it out of the trainer's callbacks"
                 )
-        self._remedy.always("setup", trainer, pl_module, stage)
+        if stage == "fit" and self._has_begun and trainer.global_step == 0:
+            # The state of a checkpoint, where there is one, is loaded after this.
+            self._forget()
+            self._remedy.reset()
+            self._rate.detach()
+            self._rate.reset()
+            self._healthy.reset()
+        self._remedy.check("setup", trainer, pl_module, stage)
         if stage == "fit":
-            settings = ("every_n_steps", "rollback", "lr_factor", "lr_warmup", "checkpoint_every", "rows")
-            names = [type(callback).__name__ for callback in self._remedy.callbacks]
-            describe_config(
-                trainer,
-                {
-                    type(self).__name__: {
-                        "action": " and ".join(names) or self.action,
-                        **{name: getattr(self, name) for name in settings},
-                    }
-                },
-            )
+            self._try(lambda: self._describe(trainer), "its settings could not be logged")
+
+    def _describe(self, trainer: Trainer) -> None:
+        settings = ("every_n_steps", "rollback", "lr_factor", "lr_warmup", "checkpoint_every", "rows")
+        names = [type(callback).__name__ for callback in self._remedy.callbacks]
+        describe_config(
+            trainer,
+            {
+                type(self).__name__: {
+                    "action": " and ".join(names) or self.action,
+                    **{name: getattr(self, name) for name in settings},
+                }
+            },
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find what can be watched; raise here, before any work, where there is nothing."""
+        """Find what can be watched; where there is no attention, the loss is."""
+        self._has_begun = True
+        self._trouble, self._lost, self._gave_up, self._cannot_save = None, 0, False, False
+        self._said.clear()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self._watch = Watch(trainer, pl_module, self.every_n_steps, self.rows, callbacks)
-        self._remedy.always("on_fit_start", trainer, pl_module)
-        self._healthy.begin(run_directory(trainer))
-        self._rate.attach(trainer.optimizers)
-        self._losses, self._micro, self._pending = [], [], None
-        self._is_due = self._gave_up = self._cannot_save = False
+        self._watch = Watch(self.every_n_steps, self.rows)
+        self._try(
+            lambda: self._watched().begin(trainer, pl_module, callbacks),
+            "attention cannot be watched, the training loss is",
+        )
+        if not all_agree(trainer, self._watched().is_ready_to_listen):
+            self._watched().leave(trainer, pl_module)
+        self._remedy.check("on_fit_start", trainer, pl_module)
+        if self.lr_factor < 1:
+            self._try(lambda: self._rate.attach(trainer.optimizers), "learning rates cannot be multiplied")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
+        gone = self._healthy.begin(trainer, self._folder(trainer))
+        if gone is not None:
+            self._say(
+                f"the healthy checkpoint of step {gone} that the resumed run had is gone, or what lies there is "
+                "another: only what is kept from here on can be gone back to"
+            )
         if self.rollback and self._healthy.step is None and self.rolled_back_to is None:
             self._save(trainer, logging_step(trainer) - 1)
-            self._healthy.confirm(trainer, at_once=True)
+            self._confirm(trainer, at_once=True)
         self._remedy.call("on_train_start", trainer, pl_module)
+        self._remedy.agree(trainer, pl_module)
+
+    def _folder(self, trainer: Trainer) -> str:
+        try:
+            return run_directory(trainer)
+        except Exception as error:
+            self._say_once(
+                f"the run's folder is not known ({_told(error)}): {trainer.default_root_dir} is taken"
+            )
+            return str(trainer.default_root_dir)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Judge the step before, if a monitor measured it after this callback's turn; listen where due."""
-        self._judge_pending(trainer, pl_module)
+        if self._pending is not None:
+            self._judge(trainer, pl_module, is_last_call=True)
+        self._rate.settle()
         self._steps_before = trainer.global_step
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
-        if self._watch is not None:
-            for monitor in self._watch.quiet:
-                monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            if self._is_due:
-                self._watch.hidden.listen(batch)
+        watch = self._watch
+        if watch is not None and not self._gave_up:
+            self._attempt(lambda: watch.begin_batch(trainer, pl_module, batch, batch_idx, self._is_due))
         self._remedy.call("on_train_batch_start", trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """For a remedy that changes gradients."""
+        self._rate.stand_last()
         self._remedy.call("on_before_optimizer_step", trainer, pl_module, optimizer)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -224,31 +281,60 @@ class CollapseGuard(Callback):
     ) -> None:
         """Remember the loss; once the optimizer has stepped, read and judge where due."""
         self._remedy.call("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
-        if self._watch is None:
+        self._remedy.agree(trainer, pl_module)
+        watch = self._watch
+        if watch is None or self._gave_up:
             return
-        for monitor in self._watch.quiet:
-            monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._watch.hidden.stop()
-        self._hear_loss(trainer, pl_module, outputs)
-        if trainer.global_step == self._steps_before:
-            return
-        if self._micro:
-            self._losses.append(torch.stack(self._micro).mean())
-            self._micro = []
-        if self._is_due:
+        has_stepped = trainer.global_step != self._steps_before
+        self._attempt(watch.hidden.stop)
+        self._attempt(lambda: self._hear_loss(trainer, pl_module, outputs))
+        if has_stepped:
+            self._close_step(trainer, pl_module)
+        is_read = has_stepped and self._is_due
+        if is_read:
             self._is_due = False
-            self._pending = logging_step(trainer)
-            if self._watch.is_ready(self._pending):
-                self._judge_pending(trainer, pl_module)
+            self._gather(trainer, pl_module)
+        if self._pending is None or self._pending.trouble is None:
+            # A collective call where they measure.
+            self._attempt(
+                lambda: watch.end_batch(trainer, pl_module, outputs, batch, batch_idx)  # type: ignore[union-attr]
+            )
+        else:
+            self._attempt(watch.skip_batch)
+        if is_read:
+            self._judge(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For a remedy."""
         self._remedy.call("on_train_epoch_end", trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For a remedy."""
+        self._remedy.call("on_validation_start", trainer, pl_module)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """For a remedy."""
+        self._remedy.call("on_validation_batch_start", trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For a remedy."""
+        self._remedy.call("on_validation_end", trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For a remedy."""
         self._remedy.call("on_train_end", trainer, pl_module)
         self._rate.detach()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """For a remedy."""
+        self._remedy.call("on_fit_end", trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave everything as it was: teardown may not follow."""
@@ -261,12 +347,12 @@ class CollapseGuard(Callback):
         self._leave(trainer, pl_module)
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._rate.detach()
-        if self._watch is not None:
-            self._watch.hidden.stop()
-            for monitor in self._watch.quiet:
-                monitor.teardown(trainer, pl_module, "fit")
-            self._watch = None
+        watch, self._watch = self._watch, None
+        self._try(self._rate.detach, "learning rates could not be left")
+        if watch is not None:
+            self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
+        if trainer.is_global_zero:
+            self._try(self._healthy.sweep, "its files could not be removed")
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen, what was said, and the remedy's state."""
@@ -278,6 +364,10 @@ class CollapseGuard(Callback):
             "remedy": self._remedy.state_dict(),
             "rate": self._rate.state_dict(),
             "healthy": self._healthy.state_dict(),
+            "losses": [float(loss) for loss in self._losses],
+            "micro": [float(loss) for loss in self._micro],
+            "is_due": self._is_due,
+            "pending": None if self._pending is None else self._pending.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -289,6 +379,41 @@ class CollapseGuard(Callback):
         self._remedy.load_state_dict(state_dict["remedy"])
         self._rate.load_state_dict(state_dict["rate"])
         self._healthy.load_state_dict(state_dict["healthy"])
+        self._losses = [torch.tensor(float(loss)) for loss in state_dict.get("losses", ())]
+        self._micro = [torch.tensor(float(loss)) for loss in state_dict.get("micro", ())]
+        self._is_due = bool(state_dict.get("is_due", False))
+        pending = state_dict.get("pending")
+        self._pending = None if pending is None else _Pending.from_state_dict(pending)
+
+    # Nothing of this ends or changes a training
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Do a part of a reading; where it fails, the reading is lost, on all ranks."""
+        try:
+            action()
+        except Exception as error:
+            self._trouble = self._trouble or _told(error)
+
+    def _try(self, action: Callable[[], object], otherwise: str) -> None:
+        """Do something that is no part of a reading; say once where it fails."""
+        try:
+            action()
+        except Exception as error:
+            self._say_once(f"{otherwise} ({_told(error)}); training goes on", otherwise)
+
+    def _watched(self) -> Watch:
+        assert self._watch is not None  # on_fit_start
+        return self._watch
+
+    def _lose(self, reason: str) -> None:
+        """A reading that failed, on all ranks: the next is tried, and after a few in a row no more."""
+        self._lost += 1
+        if self._lost < _MAX_LOST:
+            return
+        self._gave_up = True
+        self._say(
+            f"it stopped watching after {_MAX_LOST} readings in a row that failed ({reason}); training goes on"
+        )
 
     # Reading and judging
 
@@ -303,48 +428,109 @@ class CollapseGuard(Callback):
         if isinstance(value, Tensor) and value.numel() == 1:
             self._micro.append(value.detach().float().reshape(()))
 
-    def _judge_pending(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step, self._pending = self._pending, None
-        if step is None or self._gave_up:
-            return
+    def _close_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The loss of an optimizer step, mean over ranks: a collective call, so that any rank can save it."""
+        found: Tensor | None = None
         try:
-            verdict = self.detector.observe(self._read(trainer, pl_module, step))
+            if self._micro:
+                found = torch.stack([loss.to(pl_module.device) for loss in self._micro]).mean()
         except Exception as error:
-            self._gave_up = True
-            self._say(f"it stopped watching ({type(error).__name__}: {error}); training goes on")
+            self._trouble = self._trouble or _told(error)
+        self._micro = []
+        if has_peers(trainer):
+            pair = torch.zeros(2, device=pl_module.device)
+            if found is not None:
+                pair[0], pair[1] = found, 1.0
+            total(trainer, pair)
+            # Without a value where no rank has one: that is not looked at here, which would wait for the device.
+            found = pair[0] / pair[1].clamp_min(1)
+        if found is not None:
+            self._losses.append(found)
+
+    def _gather(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What ranks have to add up for a reading, and whether something failed on one; one collective call."""
+        hidden = self._watched().hidden
+        flat = torch.zeros(1 + 2 * len(hidden.modules), device=pl_module.device)
+        try:
+            flat[1:] = hidden.take(pl_module.device).flatten()
+        except Exception as error:
+            self._trouble = self._trouble or _told(error)
+        flat[0] = float(self._trouble is not None)
+        total(trainer, flat)
+        found = flat.cpu()
+        trouble = None if not found[0] else self._trouble or "another process failed"
+        self._trouble = None
+        losses, self._losses = self._losses, []
+        self._pending = _Pending(logging_step(trainer), trouble)
+        try:
+            sums = found[1:].reshape(-1, 2)
+            self._pending.cosine = sums[:, 0] / sums[:, 1]
+            if losses:
+                self._pending.losses = torch.stack([one.to(pl_module.device) for one in losses]).tolist()
+        except Exception as error:
+            # Rank zero alone judges.
+            self._pending.trouble = self._pending.trouble or _told(error)
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule, is_last_call: bool = False) -> None:
+        """What to make of the reading that waits, on rank zero for all; a collective call.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            is_last_call: judge what is there; else wait where the trainer's monitors have not measured yet.
+        """
+        pending = self._pending
+        assert pending is not None  # both callers ask first
+        if self._gave_up or self._watch is None:
+            self._pending = None
             return
-        # What is read is reduced over ranks already; this makes it certain that all of them do the same.
-        fired = trainer.strategy.reduce_boolean_decision(verdict.fired, all=False)
-        if fired:
+        answer: tuple[str, Any] = ("", None)
+        if trainer.is_global_zero:
+            try:
+                answer = self._answer(trainer, pl_module, pending, is_last_call)
+            except Exception as error:
+                answer = "failed", _told(error)
+        kind, found = from_zero(trainer, answer)
+        if kind == "wait":
+            return
+        self._pending = None
+        if kind == "failed":
+            self._lose(found)
+            return
+        self._lost = 0
+        verdict: Verdict = found
+        if verdict.fired:
             self.verdicts.append(verdict)
             self._act(trainer, pl_module, verdict)
-        self._keep(trainer, step, verdict.is_healthy)
-        self._log(trainer, pl_module, verdict, step)
+        # Before the checkpoint, whose state has this step too.
+        self._log(trainer, pl_module, verdict, verdict.step)
+        self._keep(trainer, verdict.step, verdict.is_healthy)
 
-    def _read(self, trainer: Trainer, pl_module: LightningModule, step: int) -> Reading:
-        assert self._watch is not None  # on_fit_start
-        values, places = self._watch.read(step)
-        values[COSINE] = self._watch.hidden.compute(trainer, pl_module.device)
-        places["hidden"] = self._watch.hidden.places
-        return Reading(step, self._mean_losses(trainer, pl_module), values, places)
+    def _answer(
+        self, trainer: Trainer, pl_module: LightningModule, pending: "_Pending", is_last_call: bool
+    ) -> tuple[str, Any]:
+        if pending.trouble is not None:
+            return "failed", pending.trouble
+        watch = self._watched()
+        values, places = watch.read(trainer, pl_module, pending.step)
+        pending.values |= values
+        pending.places |= places
+        if not is_last_call and not watch.is_ready(pending.step):
+            return "wait", None
+        if pending.cosine is not None:
+            pending.values[COSINE] = watch.of_trained(trainer, pl_module, pending.cosine, watch.hidden.places)
+            pending.places["hidden"] = watch.hidden.places
+        reading = Reading(pending.step, pending.losses, dict(pending.values), dict(pending.places))
+        return "verdict", self.detector.observe(reading)
 
-    def _mean_losses(self, trainer: Trainer, pl_module: LightningModule) -> list[float]:
-        """Losses of the steps since the last reading, means over ranks; a collective call."""
-        losses, self._losses = self._losses, []
-        if not losses:
-            return []
-        flat = torch.stack([loss.to(pl_module.device) for loss in losses])
-        if trainer.world_size > 1 and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(flat)
-            flat /= trainer.world_size
-        return flat.tolist()
+    # Files
 
     def _keep(self, trainer: Trainer, step: int, is_healthy: bool) -> None:
         """Confirm or drop the checkpoint that waits for it; write the next where due."""
         if not is_healthy:
             self._healthy.doubt(trainer)
             return
-        self._healthy.confirm(trainer)
+        self._confirm(trainer)
         last = self._healthy.step
         if (
             self.checkpoint_every > 0
@@ -355,13 +541,20 @@ class CollapseGuard(Callback):
 
     def _save(self, trainer: Trainer, step: int) -> None:
         """A full disk is no reason to end a run."""
-        if self._cannot_save:
-            return
+        if not self._cannot_save:
+            self._with_files(lambda: self._healthy.save(trainer, step))
+
+    def _confirm(self, trainer: Trainer, at_once: bool = False) -> None:
+        self._with_files(lambda: self._healthy.confirm(trainer, at_once=at_once))
+
+    def _with_files(self, action: Callable[[], object]) -> None:
+        """What fails here fails on all ranks."""
         try:
-            self._healthy.save(trainer, step)
+            action()
         except Exception as error:
-            self._cannot_save = True
-            self._say(f"it keeps no more checkpoints ({type(error).__name__}: {error}); training goes on")
+            if not self._cannot_save:
+                self._cannot_save = True
+                self._say(f"it keeps no more checkpoints ({_told(error)}); training goes on")
 
     # Acting
 
@@ -378,7 +571,11 @@ class CollapseGuard(Callback):
         self.account.tell(
             verdict.step, f"CollapseGuard: {verdict.reason}{''.join(f'; {one}' for one in done)}"
         )
-        if self.action != "alert" or not log_alert(trainer, "CollapseGuard", sentence):
+        try:
+            is_sent = self.action == "alert" and log_alert(trainer, "CollapseGuard", sentence)
+        except Exception:
+            is_sent = False
+        if not is_sent:
             self._say(sentence)
 
     def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -395,7 +592,7 @@ class CollapseGuard(Callback):
             self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
             done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
         if self._remedy.wake(trainer, pl_module):
-            names = [type(callback).__name__ for callback in self._remedy.callbacks]
+            names = [type(callback).__name__ for callback in self._remedy.awake]
             done.append(f"{' and '.join(names)} set in")
         if done:
             self.detector.restart()
@@ -406,8 +603,7 @@ class CollapseGuard(Callback):
             return self._healthy.restore(trainer)
         except Exception as error:
             self._say(
-                f"it could not go back to {CHECKPOINT_NAME} ({type(error).__name__}: {error}); training goes on "
-                "from where it is"
+                f"it could not go back to {CHECKPOINT_NAME} ({_told(error)}); training goes on from where it is"
             )
             return False
 
@@ -419,16 +615,70 @@ class CollapseGuard(Callback):
         }
         if self.lr_factor < 1:
             scalars["guard/lr_factor"] = self._rate.factor
-        pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
         drawn = ("guard/score", "guard/lr_factor")
-        self.account.draw(step, {name: value for name, value in scalars.items() if name in drawn})
-        log_scalars(trainer, scalars, step)
+        for action in (
+            lambda: self.account.draw(
+                step, {name: value for name, value in scalars.items() if name in drawn}
+            ),
+            lambda: pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False),
+            lambda: log_scalars(trainer, scalars, step),
+        ):
+            self._try(action, "its numbers could not be logged")
+
+    def _say_once(self, sentence: str, kind: str | None = None) -> None:
+        if (kind or sentence) not in self._said:
+            self._said.add(kind or sentence)
+            self._say(sentence)
 
     def _say(self, sentence: str) -> None:
-        rank_zero_warn(f"{type(self).__name__}: {sentence}")
+        try:
+            rank_zero_warn(f"{type(self).__name__}: {sentence}")
+        except Warning:
+            # Where warnings are errors.
+            rank_zero_info(f"{type(self).__name__}: {sentence}")
 
 
-def _remedies(action: Any) -> tuple[str, list[Callback]]:
+_MAX_LOST = 3
+
+
+@dataclass
+class _Pending:
+    """A reading that is not judged yet: reduced over ranks already, so that any rank can save it.
+
+    Attributes:
+        step: the optimizer step.
+        trouble: why there is none, the same on every rank.
+        losses: of the steps since the reading before.
+        cosine: of the layers' tokens.
+        values: what the monitors measured that had their turn.
+        places: where.
+    """
+
+    step: int
+    trouble: str | None = None
+    losses: list[float] = field(default_factory=list)
+    cosine: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    places: dict[str, list[Place]] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        places = {group: [tuple(place) for place in own] for group, own in self.places.items()}
+        return {**vars(self), "places": places}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "_Pending":
+        """The reading that :meth:`state_dict` described."""
+        places = {group: [Place(*place) for place in own] for group, own in state["places"].items()}
+        return cls(**{**state, "places": places})
+
+
+def _told(error: BaseException) -> str:
+    words = " ".join(str(error).split())
+    return words if type(error) is RuntimeError else f"{type(error).__name__}: {words}"
+
+
+def _remedies(action: Any) -> tuple[str, list[Any]]:
     """What to do, and the callbacks to wake."""
     if action == "locater":
         return "remedy", [LocAteR(1.0, form="target")]
@@ -436,8 +686,8 @@ def _remedies(action: Any) -> tuple[str, list[Callback]]:
         return "remedy", [QKClip()]
     if isinstance(action, str) and action in get_args(Action):
         return action, []
-    callbacks = [action] if isinstance(action, Callback) else action
-    if isinstance(callbacks, str) or not all(isinstance(callback, Callback) for callback in callbacks):
+    callbacks = [action] if isinstance(action, _AnyCallback) else action
+    if isinstance(callbacks, str) or not all(isinstance(callback, _AnyCallback) for callback in callbacks):
         raise ValueError(
             f"expected action to be one of {', '.join(get_args(Action))}, or callbacks such as QKClip(), got "
             f"{action!r}: correct it"

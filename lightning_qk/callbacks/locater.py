@@ -162,7 +162,7 @@ class LocAteR(Intervention):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: another package's trainer, one name twice, DeepSpeed."""
-        self.begin_stage(stage)
+        self.begin_stage(trainer, stage)
         check_lightning(trainer, type(self).__name__)
         if stage != "fit":
             return

@@ -182,7 +182,7 @@ class QKClip(Intervention):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
-        self.begin_stage(stage)
+        self.begin_stage(trainer, stage)
         check_lightning(trainer, type(self).__name__)
         if stage != "fit":
             return

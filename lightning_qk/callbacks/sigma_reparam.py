@@ -95,7 +95,7 @@ class SigmaReparam(Intervention):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reparametrize, or see to it that it is done once the network is built."""
-        self.begin_stage(stage)
+        self.begin_stage(trainer, stage)
         check_lightning(trainer, type(self).__name__)
         refuse_deepspeed(trainer, type(self).__name__)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):

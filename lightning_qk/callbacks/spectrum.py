@@ -1,18 +1,17 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
-from lightning_qk.callbacks._trainer import logging_step, projection_reader
+from lightning_qk.callbacks._watched import WatchedReader
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
-from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.logging.history import LayerShape, RunRecord
 from lightning_qk.logging.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
@@ -25,6 +24,8 @@ _ADDED = {
     RELATIVE_PRODUCT: "products with embeddings of relative positions",
 }
 """What is added to the logits, in words."""
+
+_REPLACED = "it was replaced during training by something of another shape"
 
 
 class QKSpectrumMonitor(Monitor):
@@ -55,7 +56,8 @@ class QKSpectrumMonitor(Monitor):
     training, whichever comes first, under the step that it belongs to.
 
     At the end of training the monitors print a table of the layers' health and write one HTML report into the
-    run's folder. Weights that are not finite are named and training goes on.
+    run's folder. Weights that are not finite are named and training goes on, as it does whatever the model looks
+    like. A run in which no step was due is measured at its last one.
 
     Args:
         every_n_steps: measure at every n-th optimizer step; None follows the trainer's
@@ -73,11 +75,14 @@ class QKSpectrumMonitor(Monitor):
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
+        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
+            for all of them.
+        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
+            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: the module holds no transformer whose attention can be read, or an argument is out of
-            range.
+        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
+            cannot be watched.
     """
 
     group = "qk"
@@ -108,6 +113,8 @@ class QKSpectrumMonitor(Monitor):
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
+        modules: str | Sequence[str] | None = None,
+        on_unreadable: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -115,6 +122,8 @@ class QKSpectrumMonitor(Monitor):
             per_head=per_head,
             figures_every=figures_every,
             report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
         )
         support_size(torch.empty(1, 1), support)
         self.support: Support = support
@@ -137,7 +146,7 @@ class QKSpectrumMonitor(Monitor):
         self._singular: SingularValues | None = None
         self._cores: list[Cores] = []
         self._metric: QKSpectrum | None = None
-        self._reader: ProjectionReader | None = None
+        self._reader: WatchedReader | None = None
         self._worker = EigenvalueWorker()
         self._eigenvalues: Mapping[str, Tensor] = {}
         self._eigenvalues_step: int | None = None
@@ -155,11 +164,26 @@ class QKSpectrumMonitor(Monitor):
         }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers; raise here, before any work, where there are none."""
+        """Find the layers."""
         super().on_fit_start(trainer, pl_module)
-        self._reader = projection_reader(trainer, pl_module, fold_norm=self.fold_norm)
-        layers = self._reader.layers
-        self.note_left_out(self._reader.unread)
+        self._find_layers(trainer, pl_module)
+
+    def _find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reader = reader = WatchedReader(
+            pl_module, self.modules, fold_norm=self.fold_norm, root=trainer.strategy.model
+        )
+        layers = reader.layers
+        if not self.choose(
+            reader.found,
+            reader.unread,
+            kind="attention layer",
+            nothing=(
+                f"expected a model that contains transformer attention, found none in {type(pl_module).__name__}: "
+                "build the network in __init__ or configure_model"
+            ),
+            unread="whose weights can be read",
+        ):
+            return
         if self.fold_norm and (plain := [name for name, layer in layers.items() if not layer.norm_folded]):
             self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
         heads = {name: layer.heads for name, layer in layers.items()}
@@ -190,6 +214,19 @@ class QKSpectrumMonitor(Monitor):
                 "for them at offsets"
             )
 
+    def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the layers as their calls have shown that they are to be read; called before the first step."""
+        reader = self._reader
+        if reader is None:
+            return
+        if not reader.refresh():
+            return
+        self._worker.collect()
+        self.history = None
+        self._find_layers(trainer, pl_module)
+        if not self.idle and trainer.global_step == 0:
+            self._remember_start(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
         if trainer.global_step == 0 and self.history is not None and not len(self.history):
@@ -216,14 +253,13 @@ class QKSpectrumMonitor(Monitor):
         self.log_late(trainer)
         super().finish(trainer, pl_module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """End the worker's thread."""
         self._worker.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As every monitor; teardown may not follow."""
-        super().on_exception(trainer, pl_module, exception)
-        self._worker.close()
+    def can_measure_at_the_end(self) -> bool:
+        """The weights are there."""
+        return True
 
     def _remember_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = self.measure(trainer, pl_module)
@@ -240,18 +276,28 @@ class QKSpectrumMonitor(Monitor):
         assert metric is not None  # on_fit_start
         assert reader is not None
         metric.to(pl_module.device).reset()
-        reader.refresh()
+        if reader.refresh():
+            self._keep_known(reader)
         metric.update(reader)
         self._cores = metric.cores
         if self._singular is not None:
             self._cores = [*metric.cores, *self._singular.cores(reader)]
         return flat_values(metric)
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+    def _keep_known(self, reader: WatchedReader) -> None:
+        """Where modules were replaced, go on with the layers that are what they were at the start."""
+        assert self._metric is not None  # measure
+        heads = self._metric.heads
+        kept = {name: layer for name, layer in reader.layers.items() if heads.get(name) == layer.heads}
+        lost = {name: reader.unread.get(name, _REPLACED) for name in heads if name not in kept}
+        reader.layers = kept
+        self.note_left_out(lost)
+
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """As every monitor; then start on the eigenvalues, once those of the measurement before are logged."""
         self.log_late(trainer, pl_module)
         super().publish(trainer, pl_module, values)
-        self._worker.submit(logging_step(trainer), self._cores)
+        self._worker.submit(self.step_of(trainer), self._cores)
 
     def log_late(
         self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False

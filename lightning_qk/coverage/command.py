@@ -3,14 +3,16 @@
 import difflib
 import json
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_qk._arguments import OneLineParser
+from lightning_qk._printable import printable
 from lightning_qk.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
 from lightning_qk.coverage.workers import Outcome, run_each
+from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.export import check_targets, write_text
 
 
 def run(args: Sequence[str], prog: str) -> int:
@@ -21,16 +23,18 @@ def run(args: Sequence[str], prog: str) -> int:
         prog: the program's name.
 
     Returns:
-        The exit status: 0 where the bars are met or types were named, 1 where they are missed, 2 for a wrong line.
+        The exit status: 0 where the bars are met or types were named, 1 where they are missed.
+
+    Raises:
+        BadInput: a wrong line, or a file that cannot be written.
     """
     options = _parser(prog).parse(args)
-    if options.jobs < 1 or options.timeout <= 0 or options.memory < 256:
-        print(
-            f"{prog}: error: expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "
-            f"{options.jobs} --timeout {options.timeout:g} --memory {options.memory}; correct them",
-            file=sys.stderr,
+    if options.jobs < 1 or not 0 < options.timeout < float("inf") or not 256 <= options.memory < 2**40:
+        raise BadInput(
+            f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs {options.jobs} --timeout "
+            f"{options.timeout:g} --memory {options.memory}; correct them"
         )
-        return 2
+    check_targets([options.output, options.json])
     # Before the rest, lest a misspelling take seconds to be told.
     from lightning_qk.coverage.catalogue import model_types
 
@@ -39,22 +43,16 @@ def run(args: Sequence[str], prog: str) -> int:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean {close[0]!r}?" if close else "transformers' AutoConfig lists those it knows"
-            print(
-                f"{prog}: error: expected model types of the installed transformers, got {name!r}; {hint}",
-                file=sys.stderr,
-            )
-            return 2
+            raise BadInput(f"expected model types of the installed transformers, got {name!r}; {hint}")
     outcomes = _measure(options.types or known, options.jobs, options.timeout, options.memory)
     outcomes.sort(key=lambda outcome: outcome.name)
     rows = [row_of(outcome.name, outcome.value, outcome.problem) for outcome in outcomes]
     print_summary(rows, named=bool(options.types))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(_as_json(rows, outcomes))
+        write_text(options.json, _as_json(rows, outcomes))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(markdown(rows, versions()), encoding="utf-8")
-        print(options.output)
+        write_text(options.output, markdown(rows, versions()))
+        print(printable(options.output))
     return 0 if options.types or Totals.of(rows).meets_bars() else 1
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.heads.elements import ParameterPlan
 from lightning_qk.heads.linear import AffinePlan
 from lightning_qk.heads.plan import LayerPlan, Side
 from lightning_qk.heads.reader import ProjectionReader
@@ -28,7 +29,7 @@ class StoredRows(NamedTuple):
         places: which of its rows they are, ``(heads, coordinates)``.
     """
 
-    affine: AffinePlan | BarePlan
+    affine: AffinePlan | BarePlan | ParameterPlan
     places: Tensor
 
     @property
@@ -66,7 +67,18 @@ class HeadEditor:
         self.heads, self.kv_heads = plan.sizes.heads, plan.sizes.kv_heads
         self.d_head = plan.sizes.d_head
         self.shared = plan.sizes.shared
+        if plan.clip is not None:
+            raise _Uneditable(
+                f"whose queries and keys are clamped to ±{plan.clip:g} behind them, so that factors on them are none "
+                "on what is multiplied: train without the clamp"
+            )
         self.query, self.key = self._stored(plan.query), self._stored(plan.key)
+        for stored in (self.query, self.key):
+            if len(stored.places.unique()) != stored.places.numel():
+                raise _Uneditable(
+                    "whose rows several heads share that do not follow each other, so that one head cannot be scaled "
+                    "alone: use as many key heads as heads, or repeat them with repeat_interleave"
+                )
         if self.query.affine is self.key.affine and bool(
             torch.isin(self.query.places, self.key.places).any()
         ):
@@ -114,6 +126,9 @@ class HeadEditor:
             own = by_row[:, : stored.places.shape[1]]
             rows = torch.ones(stored.affine.rows, dtype=own.dtype, device=own.device)
             rows[stored.places.to(own.device)] = own
+            if isinstance(stored.affine, ParameterPlan):
+                _multiply_elements(stored.affine, rows)
+                continue
             weight, bias, start = _parameters(stored.affine)
             _multiply(weight, rows, transposed=stored.affine.transposed)
             if bias is not None:
@@ -140,12 +155,17 @@ class HeadEditor:
             # Behind the norm of the latent: what expands it may be scaled, and what passes by it is shared.
             places = places[:, : places.shape[1] - affine.shared]
             affine = affine.expansion
-        if not isinstance(affine, AffinePlan | BarePlan):
+        if not isinstance(affine, AffinePlan | BarePlan | ParameterPlan):
             raise _Uneditable(
                 f"which are made from several tensors ({type(affine.module).__name__} {affine.name!r}: an "
                 "adapter, a quantized weight or a composition): merge or drop what is around the weights"
             )
-        _parameters(affine)
+        weight, bias, _ = _parameters(affine)
+        if isinstance(affine, ParameterPlan):
+            shared = affine.stored()[2]
+            shared = shared[shared >= 0]
+            if not weight.is_contiguous() or len(shared.unique()) != len(shared):
+                raise _Uneditable("that are kept out of order, or whose bias is added to several rows")
         return StoredRows(affine, places)
 
 
@@ -206,8 +226,10 @@ def _editor(
     return editor
 
 
-def _parameters(affine: AffinePlan | BarePlan) -> tuple[nn.Parameter, nn.Parameter | None, int]:
+def _parameters(affine: AffinePlan | BarePlan | ParameterPlan) -> tuple[nn.Parameter, nn.Parameter | None, int]:
     """Weight, bias and where in the bias the rows begin, as they are now."""
+    if isinstance(affine, ParameterPlan):
+        return *affine.stored()[:2], 0
     if isinstance(affine, BarePlan):
         return affine.stored()
     weight, bias = affine.module._parameters.get("weight"), getattr(affine.module, "bias", None)
@@ -229,6 +251,26 @@ def _multiply(parameter: Tensor, rows: Tensor, *, transposed: bool = False) -> N
         shape = (len(rows), *(1,) * (tensor.dim() - 1))
     factors = rows.view(shape)
     tensor.mul_(_replicated(factors, tensor) if is_dtensor(tensor) else factors.to(tensor.device))
+
+
+def _multiply_elements(plan: ParameterPlan, rows: Tensor) -> None:
+    """Multiply rows of a bare parameter, and what is added to them."""
+    weight, bias, places = plan.stored()
+    if is_dtensor(weight):
+        # Rows are spread over blocks of the parameter: its factors in its own shape.
+        factors = rows.view(-1, 1, plan.stride).expand(-1, plan.columns, -1).reshape(weight.shape)
+        tensor: Any = weight.detach()
+        tensor.mul_(_replicated(factors, tensor))
+    else:
+        weight.detach().view(-1, plan.columns, plan.stride).mul_(
+            rows.view(-1, 1, plan.stride).to(weight.device)
+        )
+    if bias is None:
+        return
+    mine = places >= 0
+    factors = rows.new_ones(bias.numel())
+    factors[places[mine].to(rows.device)] = rows[mine.to(rows.device)]
+    _multiply(bias, factors)
 
 
 def _replicated(factors: Tensor, like: Any) -> Any:

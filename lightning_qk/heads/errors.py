@@ -13,6 +13,10 @@ class InaccessibleWeights(UnreadLayer):
     """The layout is known, but this process cannot reach the values; the message says how to mend it."""
 
 
+class NotTokenAttention(UnreadLayer):
+    """Its products run over the tokens: it attends over channels, so that its softmax is none over tokens."""
+
+
 def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
     """The module that a plan refers to weakly.
 

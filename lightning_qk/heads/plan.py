@@ -1,7 +1,7 @@
 """How one attention layer is read: found out once, so that reading it again takes nothing but live tensors."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.adapted import AdaptedPlan, adapter_around
 from lightning_qk.heads.affine import Affine, AffineMap
+from lightning_qk.heads.between import CHANNELS, attends_over_channels, configured_clip
 from lightning_qk.heads.borrowing import key_lender
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer, alive
+from lightning_qk.heads.errors import InaccessibleWeights, NotTokenAttention, UnreadLayer, alive
 from lightning_qk.heads.factors import Factor, learnt_factors
 from lightning_qk.heads.find import Site
+from lightning_qk.heads.findings import Finding, finding_of
 from lightning_qk.heads.folding import feeding_norm, fold_input_norm
-from lightning_qk.heads.layouts import Layout, added_to_queries, fitting_layouts, unsupported
+from lightning_qk.heads.layouts import Layout, added_to_queries, borrows_keys, fitting_layouts, unsupported
 from lightning_qk.heads.norms import NormPlan
+from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.position import find_position
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.qk_norm import (
@@ -34,6 +37,7 @@ from lightning_qk.heads.search import Found, find_rows, rows_at
 from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened, whole
 from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_scaling, uneven_sizes
 from lightning_qk.heads.sources import LatentPlan
+from lightning_qk.heads.trials import Trial, input_arguments
 
 
 class Side(NamedTuple):
@@ -73,21 +77,42 @@ class LayerPlan:
         self_attention: queries and keys come from the same tokens.
         norm_folded: the norm that feeds the layer is part of what is read.
         key_layer: qualified name of the layer whose keys are used, None for own ones.
+        is_decided: whether `self_attention` is known. False where the layer's forward takes queries and keys as
+            arguments of their own, and nothing but a call tells whether they are the same tensor: taken for
+            self-attention until then, unless names say that it crosses (see `ProjectionReader.learn`).
+        clip: the bound that q and k are clamped to behind the projections, or None: the form is that without it.
     """
 
-    def __init__(self, site: Site, fold_norm: bool, wrappers: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(
+        self,
+        site: Site,
+        fold_norm: bool,
+        wrappers: tuple[nn.Module, ...] = (),
+        *,
+        ways: Sequence[Trial] = (),
+        layout: Layout | None = None,
+        finding: Finding | None = None,
+    ) -> None:
         """Find out how a layer is read.
 
         Args:
             site: the layer where it stands.
             fold_norm: look for the norm that feeds it.
             wrappers: modules around the model that the site was found in, nearest first.
+            ways: how the layer was really called (see `recorded_trials`): it is run so, whatever its class.
+            layout: what to read it by, without any proof: for a comparison with what its attention receives.
+            finding: what its real call has shown; None for what is known of it.
 
         Raises:
             UnreadLayer: it cannot be read.
         """
         chain = (site.module, *site.ancestors, *wrappers)
-        reason = unsupported(site.module)
+        self._finding = finding or finding_of(site.module) or Finding()
+        ways, layout = ways or self._finding.ways, layout or self._finding.layout
+        trusts_names = is_known(site.module) and not ways
+        reason = self._finding.reason
+        if reason is None and trusts_names:
+            reason = unsupported(site.module)
         if reason is not None:
             raise UnreadLayer(reason)
         self.name = site.name
@@ -103,11 +128,33 @@ class LayerPlan:
                 "(ModelParallelStrategy, see configs/fsdp2.yaml)"
             )
         self.key_layer = None if lender is None else lender.name
+        self.is_decided, self.clip = True, None
         with self.gathered():
-            self._choose(site, None if lender is None else lender.module, fold_norm)
+            if layout is not None:
+                self._plan(site, layout, None if lender is None else lender.module, fold_norm)
+                self.is_decided = len(input_arguments(site.module)) <= 1
+            elif not trusts_names:
+                self._run(site, fold_norm, ways)
+            else:
+                self._choose(site, None if lender is None else lender.module, fold_norm)
+
+    def _run(self, site: Site, fold_norm: bool, ways: Sequence[Trial]) -> None:
+        """Plan by what a run tells, whatever the names of its children say."""
+        if borrows_keys(site.module):
+            raise UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
+        try:
+            found = find_rows(site.module, site.config, ways=ways)
+        except (InaccessibleWeights, NotTokenAttention):
+            raise
+        except UnreadLayer as reason:
+            raise UnreadLayer(_why_run(site.module, reason)) from None
+        self._plan_found(site, found, fold_norm)
 
     def _choose(self, site: Site, lender: nn.Module | None, fold_norm: bool) -> None:
         """Plan by the first layout that fits, and goes with the sizes where that has to tell."""
+        if attends_over_channels(site.module, site.config):
+            raise NotTokenAttention(CHANNELS)
+        self.clip = configured_clip(site.module, site.config)
         first: UnreadLayer | None = None
         for layout in fitting_layouts(site.module, lender):
             try:
@@ -125,11 +172,7 @@ class LayerPlan:
         except UnreadLayer as reason:
             found = None
             if first is None:
-                children = ", ".join(name for name, _ in site.module.named_children()) or "none"
-                first = UnreadLayer(
-                    f"{type(site.module).__name__} has no known layout of q and k (its children: {children}), and "
-                    f"running it alone does not tell: {reason}"
-                )
+                first = UnreadLayer(_why_run(site.module, reason))
         # What contradicts the layer's own sizes counts only if it runs to its end so.
         if found is None or (first is not None and not found.complete):
             assert first is not None  # a lender is found by a layout
@@ -152,7 +195,9 @@ class LayerPlan:
         self.qk_norm = any(own.norm is not None or own.normed for own in (found.query, found.key))
         self.normalizes = self.qk_norm
         self.scaling = softmax_scaling(site.module, d_head) if found.scaling is None else found.scaling
-        self._place(site, found.query.given != found.key.given, [], fold_norm)
+        self.is_decided, self.clip = found.is_decided, found.clip
+        # Of several inputs of one width only a call tells whether they are the same.
+        self._place(site, found.crosses and found.is_decided, [], fold_norm)
 
     def _plan(self, site: Site, layout: Layout, lender: nn.Module | None, fold_norm: bool) -> None:
         """Plan by a layout."""
@@ -202,6 +247,8 @@ class LayerPlan:
         self._gain_behind = bool(behind) and is_behind_rotation(site.module, behind[0])
         self.width = query.columns, key.columns
         self.self_attention = not crosses and not site.is_cross and query.columns == key.columns
+        if self._finding.self_attention is not None:
+            self.self_attention = self._finding.self_attention and query.columns == key.columns
         self._feeding: NormPlan | None = None
         if fold_norm and self.self_attention and self.key_layer is None:
             known = [*inner, *(norm.module for norm in behind)]
@@ -344,6 +391,7 @@ class LayerPlan:
             norm_folded=self.norm_folded,
             key_layer=self.key_layer,
             shared=self.sizes.shared,
+            clip=self.clip,
         )
 
     def copy(self) -> HeadProjections:
@@ -382,6 +430,21 @@ def _sizes(site: Site, layout: Layout, query: AffineMap, key: AffineMap) -> Size
     return uneven_sizes(site.module, site.config, query.rows)
 
 
+def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
+    """Why a layer is not read that had to be run."""
+    kind = type(module).__name__
+    if next(fitting_layouts(module), None) is not None:
+        return (
+            f"{kind} is no class of a known library, so that the names of its children do not tell its layout, and "
+            f"running it alone does not tell: {reason}"
+        )
+    children = ", ".join(name for name, _ in module.named_children()) or "none"
+    return (
+        f"{kind} has no known layout of q and k (its children: {children}), and running it alone does not tell: "
+        f"{reason}"
+    )
+
+
 def _like(affine: AffineMap) -> Tensor:
     """A tensor of the device and type that a map's input has."""
     return next(parameter for parameter in affine.module.parameters() if parameter.is_floating_point())
@@ -395,4 +458,7 @@ def identity(model: nn.Module) -> Iterator[int]:
         if module is not None:
             yield id(module)
             yield id(type(module))
+            finding = finding_of(module)
+            if finding is not None:
+                yield id(finding)
             stack.extend(module._modules.values())

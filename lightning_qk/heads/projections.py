@@ -44,6 +44,9 @@ class HeadProjections:
             these coordinates and another one for the others.
         norm_folded: the gain of the norm that feeds the layer is part of the weights: asked for with
             ``fold_norm=True``, and found.
+        clip: the bound that the layer clamps q and k to between projection and product (``clip_qkv`` of OLMo,
+            MPT and DBRX), or None. The spectrum is that of the form without it, which is exact for tokens
+            whose q and k stay within the bound.
     """
 
     query: Tensor = field(repr=False)
@@ -59,6 +62,7 @@ class HeadProjections:
     norm_folded: bool = False
     key_layer: str | None = None
     shared: int = 0
+    clip: float | None = None
 
     @property
     def heads(self) -> int:

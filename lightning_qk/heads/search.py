@@ -3,10 +3,13 @@
 The layer's own forward is run on a copy in which every projection gives numbers of our choice in the place of its
 output, one for each of its rows. At the product whose softmax is taken these numbers tell which row of which
 projection each feature of q and k is, for all ways to split, order and repeat them. Norms are passed by, rotations
-are given the angle zero.
+are given the angle zero. What was found is then compared with what the layer makes of random numbers, small and
+large, in more than one token, and with its other parameters varied: what stands between projection and product is
+seen in that.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -15,15 +18,19 @@ from torch import Tensor, nn
 
 from lightning_qk.heads.affine import AffineMap
 from lightning_qk.heads.composed import Composed, Part
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.linear import affine_plan
-from lightning_qk.heads.norms import is_norm, plan_norm
-from lightning_qk.heads.probing import own_random_numbers, shadow
-from lightning_qk.heads.products import Following, Product
-from lightning_qk.heads.trials import Trial, trials
+from lightning_qk.heads.elements import Elements, ElementSearch, ParameterPlan
+from lightning_qk.heads.errors import InaccessibleWeights, NotTokenAttention, UnreadLayer
+from lightning_qk.heads.norms import plan_norm
+from lightning_qk.heads.origin import is_known
+from lightning_qk.heads.probing import own_random_numbers
+from lightning_qk.heads.products import Product
+from lightning_qk.heads.running import Bench, Emission, Emitter, Loose, Seen, constant, random
+from lightning_qk.heads.sharding import whole
+from lightning_qk.heads.trials import Trial, input_arguments, recorded_trials, trials
 
 # Rows are numbered by digits to this base, small enough that half precision keeps them apart.
 _BASE = 32
+_LARGE = 1e3
 
 
 class FoundSide(NamedTuple):
@@ -51,53 +58,97 @@ class Found(NamedTuple):
 
     Attributes:
         query: side of the queries.
-        key: side of the keys, each once: ``(kv_heads, d_head)``.
-        scaling: the factor on ``q · k`` as the projections give them, or None where a norm stands between.
+        key: side of the keys, each once: ``(kv_heads, d_head)``; once for each head where heads that share one
+            do not follow each other.
+        scaling: the factor on ``q · k`` as the projections give them (behind a norm: as the norms do), or None
+            where it cannot be told.
         complete: the layer ran to its end.
+        is_decided: whether queries and keys come from the same tokens is known; False where only a call tells,
+            since the layer's forward takes several inputs.
+        clip: the bound that q and k are clamped to between projection and product, or None.
     """
 
     query: FoundSide
     key: FoundSide
     scaling: float | None
     complete: bool
+    is_decided: bool = True
+    clip: float | None = None
+
+    @property
+    def crosses(self) -> bool:
+        """Whether queries and keys were made from different inputs."""
+        return self.query.given != self.key.given
 
 
-def find_rows(module: nn.Module, config: Any = None) -> Found:
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a layer's forward, by position and by name."""
+
+
+def find_rows(
+    module: nn.Module, config: Any = None, calls: Sequence[Call] = (), *, ways: Sequence[Trial] = ()
+) -> Found:
     """Find the rows of a layer's projections that reach q and k, by running it alone.
 
-    Nothing of the model is changed, no hook is called and the global generators are left as they were.
+    Nothing of the model is changed, no hook is called and the global generators are left as they were. Of a class
+    that is not transformers', torch's or timm's, what was found is compared with runs on random numbers: it counts
+    only if it explains them.
 
     Args:
         module: the attention layer.
         config: the nearest configuration, or None.
+        calls: arguments that the layer's forward really got: it is run on tensors of those shapes then, with one
+            tensor where it got one tensor, instead of on arguments guessed from its signature.
+        ways: how it is called, where that was made from calls before.
 
     Raises:
         UnreadLayer: it cannot be run alone, reaches no softmax of a product, or its q and k are not rows of
             projections of its input.
+        NotTokenAttention: its products run over tokens.
         InaccessibleWeights: the values of its weights are out of this process's reach.
     """
-    parts = _Parts(module)
     kind = type(module).__name__
-    if not parts.emitters:
+    own = module.__dict__.get("forward")
+    if own is not None and "_old_forward" not in module.__dict__ and getattr(own, "__self__", None) is not module:
+        raise UnreadLayer(f"the forward of this {kind} was replaced by a function that runs the layer itself")
+    is_strict = not is_known(module)
+    bench = Bench(module)
+    benches = [bench] if bench.emitters else []
+    if is_strict:
+        benches.append(Bench(module, is_bare=True))
+    if not any(own.widths() for own in benches):
         raise UnreadLayer(f"{kind} has no projections that are affine in their input")
-    device = next(iter(parts.emitters.values())).device()
-    widths = list(dict.fromkeys(emitter.plan.columns for emitter in parts.emitters.values()))[:3]
     # The first of each kind tells most: the likeliest way to call it.
     reasons: list[str] = []
     failures: list[str] = []
+    device = bench.device()
     with torch.no_grad(), own_random_numbers(device):
-        for trial in trials(module, config, widths, device):
-            try:
-                return _read(module, parts, trial)
-            except _NoProduct as failure:  # noqa: PERF203
-                failures.append(str(failure))
-            except UnreadLayer as reason:
-                reasons.append(str(reason))
+        for bench in benches:
+            bench.check_access()
+            ways_of = ways or _ways(bench, config, calls, device)
+            for trial in ways_of:
+                try:
+                    return _Search(bench, trial, is_strict=is_strict).read()
+                except _NoProduct as failure:
+                    failures.append(str(failure))
+                except NotTokenAttention:
+                    raise
+                except _Rejected as reason:
+                    reasons.insert(0 if bench is benches[0] else len(reasons), str(reason))
+                    break
+                except UnreadLayer as reason:
+                    reasons.append(str(reason))
     if reasons:
         raise UnreadLayer(reasons[0])
     raise UnreadLayer(
         f"{kind} reaches no softmax of a product when it is run alone{failures[0] if failures else ''}"
     )
+
+
+def _ways(bench: Bench, config: Any, calls: Sequence[Call], device: torch.device) -> Any:
+    if calls:
+        return (trial for call in calls for trial in recorded_trials(bench.module, config, *call))
+    return trials(bench.module, config, bench.widths()[:3], device)
 
 
 def rows_at(places: Tensor) -> Callable[[Tensor, Any], Tensor]:
@@ -120,168 +171,8 @@ class _NoProduct(Exception):
     """A run did not come to a softmax."""
 
 
-class _Emitter(nn.Module):
-    """Stands for a projection: gives what it is told to, and keeps what it is given."""
-
-    def __init__(self, plan: AffineMap, first: int) -> None:
-        super().__init__()
-        self.plan = plan
-        self.first = first
-        self.values = torch.zeros(plan.rows)
-        self.is_random = False
-        self.given: list[Tensor] = []
-        self.channels_first = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in plan.module.modules())
-
-    def device(self) -> torch.device:
-        """Where the projection's weights are."""
-        return next((tensor.device for tensor in self.plan.module.parameters()), torch.device("cpu"))
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Numbers of our choice in the shape of the projection's output."""
-        if self.channels_first:
-            x = x.movedim(1, -1)
-        if x.shape[-1] != self.plan.columns:
-            raise ValueError("a projection is given something of another width")
-        self.given.append(x)
-        shape = (*x.shape[:-1], self.plan.rows)
-        # Small, where a bound on the logits is flat.
-        out = 0.1 * torch.randn(shape).to(x) if self.is_random else self.values.to(x).expand(shape).clone()
-        return out.movedim(-1, 1).contiguous() if self.channels_first else out
-
-
-class _Passed(nn.Module):
-    """Stands for a norm: gives its input back, and keeps it beside the norm."""
-
-    def __init__(self, norm: nn.Module, normed: list[tuple[nn.Module, Tensor]]) -> None:
-        super().__init__()
-        self._keep = lambda x: normed.append((norm, x))
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the input."""
-        self._keep(x)
-        return x.clone()
-
-
-class _Parts:
-    """The modules in a layer, and what stands for them.
-
-    Attributes:
-        emitters: projections.
-        stand_ins: what stands for projections and norms.
-        normed: what norms were given in the newest run.
-        size: number of rows of all projections.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.emitters: dict[nn.Module, _Emitter] = {}
-        self.stand_ins: dict[nn.Module, nn.Module] = {}
-        self.normed: list[tuple[nn.Module, Tensor]] = []
-        self.size = 0
-        for name, child in module.named_children():
-            self._add(child, name)
-
-    def _add(self, module: nn.Module, path: str) -> None:
-        if module in self.stand_ins:
-            return
-        if is_norm(module):
-            self.stand_ins[module] = _Passed(module, self.normed)
-            return
-        plan = _affine(module, path) if any(True for _ in module.parameters()) else None
-        if plan is not None:
-            self.emitters[module] = self.stand_ins[module] = _Emitter(plan, self.size)
-            self.size += plan.rows
-            return
-        for name, child in module.named_children():
-            self._add(child, f"{path}.{name}")
-
-
-def _affine(module: nn.Module, path: str) -> AffineMap | None:
-    try:
-        return affine_plan(module, path)
-    except InaccessibleWeights:
-        raise
-    except UnreadLayer:
-        return None
-
-
-class _Seen(NamedTuple):
-    """What one run shows.
-
-    Attributes:
-        products: those that the layer takes softmaxes of.
-        normed: what its norms are given, in order.
-        sources: what each projection is given, the last time.
-        failed: how the run ended, where by an error.
-    """
-
-    products: list[Product]
-    normed: list[tuple[nn.Module, Tensor]]
-    sources: dict[_Emitter, Tensor]
-    failed: str
-
-
-def _run(module: nn.Module, parts: _Parts, trial: Trial) -> _Seen:
-    """Run the layer on a copy, its projections giving what they are told to."""
-    for emitter in parts.emitters.values():
-        emitter.given.clear()
-    parts.normed.clear()
-    copied = shadow(module, convert=_own_buffer, stand_ins=parts.stand_ins)
-    if trial.config is not None and "config" in copied.__dict__:
-        copied.__dict__["config"] = trial.config
-    follow = Following()
-    failed = ""
-    try:
-        with follow:
-            copied(**trial.given, **trial.arguments)
-    except Exception as error:
-        # What comes behind the softmax may fail.
-        failed = (
-            f" ({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no message'})"
-        )
-    sources = {emitter: emitter.given[-1] for emitter in parts.emitters.values() if emitter.given}
-    return _Seen(follow.products, list(parts.normed), sources, failed)
-
-
-def _own_buffer(tensor: Tensor) -> Tensor:
-    """A forward may write into its buffers; parameters, and large tables, are left where they are."""
-    return tensor if isinstance(tensor, nn.Parameter) or tensor.numel() > 2**20 else tensor.clone()
-
-
-def _read(module: nn.Module, parts: _Parts, trial: Trial) -> Found:
-    """Follow the numbers of rows through one way to call the layer."""
-    emitters = list(parts.emitters.values())
-    numbers = torch.arange(parts.size)
-    told = [torch.zeros(parts.size), torch.ones(parts.size)]
-    told += [(numbers // _BASE**place % _BASE).float() for place in range(_digits(parts.size))]
-    runs: list[_Seen] = []
-    for values in told:
-        for emitter in emitters:
-            emitter.values = values[emitter.first : emitter.first + emitter.plan.rows]
-        runs.append(_run(module, parts, trial))
-        if not runs[-1].products or len(runs[-1].products) != len(runs[0].products):
-            raise _NoProduct(runs[-1].failed)
-    reason: UnreadLayer | None = None
-    for place in range(len(runs[0].products)):
-        try:
-            query, key = (
-                _numbers([getattr(run.products[place], side) for run in runs], f"its {what}")
-                for side, what in (("query", "queries"), ("key", "keys"))
-            )
-            rows_of_query, rows_of_key = _heads(query.rows, key.rows)
-            from_query = _side(rows_of_query, parts, trial, "queries", runs)
-            from_key = _side(rows_of_key, parts, trial, "keys", runs)
-        except UnreadLayer as error:
-            # The first product says most: later ones are with positions, or in layers behind.
-            reason = reason or error
-            continue
-        scaling = None
-        if from_query.norm is None and from_key.norm is None:
-            scaling = _scaling(module, parts, trial, place)
-        if scaling is not None:
-            scaling *= query.factor * key.factor
-        return Found(from_query, from_key, scaling, not any(run.failed for run in runs))
-    assert reason is not None  # there is at least one product
-    raise reason
+class _Rejected(UnreadLayer):
+    """What was found does not explain what the layer does, however else it may be called."""
 
 
 class _Numbers(NamedTuple):
@@ -291,6 +182,580 @@ class _Numbers(NamedTuple):
     factor: float
 
 
+class _Way(NamedTuple):
+    """One product, and which rows its sides are."""
+
+    place: int
+    sides: tuple[_Numbers, _Numbers]
+    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+class _Sample(NamedTuple):
+    """A run on random numbers.
+
+    Attributes:
+        seen: what it shows.
+        made: rows, by their numbers (d,), to what the projections gave for them, (tokens, d).
+    """
+
+    seen: Seen
+    made: Callable[[Tensor], Tensor | None]
+
+
+_SIDES = ("query", "key")
+_NAMES = {"query": "its queries", "key": "its keys"}
+
+
+class _Search:
+    """Follows the numbers of rows through one way to call a layer."""
+
+    def __init__(self, bench: Bench, trial: Trial, *, is_strict: bool) -> None:
+        self.bench = bench
+        self.trial = trial
+        self.is_strict = is_strict
+        self.runs: list[Seen] = []
+        # Of bare parameters: how they are read, with the number of the first row of each.
+        self.elements: ElementSearch | None = None
+        # Projections that map what others give, and what they were found to be given.
+        self._links: dict[Emitter, _Numbers] = {}
+        self._biases: dict[tuple[int, str], Elements] = {}
+
+    def read(self) -> Found:
+        """What this way to call the layer tells.
+
+        Raises:
+            _NoProduct: it comes to no softmax of a product.
+            UnreadLayer: its queries and keys are no rows of projections.
+        """
+        self._tell()
+        self._check_channels()
+        ways, scaling, is_swapped = self._explained()
+        clip = None
+        if self.is_strict:
+            clip = self._check(ways, scaling)
+        pairs = [pair[::-1] if is_swapped else pair for way in ways for pair in way.pairs]
+        rows_of_query, rows_of_key = _grouped(pairs)
+        self._add_biases(ways)
+        query = self._side(rows_of_query, "queries")
+        key = self._side(rows_of_key, "keys")
+        if scaling is not None:
+            for own, numbers in zip((query, key), ways[0].sides[:: -1 if is_swapped else 1], strict=True):
+                scaling *= numbers.factor / self._factor_at(own.norm, numbers)
+        if not self.is_strict and (query.norm is not None or key.norm is not None):
+            scaling = None
+        is_decided = (
+            not self.is_strict
+            or self.trial.is_recorded
+            or query.affine.columns != key.affine.columns
+            or len(input_arguments(self.bench.module)) <= 1
+        )
+        complete = not any(run.failed for run in self.runs)
+        return Found(query, key, scaling, complete, is_decided, clip)
+
+    # What the layer makes of the numbers of rows.
+
+    def _tell(self) -> None:
+        """Run the layer on zeros, on ones and on the digits of its rows' numbers."""
+        size = self.bench.size
+        numbers = torch.arange(size)
+        told = [torch.zeros(size), torch.ones(size)]
+        # No larger than one, where bounds are flat.
+        told += [(numbers // _BASE**place % _BASE) / _BASE for place in range(_digits(size))]
+        if not self.bench.emitters:
+            told = told[:1]
+            self.elements = ElementSearch(self.bench, self.trial)
+        for values in told:
+            self.runs.append(self.bench.run(self.trial, constant(values)))
+            if not self.runs[-1].products or len(self.runs[-1].products) != len(self.runs[0].products):
+                raise _NoProduct(self.runs[-1].failed)
+
+    def _numbers(self, place: int, side: str) -> _Numbers:
+        if self.elements is None:
+            return _numbers([getattr(run.products[place], side) for run in self.runs], _NAMES[side])
+
+        def reading(trial: Trial, given: dict[int, Tensor]) -> Tensor:
+            seen = self.bench.run(trial, constant(torch.zeros(0)), given)
+            if len(seen.products) != len(self.runs[0].products):
+                raise UnreadLayer("it takes other products when its parameters change")
+            return getattr(seen.products[place], side).double()
+
+        found = self.elements.find(reading, _NAMES[side])
+        self._biases[place, side] = found
+        return _Numbers(found.numbers, found.factor)
+
+    def _add_biases(self, ways: list[_Way]) -> None:
+        if self.elements is not None:
+            for way in ways:
+                for side in _SIDES:
+                    self.elements.add_biases(self._biases[way.place, side])
+
+    def _explained(self) -> tuple[list[_Way], float | None, bool]:
+        """The products whose sides are rows of projections, the factor on them, and whether keys come first."""
+        reason: UnreadLayer | None = None
+        found: list[tuple[_Way, float | None, bool]] = []
+        for place in range(len(self.runs[0].products)):
+            try:
+                sides = self._numbers(place, "query"), self._numbers(place, "key")
+                way = _Way(place, sides, _pairs(sides[0].rows, sides[1].rows))
+                if self.elements is None:
+                    # Whether they are rows of projections of the layer's input.
+                    for numbers, what in zip(_grouped(way.pairs), ("queries", "keys"), strict=True):
+                        self._side(numbers, what)
+                found.append((way, *self._softmax_of(way)))
+            except _Rejected:
+                raise
+            except UnreadLayer as error:
+                # The first product says most: later ones are with positions, or in layers behind.
+                reason = reason or error
+                continue
+            if not self.is_strict:
+                break
+        if not found:
+            assert reason is not None  # there is at least one product
+            raise reason
+        first, scaling, is_swapped = found[0]
+        ways = [first]
+        known = set(first.pairs)
+        for way, own_scaling, own_swapped in found[1:]:
+            if known.issuperset(way.pairs):
+                continue
+            logits = [self.runs[0].products[own.place].logits for own in (first, way)]
+            if logits[0] is not None and logits[0] is logits[1]:
+                raise _Rejected("its logits are sums of several products of queries and keys")
+            same = own_swapped == is_swapped and len(way.pairs[0][0]) == len(first.pairs[0][0])
+            if not same or not _is_close(own_scaling, scaling) or known.intersection(way.pairs):
+                raise _Rejected("it takes several softmaxes, of products that differ in their scale or width")
+            ways.append(way)
+            known.update(way.pairs)
+        return ways, scaling, is_swapped
+
+    # Runs on random numbers.
+
+    def _sample(
+        self,
+        seed: int,
+        scale: float,
+        *,
+        trial: Trial | None = None,
+        varied: Sequence[Loose] = (),
+        shifted: Tensor | None = None,
+    ) -> _Sample:
+        """Run the layer on random numbers.
+
+        Args:
+            seed: of the numbers.
+            scale: their size.
+            trial: how it is called, where not in its own way.
+            varied: parameters that get other values.
+            shifted: numbers of rows that get other values than without.
+        """
+        trial = trial or self.trial
+        given = {id(loose.parameter): _varied(loose.parameter, place) for place, loose in enumerate(varied)}
+        if self.elements is not None:
+            return self._sample_bare(seed, scale, trial, given, shifted)
+        emission: Emission = random(seed, scale)
+        if shifted is not None:
+            mask = torch.zeros(self.bench.size)
+            mask[shifted] = 1.0
+            first, second = emission, random(seed + 100, scale)
+
+            def emission(own: Emitter, shape: tuple[int, ...]) -> Tensor:
+                part = mask[own.first : own.first + own.plan.rows]
+                return first(own, shape) + part * second(own, shape)
+
+        seen = self.bench.run(trial, emission, given)
+        gave = {
+            emitter: torch.cat([out.flatten(0, -2) for out in emitter.gave])
+            for emitter in self.bench.emitters.values()
+            if emitter.gave
+        }
+
+        def made(numbers: Tensor) -> Tensor | None:
+            parts = [(emitter, emitter.owns(numbers)) for emitter in self.bench.emitters.values()]
+            parts = [(emitter, mine) for emitter, mine in parts if bool(mine.any())]
+            if any(emitter not in gave for emitter, _ in parts):
+                return None
+            if len({len(gave[emitter]) for emitter, _ in parts}) != 1:
+                return None
+            out = gave[parts[0][0]].new_zeros(len(gave[parts[0][0]]), len(numbers), dtype=torch.float64)
+            for emitter, mine in parts:
+                out[:, mine] = gave[emitter].double()[:, numbers[mine] - emitter.first]
+            return out
+
+        return _Sample(seen, made)
+
+    def _sample_bare(
+        self, seed: int, scale: float, trial: Trial, given: dict[int, Tensor], shifted: Tensor | None
+    ) -> _Sample:
+        """The same, where weights are parameters: they and the layer's input are random."""
+        assert self.elements is not None
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(shape: Sequence[int]) -> Tensor:
+            return torch.randn(tuple(shape), generator=generator)
+
+        weights: list[tuple[int, ParameterPlan, Tensor, Tensor | None]] = []
+        shift = torch.Generator().manual_seed(seed + 100)
+        for first, plan in self.elements.plans.values():
+            weight = plan.stored()[0]
+            values = drawn(weight.shape) / plan.columns**0.5
+            if shifted is not None:
+                own = shifted[(shifted >= first) & (shifted < first + plan.rows)] - first
+                blocks = values.view(-1, plan.columns, plan.stride)
+                blocks[own // plan.stride, :, own % plan.stride] += torch.randn(
+                    len(own), plan.columns, generator=shift
+                )
+            given[id(weight)] = values.to(weight)
+            weights.append((first, plan, given[id(weight)], None))
+        biases = torch.cat([torch.zeros(0), *(drawn((loose.parameter.numel(),)) for loose in self.bench.loose)])
+        used = torch.cat([torch.zeros(0, dtype=torch.long), *(own.biases.flatten().cpu() for own in self._biases.values())])
+        start = 0
+        for loose in self.bench.loose:
+            stop = start + loose.parameter.numel()
+            if bool(((used >= start) & (used < stop)).any()):
+                given[id(loose.parameter)] = biases[start:stop].view(loose.parameter.shape).to(loose.parameter)
+            start = stop
+        inputs = {name: (scale * drawn(own.shape)).to(own) for name, own in _shared_storage(trial.given)}
+        inputs = {name: inputs[first] for name, first in _first_names(trial.given).items()}
+        seen = self.bench.run(trial._replace(given=inputs), constant(torch.zeros(0)), given)
+        tokens = {name: own.flatten(0, -2).double() for name, own in inputs.items()}
+        added = {
+            int(number): int(bias)
+            for own in self._biases.values()
+            for number, bias in zip(own.numbers.flatten().tolist(), own.biases.flatten().tolist(), strict=True)
+        }
+
+        def made(numbers: Tensor) -> Tensor | None:
+            out = []
+            for own in tokens.values():
+                columns: list[Tensor] = []
+                for number in numbers.tolist():
+                    for first, plan, values, _ in weights:
+                        if first <= number < first + plan.rows and plan.columns == own.shape[-1]:
+                            row = plan.as_rows(values)[number - first].double()
+                            bias = added.get(number, -1)
+                            columns.append(own @ row + (float(biases[bias]) if bias >= 0 else 0.0))
+                if len(columns) == len(numbers):
+                    out.append(torch.stack(columns, -1))
+            return torch.cat(out) if out else None
+
+        return _Sample(seen, made)
+
+    def _softmax_of(self, way: _Way) -> tuple[float | None, bool]:
+        """The factor between a product and what its softmax is taken of, and whether the keys are on its left.
+
+        From how the logits change with one side. What is added, such as masks, biases and products of positions,
+        does not change; a bound on the logits is flat where they are small.
+        """
+        shifted = way.sides[1].rows.unique().cpu()
+        first = self._sample(1, 0.1)
+        second = self._sample(1, 0.1, shifted=shifted)
+        products = [
+            own.seen.products[way.place] if len(own.seen.products) > way.place else None for own in (first, second)
+        ]
+        if products[0] is None or products[1] is None:
+            return None, False
+        return _softmax_of(products[0], products[1])
+
+    # Whether what was found explains what the layer does.
+
+    def _check_channels(self) -> None:
+        """Refuse what attends over channels: the axis that its product sums over grows with the tokens."""
+        wider = self.trial.wider
+        if wider is None or not self.trial.tokens or self.trial.tokens == wider.tokens:
+            return
+        widths = {product.query.shape[-1] for product in self.runs[0].products}
+        if widths != {self.trial.tokens}:
+            return
+        seen = self.bench.run(wider, constant(torch.zeros(self.bench.size)))
+        if seen.products and {product.query.shape[-1] for product in seen.products} == {wider.tokens}:
+            raise NotTokenAttention(
+                "it attends over channels: its products are sums over tokens, and its softmax is over channels"
+            )
+
+    def _check(self, ways: list[_Way], scaling: float | None) -> float | None:
+        """Compare with runs on random numbers; returns the bound that queries and keys are clamped to, if any."""
+        plain = self._sample(2, 1.0)
+        for way in ways:
+            for side, numbers in zip(_SIDES, way.sides, strict=True):
+                if not self._is_made(plain, way, side, numbers):
+                    raise _Rejected(
+                        f"{_NAMES[side]} are not what its projections give, each with one factor: something that "
+                        "is not linear, or other tokens, stand between them and the product"
+                    )
+        if self.elements is None:
+            self._check_sources()
+        if scaling is None:
+            raise _Rejected(
+                "its logits are not one factor times q · k: its heads have factors of their own, or something "
+                "that is not linear stands between the product and the softmax"
+            )
+        self._check_parameters(ways, scaling)
+        self._check_wider(ways)
+        return self._bound(ways)
+
+    def _is_made(self, sample: _Sample, way: _Way, side: str, numbers: _Numbers, bound: float = math.inf) -> bool:
+        """Whether each vector of a side is what its rows are for some token."""
+        if len(sample.seen.products) <= way.place:
+            return False
+        got = getattr(sample.seen.products[way.place], side)
+        if got.shape != numbers.rows.shape:
+            return False
+        tolerance = _tolerance(got)
+        got = got.double().flatten(0, -2)
+        rows = numbers.rows.flatten(0, -2).cpu()
+        for own in rows.unique(dim=0):
+            want = sample.made(own)
+            if want is None:
+                return False
+            want = (numbers.factor * want.to(got.device)).clamp(-bound, bound)
+            vectors = got[(rows == own).all(-1).to(got.device)]
+            error = (vectors[:, None] - want[None]).abs().amax(-1).amin(1)
+            if not float(error.max()) <= tolerance * float(want.abs().max()):
+                return False
+        return True
+
+    def _check_sources(self) -> None:
+        """What projections are given that map others' outputs is what those give, of either sign."""
+        sample = self._sample(3, 1.0)
+        for emitter, features in self._links.items():
+            if emitter not in sample.seen.sources:
+                continue
+            want = sample.made(features.rows)
+            got = sample.seen.sources[emitter].double().flatten(0, -2)
+            if want is None or want.shape != got.shape:
+                continue
+            error = (got - features.factor * want).abs().max()
+            if not float(error) <= _tolerance(sample.seen.sources[emitter]) * float(want.abs().max()):
+                raise _Rejected(
+                    f"something that is not linear stands before its projection {emitter.plan.name!r}"
+                )
+
+    def _check_parameters(self, ways: list[_Way], scaling: float) -> None:
+        """Refuse layers whose other parameters change queries, keys or the factor on their products."""
+        own = set() if self.elements is None else self._own_parameters()
+        loose = [other for other in self.bench.loose if id(other.parameter) not in own]
+        culprit = None
+        if loose and not self._is_unchanged(ways, scaling, loose):
+            culprit = next((one for one in loose if not self._is_unchanged(ways, scaling, [one])), loose[0])
+        if culprit is not None:
+            raise _Rejected(
+                f"its learnt parameter {culprit.path!r} changes its queries, its keys or the factor on their product"
+            )
+
+    def _own_parameters(self) -> set[int]:
+        """Parameters that are read as weights or biases."""
+        assert self.elements is not None
+        found = set(self.elements.plans)
+        used = torch.cat([own.biases.flatten().cpu() for own in self._biases.values()])
+        start = 0
+        for loose in self.bench.loose:
+            stop = start + loose.parameter.numel()
+            if bool(((used >= start) & (used < stop)).any()):
+                found.add(id(loose.parameter))
+            start = stop
+        return found
+
+    def _is_unchanged(self, ways: list[_Way], scaling: float, loose: Sequence[Loose]) -> bool:
+        sample = self._sample(4, 1.0, varied=loose)
+        for way in ways:
+            if not all(
+                self._is_made(sample, way, side, numbers)
+                for side, numbers in zip(_SIDES, way.sides, strict=True)
+            ):
+                return False
+            shifted = way.sides[1].rows.unique().cpu()
+            first, second = (
+                self._sample(5, 0.1, varied=loose, shifted=part) for part in (None, shifted)
+            )
+            if any(len(own.seen.products) <= way.place for own in (first, second)):
+                return False
+            factor, _ = _softmax_of(*(own.seen.products[way.place] for own in (first, second)))
+            if not _is_close(factor, scaling):
+                return False
+        return True
+
+    def _check_wider(self, ways: list[_Way]) -> None:
+        """Refuse what mixes tokens or heads: in more tokens each vector is some rows of one, if turned."""
+        wider = self.trial.wider
+        if wider is None or any(given.dim() > 3 for given in wider.given.values()):
+            return
+        first, second = (self._sample(seed, 1.0, trial=wider) for seed in (6, 7))
+        for way in ways:
+            if any(len(own.seen.products) <= way.place for own in (first, second)):
+                if self.trial.tokens == 1:
+                    raise _Rejected(
+                        f"it runs alone on single tokens only{first.seen.failed}, which do not tell whether it mixes "
+                        "them"
+                    )
+                return
+            heads: list[Tensor] = []
+            for side, numbers in zip(_SIDES, way.sides, strict=True):
+                got = [getattr(own.seen.products[way.place], side) for own in (first, second)]
+                tolerance = _tolerance(got[0])
+                rows = numbers.rows.flatten(0, -2).unique(dim=0).cpu()
+                if any(tensor.shape[-1] != rows.shape[-1] for tensor in got):
+                    raise _Rejected(f"{_NAMES[side]} change their width with the number of tokens")
+                made = [[own.made(row) for row in rows] for own in (first, second)]
+                if any(part is None for own in made for part in own):
+                    raise _Rejected(f"{_NAMES[side]} are made otherwise of more tokens")
+                want = [numbers.factor * torch.cat(own) for own in made]  # type: ignore[arg-type]
+                vectors = [tensor.double().flatten(0, -2).cpu() for tensor in got]
+                wanted = torch.stack([part.norm(dim=-1) for part in (*want, want[0] - want[1])], -1)
+                lengths = torch.stack([part.norm(dim=-1) for part in (*vectors, vectors[0] - vectors[1])], -1)
+                error, nearest = (lengths[:, None] - wanted.cpu()[None]).abs().amax(-1).min(1)
+                heads.append((nearest // len(made[0][0])).view(*got[0].shape[:-1], 1))  # type: ignore[arg-type]
+                if not float(error.max()) <= tolerance * float(wanted.max()):
+                    raise _Rejected(f"{_NAMES[side]} mix several tokens or heads, or depend on how many tokens there are")
+
+            try:
+                _pairs(*heads)
+            except UnreadLayer:
+                raise _Rejected("its products take vectors of several heads together") from None
+
+    def _bound(self, ways: list[_Way]) -> float | None:
+        """The bound that large queries and keys are clamped to, or None."""
+        large = self._sample(8, _LARGE)
+        bounds: set[float] = set()
+        for way in ways:
+            for side, numbers in zip(_SIDES, way.sides, strict=True):
+                if self._is_made(large, way, side, numbers):
+                    continue
+                bound = math.nan
+                if len(large.seen.products) > way.place:
+                    bound = float(getattr(large.seen.products[way.place], side).abs().max())
+                if not math.isfinite(bound) or not self._is_made(large, way, side, numbers, bound):
+                    raise _Rejected(f"large ones of {_NAMES[side]} are bounded, by no clamp to ± one number")
+                bounds.add(bound / abs(numbers.factor))
+        return min(bounds) if bounds else None
+
+    # Where rows come from.
+
+    def _side(self, numbers: Tensor, what: str) -> FoundSide:
+        norm = self._norm_of(numbers)
+        if self.elements is not None:
+            return self._bare_side(numbers, norm, what)
+        given: set[str] = set()
+        first, *others = self._owners(numbers)
+        direct = None if others else _source(first, self.trial)
+        if direct is not None:
+            return FoundSide(first.plan, numbers - first.first, norm, direct, normed=False)
+        composed = self._compose(numbers.flatten(), given, depth=3)
+        if len(given) != 1:
+            raise UnreadLayer(f"its {what} are made of several inputs ({', '.join(sorted(given)) or 'none'})")
+        rows = torch.arange(numbers.numel()).view(numbers.shape)
+        return FoundSide(composed, rows, norm, given.pop(), composed.normed, _common(numbers))
+
+    def _bare_side(self, numbers: Tensor, norm: nn.Module | None, what: str) -> FoundSide:
+        """A side that bare parameters make; its input is the one whose tokens explain it."""
+        assert self.elements is not None
+        flat = numbers.flatten()
+        parts = []
+        for first, plan in self.elements.plans.values():
+            places = ((flat >= first) & (flat < first + plan.rows)).nonzero()[:, 0]
+            if len(places):
+                parts.append(Part(places, plan, flat[places] - first))
+        columns = {part.affine.columns for part in parts}
+        names = [
+            name for name, own in self.trial.given.items() if own.shape[-1] in columns
+        ]
+        given = self._bare_source(numbers, names)
+        if given is None:
+            raise UnreadLayer(f"its {what} are made of none of its inputs, or of several")
+        if len(parts) == 1:
+            return FoundSide(parts[0].affine, parts[0].rows.view(numbers.shape), norm, given)
+        composed = Composed(parts)
+        return FoundSide(composed, torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers))
+
+    def _bare_source(self, numbers: Tensor, names: list[str]) -> str | None:
+        """The only input whose change changes some rows."""
+        if len(names) == 1:
+            return names[0]
+        wanted = set(numbers.flatten().tolist())
+        found = []
+        base = self.bench.run(self.trial, constant(torch.zeros(0)))
+        firsts = _first_names(self.trial.given)
+        for name in dict.fromkeys(firsts[own] for own in names):
+            given = {
+                own: value + 1.0 if firsts[own] == name else value for own, value in self.trial.given.items()
+            }
+            seen = self.bench.run(self.trial._replace(given=given), constant(torch.zeros(0)))
+            for (place, side), own in self._biases.items():
+                if not wanted.issubset(own.numbers.flatten().tolist()):
+                    continue
+                before, after = (getattr(run.products[place], side) for run in (base, seen))
+                if bool((before != after).any()):
+                    found.append(name)
+        return found[0] if len(set(found)) == 1 else None
+
+    def _owners(self, numbers: Tensor) -> list[Emitter]:
+        """The projections that rows belong to."""
+        return [emitter for emitter in self.bench.emitters.values() if bool(emitter.owns(numbers).any())]
+
+    def _compose(self, numbers: Tensor, given: set[str], depth: int) -> Composed:
+        """What gives some rows, back to the layer's inputs, whose names are added to ``given``."""
+        made: list[Part] = []
+        for emitter in self._owners(numbers):
+            places = emitter.owns(numbers).nonzero()[:, 0]
+            rows = numbers[places] - emitter.first
+            name = _source(emitter, self.trial)
+            if name is not None:
+                given.add(name)
+                made.append(Part(places, emitter.plan, rows))
+                continue
+            features = _features(emitter, self.runs)
+            if features is None or depth == 0:
+                raise UnreadLayer(
+                    f"its projection {emitter.plan.name!r} maps something else than the layer's input"
+                )
+            self._links[emitter] = features
+            source = self._compose(features.rows, given, depth - 1)
+            between = self._norm_of(features.rows)
+            norm = None if between is None else plan_norm(between, (emitter.plan.columns,))
+            if between is not None and norm is None:
+                raise UnreadLayer(
+                    f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which is "
+                    "no RMSNorm or LayerNorm"
+                )
+            made.append(Part(places, emitter.plan, rows, source, norm, features.factor))
+        return Composed(made)
+
+    def _normed(self, numbers: Tensor) -> tuple[nn.Module, float] | None:
+        """The norm that is given some rows, and the factor on them there."""
+        wanted = set(numbers.flatten().tolist())
+        for call, (norm, _) in enumerate(self.runs[0].normed):
+            if any(len(run.normed) <= call or run.normed[call][0] is not norm for run in self.runs):
+                continue
+            with suppress(UnreadLayer):
+                found = _numbers([run.normed[call][1] for run in self.runs], "its features")
+                if wanted & set(found.rows.flatten().tolist()):
+                    return norm, found.factor
+        return None
+
+    def _norm_of(self, numbers: Tensor) -> nn.Module | None:
+        if self.elements is not None:
+            if self.runs[0].normed and self._is_normed_behind():
+                raise UnreadLayer("a norm stands behind projections that are bare parameters")
+            return None
+        found = self._normed(numbers)
+        return None if found is None else found[0]
+
+    def _is_normed_behind(self) -> bool:
+        """Whether a norm acts on what bare parameters make: on something else than the layer's input."""
+        inputs = list(self.trial.given.values())
+        return not all(
+            any(given.shape == own.shape and torch.equal(given, own) for own in inputs)
+            for _, given in self.runs[0].normed
+        )
+
+    def _factor_at(self, norm: nn.Module | None, numbers: _Numbers) -> float:
+        """The factor on rows where a norm takes them, which it divides out; 1 without a norm."""
+        if norm is None:
+            return 1.0
+        found = self._normed(numbers.rows)
+        return 1.0 if found is None else found[1]
+
+
 def _numbers(seen: list[Tensor], what: str) -> _Numbers:
     """Read the numbers of rows from what the layer made of zeros, of ones, and of their digits."""
     if any(tensor.shape != seen[0].shape for tensor in seen):
@@ -298,14 +763,14 @@ def _numbers(seen: list[Tensor], what: str) -> _Numbers:
     zero, one, *digits = (tensor.double() for tensor in seen)
     factor = one - zero
     scale = float(factor.abs().max()) if factor.numel() else 0.0
-    tolerance = 1e-4 if seen[0].dtype in (torch.float32, torch.float64) else 2e-2
+    tolerance = _tolerance(seen[0])
     if not (scale > 0 and float((factor - factor.flatten()[0]).abs().max()) <= tolerance * scale):
         raise UnreadLayer(f"{what} are not rows of its projections alone, each with one factor")
     if not float(zero.abs().max()) <= tolerance * scale:
         raise UnreadLayer(f"{what} have something added to them behind the projections")
     rows = torch.zeros(seen[0].shape, dtype=torch.long, device=seen[0].device)
     for place, digit in enumerate(digits):
-        value = digit / factor
+        value = digit * _BASE / factor
         rounded = value.round()
         whole = float((value - rounded).abs().max()) <= 0.25
         if not (whole and float(rounded.min()) >= 0 and float(rounded.max()) < _BASE):
@@ -322,8 +787,8 @@ def _digits(size: int) -> int:
     return count
 
 
-def _heads(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of every head, (heads, d_head), and of every key head, (kv_heads, d_head).
+def _pairs(query: Tensor, key: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Rows of every head's queries and keys.
 
     Heads are told by the rows that they are made of, wherever they stand among batch and tokens.
     """
@@ -336,73 +801,36 @@ def _heads(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     found: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for queries, keys in zip(query, key, strict=True):
         own = {tuple(row) for row in keys.tolist()}
-        for row in queries.tolist():
+        for row in queries.unique(dim=0).tolist() if len(queries) > 64 else queries.tolist():
             found.setdefault(tuple(row), set()).update(own)
     if any(len(keys) != 1 for keys in found.values()):
         raise UnreadLayer("its heads multiply with several sets of keys each")
-    of_head = [next(iter(keys)) for keys in found.values()]
+    if any(len(set(row)) == 1 < len(row) for row in found):
+        raise UnreadLayer("its products are sums over the same row again and again: over tokens, perhaps")
+    return [(row, next(iter(keys))) for row, keys in found.items()]
+
+
+def _grouped(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Tensor, Tensor]:
+    """Rows of every head, (heads, d_head), and of every key head, (kv_heads, d_head).
+
+    Where heads that share keys do not follow each other, the keys are given once for each head.
+    """
+    of_head = [key for _, key in pairs]
     distinct = list(dict.fromkeys(of_head))
     group = len(of_head) // len(distinct)
     if [row for row in distinct for _ in range(group)] != of_head:
-        raise UnreadLayer("its heads that share a key do not follow each other")
-    return torch.tensor(list(found)), torch.tensor(distinct)
+        distinct = of_head
+    return torch.tensor([query for query, _ in pairs]), torch.tensor(distinct)
 
 
-def _side(numbers: Tensor, parts: _Parts, trial: Trial, what: str, runs: list[_Seen]) -> FoundSide:
-    norm = _norm_of(numbers, runs)
-    given: set[str] = set()
-    first, *others = _owners(numbers, parts)
-    direct = None if others else _source(first, trial)
-    if direct is not None:
-        return FoundSide(first.plan, numbers - first.first, norm, direct, normed=False)
-    composed = _compose(numbers.flatten(), parts, trial, runs, given, depth=3)
-    if len(given) != 1:
-        raise UnreadLayer(f"its {what} are made of several inputs ({', '.join(sorted(given)) or 'none'})")
-    rows = torch.arange(numbers.numel()).view(numbers.shape)
-    common = (numbers == numbers[0]).all(0).flip(0).int().cumprod(0).sum() if len(numbers) > 1 else 0
-    return FoundSide(composed, rows, norm, given.pop(), composed.normed, int(common))
+def _common(numbers: Tensor) -> int:
+    """How many rows, the last ones of each head, all heads have in common."""
+    if len(numbers) < 2:
+        return 0
+    return int((numbers == numbers[0]).all(0).flip(0).int().cumprod(0).sum())
 
 
-def _owners(numbers: Tensor, parts: _Parts) -> list[_Emitter]:
-    """The projections that rows belong to."""
-    return [
-        emitter
-        for emitter in parts.emitters.values()
-        if bool(((numbers >= emitter.first) & (numbers < emitter.first + emitter.plan.rows)).any())
-    ]
-
-
-def _compose(
-    numbers: Tensor, parts: _Parts, trial: Trial, runs: list[_Seen], given: set[str], depth: int
-) -> Composed:
-    """What gives some rows, back to the layer's inputs, whose names are added to ``given``."""
-    made: list[Part] = []
-    for emitter in _owners(numbers, parts):
-        places = ((numbers >= emitter.first) & (numbers < emitter.first + emitter.plan.rows)).nonzero()[:, 0]
-        rows = numbers[places] - emitter.first
-        name = _source(emitter, trial)
-        if name is not None:
-            given.add(name)
-            made.append(Part(places, emitter.plan, rows))
-            continue
-        features = _features(emitter, runs)
-        if features is None or depth == 0:
-            raise UnreadLayer(
-                f"its projection {emitter.plan.name!r} maps something else than the layer's input"
-            )
-        source = _compose(features.rows, parts, trial, runs, given, depth - 1)
-        between = _norm_of(features.rows, runs)
-        norm = None if between is None else plan_norm(between, (emitter.plan.columns,))
-        if between is not None and norm is None:
-            raise UnreadLayer(
-                f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which is no "
-                "RMSNorm or LayerNorm"
-            )
-        made.append(Part(places, emitter.plan, rows, source, norm, features.factor))
-    return Composed(made)
-
-
-def _features(emitter: _Emitter, runs: list[_Seen]) -> _Numbers | None:
+def _features(emitter: Emitter, runs: list[Seen]) -> _Numbers | None:
     """The rows that a projection's input is made of, (columns,); None where it is made otherwise."""
     if any(emitter not in run.sources for run in runs):
         return None
@@ -414,7 +842,7 @@ def _features(emitter: _Emitter, runs: list[_Seen]) -> _Numbers | None:
     return _Numbers(rows[0], numbers.factor) if bool((rows == rows[0]).all()) else None
 
 
-def _source(emitter: _Emitter, trial: Trial) -> str | None:
+def _source(emitter: Emitter, trial: Trial) -> str | None:
     """The argument whose tokens a projection maps, as they are."""
     tokens = emitter.given[-1].flatten(0, -2)
     for name, given in trial.given.items():
@@ -427,53 +855,81 @@ def _source(emitter: _Emitter, trial: Trial) -> str | None:
     return None
 
 
-def _norm_of(numbers: Tensor, runs: list[_Seen]) -> nn.Module | None:
-    """The norm that is given the rows of one side."""
-    wanted = set(numbers.flatten().tolist())
-    for call, (norm, _) in enumerate(runs[0].normed):
-        if any(len(run.normed) <= call or run.normed[call][0] is not norm for run in runs):
-            continue
-        with suppress(UnreadLayer):
-            rows = _numbers([run.normed[call][1] for run in runs], "its features").rows
-            if wanted & set(rows.flatten().tolist()):
-                return norm
-    return None
+def _first_names(given: dict[str, Tensor]) -> dict[str, str]:
+    """For each input the first that is the same tensor."""
+    return {
+        name: next(other for other, own in given.items() if own is tensor) for name, tensor in given.items()
+    }
 
 
-def _scaling(module: nn.Module, parts: _Parts, trial: Trial, place: int) -> float | None:
-    """The factor between a product and what its softmax is taken of, from how that changes with the product.
+def _shared_storage(given: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Inputs, each tensor once, under the first of its names."""
+    firsts = _first_names(given)
+    return [(name, tensor) for name, tensor in given.items() if firsts[name] == name]
 
-    What is added, such as masks and biases of position, does not change; a bound on the logits is flat where
-    they are small. None where the two are not proportional.
-    """
-    for emitter in parts.emitters.values():
-        emitter.is_random = True
-    try:
-        seen = [_run(module, parts, trial).products for _ in range(2)]
-    finally:
-        for emitter in parts.emitters.values():
-            emitter.is_random = False
-    if any(len(products) <= place for products in seen):
-        return None
-    first, second = (products[place] for products in seen)
+
+def _varied(parameter: Tensor, place: int) -> Tensor:
+    """Other values of a parameter, of the same size."""
+    plain = whole(parameter).detach()
+    wave = torch.arange(plain.numel(), device=plain.device, dtype=torch.float32)
+    wave = torch.cos(wave * (1.3 + 0.1 * place) + 1.0).view(plain.shape).to(plain.dtype)
+    return plain * (1 + 0.3 * wave) + 0.2 * wave + 0.1
+
+
+def _tolerance(tensor: Tensor) -> float:
+    return 1e-4 if tensor.dtype in (torch.float32, torch.float64) else 2e-2
+
+
+def _is_close(first: float | None, second: float | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return math.isclose(first, second, rel_tol=1e-3)
+
+
+def _softmax_of(first: Product, second: Product) -> tuple[float | None, bool]:
+    """The factor of two products' logits on the change of the products, and whether keys are on the left."""
     if first.logits is None or second.logits is None:
-        return first.scaling
-    try:
-        before, after = (part.query.double() @ part.key.double().mT for part in (first, second))
-    except RuntimeError:
-        return None
-    logits, later = first.logits.double(), second.logits.double()
-    if logits.shape[-1] > before.shape[-1]:
-        # Learnt sinks stand behind the logits.
-        logits, later = logits[..., : before.shape[-1]], later[..., : before.shape[-1]]
-    if logits.numel() != before.numel() or later.numel() != after.numel():
-        return None
+        return first.scaling, False
+    assert first.dots is not None and second.dots is not None  # where there are logits
+    if first.logits.shape != second.logits.shape or first.dots.shape != second.dots.shape:
+        return None, False
+    change = second.dots.double() - first.dots.double()
+    before, after = (own.logits.double().movedim(own.dim, -1) for own in (first, second))  # type: ignore[union-attr]
     # What is masked is some large negative number.
-    kept = (logits.isfinite() & later.isfinite() & (logits > -1e3) & (later > -1e3)).flatten()
-    change, outcome = (after - before).flatten()[kept], (later - logits).flatten()[kept]
+    kept = before.isfinite() & after.isfinite() & (before > -1e3) & (after > -1e3)
+    outcome = after - before
+    tolerance = 1e-3 if first.logits.dtype in (torch.float32, torch.float64) else 3e-2
+    for is_left, axis in ((False, change), (True, change.mT)):
+        own, own_kept = outcome, kept
+        if own.shape[-1] > axis.shape[-1]:
+            # Learnt sinks stand behind the logits.
+            own, own_kept = own[..., : axis.shape[-1]], own_kept[..., : axis.shape[-1]]
+        if own.numel() != axis.numel():
+            continue
+        factor = _proportion(axis.flatten()[own_kept.flatten()], own.flatten()[own_kept.flatten()], tolerance)
+        if factor is not None:
+            return factor, is_left != first.keys_first
+    # In another order of heads and tokens, which their sums tell.
+    canonical = [product.query.double() @ product.key.double().mT for product in (first, second)]
+    change = canonical[1] - canonical[0]
+    if not bool(kept.all()) or change.numel() != outcome.numel():
+        return None, False
+    for is_left, axis in ((False, change), (True, change.mT)):
+        sums, wanted = (part.abs().sum(-1).flatten().sort().values for part in (axis, outcome))
+        if sums.shape != wanted.shape:
+            continue
+        factor = _proportion(sums, wanted, tolerance)
+        if factor is not None:
+            ordered = axis.flatten().sort().values, outcome.flatten().sort().values
+            signed = _proportion(*ordered, tolerance)
+            return signed, is_left
+    return None, False
+
+
+def _proportion(change: Tensor, outcome: Tensor, tolerance: float) -> float | None:
+    """The number that makes one change the other; None where there is none."""
     if not change.numel() or not float(change.abs().max()) > 0:
         return None
     factor = float(change @ outcome / change.square().sum())
-    tolerance = 1e-3 if first.logits.dtype in (torch.float32, torch.float64) else 3e-2
     left = float((outcome - factor * change).abs().max())
     return factor if left <= tolerance * float(outcome.abs().max()) else None

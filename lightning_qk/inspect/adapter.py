@@ -1,8 +1,7 @@
 """Weights with a LoRA adapter of PEFT's added: ``W_0 + s B A``, as merging it would give, in float32."""
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +10,16 @@ from torch import Tensor, nn
 
 from lightning_qk.heads.classes import is_named
 from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.matching import listed
+from lightning_qk.inspect.patterns import first_matches
 from lightning_qk.inspect.storage import Get, Storage
 from lightning_qk.inspect.weights import Load, Weights
 
 _ROOT = "base_model.model."
 _DOWN, _UP, _UP_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_EMBEDDED = ".lora_embedding"
+_LARGEST_ALPHA = 1e30
 # What makes the weights depend on the input, or the adapter something else than a product of low rank.
 _REFUSED = (
     "layer_replication",
@@ -31,31 +34,68 @@ _REFUSED = (
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 
 
+# What PEFT takes where a configuration does not say.
+_ALPHA = 8.0
+# Fields that are read here, and what they have to be.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "base_model_name_or_path": (str,),
+    "revision": (str,),
+    "lora_alpha": (int, float),
+    "alpha_pattern": (dict,),
+    "rank_pattern": (dict,),
+    "use_rslora": (bool,),
+    "use_dora": (bool,),
+    "fan_in_fan_out": (bool,),
+    "modules_to_save": (list,),
+}
+
+
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse adapters that are not read.
 
     Raises:
-        BadInput: it is none of LoRA, or of a variant that is not a product of low rank beside the base's weights.
+        BadInput: it is none of LoRA, of a variant that is not a product of low rank beside the base's weights, or
+            a field is of a wrong kind.
     """
     kind = config.get("peft_type")
     if kind != "LORA":
         raise BadInput(
             f"expected a LoRA adapter, got {where} of type {kind}: merge it and pass the merged model"
         )
+    for name, kinds in _KINDS.items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise BadInput(
+                f"expected {name} to be {' or '.join(one.__name__ for one in kinds)} in {where}, got "
+                f"{type(value).__name__}: correct its adapter_config.json"
+            )
+    alphas = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
+    for name, value in alphas.items():
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_ALPHA
+        ):
+            raise BadInput(
+                f"expected finite numbers for lora_alpha and alpha_pattern in {where}, got one that is none for "
+                f"{name!r}: correct its adapter_config.json"
+            )
     for name in _REFUSED:
         if config.get(name):
             raise BadInput(
                 f"expected an adapter that adds a product of low rank to the base's weights, got {where} "
-                "with "
-                f"{name}={config[name]!r}: merge it and pass the merged model"
+                f"with {name}={_short(config[name])}: merge it and pass the merged model"
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and not start.lower().startswith(_HARMLESS_STARTS):
         raise BadInput(
             f"expected an adapter to the base's own weights, got {where} with "
-            f"init_lora_weights={start!r}, which "
+            f"init_lora_weights={_short(start)}, which "
             "changes them first: merge it and pass the merged model"
         )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 class AdaptedWeights:
@@ -67,14 +107,18 @@ class AdaptedWeights:
         """Find out which of a skeleton's parameters an adapter changes.
 
         Raises:
-            BadInput: the adapter changes something that the model does not have, or in an unknown way.
+            BadInput: the adapter changes something that the model does not have, lacks half of a product, or holds
+                tensors of an unknown kind.
         """
         self._base = base
         self._model = model
         self._storage = storage
         self._config = config
+        self._where = where
         self._replaced: dict[str, str] = {}
         self._low_rank: dict[str, str] = {}
+        self._used: set[str] = set()
+        self._heads: list[str] = []
         modules, names = dict(model.named_modules()), model.state_dict()
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
@@ -83,19 +127,73 @@ class AdaptedWeights:
                 (name for name in (path, prefix + path, path.removeprefix(prefix)) if name in known), None
             )
 
+        if not storage.files:
+            raise BadInput(f"expected an adapter's tensors in {where}, got none: save it again")
+        strange = []
         for key in storage.files:
             path = key.removeprefix(_ROOT)
-            if path.endswith(_DOWN):
-                module = own(path.removesuffix(_DOWN), modules)
-                if module is None or f"{module}.weight" not in names:
-                    raise BadInput(
-                        f"expected an adapter to this base, got {where} that changes "
-                        f"{path.removesuffix(_DOWN)!r}, which "
-                        f"a {type(model).__name__} does not have: pass the right one with --base"
-                    )
+            module_path, part = _part_of(path)
+            module = None if module_path is None else own(module_path, modules)
+            if module_path is None:
+                name = own(path, names)
+                if name is not None:
+                    self._replaced[name] = key  # a module that was trained whole
+                elif self._is_head(path):
+                    self._heads.append(path)
+                elif not self._is_embedding(path, own, modules):
+                    strange.append(path)
+            elif part == _EMBEDDED:
+                if module is None:
+                    strange.append(path)  # else no query or key weights: an embedding's
+            elif (
+                module is None
+                or f"{module}.weight" not in names
+                or (part == _UP_BIAS and f"{module}.bias" not in names)
+                or (part == _DOWN and module in self._low_rank)
+            ):
+                strange.append(path)
+            elif part == _DOWN:
                 self._low_rank[module] = key.removesuffix(_DOWN)
-            elif ".lora_" not in path and (name := own(path, names)) is not None:
-                self._replaced[name] = key  # a module that was trained whole
+        if strange:
+            raise BadInput(
+                f"expected an adapter to this base, got {where} with {len(strange)} "
+                f"tensor{'s' * (len(strange) > 1)} that a {type(model).__name__} does not have a place for "
+                f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass the merged model"
+            )
+        for module, path in self._low_rank.items():
+            if path + _UP not in storage.files:
+                raise BadInput(
+                    f"expected both factors of {module!r} in {where}, got no {path + _UP}: save or download the "
+                    "adapter again"
+                )
+        known = set(self._low_rank.values())
+        halves = [
+            key
+            for key in storage.files
+            if (whole := _part_of(key))[0] is not None and whole[1] != _EMBEDDED and whole[0] not in known
+        ]
+        if halves:
+            raise BadInput(
+                f"expected both factors of each product in {where}, got no first one beside {listed(halves)}: save or "
+                "download the adapter again"
+            )
+        given = config.get("alpha_pattern") or {}
+        paths = {module: path.removeprefix(_ROOT) for module, path in self._low_rank.items()}
+        matches = first_matches(given, paths.values(), where) if given else {}
+        self._alphas = {
+            module: given[matches[path]] for module, path in paths.items() if matches.get(path) is not None
+        }
+
+    def _is_head(self, path: str) -> bool:
+        """Whether a tensor is in a module beside the network that the adapter's task added, such as ``score``."""
+        saved = self._config.get("modules_to_save") or ()
+        return path.partition(".")[0] in saved and not any(part.isdigit() for part in path.split("."))
+
+    def _is_embedding(self, path: str, own: Any, modules: Mapping[str, Any]) -> bool:
+        """Whether a tensor is of an embedding, in which no attention is."""
+        parts = path.split(".")
+        found = (own(".".join(parts[:count]), modules) for count in range(len(parts) - 1, 0, -1))
+        return isinstance(modules.get(next((name for name in found if name), "")), nn.Embedding)
 
     def has(self, name: str) -> bool:
         """Whether base or adapter hold a parameter."""
@@ -109,12 +207,14 @@ class AdaptedWeights:
             def adapted(names: list[str], shape: torch.Size) -> Tensor:
                 for name in names:
                     if name in self._replaced:
-                        return get(self._replaced[name]).float()
+                        self._used.add(name)
+                        return self._whole(name, get, shape)
                 value = load(names, shape)
                 for name in names:
                     module, _, own = name.rpartition(".")
                     if module not in self._low_rank:
                         continue
+                    self._used.add(module)
                     if own == "weight":
                         return self._weight(value, module, get)
                     if own == "bias":
@@ -123,9 +223,49 @@ class AdaptedWeights:
 
             yield adapted
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter, of which nothing is read; None where it tells none."""
+        return self._storage.shape(self._replaced[name]) if name in self._replaced else self._base.shape(name)
+
+    def check_depth(self, layers: Collection[str]) -> None:
+        """Refuse a base that lacks some of a model's attention layers wholly."""
+        self._base.check_depth(layers)
+
+    def notes(self, layers: Collection[str]) -> list[str]:
+        """What a reader has to know of tensors that were not read, and of an adapter that changes no attention."""
+        notes = self._base.notes(layers)
+        if not self._used:
+            notes.append(f"the adapter {self._where} changes no query or key weights: these are the spectra of its base")
+        if self._heads:
+            notes.append(
+                f"{len(self._heads)} tensors of modules that the adapter's task added beside the network are not "
+                f"read ({listed(self._heads)})"
+            )
+        return notes
+
+    def _whole(self, name: str, get: Get, shape: torch.Size) -> Tensor:
+        value = get(self._replaced[name])
+        if value.shape != shape or not value.is_floating_point():
+            raise BadInput(
+                f"expected {name!r} of shape {tuple(shape)} as numbers in {self._where}, got {tuple(value.shape)} as "
+                f"{str(value.dtype).removeprefix('torch.')}: pass the right base with --base"
+            )
+        return value.float()
+
     def _weight(self, weight: Tensor, module: str, get: Get) -> Tensor:
         prefix = self._low_rank[module]
-        down, up = get(prefix + _DOWN).float(), get(prefix + _UP).float()
+        down, up = (get(prefix + part) for part in (_DOWN, _UP))
+        if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0] or not len(down):
+            raise BadInput(
+                f"expected two matrices of one rank for {module!r} in {self._where}, got shapes {tuple(down.shape)} "
+                f"and {tuple(up.shape)}: save or download the adapter again"
+            )
+        if not (down.is_floating_point() and up.is_floating_point()):
+            raise BadInput(
+                f"expected an adapter that is kept as numbers, got {module!r} in {self._where} as "
+                f"{str(down.dtype).removeprefix('torch.')}: dequantize it and save it again"
+            )
+        down, up = down.float(), up.float()
         # Stored as (in, out).
         turned = bool(self._config.get("fan_in_fan_out")) or is_named(
             self._model.get_submodule(module), "Conv1D"
@@ -147,6 +287,11 @@ class AdaptedWeights:
             return bias
         rank = get(prefix + _DOWN).shape[0]
         shift = self._scaling(module, rank) * get(prefix + _UP_BIAS).float()
+        if shift.shape != bias.shape:
+            raise BadInput(
+                f"expected a bias of shape {tuple(bias.shape)} of {module!r} in {self._where}, got "
+                f"{tuple(shift.shape)}: pass the right base with --base"
+            )
         if any(prefix + suffix in self._storage.files for suffix in _MAGNITUDES):
             raise BadInput(
                 f"expected DoRA without a bias of its own, got one for {module!r}: merge it and pass the "
@@ -159,13 +304,27 @@ class AdaptedWeights:
         prefix = self._low_rank[module]
         for suffix in _MAGNITUDES:
             if prefix + suffix in self._storage.files:
-                return get(prefix + suffix).float().flatten() / weight.norm(dim=1)
+                size = get(prefix + suffix).float().flatten()
+                if len(size) != len(weight):
+                    raise BadInput(
+                        f"expected {len(weight)} magnitudes of {module!r} in {self._where}, got {len(size)}: pass the "
+                        "right base with --base"
+                    )
+                return size / weight.norm(dim=1)
         return None
 
     def _scaling(self, module: str, rank: int) -> float:
-        alpha = self._config.get("lora_alpha") or 1
-        for pattern, own in (self._config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = own
-                break
-        return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
+        own = self._config.get("lora_alpha")
+        alpha = self._alphas.get(module, _ALPHA if own is None else own)
+        return float(alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank)
+
+
+def _part_of(path: str) -> tuple[str | None, str]:
+    """The module that a tensor of low rank belongs to, and which part of it it is; None and "" for others."""
+    for part in (_DOWN, _UP, _UP_BIAS, *_MAGNITUDES):
+        if path.endswith(part):
+            return path.removesuffix(part), part
+    for part in (".lora_embedding_A", ".lora_embedding_B"):
+        if path.endswith(part):
+            return path.removesuffix(part), _EMBEDDED
+    return None, ""

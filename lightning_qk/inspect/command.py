@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qk._arguments import OneLineParser
+from lightning_qk._printable import printable
 from lightning_qk.inspect.errors import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ def _parser(prog: str) -> OneLineParser:
         metavar="NAME",
         help="folder or name on the hub with the configuration, where a file holds none",
     )
+    opened.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="of the tensors' names, where a file holds several networks, such as teacher",
+    )
     opened.add_argument("--revision", help="of a model on the hub")
     opened.add_argument(
         "--series",
@@ -209,7 +215,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
     if "-" not in (str(options.json), str(options.csv)):
         _print(sources, pairs, per_head=options.per_head)
     for line in broken:
-        print(f"{prog}: {line}", file=sys.stderr)
+        print(printable(f"{prog}: {line}"), file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -231,25 +237,48 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lightning_qk.inspect.sources import Options, open_source
+    from lightning_qk.inspect.table import escape
 
-    how = Options(options.trust, options.revision, options.base, options.config, options.series)
+    how = Options(
+        options.trust, options.revision, options.base, options.config, options.series, options.prefix
+    )
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         sources = []
         for target in options.checkpoints:
-            task = progress.add_task(f"opening {target}", total=None)
-            checkpoints = open_source(target, how)
-            progress.remove_task(task)
-            readings = [_read(one, options, progress, newest=one is checkpoints[-1]) for one in checkpoints]
+            task = progress.add_task(escape(f"opening {target}"), total=None)
+            with _naming(target):
+                checkpoints = open_source(target, how)
+                progress.remove_task(task)
+                readings = [
+                    _read(one, options, progress, newest=one is checkpoints[-1]) for one in checkpoints
+                ]
             sources.append(readings)
     return sources
 
 
+@contextmanager
+def _naming(target: str) -> Iterator[None]:
+    """What a damaged or hostile checkpoint brings about that nobody foresaw is told in a sentence that names it."""
+    try:
+        yield
+    except (BadInput, OSError):
+        raise
+    except MemoryError as error:
+        raise BadInput(f"expected a checkpoint that fits into memory, got {target}: free some, or pass another") from error
+    except Exception as error:
+        raise BadInput(
+            f"expected a checkpoint that can be read, got {target} ({type(error).__name__}: {one_line(error)}): save it "
+            "again, or report this with what --traceback shows"
+        ) from error
+
+
 def _read(checkpoint: "Checkpoint", options: argparse.Namespace, progress: Any, *, newest: bool) -> "Reading":
     from lightning_qk.inspect.read import read_checkpoint
+    from lightning_qk.inspect.table import escape
 
-    task = progress.add_task(f"layers of {checkpoint.title}", total=None)
+    task = progress.add_task(escape(f"layers of {checkpoint.title}"), total=None)
     reading, model, weights = read_checkpoint(
         checkpoint,
         support=options.support,
@@ -262,7 +291,7 @@ def _read(checkpoint: "Checkpoint", options: argparse.Namespace, progress: Any, 
     if options.text is not None and newest:
         from lightning_qk.inspect.text import measure
 
-        task = progress.add_task(f"text through {checkpoint.title}", total=None)
+        task = progress.add_task(escape(f"text through {checkpoint.title}"), total=None)
         measure(
             model,
             weights,

@@ -11,7 +11,15 @@ class BadInput(ValueError):
     status = 2
 
 
+_LONGEST = 300
+"""Characters of an error of others that are quoted."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line that an error says, or its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # what a library's error holds may have no text
+        lines = []
+    line = lines[0].rstrip(".:") if lines else type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_qk._printable import cell
 from lightning_qk._version import __version__
 from lightning_qk.functional.regimes import layer_regime
 from lightning_qk.inspect.conditions import logged_values
@@ -108,6 +109,7 @@ def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
         "checkpoint": reading.title,
         "step": reading.step,
         "facts": reading.facts,
+        "verification": reading.verification,
         "values": aggregates,
         "layers": layers,
         "notes": reading.notes,
@@ -138,14 +140,17 @@ def difference(first: Reading, other: Reading) -> dict[str, Any]:
 
 
 def as_csv(sources: Sequence[Sequence[Reading]]) -> str:
-    """One line a head of every checkpoint; empty where a head has no value."""
+    """One line a head of every checkpoint; empty where a head has no value.
+
+    A name that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     out = io.StringIO()
     all_readings = [reading for readings in sources for reading in readings]
     names = list(
         dict.fromkeys(name for reading in all_readings for name in (*reading.values, *reading.attention))
     )
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["checkpoint", "step", "layer", "name", "head", *names, "regime"])
+    writer.writerow(["checkpoint", "step", "layer", "name", "head", *map(cell, names), "regime"])
     for reading in all_readings:
         split = {name: reading.split(flat) for name, flat in {**reading.values, **reading.attention}.items()}
         for place, regimes in enumerate(regimes_of(reading)):
@@ -153,10 +158,10 @@ def as_csv(sources: Sequence[Sequence[Reading]]) -> str:
                 values = [float(split[name][place][head]) if name in split else math.nan for name in names]
                 writer.writerow(
                     [
-                        reading.title,
+                        cell(reading.title),
                         "" if reading.step is None else reading.step,
-                        reading.labels[place],
-                        reading.names[place],
+                        cell(reading.labels[place]),
+                        cell(reading.names[place]),
                         head,
                         *("" if math.isnan(value) else f"{value:.9g}" for value in values),
                         regime,

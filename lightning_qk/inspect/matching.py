@@ -6,7 +6,7 @@ renames, splits, joins and transposes when it loads; its own rules for that are 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -18,6 +18,14 @@ from lightning_qk.inspect.storage import Get
 
 # What compiling and sharding put between the parts of a name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
+
+# Different prefixes that are looked at: those of one network differ by what its class puts before its names.
+_MOST_NETWORKS = 64
+_NUMBER = re.compile(r"\d+")
+# Tensors of attention that no weights are: constants that older versions of transformers saved too.
+_CONSTANTS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids|relative_position_index)$")
+_NAMED = 4
+"""Names that a message lists; others are counted."""
 
 _ALIGNMENT = 64
 """Bytes: torch's own tensors begin at a multiple of it."""
@@ -42,32 +50,61 @@ class Matching:
 
     Attributes:
         origins: parameter name → where its values are.
+        left_over: what the model would call a tensor that none of its parameters comes from → the tensor's name.
+        others: prefixes of networks of the same kind in the checkpoint that are not read.
+        prefix: below which the network is read that is; empty where its names stand alone.
     """
 
-    def __init__(self, model: nn.Module, keys: Iterable[str], where: str, *, within: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        keys: Iterable[str],
+        where: str,
+        *,
+        within: bool | None = False,
+        prefix: str | None = None,
+    ) -> None:
         """Match names.
 
         Args:
             model: the skeleton.
             keys: names of the checkpoint's tensors.
             where: what to call the checkpoint in messages.
-            within: the model is a part of the module that was saved, whose names it has in memory.
+            within: the model is a part of the module that was saved, whose names it has in memory; None where it
+                may be either.
+            prefix: only tensors whose names begin with it and a dot, without it.
 
         Raises:
-            BadInput: the checkpoint holds nothing of the model.
+            BadInput: the checkpoint holds nothing of the model, or nothing below the prefix.
         """
         self._model = model
         self._where = where
         named = model.state_dict()
-        keys = list(keys)
-        self.origins = _within(model, keys, named) if within else _as_transformers_loads(model, keys, named)
+        stored = list(keys)
+        below = {key: key for key in stored} if prefix is None else _below(stored, prefix, where)
+        self.prefix = prefix or ""
+        self.others: list[str] = []
+        found = _Found({}, {})
+        if not within:
+            found = _as_transformers_loads(model, list(below), named)
+        if within or (within is None and not found.origins):
+            networks = _within(model, list(below), named)
+            if networks:
+                (own, found), *rest = networks.items()
+                self.prefix = ".".join(filter(None, (prefix, own)))
+                self.others = [".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)]
+        self.origins = {
+            name: origin._replace(sources=[(below[key], pattern) for key, pattern in origin.sources])
+            for name, origin in found.origins.items()
+        }
+        self.left_over = {name: below[key] for name, key in found.left_over.items()}
+        self.collisions = [(below[kept], below[other]) for kept, other in found.collisions]
         self._ties = _tied(model)
         if not self.origins:
             raise BadInput(
                 f"expected the weights of a {type(model).__name__} in {where}, got none of its names among "
-                f"{len(keys)} tensors (such as {', '.join(keys[:3]) or 'none'}): its configuration is "
-                "that of another "
-                "model"
+                f"{len(stored)} tensors (such as {', '.join(stored[:3]) or 'none'}): its configuration is "
+                "that of another model"
             )
 
     def has(self, name: str) -> bool:
@@ -108,6 +145,111 @@ class Matching:
             )
         return _aligned(value if value.dtype == torch.float64 else value.float())
 
+    def shape(self, name: str, stored: Callable[[str], tuple[int, ...] | None]) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter; None where it tells none, or the tensor is converted.
+
+        Args:
+            name: of the parameter.
+            stored: gives the shape of a tensor of the checkpoint.
+        """
+        origin = self._origin([name])
+        return None if origin is None or origin.converter is not None else stored(origin.sources[0][0])
+
+    def check_depth(self, layers: Collection[str]) -> None:
+        """Refuse a checkpoint that has some of the attention layers and nothing of others.
+
+        Args:
+            layers: names of the model's attention layers.
+
+        Raises:
+            BadInput: of a layer with parameters no tensor is there.
+        """
+        absent, present = [], 0
+        for layer in layers:
+            start = f"{layer}." if layer else ""
+            names = [name for name, _ in self._model.get_submodule(layer).named_parameters()]
+            if any(self.has(start + name) for name in names):
+                present += 1
+            elif names:
+                absent.append(layer)
+        if absent and present:
+            raise BadInput(
+                f"expected {present + len(absent)} attention layers, as the configuration says, in {self._where}, got "
+                f"{present} (no tensor of {listed(absent)}): copy the rest, or correct the number of layers in the "
+                "configuration"
+            )
+
+    def notes(self, layers: Collection[str]) -> list[str]:
+        """What a reader has to know of tensors that are not read.
+
+        Args:
+            layers: names of the model's attention layers.
+        """
+        notes = []
+        if self.others:
+            choose = " or ".join(f"--prefix {prefix}" for prefix in self.others[:_NAMED])
+            notes.append(
+                f"{self._where} holds {len(self.others) + 1} networks of this kind: read is the one "
+                + (f"below {self.prefix!r}" if self.prefix else "whose names have no prefix")
+                + f", not {listed(self.others)} (pass {choose} to read that)"
+            )
+        if self.collisions:
+            notes.append(
+                f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, such as "
+                f"{self.collisions[0][0]}, not {self.collisions[0][1]}"
+            )
+        deeper, unknown = self._of_attention(layers)
+        if deeper:
+            notes.append(
+                f"{self._where} is deeper than its configuration: {len(deeper)} attention "
+                f"layer{'s' * (len(deeper) > 1)} that it holds ({listed(deeper)}) {'are' if len(deeper) > 1 else 'is'} "
+                f"not read, only the {len(layers)} of the configuration"
+                + ("" if self._expects(deeper) else "; correct its number of layers to read all")
+            )
+        if unknown:
+            notes.append(
+                f"{len(unknown)} tensor{'s' * (len(unknown) > 1)} of attention in {self._where} "
+                f"{'belong' if len(unknown) > 1 else 'belongs'} to no parameter of a {type(self._model).__name__} and "
+                f"{'are' if len(unknown) > 1 else 'is'} not in these numbers ({listed(unknown)})"
+            )
+        return notes
+
+    def _of_attention(self, layers: Collection[str]) -> tuple[list[str], list[str]]:
+        """Attention layers that are left over, and tensors that are in a layer that is read."""
+        base = f"{getattr(self._model, 'base_model_prefix', '') or 'base'}."
+        known = {layer: layer for layer in layers if layer}
+        for layer in list(known):
+            known.setdefault(layer.removeprefix(base), layer)
+            known.setdefault(base + layer, layer)
+        kinds = sorted({_NUMBER.sub("*", layer) for layer in known}, key=len, reverse=True)
+        buffers = {name for name, _ in self._model.named_buffers()}
+        deeper: dict[str, str] = {}
+        unknown = []
+        for name, key in self.left_over.items():
+            if name in buffers or base + name in buffers or name.removeprefix(base) in buffers:
+                continue
+            if _CONSTANTS.search(name):
+                continue
+            kind = _NUMBER.sub("*", name)
+            inside = next((own for own in kinds if kind.startswith(f"{own}.")), None)
+            if inside is None:
+                continue
+            layer = ".".join(name.split(".")[: inside.count(".") + 1])
+            if layer in known:
+                if not self._is_expected(key):
+                    unknown.append(key)
+            else:
+                deeper.setdefault(layer, key)
+        return list(deeper), unknown
+
+    def _is_expected(self, name: str) -> bool:
+        """Whether the model's class says that tensors of that name may be left over."""
+        patterns = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    def _expects(self, layers: Iterable[str]) -> bool:
+        return all(self._is_expected(f"{layer}.weight") for layer in layers)
+
     def _origin(self, names: Iterable[str]) -> Origin | None:
         for name in names:
             for own in (name, *self._ties.get(name, ())):
@@ -141,6 +283,13 @@ class Matching:
         )
 
 
+def listed(names: Collection[str]) -> str:
+    """The first names, and how many more there are."""
+    first = list(names)[:_NAMED]
+    more = len(names) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
+
+
 def _aligned(value: Tensor) -> Tensor:
     """The same where memory that torch would give begins; a mapped file has tensors anywhere.
 
@@ -154,7 +303,35 @@ def _later(get: Get, key: str) -> Callable[[], Tensor]:
     return lambda: get(key)
 
 
-def _as_transformers_loads(model: nn.Module, keys: list[str], named: dict[str, Tensor]) -> dict[str, Origin]:
+class _Found(NamedTuple):
+    """What was matched of a checkpoint's names.
+
+    Attributes:
+        origins: parameter name → where its values are.
+        left_over: what the model would call a tensor that it has no parameter for → the tensor.
+        collisions: tensors that are read, each with one that could be read in its place.
+    """
+
+    origins: dict[str, Origin]
+    left_over: dict[str, str]
+    collisions: Collection[tuple[str, str]] = ()
+
+
+def _below(keys: list[str], prefix: str, where: str) -> dict[str, str]:
+    """Names without a prefix → whole names."""
+    start = _WRAPPERS.sub("", f"{prefix.rstrip('.')}.")
+    plain = {_WRAPPERS.sub("", key): key for key in keys}
+    found = {name.removeprefix(start): key for name, key in plain.items() if name.startswith(start)}
+    if found:
+        return found
+    tops = list(dict.fromkeys(key.partition(".")[0] for key in keys))
+    raise BadInput(
+        f"expected tensors below the prefix {prefix!r} in {where}, got none: give one that is there, such as "
+        f"{', '.join(tops[:5])}"
+    )
+
+
+def _as_transformers_loads(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> _Found:
     """By the rules of ``from_pretrained``."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -171,28 +348,40 @@ def _as_transformers_loads(model: nn.Module, keys: list[str], named: dict[str, T
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     prefix = own.base_model_prefix
     origins: dict[str, Origin] = {}
+    left_over: dict[str, str] = {}
+    collisions = []
+    given = dict(named)
     for key in sorted(keys, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, named)
+        name, pattern = rename_source_key(key, renamings, converters, prefix, given)
         if name not in named and key in named:
-            name, pattern = rename_source_key(key, [], [], prefix, named)
+            name, pattern = rename_source_key(key, [], [], prefix, given)
         if pattern is None:
-            if name in named:
+            if name not in named:
+                left_over[name] = key
+            elif name in origins and origins[name].converter is None:
+                collisions.append((origins[name].sources[0][0], key))
+            else:
                 origins.setdefault(name, Origin(name, [(key, key)]))
             continue
         rule = by_pattern[pattern]
         made = [name, *(name.replace(rule.target_patterns[0], other) for other in rule.target_patterns[1:])]
         if not any(other in named for other in made):
+            left_over[name] = key
             continue
         origin = origins.setdefault(name, Origin(name, [], rule))
         origin.sources.append((key, pattern))
         for other in made:
             origins.setdefault(other, origin)
-    return origins
+    return _Found(origins, left_over, collisions)
 
 
-def _within(model: nn.Module, keys: list[str], named: dict[str, Tensor]) -> dict[str, Origin]:
-    """A network in a module that was saved as it is in memory, below the prefix that most of its names "
-    "have."""
+def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> dict[str, _Found]:
+    """Networks in a module that was saved as it is in memory.
+
+    Returns:
+        Prefix → what was found below it, the prefix that most of the network's names have first; of equal ones the
+        one that was registered first.
+    """
     plain = {_WRAPPERS.sub("", key): key for key in keys}
     base = f"{getattr(model, 'base_model_prefix', '') or 'base'}."
 
@@ -212,9 +401,35 @@ def _within(model: nn.Module, keys: list[str], named: dict[str, Tensor]) -> dict
                 prefix = ".".join(parts[:depth])
                 found[prefix].setdefault(name, Origin(name, [(stored, stored)]))
                 counts[prefix] += 1
-    if not counts:
-        return {}
-    return found[counts.most_common(1)[0][0]]
+    networks = {}
+    for prefix, _ in counts.most_common():
+        used = {source for origin in found[prefix].values() for source, _ in origin.sources}
+        start = f"{prefix}." if prefix else ""
+        left_over = {
+            key.removeprefix(start): stored
+            for key, stored in plain.items()
+            if key.startswith(start) and stored not in used
+        }
+        networks[prefix] = _Found(found[prefix], left_over)
+        if len(networks) == _MOST_NETWORKS:
+            break
+    return networks
+
+
+def _equal_networks(others: Iterable[tuple[str, _Found]], read: _Found) -> list[str]:
+    """Prefixes of networks that have most of the names of the one that is read, and none of its tensors."""
+
+    def tensors(found: _Found) -> set[str]:
+        return {source for origin in found.origins.values() for source, _ in origin.sources}
+
+    taken = tensors(read)
+    prefixes = []
+    for prefix, found in others:
+        own = tensors(found)
+        if 2 * len(own) >= len(read.origins) and not own & taken:
+            prefixes.append(prefix)
+            taken |= own  # one below this prefix is the same network
+    return prefixes
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

@@ -29,6 +29,10 @@ Progress = Callable[[int, int], None]
 """Called with how many layers were read, and of how many."""
 
 
+NOT_VERIFIED = "not verified: weights only"
+"""No forward pass was run: nothing but the model's class says how its weights are used."""
+
+
 @dataclass
 class Reading:
     """What was read from one checkpoint.
@@ -48,6 +52,7 @@ class Reading:
         attention: the same as ``values`` of what was measured on text, or empty.
         facts: what else to say of the model.
         notes: sentences that a reader has to know.
+        verification: whether what was read of the layers was compared with what a forward pass of the model computes.
     """
 
     title: str
@@ -63,6 +68,7 @@ class Reading:
     attention: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    verification: str = NOT_VERIFIED
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """One tensor a layer."""
@@ -93,6 +99,7 @@ def iterate_layers(
         BadInput: the checkpoint lacks the layer's weights, or holds others.
     """
     for site in list(attention_sites(model)):
+        _check_shapes(site, weights)
         with _standing_in(model, site, fold_norm) as placed:
             try:
                 plan = LayerPlan(site, fold_norm)
@@ -102,6 +109,22 @@ def iterate_layers(
             _load(plan, placed, weights)
             with torch.no_grad():
                 yield site, plan, plan.read()
+
+
+def _check_shapes(site: Site, weights: Weights) -> None:
+    """Compare a layer's parameters with the tensors that are there before memory is taken for them.
+
+    Raises:
+        BadInput: a tensor has another shape than the model expects.
+    """
+    for own, parameter in site.module.named_parameters():
+        name = f"{site.name}.{own}" if site.name else own
+        there = weights.shape(name)
+        if there is not None and there != tuple(parameter.shape):
+            raise BadInput(
+                f"expected {name!r} of shape {tuple(parameter.shape)}, got {there}: the checkpoint's configuration is "
+                "that of another model"
+            )
 
 
 @contextmanager
@@ -182,9 +205,13 @@ def read_checkpoint(
     Raises:
         BadInput: the model holds no attention that can be read, or the checkpoint lacks weights.
     """
-    model = build_skeleton(checkpoint.config, trust=trust)
+    model = build_skeleton(
+        checkpoint.config, trust=trust, tensors=checkpoint.tensors, size=checkpoint.size
+    )
     weights = checkpoint.weights(model)
-    total = sum(1 for _ in attention_sites(model))
+    layers = [site.name for site in attention_sites(model)]
+    weights.check_depth(layers)
+    total = len(layers)
     statistics = (*MOMENT_STATISTICS, *EXTREME_STATISTICS) if eigenvalues else MOMENT_STATISTICS
     plans: dict[str, LayerPlan] = {}
     unread: dict[str, str] = {}
@@ -228,6 +255,7 @@ def read_checkpoint(
         collect()
     finally:
         worker.close()
+    checkpoint.notes = [*weights.notes(layers), *checkpoint.notes]
     return _reading(checkpoint, model, plans, unread, values, spectra, facts), model, weights
 
 
@@ -332,6 +360,7 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
         }
     )
     record.info.update(newest.facts)
+    record.info["Spectra"] = newest.verification
     record.shapes = dict(newest.shapes)
     points = max(len(readings), 2)
     record.spectrum = History(first.labels, first.heads, points)

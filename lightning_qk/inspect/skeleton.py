@@ -24,11 +24,19 @@ if TYPE_CHECKING:
 # Numbers from which on a tensor that a constructor makes is not worth its memory.
 _LARGE = 2**22
 _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+# Ranges are computed with, which numbers on the meta device would stop: they are real up to a larger size.
+_LARGE_RANGE = 2**25
 # Length of the pattern that stand-ins repeat: prime, so that no row of a matrix is like another.
 _PATTERN = 4099
 
 
-def build_skeleton(config: "PreTrainedConfig", *, trust: bool = False) -> "PreTrainedModel":
+def build_skeleton(
+    config: "PreTrainedConfig",
+    *,
+    trust: bool = False,
+    tensors: int | None = None,
+    size: int | None = None,
+) -> "PreTrainedModel":
     """Build the model that a configuration describes, without memory for its parameters.
 
     It is of the class that the configuration names (``architectures``), or of the one that ``AutoModel`` picks.
@@ -36,17 +44,20 @@ def build_skeleton(config: "PreTrainedConfig", *, trust: bool = False) -> "PreTr
     Args:
         config: the configuration.
         trust: run the code that comes with the model, where its class is none of transformers'.
+        tensors: how many the checkpoint has: a model with far more parameters is not built to its end.
+        size: bytes of the checkpoint: nor is one with a parameter that has far more numbers than that.
 
     Returns:
         The model in evaluation mode, its parameters on the meta device.
 
     Raises:
-        BadInput: there is no such model, or it cannot be built.
+        BadInput: there is no such model, it cannot be built, or it is far larger than the checkpoint.
     """
     import transformers
 
     config = _plain_attention(config)
     named = getattr(config, "architectures", None) or []
+    named = list(named) if isinstance(named, list | tuple) else []
     found = _class_of(config, named[0]) if named and isinstance(named[0], str) else None
     builders: list[Callable[[], Any]] = []
     if found is not None:
@@ -57,9 +68,11 @@ def build_skeleton(config: "PreTrainedConfig", *, trust: bool = False) -> "PreTr
     problem: Exception | None = None
     for build in builders:
         try:
-            with _without_memory(), warnings.catch_warnings():
+            with _without_memory(_Budget(tensors, size)), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = build()
+        except BadInput:
+            raise
         except Exception as error:  # a constructor may raise anything
             problem = problem or error
             continue
@@ -101,6 +114,8 @@ class _Lean(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.arange and kwargs.get("device") is None and _length(args, kwargs) > _LARGE_RANGE:
+            kwargs["device"] = "meta"
         if func in _FACTORIES and kwargs.get("device") is None and _numel(args, kwargs) > _LARGE:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
@@ -114,12 +129,54 @@ def _numel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return count
 
 
+def _length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Of a range."""
+    given = [value for value in (*args, *(kwargs.get(name) for name in ("start", "end", "step"))) if value is not None]
+    numbers = [float(value) for value in given if isinstance(value, int | float)]
+    if len(numbers) == 1:
+        return numbers[0]
+    return abs((numbers[1] - numbers[0]) / (numbers[2] if len(numbers) > 2 and numbers[2] else 1)) if numbers else 0
+
+
+class _Budget:
+    """How large a model may be beside its checkpoint.
+
+    Layers may share tensors, constants need not be saved, and classes make what a checkpoint of another task lacks:
+    the bounds are wide, and there only to end what would take memory or time without end.
+    """
+
+    def __init__(self, tensors: int | None, size: int | None) -> None:
+        self._most = None if tensors is None else 64 * tensors + 20_000
+        self._largest = 2**32 if size is None else max(2**24, 4 * size)
+        self._count = 0
+
+    def spend(self, name: str, parameter: Tensor) -> None:
+        """Count a parameter.
+
+        Raises:
+            BadInput: there are too many, or it is too large.
+        """
+        self._count += 1
+        if self._most is not None and self._count > self._most:
+            raise BadInput(
+                f"expected a model of about as many parameters as the checkpoint has tensors, got one of more than "
+                f"{self._most}: its configuration is that of another model"
+            )
+        if parameter.numel() > self._largest:
+            raise BadInput(
+                f"expected a model that its checkpoint can hold, got one with a {name!r} of shape "
+                f"{tuple(parameter.shape)}: its configuration is that of another model"
+            )
+
+
 @contextmanager
-def _without_memory() -> Iterator[None]:
+def _without_memory(budget: _Budget) -> Iterator[None]:
     """Modules that are made in this block keep their parameters on the meta device, initialized or not."""
     register = nn.Module.register_parameter
 
     def register_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            budget.spend(name, param)
         if param is not None and not param.is_meta:
             kept = {key: value for key, value in vars(param).items() if not key.startswith("_")}
             param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)

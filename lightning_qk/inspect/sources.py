@@ -2,19 +2,19 @@
 "them."""
 
 import difflib
-import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
+from lightning_qk.inspect.documents import check_counts, parse_json, read_json
 from lightning_qk.inspect.errors import BadInput, one_line
-from lightning_qk.inspect.storage import Storage, folder_storage, load_torch, state_dict, tensor_names
+from lightning_qk.inspect.storage import Storage, folder_storage, has_weights, load_torch, state_dict, tensor_names
 from lightning_qk.inspect.weights import StoredWeights, Weights
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _TORCH_FILES = (".ckpt", ".pt", ".pth", ".bin")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _STEP = re.compile(r"(?:checkpoint|step|global_step|iter)[-_=]?(\d+)", re.IGNORECASE)
+_LARGEST_STEP = 2**53
+_MOST_ADAPTERS = 4
+"""So many adapters may lie on each other."""
 # Where hyperparameters of a LightningModule say what model it holds.
 _MODEL_HINT = re.compile(r"model|pretrained|backbone|checkpoint", re.IGNORECASE)
 
@@ -40,6 +43,8 @@ class Options:
         base: model that an adapter is added to, instead of the one that it names.
         config: folder or name on the hub whose configuration to take for a checkpoint that holds none.
         series: read the checkpoints in a folder even where it holds a model itself.
+        prefix: of the tensors' names, where a file holds several networks.
+        adapters: folders of the adapters whose base is being opened.
     """
 
     trust: bool = False
@@ -47,6 +52,8 @@ class Options:
     base: str | None = None
     config: str | None = None
     series: bool = False
+    prefix: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass
@@ -61,6 +68,8 @@ class Checkpoint:
         tokenizer: folder or name on the hub where its tokenizer may be, or None.
         revision: of that.
         notes: sentences that a reader has to know.
+        tensors: how many it has.
+        size: bytes of its files, None where that is not known.
     """
 
     title: str
@@ -70,6 +79,8 @@ class Checkpoint:
     tokenizer: str | None = None
     revision: str | None = None
     notes: list[str] = field(default_factory=list)
+    tensors: int | None = None
+    size: int | None = None
 
 
 def open_source(target: str, options: Options) -> list[Checkpoint]:
@@ -87,7 +98,7 @@ def open_source(target: str, options: Options) -> list[Checkpoint]:
     Raises:
         BadInput: it is none of these, or cannot be read.
     """
-    path = Path(target).expanduser()
+    path = _place(target)
     try:
         if path.is_file():
             return [_file(path, options)]
@@ -105,6 +116,24 @@ def open_source(target: str, options: Options) -> list[Checkpoint]:
     return [_hub(name, revision or options.revision, options)]
 
 
+def _place(name: str) -> Path:
+    """The path that a name may be.
+
+    Raises:
+        BadInput: no path has such a name.
+    """
+    try:
+        path = Path(name).expanduser()
+        with suppress(PermissionError):  # is told when it is opened
+            path.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        shown = name if len(name) <= 100 else f"{name[:100]}…"
+        raise BadInput(
+            f"expected a path or the name of a model on the hub, got {shown!r} ({one_line(error)}): correct it"
+        ) from error
+    return path
+
+
 def _near(path: Path) -> str:
     try:
         names = [entry.name for entry in path.parent.iterdir()]
@@ -120,7 +149,7 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
     if not (options.series and inside):
         if fetch(_ADAPTER) is not None:
             return [_adapter(fetch, str(path), options)]
-        if fetch(_CONFIG) is not None:
+        if fetch(_CONFIG) is not None or (options.config is not None and has_weights(fetch)):
             found = _pretrained(fetch, str(path), options)
             if inside:
                 found.notes.append(
@@ -167,10 +196,10 @@ def _checkpoints_in(path: Path) -> list[Path]:
 def _of_something_else(config: Path) -> bool:
     """Whether a config.json is no model's, such as that of a pooling layer of sentence-transformers."""
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        fields = read_json(config, "a configuration")
+    except BadInput:
         return False  # a damaged one is told when it is opened
-    return isinstance(fields, dict) and not {"model_type", "architectures"} & fields.keys()
+    return not {"model_type", "architectures"} & fields.keys()
 
 
 def _series(paths: list[Path], options: Options) -> list[Checkpoint]:
@@ -182,7 +211,7 @@ def _series(paths: list[Path], options: Options) -> list[Checkpoint]:
         one = (
             _file(path, options)
             if path.is_file()
-            else _folder(path, Options(**{**vars(options), "series": False}))[0]
+            else _folder(path, replace(options, series=False))[0]
         )
         step = one.step if numbered and one.step is not None else place
         if step in opened:
@@ -198,7 +227,11 @@ def _series(paths: list[Path], options: Options) -> list[Checkpoint]:
 
 def _step_of(path: str) -> int | None:
     found = _STEP.search(Path(path).name)
-    return int(found[1]) if found else None
+    return _plausible_step(int(found[1])) if found else None
+
+
+def _plausible_step(step: Any) -> int | None:
+    return step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _LARGEST_STEP else None
 
 
 def _local(folder: Path) -> Fetch:
@@ -211,25 +244,62 @@ def _local(folder: Path) -> Fetch:
 
 def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None = None) -> Checkpoint:
     """A model that transformers saved."""
-    config = _config(fetch, where, options, hub=hub)
+    given = _named_config(options)
+    if given is not None:
+        _check_plain(given, where)
+        storage = folder_storage(fetch, where, trust=options.trust)
+    else:
+        # What the files hold decides how much is made of the configuration.
+        _check_plain(_fields(fetch, where), where)
+        try:
+            storage = folder_storage(fetch, where, trust=options.trust)
+        except BadInput:
+            _config(fetch, where, options, hub=hub, tensors=0)  # what is wrong with it is told first
+            raise
+    config = given or _config(fetch, where, options, hub=hub, tensors=len(storage.files))
     _check_plain(config, where)
-    storage = folder_storage(fetch, where, trust=options.trust)
     return Checkpoint(
         where,
         config,
-        lambda model: StoredWeights(storage, model),
+        lambda model: StoredWeights(storage, model, prefix=options.prefix),
         step=_step_of(where),
         tokenizer=hub or where,
+        tensors=len(storage.files),
+        size=storage.size(),
     )
 
 
-def _config(fetch: Fetch, where: str, options: Options, *, hub: str | None = None) -> "PreTrainedConfig":
-    from transformers import AutoConfig
-
+def _fields(fetch: Fetch, where: str) -> dict[str, Any]:
     path = fetch(_CONFIG)
     if path is None:
         raise BadInput(
             f"expected a {_CONFIG} in {where}, got none: pass the folder that save_pretrained wrote"
+        )
+    return read_json(path, "a configuration")
+
+
+def _config(
+    fetch: Fetch, where: str, options: Options, *, hub: str | None = None, tensors: int = 0
+) -> "PreTrainedConfig":
+    """A model's configuration.
+
+    Args:
+        fetch: gives the files beside it.
+        where: what to call their place in messages.
+        options: how checkpoints are opened.
+        hub: the model's name on the hub, where it is there.
+        tensors: how many there are, to refuse a configuration of far more.
+    """
+    from transformers import AutoConfig
+
+    fields = _fields(fetch, where)
+    path = fetch(_CONFIG)
+    assert path is not None  # it was read
+    check_counts(fields, tensors, str(path))
+    if "configuration_files" in fields:
+        raise BadInput(
+            f"expected one configuration, got {path} with configuration_files, which names others for other versions "
+            "of transformers: remove that field"
         )
     # Code that comes with a model on the hub is found by the model's name.
     source, revision = (hub, options.revision) if hub and options.trust else (str(path.parent), None)
@@ -242,8 +312,9 @@ def _config(fetch: Fetch, where: str, options: Options, *, hub: str | None = Non
         ) from error
 
 
-def _check_plain(config: "PreTrainedConfig", where: str) -> None:
-    quantized = getattr(config, "quantization_config", None)
+def _check_plain(config: "PreTrainedConfig | dict[str, Any]", where: str) -> None:
+    name = "quantization_config"
+    quantized = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
     if not quantized:
         return
     method = (
@@ -262,20 +333,32 @@ def _adapter(fetch: Fetch, where: str, options: Options) -> Checkpoint:
     """A PEFT adapter with its base."""
     path = fetch(_ADAPTER)
     assert path is not None  # the caller has seen it
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        check_config(config, where)
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise BadInput(f"expected an adapter's configuration, got {path} ({one_line(error)})") from error
+    config = read_json(path, "an adapter's configuration")
+    check_config(config, where)
     name = options.base or config.get("base_model_name_or_path")
     if not name:
         raise BadInput(f"expected an adapter that names its base, got {where}: pass it with --base")
-    if options.base is None and not Path(name).expanduser().exists() and (path.parent / name).is_dir():
+    if options.base is None and not _place(name).exists() and (path.parent / name).is_dir():
         name = str(path.parent / name)
+    here = str(path.parent.resolve())
+    if here in options.adapters or len(options.adapters) >= _MOST_ADAPTERS:
+        raise BadInput(
+            f"expected an adapter on a model, got {where}, whose bases are adapters again "
+            f"({' on '.join([*options.adapters, here])}): pass the model with --base"
+        )
     try:
-        base = open_source(name, Options(trust=options.trust, revision=config.get("revision")))[-1]
+        base = open_source(
+            name,
+            replace(
+                options,
+                revision=config.get("revision"),
+                base=None,
+                series=False,
+                adapters=(*options.adapters, here),
+            ),
+        )[-1]
     except BadInput as error:
-        if options.base is not None:
+        if options.base is not None or options.adapters:
             raise
         raise BadInput(
             f"expected the base of the adapter {where}, which is {name}; {error}; or pass --base"
@@ -296,6 +379,8 @@ def _adapter(fetch: Fetch, where: str, options: Options) -> Checkpoint:
         tokenizer=base.tokenizer,
         revision=base.revision,
         notes=list(base.notes),
+        tensors=base.tensors,
+        size=base.size,
     )
 
 
@@ -303,10 +388,17 @@ def _file(path: Path, options: Options) -> Checkpoint:
     """A file: of Lightning's, of torch's, or safetensors beside a configuration."""
     if path.suffix == ".safetensors":
         storage = Storage(dict.fromkeys(tensor_names(path), path), str(path))
-        config = _named_config(options) or _config(_local(path.parent), str(path.parent), options)
+        config = _named_config(options) or _config(
+            _local(path.parent), str(path.parent), options, tensors=len(storage.files)
+        )
         _check_plain(config, str(path))
         return Checkpoint(
-            str(path), config, lambda model: StoredWeights(storage, model), tokenizer=str(path.parent)
+            str(path),
+            config,
+            lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+            tokenizer=str(path.parent),
+            tensors=len(storage.files),
+            size=storage.size(),
         )
     if path.suffix not in _TORCH_FILES:
         raise BadInput(
@@ -325,21 +417,23 @@ def _file(path: Path, options: Options) -> Checkpoint:
             "save_pretrained and pass its folder"
         )
     extra = loaded if isinstance(loaded, Mapping) else {}
-    step = extra.get("global_step")
-    config, tokenizer = _config_of(extra, path, options)
+    step = _plausible_step(extra.get("global_step"))
+    config, tokenizer = _config_of(extra, path, options, len(names))
     del loaded
     storage = Storage(dict.fromkeys(names, path), str(path), trust=options.trust)
     return Checkpoint(
         str(path),
         config,
-        lambda model: StoredWeights(storage, model, within=True),
-        step=step if isinstance(step, int) else _step_of(str(path)),
+        lambda model: StoredWeights(storage, model, within=True, prefix=options.prefix),
+        step=_step_of(str(path)) if step is None else step,
         tokenizer=tokenizer,
+        tensors=len(names),
+        size=storage.size(),
     )
 
 
 def _config_of(
-    loaded: Mapping[str, Any], path: Path, options: Options
+    loaded: Mapping[str, Any], path: Path, options: Options, tensors: int
 ) -> "tuple[PreTrainedConfig, str | None]":
     """The configuration of the network in a checkpoint, and where its tokenizer may be."""
     hyper = loaded.get("hyper_parameters")
@@ -356,6 +450,7 @@ def _config_of(
     if isinstance(kept, str):
         from lightning_qk.module.network import config_from_text
 
+        _check_text(kept, tensors, path)
         try:
             return config_from_text(kept), names[0] if names else None
         except Exception as error:
@@ -367,13 +462,15 @@ def _config_of(
         if isinstance(value, Mapping) and "model_type" in value:
             from lightning_qk.module.network import make_config
 
+            check_counts(value, tensors, f"the hyperparameters of {path}")
             with suppress(ValueError):
                 return make_config(value), None
     for name in names:
         with suppress(BadInput):
             return _any_config(name, options), name
     if (path.parent / _CONFIG).is_file():
-        return _config(_local(path.parent), str(path.parent), options), str(path.parent)
+        beside = _config(_local(path.parent), str(path.parent), options, tensors=tensors)
+        return beside, str(path.parent)
     raise BadInput(
         f"expected a checkpoint that says what model it holds, got {path}, whose hyperparameters do not: "
         "pass the folder "
@@ -381,12 +478,24 @@ def _config_of(
     )
 
 
+def _check_text(text: str, tensors: int, path: Path) -> None:
+    """Refuse a configuration in a checkpoint that is no JSON object, or asks for more than the checkpoint holds."""
+    try:
+        fields = parse_json(text)
+    except ValueError as error:
+        raise BadInput(
+            f"expected a configuration as JSON in {path}, got something else ({one_line(error)}): pass the folder or "
+            "the hub's name of a model of the same configuration with --config"
+        ) from error
+    check_counts(fields, tensors, f"the configuration in {path}")
+
+
 def _named_config(options: Options) -> "PreTrainedConfig | None":
     return None if options.config is None else _any_config(options.config, options)
 
 
 def _any_config(name: str, options: Options) -> "PreTrainedConfig":
-    path = Path(name).expanduser()
+    path = _place(name)
     if path.is_file():
         path = path.parent
     if path.is_dir():
@@ -400,7 +509,7 @@ def _hub(name: str, revision: str | None, options: Options) -> Checkpoint:
     fetch = _hub_files(name, revision)
     if fetch(_CONFIG) is None and fetch(_ADAPTER) is not None:
         return _adapter(fetch, name, options)
-    own = Options(**{**vars(options), "revision": revision})
+    own = replace(options, revision=revision)
     found = _pretrained(fetch, name, own, hub=name)
     found.revision = revision
     return found

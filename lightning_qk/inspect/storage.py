@@ -1,8 +1,9 @@
 """Tensors in files, read one at a time: safetensors and torch's own format, in one file or in shards."""
 
-import json
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_qk.inspect.documents import read_json
 from lightning_qk.inspect.errors import BadInput, one_line
 
 Get = Callable[[str], Tensor]
@@ -23,6 +25,13 @@ _NAMES = (
 )
 # How torch says what it refuses to load.
 _REFUSED_KIND = re.compile(r"GLOBAL (\S+) was not an allowed global")
+# Where files of torch's keep the network's tensors: the first that there is. What lies beside it has its key before
+# its names.
+_NETWORKS = ("state_dict", "model_state_dict", "model")
+_LARGEST_PICKLE = 2**28
+"""Bytes of what torch pickles beside the tensors' values."""
+_INTEGERS = frozenset({"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"})
+"""Pickle's codes for a whole number."""
 
 
 class Storage:
@@ -37,9 +46,40 @@ class Storage:
     """
 
     def __init__(self, files: Mapping[str, Path], where: str, *, trust: bool = False) -> None:
-        self.files = dict(files)
+        self.files: dict[str, Path] = dict(files)
         self.where = where
         self._trust = trust
+        self._shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
+
+    def path(self, name: str) -> Path | None:
+        """The file of a tensor, None where it is not at hand; nothing is downloaded."""
+        if isinstance(self.files, _Shards):
+            return self.files.at_hand(name)
+        return self.files[name]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor as its file tells it, which reads none of its values.
+
+        Returns:
+            The shape; None where the file is not at hand, is damaged, or holds no such tensor.
+        """
+        path = self.path(name)
+        if path is None:
+            return None
+        if path not in self._shapes:
+            try:
+                self._shapes[path] = _shapes(path, trust=self._trust)
+            except BadInput:  # is told when the tensor is read, if it ever is
+                self._shapes[path] = {}
+        return self._shapes[path].get(name)
+
+    def size(self) -> int | None:
+        """Bytes of all files together; None where one of them is not at hand."""
+        paths = {self.path(name) for name in self.files}
+        try:
+            return sum(path.stat().st_size for path in paths if path is not None) if None not in paths else None
+        except OSError:
+            return None
 
     @contextmanager
     def reading(self) -> Iterator[Get]:
@@ -48,6 +88,8 @@ class Storage:
             opened: dict[Path, Get] = {}
 
             def get(name: str) -> Tensor:
+                if name not in self.files:
+                    raise BadInput(f"expected the tensor {name!r} in {self.where}, got no such tensor: save it again")
                 path = self.files[name]
                 if path not in opened:
                     opened[path] = stack.enter_context(open_tensors(path, trust=self._trust))
@@ -98,6 +140,13 @@ def tensor_names(path: Path, *, trust: bool = False) -> list[str]:
     return list(state_dict(load_torch(path, trust=trust)))
 
 
+def _shapes(path: Path, *, trust: bool) -> dict[str, tuple[int, ...]]:
+    if path.suffix == ".safetensors":
+        with _safetensors(path) as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return {name: tuple(value.shape) for name, value in state_dict(load_torch(path, trust=trust)).items()}
+
+
 @contextmanager
 def _safetensors(path: Path) -> Iterator[Any]:
     from safetensors import safe_open
@@ -105,7 +154,9 @@ def _safetensors(path: Path) -> Iterator[Any]:
     _check_readable(path)
     try:
         file = safe_open(str(path), framework="pt")
-    except Exception as error:  # a damaged file, or one that the system cannot map
+    except BaseException as error:  # a damaged file, or one that the system cannot map; or a fault of the library
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise BadInput(
             f"expected a whole safetensors file, got {path} ({one_line(error)}): it is cut short or damaged; "
             "download or save it again"
@@ -125,6 +176,8 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
         BadInput: it is missing, damaged, or holds more than tensors and plain values.
     """
     _check_readable(path)
+    if not trust:
+        _check_contents(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
@@ -147,17 +200,92 @@ def load_torch(path: Path, *, trust: bool = False) -> Any:
         raise _damaged(path, error) from error
 
 
+def _check_contents(path: Path) -> None:
+    """Refuse a file that would take more memory than it has bytes, before any of it is loaded.
+
+    torch writes zip files without compression, and before torch 1.6 pickles that say how much follows them.
+
+    Raises:
+        BadInput: entries are compressed or overlap, or a pickle asks for more than the file holds.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+            if start[:2] == b"PK":
+                _check_zip(path, size)
+            elif start[:1] == b"\x80":
+                file.seek(0)
+                for _ in range(5):  # magic number, protocol, system, object, keys of storages
+                    _check_pickle(file, size)
+    except _TooLarge as error:
+        raise BadInput(
+            f"expected a checkpoint as torch writes it, got {path}, {error}: load it with torch and save it again "
+            "if you know where it comes from"
+        ) from error
+    except Exception as error:  # what a damaged file makes of its readers can be anything
+        raise _damaged(path, error) from error
+
+
+class _TooLarge(Exception):
+    """Why a file would take more memory than it has bytes."""
+
+
+def _check_zip(path: Path, size: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            total = sum(entry.file_size for entry in entries)
+            raise _TooLarge(f"which is compressed ({size} bytes that unpack to {total})")
+        if sum(entry.file_size for entry in entries) > size:
+            raise _TooLarge("whose parts overlap")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                if entry.file_size > _LARGEST_PICKLE:
+                    raise _TooLarge(f"which pickles {entry.file_size} bytes beside its tensors")
+                with archive.open(entry) as file:
+                    _check_pickle(file, size)
+
+
+def _check_pickle(file: Any, size: int) -> None:
+    """Look through a pickle without loading it: no storage in it, and no array of bytes, is larger than its file."""
+    largest, is_bytes = 0, False
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in _INTEGERS:
+            largest = max(largest, int(argument))
+        elif code.name == "MARK":
+            largest = 0
+        elif code.name == "GLOBAL":
+            largest, is_bytes = 0, str(argument).endswith(" bytearray")
+        elif code.name == "BINPERSID" and largest > size:
+            raise _TooLarge(f"which names a storage of {largest} numbers in {size} bytes")
+        elif code.name == "REDUCE" and is_bytes and largest > size:
+            raise _TooLarge(f"which makes an array of {largest} bytes out of {size}")
+
+
 def state_dict(loaded: Any) -> dict[str, Tensor]:
-    """The tensors of a loaded file by name: those of Lightning's ``state_dict``, or of the dictionary "
-    "itself."""
-    if isinstance(loaded, Mapping):
-        for key in ("state_dict", "model_state_dict", "model"):
-            inner = loaded.get(key)
-            if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-                loaded = inner
-                break
-        return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-    return {}
+    """The tensors of a loaded file by name.
+
+    Those of Lightning's ``state_dict``, or of the dictionary itself, have their own names; those of other networks
+    beside them (``ema_state_dict``, or ``student`` and ``teacher`` alone) have the network's key before them.
+    """
+    if not isinstance(loaded, Mapping):
+        return {}
+    networks = {
+        key: inner
+        for key, inner in loaded.items()
+        if isinstance(key, str) and isinstance(inner, Mapping) and _named_tensors(inner)
+    }
+    first = next((networks.pop(key) for key in _NETWORKS if key in networks), loaded)
+    found = _named_tensors(first)
+    for key, inner in networks.items():
+        for name, value in _named_tensors(inner).items():
+            found.setdefault(f"{key}.{name}", value)
+    return found
+
+
+def _named_tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def folder_storage(fetch: Callable[[str], Path | None], where: str, *, trust: bool = False) -> Storage:
@@ -185,6 +313,11 @@ def folder_storage(fetch: Callable[[str], Path | None], where: str, *, trust: bo
     )
 
 
+def has_weights(fetch: Callable[[str], Path | None]) -> bool:
+    """Whether a folder holds weights under names that transformers gives them."""
+    return any(fetch(name) is not None for pair in _NAMES for name in pair)
+
+
 class _Shards(dict[str, Path]):
     """Shards are fetched when the first tensor of theirs is asked for: others need not be there."""
 
@@ -192,6 +325,12 @@ class _Shards(dict[str, Path]):
         super().__init__(dict.fromkeys(names, index))
         self._names, self._fetch, self._index = names, fetch, index
         self._paths: dict[str, Path] = {}
+
+    def at_hand(self, name: str) -> Path | None:
+        """The shard of a tensor where it was fetched or lies beside the index."""
+        shard = self._names[name]
+        beside = self._index.parent / shard
+        return self._paths.get(shard) or (beside if beside.is_file() else None)
 
     def __getitem__(self, name: str) -> Path:
         shard = self._names[name]
@@ -208,16 +347,16 @@ class _Shards(dict[str, Path]):
 
 
 def _sharded(index: Path, fetch: Callable[[str], Path | None], where: str, trust: bool) -> Storage:
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(value, str) and Path(value).name == value for value in names.values()):
-            raise ValueError("its weight_map names no files beside it")
-    except PermissionError as error:
-        raise BadInput(f"expected a file that may be read, got {index}: change its permissions") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    names = read_json(index, "an index with a weight_map").get("weight_map")
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(value, str) and Path(value).name == value for value in names.values())
+    ):
         raise BadInput(
-            f"expected an index with a weight_map, got {index} ({one_line(error)}): download or save it again"
-        ) from error
+            f"expected an index with a weight_map, got {index}, whose weight_map names no files beside it: download "
+            "or save it again"
+        )
     storage = Storage({}, where, trust=trust)
     storage.files = _Shards(names, fetch, index)
     return storage

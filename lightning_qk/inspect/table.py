@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 from torch import Tensor
 
+from lightning_qk._printable import printable
 from lightning_qk.functional.regimes import SATURATED, UNIFORM, head_regimes, layer_regime
 from lightning_qk.inspect.read import Reading
 from lightning_qk.logging.health import format_value
@@ -60,21 +61,22 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
     for place, label in enumerate(reading.labels):
         if not per_head:
             cells = [_cell(_of_layer(reading, column, place)) for column in columns]
-            table.add_row(label, str(reading.heads[place]), *cells, _styled(layer_regime(regimes[place])))
+            table.add_row(escape(label), str(reading.heads[place]), *cells, _styled(layer_regime(regimes[place])))
             continue
         for head, regime in enumerate(regimes[place]):
             parts = [reading.split(_flat(reading, column.statistic))[place][head] for column in columns]
-            table.add_row(label, str(head), *(_cell(float(part)) for part in parts), _styled(regime))
+            table.add_row(escape(label), str(head), *(_cell(float(part)) for part in parts), _styled(regime))
     console.print(table)
     counts = Counter(regime for layer in regimes for regime in layer)
     console.print(f"Heads by predicted regime: {_counted(counts)}", markup=False, highlight=False)
+    console.print(f"Spectra {printable(reading.verification)}", markup=False, highlight=False)
     print_notes(reading.notes, console)
 
 
 def print_notes(notes: Iterable[str], console: Console) -> None:
     """Print what a reader has to know."""
     for note in notes:
-        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_evolution(readings: Sequence[Reading], console: Console) -> None:
@@ -101,7 +103,7 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
                 _signed(_of_layer(other, column, place) - _of_layer(first, column, place))
                 for column in columns
             ]
-            table.add_row(label, *cells, _change(layer_regime(before[place]), layer_regime(after[place])))
+            table.add_row(escape(label), *cells, _change(layer_regime(before[place]), layer_regime(after[place])))
             continue
         for head in range(first.heads[place]):
             cells = []
@@ -111,7 +113,7 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
                     for reading in (first, other)
                 )
                 cells.append(_signed(new - old))
-            table.add_row(label, str(head), *cells, _change(before[place][head], after[place][head]))
+            table.add_row(escape(label), str(head), *cells, _change(before[place][head], after[place][head]))
     console.print(table)
     print_notes(other.notes, console)
 
@@ -154,6 +156,11 @@ def _reduced(flat: Tensor, peak: bool) -> float:
     if not known.numel():
         return math.nan
     return float(known.max() if peak else known.mean())
+
+
+def escape(text: str) -> str:
+    """Text out of a file as rich and the terminal show it letter by letter."""
+    return escape_markup(printable(text))
 
 
 def _title(reading: Reading) -> str:

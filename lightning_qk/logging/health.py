@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_qk._printable import printable
 from lightning_qk.logging.history import History, RunRecord
 
 if TYPE_CHECKING:
@@ -119,12 +120,12 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
             if name == "verdict":
                 cells.append(f"[{style}]{value}[/{style}]")
             else:
-                cells.append(escape(value) if isinstance(value, str) else format_value(value))
+                cells.append(escape(printable(value)) if isinstance(value, str) else format_value(value))
         table.add_row(*cells)
     console.print(table)
     reasons = sorted((row for row in rows if row.reason), key=lambda row: VERDICTS.index(row.verdict))
     for row in reasons[:_MAX_REASONS]:
-        console.print(f"{row.label}: {row.verdict}, {row.reason}", markup=False, highlight=False)
+        console.print(printable(f"{row.label}: {row.verdict}, {row.reason}"), markup=False, highlight=False)
     if len(reasons) > _MAX_REASONS:
         console.print(f"and {len(reasons) - _MAX_REASONS} layers more", markup=False, highlight=False)
 

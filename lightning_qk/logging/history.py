@@ -1,5 +1,6 @@
 """What a monitor remembers of a run: per-head statistics over steps, bounded in memory."""
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ class History:
         return history
 
 
-_HISTORIES = ("spectrum", "attention", "sinks", "position", "hidden")
+HISTORIES = ("spectrum", "attention", "sinks", "position", "hidden")
 
 
 class LayerShape(NamedTuple):
@@ -233,14 +234,18 @@ class RunRecord:
     @property
     def histories(self) -> dict[str, History]:
         """Name of the field → history, of those that there are."""
-        found = {name: getattr(self, name) for name in _HISTORIES}
+        found = {name: getattr(self, name) for name in HISTORIES}
         return {name: history for name, history in found.items() if history is not None}
 
     def save(self, path: str | Path) -> Path:
         """Write the record as one safetensors file, from which the report can be made again.
 
         The file appears whole or not at all.
+
+        Raises:
+            OSError: it cannot be written there.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -278,7 +283,10 @@ class RunRecord:
                     tensors[name] = plain.clone(memory_format=torch.contiguous_format)
         path = Path(path)
         with whole_file(path) as partial:
-            save_file(tensors, partial, metadata={"lightning_qk": json.dumps(meta)})
+            try:
+                save_file(tensors, partial, metadata={"lightning_qk": json.dumps(meta)})
+            except SafetensorError as error:  # how it tells a full disk, for one
+                raise OSError(errno.EIO, str(error), str(path)) from error
         return path
 
     @classmethod
@@ -286,48 +294,9 @@ class RunRecord:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no such record.
+            ValueError: the file is no such record, or is damaged.
+            OSError: it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
+        from lightning_qk.logging.record_file import read_record
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = json.loads((file.metadata() or {})["lightning_qk"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"expected a record that a monitor wrote (lightning_qk_record.safetensors), got {path}: "
-                "pass the file from the run's log folder"
-            ) from error
-        record = cls(
-            eigenvalues={
-                label: torch.view_as_complex(tensors[f"eigenvalues/{index}"])
-                for index, label in enumerate(meta["eigenvalues"])
-            },
-            eigenvalues_step=meta["eigenvalues_step"],
-            scalars={name: (list(steps), list(values)) for name, (steps, values) in meta["scalars"].items()},
-            info=meta["info"],
-            notes=meta["notes"],
-            # What follows is younger than the format: records of earlier versions lack it.
-            shapes={label: LayerShape(*shape) for label, shape in meta.get("shapes", {}).items()},
-            events=[(int(step), sentence) for step, sentence in meta.get("events", ())],
-            points={int(step): name for step, name in meta.get("points", {}).items()},
-        )
-        for kind, kept in meta.get("snapshots", {}).items():
-            snapshots = Snapshots(kept["max_points"])
-            for point, (step, labels) in enumerate(zip(kept["steps"], kept["labels"], strict=True)):
-                values = {}
-                for index, label in enumerate(labels):
-                    name = f"snapshots/{kind}/{point}/{index}"
-                    is_complex = f"{name}/complex" in tensors
-                    values[label] = (
-                        torch.view_as_complex(tensors[f"{name}/complex"]) if is_complex else tensors[name]
-                    )
-                snapshots.append(step, values)
-            record.snapshots[kind] = snapshots
-        for group in _HISTORIES:
-            if group in meta:
-                state = meta[group]
-                state["values"] = {name: tensors[f"{group}/{name}"] for name in state.pop("statistics")}
-                setattr(record, group, History.from_state_dict(state))
-        return record
+        return read_record(path)

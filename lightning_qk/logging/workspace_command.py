@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from lightning_qk._arguments import OneLineParser
+from lightning_qk._printable import printable
 from lightning_qk.logging.workspace import NAME, build_workspace, workspace_json, workspace_outline
 
 
@@ -78,5 +79,5 @@ def _save(workspace: Any) -> str:
 
 
 def _fail(prog: str, message: str, status: int) -> int:
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    print(printable(f"{prog}: error: {message}"), file=sys.stderr)
     return status

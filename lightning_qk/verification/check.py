@@ -1,6 +1,7 @@
 """Check, while a model runs, whether what was read of its layers is what their attention received."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -12,8 +13,14 @@ from torch import Tensor, nn
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.heads.errors import UnreadLayer
+from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.findings import Finding, settle
+from lightning_qk.heads.layouts import fitting_layouts
+from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.plan import LayerPlan, Side
-from lightning_qk.heads.reader import ProjectionReader, find_attention
+from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.trials import recorded_trials
 from lightning_qk.verification.compare import Added, Match, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
@@ -63,9 +70,9 @@ class SelfCheck:
     """Compares, at the first attention call of every layer, what was read with the q and k that are there.
 
     Forward hooks see what enters the layers and their parts, and a capture sees queries and keys as they are
-    multiplied; both are taken away again by :meth:`remove`. Nothing that the model computes is changed. A layer that
-    was not read, or wrongly, is read again by running it alone on what it was called with
-    (:meth:`~lightning_qk.heads.reader.ProjectionReader.learn`), and compared again.
+    multiplied; both are taken away again by :meth:`remove`. Nothing that the model computes is changed. A layer
+    that was not read, or wrongly, is read again by the layouts that its names fit, and by running it alone as it
+    was called, until one explains the call.
 
     Graphs of torch.compile are left as they are: what runs in one is not checked. Weights that are sharded
     when the attention is called are not checked either.
@@ -76,13 +83,17 @@ class SelfCheck:
 
     Attributes:
         verdicts: qualified layer name → what was found, of the layers that were called.
+        findings: qualified layer name → how it has to be read, of those that were read again.
     """
 
     def __init__(self, model: nn.Module, reader: ProjectionReader) -> None:
         self._reader = reader
-        self._sites = find_attention(model)
+        self._places = {site.name: site for site in attention_sites(model)}
+        self._sites = {name: site.module for name, site in self._places.items()}
         self._calls: dict[str, _Call] = {name: _Call() for name in self._sites}
         self.verdicts: dict[str, Verified] = {}
+        self.findings: dict[str, Finding] = {}
+        self._plans: dict[str, LayerPlan] = {}
         names = {module: name for name, module in self._sites.items()}
         self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
         self._handles: list[Any] = []
@@ -132,8 +143,10 @@ class SelfCheck:
         found = {}
         for name in self._sites:
             verdict = self.verdicts.get(name)
+            problem = self._capture.problems.get(name)
+            if verdict is not None and verdict.status is Status.DIFFERS and problem is not None:
+                verdict = _unchecked(problem)  # the call that was compared was another one
             if verdict is None:
-                problem = self._capture.problems.get(name)
                 unread = self._reader.unread.get(name)
                 verdict = _unchecked(
                     unread or problem or "its attention was not called, or in a compiled graph"
@@ -141,16 +154,36 @@ class SelfCheck:
             found[name] = verdict
         return found
 
+    def settle(self, verdicts: Mapping[str, Verified]) -> None:
+        """Let all readers of the model know what was found: layers that differ are left out.
+
+        Args:
+            verdicts: as :meth:`conclude` gives them, or as several processes agreed.
+        """
+        for name, verdict in verdicts.items():
+            finding = self.findings.get(name, Finding()) if verdict.status is Status.REREAD else Finding()
+            if verdict.status is Status.DIFFERS:
+                finding = Finding(reason=verdict.reason)
+            plan = self._plans.get(name) or self._reader.layers.get(name)
+            if verdict.ok and plan is not None:
+                finding = finding._replace(self_attention=_decided(plan, verdict.self_attention))
+            if finding != Finding():
+                settle(self._sites[name], finding)
+
     def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
-        if name in self.verdicts:
+        before = self.verdicts.get(name)
+        if before is not None and before.ok:
             return
         kept = self._calls[name]
         try:
-            self.verdicts[name] = self._check(name, call, kept)
+            found = self._check(name, call, kept)
         except Exception as error:
             message = str(error).splitlines()[0] if str(error) else "no message"
-            self.verdicts[name] = _unchecked(f"comparing raised {type(error).__name__}: {message}")
-        finally:
+            found = _unchecked(f"comparing raised {type(error).__name__}: {message}")
+        # A layer may attend several times, to other streams by other weights: one explained call is enough.
+        if before is None or found.ok:
+            self.verdicts[name] = found
+        if found.ok:
             kept.clear(is_done=True)
 
     def _check(self, name: str, call: AttentionCall | SoftmaxCall, kept: "_Call") -> Verified:
@@ -164,14 +197,12 @@ class SelfCheck:
         first = None if plan is None else self._compare(plan, call, operands, inputs, kept)
         if first is not None and first.status is not Status.DIFFERS:
             return first
-        again = self._learn(name, call, operands, inputs, kept)
-        if again is not None and again.ok:
-            return again._replace(status=Status.REREAD)
-        if first is not None:
-            return first
-        return _unchecked(self._reader.unread.get(name, "its weights were not read"))
+        again = self._read_again(name, call, operands, inputs, kept)
+        if again is not None:
+            return again
+        return first or _unchecked(self._reader.unread.get(name, "its weights were not read"))
 
-    def _learn(
+    def _read_again(
         self,
         name: str,
         call: AttentionCall | SoftmaxCall,
@@ -179,10 +210,23 @@ class SelfCheck:
         inputs: Sequence[Tensor],
         kept: "_Call",
     ) -> Verified | None:
-        """Read a layer again from its call and compare again; None where that is not possible."""
-        if kept.arguments is None or not self._reader.learn(name, *kept.arguments):
-            return None
-        return self._compare(self._reader.layers[name], call, operands, inputs, kept)
+        """Read a layer in other ways until one explains its call; None where none does."""
+        site = self._places[name]
+        findings = [Finding(layout=layout) for layout in fitting_layouts(site.module)]
+        if kept.arguments is not None:
+            ways = recorded_trials(site.module, site.config, *kept.arguments)
+            findings.append(Finding(ways=tuple(ways)[:1]))
+        for finding in findings:
+            try:
+                plan = LayerPlan(site, fold_norm=False, finding=finding)
+            except UnreadLayer:
+                continue
+            again = self._compare(plan, call, operands, inputs, kept)
+            if again.ok:
+                self.findings[name] = finding
+                self._plans[name] = plan
+                return again._replace(status=Status.REREAD)
+        return None
 
     def _compare(
         self,
@@ -210,12 +254,9 @@ class SelfCheck:
             if not (kept.has_parts or call_inputs(call)):
                 return _unchecked("what enters its projections was not seen")
             side = "queries" if match.query > allowed else "keys"
-            reason = (
-                f"its {side} are not W x + b as read from its weights ({plan.layout}): the largest difference of a "
-                f"head is {match.error:.2g} of its length"
-                if match.error < 1e6
-                else f"its {side} are not W x + b as read from its weights ({plan.layout})"
-            )
+            reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
+            if math.isfinite(match.error):
+                reason += f": the largest difference of a head is {match.error:.2g} of its length"
             return Verified(Status.DIFFERS, match.query, match.key, reason, is_self)
         wrong = _wrong_scaling(read.scaling, call, match)
         if wrong is not None:
@@ -319,6 +360,18 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
     return query == key or _same_values(inputs[query], inputs[key])
 
 
+def _decided(plan: LayerPlan, is_same: bool | None) -> bool | None:
+    """What a call decides on whether a layer is self-attention; None where that was known, or is not seen.
+
+    Queries and keys that are made of one tensor come from the same tokens. The converse holds only of layers that
+    take them as arguments of their own.
+    """
+    takes_both = not plan.is_decided or isinstance(plan.module, nn.MultiheadAttention)
+    if is_same is None or is_same is plan.self_attention:
+        return None
+    return is_same if takes_both or (is_same and not is_known(plan.module)) else None
+
+
 def _added(plan: LayerPlan, side: Side) -> Added:
     """What a layer's norm of queries or keys does besides what is folded into the weights."""
     if side.qk_norm is None:
@@ -326,6 +379,8 @@ def _added(plan: LayerPlan, side: Side) -> Added:
     norm = side.qk_norm.read()
     offset = norm.offset if side.qk_norm.shifted else None
     gain = norm.gain if plan.gain_behind_rotation else None
+    if gain is not None and side.factor is not None:
+        gain = gain.reshape(-1, plan.sizes.d_head) * side.factor.values(plan.module)
     return Added(
         *(None if values is None else values.reshape(-1, plan.sizes.d_head) for values in (offset, gain))
     )

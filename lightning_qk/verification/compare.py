@@ -1,14 +1,14 @@
 """Compare what was read of a layer's weights with the queries and keys that its attention received.
 
-Nothing here knows layouts or names. Tensors that entered the layer are projected with the weights that were read, and
-the result is looked for among the received vectors:
+Nothing here knows layouts or names. Tensors that entered the layer are projected with the weights that were
+read, and the result is looked for among the received vectors:
 
 - equal up to one positive number, where nothing stands in between;
 - equal up to one positive number a token, head and segment, behind a norm of queries and keys;
-- rotated by position as it was read; or, where positions are not 0, 1, …, or the rotation is of another kind, under a
-  rotation that is the same for queries and keys of one position, so that ``q·q``, ``k·k`` and ``q·k`` of each token
-  are those of the projections: those three make the spectrum at distance 0. Behind norms, which decide the lengths,
-  these are cosines, and those of neighbouring heads, which tell queries from keys.
+- rotated by position as it was read; or, where positions are not 0, 1, …, or the rotation is of another kind,
+  under a rotation that is the same for queries and keys of one position, so that ``q·q``, ``k·k`` and ``q·k`` of
+  each token are those of the projections: those three make the spectrum at distance 0. Behind norms, which decide
+  the lengths, these are cosines, and those of neighbouring heads, which tell queries from keys.
 
 Tokens are compared in their order, and where that fails as a set: windows, packing and moved axes reorder them.
 """
@@ -24,13 +24,15 @@ from lightning_qk.functional._precision import at_least_float32, full_precision
 from lightning_qk.heads.position import NONE
 from lightning_qk.heads.projections import HeadProjections
 
-# Largest relative error of a head's vectors that rounding explains, by the coarsest type that takes part. Products in
-# float32 may be carried out in TF32, which has ten bits.
+# Largest relative error of a head's vectors that rounding explains, by the coarsest type that takes part. Products
+# in float32 may be carried out in TF32, which has ten bits.
 _TOLERANCE = {torch.float64: 5e-3, torch.float32: 5e-3, torch.float16: 3e-2, torch.bfloat16: 5e-2}
 # Tokens that are compared.
 _SAMPLES = 48
 # Numbers in the largest set that is searched.
 _SEARCHED = 2**24
+# Numbers in a vector that are enough for it to be told from all others.
+_FEATURES = 4
 # A head whose vectors are shorter than this share of the others' is compared on the scale of the others.
 _SHORT = 1e-2
 
@@ -134,7 +136,8 @@ def compare(
         added: what norms of queries and of keys do besides.
 
     Returns:
-        The best explanation, good or not; None where nothing can be compared: no input has the width of the weights.
+        The best explanation, good or not; None where nothing can be compared: no input has the width of the
+        weights.
     """
     with torch.no_grad(), full_precision(query.device):
         sides = (
@@ -207,7 +210,7 @@ def _direct(
     received: tuple[list[Tensor], list[Tensor]],
 ) -> Match:
     """Each side on its own, where nothing turns its vectors."""
-    found = []
+    found: list[tuple[float, float | None, int]] = []
     for side, own, given in zip(sides, tokens, received, strict=True):
         if not own:  # the keys of another layer
             found.append((0.0, None, -1))
@@ -227,7 +230,7 @@ def _explained(
     """Error, factor and input of every way to explain one side; stops at the first good one."""
     good = tolerance(received[0].dtype)
     measure = _Along(read, side.offset) if read.qk_norm else _Equal()
-    for searched in (False, True):
+    for searched in ("", "tokens", "heads"):
         for form in tokens:
             for got in received:
                 found = _pair(side, form.values, got, measure, searched=searched)
@@ -274,9 +277,18 @@ class _Along:
 
 
 def _pair(
-    side: _Side, tokens: Tensor, received: Tensor, measure: "_Equal | _Along", *, searched: bool
+    side: _Side, tokens: Tensor, received: Tensor, measure: "_Equal | _Along", *, searched: str
 ) -> tuple[float, float | None] | None:
-    """Compare projected tokens with received ones, in their order or as sets; None where that cannot be done."""
+    """Compare projected tokens with received ones; None where that cannot be done.
+
+    Args:
+        side: queries or keys.
+        tokens: ``(tokens, width)``.
+        received: ``(tokens, heads, d_head)``.
+        measure: when two vectors are equal.
+        searched: ``""`` for tokens in their order, ``"tokens"`` for sets of tokens, ``"heads"`` for a set of
+            tokens for each head, as where every head picks its own.
+    """
     if not searched:
         if len(tokens) != len(received):
             return None
@@ -290,8 +302,11 @@ def _pair(
         return None
     want = measure.features(_expanded(side.project(tokens), received.shape[1]), is_received=False)
     got = measure.features(at_least_float32(received), is_received=True)
+    if searched == "heads" and got.shape[-1] < _FEATURES:
+        return None
+    find = _nearest if searched == "tokens" else _nearest_of_heads
     return min(
-        (measure.error(*_nearest(want * factor, got)) for factor in _factors(want, got)),
+        (measure.error(*find(want * factor, got)) for factor in _factors(want, got)),
         key=lambda one: one[0],
     )
 
@@ -312,6 +327,12 @@ def _nearest(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
     return (nearest, some) if from_received else (some, nearest)
 
 
+def _nearest_of_heads(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_nearest`, for each head by itself."""
+    pairs = [_nearest(want[:, head, None], got[:, head, None]) for head in range(got.shape[1])]
+    return torch.cat([one for one, _ in pairs], dim=1), torch.cat([other for _, other in pairs], dim=1)
+
+
 def _rotated(
     read: HeadProjections,
     sides: tuple[_Side, _Side],
@@ -320,21 +341,21 @@ def _rotated(
 ) -> Match | None:
     """Queries and keys of the same tokens under a rotation; each alone where they are not the same tokens."""
     best = _together(read, sides, tokens, received)
-    if best is not None:
+    if best is not None and best.error <= tolerance(received[0][0].dtype):
         return best
-    # Keys of other tokens besides, or of another layer: each side is paired with itself.
-    alone = []
-    for side, own, given in zip(sides, tokens, received, strict=True):
-        match = _together(read, (side, side), (own, own), (given, given)) if own else None
-        alone.append(match)
+    # Keys of other tokens besides, or of another layer: each side is paired with itself. What a rotation leaves of
+    # one side says less, and is asked only where there are no pairs.
+    alone = [
+        _together(read, (side, side), (own, own), (given, given), as_read=best is not None) if own else None
+        for side, own, given in zip(sides, tokens, received, strict=True)
+    ]
     query, key = alone
-    if query is None:
-        return None
-    if not tokens[1]:
-        return Match(query.query, 0.0, None, (query.sources[0], -1))
-    if key is None:
-        return None
-    return Match(query.query, key.query, None, (query.sources[0], key.sources[0]))
+    if query is None or (key is None and tokens[1]):
+        return best
+    found = Match(query.query, 0.0, None, (query.sources[0], -1))
+    if key is not None:
+        found = Match(query.query, key.query, None, (query.sources[0], key.sources[0]))
+    return found if best is None or found.error < best.error else best
 
 
 def _together(
@@ -342,8 +363,18 @@ def _together(
     sides: tuple[_Side, _Side],
     tokens: Sequence[Sequence[_Tokens]],
     received: Sequence[list[Tensor]],
+    *,
+    as_read: bool = False,
 ) -> Match | None:
-    """The best pair of arrangements that have as many queries as keys; None where there is none."""
+    """The best pair of arrangements that have as many queries as keys; None where there is none.
+
+    Args:
+        read: the layer's projections.
+        sides: of them.
+        tokens: what queries and keys may be made of.
+        received: arrangements of both.
+        as_read: only under the rotation that was read.
+    """
     best: Match | None = None
     for searched in (False, True):
         for form in tokens[0]:
@@ -354,7 +385,8 @@ def _together(
                     for key in received[1]:
                         if query.shape[0] != key.shape[0]:
                             continue
-                        error = _turned(read, sides, (form, source), (query, key), searched=searched)
+                        pair = (form, source), (query, key)
+                        error = _turned(read, sides, *pair, searched=searched, as_read=as_read)
                         if error is not None and (best is None or error[0] < best.error):
                             best = Match(error[0], error[0], error[1], (form.place, source.place))
                             if best.error <= tolerance(query.dtype):
@@ -369,6 +401,7 @@ def _turned(
     received: tuple[Tensor, Tensor],
     *,
     searched: bool,
+    as_read: bool,
 ) -> tuple[float, float | None] | None:
     """Error and factor of one arrangement of queries and keys; None where it cannot be compared.
 
@@ -378,7 +411,10 @@ def _turned(
         tokens: what queries and keys are made of.
         received: both, ``(tokens, heads, d_head)``.
         searched: compare as sets.
+        as_read: only under the rotation that was read.
     """
+    if as_read and read.rotary is None:
+        return None
     heads = max(vectors.shape[1] for vectors in received)
     given, device = [own.values for own in tokens], received[0].device
     if searched:
@@ -400,7 +436,7 @@ def _turned(
     if read.rotary is not None:
         places = [own.positions[chosen] for own in tokens]
         known = _as_read(read, sides, want, got, places, searched=searched)
-        if known[0] <= tolerance(received[0].dtype):
+        if as_read or known[0] <= tolerance(received[0].dtype):
             return known
     if read.rotary is not None and read.rotary.scale != 1.0:
         want = [_stretched(vectors, read) for vectors in want]

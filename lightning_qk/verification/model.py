@@ -13,15 +13,15 @@ from lightning_qk.verification.check import SelfCheck, Verified
 def verify(model: nn.Module, batch: Any) -> dict[str, Verified]:
     """Run a model once and check whether what is read of its weights is what its attention received.
 
-    At the first attention call of every layer, queries and keys are compared with ``W x + b``, where W and b are those
-    of :func:`~lightning_qk.head_projections` and x is what entered the layer. What rotations by position leave is
-    compared under those; behind norms of queries and keys, their directions are. The model runs without
-    gradients, in its own mode; it is left as it was, its generators of random numbers too.
+    At the first attention call of every layer, queries and keys are compared with ``W x + b``, where W and b are
+    those of :func:`~lightning_qk.head_projections` and x is what entered the layer. What rotations by position
+    leave is compared under those; behind norms of queries and keys, their directions are. The model runs without
+    gradients, in its own mode; it is left as it was, and so are the global generators of random numbers.
 
     Args:
         model: any module.
-        batch: what it is called with: a mapping is passed by name, a list or tuple by position, anything else as the
-            only argument.
+        batch: what it is called with: a mapping is passed by name, a list or tuple by position, anything else
+            as the only argument.
 
     Returns:
         Qualified layer name → what was found, in the model's order.
@@ -38,7 +38,7 @@ def verify(model: nn.Module, batch: Any) -> dict[str, Verified]:
         >>> found["encoder.layer.0.attention.self"].ok
         True
     """
-    reader = ProjectionReader(model, strict=False)
+    reader = ProjectionReader(model, allow_empty=True)
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     with SelfCheck(model, reader).looking() as check, torch.no_grad(), torch.random.fork_rng(devices):
         call(model, batch)

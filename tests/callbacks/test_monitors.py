@@ -382,6 +382,7 @@ class TestErrors:
     def test_a_module_without_a_transformer(self):
         job = models.Job(torch.nn.Linear(2, 2))
         for callback in monitors():
+            callback.on_unreadable = "raise"
             with pytest.raises(ValueError, match="expected a model that contains transformer attention"):
                 models.trainer([callback]).fit(job, models.tokens())
 

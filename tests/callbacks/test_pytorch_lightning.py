@@ -99,15 +99,18 @@ def test_numbers_are_those_under_lightning_and_losses_are_untouched(tmp_path):
 
 
 def test_a_resume_goes_on_with_the_history(tmp_path):
-    before = monitors()
-    _, run = fit(pl, before)
-    run.save_checkpoint(tmp_path / "last.ckpt")
-    after = monitors()
-    trainer(pl, after, max_steps=6).fit(
-        job(pl), models.tokens(), models.tokens(8), ckpt_path=tmp_path / "last.ckpt"
-    )
-    assert after[0].history.steps == [-1, *range(6)]
-    assert after[1].history.steps == [*range(6)]
+    steps = []
+    for package in (lightning.pytorch, pl):
+        _, run = fit(package, monitors())
+        run.save_checkpoint(tmp_path / "last.ckpt")
+        after = monitors()
+        trainer(package, after, max_steps=6).fit(
+            job(package), models.tokens(), models.tokens(8), ckpt_path=tmp_path / "last.ckpt"
+        )
+        steps.append([callback.history.steps for callback in after[:3]])
+    assert steps[0] == steps[1]
+    assert steps[1][0][:5] == [-1, 0, 1, 2, 3]
+    assert [len(one) for one in steps[1]] == [7, 6, 6]
 
 
 def test_one_callback_without_a_list():

@@ -8,7 +8,12 @@ from lightning_qk.heads.reader import find_attention, head_projections, unread
 
 
 class Projections(nn.Module):
-    """Has the children of attention; what it does depends on its subclass."""
+    """Has the children of attention; what it does depends on its subclass.
+
+    It stands for a class of transformers, whose names tell what it does.
+    """
+
+    __module__ = "transformers.models.tiny"
 
     def __init__(self, **attributes):
         super().__init__()
@@ -19,7 +24,7 @@ class Projections(nn.Module):
 
 
 class TinyAttention(Projections):
-    pass
+    __module__ = "transformers.models.tiny"
 
 
 class TinyRecurrence(Projections):

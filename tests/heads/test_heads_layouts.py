@@ -261,7 +261,9 @@ def test_of_two_inputs_that_attend_to_each_other_none_is_the_other():
 
 
 class SharedAttention(nn.Module):
-    """Attention that lends its keys or uses those of an earlier layer."""
+    """Attention that lends its keys or uses those of an earlier layer; it stands for a class of transformers."""
+
+    __module__ = "transformers.models.shared"
 
     def __init__(self, kind: str, *, borrows: bool, index: int | None = None) -> None:
         super().__init__()

@@ -1,0 +1,41 @@
+"""Text that comes from files or the command line, made safe for a terminal and for a spreadsheet."""
+
+import unicodedata
+
+# Categories of characters that a terminal may obey, or that change the order or the lines of a text.
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+# A spreadsheet takes a cell that begins with one of these for a formula; the last two are leading white space of one.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def printable(text: object) -> str:
+    """The text on one line, with what a terminal would obey written out.
+
+    Control characters (escape sequences among them), invisible ones that change a text's direction, line breaks
+    and halves of surrogate pairs become ``\\x1b``, ``\\u202e`` and the like. Other characters stay.
+
+    Args:
+        text: anything; its ``str`` is taken.
+    """
+    plain = str(text)
+    if plain.isascii() and plain.isprintable():
+        return plain
+    return "".join(_written_out(char) if unicodedata.category(char) in _UNSAFE else char for char in plain)
+
+
+def _written_out(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def cell(text: object) -> str:
+    """The text as a cell of a CSV file that no spreadsheet takes for a formula.
+
+    Args:
+        text: anything; its ``str`` is taken. Numbers are for the caller to write.
+
+    Returns:
+        The printable text, with an apostrophe before it where it begins as a formula does.
+    """
+    plain = str(text)
+    guard = "'" if plain.lstrip(" ").startswith(_FORMULA) else ""
+    return guard + printable(plain)

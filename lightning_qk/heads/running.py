@@ -1,0 +1,251 @@
+"""Run one attention layer alone, its projections giving numbers of our choice and its parameters as we set them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.heads.affine import AffineMap
+from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.linear import affine_plan
+from lightning_qk.heads.norms import is_norm
+from lightning_qk.heads.probing import shadow
+from lightning_qk.heads.products import Following, Product
+from lightning_qk.heads.sharding import check_access, is_dtensor, whole
+from lightning_qk.heads.trials import Trial
+
+Emission = Callable[["Emitter", tuple[int, ...]], Tensor]
+"""What an emitter gives: shape (..., rows) for its shape."""
+
+
+class Emitter(nn.Module):
+    """Stands for a projection: gives what it is told to, and keeps what it is given and what it gave."""
+
+    def __init__(self, plan: AffineMap, first: int) -> None:
+        super().__init__()
+        self.plan = plan
+        self.first = first
+        self.emission: Emission = lambda own, shape: torch.zeros(shape)
+        self.given: list[Tensor] = []
+        self.gave: list[Tensor] = []
+        self.channels_first = any(isinstance(layer, nn.Conv1d | nn.Conv2d) for layer in plan.module.modules())
+
+    def owns(self, numbers: Tensor) -> Tensor:
+        """Where numbers are those of its rows."""
+        return (numbers >= self.first) & (numbers < self.first + self.plan.rows)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Numbers of our choice in the shape of the projection's output."""
+        if self.channels_first:
+            x = x.movedim(1, -1)
+        if x.shape[-1] != self.plan.columns:
+            raise ValueError("a projection is given something of another width")
+        # A copy, for what is given may be changed in place.
+        self.given.append(x.clone())
+        out = self.emission(self, (*x.shape[:-1], self.plan.rows)).to(x)
+        self.gave.append(out)
+        out = out.clone()
+        return out.movedim(-1, 1).contiguous() if self.channels_first else out
+
+
+class _Passed(nn.Module):
+    """Stands for a norm: gives its input back, and keeps it beside the norm."""
+
+    def __init__(self, norm: nn.Module, normed: list[tuple[nn.Module, Tensor]]) -> None:
+        super().__init__()
+        self._keep = lambda x: normed.append((norm, x))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the input."""
+        self._keep(x)
+        return x.clone()
+
+
+class Seen(NamedTuple):
+    """What one run shows.
+
+    Attributes:
+        products: those that the layer takes softmaxes of.
+        normed: what its norms are given, in order.
+        sources: what each projection is given, the last time.
+        failed: how the run ended, where by an error.
+    """
+
+    products: list[Product]
+    normed: list[tuple[nn.Module, Tensor]]
+    sources: dict[Emitter, Tensor]
+    failed: str
+
+
+class Loose(NamedTuple):
+    """A parameter that no emitter stands for.
+
+    Attributes:
+        owner: the module that holds it.
+        name: its name there.
+        path: its qualified name in the layer.
+    """
+
+    owner: nn.Module
+    name: str
+    path: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself."""
+        found = self.owner._parameters[self.name]
+        assert found is not None
+        return found
+
+
+class Bench:
+    """The modules in a layer, and what stands for them.
+
+    Attributes:
+        emitters: projections.
+        stand_ins: what stands for projections and norms.
+        norms: norms alone.
+        loose: parameters that are part of neither.
+        size: number of rows of all projections.
+    """
+
+    def __init__(self, module: nn.Module, *, is_bare: bool = False) -> None:
+        """Prepare a layer.
+
+        Args:
+            module: the layer.
+            is_bare: no module stands for a projection: all are run, with weights of our choice.
+        """
+        self.module = module
+        self.emitters: dict[nn.Module, Emitter] = {}
+        self.stand_ins: dict[nn.Module, nn.Module] = {}
+        self.loose: list[Loose] = []
+        self._normed: list[tuple[nn.Module, Tensor]] = []
+        self._is_bare = is_bare
+        self.size = 0
+        self._hold(module, "")
+        for name, child in module.named_children():
+            self._add(child, name)
+
+    def device(self) -> torch.device:
+        """Where the layer's weights are."""
+        tensor = next(iter(self.module.parameters()), None)
+        if tensor is None:
+            return torch.device("cpu")
+        return torch.device(tensor.device_mesh.device_type) if is_dtensor(tensor) else tensor.device  # type: ignore[attr-defined]
+
+    def widths(self) -> list[int]:
+        """Widths that the layer's input may have, likeliest first."""
+        found = [emitter.plan.columns for emitter in self.emitters.values()]
+        if self._is_bare:
+            found += [
+                size for loose in self.loose if loose.parameter.dim() > 1 for size in loose.parameter.shape[::-1]
+            ]
+        return [width for width in dict.fromkeys(found) if width > 1]
+
+    def run(self, trial: Trial, emission: Emission, given: Mapping[int, Tensor] | None = None) -> Seen:
+        """Run the layer on a copy, its projections giving what they are told to.
+
+        Args:
+            trial: how it is called.
+            emission: what its projections give.
+            given: parameters by id, and what is put in their places.
+        """
+        for emitter in self.emitters.values():
+            emitter.emission = emission
+            emitter.given.clear()
+            emitter.gave.clear()
+        self._normed.clear()
+        given = given or {}
+
+        def convert(tensor: Tensor) -> Tensor:
+            if id(tensor) in given:
+                return given[id(tensor)]
+            return whole(tensor) if is_dtensor(tensor) else _own_buffer(tensor)
+
+        copied = shadow(self.module, convert=convert, stand_ins=self.stand_ins)
+        if trial.config is not None and "config" in copied.__dict__:
+            copied.__dict__["config"] = trial.config
+        follow = Following()
+        failed = ""
+        try:
+            with follow:
+                trial.call(copied)
+        except Exception as error:
+            # What comes behind the softmax may fail.
+            failed = (
+                f" ({type(error).__name__}: "
+                f"{str(error).splitlines()[0][:120] if str(error) else 'no message'})"
+            )
+        sources = {emitter: emitter.given[-1] for emitter in self.emitters.values() if emitter.given}
+        return Seen(_distinct(follow.products), list(self._normed), sources, failed)
+
+    def _hold(self, module: nn.Module, path: str) -> None:
+        self.loose += [
+            Loose(module, name, f"{path}{name}")
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_floating_point()
+        ]
+
+    def _add(self, module: nn.Module, path: str) -> None:
+        if module in self.stand_ins:
+            return
+        if is_norm(module):
+            self.stand_ins[module] = _Passed(module, self._normed)
+            return
+        if not self._is_bare:
+            plan = _affine(module, path) if any(True for _ in module.parameters()) else None
+            if plan is not None:
+                self.emitters[module] = self.stand_ins[module] = Emitter(plan, self.size)
+                self.size += plan.rows
+                return
+        self._hold(module, f"{path}.")
+        for name, child in module.named_children():
+            self._add(child, f"{path}.{name}")
+
+    def check_access(self) -> None:
+        """Make sure that the values of parameters that nothing stands for are within reach.
+
+        Raises:
+            InaccessibleWeights: they are not.
+        """
+        for loose in self.loose:
+            check_access(loose.parameter, f"its parameter {loose.path!r}")
+
+
+def _affine(module: nn.Module, path: str) -> AffineMap | None:
+    try:
+        return affine_plan(module, path)
+    except InaccessibleWeights:
+        raise
+    except UnreadLayer:
+        return None
+
+
+def _own_buffer(tensor: Tensor) -> Tensor:
+    """A forward may write into its buffers; parameters, and large tables, are left where they are."""
+    return tensor if isinstance(tensor, nn.Parameter) or tensor.numel() > 2**20 else tensor.clone()
+
+
+def _distinct(products: list[Product]) -> list[Product]:
+    """Products, each once."""
+    found: dict[tuple[int, int], Product] = {}
+    for product in products:
+        found.setdefault((id(product.query), id(product.key if product.dots is None else product.dots)), product)
+    return list(found.values())
+
+
+def constant(values: Tensor) -> Emission:
+    """The same numbers for all tokens: one for each row of all projections."""
+
+    def emission(own: Emitter, shape: tuple[int, ...]) -> Tensor:
+        return values[own.first : own.first + own.plan.rows].expand(shape)
+
+    return emission
+
+
+def random(seed: int, scale: float) -> Emission:
+    """Other numbers for each token, the same for each run."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda own, shape: scale * torch.randn(shape, generator=generator)

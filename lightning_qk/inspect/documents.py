@@ -1,0 +1,108 @@
+"""JSON files that come with a checkpoint: limits first, then their kind."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_qk.inspect.errors import BadInput, one_line
+
+_LARGEST = 2**26
+"""Bytes of a JSON file; the index of a model of 10⁵ tensors has 10⁷."""
+_DEEPEST = 64
+# What a configuration's class makes one object, or one entry of a list, of each.
+_COUNTED = re.compile(r"(?:^|_)(?:n_)?(?:layers?|depths?|blocks?|stages?|hidden_layers|experts|groups)$")
+_FEWEST = 1024
+"""So many layers are allowed whatever the number of tensors: several layers can share one."""
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        what: it should be, for the message: ``"a configuration"``.
+
+    Raises:
+        BadInput: the file cannot be read, is larger than 64 MiB, no JSON in UTF-8, nested too deep, or no object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise ValueError(f"{size} bytes are more than the {_LARGEST} that are read")
+        return parse_json(path.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise BadInput(f"expected a file that may be read, got {path}: change its permissions") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise BadInput(f"expected {what}, got {path} ({why}): download or save it again") from error
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The object that a text holds.
+
+    Raises:
+        ValueError: it is no JSON, nested too deep, or no object.
+    """
+    too_deep = ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    if _depth_exceeds(found, _DEEPEST):
+        raise too_deep
+    return found
+
+
+def _depth_exceeds(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested deeper, found without recursion."""
+    layer = [value]
+    for _ in range(levels):
+        layer = [part for one in layer for part in _parts(one)]
+        if not layer:
+            return False
+    return True
+
+
+def _parts(value: Any) -> list[Any]:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [part for part in inner if isinstance(part, Mapping | list | tuple)]
+
+
+def check_counts(fields: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Refuse a configuration that asks for more than a checkpoint can hold, before anything is made of it.
+
+    Args:
+        fields: the configuration as plain data.
+        tensors: how many tensors the checkpoint has.
+        where: what to call the configuration in messages.
+
+    Raises:
+        BadInput: a number of layers (or what else a model makes one module of each) is far beyond the number of
+            tensors.
+    """
+    most = max(_FEWEST, 4 * tensors)
+    for name, value in _numbers(fields):
+        if _COUNTED.search(name) and value > most:
+            raise BadInput(
+                f"expected a configuration of the {tensors} tensors that are there, got {where} with "
+                f"{name}={value}: correct it"
+            )
+
+
+def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every whole number with the name of the field that it is in, those of objects and lists within too."""
+    waiting: list[tuple[str, Any]] = [(str(name), value) for name, value in fields.items()]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, int):
+            yield name, value
+        elif isinstance(value, Mapping):
+            waiting += [(str(inner), part) for inner, part in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(name, part) for part in value if isinstance(part, int | list | tuple | Mapping)]

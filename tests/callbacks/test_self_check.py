@@ -1,0 +1,170 @@
+"""The self-check of a fit: run by whichever callback is there, with the right word on every layer."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor
+from lightning_qk.callbacks._self_check import SelfCheck
+from lightning_qk.functional import qk_moments
+
+WIDTH, HEADS = 16, 4
+
+
+class KeyFirst(nn.Module):
+    """Its projection has a name that means [Q|K|V] elsewhere, and is cut as [k|q|v]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, q, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(out.transpose(1, 2).flatten(2))
+
+
+class NeedsTable(nn.Module):
+    """Cannot be run alone: its forward wants an argument that nobody can guess."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor, table: dict[str, float]) -> Tensor:
+        q, k, v = (
+            own(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for own in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        weights = (q @ k.mT * table["scale"]).softmax(-1)
+        return x + (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Separate(nn.Module):
+    """Self-attention whose forward takes queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (
+            own(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for own, x in zip(self.inner, (queries, keys, values), strict=True)
+        )
+        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Network(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.attention = {"key_first": KeyFirst, "needs_table": NeedsTable, "separate": Separate}[kind]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "needs_table":
+            return self.attention(x, {"scale": 0.25})
+        return self.attention(x, x, x) if self.kind == "separate" else self.attention(x)
+
+
+class Job(L.LightningModule):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Network(kind)
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = (self.net(batch) - batch.roll(1, 1)).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(kind: str, *callbacks: L.Callback, steps: int = 4) -> tuple[Job, L.Trainer]:
+    job = Job(kind)
+    trainer = L.Trainer(
+        max_steps=steps,
+        log_every_n_steps=2,
+        logger=False,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(1)
+    trainer.fit(job, DataLoader(torch.randn(8 * steps, 5, WIDTH), batch_size=8))
+    return job, trainer
+
+
+def expected(job: Job) -> Tensor:
+    """tr W_QK of each head, from the layer's own definition."""
+    layer = job.net.attention
+    if isinstance(layer, KeyFirst):
+        key, query, _ = layer.qkv.weight.chunk(3)
+    elif isinstance(layer, NeedsTable):
+        query, key = layer.q_proj.weight, layer.k_proj.weight
+    else:
+        query, key = (own.weight for own in layer.inner[:2])
+    query, key = (rows.unflatten(0, (HEADS, -1)) for rows in (query, key))
+    return qk_moments(query, key)["trace"]
+
+
+@pytest.mark.parametrize("kind", ["key_first", "needs_table", "separate"])
+def test_every_layer_is_verified_and_right(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    monitor, attention = QKSpectrumMonitor(report=False), AttentionMonitor(report=False)
+    with caplog.at_level("INFO"):
+        job, trainer = fit(kind, monitor, attention)
+    assert "spectra verified on 1 of 1 layers" in caplog.text
+    assert monitor.history is not None
+    got = monitor.history.series("trace")[-1]
+    torch.testing.assert_close(got, expected(job).detach(), rtol=1e-5, atol=1e-6)
+    assert list(monitor.labels.values()) == ["layer_00"]
+    assert "qk/trace/mean" in trainer.callback_metrics
+    assert job.losses == fit(kind)[0].losses
+    assert not any(isinstance(callback, SelfCheck) for callback in trainer.callbacks)
+
+
+@pytest.mark.parametrize("kind", ["needs_table", "separate"])
+def test_a_layer_that_only_its_call_tells_is_penalized(kind: str) -> None:
+    with_it, _ = fit(kind, QKSpectrumMonitor(report=False), LocAteR(1.0))
+    without, _ = fit(kind)
+    assert with_it.losses != without.losses
+
+
+def test_a_layer_that_differs_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lightning_qk.heads import plan
+
+    right = plan.LayerPlan.read
+
+    def wrong(self: Any) -> Any:
+        import dataclasses
+
+        own = right(self)
+        return dataclasses.replace(own, query=own.query.roll(1, 1))
+
+    monkeypatch.setattr(plan.LayerPlan, "read", wrong)
+    monitor = QKSpectrumMonitor(report=False)
+    with pytest.warns(UserWarning, match="left out: its .* are not W x"):
+        job, trainer = fit("key_first", monitor)
+    assert not any(key.startswith("qk/") for key in trainer.callback_metrics)
+    assert job.losses == fit("key_first")[0].losses
+
+
+def test_a_second_fit_checks_again() -> None:
+    monitor = QKSpectrumMonitor(report=False)
+    for kind in ("key_first", "separate"):
+        job, _ = fit(kind, monitor)
+        assert monitor.history is not None
+        got = monitor.history.series("trace")[-1]
+        torch.testing.assert_close(got, expected(job).detach(), rtol=1e-5, atol=1e-6)
