@@ -24,8 +24,8 @@ KEY = "lightning_qk"
 class Intervention(Callback):
     """Base of the callbacks that change weights, gradients or attention calls.
 
-    What belongs to one fit is made in :meth:`begin`, which ``__init__`` and the ``setup`` of each fit call: a second
-    fit with the same object is that of a new one. A checkpoint is restored after ``setup``.
+    What belongs to one fit is made in :meth:`begin`, which ``__init__`` and the ``setup`` of each fit call: a
+    second fit with the same object is that of a new one. A checkpoint is restored after ``setup``.
     """
 
     reads_weights: ClassVar[bool] = True
@@ -54,7 +54,10 @@ class Intervention(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to a running model."""
         idle = {name: make() for name, make in self.live.items() if name in self.__dict__}
-        return {**self.__dict__, **idle}
+        kept = {**self.__dict__, **idle}
+        for name in ("log", "log_dict"):  # Lightning puts the module's own there
+            kept.pop(name, None)
+        return kept
 
     # Checkpoints
 

@@ -111,9 +111,7 @@ class AttentionPrior(PenaltyRemedy):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where one cannot be steered."""
         sites = chosen_sites(pl_module, self.modules)
-        self._function = (
-            named_prior(self.prior, self.window) if isinstance(self.prior, str) else self.prior
-        )
+        self._function = named_prior(self.prior, self.window) if isinstance(self.prior, str) else self.prior
         for site in sites:
             count = head_count(site.module)
             if self.heads is not None and count is not None and max(self.heads) >= count:

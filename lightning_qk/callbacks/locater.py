@@ -187,8 +187,8 @@ class LocAteR(Intervention):
             self.say(f"{name} is left out: {reason}")
         others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
         if others and self.modules is None:
-            reason = left_out(reader.layers[others[0]], self.cross_attention)
-            rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {reason}")
+            why = left_out(reader.layers[others[0]], self.cross_attention)
+            rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
         self._penalty = penalty
         self._trained = None
         self._choose(trainer, pl_module)

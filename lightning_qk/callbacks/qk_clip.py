@@ -424,7 +424,9 @@ class QKClip(Intervention):
 
     def _name_unheard(self, waiting: set[str]) -> None:
         silent = [
-            name for name, found in self.maxima.items() if name not in waiting and bool(found.isneginf().all())
+            name
+            for name, found in self.maxima.items()
+            if name not in waiting and bool(found.isneginf().all())
         ]
         if silent:
             self.say(

@@ -1,16 +1,18 @@
 """Callback: spectra of heads set to one size while a model is evaluated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk.callbacks._intervention import Intervention, misread_layers
 from lightning_qk.callbacks._trainer import check_lightning, logging_step, projection_reader
 from lightning_qk.interventions.spectrum_scaling import SpectrumScaler, Statistic, check_scaling
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class SpectrumScaling(Callback):
+class SpectrumScaling(Intervention):
     r"""Evaluates a model with ``W_QK ← γ log(η + ε) W_QK / √η`` in every head: TAME's scaling at inference.
 
     Read in a summary only (ICLR 2025 [S]), while its released code scales logits by activations [V]: see
@@ -28,9 +30,12 @@ class SpectrumScaling(Callback):
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: what the scaling cannot do exactly, when the first loop starts; see its class.
+        TypeError: the trainer is none of Lightning's.
+        ValueError: what the scaling cannot do exactly, when a fit or a loop outside of one starts; see its class.
+            Where it turns out in a fit's later validation, that one is of the weights as they are, which is said.
     """
+
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {"_scaler": lambda: None}
 
     def __init__(
         self,
@@ -44,33 +49,55 @@ class SpectrumScaling(Callback):
         self.gamma, self.eps = float(gamma), float(eps)
         self.statistic: Statistic = statistic
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
         self._scaler: SpectrumScaler | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another package's trainer."""
+        """Refuse what is no trainer of Lightning."""
+        self._undo()
+        self.begin_stage(stage)
         check_lightning(trainer, type(self).__name__)
         settings = ("gamma", "eps", "statistic", "modules")
         describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Scale."""
-        # Anew each time: modules may have been replaced since.
-        self._undo()
-        scaler = SpectrumScaler(
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what could not be scaled at the first validation."""
+        self._make(trainer, pl_module).check()
+
+    def _make(self, trainer: Trainer, pl_module: LightningModule) -> SpectrumScaler:
+        return SpectrumScaler(
             projection_reader(trainer, pl_module),
             gamma=self.gamma,
             eps=self.eps,
             statistic=self.statistic,
             modules=self.modules,
+            refused=misread_layers(trainer, pl_module),
         )
-        self._scaler = scaler
-        factors = torch.cat([own.float() for own in scaler.apply().values()]).cpu()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Scale."""
+        self._undo()
+        try:
+            # A new one each time: modules may have been replaced since.
+            scaler = self._scaler = self._make(trainer, pl_module)
+            factors = torch.cat([own.float() for own in scaler.apply().values()]).cpu()
+        except Exception as error:
+            self._undo()
+            if not self._is_fit:
+                raise
+            self.say(f"the weights are not scaled ({type(error).__name__}: {error}); training goes on")
+            return
         if not (trainer.sanity_checking or trainer.predicting):
             scalars = {
                 f"spectrum_scaling/factor/{name}": getattr(factors, name)().item()
                 for name in ("mean", "min", "max")
             }
-            log_scalars(trainer, scalars, logging_step(trainer))
+            step = logging_step(trainer)
+            self.log_safely(lambda: log_scalars(trainer, scalars, step))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the weights their values back."""
@@ -88,6 +115,6 @@ class SpectrumScaling(Callback):
         self._undo()
 
     def _undo(self) -> None:
-        if self._scaler is not None:
-            self._scaler.undo()
-            self._scaler = None
+        scaler, self._scaler = self._scaler, None
+        if scaler is not None:
+            scaler.undo()

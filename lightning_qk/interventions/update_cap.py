@@ -112,7 +112,9 @@ class UpdateCapper:
             ValueError: nobody is to be told (see ``spare``).
         """
         if self.spare is None:
-            raise ValueError(f"expected query and key weights whose updates can be capped, got {name}: {reason}")
+            raise ValueError(
+                f"expected query and key weights whose updates can be capped, got {name}: {reason}"
+            )
         if self._editors.pop(name, None) is not None:
             for side in ("query", "key"):
                 self._rows.pop((name, side), None)
