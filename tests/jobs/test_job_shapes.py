@@ -180,13 +180,25 @@ def runs():
     return get
 
 
-def jobs(names: Iterable[str], variants: Iterable[str]) -> pytest.MarkDecorator:
-    """Every job as it is, and, slowly, in the other ways to train; stepped by hand it has none."""
+def jobs(
+    names: Iterable[str], variants: Iterable[str], not_yet: dict[str, str] | None = None
+) -> pytest.MarkDecorator:
+    """Every job as it is, and, slowly, in the other ways to train; stepped by hand it has none.
+
+    Args:
+        names: of the jobs.
+        variants: of training.
+        not_yet: job → why it cannot pass yet.
+    """
+    reasons = {} if not_yet is None else not_yet
     cases = [
         pytest.param(
             name,
             variant,
-            marks=() if variant == "plain" else pytest.mark.slow,
+            marks=[
+                *([] if variant == "plain" else [pytest.mark.slow]),
+                *([pytest.mark.xfail(strict=True, reason=reasons[name])] if name in reasons else []),
+            ],
             id=name if variant == "plain" else f"{name}-{variant}",
         )
         for variant in variants
@@ -197,7 +209,8 @@ def jobs(names: Iterable[str], variants: Iterable[str]) -> pytest.MarkDecorator:
 
 
 every_job = jobs(zoo.SHAPES, VARIANTS)
-same_numbers = jobs(zoo.SHAPES, [variant for variant in VARIANTS if variant != "half"])
+exact = [variant for variant in VARIANTS if variant != "half"]
+same_numbers = jobs(zoo.SHAPES, exact)
 
 
 @every_job
@@ -246,7 +259,15 @@ def layer_values(monitor: Any, statistic: str, label: str, index: int) -> Tensor
     return history.split(history.values[statistic][index])[history.layers.index(label)]
 
 
-@same_numbers
+NEEDS_TWO_INPUTS = "a layer whose forward needs a second input is run alone without it, and is left out"
+CROSS_BY_CALL = "cross-attention between inputs of one width, of a class that also does self-attention"
+
+
+@jobs(
+    zoo.SHAPES,
+    exact,
+    {"conformer": NEEDS_TWO_INPUTS, "detr": CROSS_BY_CALL, "annotated": CROSS_BY_CALL},
+)
 def test_spectra_are_those_of_the_dense_matrix(name, variant, runs):
     alone, watched = runs(name, variant)
     spectrum = watched.monitors[0]
@@ -344,7 +365,7 @@ def cross_layers(name: str, run: Run) -> list[tuple[str, nn.Module]]:
     return [(layer, module) for layer, module in attention_layers(run.job).items() if parts[name] in layer]
 
 
-@every_job
+@jobs(zoo.SHAPES, VARIANTS, {"conformer": NEEDS_TWO_INPUTS})
 def test_loggers_get_the_same_numbers(name, variant, runs):
     _, watched = runs(name, variant)
     checked = 0
