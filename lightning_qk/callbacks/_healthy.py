@@ -224,8 +224,9 @@ class HealthyCheckpoint:
     def doubt(self, trainer: Trainer) -> None:
         """A reading that was not healthy: what was not confirmed until now never will be."""
         candidate, self._candidate = self._candidate, None
-        if candidate is not None and trainer.is_global_zero and candidate.path == self._path(".new"):
-            _quietly(lambda: holds(Path(candidate.path), candidate.mark) and _remove(Path(candidate.path)))
+        is_here = candidate is not None and trainer.is_global_zero and candidate.path == self._path(".new")
+        if candidate is not None and is_here and holds(Path(candidate.path), candidate.mark):
+            _remove(Path(candidate.path))
 
     def _path(self, suffix: str = "") -> str:
         assert self._folder is not None  # begin
@@ -276,8 +277,8 @@ class HealthyCheckpoint:
             raise RuntimeError(_words(error)) from error
         trainer.strategy.load_model_state_dict(checkpoint)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
-        for optimizer, own in zip(trainer.optimizers, settings, strict=True):
-            for group, kept in zip(optimizer.param_groups, own, strict=True):
+        for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
+            for group, kept in zip(optimizer.param_groups, groups, strict=True):
                 group.update(kept)
         return True
 
@@ -330,6 +331,9 @@ def holds(path: Path, mark: str) -> bool:
             return False
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
+                if file.read(2) == b"PK":
+                    return False  # an archive without its end
+                file.seek(0)
                 return _contains(iter(lambda: file.read(_CHUNK), b""), mark)
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

@@ -296,9 +296,7 @@ class CollapseGuard(Callback):
             self._gather(trainer, pl_module)
         if self._pending is None or self._pending.trouble is None:
             # A collective call where they measure.
-            self._attempt(
-                lambda: watch.end_batch(trainer, pl_module, outputs, batch, batch_idx)  # type: ignore[union-attr]
-            )
+            self._attempt(lambda: watch.end_batch(trainer, pl_module, outputs, batch, batch_idx))
         else:
             self._attempt(watch.skip_batch)
         if is_read:
