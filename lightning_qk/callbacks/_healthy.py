@@ -102,10 +102,14 @@ class HealthyCheckpoint:
         self._folder = folder
         self._run = self._run or from_zero(trainer, uuid.uuid4().hex)
         before = self._current
-        found = self._look() if trainer.is_global_zero else None
-        self._current, self._candidate = from_zero(trainer, found)
+        found: tuple[Identity | None, Identity | None] = (None, None)
         if trainer.is_global_zero:
-            self._sweep()
+            try:
+                found = self._look()
+                self._sweep()
+            except Exception:
+                found = (None, None)  # nothing is shown to be the one
+        self._current, self._candidate = from_zero(trainer, found)
         return None if before is None or self._current is not None else before.step
 
     def _look(self) -> tuple[Identity | None, Identity | None]:

@@ -106,7 +106,9 @@ def train(job, guard, tmp_path, **arguments):
 
     rates = []
     callbacks = [Watch(), *([guard] if guard else [])]
-    trainer = models.trainer(callbacks, max_steps=STEPS, max_epochs=-1, default_root_dir=tmp_path, **arguments)
+    trainer = models.trainer(
+        callbacks, max_steps=STEPS, max_epochs=-1, default_root_dir=tmp_path, **arguments
+    )
     torch.manual_seed(1)
     trainer.fit(job, models.tokens(64))
     return torch.cat([p.detach().flatten() for p in job.parameters()]), used, rates
