@@ -102,10 +102,14 @@ class HealthyCheckpoint:
         self._folder = folder
         self._run = self._run or from_zero(trainer, uuid.uuid4().hex)
         before = self._current
-        found = self._look() if trainer.is_global_zero else None
-        self._current, self._candidate = from_zero(trainer, found)
+        found: tuple[Identity | None, Identity | None] = (None, None)
         if trainer.is_global_zero:
-            self._sweep()
+            try:
+                found = self._look()
+                self._sweep()
+            except Exception:
+                found = (None, None)  # nothing is shown to be the one
+        self._current, self._candidate = from_zero(trainer, found)
         return None if before is None or self._current is not None else before.step
 
     def _look(self) -> tuple[Identity | None, Identity | None]:
@@ -224,8 +228,9 @@ class HealthyCheckpoint:
     def doubt(self, trainer: Trainer) -> None:
         """A reading that was not healthy: what was not confirmed until now never will be."""
         candidate, self._candidate = self._candidate, None
-        if candidate is not None and trainer.is_global_zero and candidate.path == self._path(".new"):
-            _quietly(lambda: holds(Path(candidate.path), candidate.mark) and _remove(Path(candidate.path)))
+        is_here = candidate is not None and trainer.is_global_zero and candidate.path == self._path(".new")
+        if candidate is not None and is_here and holds(Path(candidate.path), candidate.mark):
+            _remove(Path(candidate.path))
 
     def _path(self, suffix: str = "") -> str:
         assert self._folder is not None  # begin
@@ -276,8 +281,8 @@ class HealthyCheckpoint:
             raise RuntimeError(_words(error)) from error
         trainer.strategy.load_model_state_dict(checkpoint)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
-        for optimizer, own in zip(trainer.optimizers, settings, strict=True):
-            for group, kept in zip(optimizer.param_groups, own, strict=True):
+        for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
+            for group, kept in zip(optimizer.param_groups, groups, strict=True):
                 group.update(kept)
         return True
 
@@ -330,6 +335,9 @@ def holds(path: Path, mark: str) -> bool:
             return False
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
+                if file.read(2) == b"PK":
+                    return False  # an archive without its end
+                file.seek(0)
                 return _contains(iter(lambda: file.read(_CHUNK), b""), mark)
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

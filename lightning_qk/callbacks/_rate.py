@@ -127,7 +127,7 @@ class RateLimit:
         factor = self.factor * min(1.0, self._steps[number] / max(1, self._warmup))
         ceilings = self._ceilings[number] if number < len(self._ceilings) else []
         for index, group in enumerate(step.optimizer.param_groups):
-            rate = group.get("lr")
+            rate: Any = group.get("lr")
             if not _is_rate(rate) or self._is_scaled(group):
                 continue
             ceiling = ceilings[index] if index < len(ceilings) else 0.0
@@ -167,7 +167,8 @@ class RateLimit:
         for index, group in enumerate(optimizer.param_groups):
             if index == len(peaks):
                 peaks.append(0.0)
-            rate, peak = group.get("lr"), peaks[index]
+            rate: Any = group.get("lr")
+            peak = peaks[index]
             if isinstance(rate, Tensor):
                 # It may lie on the device: reading it would wait.
                 rate = rate.detach()

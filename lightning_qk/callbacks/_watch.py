@@ -288,7 +288,7 @@ class Watch:
     ) -> Tensor:
         """A copy without the numbers of layers that are not trained."""
         trained = _trained(trainer, pl_module, {place.layer for place in places})
-        keep = torch.tensor([place.layer in trained for place in places])
+        keep = torch.tensor([place.layer in trained for place in places], dtype=torch.bool)
         return torch.where(keep, values, torch.nan)
 
 

@@ -48,7 +48,7 @@ class CollapseGuard(Callback):
     Where the trainer has an ``AttentionMonitor`` or a ``QKSpectrumMonitor`` that measures at all of the guard's
     steps, its numbers are read; else the guard measures by itself, on a few query rows, and logs none of it. What
     it decides on is reduced over ranks, so that all of them do the same. It never ends a run unless ``action`` is
-    ``"stop"``; should measuring fail, it says so once and training goes on unwatched.
+    ``"stop"``; a reading that fails is lost, and after three in a row it says so and training goes on unwatched.
 
     Interventions that it wakes (``action="qk_clip"`` and so on) are checked at the start of the fit, and refuse
     there what they cannot do. Their ``on_train_start`` comes when they wake, and they stay awake. With
@@ -62,7 +62,9 @@ class CollapseGuard(Callback):
     checkpoint, on all ranks alike: where training started, until there is another. Steps, schedules and the
     position in the data go on. That checkpoint, ``lightning_qk_healthy.ckpt`` in the run's folder, is an ordinary
     one to resume from. A newer one replaces it once a whole window of readings after it was healthy too, since
-    damage is done before it shows; until then it lies beside it as ``lightning_qk_healthy.ckpt.new``.
+    damage is done before it shows; until then it lies beside it as ``lightning_qk_healthy.ckpt.new``. With
+    ``rollback`` up to two replaced ones stay, as ``lightning_qk_healthy.ckpt.<key>``, while checkpoints of the run
+    refer to them. A file is gone back to only if it holds the identity that the run's state has of it.
 
     Logged keys: ``guard/score``, the largest of the detectors' scores, alarming from 1 on; ``guard/loss``,
     ``guard/logits``, ``guard/entropy``, ``guard/rank`` and ``guard/spectrum``, each detector's; ``guard/fired``,
@@ -89,8 +91,7 @@ class CollapseGuard(Callback):
 
     Raises:
         TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: an argument is out of range, the module holds no transformer attention, or a remedy cannot be
-            done exactly.
+        ValueError: an argument is out of range, or a remedy cannot be done exactly.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class CollapseGuard(Callback):
         self.loss = loss
         self.rows = rows
         self.detector = CollapseDetector(sensitivity)
-        self._remedy = Dormant(remedies, self._say)
+        self._remedy = Dormant(remedies, self._say_once)
         self._rate = RateLimit()
         self._healthy = HealthyCheckpoint(self.detector.sensitivity.window)
         self._healthy.keeps_replaced = rollback
@@ -249,7 +250,7 @@ class CollapseGuard(Callback):
         """Judge the step before, if a monitor measured it after this callback's turn; listen where due."""
         if self._pending is not None:
             self._judge(trainer, pl_module, is_last_call=True)
-        self._rate.settle()
+        self._try(self._rate.settle, "learning rates cannot be multiplied")
         self._steps_before = trainer.global_step
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
         watch = self._watch
@@ -261,7 +262,7 @@ class CollapseGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """For a remedy that changes gradients."""
-        self._rate.stand_last()
+        self._try(self._rate.stand_last, "learning rates cannot be multiplied")
         self._remedy.call("on_before_optimizer_step", trainer, pl_module, optimizer)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -296,9 +297,7 @@ class CollapseGuard(Callback):
             self._gather(trainer, pl_module)
         if self._pending is None or self._pending.trouble is None:
             # A collective call where they measure.
-            self._attempt(
-                lambda: watch.end_batch(trainer, pl_module, outputs, batch, batch_idx)  # type: ignore[union-attr]
-            )
+            self._attempt(lambda: watch.end_batch(trainer, pl_module, outputs, batch, batch_idx))
         else:
             self._attempt(watch.skip_batch)
         if is_read:
@@ -330,7 +329,7 @@ class CollapseGuard(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For a remedy."""
         self._remedy.call("on_train_end", trainer, pl_module)
-        self._rate.detach()
+        self._try(self._rate.detach, "learning rates could not be left")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For a remedy."""

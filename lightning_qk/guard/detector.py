@@ -82,17 +82,17 @@ class CollapseDetector:
         return Verdict(reading.step, score, fired, reason, scores)
 
     def restart(self) -> None:
-        """Begin anew, as after a step back or a change of the learning rate: what was seen no longer holds."""
+        """Start from nothing, as after a step back: what was seen no longer holds."""
         self._loss.clear()
         for detector in self._detectors:
-            detector.window.clear()
+            detector.clear()
         self._alarming, self._is_silent = 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that was seen, bounded by the window."""
         return {
             "loss": self._loss.state_dict(),
-            "detectors": {detector.name: detector.window.state_dict() for detector in self._detectors},
+            "detectors": {detector.name: detector.state_dict() for detector in self._detectors},
             "alarming": self._alarming,
             "is_silent": self._is_silent,
         }
@@ -102,5 +102,5 @@ class CollapseDetector:
         self._loss.load_state_dict(state["loss"])
         for detector in self._detectors:
             if detector.name in state["detectors"]:
-                detector.window.load_state_dict(state["detectors"][detector.name])
+                detector.load_state_dict(state["detectors"][detector.name])
         self._alarming, self._is_silent = state["alarming"], state["is_silent"]

@@ -19,6 +19,12 @@ from lightning_qk.guard.reading import Reading
 from lightning_qk.guard.running import Window, median_and_error, sure
 
 _TINY = 1e-12
+_TREND = math.log(1.1)
+"""Sure change over a window, in logarithms, that is a direction."""
+_AWAY = math.log(1.15)
+"""Change since the first readings that is one."""
+_APART = math.log(2.0)
+"""The same of how far tokens are apart."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,8 @@ class Finding(NamedTuple):
 
 
 NOTHING = Finding(0.0, "")
+_LEAST = 3
+"""Readings before anything is said of a level: one number that is far out tells nothing."""
 
 
 class LossWatch:
@@ -151,6 +159,8 @@ class Detector:
     def __init__(self, sensitivity: Sensitivity) -> None:
         self.sensitivity = sensitivity
         self.window = Window(sensitivity.window)
+        # Median of each place's first readings: what is far from it has changed.
+        self._first: list[Tensor] = []
 
     def observe(self, reading: Reading, stall: float) -> Finding:
         """Add a reading.
@@ -162,8 +172,57 @@ class Detector:
         values = reading.values.get(self.statistic)
         if values is None or not values.numel():
             return NOTHING
-        self.window.append(self.transformed(values.double(), reading))
+        row = self.transformed(values.double(), reading).reshape(-1)
+        self.window.append(row)
+        self._remember(row)
         return self.judge(reading, values, stall)
+
+    def _remember(self, row: Tensor) -> None:
+        if self._first and self._first[0].shape != row.shape:
+            self._first.clear()
+        if len(self._first) < _LEAST:
+            self._first.append(row)
+        else:
+            # A place that had no reading until now.
+            late = torch.stack(self._first).isnan().all(0)
+            self._first = [torch.where(late, row, first) for first in self._first]
+
+    def start(self) -> Tensor:
+        """What the places began with."""
+        return torch.stack(self._first).nanmedian(0).values
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.window.clear()
+        self._first.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window and the first readings."""
+        return {**self.window.state_dict(), "first": list(self._first)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with those of a checkpoint."""
+        self.window.load_state_dict(state)
+        self._first = list(state.get("first", ()))
+
+    def has_gone(self, sign: int) -> Tensor:
+        """Whether a place's logarithm has surely risen (1) or fallen (−1), over the window or since the start.
+
+        A place that has been where it is from the first reading on is so by design: nothing happens to it.
+        """
+        slope, error = self.window.trend()
+        trend = sign * sure(slope, error) * (len(self.window) - 1)
+        return (trend >= _TREND) | (sign * (self.level() - self.start()) >= _AWAY)
+
+    def course(self, index: int, sign: int, digits: int) -> str:
+        """From where to where the logarithm of a place went, in words: over the window, or since the start."""
+        column = self.window.rows()[:, index]
+        known = column[column.isfinite()].exp()
+        first, now = float(known[0]), float(known[-1])
+        if sign * (now - first) > 0:
+            return f"has gone from {first:.{digits}g} to {now:.{digits}g} in {self.span}"
+        start = float(self.start()[index].exp())
+        return f"has gone from {start:.{digits}g} in the first readings to {now:.{digits}g}"
 
     def transformed(self, values: Tensor, reading: Reading) -> Tensor:
         """What the window keeps."""
@@ -172,6 +231,10 @@ class Detector:
     @abstractmethod
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
         """What to make of the window."""
+
+    def _newest(self, index: int) -> float:
+        column = self.window.rows()[:, index]
+        return float(column[column.isfinite()][-1].exp())
 
     @property
     def span(self) -> str:
@@ -205,17 +268,23 @@ class LogitGrowth(Detector):
         if bool(values.isinf().any()):
             index = int(values.isinf().nonzero()[0])
             return Finding(math.inf, f"the logits of {reading.place(self.statistic, index)} are not finite")
+        if len(self.window) < _LEAST:
+            return NOTHING
         slope, error = self.window.trend()
         level, limit = self.level(), self.sensitivity.logit
         growing = torch.where(
             level >= math.log(self.sensitivity.onset * limit), sure(slope, error).clamp_min(0), 0.0
         )
-        ahead = (level + self.sensitivity.horizon * growing).exp()
-        score, index = _largest(ahead / limit)
-        place = reading.place(self.statistic, index)
-        before, now = float(self.window.rows()[0, index].exp()), float(values[index])
-        reason = f"the largest logit of {place} has gone from {before:.4g} to {now:.4g} in {self.span}"
-        return Finding(score, reason)
+        ahead = (level + self.sensitivity.horizon * growing).exp() / limit
+        score, index = _largest(torch.where(self.has_gone(1), ahead, 0.0))
+        place = "the largest logit of {}"
+        still, at = _largest(ahead)
+        still = min(still, 4.0) * stall if len(self.window) == self.window.size else 0.0
+        if score >= still:
+            name = place.format(reading.place(self.statistic, index))
+            return Finding(score, f"{name} {self.course(index, 1, 4)}" if score > 0 else "")
+        name = place.format(reading.place(self.statistic, at))
+        return Finding(still, f"{name} stays at {self._newest(at):.4g} while the loss stands still")
 
 
 class EntropyCollapse(Detector):
@@ -230,16 +299,24 @@ class EntropyCollapse(Detector):
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
         """What the newest numbers and their trend say."""
+        if len(self.window) < _LEAST:
+            return NOTHING
         slope, error = self.window.trend()
         falling = sure(slope, error).clamp_max(0)
-        ahead = (self.level() + self.sensitivity.horizon * falling).exp()
-        score, index = _largest(self.sensitivity.entropy / ahead)
-        newest, layers, heads = layer_means(values, reading, self.statistic)
-        before, now = float(self.window.rows()[0, index].exp()), float(newest[index])
+        ahead = self.sensitivity.entropy / (self.level() + self.sensitivity.horizon * falling).exp()
+        _, layers, heads = layer_means(values, reading, self.statistic)
+        score, index = _largest(torch.where(self.has_gone(-1), ahead, 0.0))
+        still, at = _largest(ahead)
+        still = min(still, 4.0) * stall if len(self.window) == self.window.size else 0.0
+        if score >= still:
+            course = self.course(index, -1, 3) if score > 0 else ""
+            return Finding(
+                score, f"the normalized entropy of {layers[index]} {course}, least in head {heads[index]}"
+            )
         return Finding(
-            score,
-            f"the normalized entropy of {layers[index]} has gone from {before:.3g} to {now:.3g} in "
-            f"{self.span}, least in head {heads[index]}",
+            still,
+            f"the normalized entropy of {layers[at]} stays at {self._newest(at):.3g} while the loss stands "
+            f"still, least in head {heads[at]}",
         )
 
 
@@ -247,7 +324,8 @@ class RankCollapse(Detector):
     """Tokens that grow alike.
 
     Early in training they are alike and the loss falls all the same, so that the loss has to stand still; unless
-    nothing tells them apart any more.
+    they were apart at first and nothing tells them apart any more. Where they were the same from the start, as a
+    decoder's queries are, the loss has to stand still too.
     """
 
     name = "rank"
@@ -255,18 +333,26 @@ class RankCollapse(Detector):
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
         """What the newest numbers and their trend say."""
-        if len(self.window) < 3:
+        if len(self.window) < _LEAST:
             return NOTHING
         place = "the tokens before {} have a mean cosine of {:.6g}"
         now = (1 - self.level()).clamp_min(_TINY)
-        identical, index = _largest(self.sensitivity.identical / now)
+        nearer = ((1 - self.start()).clamp_min(_TINY) / now).log() >= _APART
+        identical, index = _largest(torch.where(nearer, self.sensitivity.identical / now, 0.0))
         alike, at = _largest((1 - self.sensitivity.cosine) / (1 - self.window.median()).clamp_min(_TINY))
         alike = min(alike, 4.0) * stall if len(self.window) == self.window.size else 0.0
         if identical >= alike:
             name = reading.place(self.statistic, index)
-            return Finding(identical, place.format(name, float(values[index])))
+            start = float(self.start()[index])
+            return Finding(
+                identical, f"{place.format(name, self._cosine(index))}, after {start:.4g} at first"
+            )
         name = reading.place(self.statistic, at)
-        return Finding(alike, f"{place.format(name, float(values[at]))} while the loss stands still")
+        return Finding(alike, f"{place.format(name, self._cosine(at))} while the loss stands still")
+
+    def _cosine(self, index: int) -> float:
+        column = self.window.rows()[:, index]
+        return float(column[column.isfinite()][-1])
 
 
 class SpectralGrowth(Detector):

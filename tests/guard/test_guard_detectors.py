@@ -120,8 +120,60 @@ def test_a_pause_of_the_loss_is_no_alarm_and_a_long_one_is(steps, alarming):
 
 
 def test_uniform_attention_of_identical_tokens_is_an_alarm_though_the_loss_falls():
-    (alarm,) = alarms(series(20, cosine=lambda i: 0.99999, entropy=lambda i: 1.0))
+    (alarm,) = alarms(series(20, cosine=lambda i: 0.5 if i < 6 else 0.99999, entropy=lambda i: 1.0))
     assert alarm.scores["rank"] >= 1
+    assert "mean cosine of 0.99999, after 0.5 at first" in alarm.reason
+
+
+def test_tokens_that_were_identical_from_the_start_are_no_alarm_while_the_loss_falls():
+    # A decoder's queries at its first layers.
+    assert not alarms(series(20, cosine=lambda i: 0.99999))
+    (alarm, *_) = alarms(series(30, cosine=lambda i: 0.99999, loss=lambda i: 3.0))
+    assert "while the loss stands still" in alarm.reason
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"entropy": lambda i: 0.01 * math.exp(0.1 * i)},
+        {"entropy": lambda i: 0.03},
+        {"logit": lambda i: 900 * math.exp(-0.05 * i)},
+        {"logit": lambda i: 150.0},
+    ],
+)
+def test_what_goes_the_other_way_or_stays_is_no_collapse(given, noise):
+    assert not alarms(series(60, noise=noise, **given))
+
+
+def test_what_stays_bad_is_an_alarm_while_the_loss_stands_still():
+    (alarm, *_) = alarms(series(40, entropy=lambda i: 0.03, loss=lambda i: 3.0))
+    assert "stays at" in alarm.reason
+    assert "least in head" in alarm.reason
+
+
+@pytest.mark.parametrize("name", ["entropy", "logit", "cosine"])
+def test_nothing_is_said_after_one_reading_or_two(name):
+    worst = {"entropy": 0.001, "logit": 5000.0, "cosine": 1.0}[name]
+    found = alarms(series(30, noise=0, **{name: lambda i: worst if i >= 2 else 0.4}), patience=1)
+    assert all(alarm.step > 4 * 3 for alarm in found)
+    assert found
+
+
+def test_what_did_not_run_has_no_reading():
+    def silent(reading):
+        values = {name: value.clone() for name, value in reading.values.items()}
+        for value in values.values():
+            value[len(value) // 2 :] = math.nan
+        return Reading(reading.step, reading.losses, values, PLACES)
+
+    readings = list(
+        series(40, logit=lambda i: 5 * math.exp(0.2 * i), entropy=lambda i: 0.6 * math.exp(-0.2 * i))
+    )
+    assert not alarms(map(silent, readings))
+    # A layer that is skipped at every second step is judged by the others.
+    (alarm, *_) = alarms(silent(one) if i % 2 else one for i, one in enumerate(readings))
+    assert "nan" not in alarm.reason
 
 
 def test_norms_that_grow_while_the_loss_stands_still():
