@@ -62,7 +62,8 @@ def head_health(record: RunRecord) -> list[HeadHealth]:
             labels.update(zip(history.layers, history.heads, strict=True))
     found = []
     for label, heads in labels.items():
-        found += [_judge(label, head, record) for head in range(heads)]
+        layer = _Layer(label, record)
+        found += [_judge(layer, head) for head in range(heads)]
     return sorted(found, key=lambda row: (HEAD_VERDICTS.index(row.verdict), -row.badness))
 
 
@@ -111,33 +112,40 @@ def _series(history: History | None, label: str) -> dict[str, Tensor]:
     return {name: torch.stack([v[start:stop] for v in column]) for name, column in history.values.items()}
 
 
-def _judge(label: str, head: int, record: RunRecord) -> HeadHealth:
+class _Layer:
+    """What is known of a layer, found out once for all of its heads."""
+
+    def __init__(self, label: str, record: RunRecord) -> None:
+        self.label = label
+        self.newest = {name: newest_of(getattr(record, name), label) for name in ("spectrum", "attention")}
+        self.series = {name: _series(getattr(record, name), label) for name in self.newest}
+        self.missing = self.newest["attention"].missing or self.newest["spectrum"].missing
+
+
+def _judge(layer: _Layer, head: int) -> HeadHealth:
     known: dict[str, Tensor] = {}
     now: dict[str, float] = {}
-    newest = {name: newest_of(getattr(record, name), label) for name in ("spectrum", "attention")}
-    broken, missing = "", ""
-    for name, found in newest.items():
-        values = {key: value for key, value in found.values.items() if head < value.numel()}
-        series = _series(getattr(record, name), label)
-        known |= {key: series[key][:, head] for key in values}
+    broken = ""
+    is_told: dict[str, bool] = {}
+    for name, newest in layer.newest.items():
+        values = {key: value for key, value in newest.values.items() if head < value.numel()}
+        known |= {key: layer.series[name][key][:, head] for key in values}
         now |= {key: float(value[head]) for key, value in values.items()}
-        states = found.states
-        if states is not None and head < states.numel():
-            subject = "weights" if name == "spectrum" else "logits"
-            broken = broken or (f"its {subject} hold NaN" if int(states[head]) == NOT_FINITE else "")
-        missing = found.missing or missing
-    is_told = {name: found.states is not None for name, found in newest.items()}
-    is_told["spectrum"] = is_told["spectrum"] or newest["spectrum"].is_cross
+        states = newest.states
+        is_told[name] = states is not None or newest.is_cross
+        if states is not None and head < states.numel() and int(states[head]) == NOT_FINITE:
+            broken = broken or f"its {'weights' if name == 'spectrum' else 'logits'} hold NaN"
     broken = _infinite(now) or broken or _non_finite(now, is_told)
     if broken:
-        return HeadHealth(label, head, "non-finite", broken, 0.0)
+        return HeadHealth(layer.label, head, "non-finite", broken, 0.0)
     if all(math.isnan(value) for value in now.values()):
-        states = newest["spectrum"].states
-        if states is not None and bool((states == NO_VALUE).all()) and not newest["attention"].missing:
-            return HeadHealth(label, head, "ok", "", 0.0)
-        return HeadHealth(label, head, "no data", missing or "nothing is known of it", 0.0)
-    is_measured = bool(newest["attention"].values)
-    return HeadHealth(label, head, *_verdict(now, known, is_measured=is_measured))
+        states = layer.newest["spectrum"].states
+        is_healthy = states is not None and bool((states == NO_VALUE).all())
+        if is_healthy and not layer.newest["attention"].missing:
+            return HeadHealth(layer.label, head, "ok", "", 0.0)
+        return HeadHealth(layer.label, head, "no data", layer.missing or "nothing is known of it", 0.0)
+    is_measured = bool(layer.newest["attention"].values)
+    return HeadHealth(layer.label, head, *_verdict(now, known, is_measured=is_measured))
 
 
 def _verdict(
