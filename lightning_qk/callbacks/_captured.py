@@ -1,6 +1,7 @@
 """What the monitors of captured attention share: layers, the capture, pools of a step and of evaluation loops."""
 
 from abc import abstractmethod
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_scalars
+from lightning_qk.logging.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE
 from lightning_qk.metrics.means import HeadMeans
 
 
@@ -65,7 +67,9 @@ class CaptureMonitor(Monitor):
 
     group = "attn"
     presence: str
-    """A statistic that is finite wherever a row was measured at all."""
+    """A statistic that is finite of a head that is finite and of which anything was measured."""
+    is_of_self_attention: bool = False
+    """Whether it measures nothing of cross-attention."""
     curve_statistics: tuple[str, ...] = ()
     """Statistics whose means are curves of the report."""
 
@@ -106,7 +110,6 @@ class CaptureMonitor(Monitor):
         self._heads: dict[str, int] = {}
         self._self_attention: dict[str, bool] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
-        self._seen: set[str] = set()
         # Where calls are added up now: the step's pool, or that of an evaluation's dataloader.
         self._step_pool = SumsPool()
         self._evaluation: dict[int, SumsPool] = {}
@@ -153,7 +156,7 @@ class CaptureMonitor(Monitor):
         # Where the weights cannot be read, calls can still be captured.
         reader = self._reader = WatchedReader(pl_module, self.modules, root=trainer.strategy.model)
         self._take_facts(reader)
-        self._shapes, self._seen = {}, set()
+        self._shapes = {}
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
         names = {module: name for name, module in self._modules.items()}
@@ -239,6 +242,17 @@ class CaptureMonitor(Monitor):
             )
         return heads, where
 
+    def nothing_measured(self, sentence: str) -> None:
+        """Say so in place of a verdict too."""
+        super().nothing_measured(sentence)
+        if self.history is not None and len(self.history):
+            return
+        heads = {name: self._heads[name] for name in self._modules if name in self._heads}
+        if heads:
+            self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
+            assert self.history is not None
+            self.history.reasons = dict.fromkeys(self.history.layers, sentence)
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
         """Statistics of all heads over the step's micro-batches, reduced over ranks."""
         return self._compute(trainer, pl_module, self._step_pool)
@@ -256,13 +270,39 @@ class CaptureMonitor(Monitor):
             return None
         self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
         metric = self.metric(heads).to(pl_module.device)
+        ran = pool.names
         pool.into(metric)
         pool.reset()
         values = flat_values(metric)
+        self.states = self._states(metric, values, ran)
         self.adjust(metric, values)
-        parts = metric.split(values[self.presence]).items()
-        self._seen |= {name for name, part in parts if part.isfinite().any()}
         return values
+
+    def _states(self, metric: HeadMeans, values: Mapping[str, Tensor], ran: Collection[str]) -> Tensor:
+        """State of every head, by how much was counted of it."""
+        assert metric.counted is not None  # it was computed
+        assert self._capture is not None  # _listen_to
+        assert self.history is not None  # _compute
+        rows = metric.counted[metric.statistics.index(self.witness)].cpu()
+        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
+        broken = (rows != 0) & ~values[self.witness].isfinite() | infinite
+        states = torch.where(broken, NOT_FINITE, KNOWN)
+        for name, part in metric.split(states).items():
+            empty = (metric.split(rows)[name] == 0) & (part == KNOWN)
+            problem = self._capture.problems.get(name)
+            if problem is not None:
+                self.history.reasons[self.labels[name]] = problem
+            own = self._self_attention.get(name)
+            part[empty] = (
+                LEFT_OUT
+                if problem is not None
+                else NO_VALUE
+                if own is False and self.is_of_self_attention
+                else NO_DATA
+                if name in ran
+                else DID_NOT_RUN
+            )
+        return states
 
     def _agree_on_heads(self, trainer: Trainer) -> None:
         """Learn the layers whose heads only the calls tell from all ranks, lest their metrics differ in shape."""
@@ -357,17 +397,14 @@ class CaptureMonitor(Monitor):
         assert self.history is not None  # _compute
         means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
         prefix = f"{self.group}/{stage}"
-        overall = {key + suffix: value for key, value in self.over_the_model(means, prefix).items()}
-        layers = self.by_layer_and_head(self.history, means, prefix)
+        over_all = self.over_the_model(means, prefix, states=self.states)
+        overall = {key + suffix: value for key, value in over_all.items()}
+        layers = self.by_layer_and_head(self.history, means, prefix, states=self.states)
         # Not through Lightning to the loggers: trainer.test would print a table of them all.
         pl_module.log_dict(overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False)
-        logged = self.worth_logging(self.over_the_model(means, prefix), is_evaluation=True)
+        logged = self.worth_logging(over_all, is_evaluation=True)
         scalars = {key + suffix: value for key, value in (logged | layers).items()}
         log_scalars(trainer, scalars, logging_step(trainer))
-
-    def expects(self, label: str) -> bool:
-        """A layer that was never captured has no value, and that was said already."""
-        return any(self.labels[name] == label for name in self._seen)
 
     def contribute(self, record: RunRecord) -> None:
         """Add the mean over all heads of some statistics, as curves of the run."""

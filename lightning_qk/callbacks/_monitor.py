@@ -34,6 +34,7 @@ from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_file, log_scalars, shows_pictures
 from lightning_qk.logging.pictures import Pictures
 from lightning_qk.logging.snapshots import Snapshots
+from lightning_qk.logging.states import NOT_FINITE
 
 _T = TypeVar("_T")
 PerLayer = bool | str | Sequence[str] | None
@@ -92,7 +93,7 @@ class Monitor(GuardedHooks, Callback):
     figure_statistics: tuple[str, ...]
     """Statistics that are drawn as layer × head heatmaps."""
     witness: str
-    """A statistic that is not finite exactly when something is wrong with a head."""
+    """A statistic that, of a head that was measured, is not finite exactly when something is wrong with it."""
     subject: str
     """What is not finite then, in the plural."""
     has_heads: bool = True
@@ -144,6 +145,8 @@ class Monitor(GuardedHooks, Callback):
         self._found_non_finite = False
         self._steps_measured = 0
         self._at_the_end = False
+        # Of the values that were measured last, one a head.
+        self.states: Tensor | None = None
         self._steps_a_batch = 1
         self._first_step = 0
         self._last_step: int | None = None
@@ -409,8 +412,8 @@ class Monitor(GuardedHooks, Callback):
         step = self.step_of(trainer)
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
-        history.append(step, values)
-        self.note_non_finite(values, f"at step {step}")
+        history.append(step, values, self.states)
+        self.note_non_finite(self.states, f"at step {step}")
         # Standard errors stay in the history: three more keys for each statistic would bury the rest.
         means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
         self.log_values(trainer, pl_module, means, step)
@@ -432,36 +435,66 @@ class Monitor(GuardedHooks, Callback):
         """Aggregates to the loggers, and to ``trainer.callback_metrics`` where a module may log now."""
         history = self.history
         assert history is not None  # publish
-        overall = self.over_the_model(values)
+        states = history.states_at(step)
+        overall = self.over_the_model(values, states=states)
         if pl_module is not None:
             # For EarlyStopping, ModelCheckpoint and the like; the loggers get them below, with the others.
             pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
-        log_scalars(trainer, self.worth_logging(overall) | self.by_layer_and_head(history, values), step)
+        log_scalars(
+            trainer,
+            self.worth_logging(overall) | self.by_layer_and_head(history, values, states=states),
+            step,
+        )
 
-    def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
-        """Mean, minimum and maximum over all heads that have a value; keys begin with the group or a prefix."""
+    def over_the_model(
+        self, values: Mapping[str, Tensor], prefix: str | None = None, *, states: Tensor | None = None
+    ) -> dict[str, float]:
+        """Mean, minimum and maximum over all heads that have a value; keys begin with the group or a prefix.
+
+        NaN where a head that should have a value is not finite: numbers of the others would look healthy.
+        """
         prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
             finite = flat[flat.isfinite()]
-            if finite.numel():
-                for reduction in ("mean", "min", "max"):
-                    scalars[f"{prefix}/{name}/{reduction}"] = getattr(finite, reduction)().item()
+            is_broken = bool(self._broken(name, flat, states).any())
+            for reduction in ("mean", "min", "max") if is_broken or finite.numel() else ():
+                value = math.nan if is_broken else getattr(finite, reduction)().item()
+                scalars[f"{prefix}/{name}/{reduction}"] = value
         return scalars
 
+    def _broken(self, name: str, flat: Tensor, states: Tensor | None) -> Tensor:
+        """Which heads should have a value of a statistic and are not finite."""
+        if states is None:
+            return torch.zeros_like(flat, dtype=torch.bool)
+        return (states == NOT_FINITE) & ~flat.isfinite() & self.has_value(name, flat)
+
+    def has_value(self, name: str, flat: Tensor) -> Tensor:
+        """Which heads have a value of a statistic when all is well, boolean, of the shape of ``flat``."""
+        return torch.ones_like(flat, dtype=torch.bool)
+
     def by_layer_and_head(
-        self, history: History, values: Mapping[str, Tensor], prefix: str | None = None
+        self,
+        history: History,
+        values: Mapping[str, Tensor],
+        prefix: str | None = None,
+        *,
+        states: Tensor | None = None,
     ) -> dict[str, float]:
-        """Means over the heads of each layer, of some statistics, and each head where asked."""
+        """Means over the heads of each layer, of some statistics, and each head where asked.
+
+        NaN where a head of the layer is not finite.
+        """
         is_evaluation = prefix is not None
         prefix = prefix or self.group
         by_layer = self._by_layer(values, is_evaluation)
         scalars: dict[str, float] = {}
         for name, flat in values.items():
-            for label, heads in zip(history.layers, history.split(flat), strict=True):
+            broken = history.split(self._broken(name, flat, states))
+            for label, heads, bad in zip(history.layers, history.split(flat), broken, strict=True):
                 finite = heads[heads.isfinite()]
-                if name in by_layer and finite.numel():
-                    scalars[f"{prefix}/{label}/{name}"] = finite.mean().item()
+                if name in by_layer and (finite.numel() or bad.any()):
+                    scalars[f"{prefix}/{label}/{name}"] = math.nan if bad.any() else finite.mean().item()
                 if self.per_head:
                     scalars.update(
                         (f"{prefix}/{label}/head_{index:02d}/{name}", value)
@@ -589,15 +622,15 @@ class Monitor(GuardedHooks, Callback):
         )
         log_file(trainer, path, name="lightning_qk_history", kind="history", description=description)
 
-    def note_non_finite(self, values: Mapping[str, Tensor], when: str) -> None:
-        """Name the layers and heads whose values are not finite, the first time: NaN soon spreads to all."""
+    def note_non_finite(self, states: Tensor | None, when: str) -> None:
+        """Name the layers and heads that are not finite, the first time: NaN soon spreads to all."""
         history = self.history
-        if self._found_non_finite or history is None or self.witness not in values:
+        if self._found_non_finite or history is None or states is None:
             return
         found = []
-        for label, heads in zip(history.layers, history.split(values[self.witness]), strict=True):
-            bad = [str(index) for index, ok in enumerate(heads.isfinite().tolist()) if not ok]
-            if bad and self.expects(label):
+        for label, heads in zip(history.layers, history.split(states), strict=True):
+            bad = [str(index) for index, state in enumerate(heads.tolist()) if state == NOT_FINITE]
+            if bad:
                 module = next(module for module, own in self.labels.items() if own == label)
                 found.append(f"{module} (head {', '.join(bad)})" if self.has_heads else module)
         if found:
@@ -636,7 +669,3 @@ class Monitor(GuardedHooks, Callback):
         values = self.attempt(lambda: self.measure(trainer, pl_module))
         if values is not None:
             self.attempt(lambda: self.publish(trainer, pl_module, values), "logging")
-
-    def expects(self, label: str) -> bool:
-        """Whether the layer has a finite value of the witness when all is well."""
-        return True

@@ -10,11 +10,12 @@ from torch import Tensor
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.callbacks._watched import matches, matching
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
+from lightning_qk.functional.hidden import HIDDEN_MEANS, HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.blocks import find_blocks
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.layers import layer_labels
+from lightning_qk.logging.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NOT_FINITE
 from lightning_qk.metrics.hidden import HiddenStatistics
 
 _EMBEDDING = "the input of "
@@ -77,7 +78,7 @@ class HiddenStateMonitor(Monitor):
     }
     figure_statistics = ()
     subject = "hidden states"
-    witness = "rank_residual"
+    witness = "token_norm"
     has_heads = False
 
     def __init__(
@@ -113,6 +114,8 @@ class HiddenStateMonitor(Monitor):
         self._capture: HiddenCapture | None = None
         self._metric: HiddenStatistics | None = None
         self._names: tuple[str, ...] = ()
+        # Those that were heard since the last measurement.
+        self._ran: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -156,6 +159,7 @@ class HiddenStateMonitor(Monitor):
         self._names = tuple(named)
         self.remember_layers(dict.fromkeys(named, 1), (), labels=named)
         self._metric = HiddenStatistics(self._names)
+        self._ran.clear()
         self._generator.manual_seed(self.seed + trainer.global_rank)
         self._capture = HiddenCapture(
             outputs,
@@ -191,6 +195,7 @@ class HiddenStateMonitor(Monitor):
             states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
         )
         metric.update({name: sums})
+        self._ran.add(name)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
         """Statistics of all layers over the step's micro-batches, reduced over ranks."""
@@ -201,8 +206,30 @@ class HiddenStateMonitor(Monitor):
         # Every rank takes part, whether or not it heard anything.
         metric.to(pl_module.device).update({})
         values = flat_values(metric)
+        self.states = self._states(metric, values, capture)
         metric.reset()
+        self._ran.clear()
         return values
+
+    def _states(
+        self, metric: HiddenStatistics, values: Mapping[str, Tensor], capture: HiddenCapture
+    ) -> Tensor:
+        """State of every layer, by how many tokens were counted of it."""
+        assert metric.counted is not None  # it was computed
+        assert self.history is not None  # on_fit_start
+        tokens = metric.counted[HIDDEN_MEANS.index(self.witness)].cpu()
+        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
+        broken = (tokens != 0) & ~values[self.witness].isfinite() | infinite
+        states = torch.where(broken, NOT_FINITE, KNOWN)
+        for place, name in enumerate(self._names):
+            problem = capture.problems.get(name)
+            if problem is not None:
+                self.history.reasons[self.labels[name]] = problem
+            if tokens[place] == 0 and states[place] == KNOWN:
+                states[place] = (
+                    LEFT_OUT if problem is not None else NO_DATA if name in self._ran else DID_NOT_RUN
+                )
+        return states
 
     def _name_missing(self, capture: HiddenCapture) -> None:
         self.note_left_out(capture.problems)
@@ -221,14 +248,13 @@ class HiddenStateMonitor(Monitor):
                 "hooks)"
             )
 
-    def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
+    def over_the_model(
+        self, values: Mapping[str, Tensor], prefix: str | None = None, *, states: Tensor | None = None
+    ) -> dict[str, float]:
         """Mean, minimum and maximum over the blocks."""
         is_block = torch.tensor([not name.startswith(_EMBEDDING) for name in self._names])
-        return super().over_the_model({name: flat[is_block] for name, flat in values.items()}, prefix)
-
-    def expects(self, label: str) -> bool:
-        """A layer that was never heard has no value, and that was said already."""
-        return self._capture is not None and any(self.labels[name] == label for name in self._capture.heard)
+        blocks = {name: flat[is_block] for name, flat in values.items()}
+        return super().over_the_model(blocks, prefix, states=None if states is None else states[is_block])
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""

@@ -135,6 +135,10 @@ def _history(group: str, state: dict[str, Any], get: Get) -> History:
         if value.shape != (len(steps), sum(heads)) or not value.is_floating_point():
             _refuse(f"{name} of {group} has the shape {tuple(value.shape)}, not {(len(steps), sum(heads))}")
         values[name] = value.float()
+    states = get(f"states/{group}") if state.get("has_states") else None
+    if states is not None and (states.shape != (len(steps), sum(heads)) or states.dtype != torch.int8):
+        _refuse(f"the states of {what} have the shape {tuple(states.shape)} and the type {states.dtype}")
+    reasons = _object(state.get("reasons", {}), f"the reasons of {what}")
     return History.from_state_dict(
         {
             "layers": layers,
@@ -144,6 +148,11 @@ def _history(group: str, state: dict[str, Any], get: Get) -> History:
             "values": values,
             "stride": _whole(state.get("stride"), f"the stride of {what}", least=1),
             "seen": _whole(state.get("seen"), f"the count of {what}", least=0),
+            "states": states,
+            "reasons": {
+                _text(label, f"a layer of {what}"): _text(reason, f"a reason of {what}")
+                for label, reason in reasons.items()
+            },
         }
     )
 
