@@ -14,7 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qk.callbacks._fit_state import OfOneFit, nothing
+from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._order import observe_last
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together
+from lightning_qk.callbacks._training import training_layers
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -58,6 +62,11 @@ def _checked_layers(per_layer: PerLayer) -> bool | tuple[str, ...] | None:
     return (per_layer,) if isinstance(per_layer, str) else tuple(per_layer)
 
 
+def _without_errors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Standard errors stay in the history: three more keys for each statistic would bury the rest."""
+    return {name: flat for name, flat in values.items() if not name.endswith("_se")}
+
+
 def _draw_heatmap(history: History, statistic: str) -> bytes:
     from lightning_qk.logging.figures import heatmap, to_png
 
@@ -68,7 +77,7 @@ def _arguments(kind: type) -> Collection[str]:
     return inspect.signature(kind).parameters
 
 
-class Monitor(Callback):
+class Monitor(OfOneFit, Callback):
     """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass."""
 
     group: str
@@ -87,6 +96,43 @@ class Monitor(Callback):
     """What is not finite then, in the plural."""
     has_heads: bool = True
     """Whether layers have heads to be named; without, each has one value."""
+
+    fit_state = {  # noqa: RUF012 (never changed)
+        "history": nothing,
+        "labels": dict,
+        "notes": list,
+        "_logged": int,
+        "_drawn": nothing,
+        "_snapshots": Snapshots,
+        "_directory": nothing,
+        "_is_due": bool,
+        "_steps_before": int,
+        "_reported": bool,
+        "_found_non_finite": bool,
+        "_failed": dict,
+        "_lost_in_a_row": int,
+        "_counted": nothing,
+    }
+    running_state = {"_pictures": Pictures}  # noqa: RUF012 (never changed)
+
+    history: History | None
+    labels: dict[str, str]
+    notes: list[str]
+    _logged: int
+    _drawn: int | None
+    _snapshots: Snapshots
+    _directory: str | None
+    _is_due: bool
+    _steps_before: int
+    _reported: bool
+    _found_non_finite: bool
+    _failed: dict[str, int]
+    """What → how many times in a row it failed on this process; for what no other process waits for."""
+    _lost_in_a_row: int
+    """How many measurements were lost one after the other: the same number on every process."""
+    _counted: Tensor | None
+    """Which heads count in aggregates over the model; None for all."""
+    _pictures: Pictures
 
     def __init__(
         self,
@@ -109,19 +155,7 @@ class Monitor(Callback):
         self.per_layer = _checked_layers(per_layer)
         self.figures_every = figures_every
         self.report = report
-        self.history: History | None = None
-        self.labels: dict[str, str] = {}
-        self.notes: list[str] = []
-        self._logged = 0
-        self._drawn: int | None = None
-        self._pictures = Pictures()
-        self._snapshots = Snapshots()
-        self._directory: str | None = None
-        self._is_due = False
-        self._steps_before = 0
-        self._reported = False
-        self._gave_up: set[str] = set()
-        self._found_non_finite = False
+        self.begin()
 
     # Lightning's hooks
 
@@ -129,17 +163,21 @@ class Monitor(Callback):
         """Refuse a trainer of another package, whose hooks and classes differ."""
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
+            self.begin_fit(trainer, pl_module)
             observe_last(trainer)
             own = ("per_layer", "per_head", "figures_every", "report")
             rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
             describe_config(trainer, {type(self).__name__: self.settings() | rest})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree on where the report goes."""
+        """Agree on where the report goes, and find the layers: the same on every process, or raise on all."""
         self._directory = run_directory(trainer)
         self._reported = self._found_non_finite = False
-        self._gave_up.clear()
+        self._failed, self._lost_in_a_row = {}, 0
         self._logged, self._drawn, self._is_due = 0, None, False
+        all_or_none(
+            trainer, lambda: self.find_layers(trainer, pl_module), facts=lambda _: repr(self.watched())
+        )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -191,13 +229,28 @@ class Monitor(Callback):
 
     # What a monitor has to say
 
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what is to be watched, at the start of a fit; no collective call.
+
+        Raises:
+            ValueError: there is nothing.
+        """
+
+    def watched(self) -> Mapping[str, Any]:
+        """Name of each module that is watched → facts that collective calls rely on to be everywhere the same."""
+        return {}
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
 
     @abstractmethod
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Statistic → flat values of all heads after a step, reduced over ranks; None if there is nothing."""
+        """Statistic → flat values of all heads after a step, reduced over ranks; None if there is nothing.
+
+        Collective calls are made by all processes or by none: what may fail before one of them goes through
+        :func:`~lightning_qk.callbacks._ranks.all_or_none`. What comes after the last one may fail as it likes.
+        """
 
     @abstractmethod
     def contribute(self, record: RunRecord) -> None:
@@ -237,25 +290,66 @@ class Monitor(Callback):
             verb = "is" if len(names) == 1 else f"({len(names)} layers) are"
             self.note(f"{shorten(names)} {verb} left out: {reason}")
 
-    def attempt(self, action: Callable[[], _T], what: str = "measuring") -> _T | None:
-        """Do something for which training must not stop; after one failure it is not tried again.
+    def note_lost(self, reasons: Mapping[str, str]) -> None:
+        """Say, once, that layers have no value at a step that was to be measured."""
+        name, reason = next(iter(reasons.items()))
+        more = f", as have {len(reasons) - 1} more layers" if len(reasons) > 1 else ""
+        self.note(f"{name} has no value at one step{more}: {reason}; it is tried again, and training goes on")
+
+    def attempt(self, action: Callable[[], _T], what: str = "logging") -> _T | None:
+        """Do something for which training must not stop, and for which no other process waits.
+
+        After failures one after the other it is not tried again; so what follows from it may differ between
+        processes, and must not decide about a collective call: see :meth:`together`.
 
         Args:
             action: what to do.
-            what: its kind. Measuring may be a collective call, which every rank goes on to make when logging
-                fails on one of them.
+            what: its kind, in the words of "it stopped ...".
 
         Returns:
-            What the action returned, or None where it failed now or before.
+            What the action returned, or None where it failed or is not tried any more.
         """
-        if what in self._gave_up:
+        failed = self._failed.get(what, 0)
+        if failed >= MOST_FAILURES:
             return None
         try:
-            return action()
+            value = action()
         except Exception as error:
-            self._gave_up.add(what)
-            self.note(f"it stopped {what} ({type(error).__name__}: {error}); training goes on")
+            self._failed[what] = failed + 1
+            self._note_failure(what, failed + 1, error)
             return None
+        self._failed[what] = 0
+        return value
+
+    def together(self, trainer: Trainer, action: Callable[[], _T]) -> _T | None:
+        """Measure on all processes or on none; training must not stop for it. A collective call.
+
+        After failures one after the other, on whichever process, it is not tried again on any.
+
+        Args:
+            trainer: the trainer.
+            action: as :meth:`measure`.
+
+        Returns:
+            What the action returned, or None where it failed on some process or is not tried any more.
+        """
+        if self._lost_in_a_row >= MOST_FAILURES:
+            return None
+        try:
+            value = finish_together(trainer, action)
+        except Exception as error:
+            self._lost_in_a_row += 1
+            self._note_failure("measuring", self._lost_in_a_row, error)
+            return None
+        self._lost_in_a_row = 0
+        return value
+
+    def _note_failure(self, what: str, times: int, error: Exception) -> None:
+        reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+        if times >= MOST_FAILURES:
+            self.note(f"it stopped {what} after {times} failures in a row ({reason}); training goes on")
+        elif times == 1:
+            self.note(f"{what} failed once ({reason}); it is tried again, and training goes on")
 
     def note(self, sentence: str) -> None:
         """Say something once, in the log and in the report."""
@@ -263,47 +357,54 @@ class Monitor(Callback):
             self.notes.append(sentence)
             rank_zero_warn(f"{type(self).__name__}: {sentence}")
 
+    def share(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        values: Mapping[str, Tensor],
+        *,
+        at_epoch_end: bool = False,
+    ) -> None:
+        """Give ``trainer.callback_metrics`` the aggregates, for EarlyStopping, ModelCheckpoint and the like.
+
+        Those decide on every process: it is done on all of them, whatever failed on one.
+        """
+        overall = self.over_the_model(_without_errors(values))
+        # The loggers get them with the others.
+        pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
+
     def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
-        """Send the statistics of one step to the history, the loggers and ``trainer.callback_metrics``."""
+        """Send the statistics of one step to the history and the loggers."""
         history = self.history
         assert history is not None  # remember_layers comes before the first measurement
         step = logging_step(trainer)
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
         history.append(step, values)
+        if history.forgotten is not None and history.forgotten.problem is not None:
+            self.note(history.forgotten.problem)
         self.note_non_finite(values, f"at step {step}")
-        # Standard errors stay in the history: three more keys for each statistic would bury the rest.
-        means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
-        self.log_values(trainer, pl_module, means, step)
+        self.log_values(trainer, _without_errors(values), step)
         if not trainer.is_global_zero:
             return
         if self.figures_every and self._logged % self.figures_every == 0:
             self.log_figures(trainer, step)
         self._logged += 1
 
-    def log_values(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule | None,
-        values: Mapping[str, Tensor],
-        step: int,
-        *,
-        at_epoch_end: bool = False,
-    ) -> None:
-        """Aggregates to the loggers, and to ``trainer.callback_metrics`` where a module may log now."""
+    def log_values(self, trainer: Trainer, values: Mapping[str, Tensor], step: int) -> None:
+        """Aggregates to the loggers."""
         history = self.history
         assert history is not None  # publish
-        overall = self.over_the_model(values)
-        if pl_module is not None:
-            # For EarlyStopping, ModelCheckpoint and the like; the loggers get them below, with the others.
-            pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
-        log_scalars(trainer, self.worth_logging(overall) | self.by_layer_and_head(history, values), step)
+        overall = self.worth_logging(self.over_the_model(values))
+        log_scalars(trainer, overall | self.by_layer_and_head(history, values), step)
 
     def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
-        """Mean, minimum and maximum over all heads that have a value; keys begin with the group or a prefix."""
+        """Mean, minimum and maximum over the heads that have a value and count; keys begin with group or prefix."""
         prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
+            if self._counted is not None and self._counted.shape == flat.shape:
+                flat = flat[self._counted]
             finite = flat[flat.isfinite()]
             if finite.numel():
                 for reduction in ("mean", "min", "max"):
@@ -371,7 +472,7 @@ class Monitor(Callback):
     def log_figures(self, trainer: Trainer, step: int) -> None:
         """Draw layer × head heatmaps of the newest values, once a step, in a thread."""
         history = self.history
-        if history is None or step == self._drawn or "drawing" in self._gave_up:
+        if history is None or step == self._drawn or self._failed.get("drawing", 0) >= MOST_FAILURES:
             return
         if not shows_pictures(trainer):
             return
@@ -469,9 +570,34 @@ class Monitor(Callback):
             )
 
     def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self.attempt(lambda: self.measure(trainer, pl_module))
-        if values is not None:
-            self.attempt(lambda: self.publish(trainer, pl_module, values), "logging")
+        self.log_late(trainer, pl_module)
+        values = self.together(trainer, lambda: self.measure(trainer, pl_module))
+        if values is None:
+            return
+        self.count_layers(trainer, pl_module)
+        self.share(trainer, pl_module, values)
+        self.attempt(lambda: self.publish(trainer, pl_module, values))
+
+    def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave copies that do not train (teachers, references, averaged weights) out of aggregates."""
+        history = self.history
+        assert history is not None  # remember_layers comes before the first measurement
+        self._counted = None
+        names = [self.module_of(name) for name in self.labels]
+        training = training_layers(trainer, pl_module, names)
+        frozen = [name for name in self.labels if self.module_of(name) not in training]
+        if not frozen:
+            return
+        counts = [self.module_of(name) in training for name in self.labels]
+        self._counted = torch.tensor(counts).repeat_interleave(torch.tensor(history.heads))
+        self.note(
+            f"{shorten(frozen)} do not train, beside others that do: they keep keys of their own, and means, "
+            f"minima and maxima over the model ({self.group}/…/mean) are without them"
+        )
+
+    def module_of(self, name: str) -> str:
+        """Qualified name of the module that a watched name stands for."""
+        return name
 
     def expects(self, label: str) -> bool:
         """Whether the layer has a finite value of the witness when all is well."""

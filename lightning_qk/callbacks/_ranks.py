@@ -7,8 +7,8 @@ none.
 """
 
 import hashlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -131,6 +131,32 @@ def reduce_states(trainer: Trainer, metric: Metric) -> None:
             raise NotImplementedError(f"the state {name} of {type(metric).__name__} is no sum and no maximum")
         operation = torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
         torch.distributed.all_reduce(getattr(metric, name), op=operation)
+
+
+def combine(trainer: Trainer, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The largest of each number over all processes; a collective call.
+
+    Args:
+        trainer: the trainer.
+        rows: whole numbers, as many on every process.
+    """
+    if not is_distributed(trainer) or not rows:
+        return [list(row) for row in rows]
+    table = torch.tensor([list(row) for row in rows], dtype=torch.int64, device=device_of(trainer))
+    torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
+    return table.tolist()
+
+
+def reasons_of_all(trainer: Trainer, reasons: Mapping[str, str]) -> dict[str, str]:
+    """Name → reason, from the first process that has one; a collective call."""
+    if not is_distributed(trainer):
+        return dict(reasons)
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, dict(reasons))
+    out: dict[str, str] = {}
+    for own in reversed(found):
+        out |= own
+    return out
 
 
 def fill_from_others(trainer: Trainer, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_qk.callbacks._fit_state import nothing
+from lightning_qk.callbacks._losses import Losses, lost_reason
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
+from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.blocks import find_blocks
@@ -74,6 +78,24 @@ class HiddenStateMonitor(Monitor):
     witness = "rank_residual"
     has_heads = False
 
+    fit_state = {"_names": tuple, "_told": set, "_losses": Losses}  # noqa: RUF012 (never changed)
+    running_state = {  # noqa: RUF012 (never changed)
+        "_generator": torch.Generator,
+        "_capture": nothing,
+        "_metric": nothing,
+        "_lost": dict,
+    }
+
+    _generator: torch.Generator
+    _capture: HiddenCapture | None
+    _metric: HiddenStatistics | None
+    _names: tuple[str, ...]
+    _told: set[str]
+    """Layers of which processes have agreed on why they are left out."""
+    _losses: Losses
+    _lost: dict[str, str]
+    """Layers whose states at this step are not all in the metric, and why."""
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -93,10 +115,6 @@ class HiddenStateMonitor(Monitor):
         self.tokens = tokens
         self.sequences = sequences
         self.seed = seed
-        self._generator = torch.Generator()
-        self._capture: HiddenCapture | None = None
-        self._metric: HiddenStatistics | None = None
-        self._names: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -107,9 +125,16 @@ class HiddenStateMonitor(Monitor):
             "seed": self.seed,
         }
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def watched(self) -> Mapping[str, Any]:
+        """Names of the blocks."""
+        return dict.fromkeys(self._names)
+
+    def module_of(self, name: str) -> str:
+        """The block whose input or output is meant."""
+        return name.removeprefix(_EMBEDDING)
+
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and stand behind them before the first forward."""
-        super().on_fit_start(trainer, pl_module)
         blocks, without = find_blocks(pl_module)
         if not blocks:
             raise ValueError(
@@ -165,28 +190,59 @@ class HiddenStateMonitor(Monitor):
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
         metric = self._metric
-        assert metric is not None  # on_fit_start
-        if metric.device != states.device:
-            metric.to(states.device)
-        sums = hidden_sums(
-            states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
-        )
-        metric.update({name: sums})
+        assert metric is not None  # find_layers
+        if name in self._lost:
+            return
+        try:
+            if metric.device != states.device:
+                metric.to(states.device)
+            sums = hidden_sums(
+                states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
+            )
+            metric.update({name: sums})
+        except UnsupportedCallError:
+            raise
+        except Exception as error:
+            # It says nothing of the block: memory that ran out, say. This measurement is lost.
+            self._lost[name] = lost_reason(error)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
         """Statistics of all layers over the step's micro-batches, reduced over ranks."""
         metric, capture = self._metric, self._capture
-        assert metric is not None  # on_fit_start
+        assert metric is not None  # find_layers
         assert capture is not None
-        self._name_missing(capture)
-        # Every rank takes part, whether or not it heard anything.
-        metric.to(pl_module.device).update({})
-        values = flat_values(metric)
-        metric.reset()
-        return values
+        left_out = self._agree_on_layers(trainer, capture)
+        self.attempt(lambda: self._name_missing(capture), "naming layers")
+
+        def pooled() -> None:
+            # Every rank takes part, whether or not it heard anything.
+            metric.to(pl_module.device).update({})
+            metric.leave_out(left_out)
+
+        try:
+            all_or_none(trainer, pooled)
+            reduce_states(trainer, alone(metric))
+            return flat_values(metric)
+        finally:
+            metric.reset()
+            self._lost = {}
+
+    def _agree_on_layers(self, trainer: Trainer, capture: HiddenCapture) -> set[str]:
+        """Names of what is left out, since some process could not read it; a collective call."""
+        self._losses.end(self._names, self._lost, capture.problems)
+        rows = [(name in capture.problems, name in self._lost) for name in self._names]
+        found = list(zip(self._names, combine(trainer, rows), strict=True))
+        out = {name for name, (is_out, _) in found if is_out}
+        lost = {name for name, (_, is_lost) in found if is_lost} - out
+        if out - self._told:
+            self.note_left_out(reasons_of_all(trainer, capture.problems))
+            self._told |= out
+        if lost and not self._losses.was_told:
+            self._losses.was_told = True
+            self.note_lost(reasons_of_all(trainer, self._lost))
+        return out | lost
 
     def _name_missing(self, capture: HiddenCapture) -> None:
-        self.note_left_out(capture.problems)
         if capture.unmasked:
             names = sorted(capture.unmasked)
             self.note(
@@ -194,7 +250,7 @@ class HiddenStateMonitor(Monitor):
                 "give the model a two-dimensional attention_mask of the length of its hidden states to have it "
                 "left out"
             )
-        missing = [name for name in self._names if name not in capture.heard and name not in capture.problems]
+        missing = [name for name in self._names if name not in capture.heard and name not in self._told]
         if missing:
             self.note(
                 f"no hidden states of {len(missing)} of {len(self._names)} layers were seen ({shorten(missing)}): "
@@ -205,7 +261,8 @@ class HiddenStateMonitor(Monitor):
     def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
         """Mean, minimum and maximum over the blocks."""
         is_block = torch.tensor([not name.startswith(_EMBEDDING) for name in self._names])
-        return super().over_the_model({name: flat[is_block] for name, flat in values.items()}, prefix)
+        blocks = {name: torch.where(is_block, flat, torch.nan) for name, flat in values.items()}
+        return super().over_the_model(blocks, prefix)
 
     def expects(self, label: str) -> bool:
         """A layer that was never heard has no value, and that was said already."""
