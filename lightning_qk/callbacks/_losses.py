@@ -22,9 +22,7 @@ class Losses:
         self.was_told = False
         self._in_a_row: dict[str, int] = {}
 
-    def end(
-        self, names: Iterable[str], lost: Mapping[str, str], problems: MutableMapping[str, str]
-    ) -> None:
+    def end(self, names: Iterable[str], lost: Mapping[str, str], problems: MutableMapping[str, str]) -> None:
         """End a measurement.
 
         Args:

@@ -18,7 +18,6 @@ from lightning_qk.callbacks._fit_state import OfOneFit, nothing
 from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._order import observe_last
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together
-from lightning_qk.callbacks._training import training_layers
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -26,6 +25,7 @@ from lightning_qk.callbacks._trainer import (
     model_info,
     run_directory,
 )
+from lightning_qk.callbacks._training import training_layers
 from lightning_qk.logging.forgotten import Forgotten
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.layers import layer_labels
@@ -577,6 +577,10 @@ class Monitor(OfOneFit, Callback):
         self.count_layers(trainer, pl_module)
         self.share(trainer, pl_module, values)
         self.attempt(lambda: self.publish(trainer, pl_module, values))
+        self.after_measuring(trainer)
+
+    def after_measuring(self, trainer: Trainer) -> None:
+        """After a measurement that every process has: begin what is logged late."""
 
     def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave copies that do not train (teachers, references, averaged weights) out of aggregates."""

@@ -69,7 +69,9 @@ def _first_error(error: Exception | None) -> str:
     return f"{text}, in process {rank} of {len(found)}"
 
 
-def all_or_none(trainer: Trainer, action: Callable[[], _T], *, facts: Callable[[_T], str] | None = None) -> _T:
+def all_or_none(
+    trainer: Trainer, action: Callable[[], _T], *, facts: Callable[[_T], str] | None = None
+) -> _T:
     """What an action without collective calls returns, if it worked on every process; a collective call.
 
     Args:
@@ -129,7 +131,9 @@ def reduce_states(trainer: Trainer, metric: Metric) -> None:
         kind = getattr(reduction, "__name__", "")
         if kind not in ("dim_zero_sum", "dim_zero_max"):
             raise NotImplementedError(f"the state {name} of {type(metric).__name__} is no sum and no maximum")
-        operation = torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
+        operation = (
+            torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
+        )
         torch.distributed.all_reduce(getattr(metric, name), op=operation)
 
 

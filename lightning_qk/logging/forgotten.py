@@ -7,7 +7,6 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-
 _MAX_FAILURES = 3
 """After so many points in a row that could not be written no more are tried."""
 
