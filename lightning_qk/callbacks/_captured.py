@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lightning_qk.callbacks._fit_state import nothing
 from lightning_qk.callbacks._losses import Losses, lost_reason
-from lightning_qk.callbacks._monitor import Monitor, PerLayer, flat_values, shorten
+from lightning_qk.callbacks._monitor import Monitor, OnUnreadable, PerLayer, flat_values, shorten
 from lightning_qk.callbacks._pool import SumsPool
 from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
-from lightning_qk.callbacks._trainer import logging_step, projection_reader
+from lightning_qk.callbacks._trainer import logging_step
+from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
 from lightning_qk.capture.call import output_arguments, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
@@ -123,6 +124,8 @@ class CaptureMonitor(Monitor):
         figures_every: int,
         report: bool,
         per_layer: PerLayer = None,
+        modules: Patterns = None,
+        on_unreadable: OnUnreadable = "warn",
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -130,6 +133,8 @@ class CaptureMonitor(Monitor):
             per_head=per_head,
             figures_every=figures_every,
             report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
         )
         self.check_layer_statistics()
         if every_n_eval_batches < 0:
@@ -167,13 +172,21 @@ class CaptureMonitor(Monitor):
         return {name: self._heads.get(name) for name in self._modules}
 
     def _listen_to(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._modules = find_attention(pl_module)
-        try:
-            layers = projection_reader(trainer, pl_module).layers
-        except ValueError:
-            if not self._modules:
-                raise
-            layers = {}  # no layout is known, but calls can still be captured
+        found = find_attention(pl_module)
+        self._modules = {name: module for name, module in found.items() if matches(name, self.modules)}
+        if not self.choose(
+            found,
+            {},
+            kind="attention layer",
+            nothing=(
+                f"expected a model that contains transformer attention, found none in {type(pl_module).__name__}: "
+                "build the network in __init__ or configure_model"
+            ),
+            unread="whose calls can be captured",
+        ):
+            return
+        # Where the weights cannot be read, calls can still be captured.
+        layers = WatchedReader(pl_module, self.modules, root=trainer.strategy.model).layers
         self._heads, self._heads_of_calls = {name: layer.heads for name, layer in layers.items()}, {}
         self._self_attention = {name: layer.self_attention for name, layer in layers.items()}
         self._shapes, self._seen, self._apart, self._told = {}, set(), set(), set()
@@ -184,16 +197,11 @@ class CaptureMonitor(Monitor):
         self._capture = AttentionCapture(names, self._hear, model=pl_module)
         self._capture.install()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Leave the attention interface as it was."""
-        if self._capture is not None:
-            self._capture.remove()
-            self._capture = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the report, and the attention interface as it was: teardown may not follow."""
-        super().on_exception(trainer, pl_module, exception)
-        self.teardown(trainer, pl_module, "fit")
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            capture.remove()
 
     def begin_batch(self, is_due: bool) -> None:
         """Listen during batches of a logged step."""
@@ -347,9 +355,7 @@ class CaptureMonitor(Monitor):
         self._evaluation = {}
         if self._capture is None and self._measures_evaluation(trainer):
             # Validation or test without a fit around it.
-            all_or_none(
-                trainer, lambda: self._listen_to(trainer, pl_module), facts=lambda _: repr(self.watched())
-            )
+            self._start_together(trainer, lambda: self._listen_to(trainer, pl_module))
 
     def on_validation_batch_start(
         self,

@@ -6,26 +6,31 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qk.callbacks._fit_state import OfOneFit, nothing
+from lightning_qk.callbacks._guarded import GuardedHooks, Refused
 from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._order import observe_last
-from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together, has_others
 from lightning_qk.callbacks._trainer import (
+    Callback,
     check_lightning,
+    describe_error,
+    is_last_chance,
     is_logged_step,
     logging_step,
     model_info,
     run_directory,
+    say,
 )
 from lightning_qk.callbacks._training import training_layers
+from lightning_qk.callbacks._watched import Patterns, kept_patterns, matching
 from lightning_qk.logging.forgotten import Forgotten
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.layers import layer_labels
@@ -35,6 +40,7 @@ from lightning_qk.logging.snapshots import Snapshots
 
 _T = TypeVar("_T")
 PerLayer = bool | str | Sequence[str] | None
+OnUnreadable = Literal["warn", "raise"]
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
@@ -77,8 +83,11 @@ def _arguments(kind: type) -> Collection[str]:
     return inspect.signature(kind).parameters
 
 
-class Monitor(OfOneFit, Callback):
-    """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass."""
+class Monitor(OfOneFit, GuardedHooks, Callback):
+    """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass.
+
+    Nothing raises out of its hooks but a refusal that was asked for by ``on_unreadable="raise"``.
+    """
 
     group: str
     """Prefix of the log keys."""
@@ -112,6 +121,12 @@ class Monitor(OfOneFit, Callback):
         "_failed": dict,
         "_lost_in_a_row": int,
         "_counted": nothing,
+        "_steps_measured": int,
+        "_at_the_end": bool,
+        "_steps_a_batch": lambda: 1,
+        "_first_step": int,
+        "_last_step": nothing,
+        "_broken": nothing,
     }
     running_state = {"_pictures": Pictures}  # noqa: RUF012 (never changed)
 
@@ -132,6 +147,13 @@ class Monitor(OfOneFit, Callback):
     """How many measurements were lost one after the other: the same number on every process."""
     _counted: Tensor | None
     """Which heads count in aggregates over the model; None for all."""
+    _steps_measured: int
+    _at_the_end: bool
+    _steps_a_batch: int
+    _first_step: int
+    _last_step: int | None
+    _broken: Exception | None
+    """What one of this process's hooks failed with: the other processes learn it at the next measurement."""
     _pictures: Pictures
 
     def __init__(
@@ -142,7 +164,10 @@ class Monitor(OfOneFit, Callback):
         figures_every: int,
         report: bool,
         per_layer: PerLayer = None,
+        modules: Patterns = None,
+        on_unreadable: OnUnreadable = "warn",
     ) -> None:
+        super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
                 f"expected every_n_steps to be at least 1, got {every_n_steps}: pass None to follow the "
@@ -150,6 +175,13 @@ class Monitor(OfOneFit, Callback):
             )
         if figures_every < 0:
             raise ValueError(f"expected figures_every to be 0 (never) or more, got {figures_every}")
+        if on_unreadable not in get_args(OnUnreadable):
+            raise ValueError(
+                f"expected on_unreadable to be 'warn' or 'raise', got {on_unreadable!r}: pass 'warn' to watch "
+                "what can be watched and have the rest named"
+            )
+        self.modules = kept_patterns(modules)
+        self.on_unreadable: OnUnreadable = on_unreadable
         self.every_n_steps = every_n_steps
         self.per_head = per_head
         self.per_layer = _checked_layers(per_layer)
@@ -159,25 +191,32 @@ class Monitor(OfOneFit, Callback):
 
     # Lightning's hooks
 
+    @property
+    def state_key(self) -> str:
+        """Several of these can be in one trainer, on other modules."""
+        return super().state_key if self.modules is None else self._generate_state_key(modules=self.modules)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a trainer of another package, whose hooks and classes differ."""
+        """Put the settings into the run's config."""
+        self.idle = False
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
             self.begin_fit(trainer, pl_module)
             observe_last(trainer)
-            own = ("per_layer", "per_head", "figures_every", "report")
+            own = ("per_layer", "per_head", "figures_every", "report", "modules", "on_unreadable")
             rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
             describe_config(trainer, {type(self).__name__: self.settings() | rest})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes, and find the layers: the same on every process, or raise on all."""
+        self.idle = False
         self._directory = run_directory(trainer)
         self._reported = self._found_non_finite = False
         self._failed, self._lost_in_a_row = {}, 0
         self._logged, self._drawn, self._is_due = 0, None, False
-        all_or_none(
-            trainer, lambda: self.find_layers(trainer, pl_module), facts=lambda _: repr(self.watched())
-        )
+        self._steps_measured, self._steps_a_batch = 0, 1
+        self._first_step, self._last_step = trainer.global_step, None
+        self._start_together(trainer, lambda: self.find_layers(trainer, pl_module))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -186,7 +225,10 @@ class Monitor(OfOneFit, Callback):
         self._steps_before = trainer.global_step
         # With accumulation, and with an optimizer that is stepped by hand, the step comes with a later batch.
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
-        self.begin_batch(self._is_due)
+        if not self._steps_measured and not self._is_due:
+            # A run, or an epoch, that is over before the first step that is due has numbers all the same.
+            self._is_due = is_last_chance(trainer, batch_idx, self._steps_a_batch)
+        self._here(lambda: self.begin_batch(self._is_due and self._lost_in_a_row < MOST_FAILURES))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left of earlier steps, before any callback logs this one."""
@@ -197,9 +239,14 @@ class Monitor(OfOneFit, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log once the optimizer has stepped."""
-        self.end_batch()
-        if self._is_due and trainer.global_step != self._steps_before:
+        self._here(self.end_batch)
+        steps = trainer.global_step - self._steps_before
+        if not steps:
+            return
+        self._steps_a_batch, self._last_step = max(steps, 1), logging_step(trainer)
+        if self._is_due:
             self._is_due = False
+            self._steps_measured += 1
             self._measure_and_publish(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,12 +255,21 @@ class Monitor(OfOneFit, Callback):
             self.log_late(trainer, pl_module, at_epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the last figures and leave the report."""
+        """Measure what no step was measured of, log the last figures and leave the report."""
+        if not self.idle:
+            self._measure_at_the_end(trainer, pl_module)
         self.finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the report of what was seen until then."""
-        self.finish(trainer, pl_module)
+        """Leave the report of what was seen until then, and the model as it was: teardown may not follow."""
+        try:
+            self.finish(trainer, pl_module)
+        finally:
+            self.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        self.release()
 
     def state_dict(self) -> dict[str, Any]:
         """The history, and what is kept of a few steps, so that a resumed run reports the whole run."""
@@ -256,6 +312,13 @@ class Monitor(OfOneFit, Callback):
     def contribute(self, record: RunRecord) -> None:
         """Add what this monitor remembers to the run's record."""
 
+    def release(self) -> None:
+        """Take away whatever stands in the model, and end what runs beside the training."""
+
+    def can_measure_at_the_end(self) -> bool:
+        """Whether there is something to measure after the last step, where no step was measured."""
+        return self._is_due
+
     def begin_batch(self, is_due: bool) -> None:
         """Before a batch: get ready to listen when it is to be measured."""
 
@@ -282,6 +345,102 @@ class Monitor(OfOneFit, Callback):
             or self.history.heads != tuple(heads.values())
         ):
             self.history = History(layers, list(heads.values()))
+
+    def choose(
+        self,
+        found: Collection[str],
+        left_out: Mapping[str, str],
+        *,
+        kind: str,
+        nothing: str,
+        unread: str,
+    ) -> bool:
+        """Say what is not watched and why; whether anything is.
+
+        Args:
+            found: qualified names of all layers of the model, those that ``modules`` leaves out included.
+            left_out: name → reason, of layers that ``modules`` asks for and that cannot be watched.
+            kind: what a layer is, in the singular.
+            nothing: sentence for a model without any, in the form of an error.
+            unread: what is expected of the layers, in the form "whose weights can be read".
+
+        Returns:
+            Whether a layer is left to watch. Where none is, the monitor is idle from here on.
+
+        Raises:
+            Refused: something cannot be watched, with ``on_unreadable="raise"``.
+        """
+        chosen = matching(found, self.modules)
+        watched = [name for name in chosen if name not in left_out]
+        must = self.on_unreadable == "raise"
+        if not found:
+            sentence = nothing
+        elif not chosen:
+            sentence = (
+                f"expected modules={self.modules!r} to match at least one {kind}, but it matches none of "
+                f"{len(found)} ({shorten(list(found))}): use * for any part of a name"
+            )
+        elif left_out and (must or not watched):
+            first = next(iter(left_out.values()))
+            same = [name for name, reason in left_out.items() if reason == first]
+            others = len(left_out) - len(same)
+            rest = f" (and {others} for other reasons)" if others else ""
+            sentence = (
+                f"expected {kind}s {unread}, got {shorten(same)} left out{rest}: {first}; choose others by "
+                "modules="
+            )
+        else:
+            self.note_left_out(left_out)
+            return True
+        if must:
+            raise Refused(f"{sentence}, or pass on_unreadable='warn' to go on without them")
+        self.note(f"nothing is watched: {sentence}")
+        self.stop()
+        return False
+
+    def stop(self) -> None:
+        """Watch nothing from here on; training goes on."""
+        self.idle, self._is_due = True, False
+        try:
+            self.release()
+        except Exception as error:
+            self.note(f"what stood in the model could not be taken away ({describe_error(error)})")
+
+    def hook_failed(self, hook: str, error: Exception) -> None:
+        """Say so and watch nothing more; what was seen until then is still reported."""
+        ends = hook in ("on_train_end", "on_exception", "teardown")
+        if hook in ("state_dict", "load_state_dict"):
+            self.note(f"its history is missing where it failed in {hook} ({describe_error(error)})")
+            return
+        self.note(
+            f"it stopped {'reporting' if ends else 'watching'}, since {hook} failed ({describe_error(error)}); "
+            "training goes on"
+        )
+        self._reported = self._reported or ends
+        if has_others() and not ends:
+            # The other processes are not left alone: at the next measurement it is given up on all of them.
+            self._broken = error
+            return
+        self.stop()
+
+    def _here(self, action: Callable[[], None]) -> None:
+        """Do something on this process alone, whose failure every process learns at the next measurement."""
+        if self._broken is not None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._broken = error
+
+    def _start_together(self, trainer: Trainer, find: Callable[[], None]) -> None:
+        """Find what is watched, the same on every process; else be idle on all, or refuse on all."""
+        try:
+            all_or_none(trainer, find, facts=lambda _: repr((self.idle, self.watched())))
+        except FailedTogether as error:
+            if self.on_unreadable == "raise":
+                raise Refused(str(error)) from error
+            self.note(f"nothing is watched: {error}; training goes on")
+            self.stop()
 
     def note_left_out(self, reasons: Mapping[str, str]) -> None:
         """Name the layers that are not measured; those with the same reason in one sentence."""
@@ -336,6 +495,7 @@ class Monitor(OfOneFit, Callback):
         if self._lost_in_a_row >= MOST_FAILURES:
             return None
         try:
+            all_or_none(trainer, self._check_whole)
             value = finish_together(trainer, action)
         except Exception as error:
             self._lost_in_a_row += 1
@@ -343,6 +503,10 @@ class Monitor(OfOneFit, Callback):
             return None
         self._lost_in_a_row = 0
         return value
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise self._broken
 
     def _note_failure(self, what: str, times: int, error: Exception) -> None:
         reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
@@ -355,7 +519,13 @@ class Monitor(OfOneFit, Callback):
         """Say something once, in the log and in the report."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
+            say(f"{type(self).__name__}: {sentence}")
+
+    def step_of(self, trainer: Trainer) -> int:
+        """The step that is measured: at the end of training the last one."""
+        if self._at_the_end and self._last_step is not None:
+            return self._last_step
+        return logging_step(trainer)
 
     def share(
         self,
@@ -373,11 +543,11 @@ class Monitor(OfOneFit, Callback):
         # The loggers get them with the others.
         pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the statistics of one step to the history and the loggers."""
         history = self.history
         assert history is not None  # remember_layers comes before the first measurement
-        step = logging_step(trainer)
+        step = self.step_of(trainer)
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
         history.append(step, values)
@@ -399,7 +569,7 @@ class Monitor(OfOneFit, Callback):
         log_scalars(trainer, overall | self.by_layer_and_head(history, values), step)
 
     def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
-        """Mean, minimum and maximum over the heads that have a value and count; keys begin with group or prefix."""
+        """Mean, minimum and maximum over heads that have a value and count; keys begin with group or prefix."""
         prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
@@ -568,6 +738,32 @@ class Monitor(OfOneFit, Callback):
                 f"{self.subject} are not finite {when} in {shorten(found)}: training goes on; look for a "
                 "learning rate that is too high, or an overflow in half precision"
             )
+
+    def _measure_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure a run none of whose steps was, as far as that can be done after its last one; else say so."""
+        if self._steps_measured or self._last_step is None:
+            return
+        if not self.can_measure_at_the_end():
+            steps = trainer.global_step - self._first_step
+            every = "log_every_n_steps" if self.every_n_steps is None else "every_n_steps"
+            self.nothing_measured(
+                f"no step was measured: training ended after {steps} of them, before one was due, and its end was "
+                f"not known beforehand; pass a smaller {every}"
+            )
+            return
+        self._at_the_end, self._is_due = True, False
+        try:
+            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
+            if values is not None:
+                # No module may log now.
+                self.attempt(lambda: self.publish(trainer, None, values))
+                self.after_measuring(trainer)
+        finally:
+            self._at_the_end = False
+
+    def nothing_measured(self, sentence: str) -> None:
+        """Say that training ended without a measurement."""
+        self.note(sentence)
 
     def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.log_late(trainer, pl_module)

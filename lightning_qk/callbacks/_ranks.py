@@ -1,9 +1,9 @@
 """What the processes of a job decide together, so that none waits for another that has given up.
 
-Whatever is computed on one process may fail there alone: memory, a disk, LAPACK. A collective call that is left out
-by one process makes the others wait until the backend's timeout. So a measurement has three parts: what each process
-does for itself, a word among all of them on whether it worked, and the collective calls, which are made by all or by
-none.
+Whatever is computed on one process may fail there alone: memory, a disk, LAPACK. A collective call that is left
+out by one process makes the others wait until the backend's timeout. So a measurement has three parts: what each
+process does for itself, a word among all of them on whether it worked, and the collective calls, which are made by
+all or by none.
 """
 
 import hashlib
@@ -26,6 +26,12 @@ def is_distributed(trainer: Trainer) -> bool:
     """Whether there are other processes to agree with; the same on all of them."""
     distributed = torch.distributed
     return trainer.world_size > 1 and distributed.is_available() and distributed.is_initialized()
+
+
+def has_others() -> bool:
+    """As :func:`is_distributed`, where no trainer is at hand."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def agree(trainer: Trainer, error: Exception | None = None, *, facts: str = "") -> None:

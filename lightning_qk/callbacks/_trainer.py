@@ -1,30 +1,60 @@
 """Questions to a Lightning Trainer: is this step logged, under which number, and where do files go."""
 
+import math
 import os
+import sys
 
-import lightning
+import lightning.pytorch
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qk._packages import either, is_lightning, loaded_package
 from lightning_qk._version import __version__
 from lightning_qk.heads.reader import ProjectionReader
 
+# For isinstance, of either package.
+DeepSpeedStrategy = either("DeepSpeedStrategy")
+FSDPStrategy = either("FSDPStrategy")
+ModelParallelStrategy = either("ModelParallelStrategy")
+
+
+class Callback(lightning.pytorch.Callback):
+    """Base of all callbacks here: a callback of ``lightning``, and of ``pytorch_lightning`` once that is imported.
+
+    Trainers call hooks by name, whatever a callback's class is. The class is asked for by a trainer that is given
+    one callback without a list, and by a LightningCLI.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        join_packages()
+
+
+def join_packages() -> None:
+    """Make the callbacks those of ``pytorch_lightning`` too, where this process has imported it."""
+    other = loaded_package("pytorch_lightning")
+    if other is not None and not issubclass(Callback, other.Callback):
+        Callback.__bases__ = (lightning.pytorch.Callback, other.Callback)
+
+
+join_packages()
+
 
 def check_lightning(trainer: object, name: str) -> None:
-    """Refuse the Trainer of ``pytorch_lightning``, a package of its own whose classes differ.
+    """Refuse what is no Trainer of ``lightning`` or ``pytorch_lightning``.
 
     Raises:
-        TypeError: the trainer is not one of ``lightning``.
+        TypeError: it is none.
     """
-    if not isinstance(trainer, Trainer):
-        home = type(trainer).__module__.split(".")[0]
+    join_packages()
+    if not is_lightning(trainer, "Trainer"):
         raise TypeError(
-            f"expected {name} in a lightning.pytorch.Trainer, got one of the package {home}: import Trainer, "
-            "LightningModule and callbacks from lightning.pytorch, not from pytorch_lightning"
+            f"expected {name} in a Trainer of lightning.pytorch or pytorch_lightning, got "
+            f"{type(trainer).__module__}.{type(trainer).__qualname__}: pass the callback to such a Trainer"
         )
 
 
@@ -39,6 +69,24 @@ def refuse_deepspeed(trainer: Trainer, name: str) -> None:
             f"expected a strategy whose optimizer steps the parameters themselves for {name}, got DeepSpeed, "
             "which steps copies of its own: use DDP or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
         )
+
+
+def say(sentence: str) -> None:
+    """Warn on rank zero. Where warnings are errors (``python -W error``), log: a notice ends no training."""
+    try:
+        rank_zero_warn(sentence)
+    except Exception:
+        rank_zero_info(sentence)
+
+
+def describe_error(error: BaseException) -> str:
+    """Kind and message of an exception, in one line."""
+    kind = type(error).__name__
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        return kind
+    return f"{kind}: {message}" if message else kind
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -57,6 +105,23 @@ def is_logged_step(trainer: Trainer, every_n_steps: int | None) -> bool:
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return True
     return every > 0 and (logging_step(trainer) + 1) % every == 0
+
+
+def is_last_chance(trainer: Trainer, batch_idx: int, steps_a_batch: int) -> bool:
+    """Whether the run, or its epoch, is known to end with the step that the current batch belongs to.
+
+    Args:
+        trainer: the trainer, in ``on_train_batch_start``.
+        batch_idx: index of the batch in its epoch.
+        steps_a_batch: by how much a batch that steps raises ``trainer.global_step``: one for each optimizer.
+    """
+    if 0 <= trainer.max_steps <= trainer.global_step + steps_a_batch:
+        return True
+    if trainer.is_last_batch:
+        return True
+    batches, together = trainer.num_training_batches, max(trainer.accumulate_grad_batches, 1)
+    # The last batches of an epoch step together, however few they are.
+    return math.isfinite(batches) and batch_idx // together >= (int(batches) - 1) // together
 
 
 def projection_reader(
@@ -123,9 +188,16 @@ def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         "Precision": str(trainer.precision),
         "Processes": str(trainer.world_size),
         "Device": str(pl_module.device),
-        "Versions": f"lightning-qk {__version__}, torch {torch.__version__}, lightning "
-        f"{lightning.__version__}, transformers {transformers.__version__}",
+        "Versions": f"lightning-qk {__version__}, torch {torch.__version__}, {_lightning_version(trainer)}, "
+        f"transformers {transformers.__version__}",
     }
+
+
+def _lightning_version(trainer: Trainer) -> str:
+    """Name and version of the package that the trainer is of, which may be subclassed."""
+    homes = (base.__module__.partition(".")[0] for base in type(trainer).__mro__)
+    name = next((home for home in homes if home in ("lightning", "pytorch_lightning")), "lightning")
+    return f"{name} {getattr(sys.modules.get(name), '__version__', 'unknown')}"
 
 
 def _whole_models(module: torch.nn.Module) -> list[torch.nn.Module]:

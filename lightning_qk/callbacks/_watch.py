@@ -26,7 +26,7 @@ class _Quiet(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The guard has checked the trainer."""
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Remember the newest values alone."""
         assert self.history is not None  # remember_layers comes before the first measurement
         self.history = History(self.history.layers, self.history.heads, max_points=2)
@@ -178,14 +178,14 @@ class Watch:
         self.spectrum: Monitor | None = own_spectrum
         self.hidden = HiddenCosine(pl_module)
         for monitor in self.quiet:
-            try:
-                monitor.on_fit_start(trainer, pl_module)
-            except ValueError:  # noqa: PERF203 (two rounds, once a fit)
-                if monitor is self.attention:
-                    raise
-                # Weights that cannot be read leave the attention itself to be watched.
-                self.quiet.remove(monitor)
-                self.spectrum = None
+            monitor.on_fit_start(trainer, pl_module)
+            if not monitor.idle:
+                continue
+            if monitor is self.attention:
+                raise ValueError(monitor.notes[-1].removeprefix("nothing is watched: "))
+            # Weights that cannot be read leave the attention itself to be watched.
+            self.spectrum = None
+        self.quiet = [monitor for monitor in self.quiet if not monitor.idle]
 
     def is_ready(self, step: int) -> bool:
         """Whether the trainer's monitors have measured a step: a guard may stand before them."""

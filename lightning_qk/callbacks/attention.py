@@ -1,7 +1,7 @@
 """Callback: where attention goes while a model trains."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_qk.callbacks._captured import CaptureMonitor, Measured
 from lightning_qk.callbacks._pool import SumsPool
 from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
-from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.statistics import call_sums
@@ -69,10 +68,14 @@ class AttentionMonitor(CaptureMonitor):
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
+        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
+            for all of them.
+        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
+            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: the module holds no transformer attention, or an argument is out of range.
+        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
+            cannot be watched.
     """
 
     statistics = STATISTICS
@@ -114,6 +117,8 @@ class AttentionMonitor(CaptureMonitor):
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
+        modules: str | Sequence[str] | None = None,
+        on_unreadable: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -123,6 +128,8 @@ class AttentionMonitor(CaptureMonitor):
             per_head=per_head,
             figures_every=figures_every,
             report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
         )
         if rows is not None and rows < 1:
             raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
@@ -203,7 +210,7 @@ class AttentionMonitor(CaptureMonitor):
         reduce_states(trainer, metric)
         curves = torch.stack(list(metric.compute().values())).reshape(PROFILE_BINS, -1).mT.float().cpu()
         parts = zip(self.labels.values(), curves.split(list(history.heads)), strict=True)
-        self._snapshots.append(logging_step(trainer), dict(parts))
+        self._snapshots.append(self.step_of(trainer), dict(parts))
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means and maxima."""

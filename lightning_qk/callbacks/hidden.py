@@ -1,7 +1,7 @@
 """Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,10 +11,12 @@ from lightning_qk.callbacks._fit_state import nothing
 from lightning_qk.callbacks._losses import Losses, lost_reason
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
+from lightning_qk.callbacks._watched import matches, matching
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.blocks import find_blocks
+from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.layers import layer_labels
 from lightning_qk.metrics.hidden import HiddenStatistics
@@ -54,10 +56,14 @@ class HiddenStateMonitor(Monitor):
         per_layer: names of statistics to log for each block; None for rank_residual_relative; True for all of
             them; False for none.
         report: write the report at the end.
+        modules: glob pattern or patterns on qualified names of blocks or of the attention layers in them, such as
+            ``"*.encoder.*"``; None for all of them.
+        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
+            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: the module holds no transformer attention in a list of blocks, or an argument is out of range.
+        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
+            cannot be watched.
     """
 
     group = "hidden"
@@ -105,8 +111,18 @@ class HiddenStateMonitor(Monitor):
         seed: int = 0,
         per_layer: bool | str | Sequence[str] | None = None,
         report: bool = True,
+        modules: str | Sequence[str] | None = None,
+        on_unreadable: Literal["warn", "raise"] = "warn",
     ) -> None:
-        super().__init__(every_n_steps, per_layer=per_layer, per_head=False, figures_every=0, report=report)
+        super().__init__(
+            every_n_steps,
+            per_layer=per_layer,
+            per_head=False,
+            figures_every=0,
+            report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
+        )
         self.check_layer_statistics()
         if tokens is not None and tokens < 2:
             raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
@@ -136,13 +152,21 @@ class HiddenStateMonitor(Monitor):
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and stand behind them before the first forward."""
         blocks, without = find_blocks(pl_module)
-        if not blocks:
-            raise ValueError(
+        inside = find_attention(pl_module)
+        named_in = {name: [name, *(own for own in inside if own.startswith(f"{name}."))] for name in blocks}
+        blocks = {name: blocks[name] for name, names in named_in.items() if matching(names, self.modules)}
+        without = {name: reason for name, reason in without.items() if matches(name, self.modules)}
+        if not self.choose(
+            [*(name for names in named_in.values() for name in names), *without],
+            without,
+            kind="block",
+            nothing=(
                 f"expected a model whose attention stands in a list of blocks, found none in "
-                f"{type(pl_module).__name__}: pass the module that holds the network, once it is built (see "
-                "`configure_model`)"
-            )
-        self.note_left_out(without)
+                f"{type(pl_module).__name__}: build the network in __init__ or configure_model"
+            ),
+            unread="whose output is known",
+        ):
+            return
         labels = layer_labels(list(blocks))
         named: dict[str, str] = {}
         for name, block in blocks.items():
@@ -167,16 +191,11 @@ class HiddenStateMonitor(Monitor):
         )
         self._capture.install()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Take the hooks away."""
-        if self._capture is not None:
-            self._capture.remove()
-            self._capture = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As every monitor; teardown may not follow."""
-        super().on_exception(trainer, pl_module, exception)
-        self.teardown(trainer, pl_module, "fit")
+        capture, self._capture = self._capture, None
+        if capture is not None:
+            capture.remove()
 
     def begin_batch(self, is_due: bool) -> None:
         """Listen during batches of a logged step."""

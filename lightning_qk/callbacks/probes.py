@@ -5,18 +5,24 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lightning_qk.callbacks._fit_state import nothing
 from lightning_qk.callbacks._monitor import Monitor, flat_values
 from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
 from lightning_qk.callbacks._recorder import CallRecorder, models_and_doors
-from lightning_qk.callbacks._trainer import logging_step, run_directory
+from lightning_qk.callbacks._trainer import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    logging_step,
+    run_directory,
+)
+from lightning_qk.callbacks._watched import Patterns, matches, matching
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_scalars
@@ -90,10 +96,14 @@ class AttentionProbes(Monitor):
         seed: of the probes' own random generators.
         per_layer: names of statistics to log for each layer; True for all of them; None or False for none.
         per_head: also log one scalar a head.
+        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
+            for all of them.
+        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
+            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: an unknown probe, an argument out of range, or ``irrelevant`` without what is irrelevant.
+        ValueError: an unknown probe, an argument out of range, or ``irrelevant`` without what is irrelevant; with
+            ``on_unreadable="raise"``, at the start: there is nothing to probe.
     """
 
     group = "probe"
@@ -126,8 +136,18 @@ class AttentionProbes(Monitor):
         seed: int = 0,
         per_layer: bool | str | Sequence[str] | None = None,
         per_head: bool = False,
+        modules: str | Sequence[str] | None = None,
+        on_unreadable: Literal["warn", "raise"] = "warn",
     ) -> None:
-        super().__init__(None, per_layer=per_layer, per_head=per_head, figures_every=0, report=False)
+        super().__init__(
+            None,
+            per_layer=per_layer,
+            per_head=per_head,
+            figures_every=0,
+            report=False,
+            modules=modules,
+            on_unreadable=on_unreadable,
+        )
         self.check_layer_statistics()
         unknown = [name for name in probes if name not in STATISTICS]
         if isinstance(probes, str) or unknown:
@@ -175,6 +195,37 @@ class AttentionProbes(Monitor):
             "seed": self.seed,
         }
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that there is something to probe."""
+        super().on_fit_start(trainer, pl_module)
+        self._find(pl_module)
+
+    def _find(self, pl_module: LightningModule) -> dict[nn.Module, nn.Module | None]:
+        """The models to probe, those with a layer that ``modules`` asks for, and where their calls are seen."""
+        doors = models_and_doors(pl_module)
+        within = {id(model): name for name, model in pl_module.named_modules() if model in doors}
+        layers = list(find_attention(pl_module))
+        asked = matching(layers, self.modules)
+        found = [name for name in layers if any(_is_in(name, prefix) for prefix in within.values())]
+        outside = {name: "it is in no transformers model" for name in asked if name not in found}
+        kind = type(pl_module).__name__
+        if not self.choose(
+            layers if doors else [],
+            outside if self.modules is not None or not found else {},
+            kind="attention layer",
+            nothing=(
+                f"no transformers model was found in {kind}, so that nothing is probed: call the functions of "
+                "lightning_qk.probes with the network and its arguments"
+            ),
+            unread="in a transformers model",
+        ):
+            return {}
+        return {
+            model: door
+            for model, door in doors.items()
+            if any(_is_in(name, within[id(model)]) for name in asked)
+        }
+
     # Nothing is measured while the module trains.
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
@@ -202,12 +253,9 @@ class AttentionProbes(Monitor):
             return
         if self._directory is None:
             self._directory = run_directory(trainer)  # validation without a fit around it
-        doors = models_and_doors(pl_module)
+        doors = self._find(pl_module)
         if not doors:
-            self.note(
-                f"no transformers model was found in {type(pl_module).__name__}, so that nothing is probed: call "
-                "the functions of lightning_qk.probes with the network and its arguments"
-            )
+            return
         self._recorder = CallRecorder(doors)
         self._recorder.install()
 
@@ -238,16 +286,11 @@ class AttentionProbes(Monitor):
             self._class_heads(trainer, pl_module, recorder)
         recorder.clear()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stand no more before the models' forward."""
-        super().on_exception(trainer, pl_module, exception)
-        self.teardown(trainer, pl_module, "fit")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Stand no more before the models' forward, whatever ended the loop."""
-        if self._recorder is not None:
-            self._recorder.remove()
-            self._recorder = None
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.remove()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the heads are."""
@@ -310,7 +353,7 @@ class AttentionProbes(Monitor):
                     run = partial(self._run, trainer, name, model, call)
                     values = self.attempt(run, f"the probe {name}")
                     if values:
-                        found.append(_with_prefix(values, prefix))
+                        found.append(_chosen(_with_prefix(values, prefix), self.modules))
             cross |= {_join(prefix, name) for name in self.attempt(partial(_cross, model), "reading") or ()}
         if recorder.models and not any(recorder.calls.values()):
             self.note(
@@ -379,7 +422,7 @@ class AttentionProbes(Monitor):
                 self.note(sentence)
         return heads, cross
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the values to the history and the loggers."""
         assert self.history is not None  # _probe
         step = logging_step(trainer)
@@ -430,6 +473,19 @@ def _with_prefix(values: _Values, prefix: str) -> _Values:
         statistic: {_join(prefix, layer): value for layer, value in layers.items()}
         for statistic, layers in values.items()
     }
+
+
+def _chosen(values: _Values, modules: Patterns) -> _Values:
+    """Of the layers that patterns match."""
+    return {
+        statistic: {layer: value for layer, value in layers.items() if matches(layer, modules)}
+        for statistic, layers in values.items()
+    }
+
+
+def _is_in(name: str, prefix: str) -> bool:
+    """Whether a layer is in the module of some qualified name, which is empty for the whole."""
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def _cross(model: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """Callback: attention sinks, and what they do to the output of heads while a model trains."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning_qk.callbacks._captured import CaptureMonitor, Measured, tensors_of
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
@@ -45,10 +45,14 @@ class SinkMonitor(CaptureMonitor):
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
+        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
+            for all of them.
+        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
+            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: the module holds no transformer attention, or an argument is out of range.
+        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
+            cannot be watched.
     """
 
     statistics = SINK_STATISTICS
@@ -72,6 +76,8 @@ class SinkMonitor(CaptureMonitor):
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
+        modules: str | Sequence[str] | None = None,
+        on_unreadable: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -81,6 +87,8 @@ class SinkMonitor(CaptureMonitor):
             per_head=per_head,
             figures_every=figures_every,
             report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
         )
         for name, value in (("rows", rows), ("sequences", sequences)):
             if value is not None and value < 1:

@@ -1,7 +1,7 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,11 +10,10 @@ from torch import Tensor
 from lightning_qk.callbacks._fit_state import nothing
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
-from lightning_qk.callbacks._trainer import logging_step, projection_reader
+from lightning_qk.callbacks._watched import WatchedReader
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
-from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.logging.history import LayerShape, RunRecord
 from lightning_qk.logging.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
@@ -27,6 +26,8 @@ _ADDED = {
     RELATIVE_PRODUCT: "products with embeddings of relative positions",
 }
 """What is added to the logits, in words."""
+
+_REPLACED = "it was replaced during training by something of another shape"
 
 
 class QKSpectrumMonitor(Monitor):
@@ -57,7 +58,8 @@ class QKSpectrumMonitor(Monitor):
     training, whichever comes first, under the step that it belongs to.
 
     At the end of training the monitors print a table of the layers' health and write one HTML report into the
-    run's folder. Weights that are not finite are named and training goes on.
+    run's folder. Weights that are not finite are named and training goes on, as it does whatever the model looks
+    like. A run in which no step was due is measured at its last one.
 
     Args:
         every_n_steps: measure at every n-th optimizer step; None follows the trainer's
@@ -75,11 +77,14 @@ class QKSpectrumMonitor(Monitor):
         per_head: also log one scalar a head.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
+        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
+            for all of them.
+        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
+            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
 
     Raises:
-        TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: the module holds no transformer whose attention can be read, or an argument is out of
-            range.
+        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
+            cannot be watched.
     """
 
     group = "qk"
@@ -130,7 +135,7 @@ class QKSpectrumMonitor(Monitor):
     _singular: SingularValues | None
     _cores: list[Cores]
     _metric: QKSpectrum | None
-    _reader: ProjectionReader | None
+    _reader: WatchedReader | None
     _worker: EigenvalueWorker
     _late_values: dict[str, Tensor]
     """Values of solved spectra that are not shared yet."""
@@ -149,6 +154,8 @@ class QKSpectrumMonitor(Monitor):
         per_head: bool = False,
         figures_every: int = 10,
         report: bool = True,
+        modules: str | Sequence[str] | None = None,
+        on_unreadable: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -156,6 +163,8 @@ class QKSpectrumMonitor(Monitor):
             per_head=per_head,
             figures_every=figures_every,
             report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
         )
         support_size(torch.empty(1, 1), support)
         self.support: Support = support
@@ -191,10 +200,22 @@ class QKSpectrumMonitor(Monitor):
         return {} if self._metric is None else self._metric.heads
 
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers; raise here, before any work, where there are none."""
-        self._reader = projection_reader(trainer, pl_module, fold_norm=self.fold_norm)
-        layers = self._reader.layers
-        self.note_left_out(self._reader.unread)
+        """Find the layers."""
+        self._reader = reader = WatchedReader(
+            pl_module, self.modules, fold_norm=self.fold_norm, root=trainer.strategy.model
+        )
+        layers = reader.layers
+        if not self.choose(
+            reader.found,
+            reader.unread,
+            kind="attention layer",
+            nothing=(
+                f"expected a model that contains transformer attention, found none in {type(pl_module).__name__}: "
+                "build the network in __init__ or configure_model"
+            ),
+            unread="whose weights can be read",
+        ):
+            return
         if self.fold_norm and (plain := [name for name, layer in layers.items() if not layer.norm_folded]):
             self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
         heads = {name: layer.heads for name, layer in layers.items()}
@@ -263,7 +284,7 @@ class QKSpectrumMonitor(Monitor):
         self.log_late(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, with what the worker still has, the eigenvalues of a few steps, and the weights last measured.
+        """The history, with what the worker still has, eigenvalues of a few steps, and weights measured last.
 
         Of the weights only what a resumed run could not read again: they changed since.
         """
@@ -287,14 +308,13 @@ class QKSpectrumMonitor(Monitor):
         self.log_late(trainer)
         super().finish(trainer, pl_module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """End the worker's thread."""
         self._worker.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As every monitor; teardown may not follow."""
-        super().on_exception(trainer, pl_module, exception)
-        self._worker.close()
+    def can_measure_at_the_end(self) -> bool:
+        """The weights are there."""
+        return True
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Moments of all heads, reduced over ranks."""
@@ -310,15 +330,25 @@ class QKSpectrumMonitor(Monitor):
         assert metric is not None  # find_layers
         assert reader is not None
         metric.to(pl_module.device).reset()
-        reader.refresh()
+        if reader.refresh():
+            self._keep_known(reader)
         metric.update(reader)
         self._cores = metric.cores
         if self._singular is not None:
             self._cores = [*metric.cores, *self._singular.cores(reader)]
 
+    def _keep_known(self, reader: WatchedReader) -> None:
+        """Where modules were replaced, go on with the layers that are what they were at the start."""
+        assert self._metric is not None  # measure
+        heads = self._metric.heads
+        kept = {name: layer for name, layer in reader.layers.items() if heads.get(name) == layer.heads}
+        lost = {name: reader.unread.get(name, _REPLACED) for name in heads if name not in kept}
+        reader.layers = kept
+        self.note_left_out(lost)
+
     def after_measuring(self, trainer: Trainer) -> None:
         """Start on the eigenvalues."""
-        step = logging_step(trainer)
+        step = self.step_of(trainer)
         self._unshared = step
         self.attempt(lambda: self._worker.submit(step, self._cores), "solving eigenproblems")
 

@@ -126,16 +126,23 @@ class HiddenCapture:
                 return
             compiled.drop_graphs(self._model)
             owners = {id(owner): owner for part in self._models.values() for owner in part}
-            self._give_back = [
-                *(_hook(module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
-                *(_hook(module, INPUT) for module in self._first),
-                *(_hook(owner, MASK) for owner in owners.values()),
+            self._give_back = give_back = []
+            wanted = [
+                *((module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
+                *((module, INPUT) for module in self._first),
+                *((owner, MASK) for owner in owners.values()),
             ]
-            for module in (*self._blocks, *owners.values()):
-                compiled.label(module)
-                self._give_back.append(functools.partial(compiled.unlabel, module))
-            _captures = (*_captures, self)
-            self.enabled = self._enabled
+            try:
+                for module, kind in wanted:
+                    give_back.append(_hook(module, kind))
+                for module in (*self._blocks, *owners.values()):
+                    compiled.label(module)
+                    give_back.append(functools.partial(compiled.unlabel, module))
+                _captures = (*_captures, self)
+                self.enabled = self._enabled
+            except BaseException:
+                self.remove()
+                raise
 
     def remove(self) -> None:
         """Leave everything as it was before :meth:`install`."""

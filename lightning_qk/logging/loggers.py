@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from lightning_qk._packages import is_lightning
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -252,14 +254,9 @@ def _warn(logger: "Logger", what: str, error: Exception) -> None:
 
 
 def _kind(logger: "Logger") -> str | None:
-    """Which of the loggers with pictures it is. None of these imports loads the logger's own package."""
-    from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
-
-    if isinstance(logger, WandbLogger):
-        return "wandb"
-    if isinstance(logger, TensorBoardLogger):
-        return "tensorboard"
-    return "mlflow" if isinstance(logger, MLFlowLogger) else None
+    """Which of the loggers with pictures it is, of either of Lightning's packages."""
+    kinds = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
+    return next((kind for name, kind in kinds.items() if is_lightning(logger, name)), None)
 
 
 def _define_wandb_axes(logger: "Logger") -> None:
