@@ -554,7 +554,8 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         if history.forgotten is not None and history.forgotten.problem is not None:
             self.note(history.forgotten.problem)
         self.note_non_finite(values, f"at step {step}")
-        self.log_values(trainer, _without_errors(values), step)
+        # Of its own: what a logger does not take is still remembered.
+        self.attempt(lambda: self.log_values(trainer, _without_errors(values), step))
         if not trainer.is_global_zero:
             return
         if self.figures_every and self._logged % self.figures_every == 0:
@@ -756,7 +757,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
             values = self.together(trainer, lambda: self.measure(trainer, pl_module))
             if values is not None:
                 # No module may log now.
-                self.attempt(lambda: self.publish(trainer, None, values))
+                self.attempt(lambda: self.publish(trainer, None, values), "remembering")
                 self.after_measuring(trainer)
         finally:
             self._at_the_end = False
@@ -772,7 +773,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
             return
         self.count_layers(trainer, pl_module)
         self.share(trainer, pl_module, values)
-        self.attempt(lambda: self.publish(trainer, pl_module, values))
+        self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
         self.after_measuring(trainer)
 
     def after_measuring(self, trainer: Trainer) -> None:

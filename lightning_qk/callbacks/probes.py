@@ -281,7 +281,7 @@ class AttentionProbes(Monitor):
         if values is not None:
             self.count_layers(trainer, pl_module)
             self.share(trainer, pl_module, values, at_epoch_end=True)
-            self.attempt(lambda: self.publish(trainer, pl_module, values))
+            self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
         if self.heads:
             self._class_heads(trainer, pl_module, recorder)
         recorder.clear()

@@ -110,6 +110,7 @@ class QKSpectrumMonitor(Monitor):
         "_cross": set,
         "_singular_state": nothing,
         "_goes_on": bool,
+        "_told_failed": bool,
         "_step_of_weights": nothing,
     }
     running_state = {  # noqa: RUF012 (never changed)
@@ -128,6 +129,8 @@ class QKSpectrumMonitor(Monitor):
     _cross: set[str]
     _singular_state: dict[str, Any] | None
     """What a checkpoint had of the singular values."""
+    _told_failed: bool
+    """Whether it was said that an eigenproblem failed."""
     _goes_on: bool
     """Whether a checkpoint was loaded."""
     _step_of_weights: int | None
@@ -374,7 +377,7 @@ class QKSpectrumMonitor(Monitor):
         elif late is not None:
             self._late_values = late[1]
         if late is not None:
-            self.attempt(lambda: self._log_solved(trainer, *late))
+            self.attempt(lambda: self._log_solved(trainer, *late), "remembering")
         super().log_late(trainer, pl_module, at_epoch_end=at_epoch_end)
 
     def _take(self) -> tuple[Solved, dict[str, Tensor]]:
@@ -390,7 +393,8 @@ class QKSpectrumMonitor(Monitor):
         values = extreme_values(solved.spectra, self._metric.heads, self.offsets)
         if self._singular is not None:
             values |= self._singular.values(solved.step, solved.spectra)
-        if solved.failed:
+        if solved.failed and not self._told_failed:
+            self._told_failed = True
             self.note(
                 f"{len(solved.failed)} eigenproblems at step {solved.step} did not converge "
                 f"({shorten(list(solved.failed))}): these heads have no eigenvalues there; training goes on"
@@ -426,7 +430,7 @@ class QKSpectrumMonitor(Monitor):
         self._complete(solved, values)
         if solved.step < 0:
             return
-        self.log_values(trainer, values, solved.step)
+        self.attempt(lambda: self.log_values(trainer, values, solved.step))
         eigenvalues = [value.flatten() for value in self._eigenvalues.values() if value.is_complex()]
         if trainer.is_global_zero and eigenvalues:
             flat = torch.cat(eigenvalues)

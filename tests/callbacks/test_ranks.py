@@ -53,13 +53,15 @@ def test_it_is_said_once(results, case):
         for notes in of_rank[case]["notes"].values():
             assert len(set(notes)) == len(notes)
     said = [note for of_rank in results for notes in of_rank[case]["notes"].values() for note in notes]
-    assert any("injected" in note for note in said) or case[0] == "logging"
+    assert (
+        any("injected" in note or "did not converge" in note for note in said) or case[0] == "temporary files"
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_did_not_fail_is_still_measured(results, case):
     steps = results[0][case]["steps"]
-    if case[0] not in ("finding layers", "remembering"):
+    if case[0] != "remembering":
         assert any(kept[-5:] == list(range(5)) for kept in steps.values())
     for kept in steps.values():
         assert kept == sorted(set(kept))
