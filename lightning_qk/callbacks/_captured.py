@@ -1,7 +1,7 @@
 """What the monitors of captured attention share: layers, the capture, pools of a step and of evaluation loops."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_scalars
+from lightning_qk.logging.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE
 from lightning_qk.metrics.means import HeadMeans
 
 _MANY = 2**31
@@ -71,7 +72,9 @@ class CaptureMonitor(Monitor):
 
     group = "attn"
     presence: str
-    """A statistic that is finite wherever a row was measured at all."""
+    """A statistic that is finite of a head that is finite and of which anything was measured."""
+    is_of_self_attention: bool = False
+    """Whether it measures nothing of cross-attention."""
     curve_statistics: tuple[str, ...] = ()
     """Statistics whose means are curves of the report."""
 
@@ -80,7 +83,6 @@ class CaptureMonitor(Monitor):
         "_heads_of_calls": dict,
         "_self_attention": dict,
         "_shapes": dict,
-        "_seen": set,
         "_apart": set,
         "_told": set,
         "_losses": Losses,
@@ -103,7 +105,6 @@ class CaptureMonitor(Monitor):
     """Of layers whose weights do not tell, as this process sees them."""
     _self_attention: dict[str, bool]
     _shapes: dict[str, tuple[int, int]]
-    _seen: set[str]
     _apart: set[str]
     """Layers whose calls have other numbers of heads on other processes."""
     _told: set[str]
@@ -189,7 +190,7 @@ class CaptureMonitor(Monitor):
         layers = WatchedReader(pl_module, self.modules, root=trainer.strategy.model).layers
         self._heads, self._heads_of_calls = {name: layer.heads for name, layer in layers.items()}, {}
         self._self_attention = {name: layer.self_attention for name, layer in layers.items()}
-        self._shapes, self._seen, self._apart, self._told = {}, set(), set(), set()
+        self._shapes, self._apart, self._told = {}, set(), set()
         self._losses = Losses()
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
@@ -256,6 +257,17 @@ class CaptureMonitor(Monitor):
             )
         return heads, where
 
+    def nothing_measured(self, sentence: str) -> None:
+        """Say so in place of a verdict too."""
+        super().nothing_measured(sentence)
+        if self.history is not None and len(self.history):
+            return
+        heads = {name: self._heads[name] for name in self._modules if name in self._heads}
+        if heads:
+            self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
+            assert self.history is not None
+            self.history.reasons = dict.fromkeys(self.history.layers, sentence)
+
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
         """Statistics of all heads over the step's micro-batches, reduced over ranks."""
         return self._compute(trainer, pl_module, self._step_pool)
@@ -285,12 +297,12 @@ class CaptureMonitor(Monitor):
             pool.into(metric)
             return metric
 
+        ran = pool.names
         metric = alone(all_or_none(trainer, pooled))
         reduce_states(trainer, metric)
         values = flat_values(metric)
+        self.states = self._states(metric, values, ran)
         self.adjust(metric, values)
-        parts = metric.split(values[self.presence]).items()
-        self._seen |= {name for name, part in parts if part.isfinite().any()}
         return values
 
     def _agree_on_layers(self, trainer: Trainer, pool: SumsPool) -> set[str]:
@@ -334,6 +346,32 @@ class CaptureMonitor(Monitor):
             self._losses.was_told = True
             self.note_lost(reasons_of_all(trainer, pool.lost))
         return out | lost
+
+    def _states(self, metric: HeadMeans, values: Mapping[str, Tensor], ran: Collection[str]) -> Tensor:
+        """State of every head, by how much was counted of it."""
+        assert metric.counted is not None  # it was computed
+        assert self._capture is not None  # _listen_to
+        assert self.history is not None  # _compute
+        rows = metric.counted[metric.statistics.index(self.witness)].cpu()
+        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
+        broken = (rows != 0) & ~values[self.witness].isfinite() | infinite
+        states = torch.where(broken, NOT_FINITE, KNOWN)
+        for name, part in metric.split(states).items():
+            empty = (metric.split(rows)[name] == 0) & (part == KNOWN)
+            problem = self._capture.problems.get(name)
+            if problem is not None:
+                self.history.reasons[self.labels[name]] = problem
+            own = self._self_attention.get(name)
+            part[empty] = (
+                LEFT_OUT
+                if problem is not None
+                else NO_VALUE
+                if own is False and self.is_of_self_attention
+                else NO_DATA
+                if name in ran
+                else DID_NOT_RUN
+            )
+        return states
 
     def _name_missing(self) -> None:
         capture = self._capture
@@ -403,7 +441,7 @@ class CaptureMonitor(Monitor):
             if values is not None:
                 self.count_layers(trainer, pl_module)
                 means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
-                overall = self.over_the_model(means, f"{self.group}/{stage}")
+                overall = self.over_the_model(means, f"{self.group}/{stage}", states=self.states)
                 overall = {key + suffix: value for key, value in overall.items()}
                 # On every process, whatever fails on one of them. Not through Lightning to the loggers:
                 # trainer.test would print a table of them all.
@@ -417,14 +455,11 @@ class CaptureMonitor(Monitor):
     ) -> None:
         assert self.history is not None  # _compute
         prefix = f"{self.group}/{stage}"
-        layers = self.by_layer_and_head(self.history, means, prefix)
-        logged = self.worth_logging(self.over_the_model(means, prefix), is_evaluation=True)
+        layers = self.by_layer_and_head(self.history, means, prefix, states=self.states)
+        over_all = self.over_the_model(means, prefix, states=self.states)
+        logged = self.worth_logging(over_all, is_evaluation=True)
         scalars = {key + suffix: value for key, value in (logged | layers).items()}
         log_scalars(trainer, scalars, logging_step(trainer))
-
-    def expects(self, label: str) -> bool:
-        """A layer that was never captured has no value, and that was said already."""
-        return any(self.labels[name] == label for name in self._seen)
 
     def contribute(self, record: RunRecord) -> None:
         """Add the mean over all heads of some statistics, as curves of the run."""

@@ -37,6 +37,7 @@ from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_file, log_scalars, shows_pictures
 from lightning_qk.logging.pictures import Pictures
 from lightning_qk.logging.snapshots import Snapshots
+from lightning_qk.logging.states import NOT_FINITE
 
 _T = TypeVar("_T")
 PerLayer = bool | str | Sequence[str] | None
@@ -100,7 +101,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
     figure_statistics: tuple[str, ...]
     """Statistics that are drawn as layer × head heatmaps."""
     witness: str
-    """A statistic that is not finite exactly when something is wrong with a head."""
+    """A statistic that, of a head that was measured, is not finite exactly when something is wrong with it."""
     subject: str
     """What is not finite then, in the plural."""
     has_heads: bool = True
@@ -126,7 +127,8 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         "_steps_a_batch": lambda: 1,
         "_first_step": int,
         "_last_step": nothing,
-        "_broken": nothing,
+        "_failure": nothing,
+        "states": nothing,
     }
     running_state = {"_pictures": Pictures}  # noqa: RUF012 (never changed)
 
@@ -152,7 +154,9 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
     _steps_a_batch: int
     _first_step: int
     _last_step: int | None
-    _broken: Exception | None
+    states: Tensor | None
+    """Of the values that were measured last, one a head."""
+    _failure: Exception | None
     """What one of this process's hooks failed with: the other processes learn it at the next measurement."""
     _pictures: Pictures
 
@@ -419,18 +423,18 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         self._reported = self._reported or ends
         if has_others() and not ends:
             # The other processes are not left alone: at the next measurement it is given up on all of them.
-            self._broken = error
+            self._failure = error
             return
         self.stop()
 
     def _here(self, action: Callable[[], None]) -> None:
         """Do something on this process alone, whose failure every process learns at the next measurement."""
-        if self._broken is not None:
+        if self._failure is not None:
             return
         try:
             action()
         except Exception as error:
-            self._broken = error
+            self._failure = error
 
     def _start_together(self, trainer: Trainer, find: Callable[[], None]) -> None:
         """Find what is watched, the same on every process; else be idle on all, or refuse on all."""
@@ -505,8 +509,8 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         return value
 
     def _check_whole(self) -> None:
-        if self._broken is not None:
-            raise self._broken
+        if self._failure is not None:
+            raise self._failure
 
     def _note_failure(self, what: str, times: int, error: Exception) -> None:
         reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
@@ -539,7 +543,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
 
         Those decide on every process: it is done on all of them, whatever failed on one.
         """
-        overall = self.over_the_model(_without_errors(values))
+        overall = self.over_the_model(_without_errors(values), states=self.states)
         # The loggers get them with the others.
         pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
 
@@ -550,10 +554,10 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         step = self.step_of(trainer)
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
-        history.append(step, values)
+        history.append(step, values, self.states)
         if history.forgotten is not None and history.forgotten.problem is not None:
             self.note(history.forgotten.problem)
-        self.note_non_finite(values, f"at step {step}")
+        self.note_non_finite(self.states, f"at step {step}")
         # Of its own: what a logger does not take is still remembered.
         self.attempt(lambda: self.log_values(trainer, _without_errors(values), step))
         if not trainer.is_global_zero:
@@ -566,35 +570,62 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         """Aggregates to the loggers."""
         history = self.history
         assert history is not None  # publish
-        overall = self.worth_logging(self.over_the_model(values))
-        log_scalars(trainer, overall | self.by_layer_and_head(history, values), step)
+        states = history.states_at(step)
+        overall = self.worth_logging(self.over_the_model(values, states=states))
+        log_scalars(trainer, overall | self.by_layer_and_head(history, values, states=states), step)
 
-    def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
-        """Mean, minimum and maximum over heads that have a value and count; keys begin with group or prefix."""
+    def over_the_model(
+        self, values: Mapping[str, Tensor], prefix: str | None = None, *, states: Tensor | None = None
+    ) -> dict[str, float]:
+        """Mean, minimum and maximum over heads that have a value and count; keys begin with the group or a prefix.
+
+        NaN where a head that should have a value is not finite: numbers of the others would look healthy.
+        """
         prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
+            broken = self._broken(name, flat, states)
             if self._counted is not None and self._counted.shape == flat.shape:
-                flat = flat[self._counted]
+                flat, broken = flat[self._counted], broken[self._counted]
             finite = flat[flat.isfinite()]
-            if finite.numel():
-                for reduction in ("mean", "min", "max"):
-                    scalars[f"{prefix}/{name}/{reduction}"] = getattr(finite, reduction)().item()
+            is_broken = bool(broken.any())
+            for reduction in ("mean", "min", "max") if is_broken or finite.numel() else ():
+                value = math.nan if is_broken else getattr(finite, reduction)().item()
+                scalars[f"{prefix}/{name}/{reduction}"] = value
         return scalars
 
+    def _broken(self, name: str, flat: Tensor, states: Tensor | None) -> Tensor:
+        """Which heads should have a value of a statistic and are not finite."""
+        if states is None:
+            return torch.zeros_like(flat, dtype=torch.bool)
+        return (states == NOT_FINITE) & ~flat.isfinite() & self.has_value(name, flat)
+
+    def has_value(self, name: str, flat: Tensor) -> Tensor:
+        """Which heads have a value of a statistic when all is well, boolean, of the shape of ``flat``."""
+        return torch.ones_like(flat, dtype=torch.bool)
+
     def by_layer_and_head(
-        self, history: History, values: Mapping[str, Tensor], prefix: str | None = None
+        self,
+        history: History,
+        values: Mapping[str, Tensor],
+        prefix: str | None = None,
+        *,
+        states: Tensor | None = None,
     ) -> dict[str, float]:
-        """Means over the heads of each layer, of some statistics, and each head where asked."""
+        """Means over the heads of each layer, of some statistics, and each head where asked.
+
+        NaN where a head of the layer is not finite.
+        """
         is_evaluation = prefix is not None
         prefix = prefix or self.group
         by_layer = self._by_layer(values, is_evaluation)
         scalars: dict[str, float] = {}
         for name, flat in values.items():
-            for label, heads in zip(history.layers, history.split(flat), strict=True):
+            broken = history.split(self._broken(name, flat, states))
+            for label, heads, bad in zip(history.layers, history.split(flat), broken, strict=True):
                 finite = heads[heads.isfinite()]
-                if name in by_layer and finite.numel():
-                    scalars[f"{prefix}/{label}/{name}"] = finite.mean().item()
+                if name in by_layer and (finite.numel() or bad.any()):
+                    scalars[f"{prefix}/{label}/{name}"] = math.nan if bad.any() else finite.mean().item()
                 if self.per_head:
                     scalars.update(
                         (f"{prefix}/{label}/head_{index:02d}/{name}", value)
@@ -722,15 +753,15 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         )
         log_file(trainer, path, name="lightning_qk_history", kind="history", description=description)
 
-    def note_non_finite(self, values: Mapping[str, Tensor], when: str) -> None:
-        """Name the layers and heads whose values are not finite, the first time: NaN soon spreads to all."""
+    def note_non_finite(self, states: Tensor | None, when: str) -> None:
+        """Name the layers and heads that are not finite, the first time: NaN soon spreads to all."""
         history = self.history
-        if self._found_non_finite or history is None or self.witness not in values:
+        if self._found_non_finite or history is None or states is None:
             return
         found = []
-        for label, heads in zip(history.layers, history.split(values[self.witness]), strict=True):
-            bad = [str(index) for index, ok in enumerate(heads.isfinite().tolist()) if not ok]
-            if bad and self.expects(label):
+        for label, heads in zip(history.layers, history.split(states), strict=True):
+            bad = [str(index) for index, state in enumerate(heads.tolist()) if state == NOT_FINITE]
+            if bad:
                 module = next(module for module, own in self.labels.items() if own == label)
                 found.append(f"{module} (head {', '.join(bad)})" if self.has_heads else module)
         if found:
@@ -799,7 +830,3 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
     def module_of(self, name: str) -> str:
         """Qualified name of the module that a watched name stands for."""
         return name
-
-    def expects(self, label: str) -> bool:
-        """Whether the layer has a finite value of the witness when all is well."""
-        return True

@@ -51,6 +51,11 @@ class SumsPool:
                 pooled[part] = torch.maximum(old, pooled[part]) if is_maximum else old + pooled[part]
         self._sums[name] = type(sums)(**pooled)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The layers that had a call."""
+        return frozenset(self._sums)
+
     def leave_out(self, names: Iterable[str]) -> None:
         """Forget layers."""
         for name in names:

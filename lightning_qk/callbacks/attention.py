@@ -216,6 +216,14 @@ class AttentionMonitor(CaptureMonitor):
         """Means and maxima."""
         return AttentionStatistics(heads)
 
+    def has_value(self, name: str, flat: Tensor) -> Tensor:
+        """Positions mean nothing between two sequences."""
+        has = super().has_value(name, flat)
+        if self.history is not None and name in POSITION_STATISTICS:
+            for (layer, _), part in zip(self.labels.items(), self.history.split(has), strict=True):
+                part.fill_(self._self_attention.get(layer, True))
+        return has
+
     def adjust(self, metric: HeadMeans, values: dict[str, Tensor]) -> None:
         """Positions mean nothing between two sequences."""
         for statistic in POSITION_STATISTICS:

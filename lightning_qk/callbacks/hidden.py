@@ -14,11 +14,12 @@ from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_o
 from lightning_qk.callbacks._watched import matches, matching
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
+from lightning_qk.functional.hidden import HIDDEN_MEANS, HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.blocks import find_blocks
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.layers import layer_labels
+from lightning_qk.logging.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE
 from lightning_qk.metrics.hidden import HiddenStatistics
 
 _EMBEDDING = "the input of "
@@ -81,7 +82,7 @@ class HiddenStateMonitor(Monitor):
     }
     figure_statistics = ()
     subject = "hidden states"
-    witness = "rank_residual"
+    witness = "token_norm"
     has_heads = False
 
     fit_state = {"_names": tuple, "_told": set, "_losses": Losses}  # noqa: RUF012 (never changed)
@@ -90,6 +91,7 @@ class HiddenStateMonitor(Monitor):
         "_capture": nothing,
         "_metric": nothing,
         "_lost": dict,
+        "_ran": set,
     }
 
     _generator: torch.Generator
@@ -99,6 +101,8 @@ class HiddenStateMonitor(Monitor):
     _told: set[str]
     """Layers of which processes have agreed on why they are left out."""
     _losses: Losses
+    _ran: set[str]
+    """Those that were heard since the last measurement."""
     _lost: dict[str, str]
     """Layers whose states at this step are not all in the metric, and why."""
 
@@ -181,6 +185,7 @@ class HiddenStateMonitor(Monitor):
         self._names = tuple(named)
         self.remember_layers(dict.fromkeys(named, 1), (), labels=named)
         self._metric = HiddenStatistics(self._names)
+        self._ran.clear()
         self._generator.manual_seed(self.seed + trainer.global_rank)
         self._capture = HiddenCapture(
             outputs,
@@ -219,6 +224,7 @@ class HiddenStateMonitor(Monitor):
                 states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
             )
             metric.update({name: sums})
+            self._ran.add(name)
         except UnsupportedCallError:
             raise
         except Exception as error:
@@ -241,9 +247,12 @@ class HiddenStateMonitor(Monitor):
         try:
             all_or_none(trainer, pooled)
             reduce_states(trainer, alone(metric))
-            return flat_values(metric)
+            values = flat_values(metric)
+            self.states = self._states(metric, values, capture)
+            return values
         finally:
             metric.reset()
+            self._ran.clear()
             self._lost = {}
 
     def _agree_on_layers(self, trainer: Trainer, capture: HiddenCapture) -> set[str]:
@@ -261,6 +270,26 @@ class HiddenStateMonitor(Monitor):
             self.note_lost(reasons_of_all(trainer, self._lost))
         return out | lost
 
+    def _states(
+        self, metric: HiddenStatistics, values: Mapping[str, Tensor], capture: HiddenCapture
+    ) -> Tensor:
+        """State of every layer, by how many tokens were counted of it."""
+        assert metric.counted is not None  # it was computed
+        assert self.history is not None  # on_fit_start
+        tokens = metric.counted[HIDDEN_MEANS.index(self.witness)].cpu()
+        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
+        broken = (tokens != 0) & ~values[self.witness].isfinite() | infinite
+        states = torch.where(broken, NOT_FINITE, KNOWN)
+        for place, name in enumerate(self._names):
+            problem = capture.problems.get(name)
+            if problem is not None:
+                self.history.reasons[self.labels[name]] = problem
+            if tokens[place] == 0 and states[place] == KNOWN:
+                states[place] = (
+                    LEFT_OUT if problem is not None else NO_DATA if name in self._ran else DID_NOT_RUN
+                )
+        return states
+
     def _name_missing(self, capture: HiddenCapture) -> None:
         if capture.unmasked:
             names = sorted(capture.unmasked)
@@ -277,15 +306,14 @@ class HiddenStateMonitor(Monitor):
                 "hooks)"
             )
 
-    def over_the_model(self, values: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, float]:
+    def over_the_model(
+        self, values: Mapping[str, Tensor], prefix: str | None = None, *, states: Tensor | None = None
+    ) -> dict[str, float]:
         """Mean, minimum and maximum over the blocks."""
         is_block = torch.tensor([not name.startswith(_EMBEDDING) for name in self._names])
         blocks = {name: torch.where(is_block, flat, torch.nan) for name, flat in values.items()}
-        return super().over_the_model(blocks, prefix)
-
-    def expects(self, label: str) -> bool:
-        """A layer that was never heard has no value, and that was said already."""
-        return self._capture is not None and any(self.labels[name] == label for name in self._capture.heard)
+        states = None if states is None else torch.where(is_block, states, NO_VALUE)
+        return super().over_the_model(blocks, prefix, states=states)
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lightning_qk.callbacks._captured import CaptureMonitor, Measured, tensors_of
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
@@ -69,6 +70,7 @@ class PositionMonitor(CaptureMonitor):
     subject = "attention logits"
     witness = POSITION
     presence = POSITION
+    is_of_self_attention = True
 
     def __init__(
         self,
@@ -127,9 +129,11 @@ class PositionMonitor(CaptureMonitor):
         given = a_stretch(given, self.length, self._generator)
         share = positional_share(**given)[None, None]
         # Every sequence counts the same; a stretch of padding, whose logits do not vary, not at all.
-        weight = share.isfinite() * given["query"].shape[0]
+        weight = (share.isfinite() | _is_broken(given)) * given["query"].shape[0]
         return Measured(
-            MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share)), heads, d_head
+            MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share)),
+            heads,
+            d_head,
         )
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
@@ -140,3 +144,18 @@ class PositionMonitor(CaptureMonitor):
         """Add the history, and its mean as a curve."""
         super().contribute(record)
         record.position = self.history
+
+
+def _is_broken(given: dict[str, Any]) -> Tensor:
+    """Heads with a token whose query or key is not finite, boolean ``(1, 1, heads)``, padding left out."""
+    query, key, rows = given["query"], given["key"], given.get("query_mask")
+    seen = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    if rows is not None:
+        seen = rows.to(seen)
+    bad = (~query.isfinite()).any(-1) & seen[:, None]
+    if rows is None or key.shape[2] == query.shape[2]:
+        keys = seen if key.shape[2] == query.shape[2] else seen.new_ones(key.shape[0], key.shape[2])
+        worse = (~key.isfinite()).any(-1) & keys[:, None]
+        worse = worse.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        return (bad.any(-1).any(0) | worse.any(-1).any(0))[None, None]
+    return bad.any(-1).any(0)[None, None]

@@ -16,6 +16,7 @@ from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
 from lightning_qk.logging.history import LayerShape, RunRecord
 from lightning_qk.logging.loggers import log_histogram
+from lightning_qk.logging.states import KNOWN, LEFT_OUT, NO_VALUE, NOT_FINITE
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
 from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
 from lightning_qk.metrics.spectrum import MOMENTS, SPECTRUM_STATISTICS, QKSpectrum, at_offset, extreme_values
@@ -261,8 +262,8 @@ class QKSpectrumMonitor(Monitor):
 
     def _remember_start(self, values: dict[str, Tensor]) -> None:
         assert self.history is not None  # find_layers
-        self.history.append(-1, values)
-        self.note_non_finite(values, "before the first step")
+        self.history.append(-1, values, self.states)
+        self.note_non_finite(self.states, "before the first step")
         self._worker.submit(-1, self._cores)
 
     def _recall_weights(self) -> None:
@@ -326,7 +327,10 @@ class QKSpectrumMonitor(Monitor):
         all_or_none(trainer, lambda: self._read_weights(pl_module))
         self._step_of_weights = trainer.global_step
         reduce_states(trainer, alone(metric))
-        return flat_values(metric)
+        values = flat_values(metric)
+        assert self._reader is not None  # find_layers
+        self.states = self._states(self._reader, metric, values)
+        return values
 
     def _read_weights(self, pl_module: LightningModule) -> None:
         metric, reader = self._metric, self._reader
@@ -340,6 +344,25 @@ class QKSpectrumMonitor(Monitor):
         if self._singular is not None:
             self._cores = [*metric.cores, *self._singular.cores(reader)]
 
+    def _states(self, reader: WatchedReader, metric: QKSpectrum, values: Mapping[str, Tensor]) -> Tensor:
+        """State of every head: cross-attention has no eigenvalues, and yet weights that may not be finite."""
+        broken = {
+            name: ~matrices.isfinite().all(-1).all(-1)
+            for cores in metric.cores
+            if not cores.bilinear
+            for name, matrices in zip(cores.names, cores.matrices, strict=True)
+        }
+        bad = ~(values["trace"].isfinite() & values["frobenius_sq"].isfinite())
+        parts = []
+        for name, part in zip(metric.heads, bad.split(list(metric.heads.values())), strict=True):
+            if name not in reader.layers:
+                parts.append(torch.full_like(part, LEFT_OUT, dtype=torch.long))
+            elif name in broken:
+                parts.append(torch.where(broken[name].cpu(), NOT_FINITE, NO_VALUE))
+            else:
+                parts.append(torch.where(part, NOT_FINITE, KNOWN))
+        return torch.cat(parts)
+
     def _keep_known(self, reader: WatchedReader) -> None:
         """Where modules were replaced, go on with the layers that are what they were at the start."""
         assert self._metric is not None  # measure
@@ -348,6 +371,8 @@ class QKSpectrumMonitor(Monitor):
         lost = {name: reader.unread.get(name, _REPLACED) for name in heads if name not in kept}
         reader.layers = kept
         self.note_left_out(lost)
+        assert self.history is not None  # on_fit_start
+        self.history.reasons |= {self.labels[name]: reason for name, reason in lost.items()}
 
     def after_measuring(self, trainer: Trainer) -> None:
         """Start on the eigenvalues."""
@@ -437,9 +462,15 @@ class QKSpectrumMonitor(Monitor):
             log_histogram(trainer, "qk/eigenvalues/modulus", flat.abs(), solved.step)
             log_histogram(trainer, "qk/eigenvalues/real", flat.real, solved.step)
 
-    def expects(self, label: str) -> bool:
-        """Cross-attention has no eigenvalues."""
-        return all(self.labels[name] != label for name in self._cross)
+    def has_value(self, name: str, flat: Tensor) -> Tensor:
+        """Cross-attention has singular values alone, and self-attention these where they are asked for."""
+        has = super().has_value(name, flat)
+        if self._metric is None or name in SINGULAR_STATISTICS:
+            return has
+        heads = self._metric.heads
+        for layer, part in zip(heads, has.split(list(heads.values())), strict=True):
+            part.fill_((layer in self._cross) == (name == "singular_max"))
+        return has
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history, the eigenvalues and what they are compared with to the record."""

@@ -14,8 +14,10 @@ from lightning_qk.logging.health import (
     SINK_ATTENTION,
     UNIFORM_ENTROPY,
     format_value,
+    newest_of,
 )
 from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.states import NO_VALUE, NOT_FINITE
 
 # Ours: logits above a tenth of where Kimi K2 clips, half as large again as they were two thirds through the run.
 GROWING_LOGIT = 10.0
@@ -60,8 +62,8 @@ def head_health(record: RunRecord) -> list[HeadHealth]:
             labels.update(zip(history.layers, history.heads, strict=True))
     found = []
     for label, heads in labels.items():
-        spectrum, attention = _series(record.spectrum, label), _series(record.attention, label)
-        found += [_judge(label, head, spectrum, attention) for head in range(heads)]
+        layer = _Layer(label, record)
+        found += [_judge(layer, head) for head in range(heads)]
     return sorted(found, key=lambda row: (HEAD_VERDICTS.index(row.verdict), -row.badness))
 
 
@@ -110,23 +112,45 @@ def _series(history: History | None, label: str) -> dict[str, Tensor]:
     return {name: torch.stack([v[start:stop] for v in column]) for name, column in history.values.items()}
 
 
-def _judge(label: str, head: int, spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> HeadHealth:
-    known = {
-        name: column[:, head] for name, column in {**spectrum, **attention}.items() if head < column.shape[1]
-    }
-    now = {name: float(column[-1]) for name, column in known.items()}
-    verdict, reason, badness = _verdict(now, known, is_measured=bool(attention))
-    return HeadHealth(label, head, verdict, reason, badness)
+class _Layer:
+    """What is known of a layer, found out once for all of its heads."""
+
+    def __init__(self, label: str, record: RunRecord) -> None:
+        self.label = label
+        self.newest = {name: newest_of(getattr(record, name), label) for name in ("spectrum", "attention")}
+        self.series = {name: _series(getattr(record, name), label) for name in self.newest}
+        self.missing = self.newest["attention"].missing or self.newest["spectrum"].missing
+
+
+def _judge(layer: _Layer, head: int) -> HeadHealth:
+    known: dict[str, Tensor] = {}
+    now: dict[str, float] = {}
+    broken = ""
+    is_told: dict[str, bool] = {}
+    for name, newest in layer.newest.items():
+        values = {key: value for key, value in newest.values.items() if head < value.numel()}
+        known |= {key: layer.series[name][key][:, head] for key in values}
+        now |= {key: float(value[head]) for key, value in values.items()}
+        states = newest.states
+        is_told[name] = states is not None or newest.is_cross
+        if states is not None and head < states.numel() and int(states[head]) == NOT_FINITE:
+            broken = broken or f"its {'weights' if name == 'spectrum' else 'logits'} hold NaN"
+    broken = _infinite(now) or broken or _non_finite(now, is_told)
+    if broken:
+        return HeadHealth(layer.label, head, "non-finite", broken, 0.0)
+    if all(math.isnan(value) for value in now.values()):
+        states = layer.newest["spectrum"].states
+        is_healthy = states is not None and bool((states == NO_VALUE).all())
+        if is_healthy and not layer.newest["attention"].missing:
+            return HeadHealth(layer.label, head, "ok", "", 0.0)
+        return HeadHealth(layer.label, head, "no data", layer.missing or "nothing is known of it", 0.0)
+    is_measured = bool(layer.newest["attention"].values)
+    return HeadHealth(layer.label, head, *_verdict(now, known, is_measured=is_measured))
 
 
 def _verdict(
     now: dict[str, float], series: dict[str, Tensor], *, is_measured: bool
 ) -> tuple[str, str, float]:
-    broken = _non_finite(now)
-    if broken:
-        return "non-finite", broken, 0.0
-    if all(math.isnan(value) for value in now.values()):
-        return "no data", "nothing is known of it", 0.0
     logit = now.get("max_abs_logit", math.nan)
     if logit > QK_CLIP_LOGIT:
         where = (
@@ -176,17 +200,17 @@ def _predicted(now: dict[str, float]) -> str:
     return head_regimes(*pair)[0]
 
 
-def _non_finite(now: dict[str, float]) -> str:
-    for name, value in now.items():
-        if math.isinf(value):
-            return f"its {name} is infinite"
-    if math.isnan(now.get("frobenius_sq", 0.0)):
+def _infinite(now: dict[str, float]) -> str:
+    return next((f"its {name} is infinite" for name, value in now.items() if math.isinf(value)), "")
+
+
+def _non_finite(now: dict[str, float], is_told: dict[str, bool]) -> str:
+    """By the numbers alone, where a record of an earlier version does not tell."""
+    if not is_told["spectrum"] and math.isnan(now.get("frobenius_sq", 0.0)):
         return "its weights hold NaN"
-    measured = {
-        name
-        for name in ("entropy", "entropy_normalized", "sink_first")
-        if not math.isnan(now.get(name, math.nan))
-    }
-    if measured and math.isnan(now.get("max_abs_logit", 0.0)):
+    measured = any(
+        not math.isnan(now.get(name, math.nan)) for name in ("entropy", "entropy_normalized", "sink_first")
+    )
+    if not is_told["attention"] and measured and math.isnan(now.get("max_abs_logit", 0.0)):
         return "its logits hold NaN"
     return ""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.logging.states import DID_NOT_RUN, EMPTY, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -152,17 +153,63 @@ def _at_steps(record: RunRecord) -> str:
     return f" at step {steps[0]} (attention: {steps[1]})"
 
 
-def _newest(history: History | None, label: str) -> dict[str, Tensor]:
-    """Statistic → newest values of a layer's heads."""
-    if history is None or not history.steps or label not in history.layers:
-        return {}
+@dataclass(frozen=True)
+class Newest:
+    """What is known of a layer, or of one head, at the newest step that it has numbers of.
+
+    Attributes:
+        values: statistic → values of the heads; empty where nothing is known.
+        states: one a head, see :mod:`lightning_qk.logging.states`; None where a record does not tell.
+        missing: why it has no numbers, or why they are not of the newest step; empty where neither holds.
+        is_cross: it has singular values, and at no step a norm: cross-attention, in a record without states.
+    """
+
+    values: dict[str, Tensor]
+    states: Tensor | None = None
+    missing: str = ""
+    is_cross: bool = False
+
+
+def newest_of(history: History | None, label: str) -> Newest:
+    """The newest numbers of a layer: a step at which it was not run says nothing of them."""
+    if history is None or label not in history.layers:
+        return Newest({})
     layer = history.layers.index(label)
-    return {name: history.split(column[-1])[layer].double() for name, column in history.values.items()}
+    reason = history.reasons.get(label, "")
+    if not history.steps:
+        return Newest({}, missing=reason)
+    last = len(history.steps) - 1
+    index = next((i for i in range(last, -1, -1) if not _is_empty(history.state(label, i))), last)
+    states = history.state(label, index)
+    values = {name: history.split(column[index])[layer].double() for name, column in history.values.items()}
+    if index != last:
+        newest = history.state(label, last)
+        assert newest is not None  # it is empty
+        when = f"measured at step {history.steps[index]}: at step {history.steps[last]}"
+        return Newest(values, states, f"{when} {_EMPTY_WORDS[int(newest[0])]}")
+    if states is not None and bool((states == LEFT_OUT).all()):
+        return Newest(values, states, f"it is left out: {reason}" if reason else "it is left out")
+    if _is_empty(states):
+        assert states is not None
+        steps = "the measured step" if last == 0 else f"the {last + 1} measured steps that are kept"
+        return Newest(values, states, f"at {steps} {_EMPTY_WORDS[int(states[0])]}")
+    return Newest(values, states, is_cross=states is None and _is_cross(history, layer))
+
+
+_EMPTY_WORDS = {
+    DID_NOT_RUN: "it did not run, or its attention could not be seen",
+    NO_DATA: "it had nothing to measure: padding alone, or too few tokens",
+}
+
+
+def _is_empty(states: Tensor | None) -> bool:
+    return states is not None and all(int(state) in EMPTY for state in states)
 
 
 def _judge(label: str, record: RunRecord) -> LayerHealth:
-    spectrum, attention = _newest(record.spectrum, label), _newest(record.attention, label)
-    verdict, reason = _verdict(spectrum, attention)
+    newest_spectrum, newest_attention = newest_of(record.spectrum, label), newest_of(record.attention, label)
+    spectrum, attention = newest_spectrum.values, newest_attention.values
+    verdict, reason = _verdict(newest_spectrum, newest_attention)
     missing = torch.full((1,), math.nan, dtype=torch.float64)
 
     def mean(values: dict[str, Tensor], name: str) -> float:
@@ -185,8 +232,9 @@ def _judge(label: str, record: RunRecord) -> LayerHealth:
     )
 
 
-def _verdict(spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> tuple[str, str]:
-    bad = _non_finite(spectrum, attention)
+def _verdict(newest_spectrum: Newest, newest_attention: Newest) -> tuple[str, str]:
+    spectrum, attention = newest_spectrum.values, newest_attention.values
+    bad = _non_finite(newest_spectrum, newest_attention)
     if bad:
         return "non-finite", bad
     logits = attention.get("max_abs_logit")
@@ -209,10 +257,17 @@ def _verdict(spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> tuple
             f"mean normalized entropy {float(entropy.nanmean()):.3f}, most in head {head} ({value:.3f}): "
             "no localization, as in a fresh model or towards rank collapse"
         )
+    measured = any(value.isfinite().any() for value in attention.values())
+    if newest_attention.missing and not measured:
+        return "no data", newest_attention.missing
+    if attention and not measured:
+        untold = "every attention statistic is NaN: NaN logits, or the layer did not run"
+        known = "at no row of it attention has a value"
+        return "no data", untold if newest_attention.states is None else known
     if not attention and not any(value.isfinite().any() for value in spectrum.values()):
-        return "no data", "nothing was recorded"
-    if attention and all(value.isnan().all() for value in attention.values()):
-        return "no data", "every attention statistic is NaN: NaN logits, or the layer did not run"
+        is_healthy = newest_spectrum.states is not None and bool((newest_spectrum.states == NO_VALUE).all())
+        if not is_healthy:
+            return "no data", newest_spectrum.missing or "nothing was recorded"
     sink = attention.get("sink_first")
     if sink is not None and (sink > SINK_ATTENTION).sum() >= SINK_HEADS * max(int((~sink.isnan()).sum()), 1):
         head, value = _worst(sink)
@@ -220,29 +275,42 @@ def _verdict(spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> tuple
             f"{int((sink > SINK_ATTENTION).sum())} of {sink.numel()} heads give the first key over 0.3, "
             f"most head {head} ({value:.2f})"
         )
-    return "ok", ""
+    return "ok", newest_attention.missing
 
 
-def _non_finite(spectrum: dict[str, Tensor], attention: dict[str, Tensor]) -> str:
+def _non_finite(spectrum: Newest, attention: Newest) -> str:
     """Which head has a non-finite weight or logit, or an empty string.
 
-    NaN alone means that a head has no value, as the eigenvalues of cross-attention. It is a fault where every
-    layer has a value (the Frobenius norm), and where other statistics of the same head are known.
+    NaN alone means that a head has no value. States tell; where a record of an earlier version has none, it is a
+    fault where a statistic is unknown of some heads of a layer, or beside others that are known.
     """
-    for values in (spectrum, attention):
-        for name, value in values.items():
+    for newest in (spectrum, attention):
+        for name, value in newest.values.items():
             if value.isinf().any():
                 return f"{name} of head {int(value.isinf().nonzero()[0])} is infinite"
-    norm = spectrum.get("frobenius_sq")
-    if norm is not None and norm.isnan().any():
+    for newest, subject in ((spectrum, "weights"), (attention, "logits")):
+        if newest.states is not None and (newest.states == NOT_FINITE).any():
+            return f"the {subject} of head {int((newest.states == NOT_FINITE).nonzero()[0])} hold NaN"
+    norm = spectrum.values.get("frobenius_sq")
+    if spectrum.states is None and norm is not None and norm.isnan().any() and not spectrum.is_cross:
         return f"the weights of head {int(norm.isnan().nonzero()[0])} hold NaN"
-    logits = attention.get("max_abs_logit")
-    if logits is not None:
-        known = torch.stack([~value.isnan() for value in attention.values()]).any(dim=0)
+    logits = attention.values.get("max_abs_logit")
+    if attention.states is None and logits is not None:
+        known = torch.stack([~value.isnan() for value in attention.values.values()]).any(dim=0)
         broken = logits.isnan() & (known | (~logits.isnan()).any())
         if broken.any():
             return f"the logits of head {int(broken.nonzero()[0])} hold NaN"
     return ""
+
+
+def _is_cross(history: History, layer: int) -> bool:
+    def of(name: str) -> list[Tensor]:
+        return [history.split(column)[layer] for column in history.values.get(name, ())]
+
+    largest = of("singular_max")
+    return bool(largest and largest[-1].isfinite().any()) and not any(
+        norm.isfinite().any() for norm in of("frobenius_sq")
+    )
 
 
 def _worst(values: Tensor) -> tuple[int, float]:

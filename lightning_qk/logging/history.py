@@ -40,6 +40,10 @@ class History:
         self.max_points = max_points
         self.steps: list[int] = []
         self.values: dict[str, list[Tensor]] = {}
+        # One entry a step: state of each head, int8 (logging/states.py); None where a record tells of none.
+        self.states: list[Tensor | None] = []
+        # Label → why a layer has no numbers.
+        self.reasons: dict[str, str] = {}
         # Where points go that thinning takes out; None lets go of them.
         self.forgotten: Forgotten | None = None
         self._stride = 1
@@ -53,7 +57,7 @@ class History:
         """Names of the statistics that were recorded."""
         return list(self.values)
 
-    def append(self, step: int, values: Mapping[str, Tensor]) -> None:
+    def append(self, step: int, values: Mapping[str, Tensor], states: Tensor | None = None) -> None:
         """Record one step.
 
         A step that is the newest already is completed or overwritten. A step before the newest one means that
@@ -62,18 +66,24 @@ class History:
         Args:
             step: the logger's step.
             values: statistic → float tensor of shape ``(sum(heads),)``; NaN where a head has no value.
+            states: why, one of :mod:`lightning_qk.logging.states` a head, shape ``(sum(heads),)``; None: not told.
 
         Raises:
             ValueError: a tensor does not have one value a head. Nothing was recorded then.
         """
         step, flat = int(step), self._flat(values)
+        if states is not None and states.numel() != sum(self.heads):
+            raise ValueError(f"expected {sum(self.heads)} states, one a head, got {states.numel()}")
         self._rewind(step)
         if not self.steps or step > self.steps[-1]:
             # The newest point replaces the last one when that was kept only for being the newest.
             if self.steps and (self._seen - 1) % self._stride != 0:
                 self._forget(len(self.steps) - 1)
             self.steps.append(step)
+            self.states.append(None)
             self._seen += 1
+        if states is not None:
+            self.states[-1] = states.detach().to("cpu", torch.int8, copy=True).reshape(-1)
         self._write(len(self.steps) - 1, flat)
         if len(self.steps) > self.max_points:
             self._stride *= 2
@@ -131,8 +141,18 @@ class History:
 
     def _drop(self, index: int) -> None:
         del self.steps[index]
+        del self.states[index]
         for column in self.values.values():
             del column[index]
+
+    def state(self, label: str, index: int = -1) -> Tensor | None:
+        """States of a layer's heads at a kept step, ``(heads,)``; None where none are known."""
+        states = self.states[index] if self.steps else None
+        return None if states is None else self.split(states)[self.layers.index(label)]
+
+    def states_at(self, step: int) -> Tensor | None:
+        """States of all heads at a step, ``(sum(heads),)``; None where that is not kept, or nothing is known."""
+        return self.states[self.steps.index(step)] if step in self.steps else None
 
     def series(self, statistic: str) -> Tensor:
         """Every head over the kept steps, shape ``(points, sum(heads))``."""
@@ -163,6 +183,8 @@ class History:
             "values": {name: self.series(name) for name in self.values} if self.steps else {},
             "stride": self._stride,
             "seen": self._seen,
+            "states": _packed(self.states, sum(self.heads)),
+            "reasons": dict(self.reasons),
         }
 
     @classmethod
@@ -173,7 +195,27 @@ class History:
         history.values = {name: list(value) for name, value in state["values"].items()}
         history._stride = int(state["stride"])
         history._seen = int(state["seen"])
+        # Younger than the format.
+        history.states = _unpacked(state.get("states"), len(history.steps), sum(history.heads))
+        history.reasons = {str(label): str(reason) for label, reason in (state.get("reasons") or {}).items()}
         return history
+
+
+_UNTOLD = -1
+
+
+def _packed(states: Sequence[Tensor | None], heads: int) -> Tensor | None:
+    """``(points, heads)``; None where no state is known."""
+    if all(one is None for one in states):
+        return None
+    untold = torch.full((heads,), _UNTOLD, dtype=torch.int8)
+    return torch.stack([untold if one is None else one for one in states])
+
+
+def _unpacked(states: Any, points: int, heads: int) -> list[Tensor | None]:
+    if not isinstance(states, Tensor) or tuple(states.shape) != (points, heads):
+        return [None] * points
+    return [None if bool((row == _UNTOLD).any()) else row.to(torch.int8).clone() for row in states]
 
 
 _HISTORIES = ("spectrum", "attention", "sinks", "position", "hidden")
@@ -262,8 +304,10 @@ class RunRecord:
             )
         for group, history in self.histories.items():
             state = history.state_dict()
-            values = state.pop("values")
+            values, states = state.pop("values"), state.pop("states")
             meta[group] = {**state, "statistics": list(values)}
+            if states is not None:
+                tensors[f"states/{group}"] = states.contiguous()
             tensors.update({f"{group}/{name}": value.contiguous() for name, value in values.items()})
         for kind, snapshots in self.snapshots.items():
             meta["snapshots"][kind] = {
@@ -329,5 +373,6 @@ class RunRecord:
             if group in meta:
                 state = meta[group]
                 state["values"] = {name: tensors[f"{group}/{name}"] for name in state.pop("statistics")}
+                state["states"] = tensors.get(f"states/{group}")
                 setattr(record, group, History.from_state_dict(state))
         return record

@@ -45,6 +45,7 @@ class AttentionStatistics(HeadMeans):
 
         NaN for a head that no row was seen of.
         """
+        self.counted = self.weight
         return finish(
             AttentionSums(self.total, self.weight, self.variance, self.maximum), standard_errors=True
         )

@@ -18,6 +18,10 @@ class HiddenStatistics(Metric):
     Args:
         layers: their names, in the model's order.
 
+    Attributes:
+        counted: what the newest means were divided by, over ranks, ``(len(HIDDEN_MEANS), layers)``; None before
+            :meth:`compute`.
+
     States:
         total, weight: shape ``(len(HIDDEN_MEANS), layers)``, summed over ranks.
         maximum: shape ``(len(HIDDEN_EXTREMES), layers)``, maximum over ranks.
@@ -34,6 +38,7 @@ class HiddenStatistics(Metric):
     def __init__(self, layers: Sequence[str]) -> None:
         super().__init__()
         self.layers = tuple(layers)
+        self.counted: Tensor | None = None
         self._places = {name: place for place, name in enumerate(self.layers)}
         for state in ("total", "weight"):
             self.add_state(state, torch.zeros(len(HIDDEN_MEANS), len(self.layers)), dist_reduce_fx="sum")
@@ -71,4 +76,5 @@ class HiddenStatistics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all layers, shape ``(layers,)``; NaN for a layer that nothing was seen of."""
+        self.counted = self.weight
         return finish(HiddenSums(self.total, self.weight, self.maximum))

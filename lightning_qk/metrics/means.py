@@ -19,6 +19,10 @@ class HeadMeans(Metric):
         heads: layer name → number of query heads, in the model's order.
         statistics: names of what is averaged.
 
+    Attributes:
+        counted: what the newest values were divided by, over ranks, ``(len(statistics), sum(heads))``; 0 where
+            nothing was counted. None before :meth:`compute`.
+
     States:
         total, weight: shape ``(len(statistics), sum(heads))``, summed over ranks.
     """
@@ -34,6 +38,7 @@ class HeadMeans(Metric):
         super().__init__()
         self.heads = dict(heads)
         self.statistics = tuple(statistics)
+        self.counted: Tensor | None = None
         self._slices: dict[str, slice] = {}
         start = 0
         for name, count in self.heads.items():
@@ -71,4 +76,5 @@ class HeadMeans(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all heads, flat, shape ``(sum(heads),)``; NaN where nothing was counted."""
+        self.counted = self.weight
         return dict(zip(self.statistics, self.total / self.weight, strict=True))
