@@ -1,14 +1,14 @@
 """What the processes of a job decide together, so that none waits for another that has given up.
 
-Whatever is computed on one process may fail there alone: memory, a disk, LAPACK. A collective call that is left out
-by one process makes the others wait until the backend's timeout. So a measurement has three parts: what each process
-does for itself, a word among all of them on whether it worked, and the collective calls, which are made by all or by
-none.
+Whatever is computed on one process may fail there alone: memory, a disk, LAPACK. A collective call that is left
+out by one process makes the others wait until the backend's timeout. So a measurement has three parts: what each
+process does for itself, a word among all of them on whether it worked, and the collective calls, which are made by
+all or by none.
 """
 
 import hashlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -26,6 +26,12 @@ def is_distributed(trainer: Trainer) -> bool:
     """Whether there are other processes to agree with; the same on all of them."""
     distributed = torch.distributed
     return trainer.world_size > 1 and distributed.is_available() and distributed.is_initialized()
+
+
+def has_others() -> bool:
+    """As :func:`is_distributed`, where no trainer is at hand."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def agree(trainer: Trainer, error: Exception | None = None, *, facts: str = "") -> None:
@@ -69,7 +75,9 @@ def _first_error(error: Exception | None) -> str:
     return f"{text}, in process {rank} of {len(found)}"
 
 
-def all_or_none(trainer: Trainer, action: Callable[[], _T], *, facts: Callable[[_T], str] | None = None) -> _T:
+def all_or_none(
+    trainer: Trainer, action: Callable[[], _T], *, facts: Callable[[_T], str] | None = None
+) -> _T:
     """What an action without collective calls returns, if it worked on every process; a collective call.
 
     Args:
@@ -129,8 +137,36 @@ def reduce_states(trainer: Trainer, metric: Metric) -> None:
         kind = getattr(reduction, "__name__", "")
         if kind not in ("dim_zero_sum", "dim_zero_max"):
             raise NotImplementedError(f"the state {name} of {type(metric).__name__} is no sum and no maximum")
-        operation = torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
+        operation = (
+            torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
+        )
         torch.distributed.all_reduce(getattr(metric, name), op=operation)
+
+
+def combine(trainer: Trainer, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The largest of each number over all processes; a collective call.
+
+    Args:
+        trainer: the trainer.
+        rows: whole numbers, as many on every process.
+    """
+    if not is_distributed(trainer) or not rows:
+        return [list(row) for row in rows]
+    table = torch.tensor([list(row) for row in rows], dtype=torch.int64, device=device_of(trainer))
+    torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
+    return table.tolist()
+
+
+def reasons_of_all(trainer: Trainer, reasons: Mapping[str, str]) -> dict[str, str]:
+    """Name → reason, from the first process that has one; a collective call."""
+    if not is_distributed(trainer):
+        return dict(reasons)
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, dict(reasons))
+    out: dict[str, str] = {}
+    for own in reversed(found):
+        out |= own
+    return out
 
 
 def fill_from_others(trainer: Trainer, values: dict[str, Tensor]) -> dict[str, Tensor]:

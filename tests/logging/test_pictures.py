@@ -71,7 +71,10 @@ def test_drawing_that_fails_is_said_once_and_training_goes_on(
     trainer = models.trainer([monitor], logger=TensorBoardLogger(tmp_path))
     trainer.fit(models.Job(), models.tokens())
     assert trainer.global_step == 4
-    assert monitor.notes == ["it stopped drawing (RuntimeError: no font); training goes on"]
+    assert monitor.notes[0] == (
+        "drawing failed once (RuntimeError: no font); it is tried again, and training goes on"
+    )
+    assert len(set(monitor.notes)) == len(monitor.notes) <= 2  # the second one says that it was given up
     assert threads() == []
 
 
