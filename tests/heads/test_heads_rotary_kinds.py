@@ -294,7 +294,7 @@ class CountingAttention(nn.Module):
         shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
         q, k = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj))
         q, k = self.rotary_embeddings(q, k)
-        return torch.matmul(q, k.mT)
+        return torch.matmul(q, k.mT).softmax(-1)
 
 
 def test_a_module_that_turns_queries_and_keys_itself():
