@@ -284,6 +284,8 @@ class CountedRotary(nn.Module):
 
 
 class CountingAttention(nn.Module):
+    __module__ = "transformers.models.toy"  # whose names tell
+
     def __init__(self) -> None:
         super().__init__()
         self.num_heads, self.head_dim = 4, 6
@@ -294,7 +296,9 @@ class CountingAttention(nn.Module):
         shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
         q, k = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj))
         q, k = self.rotary_embeddings(q, k)
-        return torch.matmul(q, k.mT).softmax(-1)
+        return torch.matmul(q, k.mT)
+
+    forward.__module__ = "transformers.models.toy"
 
 
 def test_a_module_that_turns_queries_and_keys_itself():
