@@ -90,6 +90,11 @@ class ParameterPlan:
         return weight, alive(owner)._parameters[name], places
 
     @property
+    def transposed(self) -> bool:
+        """Whether rows of the map are no rows of the parameter."""
+        return self.stride != 1
+
+    @property
     def bias_module(self) -> nn.Module | None:
         """Holds the bias."""
         return None if self._bias is None else alive(self._bias[0])

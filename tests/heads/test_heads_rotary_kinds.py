@@ -375,6 +375,8 @@ def apply_rotary_pos_emb(q, k, cos, sin):
 class KeypointAttention(CountingAttention):
     """Rotates where it is given angles, and takes keys from elsewhere where it is given those."""
 
+    __module__ = "transformers.models.toy"
+
     def __init__(self, heads: int | None = None) -> None:
         super().__init__()
         del self.rotary_embeddings
@@ -389,6 +391,8 @@ class KeypointAttention(CountingAttention):
                 q[:, : self.turned], k[:, : self.turned], *position_embeddings
             )
         return torch.matmul(q, k.mT)
+
+    forward.__module__ = "transformers.models.toy"
 
 
 class Keypoints(nn.Module):
