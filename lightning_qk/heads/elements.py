@@ -4,6 +4,7 @@ Given an input whose tokens are all one unit vector, a feature of ``x @ W``, ``F
 ``einsum("bnd,dhe->bhne", x, W)`` or any other product is one element of ``W``: numbering the elements tells which.
 """
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -87,6 +88,11 @@ class ParameterPlan:
             return weight, None, torch.empty(0, dtype=torch.long)
         owner, name, places = self._bias
         return weight, alive(owner)._parameters[name], places
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of the map are no rows of the parameter."""
+        return self.stride != 1
 
     @property
     def bias_module(self) -> nn.Module | None:
@@ -175,9 +181,9 @@ class ElementSearch:
             factor = float(factors[mine][0])
             if not float((factors[mine] - factor).abs().max()) <= _tolerance(parameter) * abs(factor):
                 continue
-            starts = self._numbered(parameter, lambda values, change=change: change(values, 0), factor, mine)
-            ends = self._numbered(
-                parameter, lambda values, change=change, last=columns - 1: change(values, last), factor, mine
+            starts, ends = (
+                self._numbered(parameter, functools.partial(change, column=column), factor, mine)
+                for column in (0, columns - 1)
             )
             if starts is None or ends is None:
                 continue

@@ -128,7 +128,8 @@ class LayerPlan:
                 "(ModelParallelStrategy, see configs/fsdp2.yaml)"
             )
         self.key_layer = None if lender is None else lender.name
-        self.is_decided, self.clip = True, None
+        self.is_decided = True
+        self.clip: float | None = None
         with self.gathered():
             if layout is not None:
                 self._plan(site, layout, None if lender is None else lender.module, fold_norm)

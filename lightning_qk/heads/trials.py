@@ -377,7 +377,8 @@ def _is_number(value: Any) -> bool:
 def _unturned(name: str, value: Any) -> Any:
     """A rotation by the angle zero in the form of another rotation."""
     if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(own, Tensor) for own in value):
-        return type(value)((torch.ones_like(value[0]), torch.zeros_like(value[1])))
+        turned = torch.ones_like(value[0]), torch.zeros_like(value[1])
+        return turned if isinstance(value, tuple) else [*turned]
     if not isinstance(value, Tensor):
         return value
     return torch.ones_like(value) if value.is_complex() or name == "cos" else torch.zeros_like(value)

@@ -7,7 +7,9 @@ from lightning_qk.heads.reader import head_projections
 
 
 class NormedAttention(nn.Module):
-    """q and k of 2 heads, normalized per head or over the whole width."""
+    """q and k of 2 heads, normalized per head or over the whole width; it stands for a class of transformers."""
+
+    __module__ = "transformers.models.normed"
 
     def __init__(self, norm, full_width):
         super().__init__()
@@ -62,6 +64,8 @@ def test_a_norm_that_is_named_for_queries_may_act_on_the_layers_input(is_before)
     class Attention(nn.Module):
         """Width of the input and of all heads are the same: the norm's width does not tell."""
 
+        __module__ = "transformers.models.normed"
+
         def __init__(self):
             super().__init__()
             self.num_heads = 2
@@ -73,6 +77,8 @@ def test_a_norm_that_is_named_for_queries_may_act_on_the_layers_input(is_before)
                 query = self.q_proj(self.q_norm(hidden_states))
                 return query, self.k_proj(self.k_norm(cross_attention_states))
             return self.q_norm(self.q_proj(hidden_states)), self.k_norm(self.k_proj(cross_attention_states))
+
+        forward.__module__ = "transformers.models.normed"
 
     attention = Attention()
     nn.init.uniform_(attention.q_norm.weight, 0.5, 2.0)

@@ -284,6 +284,8 @@ class CountedRotary(nn.Module):
 
 
 class CountingAttention(nn.Module):
+    __module__ = "transformers.models.toy"  # whose names tell
+
     def __init__(self) -> None:
         super().__init__()
         self.num_heads, self.head_dim = 4, 6
@@ -295,6 +297,8 @@ class CountingAttention(nn.Module):
         q, k = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj))
         q, k = self.rotary_embeddings(q, k)
         return torch.matmul(q, k.mT)
+
+    forward.__module__ = "transformers.models.toy"
 
 
 def test_a_module_that_turns_queries_and_keys_itself():
@@ -371,6 +375,8 @@ def apply_rotary_pos_emb(q, k, cos, sin):
 class KeypointAttention(CountingAttention):
     """Rotates where it is given angles, and takes keys from elsewhere where it is given those."""
 
+    __module__ = "transformers.models.toy"
+
     def __init__(self, heads: int | None = None) -> None:
         super().__init__()
         del self.rotary_embeddings
@@ -385,6 +391,8 @@ class KeypointAttention(CountingAttention):
                 q[:, : self.turned], k[:, : self.turned], *position_embeddings
             )
         return torch.matmul(q, k.mT)
+
+    forward.__module__ = "transformers.models.toy"
 
 
 class Keypoints(nn.Module):
