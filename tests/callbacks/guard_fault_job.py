@@ -18,7 +18,6 @@ PLACES = [
     (CollapseDetector, "observe", 0),
     (CollapseDetector, "observe", 1),
     (_watch.HiddenCosine, "take", 1),
-    (_watch.Watch, "begin", 1),
     (_watch.Watch, "read", 0),
     (_watch.Watch, "begin_batch", 1),
     (Guard, "_hear_loss", 1),
