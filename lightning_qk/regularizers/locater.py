@@ -73,7 +73,7 @@ def locater_penalty(
 
     Raises:
         ValueError: unknown form or support, a target missing, of another shape or given to the wrong form, a
-            target or ν that is not finite, patterns that match no layer, no layers at all, a model without readable
+            target or ν that is not finite, patterns that match no layer, no layers, a model without readable
             attention, or one that FSDP's first version flattens (use the callback).
         TypeError: neither a module nor a mapping.
 
