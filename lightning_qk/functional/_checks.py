@@ -58,15 +58,22 @@ def floating(value: Any, name: str) -> Tensor:
 
 
 def flags(value: Any, name: str) -> Tensor:
-    """A dense tensor of booleans, or of integers that are 0 or 1.
+    """A dense tensor of booleans, or of numbers that are 0 or 1 (looked at on the CPU).
 
     Raises:
-        KindError: as :func:`dense`, or a floating or complex dtype.
+        KindError: as :func:`dense`, or a complex or eight-bit floating dtype.
+        ValueError: other numbers, such as those of an additive mask, which means the opposite.
     """
     tensor = dense(value, name)
-    if tensor.is_floating_point() or tensor.is_complex():
+    if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in _FLOATS):
         raise KindError(
             f"expected {name} to be boolean or 0 and 1, got {tensor.dtype}: convert it with .bool()"
+        )
+    known = tensor.dtype == torch.bool or tensor.device.type != "cpu"
+    if not known and not bool(((tensor == 0) | (tensor == 1)).all()):
+        raise ValueError(
+            f"expected {name} to be boolean or 0 and 1, got other numbers of {tensor.dtype}: of an additive mask "
+            "pass mask == 0"
         )
     return tensor
 
@@ -134,7 +141,7 @@ def boolean(value: Any, name: str, *, none: bool = False) -> None:
     """
     if not isinstance(value, bool) and not (none and value is None):
         raise KindError(
-            f"expected {name} to be True or False{' or None' if none else ''}, got {_kind(value)}: pass one of them"
+            f"expected {name} to be True or False{' or None' if none else ''}, got {_kind(value)}: pass one"
         )
 
 

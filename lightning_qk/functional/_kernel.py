@@ -13,8 +13,8 @@ from lightning_qk.functional._logits import MASKED_BELOW, Logits
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.
 _MAX_D_HEAD = 256
-# Float32 holds squares of logits between these. Beyond them, and for what keys receive in half precisions beyond the last,
-# where the logits' own rounding decides, the kernels' numbers are replaced by NaN: to look at the size would be to wait.
+# Float32 holds squares of logits between these. Beyond them, and for what keys receive in half precisions beyond
+# the last, where the logits' own rounding decides, numbers become NaN: to look at the size would be to wait.
 _SMALLEST, _LARGEST, _LARGEST_HALF = 1e-15, 1e18, 1e5
 _broken: set[torch.device] = set()
 

@@ -136,7 +136,7 @@ class Logits(NamedTuple):
         batch, heads, n, d_head = query.shape
         if not heads or not d_head:
             raise ValueError(
-                f"expected at least one head and a d_head of at least 1, got a query of shape {tuple(query.shape)}: "
+                f"expected at least one head and a d_head of at least 1, got shape {tuple(query.shape)}: "
                 "pass the tensors as the attention function receives them"
             )
         one_device(
@@ -148,8 +148,8 @@ class Logits(NamedTuple):
             sliding_window = integer(sliding_window, "sliding_window")
             if sliding_window < 1:
                 raise ValueError(
-                    f"expected sliding_window to be at least 1, or None for no window, got {sliding_window}: a row "
-                    "sees its own key with 1"
+                    f"expected sliding_window to be at least 1, or None for no window, got {sliding_window}: a "
+                    "row sees its own key with 1"
                 )
         scaling = d_head**-0.5 if scaling is None else number(scaling, "scaling")
         if softcap is not None:
@@ -173,8 +173,8 @@ class Logits(NamedTuple):
             bias = _broadcast(floating(bias, "bias"), full, "bias")
         if sinks is not None and floating(sinks, "learnt sinks").numel() != heads:
             raise ValueError(
-                f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}: pass the logits of the "
-                "layer's own heads"
+                f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}: pass the logits of "
+                "the layer's own heads"
             )
         return cls(
             query=query,
@@ -193,7 +193,7 @@ class Logits(NamedTuple):
         """The same call in a precision whose range its logits do not leave, with a key for chunks.
 
         Logits beyond 1e18, or all below 1e-15, are computed in float64. Where that is not enough, and on devices
-        where looking at the size would wait for them, the logits become NaN, sequence by sequence and head by head.
+        where looking at the size would wait for them, the logits become NaN, one sequence and head by itself.
         """
         source = self._replace(key=at_least_float32(self.key).contiguous())
         if source.key.numel() == 0 or source.query.numel() == 0 or source.key.dtype not in _RANGE:
@@ -531,8 +531,8 @@ def check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
         return
     if dense(query_mask, "query_mask").shape != (batch, n):
         raise ValueError(
-            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass one entry a "
-            "query"
+            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass one "
+            "entry a query"
         )
     flags(query_mask, "query_mask")
 

@@ -41,16 +41,16 @@ def norms(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def are_safe(lengths: Tensor) -> bool:
-    """Whether no square of vectors of these norms can leave the range of float32; False where looking would wait."""
+    """Whether no square of vectors of these norms leaves the range of float32; False where looking would wait."""
     return lengths.device.type == "cpu" and bool(((lengths >= _SAFE[0]) & (lengths <= _SAFE[1])).all())
 
 
 def scaled(tensor: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """A tensor over a power of two near its largest modulus along some axes, which changes no digit, and that power.
+    """A tensor over a power of two near its largest modulus along some axes, which keeps its digits, and it.
 
 
-    The power has the reduced axes with size 1. It is 1 where all is zero, and where something is not finite, which stays
-    so.
+    The power has the reduced axes with size 1. It is 1 where all is zero, and where something is not finite, which
+    stays so.
     """
     largest = tensor.detach().abs().amax(dim, keepdim=True)
     has_size = (largest > 0) & largest.isfinite()

@@ -70,7 +70,7 @@ class Selection:
         return self.used.shape[1]
 
     def by_chunks(self) -> Logits:
-        """The call as its chunks are computed: keys contiguous, in a precision whose range the logits do not leave."""
+        """The call as its chunks are computed: keys contiguous, in a precision that holds the logits' squares."""
         return self.logits.in_range()
 
     def part(self, rows: slice) -> slice | Tensor:

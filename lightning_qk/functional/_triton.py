@@ -17,8 +17,8 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-# Below any logit relative to its mean whose statistics are kept (see _LARGEST in _kernel.py), and finite, so that its
-# product with 0 is 0.
+# Below any logit relative to its mean whose statistics are kept (_LARGEST in _kernel.py), and finite, so that
+# its product with 0 is 0.
 _FAR = tl.constexpr(-1e30)
 _TINY = tl.constexpr(1.1754943508222875e-38)
 

@@ -28,8 +28,8 @@ def circle_law_radius(frobenius_sq: Tensor, d_model: int) -> Tensor:
         d_model: width of what the projections read.
 
     Returns:
-        The radius, of the same shape, in float32 at least. The largest eigenvalue of a random head of finite width lies a little in or
-        out of it.
+        The radius, of the same shape, in float32 at least. The largest eigenvalue of a random head of finite
+        width lies a little in or out of it.
 
     Raises:
         ValueError: ``d_model`` below 1.

@@ -46,7 +46,8 @@ def signal_propagation_probability(
         length: T, for the walk's moments and the window of so many tokens; None is the limit of many.
 
     Returns:
-        Probabilities in [0, 1], of the shape that the arguments broadcast to. Their gradient is not finite where F is 0.
+        Probabilities in [0, 1], of the shape that the arguments broadcast to. Their gradient is not
+        finite where F is 0.
 
     Raises:
         ValueError: ``length`` is not positive.
@@ -96,8 +97,8 @@ def _check_shapes(theta: object, *moments: Tensor) -> None:
         torch.broadcast_shapes(*shapes)
     except RuntimeError:
         raise ValueError(
-            f"expected theta and moments that broadcast, got shapes {shapes}: give theta an axis of its own, as in "
-            "theta[:, None]"
+            f"expected theta and moments that broadcast, got shapes {shapes}: give theta an axis of its own, as "
+            "in theta[:, None]"
         ) from None
 
 
@@ -143,8 +144,8 @@ def exact_signal_propagation_probability(
         )
     if 0 in query.shape:
         raise ValueError(
-            f"expected at least one head, a d_head and a d_model of at least 1, got {tuple(query.shape)}: pass the "
-            "weights of a layer"
+            f"expected at least one head, a d_head and a d_model of at least 1, got {tuple(query.shape)}: pass "
+            "the weights of a layer"
         )
     window = _window(length)
     positions = _positions(theta, query.new_empty((), dtype=torch.float64))

@@ -72,10 +72,10 @@ def locater_penalty(
         A scalar, differentiable in the model's weights, float32 at least. Never negative.
 
     Raises:
-        ValueError: unknown form or support, a target missing, of another shape or given to the wrong form, a target or ν that
-            is not finite, patterns that match
-            no layer, a model without readable attention, or one that FSDP's first version flattens (use the
-            callback).
+        ValueError: unknown form or support, a target missing, of another shape or given to the wrong form, a
+            target or ν that is not finite, patterns that match no layer, no layers, a model without readable
+            attention, or one that FSDP's first version flattens (use the callback).
+        TypeError: neither a module nor a mapping.
 
     Example:
         >>> from transformers import AutoConfig, AutoModel
@@ -449,8 +449,8 @@ def select_layers(
     """
     if not isinstance(projections, Mapping):
         raise TypeError(
-            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass the model or "
-            "what head_projections returned for it"
+            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass the "
+            "model or what head_projections returned for it"
         )
     if not projections:
         raise ValueError(

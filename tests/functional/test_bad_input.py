@@ -1,6 +1,6 @@
 """Bad input to every public function: a value that is right, or one sentence of our own that says how to mend it.
 
-Valid calls are mutated one argument at a time, by what the argument is in them. A function of ``functional.__all__``
+Valid calls are mutated one argument at a time, by what the argument is there. A function of ``functional.__all__``
 without a valid call here fails the test, and so does an argument that no call passes.
 """
 
@@ -85,12 +85,13 @@ CALLS = {
         "logits": torch.randn(B, H, N, N), "query_mask": torch.ones(B, N, dtype=torch.bool), "query_offset": 0,
         "self_attention": True, "relative": False, "sinks": torch.randn(H, 1), "per_sequence": False, **sampled(),
     },
-    "mask_geometry": {"mask": torch.ones(N, N, dtype=torch.bool).tril(), "tokens": torch.ones(N, dtype=torch.bool)},
+    "mask_geometry": {"mask": torch.ones(N, N).tril().bool(), "tokens": torch.ones(N, dtype=torch.bool)},
     "max_logits": without(attention(above=1.0), "softcap", "bias", "sinks"),
     "positional_share": attention(per_sequence=False),
     "prior_divergence": attention(prior=torch.rand(1, 1, N, N), reduction="batch"),
     "qk_eigenvalues": {**weights(), "offset": 2, "rotary": ROTARY, "sigma": torch.eye(D)},
-    "qk_moments": {**weights(3), "sigma": torch.eye(D), "support": "head", "offset": torch.arange(2), "rotary": ROTARY},
+    "qk_moments": {**weights(3), "sigma": torch.eye(D), "support": "head", "offset": torch.arange(2),
+                   "rotary": ROTARY},
     "qk_singular_values": weights(3),
     "signal_propagation_probability": {
         "theta": 0.7, "trace": torch.rand(4), "trace_sq": torch.rand(4), "frobenius_sq": 2 + torch.rand(4),

@@ -1,4 +1,4 @@
-"""Input of any size: a statistic that does not depend on scale stays what it is, or is NaN; never another number."""
+"""Input of any size: a statistic that does not depend on scale stays what it is, or is NaN, never another."""
 
 import pytest
 import torch
