@@ -59,7 +59,7 @@ class SpectrumScaling(Intervention):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is no trainer of Lightning."""
         self._undo()
-        self.begin_stage(stage)
+        self.begin_stage(trainer, stage)
         check_lightning(trainer, type(self).__name__)
         settings = ("gamma", "eps", "statistic", "modules")
         describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})

@@ -209,7 +209,9 @@ class UpdateCap(Intervention):
         for end in self._ends:
             end()
         self._ends = []
-        self._capper = None
+        if self._capper is not None:
+            # A checkpoint may be saved when the fit has ended.
+            self._resumed, self._capper = self._capper.state_dict(), None
 
     def _note(self, found: dict[tuple[str, str], Capped]) -> None:
         for key, capped in found.items():
