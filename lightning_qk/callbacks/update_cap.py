@@ -51,10 +51,10 @@ class UpdateCap(Intervention):
 
     Raises:
         TypeError: the trainer is none of Lightning's.
-        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the weights
-            of a layer are frozen or no plain whole parameters of its own, or DeepSpeed steps copies of them. A layer
-            whose weights another callback brings into another form later is left as it is from then on, which is
-            said once.
+        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
+            weights of a layer are frozen or no plain whole parameters of its own, or DeepSpeed steps copies
+            of them. A layer whose weights another callback brings into another form later is left as it is
+            from then on, which is said once.
     """
 
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {
