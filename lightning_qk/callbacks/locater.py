@@ -79,8 +79,8 @@ class LocAteR(Intervention):
     Raises:
         TypeError: the trainer is none of Lightning's.
         ValueError: at the start alone: an argument is out of range, patterns match no layer, the module holds no
-            self-attention whose weights can be read, two callbacks have one name, or DeepSpeed holds the
-            gradients.
+            self-attention whose weights can be read, two callbacks have one name, or DeepSpeed holds
+            the gradients.
     """
 
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {
@@ -365,8 +365,8 @@ class LocAteR(Intervention):
 
     def _label(self, trainer: Trainer) -> str | None:
         """What tells this callback from others of its kind in the trainer; None where it is alone."""
-        mine = [callback for callback in trainer.callbacks if isinstance(callback, LocAteR)]  # type:
-        ignore[attr-defined] if not any(own is self for own in mine):
+        mine = [callback for callback in trainer.callbacks if isinstance(callback, LocAteR)]  # type: ignore[attr-defined]
+        if not any(own is self for own in mine):
             mine.append(self)  # another callback's, which will switch it on
         labels = [str(place) if own.name is None else own.name for place, own in enumerate(mine, start=1)]
         if len(set(labels)) < len(labels):

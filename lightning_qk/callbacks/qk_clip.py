@@ -87,9 +87,9 @@ class QKClip(Intervention):
         ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
             weights of a layer are frozen or no plain parameters of its own, a norm of queries or keys takes
             every scale out again, a layer adds positions to logits of which it takes the softmax itself, or
-            DeepSpeed holds copies of the weights. A layer whose logits turn out not to be told, or whose
-            weights another callback brings into another form (by pruning, say), is left as it is from then
-            on, on all processes, which is said once.
+            DeepSpeed holds copies of the weights. A layer whose logits turn out not to be told, or whose weights
+            another callback brings into another form (by pruning, say), is left as it is from then on, on all
+            processes, which is said once.
     """
 
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {
@@ -387,8 +387,8 @@ class QKClip(Intervention):
     ) -> tuple[dict[str, Tensor] | None, set[str]]:
         """Maxima of the layers' heads since the last step, and the layers that are frozen on some rank.
 
-        The layers that some rank cannot clip are left alone from now on. One reduction of a form that is
-        fixed at the start, whatever this rank found.
+        The layers that some rank cannot clip are left alone from now on. One reduction of a form that is fixed at
+        the start, whatever this rank found.
         """
         parts, doubts, frozen = [], [], []
         for name, heads in self._heads.items():
@@ -432,8 +432,8 @@ class QKClip(Intervention):
         if silent:
             self.say(
                 f"no attention call of {shorten(silent)} was seen in the first step: such a layer was not run, or "
-                "computes its softmax where it cannot be seen (inside a compiled graph, say), and is clipped
-                only " "after a call that is seen"
+                "computes its softmax where it cannot be seen (inside a compiled graph, say), and is clipped only "
+                "after a call that is seen"
             )
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
