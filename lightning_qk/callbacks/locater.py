@@ -79,7 +79,8 @@ class LocAteR(Intervention):
     Raises:
         TypeError: the trainer is none of Lightning's.
         ValueError: at the start alone: an argument is out of range, patterns match no layer, the module holds no
-            self-attention whose weights can be read, two callbacks have one name, or DeepSpeed holds the gradients.
+            self-attention whose weights can be read, two callbacks have one name, or DeepSpeed holds
+            the gradients.
     """
 
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {

@@ -84,11 +84,12 @@ class QKClip(Intervention):
 
     Raises:
         TypeError: the trainer is none of Lightning's.
-        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the weights
-            of a layer are frozen or no plain parameters of its own, a norm of queries or keys takes every scale out
-            again, a layer adds positions to logits of which it takes the softmax itself, or DeepSpeed holds copies of
-            the weights. A layer whose logits turn out not to be told, or whose weights another callback brings
-            into another form (by pruning, say), is left as it is from then on, on all processes, which is said once.
+        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
+            weights of a layer are frozen or no plain parameters of its own, a norm of queries or keys takes
+            every scale out again, a layer adds positions to logits of which it takes the softmax itself, or
+            DeepSpeed holds copies of the weights. A layer whose logits turn out not to be told, or whose weights
+            another callback brings into another form (by pruning, say), is left as it is from then on, on all
+            processes, which is said once.
     """
 
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {
@@ -309,8 +310,8 @@ class QKClip(Intervention):
             largest = self.maxima[name]
             if bool(largest.isposinf().any()):
                 self.say(
-                    f"the logits of {name} are not finite at step {step}, so that these heads are not clipped; look "
-                    "for an overflow in half precision",
+                    f"the logits of {name} are not finite at step {step}, so that these heads are not clipped; "
+                    "look for an overflow in half precision",
                     key=f"not finite: {name}",
                 )
             gamma = clip_factors(largest, editor.kv_heads, self.tau)
@@ -386,8 +387,8 @@ class QKClip(Intervention):
     ) -> tuple[dict[str, Tensor] | None, set[str]]:
         """Maxima of the layers' heads since the last step, and the layers that are frozen on some rank.
 
-        The layers that some rank cannot clip are left alone from now on. One reduction of a form that is fixed at the
-        start, whatever this rank found.
+        The layers that some rank cannot clip are left alone from now on. One reduction of a form that is fixed at
+        the start, whatever this rank found.
         """
         parts, doubts, frozen = [], [], []
         for name, heads in self._heads.items():

@@ -38,10 +38,10 @@ from lightning_qk.logging.loggers import describe_config, log_scalars
 class SigmaReparam(Intervention):
     r"""Trains attention weights as ``W = γ W̃ / σ₁(W̃)``: σReparam of Zhai et al. 2023 (arXiv 2303.06296 [V]).
 
-    The weights are reparametrized before the optimizer is made, so that it trains W̃ and γ: in ``setup`` where the
-    network is there by then, else behind the module's ``configure_model``. The function that the model computes is
-    the same at the start. See :func:`~lightning_qk.add_sigma_reparam` for the keys of checkpoints, into which
-    ``weight`` is split while it is on; a plain checkpoint can be loaded too, and
+    The weights are reparametrized before the optimizer is made, so that it trains W̃ and γ: in ``setup``
+    where the network is there by then, else behind the module's ``configure_model``. The function that the
+    model computes is the same at the start. See :func:`~lightning_qk.add_sigma_reparam` for the keys of
+    checkpoints, into which ``weight`` is split while it is on; a plain checkpoint can be loaded too, and
     :func:`~lightning_qk.plain_state_dict` makes one of the other kind plain. To validate, test or predict from a
     checkpoint with these keys, keep the callback in the trainer.
 
@@ -57,8 +57,8 @@ class SigmaReparam(Intervention):
 
     Raises:
         TypeError: the trainer is none of Lightning's.
-        ValueError: at the start alone: the module holds no attention once its ``configure_model`` has run, weights that cannot be
-            reparametrized, or a strategy that shards them.
+        ValueError: at the start alone: the module holds no attention once its ``configure_model`` has run,
+            weights that cannot be reparametrized, or a strategy that shards them.
     """
 
     def __init__(

@@ -51,10 +51,10 @@ class UpdateCap(Intervention):
 
     Raises:
         TypeError: the trainer is none of Lightning's.
-        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the weights
-            of a layer are frozen or no plain whole parameters of its own, or DeepSpeed steps copies of them. A layer
-            whose weights another callback brings into another form later is left as it is from then on, which is
-            said once.
+        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
+            weights of a layer are frozen or no plain whole parameters of its own, or DeepSpeed steps copies
+            of them. A layer whose weights another callback brings into another form later is left as it is
+            from then on, which is said once.
     """
 
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {
@@ -209,7 +209,9 @@ class UpdateCap(Intervention):
         for end in self._ends:
             end()
         self._ends = []
-        self._capper = None
+        if self._capper is not None:
+            # A checkpoint may be saved when the fit has ended.
+            self._resumed, self._capper = self._capper.state_dict(), None
 
     def _note(self, found: dict[tuple[str, str], Capped]) -> None:
         for key, capped in found.items():

@@ -40,8 +40,8 @@ class AttentionSteering:
         idle: makes the calls of a module that is left alone; None: as they are.
 
     Attributes:
-        spare: called once with the name of a module whose call could not be steered, and why, as a clause about it:
-            its calls are left as they are then, this one and all that follow. None: an error is raised.
+        spare: called once with the name of a module whose call could not be steered, and why, as a clause
+            about it: its calls are left as they are then, this one and all that follow. None: an error is raised.
         left: names of these modules.
         reached: names of the modules whose calls came by.
 

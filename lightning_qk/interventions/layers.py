@@ -29,7 +29,7 @@ def matching_layers(reader: ProjectionReader, modules: str | Sequence[str] | Non
 
 
 def refuse_layers(names: Iterable[str], refused: Mapping[str, str] | None) -> None:
-    """Refuse layers that may not be changed, such as those whose weights were seen to act in another way than read.
+    """Refuse layers that may not be changed, such as those whose weights act in another way than read.
 
     Args:
         names: those that would be changed.

@@ -1,4 +1,4 @@
-"""Whether the largest product of queries and keys of a layer can be told when it runs, found out before it runs."""
+"""Whether the largest product of queries and keys of a layer can be told, found out before it runs."""
 
 import sys
 from typing import Any
@@ -21,8 +21,8 @@ def untellable(plan: LayerPlan, config: Any = None) -> str | None:
     """Why ``q · k`` of a layer's calls will not be told, as a clause about the layer.
 
     Only what is certain: a layer that takes its softmax itself with positions added to the logits, and one whose
-    attention function, registered by the user, is no softmax attention of random tensors. Whatever else goes wrong
-    shows at the first call.
+    attention function, registered by the user, is no softmax attention of random tensors. Whatever else goes
+    wrong shows at the first call.
 
     Args:
         plan: of the layer.

@@ -41,9 +41,9 @@ class UpdateCapper:
     rows; biases are left alone.
 
     σ₁ is estimated by power iterations of eight vectors at once, which start from those of the last step: the
-    estimate is at most σ₁. It falls short of it by less than a percent where a few directions stand out or updates
-    resemble each other, and by up to 6 percent where each is pure noise (1024 x 1024); an update may be above its
-    cap by as much.
+    estimate is at most σ₁. It falls short of it by less than a percent where a few directions stand out or
+    updates resemble each other, and by up to 6 percent where each is pure noise (1024 x 1024); an update may
+    be above its cap by as much.
 
     Args:
         model: any module that contains Hugging Face transformers.
@@ -144,7 +144,7 @@ class UpdateCapper:
                 problem = editor.problem()
                 if problem is not None:
                     raise ValueError(f"it has query and key weights {problem}")
-            except ValueError as error:
+            except ValueError as error:  # noqa: PERF203
                 self.leave_alone(name, str(error))
 
     def state_dict(self) -> dict[str, list[Tensor]]:
