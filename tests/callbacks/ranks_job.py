@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes, one of which fails at one place: what every process saw, saved for the test."""
+"""Run by torchrun in two processes, one of which fails at one place: what each saw, saved for the test."""
 
 import os
 import sys
