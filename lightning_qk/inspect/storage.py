@@ -258,7 +258,7 @@ def _check_pickle(file: Any, size: int) -> None:
     largest, is_bytes = 0, False
     for code, argument, _ in pickletools.genops(file):
         if code.name in _INTEGERS:
-            largest = max(largest, int(argument))
+            largest = max(largest, int(argument or 0))
         elif code.name == "MARK":
             largest = 0
         elif code.name == "GLOBAL":
