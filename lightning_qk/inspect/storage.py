@@ -25,7 +25,8 @@ _NAMES = (
 )
 # How torch says what it refuses to load.
 _REFUSED_KIND = re.compile(r"GLOBAL (\S+) was not an allowed global")
-# Where files of torch's keep the network's tensors: the first that there is. What lies beside it has its key before
+# Where files of torch's keep the network's tensors: the first that there is. What lies beside it has its
+# key before
 # its names.
 _NETWORKS = ("state_dict", "model_state_dict", "model")
 _LARGEST_PICKLE = 2**28
@@ -362,7 +363,8 @@ def _sharded(index: Path, fetch: Callable[[str], Path | None], where: str, trust
         or not all(isinstance(value, str) and Path(value).name == value for value in names.values())
     ):
         raise BadInput(
-            f"expected an index with a weight_map, got {index}, whose weight_map names no files beside it: download "
+            f"expected an index with a weight_map, got {index}, whose weight_map names no files "
+            f"beside it: download "
             "or save it again"
         )
     storage = Storage({}, where, trust=trust)

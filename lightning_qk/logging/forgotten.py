@@ -50,7 +50,8 @@ class Forgotten:
         except OSError as error:
             self.is_full = True
             warnings.warn(
-                f"steps that thinning takes out of the history are not kept from step {step} on, since the folder for "
+                f"steps that thinning takes out of the history are not kept from step {step} on, since "
+                f"the folder for "
                 f"temporary files takes no more ({error.strerror or error}): set TMPDIR to one with room",
                 stacklevel=2,
             )

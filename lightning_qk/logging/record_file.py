@@ -1,6 +1,7 @@
 """Read a run's record from its file, which may be damaged or made by somebody else.
 
-Everything is compared with what it is said to be before anything is made of it: a record that was read holds what a
+Everything is compared with what it is said to be before anything is made of it: a record that was read
+holds what a
 monitor could have written.
 """
 
@@ -69,7 +70,8 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Get]]:
         raise
     except _Wrong as error:
         raise ValueError(
-            f"expected a whole record that a monitor wrote, got {path}, in which {error}: pass another file from the "
+            f"expected a whole record that a monitor wrote, got {path}, in which {error}: pass "
+            f"another file from the "
             "run's log folder"
         ) from error
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
