@@ -260,7 +260,7 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
 
 @contextmanager
 def _naming(target: str) -> Iterator[None]:
-    """What a damaged or hostile checkpoint brings about that nobody foresaw is told in a sentence that names it."""
+    """What a damaged or hostile checkpoint brings about unforeseen is told in a sentence that names it."""
     try:
         yield
     except (BadInput, OSError):

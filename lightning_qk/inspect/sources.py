@@ -485,7 +485,7 @@ def _config_of(
 
 
 def _check_text(text: str, tensors: int, path: Path) -> None:
-    """Refuse a configuration in a checkpoint that is no JSON object, or asks for more than the checkpoint holds."""
+    """Refuse a checkpoint.s configuration that is no JSON object, or asks for more than the checkpoint holds."""
     try:
         fields = parse_json(text)
     except ValueError as error:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -251,7 +252,7 @@ def _number(value: Any, what: str) -> float:
 
 def _steps(value: Any, what: str) -> list[int]:
     steps = [_whole(step, f"a step of {what}") for step in _list(value, f"the steps of {what}")]
-    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(steps)):
         _refuse(f"{what} has steps out of order")
     return steps
 
