@@ -255,7 +255,7 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _check_pickle(file: Any, size: int) -> None:
-    """Refuse a pickle, unloaded, that is too large: no storage in it, and no array of bytes, is larger than its file."""
+    """Refuse a pickle, unloaded, that asks for a storage or an array larger than its file."""
     largest, is_bytes = 0, False
     for code, argument, _ in pickletools.genops(file):
         if code.name in _INTEGERS:
