@@ -4,7 +4,8 @@ import unicodedata
 
 # Categories of characters that a terminal may obey, or that change the order or the lines of a text.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-# A spreadsheet takes a cell that begins with one of these for a formula; the last two are leading white space of one.
+# A spreadsheet takes a cell that begins with one of these for a formula; the last two are leading white
+# space of one.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 

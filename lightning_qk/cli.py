@@ -95,7 +95,8 @@ def _report(args: list[str]) -> int:
         # A record whose parts are what a monitor writes and do not go together.
         raise BadInput(
             f"expected a record that a monitor wrote, got {options.record}, of which no page can be made "
-            f"({type(error).__name__}: {one_line(error)}): pass another, or report this with what --traceback shows"
+            f"({type(error).__name__}: {one_line(error)}): pass another, or report this with what "
+            f"--traceback shows"
         ) from error
     return 0
 

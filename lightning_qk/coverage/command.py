@@ -31,7 +31,8 @@ def run(args: Sequence[str], prog: str) -> int:
     options = _parser(prog).parse(args)
     if options.jobs < 1 or not 0 < options.timeout < float("inf") or not 256 <= options.memory < 2**40:
         raise BadInput(
-            f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs {options.jobs} --timeout "
+            f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "
+            f"{options.jobs} --timeout "
             f"{options.timeout:g} --memory {options.memory}; correct them"
         )
     check_targets([options.output, options.json])

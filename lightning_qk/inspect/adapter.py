@@ -160,7 +160,8 @@ class AdaptedWeights:
             raise BadInput(
                 f"expected an adapter to this base, got {where} with {len(strange)} "
                 f"tensor{'s' * (len(strange) > 1)} that a {type(model).__name__} does not have a place for "
-                f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass the merged model"
+                f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass "
+                f"the merged model"
             )
         for module, path in self._low_rank.items():
             if path + _UP not in storage.files:
@@ -176,7 +177,8 @@ class AdaptedWeights:
         ]
         if halves:
             raise BadInput(
-                f"expected both factors of each product in {where}, got no first one beside {listed(halves)}: save or "
+                f"expected both factors of each product in {where}, got no first one beside "
+                f"{listed(halves)}: save or "
                 "download the adapter again"
             )
         given = config.get("alpha_pattern") or {}
@@ -251,7 +253,8 @@ class AdaptedWeights:
         value = get(self._replaced[name])
         if value.shape != shape or not value.is_floating_point():
             raise BadInput(
-                f"expected {name!r} of shape {tuple(shape)} as numbers in {self._where}, got {tuple(value.shape)} as "
+                f"expected {name!r} of shape {tuple(shape)} as numbers in {self._where}, got "
+                f"{tuple(value.shape)} as "
                 f"{str(value.dtype).removeprefix('torch.')}: pass the right base with --base"
             )
         return value.float()
@@ -261,7 +264,8 @@ class AdaptedWeights:
         down, up = (get(prefix + part) for part in (_DOWN, _UP))
         if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0] or not len(down):
             raise BadInput(
-                f"expected two matrices of one rank for {module!r} in {self._where}, got shapes {tuple(down.shape)} "
+                f"expected two matrices of one rank for {module!r} in {self._where}, got shapes "
+                f"{tuple(down.shape)} "
                 f"and {tuple(up.shape)}: save or download the adapter again"
             )
         if not (down.is_floating_point() and up.is_floating_point()):
@@ -311,7 +315,8 @@ class AdaptedWeights:
                 size = get(prefix + suffix).float().flatten()
                 if len(size) != len(weight):
                     raise BadInput(
-                        f"expected {len(weight)} magnitudes of {module!r} in {self._where}, got {len(size)}: pass the "
+                        f"expected {len(weight)} magnitudes of {module!r} in {self._where}, got {len(size)}: "
+                        f"pass the "
                         "right base with --base"
                     )
                 return size / weight.norm(dim=1)

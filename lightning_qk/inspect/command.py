@@ -260,7 +260,7 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
 
 @contextmanager
 def _naming(target: str) -> Iterator[None]:
-    """What a damaged or hostile checkpoint brings about that nobody foresaw is told in a sentence that names it."""
+    """What a damaged or hostile checkpoint brings about unforeseen is told in a sentence that names it."""
     try:
         yield
     except (BadInput, OSError):
@@ -271,7 +271,8 @@ def _naming(target: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise BadInput(
-            f"expected a checkpoint that can be read, got {target} ({type(error).__name__}: {one_line(error)}): save it "
+            f"expected a checkpoint that can be read, got {target} ({type(error).__name__}: "
+            f"{one_line(error)}): save it "
             "again, or report this with what --traceback shows"
         ) from error
 

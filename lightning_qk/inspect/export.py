@@ -37,7 +37,8 @@ def check_targets(paths: Sequence[Path | None]) -> None:
             raise
         except (OSError, ValueError) as error:  # such as a name that is too long
             raise BadInput(
-                f"expected a file that may be written, got {path} ({getattr(error, 'strerror', None) or error}): pick "
+                f"expected a file that may be written, got {path} "
+                f"({getattr(error, 'strerror', None) or error}): pick "
                 "another place"
             ) from error
 

@@ -183,8 +183,10 @@ class Matching:
                 absent.append(layer)
         if absent and present:
             raise BadInput(
-                f"expected {present + len(absent)} attention layers, as the configuration says, in {self._where}, got "
-                f"{present} (no tensor of {listed(absent)}): copy the rest, or correct the number of layers in the "
+                f"expected {present + len(absent)} attention layers, as the configuration says, in "
+                f"{self._where}, got "
+                f"{present} (no tensor of {listed(absent)}): copy the rest, or correct the number of "
+                f"layers in the "
                 "configuration"
             )
 
@@ -211,14 +213,16 @@ class Matching:
         if deeper:
             notes.append(
                 f"{self._where} is deeper than its configuration: {len(deeper)} attention "
-                f"layer{'s' * (len(deeper) > 1)} that it holds ({listed(deeper)}) {'are' if len(deeper) > 1 else 'is'} "
+                f"layer{'s' * (len(deeper) > 1)} that it holds ({listed(deeper)}) "
+                f"{'are' if len(deeper) > 1 else 'is'} "
                 f"not read, only the {len(layers)} of the configuration"
                 + ("" if self._expects(deeper) else "; correct its number of layers to read all")
             )
         if unknown:
             notes.append(
                 f"{len(unknown)} tensor{'s' * (len(unknown) > 1)} of attention in {self._where} "
-                f"{'belong' if len(unknown) > 1 else 'belongs'} to no parameter of a {type(self._model).__name__} and "
+                f"{'belong' if len(unknown) > 1 else 'belongs'} to no parameter of a "
+                f"{type(self._model).__name__} and "
                 f"{'are' if len(unknown) > 1 else 'is'} not in these numbers ({listed(unknown)})"
             )
         return notes

@@ -40,7 +40,8 @@ def first_matches(patterns: Iterable[str], names: Iterable[str], where: str) -> 
     for pattern in patterns:
         if len(pattern) > _LONGEST:
             raise BadInput(
-                f"expected patterns of at most {_LONGEST} characters, got one of {len(pattern)} in {where}: merge the "
+                f"expected patterns of at most {_LONGEST} characters, got one of {len(pattern)} in "
+                f"{where}: merge the "
                 "adapter and pass the merged model"
             )
     if all(_PLAIN.match(pattern) for pattern in patterns):
@@ -66,7 +67,8 @@ def _elsewhere(patterns: list[str], names: list[str], where: str) -> list[list[b
         return [[bool(holds) for holds in row] for row in json.loads(done.stdout)]
     except subprocess.TimeoutExpired as error:
         raise BadInput(
-            f"expected patterns that can be matched within {_SECONDS:g} s, got {', '.join(patterns)[:100]!r} in {where}: "
+            f"expected patterns that can be matched within {_SECONDS:g} s, got "
+            f"{', '.join(patterns)[:100]!r} in {where}: "
             "write them as names of modules, or merge the adapter and pass the merged model"
         ) from error
     except (subprocess.CalledProcessError, OSError, ValueError) as error:

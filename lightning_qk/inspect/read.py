@@ -52,7 +52,8 @@ class Reading:
         attention: the same as ``values`` of what was measured on text, or empty.
         facts: what else to say of the model.
         notes: sentences that a reader has to know.
-        verification: whether what was read of the layers was compared with what a forward pass of the model computes.
+        verification: whether what was read of the layers was compared with what a forward pass of the
+        model computes.
     """
 
     title: str
@@ -122,7 +123,8 @@ def _check_shapes(site: Site, weights: Weights) -> None:
         there = weights.shape(name)
         if there is not None and there != tuple(parameter.shape):
             raise BadInput(
-                f"expected {name!r} of shape {tuple(parameter.shape)}, got {there}: the checkpoint's configuration is "
+                f"expected {name!r} of shape {tuple(parameter.shape)}, got {there}: the checkpoint's "
+                f"configuration is "
                 "that of another model"
             )
 

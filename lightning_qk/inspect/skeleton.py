@@ -149,7 +149,8 @@ def _length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
 class _Budget:
     """How large a model may be beside its checkpoint.
 
-    Layers may share tensors, constants need not be saved, and classes make what a checkpoint of another task lacks:
+    Layers may share tensors, constants need not be saved, and classes make what a checkpoint of another
+    task lacks:
     the bounds are wide, and there only to end what would take memory or time without end.
     """
 
@@ -167,7 +168,8 @@ class _Budget:
         self._count += 1
         if self._most is not None and self._count > self._most:
             raise BadInput(
-                f"expected a model of about as many parameters as the checkpoint has tensors, got one of more than "
+                f"expected a model of about as many parameters as the checkpoint has tensors, got one "
+                f"of more than "
                 f"{self._most}: its configuration is that of another model"
             )
         if parameter.numel() > self._largest:

@@ -303,7 +303,8 @@ def _config(
     check_counts(fields, tensors, str(path))
     if "configuration_files" in fields:
         raise BadInput(
-            f"expected one configuration, got {path} with configuration_files, which names others for other versions "
+            f"expected one configuration, got {path} with configuration_files, which names others "
+            f"for other versions "
             "of transformers: remove that field"
         )
     # Code that comes with a model on the hub is found by the model's name.
@@ -484,12 +485,13 @@ def _config_of(
 
 
 def _check_text(text: str, tensors: int, path: Path) -> None:
-    """Refuse a configuration in a checkpoint that is no JSON object, or asks for more than the checkpoint holds."""
+    """Refuse a checkpoint.s configuration that is no JSON object, or asks for more than the checkpoint holds."""
     try:
         fields = parse_json(text)
     except ValueError as error:
         raise BadInput(
-            f"expected a configuration as JSON in {path}, got something else ({one_line(error)}): pass the folder or "
+            f"expected a configuration as JSON in {path}, got something else ({one_line(error)}): "
+            f"pass the folder or "
             "the hub's name of a model of the same configuration with --config"
         ) from error
     check_counts(fields, tensors, f"the configuration in {path}")

@@ -25,7 +25,8 @@ _NAMES = (
 )
 # How torch says what it refuses to load.
 _REFUSED_KIND = re.compile(r"GLOBAL (\S+) was not an allowed global")
-# Where files of torch's keep the network's tensors: the first that there is. What lies beside it has its key before
+# Where files of torch's keep the network's tensors: the first that there is. What lies beside it has its
+# key before
 # its names.
 _NETWORKS = ("state_dict", "model_state_dict", "model")
 _LARGEST_PICKLE = 2**28
@@ -254,11 +255,11 @@ def _check_zip(path: Path, size: int) -> None:
 
 
 def _check_pickle(file: Any, size: int) -> None:
-    """Look through a pickle without loading it: no storage in it, and no array of bytes, is larger than its file."""
+    """Refuse a pickle, unloaded, that asks for a storage or an array larger than its file."""
     largest, is_bytes = 0, False
     for code, argument, _ in pickletools.genops(file):
         if code.name in _INTEGERS:
-            largest = max(largest, int(argument))
+            largest = max(largest, int(argument or 0))
         elif code.name == "MARK":
             largest = 0
         elif code.name == "GLOBAL":
@@ -362,7 +363,8 @@ def _sharded(index: Path, fetch: Callable[[str], Path | None], where: str, trust
         or not all(isinstance(value, str) and Path(value).name == value for value in names.values())
     ):
         raise BadInput(
-            f"expected an index with a weight_map, got {index}, whose weight_map names no files beside it: download "
+            f"expected an index with a weight_map, got {index}, whose weight_map names no files "
+            f"beside it: download "
             "or save it again"
         )
     storage = Storage({}, where, trust=trust)

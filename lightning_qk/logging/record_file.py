@@ -1,6 +1,7 @@
 """Read a run's record from its file, which may be damaged or made by somebody else.
 
-Everything is compared with what it is said to be before anything is made of it: a record that was read holds what a
+Everything is compared with what it is said to be before anything is made of it: a record that was read
+holds what a
 monitor could have written.
 """
 
@@ -8,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,7 +71,8 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Get]]:
         raise
     except _Wrong as error:
         raise ValueError(
-            f"expected a whole record that a monitor wrote, got {path}, in which {error}: pass another file from the "
+            f"expected a whole record that a monitor wrote, got {path}, in which {error}: pass "
+            f"another file from the "
             "run's log folder"
         ) from error
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
@@ -258,7 +261,7 @@ def _number(value: Any, what: str) -> float:
 
 def _steps(value: Any, what: str) -> list[int]:
     steps = [_whole(step, f"a step of {what}") for step in _list(value, f"the steps of {what}")]
-    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(steps)):
         _refuse(f"{what} has steps out of order")
     return steps
 

@@ -23,9 +23,9 @@ OPTIONS = {
 
 def values(folder: Path) -> list[str]:
     return [
-        "", "-1", "0", "1e9", "nan", "inf", "x", "--", "-", "=", "a/b/c", "~nobody/x", "\x1b[31mred", "\udcff", "x" * 300,
-        "/" + "x" * 5000, ".", "..", "/dev/null", str(folder / "empty"), str(folder / "file"), str(folder / "missing"),
-        str(folder / "file" / "below"), str(folder), "--nonsense", "--nonsense=1", "qk/eig_var>", "[red]", "%s", "{}",
+        "", "-1", "0", "1e9", "nan", "inf", "x", "--", "-", "=", "a/b/c", "~nobody/x", "\x1b[31mred", "\udcff", "x" * 300,  # noqa: E501
+        "/" + "x" * 5000, ".", "..", "/dev/null", str(folder / "empty"), str(folder / "file"), str(folder / "missing"),  # noqa: E501
+        str(folder / "file" / "below"), str(folder), "--nonsense", "--nonsense=1", "qk/eig_var>", "[red]", "%s", "{}",  # noqa: E501
     ]  # fmt: skip
 
 

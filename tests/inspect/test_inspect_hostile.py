@@ -226,7 +226,7 @@ CONFIGS = [
     {"intermediate_size": 10**12},
     {"num_attention_heads": 10**8},
     {"vocab_size": 10**11},
-    {"model_type": "distilbert", "architectures": ["DistilBertModel"], "sinusoidal_pos_embds": True, "max_position_embeddings": 10**9},
+    {"model_type": "distilbert", "architectures": ["DistilBertModel"], "sinusoidal_pos_embds": True, "max_position_embeddings": 10**9},  # noqa: E501
     {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 10**9},
 ]  # fmt: skip
 

@@ -246,7 +246,7 @@ def test_of_two_networks_one_is_read_and_the_other_named(
     chosen = read(path, Options(prefix=other))
     check(chosen, models_of[1])
     assert not any("networks" in note for note in chosen.notes)
-    with pytest.raises(BadInput, match="prefix 'nobody'.* such as"):
+    with pytest.raises(BadInput, match=r"prefix 'nobody'.* such as"):
         read(path, Options(prefix="nobody"))
 
 

@@ -17,7 +17,7 @@ from lightning_qk.logging.snapshots import Snapshots
 
 ESCAPE = "\x1b]0;t\x07[red]<script>alert(1)</script>[/red]\u202e"
 VALUES: list[Any] = [
-    None, True, -1, 0, 10**9, 10**30, 1.5, "", ESCAPE, [], [1, "a"], {}, {"a": {}}, [[[]]], float("nan"), "x" * 10**5,
+    None, True, -1, 0, 10**9, 10**30, 1.5, "", ESCAPE, [], [1, "a"], {}, {"a": {}}, [[[]]], float("nan"), "x" * 10**5,  # noqa: E501
 ]  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def a_record() -> RunRecord:
 def parts(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with safe_open(str(path), framework="pt") as file:
         return json.loads(file.metadata()["lightning_qk"]), {
-            name: file.get_tensor(name) for name in file.keys()
-        }  # noqa: SIM118
+            name: file.get_tensor(name) for name in list(file.keys())
+        }
 
 
 def damage(path: Path, source: random.Random) -> None:

@@ -40,7 +40,7 @@ def test_the_umask_decides_who_may_read(umask: int, tmp_path: Path) -> None:
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(OSError, match="full"), whole_file(path) as partial:
+    with pytest.raises(OSError, match="full"), whole_file(path) as partial:  # noqa: PT012
         partial.write_text("half")
         raise OSError("full")
     assert path.read_text() == "before"
