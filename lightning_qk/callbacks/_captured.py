@@ -9,8 +9,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_qk.callbacks._fit_state import nothing
+from lightning_qk.callbacks._losses import Losses, lost_reason
 from lightning_qk.callbacks._monitor import Monitor, OnUnreadable, PerLayer, flat_values, shorten
 from lightning_qk.callbacks._pool import SumsPool
+from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
 from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
 from lightning_qk.capture.call import output_arguments, statistics_arguments
@@ -24,6 +27,9 @@ from lightning_qk.logging.history import RunRecord
 from lightning_qk.logging.loggers import log_scalars
 from lightning_qk.logging.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE
 from lightning_qk.metrics.means import HeadMeans
+
+_MANY = 2**31
+"""More heads than any layer has."""
 
 
 class Measured(NamedTuple):
@@ -72,6 +78,43 @@ class CaptureMonitor(Monitor):
     curve_statistics: tuple[str, ...] = ()
     """Statistics whose means are curves of the report."""
 
+    fit_state = {  # noqa: RUF012 (never changed)
+        "_heads": dict,
+        "_heads_of_calls": dict,
+        "_self_attention": dict,
+        "_shapes": dict,
+        "_apart": set,
+        "_told": set,
+        "_losses": Losses,
+    }
+    running_state = {  # noqa: RUF012 (never changed)
+        "_generator": torch.Generator,
+        "_capture": nothing,
+        "_modules": dict,
+        "_step_pool": SumsPool,
+        "_evaluation": dict,
+        "_pool": SumsPool,
+    }
+
+    _generator: torch.Generator
+    _capture: AttentionCapture | None
+    _modules: dict[str, nn.Module]
+    _heads: dict[str, int]
+    """Known before the first call wherever the weights can be read; of the others once processes have agreed."""
+    _heads_of_calls: dict[str, int]
+    """Of layers whose weights do not tell, as this process sees them."""
+    _self_attention: dict[str, bool]
+    _shapes: dict[str, tuple[int, int]]
+    _apart: set[str]
+    """Layers whose calls have other numbers of heads on other processes."""
+    _told: set[str]
+    """Layers of which processes have agreed on why they are left out."""
+    _losses: Losses
+    _step_pool: SumsPool
+    _evaluation: dict[int, SumsPool]
+    _pool: SumsPool
+    """Where calls are added up now: the step's pool, or that of an evaluation's dataloader."""
+
     def __init__(
         self,
         every_n_steps: int | None,
@@ -101,17 +144,6 @@ class CaptureMonitor(Monitor):
             )
         self.seed = seed
         self.every_n_eval_batches = every_n_eval_batches
-        self._generator = torch.Generator()
-        self._capture: AttentionCapture | None = None
-        self._modules: dict[str, nn.Module] = {}
-        # Known before the first call wherever the weights can be read, so that every rank has the same layers.
-        self._heads: dict[str, int] = {}
-        self._self_attention: dict[str, bool] = {}
-        self._shapes: dict[str, tuple[int, int]] = {}
-        # Where calls are added up now: the step's pool, or that of an evaluation's dataloader.
-        self._step_pool = SumsPool()
-        self._evaluation: dict[int, SumsPool] = {}
-        self._pool = self._step_pool
 
     # What a subclass says
 
@@ -132,10 +164,13 @@ class CaptureMonitor(Monitor):
 
     # Listening
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and stand at the attention interface before the first forward."""
-        super().on_fit_start(trainer, pl_module)
         self._listen_to(trainer, pl_module)
+
+    def watched(self) -> Mapping[str, Any]:
+        """Name of each layer → its heads, where the weights tell."""
+        return {name: self._heads.get(name) for name in self._modules}
 
     def _listen_to(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = find_attention(pl_module)
@@ -153,9 +188,10 @@ class CaptureMonitor(Monitor):
             return
         # Where the weights cannot be read, calls can still be captured.
         layers = WatchedReader(pl_module, self.modules, root=trainer.strategy.model).layers
-        self._heads = {name: layer.heads for name, layer in layers.items()}
+        self._heads, self._heads_of_calls = {name: layer.heads for name, layer in layers.items()}, {}
         self._self_attention = {name: layer.self_attention for name, layer in layers.items()}
-        self._shapes = {}
+        self._shapes, self._apart, self._told = {}, set(), set()
+        self._losses = Losses()
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
         names = {module: name for name, module in self._modules.items()}
@@ -180,10 +216,19 @@ class CaptureMonitor(Monitor):
             self._capture.enabled = False
 
     def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
-        found = self.measure_call(name, call)
-        if found is not None:
-            heads, where = self._check_shape(name, call.module, found)
-            self._pool.add(name, found.sums, heads=heads, where=where)
+        pool = self._pool
+        if name in pool.lost:
+            return
+        try:
+            found = self.measure_call(name, call)
+            if found is not None:
+                heads, where = self._check_shape(name, call.module, found)
+                pool.add(name, found.sums, heads=heads, where=where)
+        except UnsupportedCallError:
+            raise
+        except Exception as error:
+            # It says nothing of the layer's calls: memory that ran out, say. This measurement is lost.
+            pool.lost[name] = lost_reason(error)
 
     def _heads_here(self, name: str, module: nn.Module) -> int | None:
         """How many of a layer's heads this process computes; None where its weights do not say."""
@@ -200,7 +245,8 @@ class CaptureMonitor(Monitor):
                 f"its attention was called with {before[0]} heads of width {before[1]} and then with {shape[0]} "
                 f"of width {shape[1]}, which cannot be pooled: give each of the two a module of its own"
             )
-        heads = self._heads.setdefault(name, shape[0])
+        # Processes agree on what only calls tell before it is relied on.
+        heads = self._heads.get(name) or self._heads_of_calls.setdefault(name, shape[0])
         if shape[0] == heads:
             return heads, None
         where = local_heads(module, heads)
@@ -230,24 +276,43 @@ class CaptureMonitor(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, pool: SumsPool
     ) -> dict[str, Tensor] | None:
         """Statistics of what was pooled, reduced over ranks; a collective call. The pool is empty then."""
-        self._name_missing()
-        assert self._capture is not None  # _listen_to
-        pool.leave_out(self._capture.problems)
-        self._agree_on_heads(trainer)
+        try:
+            left_out = self._agree_on_layers(trainer, pool)
+            self.attempt(self._name_missing, "naming layers")
+            return self._reduce(trainer, pl_module, pool, left_out)
+        finally:
+            pool.reset()
+
+    def _reduce(
+        self, trainer: Trainer, pl_module: LightningModule, pool: SumsPool, left_out: set[str]
+    ) -> dict[str, Tensor] | None:
         heads = {name: self._heads[name] for name in self._modules if name in self._heads}
         if not heads:
             return None
-        self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
-        metric = self.metric(heads).to(pl_module.device)
         ran = pool.names
-        pool.into(metric)
-        pool.reset()
+
+        def pooled() -> HeadMeans:
+            self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
+            metric = self.metric(heads).to(pl_module.device)
+            pool.leave_out(left_out)
+            pool.into(metric)
+            return metric
+
+        metric = all_or_none(trainer, pooled)
+        alone(metric)
+        reduce_states(trainer, metric)
         values = flat_values(metric)
-        self.states = self._states(metric, values, ran)
+        self.states = self._states(metric, values, ran, left_out)
         self.adjust(metric, values)
         return values
 
-    def _states(self, metric: HeadMeans, values: Mapping[str, Tensor], ran: Collection[str]) -> Tensor:
+    def _states(
+        self,
+        metric: HeadMeans,
+        values: Mapping[str, Tensor],
+        ran: Collection[str],
+        left_out: Collection[str],
+    ) -> Tensor:
         """State of every head, by how much was counted of it."""
         assert metric.counted is not None  # it was computed
         assert self._capture is not None  # _listen_to
@@ -258,13 +323,13 @@ class CaptureMonitor(Monitor):
         states = torch.where(broken, NOT_FINITE, KNOWN)
         for name, part in metric.split(states).items():
             empty = (metric.split(rows)[name] == 0) & (part == KNOWN)
-            problem = self._capture.problems.get(name)
-            if problem is not None:
-                self.history.reasons[self.labels[name]] = problem
+            if name in left_out:
+                reason = self._capture.problems.get(name, "its newest measurement failed")
+                self.history.reasons[self.labels[name]] = reason
             own = self._self_attention.get(name)
             part[empty] = (
                 LEFT_OUT
-                if problem is not None
+                if name in left_out
                 else NO_VALUE
                 if own is False and self.is_of_self_attention
                 else NO_DATA
@@ -273,24 +338,52 @@ class CaptureMonitor(Monitor):
             )
         return states
 
-    def _agree_on_heads(self, trainer: Trainer) -> None:
-        """Learn the layers whose heads only the calls tell from all ranks, lest their metrics differ in shape."""
-        distributed = torch.distributed
-        if trainer.world_size < 2 or self._heads.keys() >= self._modules.keys():
-            return
-        if distributed.is_available() and distributed.is_initialized():
-            found: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(found, self._heads)
-            for heads in found:
-                self._heads |= heads
+    def _agree_on_layers(self, trainer: Trainer, pool: SumsPool) -> set[str]:
+        """Learn what every process knows of the layers: heads that only calls tell, and which are left out.
+
+        A collective call. What is lost or cannot be read on one process is left out on all: a mean over some of
+        the batch would be taken for one over all of it.
+
+        Returns:
+            The names of those that are left out this time.
+        """
+        capture = self._capture
+        assert capture is not None  # _listen_to
+        self._losses.end(self._modules, pool.lost, capture.problems)
+        rows = [
+            (
+                name in capture.problems,
+                name in pool.lost,
+                self._heads_of_calls.get(name, -1),
+                -self._heads_of_calls.get(name, _MANY),
+            )
+            for name in self._modules
+        ]
+        out: set[str] = set()
+        lost: set[str] = set()
+        for name, (is_out, is_lost, most, least) in zip(self._modules, combine(trainer, rows), strict=True):
+            if is_out:
+                out.add(name)
+            elif is_lost:
+                lost.add(name)
+            if most >= 0 and most != -least:
+                self._apart.add(name)
+            elif most >= 0:
+                self._heads.setdefault(name, most)
+        out |= self._apart
+        if out - self._told:
+            apart = dict.fromkeys(self._apart, "its attention was called with other heads on other processes")
+            self.note_left_out(reasons_of_all(trainer, capture.problems) | apart)
+            self._told |= out
+        if lost and not self._losses.was_told:
+            self._losses.was_told = True
+            self.note_lost(reasons_of_all(trainer, pool.lost))
+        return out | lost
 
     def _name_missing(self) -> None:
         capture = self._capture
         assert capture is not None  # _listen_to
-        self.note_left_out(capture.problems)
-        missing = [
-            name for name in self._modules if name not in capture.heard and name not in capture.problems
-        ]
+        missing = [name for name in self._modules if name not in capture.heard and name not in self._told]
         if missing:
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
             self.note(
@@ -306,7 +399,8 @@ class CaptureMonitor(Monitor):
         """Begin a loop."""
         self._evaluation = {}
         if self._capture is None and self._measures_evaluation(trainer):
-            self._listen_to(trainer, pl_module)  # validation or test without a fit around it
+            # Validation or test without a fit around it.
+            self._start_together(trainer, lambda: self._listen_to(trainer, pl_module))
 
     def on_validation_batch_start(
         self,
@@ -350,27 +444,26 @@ class CaptureMonitor(Monitor):
         for index in range(dataloaders):
             suffix = f"/dataloader_idx_{index}" if dataloaders > 1 else ""
             pool = self._evaluation.get(index, SumsPool())
-            values = self.attempt(partial(self._compute, trainer, pl_module, pool))
+            values = self.together(trainer, partial(self._compute, trainer, pl_module, pool))
             if values is not None:
-                publish = partial(self._publish_evaluation, trainer, pl_module, values, stage, suffix)
-                self.attempt(publish, "logging")
+                self.count_layers(trainer, pl_module)
+                means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
+                overall = self.over_the_model(means, f"{self.group}/{stage}", states=self.states)
+                overall = {key + suffix: value for key, value in overall.items()}
+                # On every process, whatever fails on one of them. Not through Lightning to the loggers:
+                # trainer.test would print a table of them all.
+                pl_module.log_dict(
+                    overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False
+                )
+                self.attempt(partial(self._publish_evaluation, trainer, means, stage, suffix))
 
     def _publish_evaluation(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        values: dict[str, Tensor],
-        stage: str,
-        suffix: str,
+        self, trainer: Trainer, means: dict[str, Tensor], stage: str, suffix: str
     ) -> None:
         assert self.history is not None  # _compute
-        means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
         prefix = f"{self.group}/{stage}"
-        over_all = self.over_the_model(means, prefix, states=self.states)
-        overall = {key + suffix: value for key, value in over_all.items()}
         layers = self.by_layer_and_head(self.history, means, prefix, states=self.states)
-        # Not through Lightning to the loggers: trainer.test would print a table of them all.
-        pl_module.log_dict(overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False)
+        over_all = self.over_the_model(means, prefix, states=self.states)
         logged = self.worth_logging(over_all, is_evaluation=True)
         scalars = {key + suffix: value for key, value in (logged | layers).items()}
         log_scalars(trainer, scalars, logging_step(trainer))

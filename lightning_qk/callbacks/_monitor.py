@@ -13,7 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qk.callbacks._fit_state import OfOneFit, nothing
 from lightning_qk.callbacks._guarded import GuardedHooks, Refused
+from lightning_qk.callbacks._losses import MOST_FAILURES
+from lightning_qk.callbacks._order import observe_last
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together, has_others
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
@@ -25,6 +29,7 @@ from lightning_qk.callbacks._trainer import (
     run_directory,
     say,
 )
+from lightning_qk.callbacks._training import training_layers
 from lightning_qk.callbacks._watched import Patterns, kept_patterns, matching
 from lightning_qk.logging.forgotten import Forgotten
 from lightning_qk.logging.history import History, RunRecord
@@ -64,6 +69,11 @@ def _checked_layers(per_layer: PerLayer) -> bool | tuple[str, ...] | None:
     return (per_layer,) if isinstance(per_layer, str) else tuple(per_layer)
 
 
+def _without_errors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Standard errors stay in the history: three more keys for each statistic would bury the rest."""
+    return {name: flat for name, flat in values.items() if not name.endswith("_se")}
+
+
 def _draw_heatmap(history: History, statistic: str) -> bytes:
     from lightning_qk.logging.figures import heatmap, to_png
 
@@ -74,7 +84,7 @@ def _arguments(kind: type) -> Collection[str]:
     return inspect.signature(kind).parameters
 
 
-class Monitor(GuardedHooks, Callback):
+class Monitor(OfOneFit, GuardedHooks, Callback):
     """Base of the monitors; see :class:`~lightning_qk.QKSpectrumMonitor` for what users pass.
 
     Nothing raises out of its hooks but a refusal that was asked for by ``on_unreadable="raise"``.
@@ -96,6 +106,59 @@ class Monitor(GuardedHooks, Callback):
     """What is not finite then, in the plural."""
     has_heads: bool = True
     """Whether layers have heads to be named; without, each has one value."""
+
+    fit_state = {  # noqa: RUF012 (never changed)
+        "history": nothing,
+        "labels": dict,
+        "notes": list,
+        "_logged": int,
+        "_drawn": nothing,
+        "_snapshots": Snapshots,
+        "_directory": nothing,
+        "_is_due": bool,
+        "_steps_before": int,
+        "_reported": bool,
+        "_found_non_finite": bool,
+        "states": nothing,
+        "_failed": dict,
+        "_lost_in_a_row": int,
+        "_counted": nothing,
+        "_steps_measured": int,
+        "_at_the_end": bool,
+        "_steps_a_batch": lambda: 1,
+        "_first_step": int,
+        "_last_step": nothing,
+        "_broken": nothing,
+    }
+    running_state = {"_pictures": Pictures}  # noqa: RUF012 (never changed)
+
+    history: History | None
+    labels: dict[str, str]
+    notes: list[str]
+    _logged: int
+    _drawn: int | None
+    _snapshots: Snapshots
+    _directory: str | None
+    _is_due: bool
+    _steps_before: int
+    _reported: bool
+    _found_non_finite: bool
+    states: Tensor | None
+    """State of each head at the newest measurement, see :mod:`lightning_qk.logging.states`."""
+    _failed: dict[str, int]
+    """What → how many times in a row it failed on this process; for what no other process waits for."""
+    _lost_in_a_row: int
+    """How many measurements were lost one after the other: the same number on every process."""
+    _counted: Tensor | None
+    """Which heads count in aggregates over the model; None for all."""
+    _steps_measured: int
+    _at_the_end: bool
+    _steps_a_batch: int
+    _first_step: int
+    _last_step: int | None
+    _broken: Exception | None
+    """What one of this process's hooks failed with: the other processes learn it at the next measurement."""
+    _pictures: Pictures
 
     def __init__(
         self,
@@ -128,26 +191,7 @@ class Monitor(GuardedHooks, Callback):
         self.per_layer = _checked_layers(per_layer)
         self.figures_every = figures_every
         self.report = report
-        self.history: History | None = None
-        self.labels: dict[str, str] = {}
-        self.notes: list[str] = []
-        self._logged = 0
-        self._drawn: int | None = None
-        self._pictures = Pictures()
-        self._snapshots = Snapshots()
-        self._directory: str | None = None
-        self._is_due = False
-        self._steps_before = 0
-        self._reported = False
-        self._gave_up: set[str] = set()
-        self._found_non_finite = False
-        self._steps_measured = 0
-        self._at_the_end = False
-        # Of the values that were measured last, one a head.
-        self.states: Tensor | None = None
-        self._steps_a_batch = 1
-        self._first_step = 0
-        self._last_step: int | None = None
+        self.begin()
 
     # Lightning's hooks
 
@@ -161,19 +205,22 @@ class Monitor(GuardedHooks, Callback):
         self.idle = False
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
+            self.begin_fit(trainer, pl_module)
+            observe_last(trainer)
             own = ("per_layer", "per_head", "figures_every", "report", "modules", "on_unreadable")
             rest = {name: getattr(self, name) for name in own if name in _arguments(type(self))}
             describe_config(trainer, {type(self).__name__: self.settings() | rest})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree on where the report goes."""
+        """Agree on where the report goes, and find the layers: the same on every process, or raise on all."""
         self.idle = False
         self._directory = run_directory(trainer)
         self._reported = self._found_non_finite = False
-        self._gave_up.clear()
+        self._failed, self._lost_in_a_row = {}, 0
         self._logged, self._drawn, self._is_due = 0, None, False
         self._steps_measured, self._steps_a_batch = 0, 1
         self._first_step, self._last_step = trainer.global_step, None
+        self._start_together(trainer, lambda: self.find_layers(trainer, pl_module))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -185,7 +232,7 @@ class Monitor(GuardedHooks, Callback):
         if not self._steps_measured and not self._is_due:
             # A run, or an epoch, that is over before the first step that is due has numbers all the same.
             self._is_due = is_last_chance(trainer, batch_idx, self._steps_a_batch)
-        self.begin_batch(self._is_due and "measuring" not in self._gave_up)
+        self._here(lambda: self.begin_batch(self._is_due and self._lost_in_a_row < MOST_FAILURES))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left of earlier steps, before any callback logs this one."""
@@ -196,7 +243,7 @@ class Monitor(GuardedHooks, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log once the optimizer has stepped."""
-        self.end_batch()
+        self._here(self.end_batch)
         steps = trainer.global_step - self._steps_before
         if not steps:
             return
@@ -214,7 +261,7 @@ class Monitor(GuardedHooks, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what no step was measured of, log the last figures and leave the report."""
         if not self.idle:
-            self.attempt(lambda: self._measure_at_the_end(trainer, pl_module), "measuring at the end")
+            self._measure_at_the_end(trainer, pl_module)
         self.finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -242,13 +289,28 @@ class Monitor(GuardedHooks, Callback):
 
     # What a monitor has to say
 
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what is to be watched, at the start of a fit; no collective call.
+
+        Raises:
+            ValueError: there is nothing.
+        """
+
+    def watched(self) -> Mapping[str, Any]:
+        """Name of each module that is watched → facts that collective calls rely on to be everywhere the same."""
+        return {}
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
 
     @abstractmethod
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Statistic → flat values of all heads after a step, reduced over ranks; None if there is nothing."""
+        """Statistic → flat values of all heads after a step, reduced over ranks; None if there is nothing.
+
+        Collective calls are made by all processes or by none: what may fail before one of them goes through
+        :func:`~lightning_qk.callbacks._ranks.all_or_none`. What comes after the last one may fail as it likes.
+        """
 
     @abstractmethod
     def contribute(self, record: RunRecord) -> None:
@@ -359,7 +421,30 @@ class Monitor(GuardedHooks, Callback):
             "training goes on"
         )
         self._reported = self._reported or ends
+        if has_others() and not ends:
+            # The other processes are not left alone: at the next measurement it is given up on all of them.
+            self._broken = error
+            return
         self.stop()
+
+    def _here(self, action: Callable[[], None]) -> None:
+        """Do something on this process alone, whose failure every process learns at the next measurement."""
+        if self._broken is not None:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._broken = error
+
+    def _start_together(self, trainer: Trainer, find: Callable[[], None]) -> None:
+        """Find what is watched, the same on every process; else be idle on all, or refuse on all."""
+        try:
+            all_or_none(trainer, find, facts=lambda _: repr((self.idle, self.watched())))
+        except FailedTogether as error:
+            if self.on_unreadable == "raise":
+                raise Refused(str(error)) from error
+            self.note(f"nothing is watched: {error}; training goes on")
+            self.stop()
 
     def note_left_out(self, reasons: Mapping[str, str]) -> None:
         """Name the layers that are not measured; those with the same reason in one sentence."""
@@ -368,25 +453,71 @@ class Monitor(GuardedHooks, Callback):
             verb = "is" if len(names) == 1 else f"({len(names)} layers) are"
             self.note(f"{shorten(names)} {verb} left out: {reason}")
 
-    def attempt(self, action: Callable[[], _T], what: str = "measuring") -> _T | None:
-        """Do something for which training must not stop; after one failure it is not tried again.
+    def note_lost(self, reasons: Mapping[str, str]) -> None:
+        """Say, once, that layers have no value at a step that was to be measured."""
+        name, reason = next(iter(reasons.items()))
+        more = f", as have {len(reasons) - 1} more layers" if len(reasons) > 1 else ""
+        self.note(f"{name} has no value at one step{more}: {reason}; it is tried again, and training goes on")
+
+    def attempt(self, action: Callable[[], _T], what: str = "logging") -> _T | None:
+        """Do something for which training must not stop, and for which no other process waits.
+
+        After failures one after the other it is not tried again; so what follows from it may differ between
+        processes, and must not decide about a collective call: see :meth:`together`.
 
         Args:
             action: what to do.
-            what: its kind. Measuring may be a collective call, which every rank goes on to make when logging
-                fails on one of them.
+            what: its kind, in the words of "it stopped ...".
 
         Returns:
-            What the action returned, or None where it failed now or before.
+            What the action returned, or None where it failed or is not tried any more.
         """
-        if what in self._gave_up:
+        failed = self._failed.get(what, 0)
+        if failed >= MOST_FAILURES:
             return None
         try:
-            return action()
+            value = action()
         except Exception as error:
-            self._gave_up.add(what)
-            self.note(f"it stopped {what} ({describe_error(error)}); training goes on")
+            self._failed[what] = failed + 1
+            self._note_failure(what, failed + 1, error)
             return None
+        self._failed[what] = 0
+        return value
+
+    def together(self, trainer: Trainer, action: Callable[[], _T]) -> _T | None:
+        """Measure on all processes or on none; training must not stop for it. A collective call.
+
+        After failures one after the other, on whichever process, it is not tried again on any.
+
+        Args:
+            trainer: the trainer.
+            action: as :meth:`measure`.
+
+        Returns:
+            What the action returned, or None where it failed on some process or is not tried any more.
+        """
+        if self._lost_in_a_row >= MOST_FAILURES:
+            return None
+        try:
+            all_or_none(trainer, self._check_whole)
+            value = finish_together(trainer, action)
+        except Exception as error:
+            self._lost_in_a_row += 1
+            self._note_failure("measuring", self._lost_in_a_row, error)
+            return None
+        self._lost_in_a_row = 0
+        return value
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
+    def _note_failure(self, what: str, times: int, error: Exception) -> None:
+        reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+        if times >= MOST_FAILURES:
+            self.note(f"it stopped {what} after {times} failures in a row ({reason}); training goes on")
+        elif times == 1:
+            self.note(f"{what} failed once ({reason}); it is tried again, and training goes on")
 
     def note(self, sentence: str) -> None:
         """Say something once, in the log and in the report."""
@@ -400,65 +531,69 @@ class Monitor(GuardedHooks, Callback):
             return self._last_step
         return logging_step(trainer)
 
+    def share(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        values: Mapping[str, Tensor],
+        *,
+        at_epoch_end: bool = False,
+    ) -> None:
+        """Give ``trainer.callback_metrics`` the aggregates, for EarlyStopping, ModelCheckpoint and the like.
+
+        Those decide on every process: it is done on all of them, whatever failed on one.
+        """
+        overall = self.over_the_model(_without_errors(values), states=self.states)
+        # The loggers get them with the others.
+        pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
+
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
-        """Send the statistics of one step to the history, the loggers and ``trainer.callback_metrics``."""
+        """Send the statistics of one step to the history and the loggers."""
         history = self.history
         assert history is not None  # remember_layers comes before the first measurement
         step = self.step_of(trainer)
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
         history.append(step, values, self.states)
+        if history.forgotten is not None and history.forgotten.problem is not None:
+            self.note(history.forgotten.problem)
         self.note_non_finite(self.states, f"at step {step}")
-        # Standard errors stay in the history: three more keys for each statistic would bury the rest.
-        means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
-        self.log_values(trainer, pl_module, means, step)
+        self.log_values(trainer, _without_errors(values), step)
         if not trainer.is_global_zero:
             return
         if self.figures_every and self._logged % self.figures_every == 0:
             self.log_figures(trainer, step)
         self._logged += 1
 
-    def log_values(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule | None,
-        values: Mapping[str, Tensor],
-        step: int,
-        *,
-        at_epoch_end: bool = False,
-    ) -> None:
-        """Aggregates to the loggers, and to ``trainer.callback_metrics`` where a module may log now."""
+    def log_values(self, trainer: Trainer, values: Mapping[str, Tensor], step: int) -> None:
+        """Aggregates to the loggers."""
         history = self.history
         assert history is not None  # publish
         states = history.states_at(step)
-        overall = self.over_the_model(values, states=states)
-        if pl_module is not None:
-            # For EarlyStopping, ModelCheckpoint and the like; the loggers get them below, with the others.
-            pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
-        log_scalars(
-            trainer,
-            self.worth_logging(overall) | self.by_layer_and_head(history, values, states=states),
-            step,
-        )
+        overall = self.worth_logging(self.over_the_model(values, states=states))
+        log_scalars(trainer, overall | self.by_layer_and_head(history, values, states=states), step)
 
     def over_the_model(
         self, values: Mapping[str, Tensor], prefix: str | None = None, *, states: Tensor | None = None
     ) -> dict[str, float]:
-        """Mean, minimum and maximum over all heads that have a value; keys begin with the group or a prefix.
+        """Mean, minimum and maximum over heads that have a value and count; keys begin with group or prefix.
 
         NaN where a head that should have a value is not finite: numbers of the others would look healthy.
         """
         prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
+            broken = self._broken_heads(name, flat, states)
+            if self._counted is not None and self._counted.shape == flat.shape:
+                flat, broken = flat[self._counted], broken[self._counted]
             finite = flat[flat.isfinite()]
-            is_broken = bool(self._broken(name, flat, states).any())
+            is_broken = bool(broken.any())
             for reduction in ("mean", "min", "max") if is_broken or finite.numel() else ():
                 value = math.nan if is_broken else getattr(finite, reduction)().item()
                 scalars[f"{prefix}/{name}/{reduction}"] = value
         return scalars
 
-    def _broken(self, name: str, flat: Tensor, states: Tensor | None) -> Tensor:
+    def _broken_heads(self, name: str, flat: Tensor, states: Tensor | None) -> Tensor:
         """Which heads should have a value of a statistic and are not finite."""
         if states is None:
             return torch.zeros_like(flat, dtype=torch.bool)
@@ -485,7 +620,7 @@ class Monitor(GuardedHooks, Callback):
         by_layer = self._by_layer(values, is_evaluation)
         scalars: dict[str, float] = {}
         for name, flat in values.items():
-            broken = history.split(self._broken(name, flat, states))
+            broken = history.split(self._broken_heads(name, flat, states))
             for label, heads, bad in zip(history.layers, history.split(flat), broken, strict=True):
                 finite = heads[heads.isfinite()]
                 if name in by_layer and (finite.numel() or bad.any()):
@@ -538,7 +673,7 @@ class Monitor(GuardedHooks, Callback):
     def log_figures(self, trainer: Trainer, step: int) -> None:
         """Draw layer × head heatmaps of the newest values, once a step, in a thread."""
         history = self.history
-        if history is None or step == self._drawn or "drawing" in self._gave_up:
+        if history is None or step == self._drawn or self._failed.get("drawing", 0) >= MOST_FAILURES:
             return
         if not shows_pictures(trainer):
             return
@@ -649,10 +784,11 @@ class Monitor(GuardedHooks, Callback):
             return
         self._at_the_end, self._is_due = True, False
         try:
-            values = self.attempt(lambda: self.measure(trainer, pl_module))
+            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
             if values is not None:
                 # No module may log now.
-                self.attempt(lambda: self.publish(trainer, None, values), "logging")
+                self.attempt(lambda: self.publish(trainer, None, values))
+                self.after_measuring(trainer)
         finally:
             self._at_the_end = False
 
@@ -661,6 +797,35 @@ class Monitor(GuardedHooks, Callback):
         self.note(sentence)
 
     def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self.attempt(lambda: self.measure(trainer, pl_module))
-        if values is not None:
-            self.attempt(lambda: self.publish(trainer, pl_module, values), "logging")
+        self.log_late(trainer, pl_module)
+        values = self.together(trainer, lambda: self.measure(trainer, pl_module))
+        if values is None:
+            return
+        self.count_layers(trainer, pl_module)
+        self.share(trainer, pl_module, values)
+        self.attempt(lambda: self.publish(trainer, pl_module, values))
+        self.after_measuring(trainer)
+
+    def after_measuring(self, trainer: Trainer) -> None:
+        """After a measurement that every process has: begin what is logged late."""
+
+    def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave copies that do not train (teachers, references, averaged weights) out of aggregates."""
+        history = self.history
+        assert history is not None  # remember_layers comes before the first measurement
+        self._counted = None
+        names = [self.module_of(name) for name in self.labels]
+        training = training_layers(trainer, pl_module, names)
+        frozen = [name for name in self.labels if self.module_of(name) not in training]
+        if not frozen:
+            return
+        counts = [self.module_of(name) in training for name in self.labels]
+        self._counted = torch.tensor(counts).repeat_interleave(torch.tensor(history.heads))
+        self.note(
+            f"{shorten(frozen)} do not train, beside others that do: they keep keys of their own, and means, "
+            f"minima and maxima over the model ({self.group}/…/mean) are without them"
+        )
+
+    def module_of(self, name: str) -> str:
+        """Qualified name of the module that a watched name stands for."""
+        return name

@@ -18,10 +18,14 @@ class SumsPool:
     """What the layers' calls add up to since the last :meth:`reset`.
 
     Memory does not grow with the number of calls: sums are pooled as they come.
+
+    Attributes:
+        lost: layer → why a call of it is missing, so that the others say nothing.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
+        self.lost: dict[str, str] = {}
 
     def add(
         self, name: str, sums: AttentionSums | MeanSums, *, heads: int, where: slice | None = None
@@ -60,6 +64,7 @@ class SumsPool:
     def reset(self) -> None:
         """Forget everything."""
         self._sums.clear()
+        self.lost = {}
 
     def into(self, metric: HeadMeans) -> None:
         """Update a metric with what is pooled."""

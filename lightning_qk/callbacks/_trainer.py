@@ -151,16 +151,29 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
 def run_directory(trainer: Trainer) -> str:
     """Folder of this run: the first logger's own, the same on every rank.
 
-    A collective call under several processes.
+    A collective call under several processes, which all of them come to whatever a logger raises.
     """
-    folder = trainer.log_dir
+    try:
+        folder = _own_directory(trainer)
+    except Exception:  # a logger that cannot be reached, say
+        folder = None
+    return trainer.strategy.broadcast(folder or trainer.default_root_dir)
+
+
+def _own_directory(trainer: Trainer) -> str | None:
+    """What this process takes for the run's folder. Not ``trainer.log_dir``, which is a collective call."""
     logger = trainer.logger
+    if logger is None:
+        return None
     # TensorBoard's and CSV's log_dir is a folder of the run; of other loggers it is save_dir, which many runs
     # share: theirs is where ModelCheckpoint puts their checkpoints.
-    if logger is not None and getattr(logger, "log_dir", None) is None and folder is not None:
-        parts = [str(part) for part in (logger.name, logger.version) if part is not None]
-        folder = os.path.join(folder, *parts)
-    return trainer.strategy.broadcast(folder or trainer.default_root_dir)
+    own = getattr(logger, "log_dir", None)
+    if own is not None:
+        return str(own)
+    if logger.save_dir is None:
+        return None
+    parts = [str(part) for part in (logger.name, logger.version) if part is not None]
+    return os.path.join(logger.save_dir, *parts)
 
 
 def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:

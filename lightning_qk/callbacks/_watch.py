@@ -32,6 +32,15 @@ class _Quiet(Monitor):
         self.history = History(self.history.layers, self.history.heads, max_points=2)
         self.history.append(_step(trainer), values)
 
+    def share(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is logged."""
+
+    def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """There are no aggregates."""
+
+    def after_measuring(self, trainer: Trainer) -> None:
+        """No eigenproblem is solved."""
+
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is left to log."""
 

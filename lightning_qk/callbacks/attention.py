@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qk.callbacks._captured import CaptureMonitor, Measured
 from lightning_qk.callbacks._pool import SumsPool
+from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
 from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.statistics import call_sums
@@ -95,6 +96,16 @@ class AttentionMonitor(CaptureMonitor):
     witness = "entropy"
     presence = "max_logit"
 
+    fit_state = {"_measured": int}  # noqa: RUF012 (never changed)
+    running_state = {  # noqa: RUF012 (never changed)
+        "_profile_pool": SumsPool,
+        "_profile_generator": torch.Generator,
+    }
+
+    _measured: int
+    _profile_pool: SumsPool
+    _profile_generator: torch.Generator
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -123,9 +134,6 @@ class AttentionMonitor(CaptureMonitor):
         if rows is not None and rows < 1:
             raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
         self.rows = rows
-        self._measured = 0
-        self._profile_pool = SumsPool()
-        self._profile_generator = torch.Generator()
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -147,9 +155,9 @@ class AttentionMonitor(CaptureMonitor):
         )
         return Measured(found.sums, found.shape[1], found.d_head)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As every monitor of attention."""
-        super().on_fit_start(trainer, pl_module)
+        super().find_layers(trainer, pl_module)
         self._profile_generator.manual_seed(self.seed + trainer.global_rank)
         self._measured = 0
         self._profile_pool.reset()
@@ -177,18 +185,32 @@ class AttentionMonitor(CaptureMonitor):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
         """Statistics of all heads, and the report's curves where they are due; a collective call."""
-        values = super().measure(trainer, pl_module)
-        if values is not None and self._profile_is_due():
-            assert self.history is not None  # super().measure
-            heads = dict(zip(self.labels, self.history.heads, strict=True))
-            metric = HeadMeans(heads, [str(part) for part in range(PROFILE_BINS)]).to(pl_module.device)
-            self._profile_pool.into(metric)
-            curves = torch.stack(list(metric.compute().values())).reshape(PROFILE_BINS, -1).mT.float().cpu()
-            parts = zip(self.labels.values(), curves.split(list(self.history.heads)), strict=True)
-            self._snapshots.append(self.step_of(trainer), dict(parts))
-        self._profile_pool.reset()
+        is_due = self._profile_is_due()
         self._measured += 1
+        try:
+            values = super().measure(trainer, pl_module)
+            if values is not None and is_due:
+                self._measure_profile(trainer, pl_module)
+        finally:
+            self._profile_pool.reset()
         return values
+
+    def _measure_profile(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        history = self.history
+        assert history is not None  # super().measure
+
+        def pooled() -> HeadMeans:
+            heads = dict(zip(self.labels, history.heads, strict=True))
+            metric = HeadMeans(heads, [str(part) for part in range(PROFILE_BINS)]).to(pl_module.device)
+            self._profile_pool.leave_out(self._told | self._profile_pool.lost.keys())
+            self._profile_pool.into(metric)
+            return metric
+
+        metric = alone(all_or_none(trainer, pooled))
+        reduce_states(trainer, metric)
+        curves = torch.stack(list(metric.compute().values())).reshape(PROFILE_BINS, -1).mT.float().cpu()
+        parts = zip(self.labels.values(), curves.split(list(history.heads)), strict=True)
+        self._snapshots.append(self.step_of(trainer), dict(parts))
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means and maxima."""

@@ -1,14 +1,18 @@
 """Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_qk.callbacks._fit_state import nothing
+from lightning_qk.callbacks._losses import Losses, lost_reason
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
+from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
 from lightning_qk.callbacks._watched import matches, matching
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.hidden import HIDDEN_MEANS, HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.blocks import find_blocks
@@ -81,6 +85,27 @@ class HiddenStateMonitor(Monitor):
     witness = "token_norm"
     has_heads = False
 
+    fit_state = {"_names": tuple, "_told": set, "_losses": Losses}  # noqa: RUF012 (never changed)
+    running_state = {  # noqa: RUF012 (never changed)
+        "_generator": torch.Generator,
+        "_capture": nothing,
+        "_metric": nothing,
+        "_lost": dict,
+        "_ran": set,
+    }
+
+    _generator: torch.Generator
+    _capture: HiddenCapture | None
+    _metric: HiddenStatistics | None
+    _names: tuple[str, ...]
+    _told: set[str]
+    """Layers of which processes have agreed on why they are left out."""
+    _losses: Losses
+    _ran: set[str]
+    """Layers that were heard since the last measurement."""
+    _lost: dict[str, str]
+    """Layers whose states at this step are not all in the metric, and why."""
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -110,12 +135,6 @@ class HiddenStateMonitor(Monitor):
         self.tokens = tokens
         self.sequences = sequences
         self.seed = seed
-        self._generator = torch.Generator()
-        self._capture: HiddenCapture | None = None
-        self._metric: HiddenStatistics | None = None
-        self._names: tuple[str, ...] = ()
-        # Those that were heard since the last measurement.
-        self._ran: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -126,9 +145,16 @@ class HiddenStateMonitor(Monitor):
             "seed": self.seed,
         }
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def watched(self) -> Mapping[str, Any]:
+        """Names of the blocks."""
+        return dict.fromkeys(self._names)
+
+    def module_of(self, name: str) -> str:
+        """The block whose input or output is meant."""
+        return name.removeprefix(_EMBEDDING)
+
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and stand behind them before the first forward."""
-        super().on_fit_start(trainer, pl_module)
         blocks, without = find_blocks(pl_module)
         inside = find_attention(pl_module)
         named_in = {name: [name, *(own for own in inside if own.startswith(f"{name}."))] for name in blocks}
@@ -188,31 +214,67 @@ class HiddenStateMonitor(Monitor):
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
         metric = self._metric
-        assert metric is not None  # on_fit_start
-        if metric.device != states.device:
-            metric.to(states.device)
-        sums = hidden_sums(
-            states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
-        )
-        metric.update({name: sums})
-        self._ran.add(name)
+        assert metric is not None  # find_layers
+        if name in self._lost:
+            return
+        try:
+            if metric.device != states.device:
+                metric.to(states.device)
+            sums = hidden_sums(
+                states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
+            )
+            metric.update({name: sums})
+            self._ran.add(name)
+        except UnsupportedCallError:
+            raise
+        except Exception as error:
+            # It says nothing of the block: memory that ran out, say. This measurement is lost.
+            self._lost[name] = lost_reason(error)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
         """Statistics of all layers over the step's micro-batches, reduced over ranks."""
         metric, capture = self._metric, self._capture
-        assert metric is not None  # on_fit_start
+        assert metric is not None  # find_layers
         assert capture is not None
-        self._name_missing(capture)
-        # Every rank takes part, whether or not it heard anything.
-        metric.to(pl_module.device).update({})
-        values = flat_values(metric)
-        self.states = self._states(metric, values, capture)
-        metric.reset()
-        self._ran.clear()
-        return values
+        left_out = self._agree_on_layers(trainer, capture)
+        self.attempt(lambda: self._name_missing(capture), "naming layers")
+
+        def pooled() -> None:
+            # Every rank takes part, whether or not it heard anything.
+            metric.to(pl_module.device).update({})
+            metric.leave_out(left_out)
+
+        try:
+            all_or_none(trainer, pooled)
+            reduce_states(trainer, alone(metric))
+            values = flat_values(metric)
+            self.states = self._states(metric, values, capture, left_out)
+            return values
+        finally:
+            metric.reset()
+            self._lost, self._ran = {}, set()
+
+    def _agree_on_layers(self, trainer: Trainer, capture: HiddenCapture) -> set[str]:
+        """Names of what is left out, since some process could not read it; a collective call."""
+        self._losses.end(self._names, self._lost, capture.problems)
+        rows = [(name in capture.problems, name in self._lost) for name in self._names]
+        found = list(zip(self._names, combine(trainer, rows), strict=True))
+        out = {name for name, (is_out, _) in found if is_out}
+        lost = {name for name, (_, is_lost) in found if is_lost} - out
+        if out - self._told:
+            self.note_left_out(reasons_of_all(trainer, capture.problems))
+            self._told |= out
+        if lost and not self._losses.was_told:
+            self._losses.was_told = True
+            self.note_lost(reasons_of_all(trainer, self._lost))
+        return out | lost
 
     def _states(
-        self, metric: HiddenStatistics, values: Mapping[str, Tensor], capture: HiddenCapture
+        self,
+        metric: HiddenStatistics,
+        values: Mapping[str, Tensor],
+        capture: HiddenCapture,
+        left_out: Collection[str],
     ) -> Tensor:
         """State of every layer, by how many tokens were counted of it."""
         assert metric.counted is not None  # it was computed
@@ -222,17 +284,16 @@ class HiddenStateMonitor(Monitor):
         broken = (tokens != 0) & ~values[self.witness].isfinite() | infinite
         states = torch.where(broken, NOT_FINITE, KNOWN)
         for place, name in enumerate(self._names):
-            problem = capture.problems.get(name)
-            if problem is not None:
-                self.history.reasons[self.labels[name]] = problem
+            if name in left_out:
+                reason = capture.problems.get(name, "its newest measurement failed")
+                self.history.reasons[self.labels[name]] = reason
             if tokens[place] == 0 and states[place] == KNOWN:
                 states[place] = (
-                    LEFT_OUT if problem is not None else NO_DATA if name in self._ran else DID_NOT_RUN
+                    LEFT_OUT if name in left_out else NO_DATA if name in self._ran else DID_NOT_RUN
                 )
         return states
 
     def _name_missing(self, capture: HiddenCapture) -> None:
-        self.note_left_out(capture.problems)
         if capture.unmasked:
             names = sorted(capture.unmasked)
             self.note(
@@ -240,7 +301,7 @@ class HiddenStateMonitor(Monitor):
                 "give the model a two-dimensional attention_mask of the length of its hidden states to have it "
                 "left out"
             )
-        missing = [name for name in self._names if name not in capture.heard and name not in capture.problems]
+        missing = [name for name in self._names if name not in capture.heard and name not in self._told]
         if missing:
             self.note(
                 f"no hidden states of {len(missing)} of {len(self._names)} layers were seen ({shorten(missing)}): "
@@ -253,8 +314,9 @@ class HiddenStateMonitor(Monitor):
     ) -> dict[str, float]:
         """Mean, minimum and maximum over the blocks."""
         is_block = torch.tensor([not name.startswith(_EMBEDDING) for name in self._names])
-        blocks = {name: flat[is_block] for name, flat in values.items()}
-        return super().over_the_model(blocks, prefix, states=None if states is None else states[is_block])
+        blocks = {name: torch.where(is_block, flat, torch.nan) for name, flat in values.items()}
+        states = None if states is None else torch.where(is_block, states, KNOWN)
+        return super().over_the_model(blocks, prefix, states=states)
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""

@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_qk.callbacks._fit_state import nothing
 from lightning_qk.callbacks._monitor import Monitor, flat_values
+from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
 from lightning_qk.callbacks._recorder import CallRecorder, models_and_doors
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
@@ -112,6 +114,13 @@ class AttentionProbes(Monitor):
     witness = ""  # a head may have no value when all is well
     subject = ""
 
+    fit_state = {"head_report": nothing, "_validations": int}  # noqa: RUF012 (never changed)
+    running_state = {"_recorder": nothing}  # noqa: RUF012 (never changed)
+
+    head_report: HeadReport | None
+    _validations: int
+    _recorder: CallRecorder | None
+
     def __init__(
         self,
         probes: Sequence[str] = ("explanation", "exchangeability", "parallel_context"),
@@ -171,9 +180,6 @@ class AttentionProbes(Monitor):
         self.irrelevant = irrelevant
         self.heads = heads
         self.seed = seed
-        self.head_report: HeadReport | None = None
-        self._validations = 0
-        self._recorder: CallRecorder | None = None
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -271,9 +277,11 @@ class AttentionProbes(Monitor):
         if recorder is None:
             return
         recorder.remove()
-        values = self.attempt(lambda: self._probe(trainer, pl_module, recorder))
+        values = self.together(trainer, lambda: self._probe(trainer, pl_module, recorder))
         if values is not None:
-            self.attempt(lambda: self.publish(trainer, pl_module, values), "logging")
+            self.count_layers(trainer, pl_module)
+            self.share(trainer, pl_module, values, at_epoch_end=True)
+            self.attempt(lambda: self.publish(trainer, pl_module, values))
         if self.heads:
             self._class_heads(trainer, pl_module, recorder)
         recorder.clear()
@@ -310,9 +318,33 @@ class AttentionProbes(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, recorder: CallRecorder
     ) -> dict[str, Tensor] | None:
         """Statistic → flat values of all heads, reduced over ranks; a collective call."""
+        before = len(self.notes)
+        found, heads, cross = all_or_none(trainer, lambda: self._run_all(trainer, pl_module, recorder))
+        heads, cross = self._agree(trainer, heads, cross, self.notes[before:])
+        order = [name for name in find_attention(pl_module) if name in heads] if heads else []
+        heads = {name: heads[name] for name in order}
+        if not heads:
+            return None
+
+        def pooled() -> ProbeMeans:
+            self.remember_layers(heads, cross)
+            statistics = [statistic for name in self.probes for statistic in STATISTICS[name]]
+            metric = ProbeMeans(heads, statistics).to(pl_module.device)
+            for values in found:
+                for statistic, layers in values.items():
+                    metric.update(statistic, layers)
+            return metric
+
+        metric = alone(all_or_none(trainer, pooled))
+        reduce_states(trainer, metric)
+        return flat_values(metric)
+
+    def _run_all(
+        self, trainer: Trainer, pl_module: LightningModule, recorder: CallRecorder
+    ) -> tuple[list[_Values], dict[str, int], set[str]]:
+        """What the probes found here, heads of its layers, and which are cross-attention; no collective call."""
         found: list[_Values] = []
         cross: set[str] = set()
-        before = len(self.notes)
         for index, model in enumerate(recorder.models):
             prefix = next(name for name, module in pl_module.named_modules() if module is model)
             for call in recorder.calls[index]:
@@ -335,18 +367,7 @@ class AttentionProbes(Monitor):
             for each in values.values()
             for layer, value in each.items()
         }
-        heads, cross = self._agree(trainer, heads, cross, self.notes[before:])
-        order = [name for name in find_attention(pl_module) if name in heads] if heads else []
-        heads = {name: heads[name] for name in order}
-        if not heads:
-            return None
-        self.remember_layers(heads, cross)
-        statistics = [statistic for name in self.probes for statistic in STATISTICS[name]]
-        metric = ProbeMeans(heads, statistics).to(pl_module.device)
-        for values in found:
-            for statistic, layers in values.items():
-                metric.update(statistic, layers)
-        return flat_values(metric)
+        return found, heads, cross
 
     def _run(self, trainer: Trainer, name: str, model: nn.Module, call: dict[str, Any]) -> _Values:
         """One probe on one batch, in the precision of the trainer."""
@@ -402,11 +423,11 @@ class AttentionProbes(Monitor):
         return heads, cross
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
-        """Send the values to the history, the loggers and ``trainer.callback_metrics``."""
+        """Send the values to the history and the loggers."""
         assert self.history is not None  # _probe
         step = logging_step(trainer)
         self.history.append(step, values)
-        self.log_values(trainer, pl_module, values, step, at_epoch_end=True)
+        self.log_values(trainer, values, step)
 
     def _class_heads(self, trainer: Trainer, pl_module: LightningModule, recorder: CallRecorder) -> None:
         """Class the heads on rank zero, and let the others know how many are of each class."""

@@ -7,7 +7,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_qk.callbacks._fit_state import nothing
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
+from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
 from lightning_qk.callbacks._watched import WatchedReader
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.plan import LayerPlan
@@ -102,6 +104,45 @@ class QKSpectrumMonitor(Monitor):
     witness = "trace"
     subject = "query and key weights"
 
+    fit_state = {  # noqa: RUF012 (never changed)
+        "_eigenvalues": dict,
+        "_eigenvalues_step": nothing,
+        "_shapes": dict,
+        "_cross": set,
+        "_singular_state": nothing,
+        "_goes_on": bool,
+        "_step_of_weights": nothing,
+    }
+    running_state = {  # noqa: RUF012 (never changed)
+        "_singular": nothing,
+        "_cores": list,
+        "_metric": nothing,
+        "_reader": nothing,
+        "_worker": EigenvalueWorker,
+        "_unshared": nothing,
+        "_late_values": dict,
+    }
+
+    _eigenvalues: Mapping[str, Tensor]
+    _eigenvalues_step: int | None
+    _shapes: dict[str, LayerShape]
+    _cross: set[str]
+    _singular_state: dict[str, Any] | None
+    """What a checkpoint had of the singular values."""
+    _goes_on: bool
+    """Whether a checkpoint was loaded."""
+    _step_of_weights: int | None
+    """The trainer's step after which weights were measured last."""
+    _singular: SingularValues | None
+    _cores: list[Cores]
+    _metric: QKSpectrum | None
+    _reader: WatchedReader | None
+    _worker: EigenvalueWorker
+    _late_values: dict[str, Tensor]
+    """Values of solved spectra that are not shared yet."""
+    _unshared: int | None
+    """The step whose spectra ``trainer.callback_metrics`` have yet to get: the same on every process."""
+
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -144,15 +185,6 @@ class QKSpectrumMonitor(Monitor):
             self.statistics = (*self.statistics, *SINGULAR_STATISTICS)
         self.check_layer_statistics()
         self.fold_norm = fold_norm
-        self._singular: SingularValues | None = None
-        self._cores: list[Cores] = []
-        self._metric: QKSpectrum | None = None
-        self._reader: WatchedReader | None = None
-        self._worker = EigenvalueWorker()
-        self._eigenvalues: Mapping[str, Tensor] = {}
-        self._eigenvalues_step: int | None = None
-        self._shapes: dict[str, LayerShape] = {}
-        self._cross: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -164,9 +196,12 @@ class QKSpectrumMonitor(Monitor):
             "singular": self.singular,
         }
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def watched(self) -> Mapping[str, Any]:
+        """Name of each layer → its heads."""
+        return {} if self._metric is None else self._metric.heads
+
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers."""
-        super().on_fit_start(trainer, pl_module)
         self._reader = reader = WatchedReader(
             pl_module, self.modules, fold_norm=self.fold_norm, root=trainer.strategy.model
         )
@@ -194,6 +229,7 @@ class QKSpectrumMonitor(Monitor):
         self._note_positions(layers)
         self._metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
         self._singular = SingularValues(heads) if self.singular else None
+        self._late_values = self._no_late_values()
 
     def _note_positions(self, layers: Mapping[str, LayerPlan]) -> None:
         """Say once where positions do something to the logits that the spectra do not show."""
@@ -214,8 +250,29 @@ class QKSpectrumMonitor(Monitor):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
-        if trainer.global_step == 0 and self.history is not None and not len(self.history):
-            self.attempt(lambda: self._remember_start(trainer, pl_module))
+        if self._goes_on:
+            self.attempt(self._recall_weights, "remembering weights")
+        elif trainer.global_step == 0:
+            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
+            if values is not None:
+                self.attempt(lambda: self._remember_start(values))
+
+    def _remember_start(self, values: dict[str, Tensor]) -> None:
+        assert self.history is not None  # find_layers
+        self.history.append(-1, values, self.states)
+        self.note_non_finite(self.states, "before the first step")
+        self._worker.submit(-1, self._cores)
+
+    def _recall_weights(self) -> None:
+        """Of a resumed run, what the next change of the weights is against."""
+        if self._singular is None or self._singular_state is None:
+            return
+        self._singular.load_state_dict(self._singular_state)
+        if not self._singular.remembers_weights:
+            # They were measured at the step of the checkpoint, and are the weights that were loaded.
+            assert self._reader is not None  # find_layers
+            self._singular.cores(self._reader)
+        self._singular_state = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has, where ``trainer.callback_metrics`` can have it too."""
@@ -228,10 +285,24 @@ class QKSpectrumMonitor(Monitor):
         self.log_late(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, with what the worker still has, and the eigenvalues of a few steps."""
+        """The history, with what the worker still has, eigenvalues of a few steps, and weights measured last.
+
+        Of the weights only what a resumed run could not read again: they changed since.
+        """
         if self._worker.pending is not None:
-            self.attempt(self._complete_history, "logging")
-        return super().state_dict()
+            self.attempt(self._complete_history)
+        state = super().state_dict()
+        if self._singular is not None:
+            trainer = None if self._fit is None else self._fit[0]()
+            is_new = trainer is not None and trainer.global_step == self._step_of_weights
+            state["singular"] = self._singular.state_dict(weights=not is_new)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._goes_on = True
+        self._singular_state = state_dict.get("singular")
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has; then as every monitor."""
@@ -246,19 +317,21 @@ class QKSpectrumMonitor(Monitor):
         """The weights are there."""
         return True
 
-    def _remember_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        values = self.measure(trainer, pl_module)
-        assert self.history is not None  # on_fit_start
-        assert self._metric is not None
-        self.history.append(-1, values, self.states)
-        self.note_non_finite(self.states, "before the first step")
-        self._worker.submit(-1, self._cores)
-
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Moments of all heads, reduced over ranks."""
         metric = self._metric
-        reader = self._reader
-        assert metric is not None  # on_fit_start
+        assert metric is not None  # find_layers
+        all_or_none(trainer, lambda: self._read_weights(pl_module))
+        self._step_of_weights = trainer.global_step
+        reduce_states(trainer, alone(metric))
+        values = flat_values(metric)
+        assert self._reader is not None  # find_layers
+        self.states = self._states(self._reader, metric, values)
+        return values
+
+    def _read_weights(self, pl_module: LightningModule) -> None:
+        metric, reader = self._metric, self._reader
+        assert metric is not None  # find_layers
         assert reader is not None
         metric.to(pl_module.device).reset()
         if reader.refresh():
@@ -267,9 +340,6 @@ class QKSpectrumMonitor(Monitor):
         self._cores = metric.cores
         if self._singular is not None:
             self._cores = [*metric.cores, *self._singular.cores(reader)]
-        values = flat_values(metric)
-        self.states = self._states(reader, metric, values)
-        return values
 
     def _states(self, reader: WatchedReader, metric: QKSpectrum, values: Mapping[str, Tensor]) -> Tensor:
         """State of every head: cross-attention has no eigenvalues, and yet weights that may not be finite."""
@@ -301,53 +371,87 @@ class QKSpectrumMonitor(Monitor):
         assert self.history is not None  # on_fit_start
         self.history.reasons |= {self.labels[name]: reason for name, reason in lost.items()}
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
-        """As every monitor; then start on the eigenvalues, once those of the measurement before are logged."""
-        self.log_late(trainer, pl_module)
-        super().publish(trainer, pl_module, values)
-        self._worker.submit(self.step_of(trainer), self._cores)
+    def after_measuring(self, trainer: Trainer) -> None:
+        """Start on the eigenvalues."""
+        step = self.step_of(trainer)
+        self._unshared = step
+        self.attempt(lambda: self._worker.submit(step, self._cores), "solving eigenproblems")
 
     def log_late(
         self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
     ) -> None:
         """Log spectra that were left to the worker; then as every monitor.
 
-        Every rank has the same weights or gathered them: nothing is reduced, so that this is no collective
-        call and may run after an exception.
+        Every process solves the same eigenproblems. With a module, which every process comes with, one that could
+        not solve some takes the others' values, in a collective call; without, nothing is reduced, so that it may
+        run after an exception.
         """
+        late = None
         if self._worker.pending is not None:
-            self.attempt(lambda: self._collect_and_log(trainer, pl_module, at_epoch_end), "logging")
+            late = self.attempt(self._take, "solving eigenproblems")
+        if pl_module is not None and self._unshared is not None:
+            self._unshared = None
+            values = fill_from_others(trainer, self._late_values if late is None else late[1])
+            self._late_values = self._no_late_values()
+            self.share(trainer, pl_module, values, at_epoch_end=at_epoch_end)
+            if late is not None:
+                late = late[0], values
+        elif late is not None:
+            self._late_values = late[1]
+        if late is not None:
+            self.attempt(lambda: self._log_solved(trainer, *late))
         super().log_late(trainer, pl_module, at_epoch_end=at_epoch_end)
 
-    def _complete_history(self) -> tuple[Solved, dict[str, Tensor]]:
+    def _take(self) -> tuple[Solved, dict[str, Tensor]]:
+        try:
+            return self._solved()
+        finally:
+            self._worker.collect()
+
+    def _solved(self) -> tuple[Solved, dict[str, Tensor]]:
         solved = self._worker.peek()
-        assert solved is not None  # both callers ask first
-        assert self.history is not None  # on_fit_start
-        assert self._metric is not None
+        assert solved is not None  # all callers ask first
+        assert self._metric is not None  # find_layers
         values = extreme_values(solved.spectra, self._metric.heads, self.offsets)
         if self._singular is not None:
             values |= self._singular.values(solved.step, solved.spectra)
+        if solved.failed:
+            self.note(
+                f"{len(solved.failed)} eigenproblems at step {solved.step} did not converge "
+                f"({shorten(list(solved.failed))}): these heads have no eigenvalues there; training goes on"
+            )
+        return solved, values
+
+    def _no_late_values(self) -> dict[str, Tensor]:
+        """What a process has where it solved nothing."""
+        assert self._metric is not None  # find_layers
+        nothing_solved = extreme_values({}, self._metric.heads, self.offsets)
+        size = sum(self._metric.heads.values())
+        if self.singular:
+            nothing_solved |= {name: torch.full((size,), torch.nan) for name in SINGULAR_STATISTICS}
+        return nothing_solved
+
+    def _complete_history(self) -> None:
+        self._complete(*self._solved())
+
+    def _complete(self, solved: Solved, values: Mapping[str, Tensor]) -> None:
+        assert self.history is not None  # find_layers
+        assert self._metric is not None
         self.history.complete(solved.step, values)
         self._eigenvalues = {
             name: solved.spectra[name] for name in self._metric.heads if name in solved.spectra
         }
         self._eigenvalues_step = solved.step
         self._snapshots.append(solved.step, self._complex_by_label())
-        return solved, values
 
     def _complex_by_label(self) -> dict[str, Tensor]:
         return {self.labels[name]: value for name, value in self._eigenvalues.items() if value.is_complex()}
 
-    def _collect_and_log(
-        self, trainer: Trainer, pl_module: LightningModule | None, at_epoch_end: bool
-    ) -> None:
-        try:
-            solved, values = self._complete_history()
-        finally:
-            self._worker.collect()
+    def _log_solved(self, trainer: Trainer, solved: Solved, values: dict[str, Tensor]) -> None:
+        self._complete(solved, values)
         if solved.step < 0:
             return
-        self.log_values(trainer, pl_module, values, solved.step, at_epoch_end=at_epoch_end)
+        self.log_values(trainer, values, solved.step)
         eigenvalues = [value.flatten() for value in self._eigenvalues.values() if value.is_complex()]
         if trainer.is_global_zero and eigenvalues:
             flat = torch.cat(eigenvalues)

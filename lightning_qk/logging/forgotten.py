@@ -7,20 +7,30 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+_MAX_FAILURES = 3
+"""After so many points in a row that could not be written no more are tried."""
+
 
 class Forgotten:
     """Points that a :class:`~lightning_qk.logging.history.History` let go to bound its memory.
 
     They lie in a file without a name, which is gone with the process; nothing is opened until a first point comes.
+    Where the file cannot be written, points are lost and nothing else: those that were written stay.
+
+    Attributes:
+        problem: why points were lost, a sentence; None where none was.
     """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
         self._points: list[tuple[int, tuple[str, ...], int]] = []
+        self._end = 0
+        self._failed = 0
+        self.problem: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Empty: another process cannot have the file."""
-        return {"_file": None, "_points": []}
+        return vars(Forgotten())
 
     def keep(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Write a point.
@@ -29,12 +39,29 @@ class Forgotten:
             step: its step.
             values: statistic → float32 values of all heads, ``(heads,)``.
         """
+        if self._failed >= _MAX_FAILURES:
+            return
+        try:
+            self._write(step, values)
+        except OSError as error:
+            self._failed += 1
+            self.problem = (
+                "points that are thinned out of the history could not be kept for the table of every head "
+                f"({error}): set TMPDIR to a folder with space"
+            )
+        else:
+            self._failed = 0
+
+    def _write(self, step: int, values: Mapping[str, Tensor]) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="lightning_qk_")  # noqa: SIM115 (open while the run goes on)
-        table = torch.stack([value.to("cpu", torch.float32) for value in values.values()])
-        offset = self._file.seek(0, 2)
-        self._file.write(table.numpy().tobytes())
-        self._points.append((step, tuple(values), offset))
+            # Without a buffer: what a full disk refuses must not be written with a later point.
+            self._file = tempfile.TemporaryFile(prefix="lightning_qk_", buffering=0)  # noqa: SIM115 (open while the run goes on)
+        data = torch.stack([value.to("cpu", torch.float32) for value in values.values()]).numpy().tobytes()
+        self._file.seek(self._end)
+        if self._file.write(data) != len(data):
+            raise OSError("no space left on the device")
+        self._points.append((step, tuple(values), self._end))
+        self._end += len(data)
 
     def cut(self, step: int) -> None:
         """Let go what came at a step or after it: the run was set back."""
@@ -47,6 +74,8 @@ class Forgotten:
             if statistic in names:
                 assert self._file is not None  # there is a point
                 self._file.seek(offset + names.index(statistic) * heads * 4)
-                rows.append(torch.frombuffer(bytearray(self._file.read(heads * 4)), dtype=torch.float32))
-                steps.append(step)
+                data = self._file.read(heads * 4)
+                if len(data) == heads * 4:
+                    rows.append(torch.frombuffer(bytearray(data), dtype=torch.float32))
+                    steps.append(step)
         return steps, torch.stack(rows) if rows else torch.empty(0, heads)

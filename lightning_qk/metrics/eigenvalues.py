@@ -31,19 +31,61 @@ def solve(cores: Sequence[Cores]) -> dict[str, Tensor]:
         Layer name → complex eigenvalues ``(heads, d_head)`` in descending order of modulus, or real singular
         values in descending order.
     """
+    return solve_each(cores)[0]
+
+
+def solve_each(cores: Sequence[Cores]) -> tuple[dict[str, Tensor], list[str]]:
+    """As :func:`solve`, and which heads have no spectrum: one eigenproblem that fails takes no other with it.
+
+    Returns:
+        Layer name → spectrum, NaN for a head whose eigenproblem failed; and what failed, as "name (head 3)".
+    """
     spectra: dict[str, Tensor] = {}
+    failed: list[str] = []
     for part in cores:
         matrices = part.matrices.cpu()
-        values = core_eigenvalues(matrices) if part.bilinear else core_singular_values(matrices)
+        try:
+            values = _spectra(matrices, part.bilinear)
+        except Exception:
+            values = torch.stack(
+                [
+                    _spectra_by_head(layer, part.bilinear, name, failed)
+                    for name, layer in zip(part.names, matrices, strict=True)
+                ]
+            )
         spectra.update(zip(part.names, values, strict=True))
-    return spectra
+    return spectra, failed
+
+
+def _spectra(matrices: Tensor, bilinear: bool) -> Tensor:
+    return core_eigenvalues(matrices) if bilinear else core_singular_values(matrices)
+
+
+def _spectra_by_head(matrices: Tensor, bilinear: bool, name: str, failed: list[str]) -> Tensor:
+    heads = []
+    for head, matrix in enumerate(matrices):
+        try:
+            heads.append(_spectra(matrix, bilinear))
+        except Exception:  # noqa: PERF203 (a few heads of one layer that failed)
+            failed.append(f"{name} (head {head})")
+            kind = matrix.dtype.to_complex() if bilinear else matrix.dtype
+            heads.append(torch.full(matrix.shape[:1], torch.nan, dtype=kind))
+    kind = next((values.dtype for values in heads if values.isfinite().all()), heads[0].dtype)
+    return torch.stack([values.to(kind) for values in heads])
 
 
 class Solved(NamedTuple):
-    """Spectra, and the step whose weights they are those of."""
+    """Spectra, and the step whose weights they are those of.
+
+    Attributes:
+        step: the step.
+        spectra: layer name → spectrum, NaN for a head whose eigenproblem failed.
+        failed: which heads those are.
+    """
 
     step: int
     spectra: Mapping[str, Tensor]
+    failed: Sequence[str] = ()
 
 
 class EigenvalueWorker:
@@ -66,7 +108,7 @@ class EigenvalueWorker:
     def __init__(self, *, one_core: bool = False) -> None:
         self._one_core = one_core
         self._thread: ThreadPoolExecutor | None = None
-        self._pending: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._pending: tuple[int, Future[tuple[dict[str, Tensor], list[str]]]] | None = None
 
     @property
     def pending(self) -> int | None:
@@ -108,7 +150,7 @@ class EigenvalueWorker:
         if self._pending is None:
             return None
         step, future = self._pending
-        return Solved(step, future.result())
+        return Solved(step, *future.result())
 
     def close(self) -> None:
         """End the thread. What is pending is lost."""
@@ -141,8 +183,10 @@ def _to_host(cores: Cores) -> tuple[Cores, "torch.cuda.Event | None"]:
     return cores._replace(matrices=host), copied
 
 
-def _solve_copies(copies: "Sequence[tuple[Cores, torch.cuda.Event | None]]") -> dict[str, Tensor]:
+def _solve_copies(
+    copies: "Sequence[tuple[Cores, torch.cuda.Event | None]]",
+) -> tuple[dict[str, Tensor], list[str]]:
     for _, copied in copies:
         if copied is not None:
             copied.synchronize()
-    return solve([cores for cores, _ in copies])
+    return solve_each([cores for cores, _ in copies])

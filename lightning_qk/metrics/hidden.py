@@ -1,6 +1,6 @@
 """Statistics of hidden states as a metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +66,13 @@ class HiddenStatistics(Metric):
             if call.maximum.shape[1]:
                 largest = call.maximum.amax(1).to(self.maximum)
                 self.maximum[:, place] = torch.maximum(self.maximum[:, place], largest)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget what was seen of some layers."""
+        places = [self._places[name] for name in names]
+        self.total[:, places] = 0.0
+        self.weight[:, places] = 0.0
+        self.maximum[:, places] = -torch.inf
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all layers, shape ``(layers,)``; NaN for a layer that nothing was seen of."""

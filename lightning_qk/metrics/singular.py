@@ -1,6 +1,7 @@
 """Singular values of ``W_QK`` and the size of its updates, of every head of a model."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,27 @@ class SingularValues:
         self._scales: dict[str, float] = {}
         # Step → spectral norms, of the two newest steps: changes are against the older one.
         self._norms: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def remembers_weights(self) -> bool:
+        """Whether there are weights that the next change is against."""
+        return bool(self._before)
+
+    def state_dict(self, *, weights: bool) -> dict[str, Any]:
+        """What the next change is against.
+
+        Args:
+            weights: the copies of the weights too; without, :meth:`cores` has to be called with the same weights.
+        """
+        return {
+            "before": {name: list(pair) for name, pair in self._before.items()} if weights else {},
+            "norms": {step: dict(norms) for step, norms in self._norms.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was."""
+        self._before = {name: (pair[0], pair[1]) for name, pair in state["before"].items()}
+        self._norms = {int(step): dict(norms) for step, norms in state["norms"].items()}
 
     @torch.no_grad()
     def cores(self, projections: Mapping[str, HeadProjections]) -> list[Cores]:

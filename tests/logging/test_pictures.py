@@ -71,7 +71,11 @@ def test_drawing_that_fails_is_said_once_and_training_goes_on(
     trainer = models.trainer([monitor], logger=TensorBoardLogger(tmp_path))
     trainer.fit(models.Job(), models.tokens())
     assert trainer.global_step == 4
-    assert monitor.notes == ["it stopped drawing (RuntimeError: no font); training goes on"]
+    reason = "(RuntimeError: no font)"
+    assert monitor.notes == [
+        f"drawing failed once {reason}; it is tried again, and training goes on",
+        f"it stopped drawing after 3 failures in a row {reason}; training goes on",
+    ]
     assert threads() == []
 
 

@@ -1,0 +1,194 @@
+"""What the processes of a job decide together, so that none waits for another that has given up.
+
+Whatever is computed on one process may fail there alone: memory, a disk, LAPACK. A collective call that is left
+out by one process makes the others wait until the backend's timeout. So a measurement has three parts: what each
+process does for itself, a word among all of them on whether it worked, and the collective calls, which are made by
+all or by none.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+_T = TypeVar("_T")
+
+
+class FailedTogether(RuntimeError):
+    """Something failed on at least one process, and is given up on all of them; raised on each."""
+
+
+def is_distributed(trainer: Trainer) -> bool:
+    """Whether there are other processes to agree with; the same on all of them."""
+    distributed = torch.distributed
+    return trainer.world_size > 1 and distributed.is_available() and distributed.is_initialized()
+
+
+def has_others() -> bool:
+    """As :func:`is_distributed`, where no trainer is at hand."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def agree(trainer: Trainer, error: Exception | None = None, *, facts: str = "") -> None:
+    """Raise on every process where one of them brings an error; a collective call.
+
+    Args:
+        trainer: the trainer.
+        error: what failed here; None where nothing did.
+        facts: what has to be the same on every process for the collective calls that follow.
+
+    Raises:
+        FailedTogether: naming the first process that failed; or the facts differ.
+        Exception: ``error``, where there is one process.
+    """
+    if not is_distributed(trainer):
+        if error is not None:
+            raise error
+        return
+    if isinstance(error, FailedTogether):
+        raise error  # agreed on already
+    digest = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:7], "big")
+    word = torch.tensor([int(error is not None), digest, -digest], device=device_of(trainer))
+    torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
+    failed, largest, smallest = word.tolist()
+    if failed:
+        raise FailedTogether(_first_error(error)) from error
+    if largest != -smallest:
+        raise FailedTogether("the attention layers are not the same on every process")
+
+
+def device_of(trainer: Trainer) -> torch.device:
+    """Where the tensors of collective calls have to be."""
+    return trainer.strategy.root_device
+
+
+def _first_error(error: Exception | None) -> str:
+    own = None if error is None else f"{type(error).__name__}: {error}"
+    found: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    rank, text = next((rank, text) for rank, text in enumerate(found) if text is not None)
+    return f"{text}, in process {rank} of {len(found)}"
+
+
+def all_or_none(
+    trainer: Trainer, action: Callable[[], _T], *, facts: Callable[[_T], str] | None = None
+) -> _T:
+    """What an action without collective calls returns, if it worked on every process; a collective call.
+
+    Args:
+        trainer: the trainer.
+        action: what each process does for itself.
+        facts: what of its result has to be the same on every process.
+
+    Raises:
+        FailedTogether: it failed on one of several processes.
+        Exception: whatever it raised, where there is one process.
+    """
+    try:
+        result = action()
+        said = "" if facts is None else facts(result)
+    except Exception as error:
+        agree(trainer, error)
+        raise  # not reached: agree raises
+    agree(trainer, facts=said)
+    return result
+
+
+def finish_together(trainer: Trainer, action: Callable[[], _T]) -> _T:
+    """What an action returns that may make collective calls, if it worked on every process; a collective call.
+
+    Of the action's own failures only :class:`FailedTogether` may come before its last collective call.
+
+    Raises:
+        FailedTogether: it failed on one of several processes.
+        Exception: whatever it raised, where there is one process.
+    """
+    try:
+        result = action()
+    except FailedTogether:
+        raise
+    except Exception as error:
+        agree(trainer, error)
+        raise  # not reached: agree raises
+    agree(trainer)
+    return result
+
+
+def alone(metric: Metric) -> Metric:
+    """Keep a metric from reducing its states when it is computed: :func:`reduce_states` does it."""
+    metric.sync_on_compute = False
+    metric._to_sync = False
+    return metric
+
+
+def reduce_states(trainer: Trainer, metric: Metric) -> None:
+    """Reduce the sums and maxima of a metric over all processes, in place; collective calls.
+
+    Nothing is allocated and no shapes are exchanged, so that little is left to fail on one process alone.
+    """
+    if not is_distributed(trainer):
+        return
+    for name, reduction in metric._reductions.items():
+        kind = getattr(reduction, "__name__", "")
+        if kind not in ("dim_zero_sum", "dim_zero_max"):
+            raise NotImplementedError(f"the state {name} of {type(metric).__name__} is no sum and no maximum")
+        operation = (
+            torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
+        )
+        torch.distributed.all_reduce(getattr(metric, name), op=operation)
+
+
+def combine(trainer: Trainer, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The largest of each number over all processes; a collective call.
+
+    Args:
+        trainer: the trainer.
+        rows: whole numbers, as many on every process.
+    """
+    if not is_distributed(trainer) or not rows:
+        return [list(row) for row in rows]
+    table = torch.tensor([list(row) for row in rows], dtype=torch.int64, device=device_of(trainer))
+    torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
+    return table.tolist()
+
+
+def reasons_of_all(trainer: Trainer, reasons: Mapping[str, str]) -> dict[str, str]:
+    """Name → reason, from the first process that has one; a collective call."""
+    if not is_distributed(trainer):
+        return dict(reasons)
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, dict(reasons))
+    out: dict[str, str] = {}
+    for own in reversed(found):
+        out |= own
+    return out
+
+
+def fill_from_others(trainer: Trainer, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over the processes that have a finite value, the same on all of them; a collective call.
+
+    For values that every process computes of the same numbers, each by itself: where one could not, it takes the
+    others'. Values that are finite nowhere stay as they are here.
+
+    Args:
+        trainer: the trainer.
+        values: name → values, the same names and shapes on every process.
+    """
+    if not is_distributed(trainer) or not values:
+        return values
+    table = torch.cat([value.reshape(-1).double().cpu() for value in values.values()])
+    known = table.isfinite()
+    sums = torch.stack([torch.where(known, table, 0.0), known.double()]).to(device_of(trainer))
+    torch.distributed.all_reduce(sums)
+    total, count = sums.cpu()
+    filled = torch.where(count > 0, total / count, table)
+    parts = filled.split([value.numel() for value in values.values()])
+    return {
+        name: part.to(value.dtype).reshape(value.shape)
+        for (name, value), part in zip(values.items(), parts, strict=True)
+    }
