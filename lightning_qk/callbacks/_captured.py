@@ -322,6 +322,7 @@ class CaptureMonitor(Monitor):
         heads = {name: self._heads[name] for name in self._modules if name in self._heads}
         if not heads:
             return None
+        ran = pool.names
 
         def pooled() -> HeadMeans:
             self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
@@ -330,13 +331,45 @@ class CaptureMonitor(Monitor):
             pool.into(metric)
             return metric
 
-        ran = pool.names
-        metric = alone(all_or_none(trainer, pooled))
+        metric = all_or_none(trainer, pooled)
+        alone(metric)
         reduce_states(trainer, metric)
         values = flat_values(metric)
-        self.states = self._states(metric, values, ran)
+        self.states = self._states(metric, values, ran, left_out)
         self.adjust(metric, values)
         return values
+
+    def _states(
+        self,
+        metric: HeadMeans,
+        values: Mapping[str, Tensor],
+        ran: Collection[str],
+        left_out: Collection[str],
+    ) -> Tensor:
+        """State of every head, by how much was counted of it."""
+        assert metric.counted is not None  # it was computed
+        assert self._capture is not None  # _listen_to
+        assert self.history is not None  # _compute
+        rows = metric.counted[metric.statistics.index(self.witness)].cpu()
+        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
+        broken = (rows != 0) & ~values[self.witness].isfinite() | infinite
+        states = torch.where(broken, NOT_FINITE, KNOWN)
+        for name, part in metric.split(states).items():
+            empty = (metric.split(rows)[name] == 0) & (part == KNOWN)
+            if name in left_out:
+                reason = self._capture.problems.get(name, "its newest measurement failed")
+                self.history.reasons[self.labels[name]] = reason
+            own = self._self_attention.get(name)
+            part[empty] = (
+                LEFT_OUT
+                if name in left_out
+                else NO_VALUE
+                if own is False and self.is_of_self_attention
+                else NO_DATA
+                if name in ran
+                else DID_NOT_RUN
+            )
+        return states
 
     def _agree_on_layers(self, trainer: Trainer, pool: SumsPool) -> set[str]:
         """Learn what every process knows of the layers: heads that only calls tell, and which are left out.
@@ -379,32 +412,6 @@ class CaptureMonitor(Monitor):
             self._losses.was_told = True
             self.note_lost(reasons_of_all(trainer, pool.lost))
         return out | lost
-
-    def _states(self, metric: HeadMeans, values: Mapping[str, Tensor], ran: Collection[str]) -> Tensor:
-        """State of every head, by how much was counted of it."""
-        assert metric.counted is not None  # it was computed
-        assert self._capture is not None  # _listen_to
-        assert self.history is not None  # _compute
-        rows = metric.counted[metric.statistics.index(self.witness)].cpu()
-        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
-        broken = (rows != 0) & ~values[self.witness].isfinite() | infinite
-        states = torch.where(broken, NOT_FINITE, KNOWN)
-        for name, part in metric.split(states).items():
-            empty = (metric.split(rows)[name] == 0) & (part == KNOWN)
-            problem = self._capture.problems.get(name)
-            if problem is not None:
-                self.history.reasons[self.labels[name]] = problem
-            own = self._self_attention.get(name)
-            part[empty] = (
-                LEFT_OUT
-                if problem is not None
-                else NO_VALUE
-                if own is False and self.is_of_self_attention
-                else NO_DATA
-                if name in ran
-                else DID_NOT_RUN
-            )
-        return states
 
     def _name_missing(self) -> None:
         capture = self._capture

@@ -120,6 +120,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         "_steps_before": int,
         "_reported": bool,
         "_found_non_finite": bool,
+        "states": nothing,
         "_failed": dict,
         "_lost_in_a_row": int,
         "_counted": nothing,
@@ -144,6 +145,8 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
     _steps_before: int
     _reported: bool
     _found_non_finite: bool
+    states: Tensor | None
+    """State of each head at the newest measurement, see :mod:`lightning_qk.logging.states`."""
     _failed: dict[str, int]
     """What → how many times in a row it failed on this process; for what no other process waits for."""
     _lost_in_a_row: int
@@ -587,7 +590,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         prefix = prefix or self.group
         scalars: dict[str, float] = {}
         for name, flat in values.items():
-            broken = self._broken(name, flat, states)
+            broken = self._broken_heads(name, flat, states)
             if self._counted is not None and self._counted.shape == flat.shape:
                 flat, broken = flat[self._counted], broken[self._counted]
             finite = flat[flat.isfinite()]
@@ -597,7 +600,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
                 scalars[f"{prefix}/{name}/{reduction}"] = value
         return scalars
 
-    def _broken(self, name: str, flat: Tensor, states: Tensor | None) -> Tensor:
+    def _broken_heads(self, name: str, flat: Tensor, states: Tensor | None) -> Tensor:
         """Which heads should have a value of a statistic and are not finite."""
         if states is None:
             return torch.zeros_like(flat, dtype=torch.bool)
@@ -624,7 +627,7 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         by_layer = self._by_layer(values, is_evaluation)
         scalars: dict[str, float] = {}
         for name, flat in values.items():
-            broken = history.split(self._broken(name, flat, states))
+            broken = history.split(self._broken_heads(name, flat, states))
             for label, heads, bad in zip(history.layers, history.split(flat), broken, strict=True):
                 finite = heads[heads.isfinite()]
                 if name in by_layer and (finite.numel() or bad.any()):

@@ -1,6 +1,6 @@
 """Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -102,7 +102,7 @@ class HiddenStateMonitor(Monitor):
     """Layers of which processes have agreed on why they are left out."""
     _losses: Losses
     _ran: set[str]
-    """Those that were heard since the last measurement."""
+    """Layers that were heard since the last measurement."""
     _lost: dict[str, str]
     """Layers whose states at this step are not all in the metric, and why."""
 
@@ -248,12 +248,11 @@ class HiddenStateMonitor(Monitor):
             all_or_none(trainer, pooled)
             reduce_states(trainer, alone(metric))
             values = flat_values(metric)
-            self.states = self._states(metric, values, capture)
+            self.states = self._states(metric, values, capture, left_out)
             return values
         finally:
             metric.reset()
-            self._ran.clear()
-            self._lost = {}
+            self._lost, self._ran = {}, set()
 
     def _agree_on_layers(self, trainer: Trainer, capture: HiddenCapture) -> set[str]:
         """Names of what is left out, since some process could not read it; a collective call."""
@@ -271,7 +270,11 @@ class HiddenStateMonitor(Monitor):
         return out | lost
 
     def _states(
-        self, metric: HiddenStatistics, values: Mapping[str, Tensor], capture: HiddenCapture
+        self,
+        metric: HiddenStatistics,
+        values: Mapping[str, Tensor],
+        capture: HiddenCapture,
+        left_out: Collection[str],
     ) -> Tensor:
         """State of every layer, by how many tokens were counted of it."""
         assert metric.counted is not None  # it was computed
@@ -281,12 +284,12 @@ class HiddenStateMonitor(Monitor):
         broken = (tokens != 0) & ~values[self.witness].isfinite() | infinite
         states = torch.where(broken, NOT_FINITE, KNOWN)
         for place, name in enumerate(self._names):
-            problem = capture.problems.get(name)
-            if problem is not None:
-                self.history.reasons[self.labels[name]] = problem
+            if name in left_out:
+                reason = capture.problems.get(name, "its newest measurement failed")
+                self.history.reasons[self.labels[name]] = reason
             if tokens[place] == 0 and states[place] == KNOWN:
                 states[place] = (
-                    LEFT_OUT if problem is not None else NO_DATA if name in self._ran else DID_NOT_RUN
+                    LEFT_OUT if name in left_out else NO_DATA if name in self._ran else DID_NOT_RUN
                 )
         return states
 

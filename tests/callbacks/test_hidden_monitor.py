@@ -238,7 +238,9 @@ def test_bad_arguments(make, message):
 
 def test_a_module_without_blocks():
     with pytest.raises(ValueError, match="attention stands in a list of blocks, found none in Job"):
-        models.trainer([monitor(on_unreadable="raise")]).fit(models.Job(torch.nn.Linear(2, 2)), models.tokens())
+        models.trainer([monitor(on_unreadable="raise")]).fit(
+            models.Job(torch.nn.Linear(2, 2)), models.tokens()
+        )
 
 
 def test_the_metric_pools_calls():

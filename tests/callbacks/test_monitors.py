@@ -264,7 +264,9 @@ def test_a_monitor_that_fails_does_not_stop_training(monkeypatch):
 
     monkeypatch.setattr(spectrum, "measure", fail)
     trainer = models.trainer([spectrum, attention])
-    with pytest.warns(UserWarning, match=r"stopped measuring after 3 failures in a row \(RuntimeError: no memory\)"):
+    with pytest.warns(
+        UserWarning, match=r"stopped measuring after 3 failures in a row \(RuntimeError: no memory\)"
+    ):
         trainer.fit(models.Job(), models.tokens())
     assert trainer.global_step == 4
     assert len(attention.history) == 4
