@@ -130,7 +130,6 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         "_first_step": int,
         "_last_step": nothing,
         "_failure": nothing,
-        "states": nothing,
     }
     running_state = {"_pictures": Pictures}  # noqa: RUF012 (never changed)
 
@@ -158,8 +157,6 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
     _steps_a_batch: int
     _first_step: int
     _last_step: int | None
-    states: Tensor | None
-    """Of the values that were measured last, one a head."""
     _failure: Exception | None
     """What one of this process's hooks failed with: the other processes learn it at the next measurement."""
     _pictures: Pictures

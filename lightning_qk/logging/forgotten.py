@@ -1,7 +1,6 @@
 """What thinning takes out of a history, kept on disk until the table of every head is written."""
 
 import tempfile
-import warnings
 from collections.abc import Mapping
 from typing import IO, Any
 
