@@ -18,7 +18,7 @@ from lightning_qk.callbacks._guarded import GuardedHooks, Refused
 from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._order import observe_last
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together, has_others
-from lightning_qk.callbacks._self_check import add_self_check
+from lightning_qk.callbacks._self_check import add_self_check, self_check_of
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
@@ -726,6 +726,9 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         from lightning_qk.logging.report import write_report
 
         record = RunRecord(info=model_info(trainer, pl_module))
+        check = self_check_of(trainer)
+        if check is not None and check.lines:
+            record.info["Weights as read"] = check.lines[0]
         for monitor in monitors:
             monitor.contribute(record)
             record.notes.extend(note for note in monitor.notes if note not in record.notes)
