@@ -12,7 +12,6 @@ from lightning_qk._printable import printable
 from lightning_qk.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
 from lightning_qk.coverage.workers import Outcome, run_each
 from lightning_qk.inspect.errors import BadInput
-from lightning_qk.inspect.export import check_targets, write_text
 
 
 def run(args: Sequence[str], prog: str) -> int:
@@ -29,6 +28,9 @@ def run(args: Sequence[str], prog: str) -> int:
         BadInput: a wrong line, or a file that cannot be written.
     """
     options = _parser(prog).parse(args)
+    # After the help, which stays quick.
+    from lightning_qk.inspect.export import check_targets, write_text
+
     if options.jobs < 1 or not 0 < options.timeout < float("inf") or not 256 <= options.memory < 2**40:
         raise BadInput(
             f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "
