@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,16 @@ def run(args: Sequence[str], prog: str) -> int:
         prog: the program's name.
 
     Returns:
-        The exit status: 0 where the bars are met or types were named, 1 where they are missed.
-
-    Raises:
-        BadInput: a wrong line, or a file that cannot be written.
+        The exit status: 0 where the bars are met or types were named, 1 where they are missed, 2 for a wrong line.
     """
+    try:
+        return _run(args, prog)
+    except BadInput as error:
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr)
+        return error.status
+
+
+def _run(args: Sequence[str], prog: str) -> int:
     options = _parser(prog).parse(args)
     # After the help, which stays quick.
     from lightning_qk.inspect.export import check_targets, write_text
