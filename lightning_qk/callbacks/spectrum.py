@@ -323,6 +323,7 @@ class QKSpectrumMonitor(Monitor):
 
         Of the weights only what a resumed run could not read again: they changed since.
         """
+        self._end_step_before_saving()
         if self._worker.pending is not None:
             self.attempt(self._complete_history)
         state = super().state_dict()
