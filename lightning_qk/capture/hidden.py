@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_qk.capture import compiled, listeners
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
+from lightning_qk.capture.copies import hook_after, hook_before
 
 HiddenListener = Callable[[str, Tensor, Tensor | None], None]
 
@@ -227,7 +228,7 @@ class HiddenCapture:
         return states, None
 
 
-# Hooks. They are functions of this module, since copies of a model have them too.
+# Hooks.
 
 
 class _Hooked:
@@ -245,13 +246,12 @@ def _hook(module: nn.Module, kind: str) -> Callable[[], None]:
     known = _hooked.get(key)
     if known is None:
         if kind == OUTPUT:
-            handle = module.register_forward_hook(_after_block)
+            handle = hook_after(module, _after_block)
         elif kind == INPUT:
-            handle = module.register_forward_pre_hook(_before_block, with_kwargs=True)
+            handle = hook_before(module, _before_block)
         else:
             names = _parameters(module)
-            hook = functools.partial(_before_model, names)
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            handle = hook_before(module, functools.partial(_before_model, names))
         known = _hooked[key] = _Hooked(handle)
     known.users += 1
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.heads.errors import UnreadLayer
@@ -106,17 +107,11 @@ class SelfCheck:
             if any(_would_notice(part) for part in module.modules()):
                 continue  # its capture knows what enters it, or nothing is known
             call = self._calls[name]
-            self._handles.append(
-                module.register_forward_pre_hook(functools.partial(_keep_call, call), with_kwargs=True)
-            )
+            self._handles.append(hook_before(module, functools.partial(_keep_call, call)))
             for part in module.modules():
                 if part is not module:
-                    self._handles.append(
-                        part.register_forward_pre_hook(
-                            functools.partial(_keep_inputs, call), with_kwargs=True
-                        )
-                    )
-                    self._handles.append(part.register_forward_hook(functools.partial(_keep_output, call)))
+                    self._handles.append(hook_before(part, functools.partial(_keep_inputs, call)))
+                    self._handles.append(hook_after(part, functools.partial(_keep_output, call)))
         self._capture.install()
         self._capture.enabled = True
 
