@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lightning_qk.module import TransformerModule
     from lightning_qk.probes.head_report import HeadReport
     from lightning_qk.regularizers.locater import locater_penalty
+    from lightning_qk.verification.model import verify
 
 _HOME = {
     "AttentionMonitor": "lightning_qk.callbacks.attention",
@@ -71,6 +72,7 @@ _HOME = {
     "plain_state_dict": "lightning_qk.interventions.sigma_reparam",
     "remove_sigma_reparam": "lightning_qk.interventions.sigma_reparam",
     "spectrum_scaling": "lightning_qk.interventions.spectrum_scaling",
+    "verify": "lightning_qk.verification.model",
 }
 
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "plain_state_dict",
     "remove_sigma_reparam",
     "spectrum_scaling",
+    "verify",
 ]
 
 
