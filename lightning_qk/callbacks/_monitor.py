@@ -232,7 +232,9 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         self._steps_before = trainer.global_step
         # With accumulation, and with an optimizer that is stepped by hand, the step comes with a later batch.
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
-        is_first = not self._steps_measured and not (self.history is not None and self.history.steps[-1:] > [-1])
+        is_first = not self._steps_measured and not (
+            self.history is not None and self.history.steps[-1:] > [-1]
+        )
         if is_first and not self._is_due:
             # A run, or an epoch, that is over before the first step that is due has numbers all the same.
             self._is_due = is_last_chance(trainer, batch_idx, self._steps_a_batch)
@@ -293,8 +295,9 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
 
         With several processes it comes with its turn: one of them alone may ask for the state.
         """
-        trainer, pl_module = (None, None) if self._fit is None else (own() for own in self._fit)
-        if trainer is None or pl_module is None or self.idle or has_others() or not trainer.training:
+        fit: Any = (None, None) if self._fit is None else (self._fit[0](), self._fit[1]())
+        trainer, pl_module = fit
+        if trainer is None or self.idle or has_others() or not trainer.training:
             return
         if self._is_due and trainer.global_step != self._steps_before:
             self.end_batch()

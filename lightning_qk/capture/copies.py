@@ -1,8 +1,9 @@
 """Hooks and wrappers on modules that copies of the modules do not take along.
 
-A deep copy made while somebody listens, such as an average of the weights, gets what hangs on its original. Hooks
-are copied as ones that do nothing and go away at the copy's first forward, or when the originals do. A pickle holds
-a function of the standard library in their place, which does nothing: it can be loaded where this package is not.
+A deep copy made while somebody listens, such as an average of the weights, gets what hangs on its original.
+Hooks are copied as ones that do nothing and go away at the copy's first forward, or when the originals do. A
+pickle holds a function of the standard library in their place, which does nothing: it can be loaded where this
+package is not.
 """
 
 import contextlib

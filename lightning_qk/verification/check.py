@@ -95,6 +95,7 @@ class SelfCheck:
         self.verdicts: dict[str, Verified] = {}
         self.findings: dict[str, Finding] = {}
         self._plans: dict[str, LayerPlan] = {}
+        self._reasons: dict[str, str] = {}
         names = {module: name for name, module in self._sites.items()}
         self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
         self._handles: list[Any] = []
@@ -195,7 +196,8 @@ class SelfCheck:
         again = self._read_again(name, call, operands, inputs, kept)
         if again is not None:
             return again
-        return first or _unchecked(self._reader.unread.get(name, "its weights were not read"))
+        unread = self._reasons.get(name) or self._reader.unread.get(name, "its weights were not read")
+        return first or _unchecked(unread)
 
     def _read_again(
         self,
@@ -207,14 +209,20 @@ class SelfCheck:
     ) -> Verified | None:
         """Read a layer in other ways until one explains its call; None where none does."""
         site = self._places[name]
-        findings = [Finding(layout=layout) for layout in fitting_layouts(site.module)]
+        findings = [
+            Finding(layout=layout, added=added)
+            for layout in fitting_layouts(site.module)
+            for added in ((), *_addable(site.module, operands[0].shape[-1]))
+        ]
         if kept.arguments is not None:
             ways = recorded_trials(site.module, site.config, *kept.arguments)
             findings.append(Finding(ways=tuple(ways)[:1]))
         for finding in findings:
             try:
                 plan = LayerPlan(site, fold_norm=False, finding=finding)
-            except UnreadLayer:
+            except UnreadLayer as reason:
+                if finding.ways:
+                    self._reasons[name] = str(reason)
                 continue
             again = self._compare(plan, call, operands, inputs, kept)
             if again.ok:
@@ -364,6 +372,13 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
     if key < 0:
         return None
     return query == key or _same_values(inputs[query], inputs[key])
+
+
+def _addable(module: nn.Module, d_head: int) -> Iterator[tuple[str, ...]]:
+    """Single parameters of a layer itself that may be added to its queries: some vectors as wide as a head."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.numel() and parameter.numel() % d_head == 0 and parameter.dim() <= 4:
+            yield (name,)
 
 
 def _decided(plan: LayerPlan, is_same: bool | None) -> bool | None:
