@@ -100,6 +100,7 @@ class HiddenStateMonitor(Monitor):
         "_lost": dict,
         "_ran": set,
         "_generated": set,
+        "_ever_generated": set,
     }
 
     _generator: torch.Generator
@@ -113,7 +114,8 @@ class HiddenStateMonitor(Monitor):
     _ran: set[str]
     """Layers that were heard since the last measurement."""
     _generated: set[str]
-    """Layers of which forwards of generation were left out."""
+    """Layers of which forwards of generation were left out since the last measurement."""
+    _ever_generated: set[str]
     _lost: dict[str, str]
     """Layers whose states at this step are not all in the metric, and why."""
 
@@ -201,6 +203,7 @@ class HiddenStateMonitor(Monitor):
         self._metric = HiddenStatistics(self._names)
         self._ran.clear()
         self._generated.clear()
+        self._ever_generated, self._generated_was_told = set(), False
         self._generator.manual_seed(self.seed + trainer.global_rank)
         self._capture = HiddenCapture(
             outputs,
@@ -208,7 +211,7 @@ class HiddenStateMonitor(Monitor):
             inputs=inputs,
             models={block.module: block.models for block in blocks.values()},
             model=pl_module,
-            generated=None if self.cached_calls else self._generated.add,
+            generated=None if self.cached_calls else self._leave_run_out,
         )
         self._capture.install()
 
@@ -227,6 +230,10 @@ class HiddenStateMonitor(Monitor):
         """Stop listening: a validation between two micro-batches is not training."""
         if self._capture is not None:
             self._capture.enabled = False
+
+    def _leave_run_out(self, name: str) -> None:
+        self._generated.add(name)
+        self._ever_generated.add(name)
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
         metric = self._metric
@@ -268,7 +275,7 @@ class HiddenStateMonitor(Monitor):
             return values
         finally:
             metric.reset()
-            self._lost, self._ran = {}, set()
+            self._lost, self._ran, self._generated = {}, set(), set()
 
     def _agree_on_layers(self, trainer: Trainer, capture: HiddenCapture) -> set[str]:
         """Names of what is left out, since some process could not read it; a collective call."""
@@ -321,13 +328,13 @@ class HiddenStateMonitor(Monitor):
                 "give the model a two-dimensional attention_mask of the length of its hidden states to have it "
                 "left out"
             )
-        if self._generated and not self._generated_was_told:
+        if self._ever_generated and not self._generated_was_told:
             self._generated_was_told = True
             self.note(
-                f"{len(self._generated)} of {len(self._names)} layers were also run by generate, which is not "
-                "measured; cached_calls=True measures it too"
+                f"{len(self._ever_generated)} of {len(self._names)} layers were also run by generate, which is "
+                "not measured; cached_calls=True measures it too"
             )
-        seen = capture.heard | self._told | self._generated
+        seen = capture.heard | self._told | self._ever_generated
         missing = [name for name in self._names if name not in seen]
         if missing:
             self.note(

@@ -3,6 +3,7 @@
 import functools
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,6 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@torch.compiler.disable
 def is_running() -> bool:
     """Whether this thread is inside a ``generate`` at which somebody stands."""
     return _thread.depth > 0
@@ -49,7 +49,7 @@ def stand_at_generate(model: nn.Module | None) -> Iterator[Callable[[], None]]:
             kinds.update(
                 (base, None)
                 for base in type(module).__mro__
-                if isinstance(vars(base).get("generate"), type(is_running))
+                if isinstance(vars(base).get("generate"), types.FunctionType)
             )
     for kind in kinds:
         yield stand_in(kind, "generate", _tap)

@@ -131,7 +131,8 @@ class HiddenCapture:
                 return
             compiled.drop_graphs(self._model)
             owners = {id(owner): owner for part in self._models.values() for owner in part}
-            self._give_back = give_back = []
+            give_back: list[Callable[[], None]] = []
+            self._give_back = give_back
             wanted = [
                 *((module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
                 *((module, INPUT) for module in self._first),

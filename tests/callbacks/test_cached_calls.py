@@ -62,7 +62,9 @@ class Generating(models.Job):
             if self.way == "generate":
                 self.said.append(network.generate(**given, max_new_tokens=5, do_sample=False, use_cache=True))
             elif self.way == "without cache":
-                self.said.append(network.generate(**given, max_new_tokens=5, do_sample=False, use_cache=False))
+                self.said.append(
+                    network.generate(**given, max_new_tokens=5, do_sample=False, use_cache=False)
+                )
 
     def loss(self, batch):
         self.generate_here(batch)
@@ -84,10 +86,10 @@ KINDS = {
     "attention": lambda **more: AttentionMonitor(
         rows=5, every_n_eval_batches=1, per_head=True, report=False, figures_every=0, **more
     ),
-    "sinks": lambda **more: SinkMonitor(rows=5, every_n_eval_batches=1, report=False, figures_every=0, **more),
-    "position": lambda **more: PositionMonitor(
-        every_n_eval_batches=1, report=False, figures_every=0, **more
+    "sinks": lambda **more: SinkMonitor(
+        rows=5, every_n_eval_batches=1, report=False, figures_every=0, **more
     ),
+    "position": lambda **more: PositionMonitor(every_n_eval_batches=1, report=False, figures_every=0, **more),
     "hidden": lambda **more: HiddenStateMonitor(report=False, **more),
 }
 
@@ -143,7 +145,7 @@ def test_all_calls_are_pooled_where_asked(kind, monkeypatch):
     _, [watching], trainer = fit(kind, "generate", ("attention",), cached_calls=True)
     with_all = dict(shapes)
     shapes.clear()
-    _, [alone], plain = fit(kind, "none", ("attention",))
+    _, _, plain = fit(kind, "none", ("attention",))
     assert with_all.keys() == shapes.keys()
     for name, calls in shapes.items():
         assert len(calls) == 3  # two steps and one batch of validation
@@ -161,7 +163,10 @@ def shapes_of(job, **more):
     watching = KINDS["attention"](**more)
     heard = []
     hear = watching._hear
-    watching._hear = lambda name, call: (heard.append((call.query.shape[2], call.key.shape[2])), hear(name, call))
+    watching._hear = lambda name, call: (
+        heard.append((call.query.shape[2], call.key.shape[2])),
+        hear(name, call),
+    )
     models.trainer([watching], max_steps=1, log_every_n_steps=1).fit(job, models.tokens(8, 9))
     return heard, watching
 
