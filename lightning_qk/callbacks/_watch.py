@@ -61,6 +61,9 @@ class _Quiet(Monitor):
 class QuietAttention(_Quiet, AttentionMonitor):
     """Attention statistics of a few rows, for a guard."""
 
+    def name_cached_calls(self) -> None:
+        """A guard has no argument for them."""
+
     def draw_from(self, rank: int, step: int, batch: int) -> None:
         """Rows of a batch depend on these numbers alone."""
         self._generator.manual_seed((self.seed + rank) + 1_000_003 * (step + 1) + 7_919 * batch)

@@ -1,9 +1,8 @@
 """Hooks and wrappers on modules that copies of the modules do not take along.
 
-A deep copy made while somebody listens, such as an average of the weights, gets what hangs on its original.
-Hooks are copied as ones that do nothing and go away at the copy's first forward, or when the originals do. A
-pickle holds a function of the standard library in their place, which does nothing: it can be loaded where this
-package is not.
+A deep copy made while somebody listens, such as an average of the weights, gets what hangs on its original. Hooks
+are copied as ones that do nothing and go away at the copy's first forward, or when the originals do. In a pickle,
+a function of the standard library that does nothing takes their place, so that it loads without this package.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture import compiled, listeners
+from lightning_qk.capture import compiled, generation, listeners
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
 from lightning_qk.capture.copies import hook_after, hook_before
 
@@ -67,6 +67,8 @@ class HiddenCapture:
         listener: called with the name, the states ``(batch, n, d)`` and the mask ``(batch, n)``, boolean, or None,
             with autograd off, in the thread of the forward. It must not modify the states, nor keep them.
         model: what the blocks are part of, asked whether it was compiled before.
+        generated: called with the name, in place of the listener, for forwards within transformers'
+            ``generate``. None: they are handed on as all others.
 
     Attributes:
         problems: name → why its states cannot be used; it is not listened to any more then.
@@ -82,6 +84,7 @@ class HiddenCapture:
         inputs: Mapping[nn.Module, str] | None = None,
         models: Mapping[nn.Module, Sequence[nn.Module]] | None = None,
         model: nn.Module | None = None,
+        generated: Callable[[str], None] | None = None,
     ) -> None:
         inputs, models = inputs or {}, models or {}
         self._blocks = list({**outputs, **inputs})  # keeps the ids valid
@@ -95,6 +98,7 @@ class HiddenCapture:
         }
         self._listener = listener
         self._model = model
+        self._generated = generated
         self._enabled = False
         self._give_back: list[Callable[[], None]] | None = None
         self._given: dict[int, _Given] = {}
@@ -127,13 +131,16 @@ class HiddenCapture:
                 return
             compiled.drop_graphs(self._model)
             owners = {id(owner): owner for part in self._models.values() for owner in part}
-            self._give_back = give_back = []
+            give_back: list[Callable[[], None]] = []
+            self._give_back = give_back
             wanted = [
                 *((module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
                 *((module, INPUT) for module in self._first),
                 *((owner, MASK) for owner in owners.values()),
             ]
             try:
+                if self._generated is not None:
+                    give_back.extend(generation.stand_at_generate(self._model))
                 for module, kind in wanted:
                     give_back.append(_hook(module, kind))
                 for module in (*self._blocks, *owners.values()):
@@ -182,6 +189,9 @@ class HiddenCapture:
     def _hear_states(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         name = self._names.get((id(module), kind))
         if name is None or name in self.problems:
+            return
+        if self._generated is not None and generation.is_running():
+            self._generated(name)
             return
         if kind == INPUT and self._models.get(id(module)):
             if id(module) in self._entered:

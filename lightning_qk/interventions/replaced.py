@@ -14,7 +14,7 @@ Compute = Callable[[nn.Module, dict[str, Any], Tensor, float, Any], Tensor]
 """``compute(module, arguments, value, dropout, extra)``: output ``(batch, heads, n, d_value)`` of one call."""
 
 Softmax = Callable[[nn.Module, dict[str, Any], Any], dict[str, Any]]
-"""``softmax(module, arguments, extra)``: arguments of the statistics of the softmax that is in the output."""
+"""``softmax(module, arguments, extra)``: arguments that give the statistics of the softmax in the output."""
 
 EXTRA = "lightning_qk_extra"
 """Option of a call that is handed to both, such as what was drawn for it."""

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_qk import AttentionMonitor, AttentionPrior, DifferentiableAttentionMask, HardAttention, SoftCap
-from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates
 from lightning_qk.heads.find import attention_sites
+from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates
 
 KINDS = ("gpt2", "llama", "mistral", "bert")
 
@@ -32,20 +32,6 @@ class Padded(models.Job):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-2)
-
-
-class Oracle(L.Callback):
-    """Takes the softmax of every steered call in full, from the logits and the weights that the remedy uses."""
-
-    def __init__(self) -> None:
-        self.entropy, self.max_prob = [], []
-
-    def take(self, weights, rows):
-        weights = weights.detach().double()
-        entropy = torch.special.entr(weights).sum(-1)
-        mean = lambda per_row: ((per_row * rows).sum((0, 2)) / rows.sum((0, 2))).cpu()  # noqa: E731
-        self.entropy.append(mean(entropy))
-        self.max_prob.append(mean(weights.amax(-1)))
 
 
 def fit(callbacks, kind="gpt2", job=None, **kwargs):
@@ -113,9 +99,8 @@ def _rows(kind, weights):
 
 
 def _mean(values, rows):
-    """Over a sequence's rows, then over sequences, heads and layers."""
-    weight = rows.double() / rows.sum(1, keepdim=True)
-    return float((values * weight[None, :, None]).sum(-1).mean())
+    """Over rows of all sequences, then over heads and layers."""
+    return float((values * rows[None, :, None]).sum((1, 3)).mean() / rows.sum())
 
 
 @pytest.mark.parametrize("remedy", REMEDIES)
