@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from functions import dense, growth_in_length, moments, rows
 from harness import Result, show, write
-from training import growth_in_layers, step_time, suite_time
+from training import growth_in_layers, self_check, step_time, suite_time
 
 BENCHMARKS = {
     "step_time": step_time,
     "suite_time": suite_time,
+    "self_check": self_check,
     "rows": rows,
     "dense": dense,
     "moments": moments,

@@ -336,6 +336,69 @@ def suite_time(steps: int = 41) -> list[Result]:
     ]
 
 
+def self_check(fits: int = 5, steps: int = 8) -> list[Result]:
+    """The first step of a fit with the self-check over the same step without it, and over an ordinary one."""
+    from lightning_qk.callbacks._self_check import SelfCheck
+
+    length, batch = 128, 2
+    config = transformers.GPT2Config(n_positions=length, vocab_size=VOCABULARY)  # 12 layers, d_model 768
+    data = torch.randint(0, VOCABULARY, (steps * batch, length))
+
+    seconds: list[float] = []
+
+    class Start(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            seconds.append(-time.perf_counter())
+
+    class End(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            seconds[-1] += time.perf_counter()
+
+    def fit(*checks: SelfCheck) -> list[float]:
+        L.seed_everything(0, verbose=False)
+        seconds.clear()
+        trainer = L.Trainer(
+            max_steps=steps,
+            callbacks=[Start(), *checks, End()],  # hooks are called in this order
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            accelerator="cpu",
+        )
+        trainer.fit(Job(config), DataLoader(data, batch_size=batch))
+        return list(seconds)
+
+    checked, plain = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit()  # warms up
+        for _ in range(fits):
+            check = SelfCheck()
+            checked.append(fit(check))
+            assert check.verdicts
+            assert all(verdict.ok for verdict in check.verdicts.values())
+            plain.append(fit())
+    ordinary = [statistics.median(seconds[1:]) for seconds in checked]
+    first = [with_it[0] / step for with_it, step in zip(checked, ordinary, strict=True)]
+    pairs = [with_it[0] / without[0] for with_it, without in zip(checked, plain, strict=True)]
+    added = [
+        (with_it[0] - without[0]) / step
+        for with_it, without, step in zip(checked, plain, ordinary, strict=True)
+    ]
+    return [
+        Result(
+            "self_check",
+            "first step of a fit with the self-check / the same without it; GPT-2-small, 12 layers, "
+            f"n {length}, batch {batch}",
+            statistics.median(pairs),
+            2.0,
+            f"median of {fits} fits; the first step takes {statistics.median(first):.3g} ordinary steps of "
+            f"{statistics.median(ordinary):.3g} s, of which the check is {statistics.median(added):.3g}, once a fit",
+        )
+    ]
+
+
 def step_time_gpu(steps: int = 61) -> list[Result]:
     """The same on a GPU with a model of 1 B parameters."""
     often, config = 5, llama_1b()
