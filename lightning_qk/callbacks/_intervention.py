@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import Callback
+from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.findings import finding_of
 
 When = Literal["always", "unfrozen"]
 
@@ -148,12 +150,12 @@ def refuse_frozen(names: Sequence[str], when: When) -> None:
 
 
 def misread_layers(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, str]:
-    """Layers whose weights are known to act in another way than they are read, before training begins.
+    """Layers of which a self-check has found, in an earlier fit, that their weights act in another way than read.
 
     The one place that callbacks that change query and key weights, or their gradients, ask at the start.
 
     Returns:
         Qualified layer name → why it may not be changed, as a clause about the layer.
     """
-    del trainer, pl_module
-    return {}
+    found = {site.name: finding_of(site.module) for site in attention_sites(pl_module)}
+    return {name: own.reason for name, own in found.items() if own is not None and own.reason is not None}

@@ -303,11 +303,12 @@ def drop_graphs(model: nn.Module | None) -> None:
         return
     seen = getattr(getattr(dynamo, "input_codes", None), "seen", None)
     anything = True if seen is None else bool(seen)
-    if anything and (model is None or _is_compiled(model)):
+    if anything and (model is None or is_compiled(model)):
         torch.compiler.reset()
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
+    """Whether some part of a model was compiled by torch.compile."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     if getattr(model, "_compiler_ctx", None) is not None:  # Lightning unpacks a compiled LightningModule

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.compiled import is_compiled
 from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
@@ -75,8 +76,8 @@ class SelfCheck:
     that was not read, or wrongly, is read again by the layouts that its names fit, and by running it alone as it
     was called, until one explains the call.
 
-    Graphs of torch.compile are left as they are: what runs in one is not checked. Weights that are sharded
-    when the attention is called are not checked either.
+    Models of torch.compile are left as they are, and not checked, and neither are weights that are sharded when
+    the attention is called.
 
     Args:
         model: any module.
@@ -88,7 +89,8 @@ class SelfCheck:
     """
 
     def __init__(self, model: nn.Module, reader: ProjectionReader) -> None:
-        self._reader = reader
+        self._reader, self._model = reader, model
+        self._is_compiled = False
         self._places = {site.name: site for site in attention_sites(model)}
         self._sites = {name: site.module for name, site in self._places.items()}
         self._calls: dict[str, _Call] = {name: _Call() for name in self._sites}
@@ -104,6 +106,9 @@ class SelfCheck:
         """Begin to look at forwards."""
         if self._handles:
             return
+        self._is_compiled = is_compiled(self._model)
+        if self._is_compiled:
+            return  # a graph that is traced while somebody listens would be traced once more afterwards
         for name, module in self._sites.items():
             if any(_would_notice(part) for part in module.modules()):
                 continue  # its capture knows what enters it, or nothing is known
@@ -143,10 +148,8 @@ class SelfCheck:
             if verdict is not None and verdict.status is Status.DIFFERS and problem is not None:
                 verdict = _unchecked(problem)  # the call that was compared was another one
             if verdict is None:
-                unread = self._reader.unread.get(name)
-                verdict = _unchecked(
-                    unread or problem or "its attention was not called, or in a compiled graph"
-                )
+                silent = "the model is compiled" if self._is_compiled else "its attention was not called"
+                verdict = _unchecked(self._reader.unread.get(name) or problem or silent)
             found[name] = verdict
         return found
 
