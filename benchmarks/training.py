@@ -396,7 +396,8 @@ def self_check(fits: int = 5, steps: int = 4) -> list[Result]:
             statistics.median(pairs),
             2.0,
             f"median of {fits} fits; the first step takes {statistics.median(first):.3g} ordinary steps of "
-            f"{statistics.median(ordinary):.3g} s, of which the check is {statistics.median(added):.3g}, once a fit",
+            f"{statistics.median(ordinary):.3g} s, of which the check is {statistics.median(added):.3g}, "
+            "once a fit",
         )
     ]
 

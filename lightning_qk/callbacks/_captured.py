@@ -19,8 +19,10 @@ from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
 from lightning_qk.capture.call import output_arguments, statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.softmax import SEVERAL
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.localization import AttentionSums
+from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.errors import NotTokenAttention
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
@@ -86,6 +88,9 @@ class CaptureMonitor(Monitor):
         "_shapes": dict,
         "_apart": set,
         "_told": set,
+        "_cached": set,
+        "_cached_was_told": bool,
+        "_more_keys": dict,
         "_losses": Losses,
     }
     running_state = {  # noqa: RUF012 (never changed)
@@ -112,6 +117,11 @@ class CaptureMonitor(Monitor):
     """Layers whose calls have other numbers of heads on other processes."""
     _told: set[str]
     """Layers of which processes have agreed on why they are left out."""
+    _cached: set[str]
+    """Layers of which calls of generation, or with a cache, were left out."""
+    _cached_was_told: bool
+    _more_keys: dict[str, int]
+    """The least number of keys beyond the queries that calls of a self-attention had."""
     _losses: Losses
     _step_pool: SumsPool
     _evaluation: dict[int, SumsPool]
@@ -130,6 +140,7 @@ class CaptureMonitor(Monitor):
         per_layer: PerLayer = None,
         modules: Patterns = None,
         on_unreadable: OnUnreadable = "warn",
+        cached_calls: bool = False,
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -147,6 +158,7 @@ class CaptureMonitor(Monitor):
             )
         self.seed = seed
         self.every_n_eval_batches = every_n_eval_batches
+        self.cached_calls = cached_calls
 
     # What a subclass says
 
@@ -194,11 +206,14 @@ class CaptureMonitor(Monitor):
         self._take_facts(reader)
         self._heads_of_calls = {}
         self._shapes, self._apart, self._told = {}, set(), set()
+        self._cached, self._cached_was_told, self._more_keys = set(), False, {}
         self._losses = Losses()
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
         names = {module: name for name, module in self._modules.items()}
-        self._capture = AttentionCapture(names, self._hear, model=pl_module)
+        self._capture = AttentionCapture(
+            names, self._take, model=pl_module, generated=None if self.cached_calls else self._leave_call_out
+        )
         self._leave_out_channels(reader)
         self._capture.install()
 
@@ -247,6 +262,33 @@ class CaptureMonitor(Monitor):
         """Stop listening: a validation between two micro-batches is not training."""
         if self._capture is not None:
             self._capture.enabled = False
+
+    def _take(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+        if not self.cached_calls and self._continues(name, call):
+            self._leave_call_out(name)
+        else:
+            self._hear(name, call)
+
+    def _continues(self, name: str, call: AttentionCall | SoftmaxCall) -> bool:
+        """Whether the call has keys of tokens before its queries, from a cache.
+
+        Learnt keys and prefixes, of which every call has as many, are none.
+        """
+        if not self._self_attention.get(name, False):
+            return False
+        if isinstance(call, SoftmaxCall):
+            if any(is_named(call.module, own) for own in SEVERAL):
+                return False
+            n, m = call.logits.shape[-2], call.logits.shape[-1] - call.sinks
+        else:
+            n, m = call.query.shape[-2], call.key.shape[-2]
+        more = max(m - n, 0)
+        least = self._more_keys[name] = min(more, self._more_keys.get(name, more))
+        return more > least
+
+    def _leave_call_out(self, name: str) -> None:
+        self._cached.add(name)
+        self._pool.left_out_calls.add(name)
 
     def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
         pool = self._pool
@@ -312,6 +354,7 @@ class CaptureMonitor(Monitor):
         try:
             left_out = self._agree_on_layers(trainer, pool)
             self.attempt(self._name_missing, "naming layers")
+            self.attempt(self.name_cached_calls, "naming layers")
             return self._reduce(trainer, pl_module, pool, left_out)
         finally:
             pool.reset()
@@ -322,7 +365,7 @@ class CaptureMonitor(Monitor):
         heads = {name: self._heads[name] for name in self._modules if name in self._heads}
         if not heads:
             return None
-        ran = pool.names
+        ran = pool.names | pool.left_out_calls
 
         def pooled() -> HeadMeans:
             self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
@@ -416,7 +459,8 @@ class CaptureMonitor(Monitor):
     def _name_missing(self) -> None:
         capture = self._capture
         assert capture is not None  # _listen_to
-        missing = [name for name in self._modules if name not in capture.heard and name not in self._told]
+        seen = capture.heard | self._told | self._cached
+        missing = [name for name in self._modules if name not in seen]
         if missing:
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
             self.note(
@@ -424,6 +468,16 @@ class CaptureMonitor(Monitor):
                 f"({shorten(missing)}; class {kinds}): such a layer was not run, or computes its softmax "
                 "where it cannot be seen (inside a compiled graph, say); what goes through transformers' "
                 "AttentionInterface, scaled_dot_product_attention or nn.MultiheadAttention is captured in any case"
+            )
+
+    def name_cached_calls(self) -> None:
+        """Say once that calls were left out."""
+        if self._cached and not self._cached_was_told:
+            self._cached_was_told = True
+            names = [name for name in self._modules if name in self._cached]
+            self.note(
+                f"{len(names)} of {len(self._modules)} layers ({shorten(names)}) were also called by generate or "
+                "with a cache of keys: these calls are not measured; cached_calls=True measures them too"
             )
 
     # Validation and test loops

@@ -18,7 +18,7 @@ from lightning_qk.callbacks._guarded import GuardedHooks, Refused
 from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._order import observe_last
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together, has_others
-from lightning_qk.callbacks._self_check import add_self_check
+from lightning_qk.callbacks._self_check import add_self_check, self_check_of
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
@@ -232,7 +232,10 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         self._steps_before = trainer.global_step
         # With accumulation, and with an optimizer that is stepped by hand, the step comes with a later batch.
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
-        if not self._steps_measured and not self._is_due:
+        is_first = not self._steps_measured and not (
+            self.history is not None and self.history.steps[-1:] > [-1]
+        )
+        if is_first and not self._is_due:
             # A run, or an epoch, that is over before the first step that is due has numbers all the same.
             self._is_due = is_last_chance(trainer, batch_idx, self._steps_a_batch)
         self._here(lambda: self.begin_batch(self._is_due and self._lost_in_a_row < MOST_FAILURES))
@@ -247,6 +250,9 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
     ) -> None:
         """Measure and log once the optimizer has stepped."""
         self._here(self.end_batch)
+        self._end_step(trainer, pl_module)
+
+    def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.global_step - self._steps_before
         if not steps:
             return
@@ -280,8 +286,22 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The history, and what is kept of a few steps, so that a resumed run reports the whole run."""
+        self._end_step_before_saving()
         state = {} if self.history is None else {"history": self.history.state_dict()}
         return {**state, "snapshots": self._snapshots.state_dict()} if len(self._snapshots) else state
+
+    def _end_step_before_saving(self) -> None:
+        """Measure a step that is due where a callback before this one saves a checkpoint at its end.
+
+        With several processes it comes with its turn: one of them alone may ask for the state.
+        """
+        fit: Any = (None, None) if self._fit is None else (self._fit[0](), self._fit[1]())
+        trainer, pl_module = fit
+        if trainer is None or self.idle or has_others() or not trainer.training:
+            return
+        if self._is_due and trainer.global_step != self._steps_before:
+            self.end_batch()
+            self._end_step(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint."""
@@ -726,6 +746,9 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
         from lightning_qk.logging.report import write_report
 
         record = RunRecord(info=model_info(trainer, pl_module))
+        check = self_check_of(trainer)
+        if check is not None and check.lines:
+            record.info["Weights as read"] = check.lines[0]
         for monitor in monitors:
             monitor.contribute(record)
             record.notes.extend(note for note in monitor.notes if note not in record.notes)

@@ -21,11 +21,13 @@ class SumsPool:
 
     Attributes:
         lost: layer → why a call of it is missing, so that the others say nothing.
+        left_out_calls: layers that had calls which are not to be measured.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
         self.lost: dict[str, str] = {}
+        self.left_out_calls: set[str] = set()
 
     def add(
         self, name: str, sums: AttentionSums | MeanSums, *, heads: int, where: slice | None = None
@@ -65,6 +67,7 @@ class SumsPool:
         """Forget everything."""
         self._sums.clear()
         self.lost = {}
+        self.left_out_calls = set()
 
     def into(self, metric: HeadMeans) -> None:
         """Update a metric with what is pooled."""

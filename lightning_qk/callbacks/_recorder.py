@@ -6,7 +6,8 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from lightning_qk.capture.copies import Handle, hook_before
 
 # How an output is to be returned, which a probe decides itself.
 _OF_OUTPUT = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
@@ -57,7 +58,7 @@ class CallRecorder:
         self._doors = list(doors.values())
         self.calls: dict[int, list[dict[str, Any]]] = {index: [] for index in range(len(models))}
         self._waiting: set[int] = set()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
 
     def install(self) -> None:
         """Begin to stand before the models' forward."""
@@ -70,7 +71,7 @@ class CallRecorder:
             ) -> None:
                 self._remember(index, args, kwargs)
 
-            self._handles.append(door.register_forward_pre_hook(remember, with_kwargs=True))
+            self._handles.append(hook_before(door, remember))
 
     def listen(self, is_on: bool) -> None:
         """Keep the next call of each model, or none."""

@@ -1,6 +1,6 @@
 """One check of a fit's model, shared by all callbacks: is what is read of it what its attention computes with?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ class SelfCheck(GuardedHooks, Callback):
     """Checks what was read of a model's layers while its first batches run; one for all callbacks of a trainer.
 
     It comes before all others, so that what it finds is known when they act. Layers whose queries and keys are not
-    ``W x + b`` as read are left out by every reader of the model, and those that were read in another way are read so
-    from then on. Callbacks are told by ``layers_settled``, and those that change weights by ``leave_alone``.
+    ``W x + b`` as read are left out by every reader of the model, and those that were read in another way are read
+    so from then on. Callbacks learn of it by their ``layers_settled``, those that change weights by
+    ``leave_alone``.
 
     Attributes:
         verdicts: qualified layer name → what was found, the same on every process; empty until the first batch.
@@ -46,19 +47,25 @@ class SelfCheck(GuardedHooks, Callback):
         self._batches = 0
         # The same on every process: they decide on collective calls.
         self._is_open, self._is_over = False, True
+        self._is_settled = True
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a fit has begun and nothing is known of its layers yet."""
+        return not self._is_settled
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers."""
         self.idle = False
         self.verdicts, self.lines = {}, []
         self._batches, self._is_open, self._is_over = 0, False, False
-        self._check = None
+        self._check, self._is_settled = None, False
         try:
             reader = ProjectionReader(pl_module, root=trainer.strategy.model, allow_empty=True)
             if reader.layers or reader.unread:
                 self._check = Check(pl_module, reader)
         except ValueError:
-            self._is_over = trainer.world_size == 1  # no attention: the monitors say so
+            pass  # no attention: the monitors say so
         except Exception as error:
             self._give_up(error)
 
@@ -120,18 +127,16 @@ class SelfCheck(GuardedHooks, Callback):
                 self._give_up(error)
         agreed = _agreed(trainer, own)
         if agreed is None:
-            self._is_over = True
-            return
+            self._is_over, agreed = True, {}
         before, self.verdicts = self.verdicts, agreed
-        if self._check is None or agreed == before:
+        if self._is_settled and agreed == before:
             return
-        self._check.settle(agreed)
+        self._is_settled = True
+        if self._check is not None:
+            self._check.settle(agreed)
         wrong = {name: own.reason for name, own in agreed.items() if own.status is Status.DIFFERS}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if wrong and hasattr(callback, "leave_alone"):
-                callback.leave_alone(wrong)
-            if hasattr(callback, "layers_settled"):
-                callback.layers_settled(trainer, pl_module)
+            _tell(callback, trainer, pl_module, wrong)
 
     def _say(self) -> None:
         lines = summary(self.verdicts, shorten) if self.verdicts else []
@@ -152,6 +157,19 @@ class SelfCheck(GuardedHooks, Callback):
             f"({type(error).__name__}: {error}); training goes on",
             warn=True,
         )
+
+
+def _tell(callback: Any, trainer: Trainer, pl_module: LightningModule, wrong: Mapping[str, str]) -> None:
+    """Let one callback know which layers are read wrong, and that what is read of all is settled."""
+    try:
+        if wrong and hasattr(callback, "leave_alone"):
+            callback.leave_alone(wrong)
+        if hasattr(callback, "layers_settled"):
+            callback.layers_settled(trainer, pl_module)
+    except Exception as error:
+        if not isinstance(callback, GuardedHooks):
+            raise
+        callback.hook_failed("layers_settled", error)
 
 
 def add_self_check(trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from lightning_qk.callbacks._monitor import Monitor
 from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks.attention import AttentionMonitor
 from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
+from lightning_qk.capture.copies import hook_before
 from lightning_qk.guard.reading import Place
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.logging.history import History, RunRecord
@@ -59,6 +60,9 @@ class _Quiet(Monitor):
 
 class QuietAttention(_Quiet, AttentionMonitor):
     """Attention statistics of a few rows, for a guard."""
+
+    def name_cached_calls(self) -> None:
+        """A guard has no argument for them."""
 
     def draw_from(self, rank: int, step: int, batch: int) -> None:
         """Rows of a batch depend on these numbers alone."""
@@ -107,7 +111,7 @@ class HiddenCosine:
         if not self._handles:
             for name, module in self.modules.items():
                 hook = self._hook(name)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles.append(hook_before(module, hook))
 
     def stop(self) -> None:
         """Leave the layers as they were."""

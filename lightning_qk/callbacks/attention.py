@@ -72,6 +72,9 @@ class AttentionMonitor(CaptureMonitor):
             for all of them.
         on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
             watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
+        cached_calls: also measure calls within transformers' ``generate``, and calls of self-attention with keys
+            of earlier tokens from a cache. By default they are left out, and named once: statistics are those of
+            the loss's own forwards.
 
     Raises:
         ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
@@ -119,6 +122,7 @@ class AttentionMonitor(CaptureMonitor):
         report: bool = True,
         modules: str | Sequence[str] | None = None,
         on_unreadable: Literal["warn", "raise"] = "warn",
+        cached_calls: bool = False,
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -130,6 +134,7 @@ class AttentionMonitor(CaptureMonitor):
             report=report,
             modules=modules,
             on_unreadable=on_unreadable,
+            cached_calls=cached_calls,
         )
         if rows is not None and rows < 1:
             raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
@@ -142,6 +147,7 @@ class AttentionMonitor(CaptureMonitor):
             "rows": self.rows,
             "seed": self.seed,
             "every_n_eval_batches": self.every_n_eval_batches,
+            "cached_calls": self.cached_calls,
         }
 
     def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured:

@@ -24,7 +24,7 @@ class DifferentiableAttentionMask(PenaltyRemedy):
     gates are sampled (Gumbel-sigmoid, straight through) and open ones have a price; in validation, test and
     prediction a gate is open where its logit is positive. Weight decay pulls logits to 0: give the gates a
     group of their own without it. The layers take the memory of eager attention, n × m for each head. Monitors
-    leave them out while their softmax is gated.
+    measure the gated softmax, with the gates that were drawn for the call.
 
     After SparseBERT's structured differentiable attention mask, arXiv 2102.12871 [V, code], whose finding is that
     the diagonal is needed least; what differs here:

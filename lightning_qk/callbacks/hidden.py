@@ -61,6 +61,8 @@ class HiddenStateMonitor(Monitor):
             ``"*.encoder.*"``; None for all of them.
         on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
             watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
+        cached_calls: also measure forwards within transformers' ``generate``. By default they are left out, and
+            said once.
 
     Raises:
         ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
@@ -85,13 +87,20 @@ class HiddenStateMonitor(Monitor):
     witness = "token_norm"
     has_heads = False
 
-    fit_state = {"_names": tuple, "_told": set, "_losses": Losses}  # noqa: RUF012 (never changed)
+    fit_state = {  # noqa: RUF012 (never changed)
+        "_names": tuple,
+        "_told": set,
+        "_generated_was_told": bool,
+        "_losses": Losses,
+    }
     running_state = {  # noqa: RUF012 (never changed)
         "_generator": torch.Generator,
         "_capture": nothing,
         "_metric": nothing,
         "_lost": dict,
         "_ran": set,
+        "_generated": set,
+        "_ever_generated": set,
     }
 
     _generator: torch.Generator
@@ -100,9 +109,13 @@ class HiddenStateMonitor(Monitor):
     _names: tuple[str, ...]
     _told: set[str]
     """Layers of which processes have agreed on why they are left out."""
+    _generated_was_told: bool
     _losses: Losses
     _ran: set[str]
     """Layers that were heard since the last measurement."""
+    _generated: set[str]
+    """Layers of which forwards of generation were left out since the last measurement."""
+    _ever_generated: set[str]
     _lost: dict[str, str]
     """Layers whose states at this step are not all in the metric, and why."""
 
@@ -117,6 +130,7 @@ class HiddenStateMonitor(Monitor):
         report: bool = True,
         modules: str | Sequence[str] | None = None,
         on_unreadable: Literal["warn", "raise"] = "warn",
+        cached_calls: bool = False,
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -135,6 +149,7 @@ class HiddenStateMonitor(Monitor):
         self.tokens = tokens
         self.sequences = sequences
         self.seed = seed
+        self.cached_calls = cached_calls
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -143,6 +158,7 @@ class HiddenStateMonitor(Monitor):
             "tokens": self.tokens,
             "sequences": self.sequences,
             "seed": self.seed,
+            "cached_calls": self.cached_calls,
         }
 
     def watched(self) -> Mapping[str, Any]:
@@ -186,6 +202,8 @@ class HiddenStateMonitor(Monitor):
         self.remember_layers(dict.fromkeys(named, 1), (), labels=named)
         self._metric = HiddenStatistics(self._names)
         self._ran.clear()
+        self._generated.clear()
+        self._ever_generated, self._generated_was_told = set(), False
         self._generator.manual_seed(self.seed + trainer.global_rank)
         self._capture = HiddenCapture(
             outputs,
@@ -193,6 +211,7 @@ class HiddenStateMonitor(Monitor):
             inputs=inputs,
             models={block.module: block.models for block in blocks.values()},
             model=pl_module,
+            generated=None if self.cached_calls else self._leave_run_out,
         )
         self._capture.install()
 
@@ -211,6 +230,10 @@ class HiddenStateMonitor(Monitor):
         """Stop listening: a validation between two micro-batches is not training."""
         if self._capture is not None:
             self._capture.enabled = False
+
+    def _leave_run_out(self, name: str) -> None:
+        self._generated.add(name)
+        self._ever_generated.add(name)
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
         metric = self._metric
@@ -252,7 +275,7 @@ class HiddenStateMonitor(Monitor):
             return values
         finally:
             metric.reset()
-            self._lost, self._ran = {}, set()
+            self._lost, self._ran, self._generated = {}, set(), set()
 
     def _agree_on_layers(self, trainer: Trainer, capture: HiddenCapture) -> set[str]:
         """Names of what is left out, since some process could not read it; a collective call."""
@@ -289,7 +312,11 @@ class HiddenStateMonitor(Monitor):
                 self.history.reasons[self.labels[name]] = reason
             if tokens[place] == 0 and states[place] == KNOWN:
                 states[place] = (
-                    LEFT_OUT if name in left_out else NO_DATA if name in self._ran else DID_NOT_RUN
+                    LEFT_OUT
+                    if name in left_out
+                    else NO_DATA
+                    if name in self._ran or name in self._generated
+                    else DID_NOT_RUN
                 )
         return states
 
@@ -301,7 +328,14 @@ class HiddenStateMonitor(Monitor):
                 "give the model a two-dimensional attention_mask of the length of its hidden states to have it "
                 "left out"
             )
-        missing = [name for name in self._names if name not in capture.heard and name not in self._told]
+        if self._ever_generated and not self._generated_was_told:
+            self._generated_was_told = True
+            self.note(
+                f"{len(self._ever_generated)} of {len(self._names)} layers were also run by generate, which is "
+                "not measured; cached_calls=True measures it too"
+            )
+        seen = capture.heard | self._told | self._ever_generated
+        missing = [name for name in self._names if name not in seen]
         if missing:
             self.note(
                 f"no hidden states of {len(missing)} of {len(self._names)} layers were seen ({shorten(missing)}): "

@@ -56,6 +56,9 @@ class PositionMonitor(CaptureMonitor):
             for all of them.
         on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
             watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
+        cached_calls: also measure calls within transformers' ``generate``, and calls of self-attention with keys
+            of earlier tokens from a cache. By default they are left out, and named once: statistics are those of
+            the loss's own forwards.
 
     Raises:
         ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
@@ -86,6 +89,7 @@ class PositionMonitor(CaptureMonitor):
         report: bool = True,
         modules: str | Sequence[str] | None = None,
         on_unreadable: Literal["warn", "raise"] = "warn",
+        cached_calls: bool = False,
     ) -> None:
         super().__init__(
             every_n_steps,
@@ -97,6 +101,7 @@ class PositionMonitor(CaptureMonitor):
             report=report,
             modules=modules,
             on_unreadable=on_unreadable,
+            cached_calls=cached_calls,
         )
         if sequences is not None and sequences < 1:
             raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
@@ -116,6 +121,7 @@ class PositionMonitor(CaptureMonitor):
             "length": self.length,
             "seed": self.seed,
             "every_n_eval_batches": self.every_n_eval_batches,
+            "cached_calls": self.cached_calls,
         }
 
     def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_qk.callbacks._fit_state import nothing
 from lightning_qk.callbacks._monitor import Monitor, flat_values, shorten
 from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
+from lightning_qk.callbacks._self_check import self_check_of
 from lightning_qk.callbacks._watched import WatchedReader
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.plan import LayerPlan
@@ -109,6 +110,7 @@ class QKSpectrumMonitor(Monitor):
         "_eigenvalues_step": nothing,
         "_shapes": dict,
         "_cross": set,
+        "_awaits": bool,
         "_singular_state": nothing,
         "_goes_on": bool,
         "_told_failed": bool,
@@ -140,6 +142,8 @@ class QKSpectrumMonitor(Monitor):
     _cores: list[Cores]
     _metric: QKSpectrum | None
     _reader: WatchedReader | None
+    _awaits: bool
+    """Layers that cannot be read are not named yet: the first batches may tell how they are read."""
     _worker: EigenvalueWorker
     _late_values: dict[str, Tensor]
     """Values of solved spectra that are not shared yet."""
@@ -209,16 +213,13 @@ class QKSpectrumMonitor(Monitor):
             pl_module, self.modules, fold_norm=self.fold_norm, root=trainer.strategy.model
         )
         layers = reader.layers
-        if not self.choose(
-            reader.found,
-            reader.unread,
-            kind="attention layer",
-            nothing=(
-                f"expected a model that contains transformer attention, found none in {type(pl_module).__name__}: "
-                "build the network in __init__ or configure_model"
-            ),
-            unread="whose weights can be read",
-        ):
+        check = self_check_of(trainer)
+        # What cannot be read alone may yet be told by its first call.
+        self._awaits = self.on_unreadable == "warn" and check is not None and check.is_awaited
+        if not self._choose({} if self._awaits else reader.unread):
+            return
+        if not layers:
+            self._metric = None
             return
         if self.fold_norm and (plain := [name for name, layer in layers.items() if not layer.norm_folded]):
             self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
@@ -233,6 +234,19 @@ class QKSpectrumMonitor(Monitor):
         self._metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
         self._singular = SingularValues(heads) if self.singular else None
         self._late_values = self._no_late_values()
+
+    def _choose(self, left_out: Mapping[str, str]) -> bool:
+        assert self._reader is not None  # find_layers
+        return self.choose(
+            self._reader.found,
+            left_out,
+            kind="attention layer",
+            nothing=(
+                "expected a model that contains transformer attention, found none in "
+                f"{type(self._reader.model).__name__}: build the network in __init__ or configure_model"
+            ),
+            unread="whose weights can be read",
+        )
 
     def _note_positions(self, layers: Mapping[str, LayerPlan]) -> None:
         """Say once where positions do something to the logits that the spectra do not show."""
@@ -253,7 +267,12 @@ class QKSpectrumMonitor(Monitor):
 
     def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the layers as their calls have shown that they are to be read; before the first step."""
-        if self._reader is None or not self._reader.refresh():
+        if self.idle or self._reader is None:
+            return
+        if not self._reader.refresh():
+            if self._awaits:
+                self._awaits = False
+                self._choose(self._reader.unread)
             return
         self._worker.collect()
         self.history = None
@@ -304,6 +323,7 @@ class QKSpectrumMonitor(Monitor):
 
         Of the weights only what a resumed run could not read again: they changed since.
         """
+        self._end_step_before_saving()
         if self._worker.pending is not None:
             self.attempt(self._complete_history)
         state = super().state_dict()
@@ -332,10 +352,11 @@ class QKSpectrumMonitor(Monitor):
         """The weights are there."""
         return True
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """Moments of all heads, reduced over ranks."""
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        """Moments of all heads, reduced over ranks; None while no layer can be read yet."""
         metric = self._metric
-        assert metric is not None  # find_layers
+        if metric is None:
+            return None
         all_or_none(trainer, lambda: self._read_weights(pl_module))
         self._step_of_weights = trainer.global_step
         reduce_states(trainer, alone(metric))

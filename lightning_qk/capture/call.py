@@ -14,7 +14,6 @@ from lightning_qk.capture.readings import (
     FLEX,
     SDPA,
     Reading,
-    Scope,
     arguments,
     position_offset,
     scope,
@@ -32,6 +31,10 @@ __all__ = [
     "statistics_arguments",
 ]
 
+
+OWN_SOFTMAX = "_lightning_qk_softmax"
+"""Attribute of an attention function that says what softmax it takes: ``tell(call)`` gives the arguments of
+:func:`statistics_arguments` but for ``self_attention``, with gradients, and the values."""
 
 _POSITIONAL = ("module", "query", "key", "value", "attention_mask")
 
@@ -81,8 +84,7 @@ def output_arguments(call: AttentionCall, *, self_attention: bool | None) -> dic
     Raises:
         UnsupportedCallError: also where the call's values are not at hand.
     """
-    given, seen = _softmax_arguments(call, self_attention)
-    value = seen.value
+    given, value = _softmax_arguments(call, self_attention)
     if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[2] != given["key"].shape[2]:
         form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise UnsupportedCallError(
@@ -92,15 +94,28 @@ def output_arguments(call: AttentionCall, *, self_attention: bool | None) -> dic
     return {**given, "value": value.detach()}
 
 
-def _softmax_arguments(call: AttentionCall, self_attention: bool | None) -> tuple[dict[str, Any], Scope]:
+def _softmax_arguments(
+    call: AttentionCall, self_attention: bool | None, *, detach: bool = True
+) -> tuple[dict[str, Any], Any]:
+    tell = getattr(call.function, OWN_SOFTMAX, None)
+    if tell is not None:
+        given, value = tell(call)
+        given = {**given, "self_attention": self_attention}
+        if detach:
+            given = {name: _detached(argument) for name, argument in given.items()}
+        return given, value
     reading = _reading(call)
     seen = scope(call, reading)
     given = {
-        **arguments(call, reading, seen),
+        **arguments(call, reading, seen, detach=detach),
         "query_offset": position_offset(seen, self_attention),
         "self_attention": self_attention,
     }
-    return given, seen
+    return given, seen.value
+
+
+def _detached(argument: Any) -> Any:
+    return argument.detach() if isinstance(argument, Tensor) else argument
 
 
 def attention_arguments(call: AttentionCall, *, self_attention: bool | None) -> tuple[dict[str, Any], Tensor]:
@@ -109,14 +124,7 @@ def attention_arguments(call: AttentionCall, *, self_attention: bool | None) -> 
     Raises:
         UnsupportedCallError: the function's softmax cannot be reconstructed.
     """
-    reading = _reading(call)
-    seen = scope(call, reading)
-    given = {
-        **arguments(call, reading, seen, detach=False),
-        "query_offset": position_offset(seen, self_attention),
-        "self_attention": self_attention,
-    }
-    return given, seen.value
+    return _softmax_arguments(call, self_attention, detach=False)
 
 
 def _reading(call: AttentionCall) -> Reading:

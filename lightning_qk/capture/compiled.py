@@ -41,12 +41,28 @@ _library.define("leave(Tensor(a!) order) -> ()", tags=graph_tags)
 
 
 class _Handle:
-    """A module's number as a tensor. A copy of the module, such as an average of its weights, gets None."""
+    """A module's number as a tensor.
 
-    def __init__(self, number: int) -> None:
+    A copy of the module, such as an average of its weights, gets None, until the handle itself is taken away.
+    """
+
+    def __init__(self, number: int, module: nn.Module) -> None:
         with torch.inference_mode(False):
             self.identity = torch.tensor([number], dtype=torch.int64, device="cpu")
         self.users = 0
+        self._module = weakref.ref(module)
+        self._copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> None:
+        copy = memo.get(id(self._module()))
+        if isinstance(copy, nn.Module):
+            self._copies.add(copy)
+
+    def leave_copies(self) -> None:
+        """Take what copies have in place of the handle."""
+        for copy in list(self._copies):
+            if vars(copy).get(_HANDLE, self) is None:
+                del vars(copy)[_HANDLE]
 
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return type(None), ()
@@ -63,7 +79,7 @@ def label(module: nn.Module) -> None:
         handle = vars(module).get(_HANDLE)
         if handle is None:
             number = next(_numbers)
-            handle = vars(module)[_HANDLE] = _Handle(number)
+            handle = vars(module)[_HANDLE] = _Handle(number, module)
             _modules[number] = module
         handle.users += 1
 
@@ -78,6 +94,7 @@ def unlabel(module: nn.Module) -> None:
         if handle.users == 0:
             _modules.pop(int(handle.identity), None)
             del vars(module)[_HANDLE]
+            handle.leave_copies()
 
 
 class Source:

@@ -18,6 +18,7 @@ from lightning_qk.capture.callers import (
     uses_interface,
 )
 from lightning_qk.capture.compiled import Source
+from lightning_qk.capture.copies import Wrapped
 from lightning_qk.capture.listeners import STATE
 from lightning_qk.capture.patches import Stand, stand_in
 from lightning_qk.capture.softmax import observed
@@ -48,10 +49,14 @@ def stand_at_sdpa(modules: Iterable[nn.Module], model: nn.Module | None) -> Iter
             files[id(file)] = file
     files.pop(id(vars(torch.nn.functional)), None)
     yield stand_in(torch.nn.functional, NAME, _tap)
-    for space in (*files.values(), *(vars(module) for module in (*layers, *around))):
+    for space in files.values():
         for name, value in list(space.items()):
             if _original(value) is function:
                 yield stand_in(space, name, _tap)
+    for module in {id(module): module for module in (*layers, *around)}.values():
+        for name, value in list(vars(module).items()):
+            if _original(value) is function:
+                yield stand_in(vars(module), name, _tap_attribute)
     unheard = {
         _defines_forward(type(module))
         for module in layers
@@ -94,6 +99,10 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
     return tapped
 
 
+def _tap_attribute(function: Callable[..., Any], stand: Stand) -> Wrapped:
+    return Wrapped(_tap(function, stand), function)
+
+
 def _tap_forward(function: Callable[..., Any], stand: Stand, *, unheard: bool) -> Callable[..., Any]:
     """A class's forward.
 
@@ -122,7 +131,7 @@ def _tap_forward(function: Callable[..., Any], stand: Stand, *, unheard: bool) -
     return tapped_forward
 
 
-def _tap_own_forward(module: nn.Module, function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
+def _tap_own_forward(module: nn.Module, function: Callable[..., Any], stand: Stand) -> Wrapped:
     # Somebody gave the module a forward of its own, as accelerate does, around its class's.
     @functools.wraps(function)
     def tapped_forward(*args: Any, **kwargs: Any) -> Any:
@@ -131,7 +140,7 @@ def _tap_own_forward(module: nn.Module, function: Callable[..., Any], stand: Sta
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return tapped_forward
+    return Wrapped(tapped_forward, function)
 
 
 _IN_A_GRAPH = (

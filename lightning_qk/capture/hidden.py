@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture import compiled, listeners
+from lightning_qk.capture import compiled, generation, listeners
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
+from lightning_qk.capture.copies import hook_after, hook_before
 
 HiddenListener = Callable[[str, Tensor, Tensor | None], None]
 
@@ -66,6 +67,8 @@ class HiddenCapture:
         listener: called with the name, the states ``(batch, n, d)`` and the mask ``(batch, n)``, boolean, or None,
             with autograd off, in the thread of the forward. It must not modify the states, nor keep them.
         model: what the blocks are part of, asked whether it was compiled before.
+        generated: called with the name, in place of the listener, for forwards within transformers'
+            ``generate``. None: they are handed on as all others.
 
     Attributes:
         problems: name → why its states cannot be used; it is not listened to any more then.
@@ -81,6 +84,7 @@ class HiddenCapture:
         inputs: Mapping[nn.Module, str] | None = None,
         models: Mapping[nn.Module, Sequence[nn.Module]] | None = None,
         model: nn.Module | None = None,
+        generated: Callable[[str], None] | None = None,
     ) -> None:
         inputs, models = inputs or {}, models or {}
         self._blocks = list({**outputs, **inputs})  # keeps the ids valid
@@ -94,6 +98,7 @@ class HiddenCapture:
         }
         self._listener = listener
         self._model = model
+        self._generated = generated
         self._enabled = False
         self._give_back: list[Callable[[], None]] | None = None
         self._given: dict[int, _Given] = {}
@@ -126,13 +131,16 @@ class HiddenCapture:
                 return
             compiled.drop_graphs(self._model)
             owners = {id(owner): owner for part in self._models.values() for owner in part}
-            self._give_back = give_back = []
+            give_back: list[Callable[[], None]] = []
+            self._give_back = give_back
             wanted = [
                 *((module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
                 *((module, INPUT) for module in self._first),
                 *((owner, MASK) for owner in owners.values()),
             ]
             try:
+                if self._generated is not None:
+                    give_back.extend(generation.stand_at_generate(self._model))
                 for module, kind in wanted:
                     give_back.append(_hook(module, kind))
                 for module in (*self._blocks, *owners.values()):
@@ -182,6 +190,9 @@ class HiddenCapture:
         name = self._names.get((id(module), kind))
         if name is None or name in self.problems:
             return
+        if self._generated is not None and generation.is_running():
+            self._generated(name)
+            return
         if kind == INPUT and self._models.get(id(module)):
             if id(module) in self._entered:
                 return
@@ -227,7 +238,7 @@ class HiddenCapture:
         return states, None
 
 
-# Hooks. They are functions of this module, since copies of a model have them too.
+# Hooks.
 
 
 class _Hooked:
@@ -245,13 +256,12 @@ def _hook(module: nn.Module, kind: str) -> Callable[[], None]:
     known = _hooked.get(key)
     if known is None:
         if kind == OUTPUT:
-            handle = module.register_forward_hook(_after_block)
+            handle = hook_after(module, _after_block)
         elif kind == INPUT:
-            handle = module.register_forward_pre_hook(_before_block, with_kwargs=True)
+            handle = hook_before(module, _before_block)
         else:
             names = _parameters(module)
-            hook = functools.partial(_before_model, names)
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            handle = hook_before(module, functools.partial(_before_model, names))
         known = _hooked[key] = _Hooked(handle)
     known.users += 1
 

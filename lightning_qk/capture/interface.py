@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.capture import compiled, fronts, listeners
+from lightning_qk.capture import compiled, fronts, generation, listeners
 from lightning_qk.capture.call import UnsupportedCallError, read_call
 from lightning_qk.capture.callers import calls_sdpa, calls_softmax, uses_interface
 from lightning_qk.capture.compiled import Source
@@ -49,6 +49,8 @@ class AttentionCapture:
             are left as they are.
         operands: also keep, while enabled, the queries and keys of softmaxes that layers take themselves. They
             stay in memory as long as their logits do.
+        generated: called with the name, in place of the listener, for calls within transformers' ``generate``.
+            None: they are handed on as all others.
 
     Attributes:
         problems: name → why its calls cannot be used. Whatever goes wrong in reading a call or in the listener
@@ -64,6 +66,7 @@ class AttentionCapture:
         model: nn.Module | None = None,
         eager: bool = False,
         operands: bool = False,
+        generated: Callable[[str], None] | None = None,
     ) -> None:
         # By identity: modules compare so, and a wrapper such as FSDP changes a module's class, not the object.
         self._names = {id(module): name for module, name in names.items()}
@@ -71,6 +74,7 @@ class AttentionCapture:
         self._listener = listener
         self._model = model
         self._eager = eager
+        self._generated = generated
         self.operands = operands
         self._enabled = False
         self._give_back: list[Callable[[], None]] | None = None
@@ -114,6 +118,8 @@ class AttentionCapture:
             and (calls_sdpa(module) or calls_softmax(module) or not uses_interface(module))
         ]
         give_back.append(stand_at_interface())
+        if self._generated is not None:
+            give_back.extend(generation.stand_at_generate(self._model))
         if multihead:
             give_back.extend(stand_at_multihead(multihead))
         if direct:
@@ -153,6 +159,9 @@ class AttentionCapture:
             may_observe: the softmax inside the attention function can be had instead.
         """
         name = self._names[id(module)]
+        if self._generated is not None and generation.is_running():
+            self._generated(name)
+            return
         if may_observe and name in self._unreadable:
             return
         try:

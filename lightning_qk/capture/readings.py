@@ -98,7 +98,7 @@ def arguments(call: AttentionCall, reading: Reading, seen: Scope, *, detach: boo
         "is_causal": seen.is_causal,
         "scaling": options.get("scaling") if reading.scaling else None,
         "sliding_window": seen.sliding_window,
-        "softcap": options.get("softcap") if reading.softcap else None,
+        "softcap": soft_cap(call) if reading.softcap else None,
         "bias": own(bias)[..., :m] if isinstance(bias, Tensor) else None,
         "sinks": own(sinks),
     }
@@ -134,6 +134,11 @@ def learnt_sinks(call: AttentionCall, *, module: bool = True) -> Tensor | None:
     if sinks is None and module:
         sinks = getattr(call.module, "sinks", None)
     return sinks if isinstance(sinks, Tensor) else None
+
+
+def soft_cap(call: AttentionCall) -> float | None:
+    """The bound that the function is to put on the logits; None for none, which flash attention writes as 0."""
+    return call.options.get("softcap") or None
 
 
 def sliding_window(call: AttentionCall) -> int | None:
@@ -435,7 +440,7 @@ def candidates(call: AttentionCall) -> Iterator[Reading]:
     sinks = learnt_sinks(call)
     choices = [
         (True,) if scaling is None or abs(scaling * d_head**0.5 - 1) < 1e-6 else (True, False),
-        (True,) if call.options.get("softcap") is None else (True, False),
+        (True,) if soft_cap(call) is None else (True, False),
         (True,) if call.options.get("position_bias") is None else (True, False),
         (False,) if sinks is None or sinks.numel() != call.query.shape[1] else (True, False),
     ]

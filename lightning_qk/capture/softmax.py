@@ -31,7 +31,7 @@ from lightning_qk.heads.classes import is_named
 
 # Layers that cut the attention of the same heads into several softmaxes: streams of tokens, or global and local
 # ones. Each row is a whole one, and all are pooled.
-_SEVERAL = ("ProphetNetNgramSelfAttention", "PegasusXGlobalLocalAttention", "XLNetRelativeAttention")
+SEVERAL = ("ProphetNetNgramSelfAttention", "PegasusXGlobalLocalAttention", "XLNetRelativeAttention")
 # Layers whose rows are no attention of whole rows, though they look so.
 _REFUSED = {
     "LSHSelfAttention": "it sorts tokens into buckets by hashing, and no row sees its keys in one softmax",
@@ -244,7 +244,7 @@ def _hear(frame: _Frame, logits: Tensor, trace: Trace) -> None:
         for name, reason in _REFUSED.items():
             if is_named(frame.module, name):
                 raise UnsupportedCallError(f"{reason}: it has no statistics")
-        if before is not None and not any(is_named(frame.module, name) for name in _SEVERAL):
+        if before is not None and not any(is_named(frame.module, name) for name in SEVERAL):
             raise UnsupportedCallError(
                 f"its forward takes several softmaxes over products, of shapes {before[0]} and "
                 f"{tuple(logits.shape)} among others, which are not one attention: it has no statistics"

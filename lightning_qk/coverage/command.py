@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from lightning_qk._printable import printable
 from lightning_qk.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
 from lightning_qk.coverage.workers import Outcome, run_each
 from lightning_qk.inspect.errors import BadInput
-from lightning_qk.inspect.export import check_targets, write_text
 
 
 def run(args: Sequence[str], prog: str) -> int:
@@ -23,12 +23,20 @@ def run(args: Sequence[str], prog: str) -> int:
         prog: the program's name.
 
     Returns:
-        The exit status: 0 where the bars are met or types were named, 1 where they are missed.
-
-    Raises:
-        BadInput: a wrong line, or a file that cannot be written.
+        The exit status: 0 where the bars are met or types were named, 1 where they are missed, 2 for a wrong line.
     """
+    try:
+        return _run(args, prog)
+    except BadInput as error:
+        print(printable(f"{prog}: error: {error}"), file=sys.stderr)
+        return error.status
+
+
+def _run(args: Sequence[str], prog: str) -> int:
     options = _parser(prog).parse(args)
+    # After the help, which stays quick.
+    from lightning_qk.inspect.export import check_targets, write_text
+
     if options.jobs < 1 or not 0 < options.timeout < float("inf") or not 256 <= options.memory < 2**40:
         raise BadInput(
             f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "

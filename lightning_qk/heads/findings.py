@@ -15,12 +15,14 @@ class Finding(NamedTuple):
     Attributes:
         ways: how it was called, where it has to be run so to be read.
         layout: the layout by which it has to be read, since that gave what its attention received.
+        added: parameters of the layer that are added to its queries besides.
         reason: why it has to be left out; None to read it.
         self_attention: whether queries and keys are made of the same tokens; None where that was not seen.
     """
 
     ways: tuple[Trial, ...] = ()
     layout: Layout | None = None
+    added: tuple[str, ...] = ()
     reason: str | None = None
     self_attention: bool | None = None
 

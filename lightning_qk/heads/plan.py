@@ -220,7 +220,8 @@ class LayerPlan:
         )
         if norms[0] is not None and is_before_projections(module, norms[0], query.columns):
             norms = None, None
-        self.query = Side(query, layout.order.query, norms[0], factors.get("query"), added_to_queries(module))
+        added = (*added_to_queries(module), *self._finding.added)
+        self.query = Side(query, layout.order.query, norms[0], factors.get("query"), added)
         self.key = Side(key, layout.order.key, norms[1], factors.get("key"))
         cosine = any(factor.normalizes for factor in factors.values())
         within = any(isinstance(plan, LatentPlan) and plan.normed for plan in (query, key))

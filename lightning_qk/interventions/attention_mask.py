@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall
 from lightning_qk.capture.fronts import Run
+from lightning_qk.capture.readings import soft_cap
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.functional._logits import Logits
 from lightning_qk.interventions.auxiliary import Auxiliary, Penalty
-from lightning_qk.interventions.replaced import Replacements, dense_logits, weighted
+from lightning_qk.interventions.replaced import EXTRA, Replacements, dense_logits, weighted
 
 # A closed key's logit may exceed every open one's: its exponential is only ever needed for the gates' gradient.
 _MOST_ABOVE = 30.0
@@ -98,8 +99,7 @@ def gated_attention(
     x, visible, sinks = dense_logits(query, key, **call)
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     shown = torch.ones_like(x, dtype=torch.bool) if visible is None else visible.expand_as(x)
-    is_open = (gates.detach() > 0.5) & shown
-    is_open = torch.where(is_open.any(-1, keepdim=True), is_open, shown)
+    is_open = _open_keys(gates, shown)
     # Rows that lost every key keep the gates' gradient out.
     factor = torch.where(is_open & (gates.detach() <= 0.5), 1.0, gates.to(x.dtype))
     low = torch.finfo(x.dtype).min
@@ -112,6 +112,12 @@ def gated_attention(
     if sinks is not None:
         total = total + (sinks.to(x.dtype).view(1, -1, 1, 1) - top).exp()
     return weighted(weights / torch.where(total == 0, 1.0, total), value, dropout, training)
+
+
+def _open_keys(gates: Tensor, shown: Tensor) -> Tensor:
+    """Which visible keys are in a row's softmax: the open ones, or all where none is open."""
+    is_open = (gates.detach() > 0.5) & shown
+    return torch.where(is_open.any(-1, keepdim=True), is_open, shown)
 
 
 class GatedAttention(Auxiliary):
@@ -146,7 +152,7 @@ class GatedAttention(Auxiliary):
     ) -> None:
         super().__init__(weight, len(names))
         self._gates = {id(module): gates[name] for module, name in names.items()}
-        self._replacements = Replacements(self._compute)
+        self._replacements = Replacements(self._compute, self._softmax)
         self.steering = AttentionSteering(
             names, self._wrap, replaces=True, model=model, idle=self._without_gates
         )
@@ -159,9 +165,13 @@ class GatedAttention(Auxiliary):
         self.steering.remove()
 
     def _wrap(self, name: str, call: AttentionCall, run: Run) -> Any:
-        if call.options.get("softcap") is not None:
+        if soft_cap(call) is not None:
             raise UnsupportedCallError("its logits are soft-capped: leave it out with modules=")
-        return run(call._replace(function=self._replacements.of(call, is_cross=False)))
+        gates = self._gates[id(call.module)]
+        # Drawn here, and not by the function: monitors measure the softmax with the same gates.
+        drawn = gates.sample() if call.module.training else gates.open().float()
+        options = {**call.options, EXTRA: drawn}
+        return run(call._replace(function=self._replacements.of(call, is_cross=False), options=options))
 
     def _without_gates(self, name: str, call: AttentionCall, run: Run) -> Any:
         """A layer that is left alone: its gates get a gradient of zeros, since DDP waits for one of each."""
@@ -172,27 +182,46 @@ class GatedAttention(Auxiliary):
         first = first + (0.0 * self._gates[id(call.module)].logits.sum()).to(first.dtype)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
-    def _compute(self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float) -> Tensor:
+    def _pairs(self, module: nn.Module, given: dict[str, Any], drawn: Tensor) -> Tensor:
         gates = self._gates[id(module)]
-        given = {name: argument for name, argument in given.items() if name != "softcap"}
         _, heads, n, _ = given["query"].shape
-        m = given["key"].shape[2]
         if heads != gates.logits.shape[0]:
             raise UnsupportedCallError(f"it has {heads} heads and gates for {gates.logits.shape[0]}")
-        drawn = gates.sample() if module.training else gates.open().float()
-        pairs = gates.by_pair(drawn, n, m, given["query_offset"])
+        return gates.by_pair(drawn, n, given["key"].shape[2], given["query_offset"])
+
+    def _softmax(self, module: nn.Module, given: dict[str, Any], drawn: Tensor) -> dict[str, Any]:
+        pairs = self._pairs(module, given, drawn.detach())
+        visible = _visible(given)
+        shown = torch.ones_like(pairs, dtype=torch.bool) if visible is None else visible
+        is_open = _open_keys(pairs, shown)
+        mask = given["mask"]
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            return {**given, "mask": torch.where(is_open, mask, float("-inf"))}
+        return {**given, "mask": is_open}
+
+    def _compute(
+        self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float, drawn: Tensor
+    ) -> Tensor:
+        given = {name: argument for name, argument in given.items() if name != "softcap"}
+        pairs = self._pairs(module, given, drawn)
         output = gated_attention(**given, value=value, gates=pairs, dropout=dropout, training=module.training)
         if not (module.training and self.enabled and output.requires_grad):
             return output
         return self.attach(output, _price(given, pairs))
 
 
+def _visible(given: dict[str, Any]) -> Tensor | None:
+    """Which keys are visible, before any gate; None for all."""
+    logits = Logits.check(**given)
+    _, _, n, m = logits.shape
+    rows = slice(0, n)
+    return logits.visible(rows, logits.positions(rows), slice(0, m))
+
+
 def _price(given: dict[str, Any], pairs: Tensor) -> Penalty:
     """L1 norm of the mask over the pairs that are visible, a sequence's mean."""
-    logits = Logits.check(**given)
-    _, heads, n, m = logits.shape
-    rows = slice(0, n)
-    visible = logits.visible(rows, logits.positions(rows), slice(0, m))
+    heads, n, m = pairs.shape
+    visible = _visible(given)
     if visible is None:
         count = pairs.new_ones(1)
     else:

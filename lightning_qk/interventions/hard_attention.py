@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall
 from lightning_qk.capture.fronts import Run
+from lightning_qk.capture.readings import soft_cap
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.functional.retrieval import hard_attention
@@ -37,7 +38,7 @@ class HardRetrieval:
         model: nn.Module | None = None,
     ) -> None:
         self._cross = cross
-        self._replacements = Replacements(_compute)
+        self._replacements = Replacements(_compute, _no_softmax)
         self.steering = AttentionSteering(names, self._wrap, replaces=True, model=model)
 
     def __enter__(self) -> "HardRetrieval":
@@ -48,12 +49,18 @@ class HardRetrieval:
         self.steering.remove()
 
     def _wrap(self, name: str, call: AttentionCall, run: Run) -> Any:
-        if call.options.get("softcap") is not None:
+        if soft_cap(call) is not None:
             raise UnsupportedCallError("its logits are soft-capped: leave it out with modules=")
         return run(call._replace(function=self._replacements.of(call, is_cross=name in self._cross)))
 
 
-def _compute(module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float) -> Tensor:
+def _no_softmax(module: nn.Module, given: dict[str, Any], extra: Any) -> dict[str, Any]:
+    raise UnsupportedCallError(
+        "hard attention takes one key of each row, without a softmax: it has no statistics"
+    )
+
+
+def _compute(module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float, extra: Any) -> Tensor:
     given = dict(given)
     if given.pop("sinks") is not None:
         raise UnsupportedCallError("it has a learnt sink, which is no key: leave it out with modules=")

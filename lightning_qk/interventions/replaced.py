@@ -6,12 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import AttentionCall, attention_arguments
+from lightning_qk.capture.call import OWN_SOFTMAX, AttentionCall, attention_arguments
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional._logits import Logits
 
-Compute = Callable[[nn.Module, dict[str, Any], Tensor, float], Tensor]
-"""``compute(module, arguments, value, dropout)``: output ``(batch, heads, n, d_value)`` of one call."""
+Compute = Callable[[nn.Module, dict[str, Any], Tensor, float, Any], Tensor]
+"""``compute(module, arguments, value, dropout, extra)``: output ``(batch, heads, n, d_value)`` of one call."""
+
+Softmax = Callable[[nn.Module, dict[str, Any], Any], dict[str, Any]]
+"""``softmax(module, arguments, extra)``: arguments that give the statistics of the softmax in the output."""
+
+EXTRA = "lightning_qk_extra"
+"""Option of a call that is handed to both, such as what was drawn for it."""
 
 
 class Replacements:
@@ -20,10 +26,12 @@ class Replacements:
     Args:
         compute: what they compute. The arguments are those of
             :func:`~lightning_qk.functional.attention_entropy`, with gradients.
+        softmax: what monitors measure of it; raises UnsupportedCallError where there is no softmax.
     """
 
-    def __init__(self, compute: Compute) -> None:
+    def __init__(self, compute: Compute, softmax: Softmax) -> None:
         self._compute = compute
+        self._softmax = softmax
         # One object for one function: what a function computes is found out once for each.
         self._made: dict[Any, Callable[..., Any]] = {}
 
@@ -38,15 +46,25 @@ class Replacements:
         def replaced(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
         ) -> tuple[Tensor, None]:
-            options.pop("softcap", None)
-            own = AttentionCall(module, query, key, value, mask, implementation, options, function)
-            given, value = attention_arguments(own, self_attention=not is_cross)
-            if given["query"].shape != query.shape:
-                raise UnsupportedCallError("its sequences are packed in one row: pad them instead")
-            given.pop("self_attention")
-            output = self._compute(module, given, value, float(options.get("dropout") or 0.0))
+            call = AttentionCall(module, query, key, value, mask, implementation, options, function)
+            given, value, extra = read(call)
+            output = self._compute(module, given, value, float(options.get("dropout") or 0.0), extra)
             return output.transpose(1, 2).contiguous(), None
 
+        def read(call: AttentionCall) -> tuple[dict[str, Any], Tensor, Any]:
+            options = {name: value for name, value in call.options.items() if name not in ("softcap", EXTRA)}
+            own = call._replace(options=options, function=function)
+            given, value = attention_arguments(own, self_attention=not is_cross)
+            if given["query"].shape != call.query.shape:
+                raise UnsupportedCallError("its sequences are packed in one row: pad them instead")
+            given.pop("self_attention")
+            return given, value, call.options.get(EXTRA)
+
+        def tell(call: AttentionCall) -> tuple[dict[str, Any], Tensor]:
+            given, value, extra = read(call)
+            return self._softmax(call.module, given, extra), value
+
+        setattr(replaced, OWN_SOFTMAX, tell)
         return replaced
 
 

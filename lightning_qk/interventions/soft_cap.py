@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall
 from lightning_qk.capture.fronts import Run
+from lightning_qk.capture.readings import soft_cap
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.interventions.replaced import Replacements, dense_logits, weighted
@@ -99,7 +100,7 @@ class SoftCapped:
             raise ValueError(f"expected attention without a soft cap of its own, got {', '.join(own[:3])}")
         self.cap = float(cap)
         self._cross = cross
-        self._replacements = Replacements(self._compute)
+        self._replacements = Replacements(self._compute, self._softmax)
         self.steering = AttentionSteering(names, self._wrap, replaces=True, model=model)
 
     def __enter__(self) -> "SoftCapped":
@@ -110,7 +111,7 @@ class SoftCapped:
         self.steering.remove()
 
     def _wrap(self, name: str, call: AttentionCall, run: Run) -> Any:
-        if call.options.get("softcap") is not None:
+        if soft_cap(call) is not None:
             raise UnsupportedCallError("it has a soft cap of its own: leave it out with modules=")
         call_capped = call._replace(options={**call.options, "softcap": self.cap})
         flex = sys.modules.get("transformers.integrations.flex_attention")
@@ -118,7 +119,12 @@ class SoftCapped:
             return run(call_capped)
         return run(call_capped._replace(function=self._replacements.of(call, is_cross=name in self._cross)))
 
-    def _compute(self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float) -> Tensor:
+    def _softmax(self, module: nn.Module, given: dict[str, Any], extra: Any) -> dict[str, Any]:
+        return {**given, "softcap": self.cap}
+
+    def _compute(
+        self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float, extra: Any
+    ) -> Tensor:
         given = {name: argument for name, argument in given.items() if name != "softcap"}
         return soft_capped_attention(
             **given, value=value, cap=self.cap, dropout=dropout, training=module.training

@@ -199,7 +199,7 @@ def newest_of(history: History | None, label: str) -> Newest:
 
 _EMPTY_WORDS = {
     DID_NOT_RUN: "it did not run, or its attention could not be seen",
-    NO_DATA: "it had nothing to measure: padding alone, or too few tokens",
+    NO_DATA: "it had nothing to measure: padding or generation alone, or too few tokens",
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.heads.errors import UnreadLayer
@@ -94,6 +95,7 @@ class SelfCheck:
         self.verdicts: dict[str, Verified] = {}
         self.findings: dict[str, Finding] = {}
         self._plans: dict[str, LayerPlan] = {}
+        self._reasons: dict[str, str] = {}
         names = {module: name for name, module in self._sites.items()}
         self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
         self._handles: list[Any] = []
@@ -106,17 +108,11 @@ class SelfCheck:
             if any(_would_notice(part) for part in module.modules()):
                 continue  # its capture knows what enters it, or nothing is known
             call = self._calls[name]
-            self._handles.append(
-                module.register_forward_pre_hook(functools.partial(_keep_call, call), with_kwargs=True)
-            )
+            self._handles.append(hook_before(module, functools.partial(_keep_call, call)))
             for part in module.modules():
                 if part is not module:
-                    self._handles.append(
-                        part.register_forward_pre_hook(
-                            functools.partial(_keep_inputs, call), with_kwargs=True
-                        )
-                    )
-                    self._handles.append(part.register_forward_hook(functools.partial(_keep_output, call)))
+                    self._handles.append(hook_before(part, functools.partial(_keep_inputs, call)))
+                    self._handles.append(hook_after(part, functools.partial(_keep_output, call)))
         self._capture.install()
         self._capture.enabled = True
 
@@ -200,7 +196,8 @@ class SelfCheck:
         again = self._read_again(name, call, operands, inputs, kept)
         if again is not None:
             return again
-        return first or _unchecked(self._reader.unread.get(name, "its weights were not read"))
+        unread = self._reasons.get(name) or self._reader.unread.get(name, "its weights were not read")
+        return first or _unchecked(unread)
 
     def _read_again(
         self,
@@ -212,17 +209,29 @@ class SelfCheck:
     ) -> Verified | None:
         """Read a layer in other ways until one explains its call; None where none does."""
         site = self._places[name]
-        # Names of children decide for known classes alone: what else acts in a layer of one's own, a factor of 1 or
-        # an adapter of zeros that is yet to be learnt, no single call tells, and a run does.
-        known = is_known(site.module)
-        findings = [Finding(layout=layout) for layout in fitting_layouts(site.module)] if known else []
+        # A factor that is 1 until it is learnt hides in a single call: what a run has refused a layer for has to
+        # be part of what explains it.
+        refusal = self._reader.unread.get(name, "")
+        learnt = {
+            own
+            for own, _ in site.module.named_parameters(recurse=False)
+            if f"its learnt parameter {own!r}" in refusal
+        }
+        findings = [
+            Finding(layout=layout, added=added)
+            for layout in fitting_layouts(site.module)
+            for added in ((), *_addable(site.module, operands[0].shape[-1]))
+            if learnt <= set(added)
+        ]
         if kept.arguments is not None:
             ways = recorded_trials(site.module, site.config, *kept.arguments)
             findings.append(Finding(ways=tuple(ways)[:1]))
         for finding in findings:
             try:
                 plan = LayerPlan(site, fold_norm=False, finding=finding)
-            except UnreadLayer:
+            except UnreadLayer as reason:
+                if finding.ways:
+                    self._reasons[name] = str(reason)
                 continue
             again = self._compare(plan, call, operands, inputs, kept)
             if again.ok:
@@ -372,6 +381,13 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
     if key < 0:
         return None
     return query == key or _same_values(inputs[query], inputs[key])
+
+
+def _addable(module: nn.Module, d_head: int) -> Iterator[tuple[str, ...]]:
+    """Single parameters of a layer itself that may be added to its queries: some vectors as wide as a head."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.numel() and parameter.numel() % d_head == 0 and parameter.dim() <= 4:
+            yield (name,)
 
 
 def _decided(plan: LayerPlan, is_same: bool | None) -> bool | None:

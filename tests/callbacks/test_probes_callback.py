@@ -180,7 +180,7 @@ def test_a_probe_that_fails_is_named_once_and_the_others_go_on():
     job = models.Job(models.mistral())  # its windows are shorter than the sequences
     callback = quick(["parallel_context", "exchangeability"])
     with pytest.warns(
-        UserWarning, match=r"stopped the probe parallel_context \(ValueError: .*MistralForCausalLM"
+        UserWarning, match=r"the probe parallel_context failed once \(ValueError: .*MistralForCausalLM"
     ):
         models.trainer([callback], val_check_interval=2).fit(job, models.tokens(), models.tokens(8))
     assert len(callback.notes) == 1

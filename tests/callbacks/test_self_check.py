@@ -133,12 +133,13 @@ def test_every_layer_is_verified_and_right(kind: str, caplog: pytest.LogCaptureF
     torch.testing.assert_close(got, expected(job).detach(), rtol=1e-5, atol=1e-6)
     assert list(monitor.labels.values()) == ["attention"]
     assert "qk/trace/mean" in trainer.callback_metrics
+    assert not any("left out" in note or "nothing is watched" in note for note in monitor.notes)
     assert job.losses == fit(kind)[0].losses
     assert not any(isinstance(callback, SelfCheck) for callback in trainer.callbacks)
 
 
-@pytest.mark.parametrize("kind", ["needs_table", "separate"])
-def test_a_layer_that_only_its_call_tells_is_penalized(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["key_first", "separate"])
+def test_a_layer_of_ones_own_is_penalized(kind: str) -> None:
     with_it, _ = fit(kind, QKSpectrumMonitor(report=False), LocAteR(1.0))
     without, _ = fit(kind)
     assert with_it.losses != without.losses

@@ -61,7 +61,7 @@ def test_training_goes_on_while_they_are_solved_and_two_snapshots_live_at_most(m
     alive: list[weakref.ref] = []
     most, steps_while_waiting = [], []
     release = threading.Event()
-    solve = worker_module.solve
+    solve = worker_module.solve_each
 
     def slow(cores):
         alive.extend(weakref.ref(part.matrices) for part in cores)
@@ -75,7 +75,7 @@ def test_training_goes_on_while_they_are_solved_and_two_snapshots_live_at_most(m
             if not release.is_set():
                 steps_while_waiting.append(trainer.global_step)
 
-    monkeypatch.setattr(worker_module, "solve", slow)
+    monkeypatch.setattr(worker_module, "solve_each", slow)
     spectrum = monitor(every_n_steps=2)
     models.trainer([spectrum, Steps()], max_steps=6).fit(models.Job(), models.tokens())
     assert len(most) == 4  # the start and three measurements
@@ -123,9 +123,9 @@ def test_an_eigenproblem_that_fails_is_said_once_and_training_goes_on(monkeypatc
     def fail(cores):
         raise ArithmeticError("did not converge")
 
-    monkeypatch.setattr(worker_module, "solve", fail)
+    monkeypatch.setattr(worker_module, "solve_each", fail)
     spectrum = monitor()
     trainer = models.trainer([spectrum])
-    with pytest.warns(UserWarning, match=r"stopped logging \(ArithmeticError: did not converge\)"):
+    with pytest.warns(UserWarning, match=r"solving eigenproblems failed .*ArithmeticError: did not converge"):
         trainer.fit(models.Job(), models.tokens())
     assert trainer.global_step == 4

@@ -214,7 +214,8 @@ def test_calls_that_cannot_be_read_are_named():
 
 def test_a_model_without_attention_is_refused():
     job = models.Job(nn.Sequential(nn.Linear(2, 2)))
-    for callback in (AttentionMonitor(report=False), QKSpectrumMonitor(report=False)):
+    for kind in (AttentionMonitor, QKSpectrumMonitor):
+        callback = kind(report=False, on_unreadable="raise")
         with pytest.raises(ValueError, match="expected a model that contains transformer attention"):
             models.trainer([callback]).fit(job, models.tokens())
 

@@ -127,7 +127,6 @@ def test_no_run_is_ended_or_changed(plan, nursery, tmp_path):
     check(nursery, plan, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="hooks of a deep copy made during the run are its own, and stay")
 def test_hooks_that_a_copy_took_along_are_gone_after_the_run(nursery, tmp_path):
     [outcome] = nursery.run(Plan("copied_layer", step=3, callbacks=ALL), tmp_path)
     assert outcome["end"] == "finished"

@@ -332,6 +332,8 @@ def apply_rotary_by_coordinate(q, k, cos, sin):
 
 
 class ThreeCoordinatesAttention(CountingAttention):
+    __module__ = "transformers.models.toy"
+
     def __init__(self) -> None:
         super().__init__()
         del self.rotary_embeddings
@@ -341,6 +343,8 @@ class ThreeCoordinatesAttention(CountingAttention):
         q, k = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj))
         q, k = apply_rotary_by_coordinate(q, k, *position_embeddings)
         return torch.matmul(q, k.mT)
+
+    forward.__module__ = "transformers.models.toy"
 
 
 def test_text_among_images_has_one_position_for_three_coordinates():

@@ -205,8 +205,8 @@ def test_moments_alone_solve_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     reading = read(tmp_path, eigenvalues=False)
     assert not reading.eigenvalues
     assert "spectral_radius" not in reading.values
-    with pytest.raises(AssertionError):
-        read(tmp_path)
+    # One eigenproblem that fails costs its head alone.
+    assert all(values.isnan().all() for values in read(tmp_path).eigenvalues.values())
 
 
 def module_checkpoint(path: Path, model: nn.Module, prefix: str, **extra: object) -> None:

@@ -259,15 +259,7 @@ def layer_values(monitor: Any, statistic: str, label: str, index: int) -> Tensor
     return history.split(history.values[statistic][index])[history.layers.index(label)]
 
 
-NEEDS_TWO_INPUTS = "a layer whose forward needs a second input is run alone without it, and is left out"
-CROSS_BY_CALL = "cross-attention between inputs of one width, of a class that also does self-attention"
-
-
-@jobs(
-    zoo.SHAPES,
-    exact,
-    {"conformer": NEEDS_TWO_INPUTS, "detr": CROSS_BY_CALL, "annotated": CROSS_BY_CALL},
-)
+@jobs(zoo.SHAPES, exact)
 def test_spectra_are_those_of_the_dense_matrix(name, variant, runs):
     alone, watched = runs(name, variant)
     spectrum = watched.monitors[0]
@@ -365,7 +357,7 @@ def cross_layers(name: str, run: Run) -> list[tuple[str, nn.Module]]:
     return [(layer, module) for layer, module in attention_layers(run.job).items() if parts[name] in layer]
 
 
-@jobs(zoo.SHAPES, VARIANTS, {"conformer": NEEDS_TWO_INPUTS})
+@jobs(zoo.SHAPES, VARIANTS)
 def test_loggers_get_the_same_numbers(name, variant, runs):
     _, watched = runs(name, variant)
     checked = 0

@@ -57,13 +57,13 @@ def test_only_the_thread_stays_on_one_core(monkeypatch):
     def solve(cores):
         torch.linalg.eigvals(torch.eye(3))
         seen.append(torch.get_num_threads())
-        return {}
+        return {}, []
 
     def of_a_new_thread() -> int:
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(torch.get_num_threads).result()
 
-    monkeypatch.setattr(module, "solve", solve)
+    monkeypatch.setattr(module, "solve_each", solve)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -96,14 +96,14 @@ def test_submit_does_not_wait_and_collect_does(worker, monkeypatch):
 
 
 def test_a_failure_comes_out_where_the_result_would_and_only_once(worker, monkeypatch):
-    monkeypatch.setattr(module, "solve", lambda cores: 1 / 0)
+    monkeypatch.setattr(module, "solve_each", lambda cores: 1 / 0)
     worker.submit(1, [])
     with pytest.raises(ZeroDivisionError):
         worker.collect()
     assert worker.collect() is None
     monkeypatch.undo()
     worker.submit(2, [])
-    assert worker.collect() == (2, {})
+    assert worker.collect() == (2, {}, [])
 
 
 def test_a_closed_worker_has_no_thread_and_can_start_again(worker):
