@@ -172,7 +172,7 @@ def test_arguments_that_cannot_be_looked_into_do_not_disturb_the_forward() -> No
 
 
 class LearntAttention(nn.Module):
-    """Queries behind a factor that is 1 until it is learnt, under names that stand for plain projections elsewhere."""
+    """Queries behind a factor that is 1 until it is learnt, under names that are plain projections elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
