@@ -336,11 +336,11 @@ def suite_time(steps: int = 41) -> list[Result]:
     ]
 
 
-def self_check(fits: int = 5, steps: int = 4) -> list[Result]:
+def self_check(fits: int = 3, steps: int = 3) -> list[Result]:
     """The first step of a fit with the self-check over the same step without it, and over an ordinary one."""
     from lightning_qk.callbacks._self_check import SelfCheck
 
-    length, batch, vocabulary = 64, 2, 1000
+    length, batch, vocabulary = 64, 1, 1000
     config = transformers.GPT2Config(  # 12 layers, d_model 768
         n_positions=length, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0
     )
