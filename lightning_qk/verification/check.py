@@ -212,10 +212,19 @@ class SelfCheck:
     ) -> Verified | None:
         """Read a layer in other ways until one explains its call; None where none does."""
         site = self._places[name]
+        # A factor that is 1 until it is learnt hides in a single call: what a run has refused a layer for has to
+        # be part of what explains it.
+        refusal = self._reader.unread.get(name, "")
+        learnt = {
+            own
+            for own, _ in site.module.named_parameters(recurse=False)
+            if f"its learnt parameter {own!r}" in refusal
+        }
         findings = [
             Finding(layout=layout, added=added)
             for layout in fitting_layouts(site.module)
             for added in ((), *_addable(site.module, operands[0].shape[-1]))
+            if learnt <= set(added)
         ]
         if kept.arguments is not None:
             ways = recorded_trials(site.module, site.config, *kept.arguments)
@@ -227,7 +236,12 @@ class SelfCheck:
                 if finding.ways:
                     self._reasons[name] = str(reason)
                 continue
-            again = self._compare(plan, call, operands, inputs, kept)
+            try:
+                again = self._compare(plan, call, operands, inputs, kept)
+            except RuntimeError:  # a parameter that cannot be added to this layer's queries
+                if not finding.added:
+                    raise
+                continue
             if again.ok:
                 self.findings[name] = finding
                 self._plans[name] = plan

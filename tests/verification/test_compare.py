@@ -169,3 +169,25 @@ def test_arguments_that_cannot_be_looked_into_do_not_disturb_the_forward() -> No
     layer = Picky(16, 4)
     found = verify(layer, (torch.randn(2, 5, 16), Raising()))
     assert {verdict.status for verdict in found.values()} <= {Status.UNCHECKED, Status.VERIFIED}
+
+
+class LearntAttention(nn.Module):
+    """Queries behind a factor that is 1 until it is learnt, under names that are plain projections elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            own(x).unflatten(-1, (4, 4)).transpose(1, 2) for own in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return nn.functional.scaled_dot_product_attention(q * self.gain, k, v)
+
+
+def test_one_call_does_not_take_back_what_a_run_has_refused() -> None:
+    found = verify(nn.Sequential(LearntAttention()), torch.randn(2, 5, 16))
+    assert found["0"].status is Status.UNCHECKED
+    assert "its learnt parameter 'gain'" in found["0"].reason
