@@ -16,13 +16,15 @@ from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.heads.findings import Finding, settle
 from lightning_qk.heads.layouts import fitting_layouts
 from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.plan import LayerPlan, Side
+from lightning_qk.heads.probing import shadow
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.trials import recorded_trials
+from lightning_qk.heads.search import find_rows
+from lightning_qk.heads.trials import Trial, recorded_trials
 from lightning_qk.verification.compare import Added, Match, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
@@ -73,8 +75,7 @@ class SelfCheck:
 
     Forward hooks see what enters the layers and their parts, and a capture sees queries and keys as they are
     multiplied; both are taken away again by :meth:`remove`. Nothing that the model computes is changed. A layer
-    that was not read, or wrongly, is read again by the layouts that its names fit, and by running it alone as it
-    was called, until one explains the call.
+    that was not read, or wrongly, is read again by running it alone as it was called, and compared again.
 
     Models of torch.compile are left as they are, and not checked, and neither are weights that are sharded when
     the attention is called.
@@ -210,43 +211,49 @@ class SelfCheck:
         inputs: Sequence[Tensor],
         kept: "_Call",
     ) -> Verified | None:
-        """Read a layer in other ways until one explains its call; None where none does."""
+        """Read a layer by running it as it was called and compare again; None unless that explains the call.
+
+        One call by itself proves little: a factor that is 1, or an adapter that is 0, until it is learnt does not
+        show in it. So what a run refuses stays refused, with one exception: a parameter that is added to the
+        queries. Without it a run must find nothing else, and the call must be explained with it and not without.
+        """
         site = self._places[name]
-        # A factor that is 1 until it is learnt hides in a single call: what a run has refused a layer for has to
-        # be part of what explains it.
-        refusal = self._reader.unread.get(name, "")
-        learnt = {
-            own
-            for own, _ in site.module.named_parameters(recurse=False)
-            if f"its learnt parameter {own!r}" in refusal
-        }
-        findings = [
-            Finding(layout=layout, added=added)
-            for layout in fitting_layouts(site.module)
-            for added in ((), *_addable(site.module, operands[0].shape[-1]))
-            if learnt <= set(added)
-        ]
-        if kept.arguments is not None:
-            ways = recorded_trials(site.module, site.config, *kept.arguments)
-            findings.append(Finding(ways=tuple(ways)[:1]))
+        if kept.arguments is None:
+            return None
+        ways = tuple(recorded_trials(site.module, site.config, *kept.arguments))[:1]
+        findings = [Finding(ways=ways)]
+        try:
+            LayerPlan(site, fold_norm=False, finding=findings[0])
+        except UnreadLayer as refusal:
+            self._reasons[name] = str(refusal)
+            layouts = [
+                layout
+                for layout in fitting_layouts(site.module)
+                if not self._explains(site, Finding(layout=layout), call, operands, inputs, kept)
+            ]
+            findings = [
+                Finding(layout=layout, added=(added,))
+                for added, parameter in site.module.named_parameters(recurse=False)
+                if layouts
+                and parameter.numel() % operands[0].shape[-1] == 0
+                and _is_all_that_is_added(site, added, ways)
+                for layout in layouts
+            ]
         for finding in findings:
-            try:
-                plan = LayerPlan(site, fold_norm=False, finding=finding)
-            except UnreadLayer as reason:
-                if finding.ways:
-                    self._reasons[name] = str(reason)
-                continue
-            try:
+            plan = self._explains(site, finding, call, operands, inputs, kept)
+            if plan is not None:
+                self.findings[name], self._plans[name] = finding, plan
                 again = self._compare(plan, call, operands, inputs, kept)
-            except RuntimeError:  # a parameter that cannot be added to this layer's queries
-                if not finding.added:
-                    raise
-                continue
-            if again.ok:
-                self.findings[name] = finding
-                self._plans[name] = plan
                 return again._replace(status=Status.REREAD)
         return None
+
+    def _explains(self, site: Site, finding: Finding, *seen: Any) -> LayerPlan | None:
+        """How a layer is read by a finding, if that explains its call."""
+        try:
+            plan = LayerPlan(site, fold_norm=False, finding=finding)
+            return plan if self._compare(plan, *seen).ok else None
+        except (UnreadLayer, RuntimeError):  # such as a parameter of another shape than the queries
+            return None
 
     def _compare(
         self,
@@ -391,11 +398,17 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
     return query == key or _same_values(inputs[query], inputs[key])
 
 
-def _addable(module: nn.Module, d_head: int) -> Iterator[tuple[str, ...]]:
-    """Single parameters of a layer itself that may be added to its queries: some vectors as wide as a head."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.numel() and parameter.numel() % d_head == 0 and parameter.dim() <= 4:
-            yield (name,)
+def _is_all_that_is_added(site: Site, name: str, ways: Sequence[Trial]) -> bool:
+    """Whether running a layer tells its queries and keys once one of its parameters is zero."""
+    copy = shadow(site.module)
+    parameter = copy._parameters.pop(name)
+    assert parameter is not None  # it was listed
+    copy.__dict__[name] = torch.zeros_like(parameter, requires_grad=False)
+    try:
+        find_rows(copy, site.config, ways=ways)
+    except UnreadLayer:
+        return False
+    return True
 
 
 def _decided(plan: LayerPlan, is_same: bool | None) -> bool | None:

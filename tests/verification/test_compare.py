@@ -191,3 +191,55 @@ def test_one_call_does_not_take_back_what_a_run_has_refused() -> None:
     found = verify(nn.Sequential(LearntAttention()), torch.randn(2, 5, 16))
     assert found["0"].status is Status.UNCHECKED
     assert "its learnt parameter 'gain'" in found["0"].reason
+
+
+class LowRank(nn.Module):
+    """A projection with an adapter by hand, whose second matrix is zero until it is trained."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.num_heads = 4
+        self.down, self.up = nn.Linear(width, 2, bias=False), nn.Linear(2, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q_proj(x) + self.up(self.down(x))
+        q, k, v = (
+            part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (q, self.k_proj(x), self.v_proj(x))
+        )
+        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_an_adapter_that_does_nothing_yet_is_not_overlooked() -> None:
+    layer = LowRank(16)
+    (found,) = verify(layer, torch.randn(2, 5, 16)).values()
+    if found.ok:
+        nn.init.normal_(layer.up.weight)
+        (found,) = verify(layer, torch.randn(2, 5, 16)).values()
+    assert found.status in (Status.VERIFIED, Status.UNCHECKED)
+
+
+class Shifted(LowRank):
+    """As well, with something learnt that is added to the queries."""
+
+    def __init__(self, width: int, *, adapter: bool) -> None:
+        super().__init__(width)
+        self.adapter = adapter
+        self.shift = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q_proj(x) + self.shift
+        if self.adapter:
+            q = q + self.up(self.down(x))
+        q, k, v = (
+            part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (q, self.k_proj(x), self.v_proj(x))
+        )
+        return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_what_is_added_to_queries_is_found_and_what_hides_behind_it_too() -> None:
+    (found,) = verify(Shifted(16, adapter=False), torch.randn(2, 5, 16)).values()
+    assert found.status is Status.REREAD
+    (found,) = verify(Shifted(16, adapter=True), torch.randn(2, 5, 16)).values()
+    assert found.status is Status.UNCHECKED
