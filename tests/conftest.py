@@ -30,3 +30,11 @@ def _no_open_wandb_run() -> Iterator[None]:
     wandb = sys.modules.get("wandb")
     if wandb is not None and getattr(wandb, "run", None) is not None:
         wandb.finish()
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_left_as_it_was() -> Iterator[None]:
+    """Whoever looks at attention calls goes away with the test that let it look."""
+    before = torch.nn.functional.scaled_dot_product_attention, torch.nn.MultiheadAttention.forward
+    yield
+    assert before == (torch.nn.functional.scaled_dot_product_attention, torch.nn.MultiheadAttention.forward)

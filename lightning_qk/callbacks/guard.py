@@ -349,7 +349,10 @@ class CollapseGuard(Callback):
         watch, self._watch = self._watch, None
         self._try(self._rate.detach, "learning rates could not be left")
         if watch is not None:
+            quiet = list(watch.quiet)
             self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
+            for monitor in quiet:
+                monitor.stop()  # each by itself, whatever became of the others
         if trainer.is_global_zero:
             self._try(self._healthy.sweep, "its files could not be removed")
 

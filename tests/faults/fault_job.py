@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import models
 import torch
-from harness import FAULTS, Plan
+from fault_harness import FAULTS, Plan
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-import harness
+import fault_harness
 import pytest
 import torch
-from harness import FAULTS, INTERVENTIONS, MONITORS, RECORD, Nursery, Plan, drawn
+from fault_harness import FAULTS, INTERVENTIONS, MONITORS, RECORD, Nursery, Plan, drawn
 
 from lightning_qk.logging.history import RunRecord
 
@@ -59,7 +59,7 @@ def check(nursery: Nursery, plan: Plan, folder: Path) -> str:
     alone = nursery.run(plan.alone(), folder / "alone")
     watched = nursery.run(plan, folder / "watched")
     for rank, (want, got) in enumerate(zip(alone, watched, strict=True)):
-        assert not want["end"].startswith(("died", harness.HUNG)), want["output"][-2000:]
+        assert not want["end"].startswith(("died", fault_harness.HUNG)), want["output"][-2000:]
         assert got["end"] == want["end"], (
             f"rank {rank}: {got['end']!r}, alone {want['end']!r}\n{got['output'][-3000:]}"
         )
@@ -228,7 +228,7 @@ def test_a_run_that_hangs_fails(nursery, tmp_path):
     """The harness itself: a child that never ends is killed, and said to hang."""
     plan = Plan("none", steps=100_000)
     [outcome] = nursery.run(plan, tmp_path, timeout=2)
-    assert outcome["end"] == harness.HUNG
+    assert outcome["end"] == fault_harness.HUNG
     # And the next run is as if nothing had been.
     [outcome] = nursery.run(Plan("none", steps=2), tmp_path / "next")
     assert outcome["end"] == "finished"
