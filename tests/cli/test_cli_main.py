@@ -1,6 +1,7 @@
 """The command: jobs from configs, and one line for what is wrong with them."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     """The error, which has to be one line, and the last."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-qk: error:")]
+    begins = re.compile(r"lightning-qk( coverage)?: error:")
+    lines = [line for line in capsys.readouterr().err.splitlines() if begins.match(line)]
     assert len(lines) == 1
     return lines[0]
 
