@@ -2,7 +2,8 @@
 
 A :class:`Plan` says what fails, when and where, and who watches. :class:`Nursery` is one process that has
 imported everything and forks a child for each run, so that a run costs no import, may be killed, and may hang. A
-child trains and leaves what :func:`run` returns in its folder. ``python fault_harness.py PLAN.json FOLDER`` makes one
+child trains and leaves what :func:`run` returns in its folder.
+``python fault_harness.py PLAN.json FOLDER`` makes one
 run by hand.
 """
 
