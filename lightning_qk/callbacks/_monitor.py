@@ -18,7 +18,7 @@ from lightning_qk.callbacks._guarded import GuardedHooks, Refused
 from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._order import observe_last
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together, has_others
-from lightning_qk.callbacks._self_check import add_self_check, self_check_of
+from lightning_qk.callbacks._self_check import add_self_check, self_check_of, shorten
 from lightning_qk.callbacks._trainer import (
     Callback,
     check_lightning,
@@ -46,12 +46,6 @@ OnUnreadable = Literal["warn", "raise"]
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
-
-
-def shorten(names: Sequence[str]) -> str:
-    """The first three of a list, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def flat_values(metric: Metric) -> dict[str, Tensor]:
