@@ -131,13 +131,6 @@ def report_parser() -> OneLineParser:
     return parser
 
 
-def _coverage(args: list[str]) -> int:
-    """Measure which model types are read and captured."""
-    from lightning_qk.coverage.command import run
-
-    return run(args[1:], f"{_PROG} coverage")
-
-
 def _inspect(args: list[str]) -> int:
     """Read checkpoints."""
     from lightning_qk.inspect.command import run
@@ -210,10 +203,6 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "report": (
         "make a run's HTML report again: lightning-qk report runs/job/lightning_qk_record.safetensors",
         _report,
-    ),
-    "coverage": (
-        "check which model types of transformers are read and captured: lightning-qk coverage llama",
-        _coverage,
     ),
     "configs": ("list or print the ready configs: lightning-qk configs quickstart > job.yaml", _configs),
     "completion": (

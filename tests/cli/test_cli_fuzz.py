@@ -14,7 +14,6 @@ OPTIONS = {
         "--revision", "--series",
     ],
     "report": ["--output", "--parquet"],
-    "coverage": ["--output", "--json", "--jobs", "--timeout", "--memory"],
     "wandb-workspace": ["--name", "--print", "--json"],
     "configs": [],
     "completion": [],
@@ -52,8 +51,6 @@ def test_wrong_lines(
                 if source.random() < 0.5
                 else [option, value]
             )
-        if command == "coverage":
-            line.append("nosuchtype")  # else it would measure
         if command == "wandb-workspace" and not {"--print", "--json"} & set(line):
             line.insert(1, "--print")  # else it would ask the network
         capsys.readouterr()

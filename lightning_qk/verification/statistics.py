@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.statistics import call_sums
-from lightning_qk.coverage.trace import Event, Trace
 from lightning_qk.functional.localization import means
 from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.verification.trace import Event, Trace
 
 TOLERANCE = 1e-4
 OF_ROWS = ("entropy", "participation", "max_prob", "sink_first")

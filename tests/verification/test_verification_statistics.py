@@ -4,10 +4,10 @@ import pytest
 import torch
 from coverage_toys import toy
 
-from lightning_qk.coverage.feed import feeds
-from lightning_qk.coverage.statistics import CapturedCalls, dense, dense_statistics, verify_statistics
-from lightning_qk.coverage.trace import Trace
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.verification.statistics import CapturedCalls, dense, dense_statistics, verify_statistics
+from lightning_qk.verification.trace import Trace
+from tools.coverage.feed import feeds
 
 
 def run(model_type: str, implementation: str) -> tuple[CapturedCalls, Trace, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.coverage.overrides import INPUTS
+from tools.coverage.overrides import INPUTS
 
 BATCH, TOKENS = 2, 12
 _GRIDS = ("grid_thw", "image_grid_thw", "grid_hw", "image_grid_hw", "grid_hws")
@@ -45,7 +45,7 @@ class _Maker:
     # Values
 
     def tensor(self, kind: str, *shape: int) -> Any:
-        """An argument of an override, whose kinds :data:`~lightning_qk.coverage.overrides.INPUTS` tells."""
+        """An argument of an override, whose kinds :data:`~tools.coverage.overrides.INPUTS` tells."""
         if kind == "float":
             return self.floats(*shape)
         if kind == "int":

@@ -55,7 +55,7 @@ def row_of(model_type: str, result: Mapping[str, Any] | None, problem: str | Non
 
     Args:
         model_type: its name.
-        result: of :func:`~lightning_qk.coverage.check.check_type`, or None.
+        result: of :func:`~tools.coverage.check.check_type`, or None.
         problem: why there is no result.
     """
     if result is None:
@@ -158,7 +158,7 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
     lines = [
         "# Coverage",
         "",
-        "Made by `lightning-qk coverage`; do not edit. " + versions,
+        "Made by `make coverage`; do not edit. " + versions,
         "",
         textwrap.fill(_METHOD, 110),
         "",

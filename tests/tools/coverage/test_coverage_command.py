@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from lightning_qk.cli import main
-from lightning_qk.coverage import catalogue
-from lightning_qk.coverage.tables import Totals, markdown, row_of
+from tools.coverage import catalogue
+from tools.coverage.command import run
+from tools.coverage.tables import Totals, markdown, row_of
 
 # One of each kind: separate, Conv1D, fused by group, grouped queries with rotary, norms between, latent, cross-
 # attention, images, a hybrid, and one without attention.
 SAMPLE = ("bert", "gpt2", "falcon", "mistral", "qwen3", "deepseek_v2", "t5", "vit", "jamba", "mamba")
+PROG = "python -m tools.coverage"
 
 
 def test_a_sample_of_types_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, data = tmp_path / "docs" / "coverage.md", tmp_path / "coverage.json"
-    assert main(["coverage", *SAMPLE, "--output", str(page), "--json", str(data)]) == 0
+    assert run([*SAMPLE, "--output", str(page), "--json", str(data)], PROG) == 0
     types = json.loads(data.read_text())["types"]
     assert sorted(types) == sorted(SAMPLE)
     for name in SAMPLE:
@@ -47,9 +48,9 @@ def test_a_sample_of_types_is_measured(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_a_wrong_line_is_told_in_one(wrong: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["coverage", *wrong]) == 2
+    assert run(wrong, PROG) == 2
     error = capsys.readouterr().err
-    assert error.startswith("lightning-qk coverage: error: expected")
+    assert error.startswith(f"{PROG}: error: expected")
     assert hint in error
     assert error.count("\n") == 1
 
@@ -103,7 +104,8 @@ def test_every_type_has_a_configuration_and_most_a_class() -> None:
 @pytest.mark.timeout(5400)
 def test_the_bars_hold_over_all_types(tmp_path: Path) -> None:
     page, data = tmp_path / "coverage.md", tmp_path / "coverage.json"
-    status = main(["coverage", "--jobs", "2", "--timeout", "300", "--output", str(page), "--json", str(data)])
+    options = ["--jobs", "2", "--timeout", "300", "--output", str(page), "--json", str(data)]
+    status = run(options, PROG)
     measured = json.loads(data.read_text())
     totals = measured["totals"]
     assert totals["weights"] >= 0.97 * totals["attention"], totals

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.coverage import catalogue
-from lightning_qk.coverage.feed import feeds
-from lightning_qk.coverage.statistics import CapturedCalls, verify_statistics
-from lightning_qk.coverage.toy import LADDER, Recipe, build, shrunk
-from lightning_qk.coverage.trace import Event, Trace
-from lightning_qk.coverage.weights import verify_weights
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, find_attention, unread
+from lightning_qk.verification.statistics import CapturedCalls, verify_statistics
+from lightning_qk.verification.trace import Event, Trace
+from tools.coverage import catalogue
+from tools.coverage.feed import feeds
+from tools.coverage.toy import LADDER, Recipe, build, shrunk
+from tools.coverage.weights import verify_weights
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 # Of computing, so that what is found does not depend on what else the machine does.
