@@ -29,6 +29,8 @@ class ParameterPlan:
     ``(in, ...)`` one block. Rows run over blocks first.
     """
 
+    as_matrix = False
+
     def __init__(self, loose: Loose, columns: int, stride: int) -> None:
         self.name = loose.path
         self.own_name = loose.name

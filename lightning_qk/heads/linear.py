@@ -24,6 +24,8 @@ class AffinePlan:
     weakly, and its weight and bias are taken anew by every :meth:`read`.
     """
 
+    as_matrix = False
+
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
         self._module = weakref.ref(module)

@@ -182,6 +182,8 @@ def _compare(toy: _Toy) -> dict[str, Any]:
             row["weights"] = row["statistics"] = "no softmax"
         else:
             row["weights"] = row["statistics"] = "not run"
+        if name in layers:
+            row["route"] = layers[name].route
         if name in reasons:
             row["unread"] = reasons[name]
         rows.append(row)

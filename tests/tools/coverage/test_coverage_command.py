@@ -33,7 +33,7 @@ def test_a_sample_of_types_is_measured(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(types["t5"]["sites"]) == 6
     assert len(types["jamba"]["sites"]) == 1
     text = page.read_text()
-    assert "| `bert` | 2 | 2 / 2 | 2 |" in text
+    assert "| `bert` | 2 | 2 / 2 | table | 2 |" in text
     assert "`mamba`" in text
     printed = capsys.readouterr().out
     assert "Weights verified: 9 of 9 (100.0 %)" in " ".join(printed.split())
@@ -60,6 +60,7 @@ def site(**changes: object) -> dict[str, object]:
         "name": "a",
         "class": "A",
         "read": True,
+        "route": "table",
         "weights": "verified",
         "statistics": "verified",
         **changes,
@@ -73,7 +74,7 @@ def result(*sites: dict[str, object], **changes: object) -> dict[str, object]:
 def test_types_count_as_verified_only_when_every_layer_that_ran_is() -> None:
     rows = [
         row_of("good", result(site(), site()), None),
-        row_of("half", result(site(), site(weights="its queries are wrong")), None),
+        row_of("half", result(site(), site(route="inferred", weights="its queries are wrong")), None),
         row_of("idle", result(site(weights="not run", statistics="not run")), None),
         row_of("crash", None, "its process ended by SIGSEGV"),
         row_of("linear", result(site(weights="no softmax", statistics="no softmax"), softmax=False), None),
@@ -86,6 +87,8 @@ def test_types_count_as_verified_only_when_every_layer_that_ran_is() -> None:
     assert not totals.meets_bars()
     assert Totals.of(rows[:1]).meets_bars()
     page = markdown(rows, "versions")
+    assert "| `half` | 2 | 2 / 1 | 1 × inferred; 1 × table | 2 |" in page
+    assert "| weights read by: inferred | 1 | | 1 |" in page
     assert "its queries are wrong" in page
     assert "SIGSEGV" in page
     assert "timm" in page
