@@ -131,6 +131,13 @@ def report_parser() -> OneLineParser:
     return parser
 
 
+def _verify(args: list[str]) -> int:
+    """Compare what is read of a model with what its forward computes."""
+    from lightning_qk._verify_command import run
+
+    return run(args[1:], f"{_PROG} verify")
+
+
 def _inspect(args: list[str]) -> int:
     """Read checkpoints."""
     from lightning_qk.inspect.command import run
@@ -200,6 +207,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         _fit_and_kin,
     ),
     "inspect": ("show what is in a checkpoint's query and key weights: lightning-qk inspect gpt2", _inspect),
+    "verify": (
+        "compare what is read of a model with what its forward computes: lightning-qk verify gpt2",
+        _verify,
+    ),
     "report": (
         "make a run's HTML report again: lightning-qk report runs/job/lightning_qk_record.safetensors",
         _report,

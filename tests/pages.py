@@ -66,6 +66,7 @@ def check_command(line: str) -> None:
 
 def _check_ours(arguments: Sequence[str]) -> None:
     from lightning_qk import _completion, cli
+    from lightning_qk._verify_command import parser as verify_options
     from lightning_qk.inspect.command import _options as inspect_options
 
     name, *rest = arguments
@@ -81,6 +82,8 @@ def _check_ours(arguments: Sequence[str]) -> None:
         assert status in (0, None), arguments
     elif name == "inspect":
         inspect_options(rest, "inspect")
+    elif name == "verify":
+        verify_options("verify").parse(rest)
     elif name == "report":
         cli.report_parser().parse(rest)
     elif name == "configs":

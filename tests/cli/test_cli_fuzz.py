@@ -13,6 +13,7 @@ OPTIONS = {
         "--fail-on", "--text", "--tokenizer", "--length", "--batches", "--base", "--config", "--prefix",
         "--revision", "--series",
     ],
+    "verify": ["--text", "--tokenizer", "--length", "--json", "--base", "--config", "--prefix", "--revision"],
     "report": ["--output", "--parquet"],
     "wandb-workspace": ["--name", "--print", "--json"],
     "configs": [],

@@ -153,7 +153,7 @@ def test_a_misspelt_config_gets_one_line(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "expected a command out of fit, validate, test, predict, inspect, report, "),
+        ([], "expected a command out of fit, validate, test, predict, inspect, verify, report, "),
         (["--hlep"], "got '--hlep'; did you mean '--help'?"),
         (["fti"], "got 'fti'; did you mean 'fit'?"),
         (["fit"], "model.model"),
