@@ -96,11 +96,6 @@ class ParameterPlan:
         """Whether rows of the map are no rows of the parameter."""
         return self.stride != 1
 
-    @property
-    def bias_module(self) -> nn.Module | None:
-        """Holds the bias."""
-        return None if self._bias is None else alive(self._bias[0])
-
     def _numel(self) -> int:
         return self.rows * self.columns
 

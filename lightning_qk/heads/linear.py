@@ -136,11 +136,6 @@ def affine_plan(module: nn.Module, name: str) -> AffineMap:
             raise (reason if any(True for _ in module.children()) else plain) from None
 
 
-def read_affine(module: nn.Module, name: str) -> Affine:
-    """Read the weight and bias of a projection, see :func:`affine_plan`."""
-    return affine_plan(module, name).read()
-
-
 def _made(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a single module as its forward finds them, in evaluation mode.
 

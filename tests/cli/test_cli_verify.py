@@ -1,4 +1,4 @@
-"""``lightning-qk verify``: right models pass, one that computes something else fails, wrong lines meet a sentence."""
+"""``lightning-qk verify``: right models pass, one that computes something else fails, wrong lines are told."""
 
 import json
 from pathlib import Path
