@@ -58,7 +58,6 @@ INDICES = (
     torch.arange(N),
 )
 CALLS = {
-    "MaskGeometry": None,  # what a function returns
     "Rotary": None,  # holds what it is given
     # Functions of index tensors that are made by the package and called by it.
     "diagonal_prior": None,
