@@ -28,7 +28,7 @@ def test_a_pretrained_encoder_is_fine_tuned(tmp_path):
     data = TextDataModule(
         "stdlib",
         "sequence_classification",
-        max_characters=600_000,
+        max_characters=1_000_000,
         max_length=32,
         batch_size=16,
         cache_dir=str(tmp_path / "cache"),
@@ -37,11 +37,11 @@ def test_a_pretrained_encoder_is_fine_tuned(tmp_path):
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
     spectrum, attention = QKSpectrumMonitor(), AttentionMonitor(rows=16)
     trainer = L.Trainer(
-        max_steps=24,
+        max_steps=40,
         accelerator="cpu",
         logger=logger,
-        log_every_n_steps=6,
-        limit_val_batches=10,
+        log_every_n_steps=10,
+        limit_val_batches=12,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -65,7 +65,7 @@ def test_a_pretrained_encoder_is_fine_tuned(tmp_path):
     wandb.finish()
     run = read_wandb_run(tmp_path)
     for key in ("qk/sym_var/mean", "qk/layer_05/eig_var", "attn/layer_00/entropy", "locater/penalty"):
-        assert [row["trainer/global_step"] for row in run.history if key in row] == [5, 11, 17, 23], key
+        assert [row["trainer/global_step"] for row in run.history if key in row] == [9, 19, 29, 39], key
     images = {key for row in run.history for key in row if "heatmap" in key}
     assert {"qk/heatmap/sym_var", "attn/heatmap/entropy_normalized"} <= images
     assert any(key.startswith("qk/eigenvalues") for row in run.history for key in row)
