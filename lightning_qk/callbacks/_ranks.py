@@ -157,6 +157,25 @@ def combine(trainer: Trainer, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return table.tolist()
 
 
+def failed_anywhere(trainer: Trainer, names: Sequence[str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Name → reason, of those that some process has one for, the same names on all of them; a collective call.
+
+    The reasons of other processes are asked for only where there is one: else it is one small reduction.
+
+    Args:
+        trainer: the trainer.
+        names: all that may fail, the same on every process.
+        reasons: of those that failed here.
+    """
+    if not is_distributed(trainer):
+        return {name: reason for name, reason in reasons.items() if name in names}
+    flags = combine(trainer, [(int(name in reasons),) for name in names])
+    if not any(flag for (flag,) in flags):
+        return {}
+    every = reasons_of_all(trainer, reasons)
+    return {name: every[name] for name, (flag,) in zip(names, flags, strict=True) if flag}
+
+
 def reasons_of_all(trainer: Trainer, reasons: Mapping[str, str]) -> dict[str, str]:
     """Name → reason, from the first process that has one; a collective call."""
     if not is_distributed(trainer):

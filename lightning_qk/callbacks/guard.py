@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_qk._packages import either
 from lightning_qk.callbacks._account import Account
-from lightning_qk.callbacks._agreement import all_agree, from_zero, has_peers, total
+from lightning_qk.callbacks._agreement import from_zero, has_peers, total
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
 from lightning_qk.callbacks._trainer import (
     Callback,
@@ -210,13 +211,12 @@ class CollapseGuard(Callback):
         self._trouble, self._lost, self._gave_up, self._cannot_save = None, 0, False, False
         self._said.clear()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self._watch = Watch(self.every_n_steps, self.rows)
-        self._try(
-            lambda: self._watched().begin(trainer, pl_module, callbacks),
-            "attention cannot be watched, the training loss is",
-        )
-        if not all_agree(trainer, self._watched().is_ready_to_listen):
-            self._watched().leave(trainer, pl_module)
+        watch = self._watch = Watch(self.every_n_steps, self.rows)
+        try:
+            all_or_none(trainer, lambda: watch.begin(trainer, pl_module, callbacks), facts=str)
+        except Exception as error:
+            self._say_once(f"attention cannot be watched, the training loss is ({_told(error)}); training goes on")
+            self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
         self._remedy.check("on_fit_start", trainer, pl_module)
         if self.lr_factor < 1:
             self._try(lambda: self._rate.attach(trainer.optimizers), "learning rates cannot be multiplied")
@@ -677,7 +677,7 @@ class _Pending:
 
 def _told(error: BaseException) -> str:
     words = " ".join(str(error).split())
-    return words if type(error) is RuntimeError else f"{type(error).__name__}: {words}"
+    return words if type(error) in (RuntimeError, FailedTogether) else f"{type(error).__name__}: {words}"
 
 
 def _remedies(action: Any) -> tuple[str, list[Any]]:
