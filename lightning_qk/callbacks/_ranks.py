@@ -108,14 +108,19 @@ def finish_together(trainer: Trainer, action: Callable[[], _T]) -> _T:
         FailedTogether: it failed on one of several processes.
         Exception: whatever it raised, where there is one process.
     """
+    return finish_with(lambda error: agree(trainer, error), action)
+
+
+def finish_with(finish: Callable[[Exception | None], None], action: Callable[[], _T]) -> _T:
+    """As :func:`finish_together`, with whatever agrees on the error in place of :func:`agree`."""
     try:
         result = action()
     except FailedTogether:
         raise
     except Exception as error:
-        agree(trainer, error)
-        raise  # not reached: agree raises
-    agree(trainer)
+        finish(error)
+        raise  # not reached: it raises
+    finish(None)
     return result
 
 

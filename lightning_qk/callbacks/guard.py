@@ -215,7 +215,9 @@ class CollapseGuard(Callback):
         try:
             all_or_none(trainer, lambda: watch.begin(trainer, pl_module, callbacks), facts=str)
         except Exception as error:
-            self._say_once(f"attention cannot be watched, the training loss is ({_told(error)}); training goes on")
+            self._say_once(
+                f"attention cannot be watched, the training loss is ({_told(error)}); training goes on"
+            )
             self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
         self._remedy.check("on_fit_start", trainer, pl_module)
         if self.lr_factor < 1:

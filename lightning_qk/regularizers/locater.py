@@ -160,7 +160,7 @@ class LocaterPenalty:
     def means(self, support: Support) -> dict[str, Tensor]:
         """Layer → mean of each head's eigenvalues, shape ``(heads,)``, on the weights' device."""
         means = {}
-        with torch.no_grad():
+        with torch.no_grad(), self.reader.to_the_end(self.names):
             for name in self.names:
                 for batch in _batches({name: self.reader[name]}):
                     trace = (_match(batch.query, batch.key) * batch.query).sum((-2, -1))
@@ -170,8 +170,9 @@ class LocaterPenalty:
 
     @torch.no_grad()
     def value(self, settings: "Settings") -> Tensor:
-        """The penalty, detached."""
-        return _sum([total for part in self._parts() for total in self._values(settings, part)])
+        """The penalty, detached. Layers are gathered to the end whatever fails."""
+        with self.reader.to_the_end(self.names):
+            return _sum([total for part in self._parts() for total in self._values(settings, part)])
 
     def add_gradient(
         self,
@@ -214,7 +215,7 @@ class LocaterPenalty:
                 try:
                     totals += _gradients(layers, settings, weight, wanted, own)
                 except Exception as failed:
-                    error = error or failed
+                    error = error or failed.with_traceback(None)  # whose frames hold what was gathered
                 if first.is_flat:
                     agree(error)
                     own.add()
