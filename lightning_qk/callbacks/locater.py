@@ -231,6 +231,7 @@ class LocAteR(Intervention):
         def finish(own: Exception | None) -> None:
             nonlocal has_agreed
             has_agreed = True
+            self.agreements += 1
             agree(trainer, error or own)
 
         try:
@@ -258,6 +259,10 @@ class LocAteR(Intervention):
             return
         self._lost = 0
         self.log_safely(lambda: self._log(trainer, pl_module, value, step.weight, reached))
+
+    def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
+        """Before each step."""
+        return hook == "on_before_optimizer_step" and self._penalty is not None and not self._is_off
 
     def _prepare(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, penalty: LocaterPenalty

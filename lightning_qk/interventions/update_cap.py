@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -190,7 +191,7 @@ class UpdateCapper:
                 for name in self._editors:
                     self._doubts.setdefault(name, f"it cannot be found again ({_told(error)})")
         for key, stored in self._rows.items():
-            self._try(key, lambda key=key, stored=stored: self._remember_one(key, stored, wanted))
+            self._try(key, partial(self._remember_one, key, stored, wanted))
 
     def _remember_one(self, key: tuple[str, str], stored: StoredRows, wanted: set[int] | None) -> None:
         weight = stored.weight
@@ -226,7 +227,7 @@ class UpdateCapper:
         for key in list(remembered):
             stored = self._rows.get(key)
             if stored is not None:  # not left alone since
-                self._try(key, lambda key=key, stored=stored: cap_one(key, stored))
+                self._try(key, partial(cap_one, key, stored))
         doubts, self._doubts = self._doubts, {}
         for name, reason in self.agree(doubts).items():
             self.leave_alone(name, reason)
