@@ -533,16 +533,25 @@ class CaptureMonitor(Monitor):
             pool = self._evaluation.get(index, SumsPool())
             values = self.together(trainer, partial(self._compute, trainer, pl_module, pool))
             if values is not None:
-                self.count_layers(trainer, pl_module)
-                means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
-                overall = self.over_the_model(means, f"{self.group}/{stage}", states=self.states)
-                overall = {key + suffix: value for key, value in overall.items()}
-                # On every process, whatever fails on one of them. Not through Lightning to the loggers:
-                # trainer.test would print a table of them all.
-                pl_module.log_dict(
-                    overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False
-                )
-                self.attempt(partial(self._publish_evaluation, trainer, means, stage, suffix))
+                # Where it fails here, no process goes on with the next dataloader.
+                self._here(partial(self._share_evaluation, trainer, pl_module, values, stage, suffix))
+
+    def _share_evaluation(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        values: dict[str, Tensor],
+        stage: str,
+        suffix: str,
+    ) -> None:
+        self.count_layers(trainer, pl_module)
+        means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
+        overall = self.over_the_model(means, f"{self.group}/{stage}", states=self.states)
+        overall = {key + suffix: value for key, value in overall.items()}
+        # On every process, whatever fails on one of them. Not through Lightning to the loggers: trainer.test
+        # would print a table of them all.
+        pl_module.log_dict(overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False)
+        self.attempt(partial(self._publish_evaluation, trainer, means, stage, suffix))
 
     def _publish_evaluation(
         self, trainer: Trainer, means: dict[str, Tensor], stage: str, suffix: str

@@ -43,6 +43,8 @@ class Intervention(Callback):
     def begin(self) -> None:
         """Forget the fit before; a subclass adds its own."""
         self._said: set[str] = set()
+        # How many times it has agreed with other processes.
+        self.agreements = 0
         self._cannot_log = False
 
     def begin_stage(self, trainer: Trainer, stage: str) -> None:
@@ -96,6 +98,19 @@ class Intervention(Callback):
         ]
         number = next((index for index, callback in enumerate(same) if callback is self), 0)
         return f"{self.state_key}#{number}"
+
+    # Several processes
+
+    def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
+        """Whether a hook begins its collective calls with :func:`~lightning_qk.callbacks._ranks.agree`.
+
+        Who calls the hooks and finds that one has raised before that, on one process alone, agrees in its place.
+
+        Args:
+            hook: its name.
+            has_stepped: whether the optimizer has stepped since the batch began.
+        """
+        return False
 
     # What is said
 

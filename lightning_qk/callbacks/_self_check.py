@@ -133,7 +133,11 @@ class SelfCheck(GuardedHooks, Callback):
             return
         self._is_settled = True
         if self._check is not None:
-            self._check.settle(agreed)
+            try:
+                self._check.settle(agreed)
+            except Exception as error:
+                # The callbacks are told all the same, as on the other processes.
+                self._give_up(error)
         wrong = {name: own.reason for name, own in agreed.items() if own.status is Status.DIFFERS}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             _tell(callback, trainer, pl_module, wrong)

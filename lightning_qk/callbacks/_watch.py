@@ -30,6 +30,14 @@ class _Quiet(Monitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The guard has checked the trainer."""
 
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As ``on_fit_start``, but what fails is raised, and nothing is agreed on: the guard does that for all.
+
+        Without a report there is no folder to agree on either.
+        """
+        self.start_counting(trainer)
+        self.find_layers(trainer, pl_module)
+
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Remember the newest values alone."""
         assert self.history is not None  # remember_layers comes before the first measurement
@@ -178,20 +186,20 @@ class Watch:
         every_n_steps: cadence of the guard; None follows the trainer's ``log_every_n_steps``.
         rows: query rows that a quiet monitor samples.
 
-    Attributes:
-        is_ready_to_listen: whether :meth:`begin` came to its end.
     """
 
     def __init__(self, every_n_steps: int | None, rows: int) -> None:
         self.every_n_steps, self.rows = every_n_steps, rows
-        self.quiet: list[Monitor] = []
+        self.quiet: list[_Quiet] = []
         self.attention: Monitor | None = None
         self.spectrum: Monitor | None = None
         self.hidden = HiddenCosine(nn.Module())
-        self.is_ready_to_listen = False
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, callbacks: Iterable[Any]) -> None:
-        """At the start of a fit.
+    def begin(self, trainer: Trainer, pl_module: LightningModule, callbacks: Iterable[Any]) -> str:
+        """At the start of a fit; no collective call, so that it may fail on one rank.
+
+        Returns:
+            What has to be the same on every rank.
 
         Raises:
             ValueError: the module holds no transformer attention.
@@ -209,7 +217,7 @@ class Watch:
             self.spectrum = QuietSpectrum(self.every_n_steps, figures_every=0, report=False)
             self.quiet.append(self.spectrum)
         for monitor in self.quiet:
-            monitor.on_fit_start(trainer, pl_module)
+            monitor.start(trainer, pl_module)
             if not monitor.idle:
                 continue
             if monitor is self.attention:
@@ -218,7 +226,8 @@ class Watch:
             self.spectrum = None
         self.quiet = [monitor for monitor in self.quiet if not monitor.idle]
         self.hidden = HiddenCosine(pl_module)
-        self.is_ready_to_listen = True
+        watched = [(type(one).__name__, one.watched()) for one in self.quiet]
+        return repr((watched, self.spectrum is None, list(self.hidden.modules)))
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was: nothing is watched any more."""

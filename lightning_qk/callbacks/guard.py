@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_qk._packages import either
 from lightning_qk.callbacks._account import Account
-from lightning_qk.callbacks._agreement import all_agree, from_zero, has_peers, total
+from lightning_qk.callbacks._agreement import from_zero, has_peers, total
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
 from lightning_qk.callbacks._trainer import (
     Callback,
@@ -210,16 +211,25 @@ class CollapseGuard(Callback):
         self._trouble, self._lost, self._gave_up, self._cannot_save = None, 0, False, False
         self._said.clear()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self._watch = Watch(self.every_n_steps, self.rows)
-        self._try(
-            lambda: self._watched().begin(trainer, pl_module, callbacks),
-            "attention cannot be watched, the training loss is",
-        )
-        if not all_agree(trainer, self._watched().is_ready_to_listen):
-            self._watched().leave(trainer, pl_module)
+        watch = self._watch = Watch(self.every_n_steps, self.rows)
+        try:
+            all_or_none(trainer, lambda: watch.begin(trainer, pl_module, callbacks), facts=str)
+        except Exception as error:
+            self._say_once(
+                f"attention cannot be watched, the training loss is ({_told(error)}); training goes on"
+            )
+            self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
         self._remedy.check("on_fit_start", trainer, pl_module)
         if self.lr_factor < 1:
-            self._try(lambda: self._rate.attach(trainer.optimizers), "learning rates cannot be multiplied")
+            self._try(lambda: self._attach_rate(trainer), "learning rates cannot be multiplied")
+
+    def _attach_rate(self, trainer: Trainer) -> None:
+        """On all ranks or on none: weights would come to differ with the rates."""
+        try:
+            all_or_none(trainer, lambda: self._rate.attach(trainer.optimizers))
+        except Exception:
+            self._rate.detach()
+            raise
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
@@ -590,8 +600,7 @@ class CollapseGuard(Callback):
             where = f"at step {step}" if step >= 0 else "where training started"
             done.append(f"weights and optimizer are back {where}")
         # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
-        if self.lr_factor < 1 and self._rate.factor == 1:
-            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
+        if self.lr_factor < 1 and self._rate.factor == 1 and self._tightened(trainer, went_back):
             done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
         if self._remedy.wake(trainer, pl_module):
             names = [type(callback).__name__ for callback in self._remedy.awake]
@@ -599,6 +608,26 @@ class CollapseGuard(Callback):
         if done:
             self.detector.restart()
         return done
+
+    def _tightened(self, trainer: Trainer, went_back: bool) -> bool:
+        """On all ranks or on none."""
+        if not self._rate.optimizers:
+            return False  # they could not be attached to
+        before: dict[str, Any] | None = None
+
+        def tighten() -> None:
+            nonlocal before
+            before = self._rate.state_dict()
+            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
+
+        try:
+            all_or_none(trainer, tighten)
+            return True
+        except Exception as error:
+            if before is not None:
+                self._rate.load_state_dict(before)
+            self._say_once(f"learning rates cannot be multiplied ({_told(error)}); training goes on")
+            return False
 
     def _restored(self, trainer: Trainer) -> bool:
         try:
@@ -677,7 +706,7 @@ class _Pending:
 
 def _told(error: BaseException) -> str:
     words = " ".join(str(error).split())
-    return words if type(error) is RuntimeError else f"{type(error).__name__}: {words}"
+    return words if type(error) in (RuntimeError, FailedTogether) else f"{type(error).__name__}: {words}"
 
 
 def _remedies(action: Any) -> tuple[str, list[Any]]:

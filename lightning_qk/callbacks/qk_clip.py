@@ -17,6 +17,7 @@ from lightning_qk.callbacks._intervention import (
     refuse_frozen,
 )
 from lightning_qk.callbacks._monitor import shorten
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -55,8 +56,8 @@ class QKClip(Intervention):
 
     Every step is watched. The maxima are bounded first, by ``|scaling| max‖q‖ max‖k‖``; products are taken only
     of heads whose bound is above ``tau``, and of all heads on logged steps. Weights may be sharded by FSDP2 or
-    tensor parallel; one collective call a step finds the maxima of all ranks, and the processor waits for the
-    device once a step, and once a layer for its bounds.
+    tensor parallel; two small collective calls a step find the maxima of all ranks, a step that clips takes one
+    more, and the processor waits for the device once a step, and once a layer for its bounds.
 
     Logged keys, at the trainer's ``log_every_n_steps``:
 
@@ -255,7 +256,11 @@ class QKClip(Intervention):
         self._clip(trainer, pl_module)
         if self._is_due:
             self._is_due = False
-            self._publish(trainer, pl_module)
+            self.log_safely(lambda: self._publish(trainer, pl_module))
+
+    def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
+        """After each step."""
+        return hook == "on_train_batch_end" and has_stepped and self._capture is not None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the attention interface as it was: teardown may not follow."""
@@ -298,31 +303,64 @@ class QKClip(Intervention):
         self._largest[name] = found if before is None else torch.maximum(before, found)
 
     def _clip(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the maxima of all ranks and scale the weights; a collective call, the same on every rank."""
-        self._doubt(pl_module)
-        flat, waiting = self._of_all_ranks(trainer, pl_module.device)
-        if flat is None:
+        """Find the maxima of all ranks and scale the weights; collective calls, the same on every rank."""
+        self.agreements += 1
+        try:
+            flat = all_or_none(trainer, lambda: self._own_maxima(pl_module), facts=lambda own: str(len(own)))
+        except Exception as error:
+            reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+            self.say(f"a step was not clipped ({reason}); training goes on", key="a step was not clipped")
             return
-        self.maxima = {name: found for name, found in flat.items() if name in self._editors}
+        finally:
+            self._largest.clear()
+        if not len(flat):
+            return
+        largest, waiting = self._of_all_ranks(trainer, flat)
+        self.maxima = {name: found for name, found in largest.items() if name in self._editors}
         self.gammas = {}
         step = logging_step(trainer)
         for name, editor in self._editors.items():
-            largest = self.maxima[name]
+            gamma = clip_factors(self.maxima[name], editor.kv_heads, self.tau)
+            self.gammas[name] = torch.ones_like(gamma) if name in waiting else gamma
+        # Every rank clips the same heads, so that all ask each other, or none.
+        if any(bool((gamma < 1).any()) for gamma in self.gammas.values()):
+            self._apply(trainer)
+        self.log_safely(lambda: self._account_for(waiting, step))
+
+    def _apply(self, trainer: Trainer) -> None:
+        """Scale the weights, on all ranks or on none; collective calls."""
+        before: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        doubts: dict[str, str] = {}
+        for name, gamma in self.gammas.items():
+            editor = self._editors[name]
+            if bool((gamma == 1).all()):
+                continue
+            try:
+                if is_distributed(trainer):
+                    own = [parameter.detach() for parameter in editor.parameters()]
+                    before[name] = [(parameter, parameter.clone()) for parameter in own]
+                apply_clip(editor, gamma, self.alpha)
+            except Exception as error:
+                doubts[name] = f"its weights could not be scaled ({type(error).__name__}: {error})"
+        for name, reason in failed_anywhere(trainer, list(self._heads), doubts).items():
+            for parameter, kept in before.get(name, ()):
+                parameter.copy_(kept)
+            # From now on: every rank knows it.
+            self._doubts.setdefault(name, reason)
+            self._leave(name)
+            self.gammas.pop(name, None)
+            self.maxima.pop(name, None)
+
+    def _account_for(self, waiting: set[str], step: int) -> None:
+        """Remember what was done."""
+        for name, gamma in self.gammas.items():
+            editor, largest = self._editors[name], self.maxima[name]
             if bool(largest.isposinf().any()):
                 self.say(
                     f"the logits of {name} are not finite at step {step}, so that these heads are not clipped; "
                     "look for an overflow in half precision",
                     key=f"not finite: {name}",
                 )
-            gamma = clip_factors(largest, editor.kv_heads, self.tau)
-            if name in waiting:
-                gamma = torch.ones_like(gamma)
-            self.gammas[name] = gamma
-            try:
-                apply_clip(editor, gamma, self.alpha)
-            except Exception as error:
-                # All processes leave it alone from the next step on.
-                self._doubts[name] = f"its weights could not be scaled ({type(error).__name__}: {error})"
             self._tell(name, gamma, largest, step)
             by_head = gamma.repeat_interleave(editor.heads // editor.kv_heads)
             before = self._smallest.get(name)
@@ -331,7 +369,7 @@ class QKClip(Intervention):
             self._name_unheard(waiting)
 
     def _doubt(self, pl_module: LightningModule) -> None:
-        """Find the layers that cannot be clipped any more; whatever fails here fails for this process alone."""
+        """Find the layers that cannot be clipped any more, as far as this process can tell."""
         reader, capture = self._reader, self._capture
         assert reader is not None  # on_fit_start
         assert capture is not None  # on_train_batch_end
@@ -382,14 +420,13 @@ class QKClip(Intervention):
             f"{float(largest[head]):.4g}, above {self.tau:g} (γ {float(gamma.min()):.3g})",
         )
 
-    def _of_all_ranks(
-        self, trainer: Trainer, device: torch.device
-    ) -> tuple[dict[str, Tensor] | None, set[str]]:
-        """Maxima of the layers' heads since the last step, and the layers that are frozen on some rank.
+    def _own_maxima(self, pl_module: LightningModule) -> Tensor:
+        """What ranks reduce, as this one found it: maxima of the layers' heads since the last step, and doubts.
 
-        The layers that some rank cannot clip are left alone from now on. One reduction of a form that is fixed at
-        the start, whatever this rank found.
+        Its form is fixed at the start, whatever becomes of a layer.
         """
+        self._doubt(pl_module)
+        device = pl_module.device
         parts, doubts, frozen = [], [], []
         for name, heads in self._heads.items():
             found = self._largest.get(name)
@@ -399,17 +436,19 @@ class QKClip(Intervention):
             parts.append(found.detach().to(device).float())
             doubts.append(float(name in self._doubts))
             frozen.append(float(editor is not None and name not in self._doubts and editor.is_frozen))
-        self._largest.clear()
-        if not parts:
-            return None, set()
         flat = torch.cat([*parts, torch.tensor(doubts + frozen, device=device)])
         # What a maximum over ranks makes of NaN is up to the backend.
-        flat = flat.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        if trainer.world_size > 1:
+        return flat.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+    def _of_all_ranks(self, trainer: Trainer, flat: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+        """Maxima of the layers' heads over all ranks, and the layers that are frozen on some; a collective call.
+
+        The layers that some rank cannot clip are left alone from now on.
+        """
+        if is_distributed(trainer):
             torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.MAX)
-        flat = flat.cpu()
-        *maxima, doubtful, waits = flat.split([*self._heads.values(), len(doubts), len(frozen)])
         names = list(self._heads)
+        *maxima, doubtful, waits = flat.cpu().split([*self._heads.values(), len(names), len(names)])
         for name in [names[place] for place in doubtful.nonzero().flatten().tolist()]:
             self._leave(name)
         waiting = {names[place] for place in waits.nonzero().flatten().tolist()}

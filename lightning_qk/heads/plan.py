@@ -339,11 +339,15 @@ class LayerPlan:
             dict.fromkeys(found + [parameter for module in modules for parameter in module.parameters()])
         )
 
-    def gradient_view(self, side: str) -> Tensor | None:
-        """The part of a weight's ``.grad`` that belongs to one side, (heads, d_head, d_in), to be added to.
+    def gradient_view(self, side: str, made: dict[nn.Parameter, Tensor]) -> Tensor | None:
+        """The part of a weight's gradient that belongs to one side, (heads, d_head, d_in), to be added to.
 
-        The gradient is made where there is none. None where the side is no view of a whole weight: sharded,
-        with a norm folded in, or in an order of rows that takes a copy.
+        None where the side is no view of a whole weight: sharded, with a norm folded in, or in an order of rows
+        that takes a copy.
+
+        Args:
+            side: ``"query"`` or ``"key"``.
+            made: gradients of parameters that have none yet; one that is missing is made and put there.
         """
         own = self._side(side)
         weight = own.affine.plain_weight()
@@ -352,9 +356,10 @@ class LayerPlan:
             return None
         if own.view(weight, self.sizes) is None:
             return None
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return own.view(weight.grad, self.sizes)
+        grad = weight.grad if weight.grad is not None else made.get(weight)
+        if grad is None:
+            grad = made[weight] = torch.zeros_like(weight)
+        return own.view(grad, self.sizes)
 
     def _side(self, name: str) -> Side:
         return {"query": self.query, "key": self.key}[name]

@@ -1,8 +1,8 @@
 """Read the query and key weights of every attention layer of a model, per head."""
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -61,10 +61,14 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         self._calls: dict[str, tuple[weakref.ref[nn.Module], list[Trial]]] = {}
         self._model = weakref.ref(model)
         self._root = None if root is None else weakref.ref(root)
+        # Sharded layers that other processes gather now, in this order.
+        self._owed: list[str] = []
         self._plan(model)
 
     def __getitem__(self, name: str) -> HeadProjections:
         layer = self.layers[name]
+        if name in self._owed:
+            self._owed.remove(name)
         return layer.copy() if layer.is_flat else layer.read()
 
     def __iter__(self) -> Iterator[str]:
@@ -98,6 +102,25 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             return False
         self._plan(model)
         return True
+
+    @contextmanager
+    def to_the_end(self, names: Iterable[str]) -> Iterator[None]:
+        """Gather every sharded layer that is to be read within this block, also where the block raises.
+
+        Gathering is collective: a process that gives up between two layers would leave the others waiting. What
+        it has not read is read at the block's end, and dropped.
+
+        Args:
+            names: in the order in which they are read; one that is read twice, twice.
+        """
+        self._owed = [name for name in names if name in self.layers and self.is_sharded(name)]
+        try:
+            yield
+        finally:
+            owed, self._owed = self._owed, []
+            for name in owed:
+                with suppress(Exception):
+                    self[name]
 
     def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Read a layer by running it, on a copy, as it was really called; its plan is replaced.

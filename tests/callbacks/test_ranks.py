@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_script
+from ranks_decisions import BOTH, CHANGING, WATCHING
 from ranks_job import ONCE, PLACES
 
 CASES = [(name, 9_999) for name in PLACES] + [(name, 1) for name in ONCE]
@@ -50,3 +51,27 @@ def test_what_did_not_fail_is_still_measured(results, case):
         assert any(kept[-5:] == list(range(5)) for kept in steps.values())
     for kept in steps.values():
         assert kept == sorted(set(kept))
+
+
+@pytest.mark.parametrize("name", [*WATCHING, *CHANGING])
+def test_it_fails_and_both_have_the_same_weights(results, name):
+    first, second = (of_rank[name, 1] for of_rank in results)
+    assert [first["failed"], second["failed"]].count(True) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_who_watches_changes_nothing(results, name):
+    for of_rank in results:
+        watched = of_rank[name, 1]
+        plain = of_rank["plain", watched["is_sharded"]]
+        assert torch.equal(plain["losses"], watched["losses"])
+        assert all(torch.equal(a, b) for a, b in zip(plain["weights"], watched["weights"], strict=True))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_fails_on_one_process_is_left_out_as_if_it_failed_on_both(results, name):
+    one, both = (results[0][name, count] for count in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], both["weights"], strict=True))
+    plain = results[0]["plain", one["is_sharded"]]
+    assert not all(torch.equal(a, b) for a, b in zip(one["weights"], plain["weights"], strict=True))
