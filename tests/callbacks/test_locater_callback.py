@@ -367,7 +367,7 @@ def test_errors_come_before_training():
             super().__init__(torch.nn.Linear(2, 2))
 
     # No callback takes a module: what can be done is said of the job.
-    found = "expected a model that contains transformer attention, found none in Plain: build the network in __init__"
+    found = "expected a model that contains transformer attention, found none in Plain: build the network"
     with pytest.raises(ValueError, match=found):
         models.trainer([LocAteR(1.0)]).fit(Plain(), models.tokens())
     with pytest.raises(ValueError, match=r"matches none of 2"):
