@@ -1,5 +1,7 @@
 """The self-check of a fit: run by whichever callback is there, with the right word on every layer."""
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -9,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor
-from lightning_qk.callbacks._self_check import SelfCheck
+from lightning_qk.callbacks._self_check import SelfCheck, _agreed
 from lightning_qk.functional import qk_moments
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.verification import Status, Verified
 
 WIDTH, HEADS = 16, 4
 
@@ -229,3 +232,38 @@ def test_layers_are_read_again_only_where_something_new_is_known(monkeypatch: py
     assert max(plans) == 0
     # By the check and by the monitor, and by the monitor once more when the check has told it of the other tokens.
     assert len(plans) <= 5
+
+
+def test_processes_act_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever each of them saw: what follows has collective calls, for which one must not go alone."""
+    statuses = [
+        Verified(status, 0.0, 0.0, "", of_itself)
+        for status in (Status.VERIFIED, Status.REREAD, Status.DIFFERS)
+        for of_itself in (True, False, None)
+    ]
+    words = [*statuses, Verified(Status.UNCHECKED, float("nan"), float("nan"))]
+    pairs = list(itertools.product(words, words))
+    seen = [{str(index): pair[rank] for index, pair in enumerate(pairs)} for rank in range(2)]
+    sent: list[Any] = []
+
+    def send(every: list[Any], own: Any) -> None:
+        sent.append(own)
+
+    def receive(every: list[Any], own: Any) -> None:
+        every[:] = sent
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    trainer: Any = SimpleNamespace(world_size=2)
+    # What each sends, then what each makes of both.
+    monkeypatch.setattr(torch.distributed, "all_gather_object", send)
+    for own in seen:
+        assert _agreed(trainer, own) is None
+    monkeypatch.setattr(torch.distributed, "all_gather_object", receive)
+    first, other = (_agreed(trainer, own) for own in seen)
+
+    assert first is not None
+    assert other is not None
+    assert list(first) == list(seen[0])
+    for name, verdict in first.items():
+        assert verdict[::4] == other[name][::4], pairs[int(name)]
