@@ -129,7 +129,7 @@ class SelfCheck(GuardedHooks, Callback):
         if agreed is None:
             self._is_over, agreed = True, {}
         before, self.verdicts = self.verdicts, agreed
-        if self._is_settled and agreed == before:
+        if self._is_settled and _acted_on(agreed) == _acted_on(before):
             return
         self._is_settled = True
         if self._check is not None:
@@ -161,6 +161,11 @@ class SelfCheck(GuardedHooks, Callback):
             f"({type(error).__name__}: {error}); training goes on",
             warn=True,
         )
+
+
+def _acted_on(verdicts: Mapping[str, Verified]) -> dict[str, tuple[Status, bool | None]]:
+    """What is the same on every process, and all that decides how layers are read."""
+    return {name: (verdict.status, verdict.self_attention) for name, verdict in verdicts.items()}
 
 
 def _tell(callback: Any, trainer: Trainer, pl_module: LightningModule, wrong: Mapping[str, str]) -> None:
@@ -203,14 +208,16 @@ def _agreed(trainer: Trainer, own: dict[str, Verified]) -> dict[str, Verified] |
     distributed = torch.distributed
     if trainer.world_size == 1 or not (distributed.is_available() and distributed.is_initialized()):
         return own
-    known = {name: _RANKING.index(verdict.status) for name, verdict in own.items()}
-    every: list[dict[str, int]] = [{} for _ in range(distributed.get_world_size())]
+    known = {
+        name: (_RANKING.index(status), of_itself) for name, (status, of_itself) in _acted_on(own).items()
+    }
+    every: list[dict[str, tuple[int, bool | None]]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(every, known)
     if any(other.keys() != known.keys() for other in every):
         return None
     agreed = {}
     for name, verdict in own.items():
-        words = [_RANKING[other[name]] for other in every]
+        words = [_RANKING[other[name][0]] for other in every]
         worst = max(words, key=_RANKING.index)
         if worst is Status.REREAD and any(word is not Status.REREAD for word in words):
             reason = "it has to be read by running it as it was called, and was not called on every process"
@@ -220,5 +227,6 @@ def _agreed(trainer: Trainer, own: dict[str, Verified]) -> dict[str, Verified] |
             verdict = Verified(Status.DIFFERS, verdict.query, verdict.key, reason)
         elif worst is Status.VERIFIED and verdict.status is Status.UNCHECKED:
             verdict = Verified(Status.VERIFIED, verdict.query, verdict.key)
-        agreed[name] = verdict
+        seen = [other[name][1] for other in every if other[name][1] is not None]
+        agreed[name] = verdict._replace(self_attention=all(seen) if seen else None)
     return agreed

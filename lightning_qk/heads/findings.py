@@ -1,5 +1,6 @@
 """What running models has shown of single layers, so that every reader of them plans by it."""
 
+import operator
 import weakref
 from typing import NamedTuple
 
@@ -31,10 +32,18 @@ _findings: "weakref.WeakKeyDictionary[nn.Module, Finding]" = weakref.WeakKeyDict
 
 
 def settle(module: nn.Module, finding: Finding) -> None:
-    """Let all readers of a layer know; those that exist notice at their next ``refresh``."""
-    _findings[module] = finding
+    """Let all readers of a layer know; those that exist notice at their next ``refresh``, if it is news."""
+    known = finding_of(module)
+    if known is None or not _is_same(known, finding):
+        _findings[module] = finding
 
 
 def finding_of(module: nn.Module) -> Finding | None:
     """What is known of a layer from its calls; None where nothing is."""
     return _findings.get(module)
+
+
+def _is_same(one: Finding, other: Finding) -> bool:
+    """Whether two findings say the same; calls, which hold tensors, have to be the very same."""
+    ways = len(one.ways) == len(other.ways) and all(map(operator.is_, one.ways, other.ways))
+    return ways and one._replace(ways=()) == other._replace(ways=())

@@ -219,8 +219,8 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         kind = type(model).__name__
         if not self.unread:
             raise ValueError(
-                f"expected a model that contains transformer attention, found none in {kind}: pass the module "
-                "that holds the network, once it is built (see `configure_model`)"
+                f"expected a model that contains transformer attention, found none in {kind}: build the network "
+                "in __init__ or configure_model before it is read, or leave out what reads its attention"
             )
         if inaccessible is not None:
             raise ValueError(
