@@ -132,17 +132,19 @@ def find_rows(
             bench.check_access()
             ways_of = ways or _ways(bench, config, calls, device)
             for trial in ways_of:
+                search = _Search(bench, trial, is_strict=is_strict)
                 try:
-                    return _Search(bench, trial, is_strict=is_strict).read()
-                except _NoProduct as failure:  # noqa: PERF203
+                    return search.read()
+                except _NoProduct as failure:
                     failures.append(str(failure))
                 except NotTokenAttention:
                     raise
                 except _Rejected as reason:
-                    reasons.insert(0 if bench is benches[0] else len(reasons), str(reason))
+                    first = 0 if bench is benches[0] else len(reasons)
+                    reasons.insert(first, search.clamped() or str(reason))
                     break
                 except UnreadLayer as reason:
-                    reasons.append(str(reason))
+                    reasons.append(search.clamped() or str(reason))
     if reasons:
         raise UnreadLayer(reasons[0])
     raise UnreadLayer(
@@ -692,6 +694,27 @@ class _Search:
                     raise _Rejected(f"large ones of {_NAMES[side]} are bounded, by no clamp to ± one number")
                 bounds.add(bound / abs(numbers.factor))
         return min(bounds) if bounds else None
+
+    def clamped(self) -> str | None:
+        """That a clamp keeps the layer from being read, as a clause about it; None where none is seen.
+
+        Queries of numbers that are all large are ± one number then, at a token that nothing turns, and small ones
+        are smaller.
+        """
+        little = 1e-4
+        emissions = (random(8, 1e6), constant(torch.full((self.bench.size,), little)))
+        seen = [self.bench.run(self.trial, emission) for emission in emissions]
+        if not self.bench.emitters or not all(own.products for own in seen):
+            return None
+        for side in _SIDES:
+            large, small = (getattr(own.products[0], side).abs().double() for own in seen)
+            bound, factor = float(large.max()), float(small.max()) / little
+            share = (large >= (1 - 1e-3) * bound).double().movedim(-2, 0).flatten(1).mean(1).max()
+            if float(share) > 0.99 and math.isfinite(bound) and 0 < factor * little < 0.5 * bound:
+                return (
+                    f"a clamp to ±{bound / factor:.3g} between projection and product changes {_NAMES[side]}"
+                )
+        return None
 
     # Where rows come from.
 
