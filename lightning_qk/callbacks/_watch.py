@@ -5,12 +5,11 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_qk.callbacks._agreement import total
 from lightning_qk.callbacks._monitor import Monitor
-from lightning_qk.callbacks._trainer import logging_step
+from lightning_qk.callbacks._trainer import logging_step, say
 from lightning_qk.callbacks.attention import AttentionMonitor
 from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
 from lightning_qk.capture import generation
@@ -53,10 +52,7 @@ class _Quiet(Monitor):
         """Say something once, as the guard."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-            try:
-                rank_zero_warn(f"CollapseGuard: {sentence}")
-            except Warning:
-                rank_zero_info(f"CollapseGuard: {sentence}")
+            say(f"CollapseGuard: {sentence}")
 
 
 class QuietAttention(_Quiet, AttentionMonitor):

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from lightning_qk.callbacks._trainer import (
     is_logged_step,
     logging_step,
     run_directory,
+    say,
 )
 from lightning_qk.callbacks._watch import COSINE, Watch
 from lightning_qk.callbacks.locater import LocAteR
@@ -654,11 +654,7 @@ class CollapseGuard(Callback):
             self._say(sentence)
 
     def _say(self, sentence: str) -> None:
-        try:
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
-        except Warning:
-            # Where warnings are errors.
-            rank_zero_info(f"{type(self).__name__}: {sentence}")
+        say(f"{type(self).__name__}: {sentence}")
 
 
 _MAX_LOST = 3

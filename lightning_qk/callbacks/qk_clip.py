@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._intervention import (
-    Intervention,
+    StatefulIntervention,
     When,
     check_when,
-    misread_layers,
     refuse_frozen,
 )
 from lightning_qk.callbacks._monitor import shorten
@@ -45,7 +44,7 @@ from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class QKClip(Intervention):
+class QKClip(StatefulIntervention):
     r"""Holds the attention logits of every head at ``tau``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
 
     After each optimizer step, with S the largest ``scaling q·k`` of a head since the last step, over all
@@ -171,20 +170,6 @@ class QKClip(Intervention):
         self._steps = int(kept.get("steps", 0))
         self._doubts |= kept.get("left", {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
-        return self.kept()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as in a checkpoint."""
-        if self._is_fit:
-            self.go_on(state_dict)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Nothing: ``state_dict`` is kept."""
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
         self.begin_stage(trainer, stage)
@@ -201,9 +186,7 @@ class QKClip(Intervention):
         self._is_due = False
         self._steps_before = trainer.global_step
         self._largest.clear()
-        editors = clippable_layers(
-            reader, self.modules, trained=False, refused=misread_layers(trainer, pl_module)
-        )
+        editors = clippable_layers(reader, self.modules, trained=False)
         refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
         configs = {site.name: site.config for site in attention_sites(pl_module)}
         for name in editors:
