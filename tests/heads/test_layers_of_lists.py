@@ -117,12 +117,12 @@ def seen(model, call):
 
 def test_a_call_tells_self_from_cross_attention():
     torch.manual_seed(0)
-    x, y = (torch.randn(9, n, WIDTH, dtype=torch.float64) for n in (5, 7))
+    x, y, z = (torch.randn(9, n, WIDTH, dtype=torch.float64) for n in (5, 7, 5))
     for args, kwargs, is_self in (
         ((x, x, x), {}, True),
         ((x, y, y), {"mask": torch.ones(9, 1, 5, 7)}, False),
         ((x,), {"key": x, "value": x, "mask": torch.ones(9, 1, 5, 5)}, True),
-        ((x, x.clone(), x), {}, False),
+        ((x, z, z), {}, False),
     ):
         model = nn.Sequential(Copied("list")).double()
         model[0].__class__ = MultiHeadedAttention
