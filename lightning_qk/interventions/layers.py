@@ -14,12 +14,20 @@ def matching_layers(reader: ProjectionReader, modules: str | Sequence[str] | Non
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
 
     Raises:
-        ValueError: the patterns match none.
+        ValueError: the patterns match none, or none that can be read.
     """
     patterns = [modules] if isinstance(modules, str) else modules
     names = [
         name for name in reader if patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
     ]
+    unread = matching_unread(reader, modules)
+    if not names and unread:
+        first = next(iter(unread))
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        raise ValueError(
+            f"expected query and key weights that can be read in the layers of modules={modules!r}, got "
+            f"{first}{more}, of which they cannot: {unread[first]}; choose other layers with modules="
+        )
     if not names:
         raise ValueError(
             f"expected modules={modules!r} to match at least one attention layer, but it matches none of "

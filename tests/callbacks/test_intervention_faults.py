@@ -377,6 +377,29 @@ def test_a_layer_that_was_read_wrongly_is_left_out_of_the_next_fit_until_it_chan
     assert not clip.left
 
 
+class Tempered(nn.Module):
+    """Attention with a learnt factor on its logits, which no reading tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.factor = nn.Linear(32, 96), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT * self.factor).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", [LocAteR, QKClip, UpdateCap])
+def test_patterns_that_match_only_what_cannot_be_read_are_not_said_to_match_nothing(kind):
+    network = nn.ModuleDict({"words": nn.Embedding(50, 32), "attention": Tempered(), "other": models.gpt2()})
+    callback = kind(1.0, modules="*.attention")
+    with pytest.raises(
+        ValueError, match=r"network\.attention.*its learnt parameter 'factor'.*modules="
+    ) as caught:
+        fit([callback], Seeded(model=network), max_steps=1)
+    assert "matches none" not in str(caught.value)
+
+
 def test_a_layer_can_be_given_up_in_mid_run():
     name = "inner.network.transformer.h.1.attn"
     for callback in (QKClip(1.0), UpdateCap(1e-4), LocAteR(1.0)):

@@ -162,12 +162,12 @@ def _refusal(kind):
         (ExponentAttention, "its learnt parameter 'logit_scale'"),
         (GainAttention, "its learnt parameter 'gain'"),
         (ShiftAttention, "its learnt parameter 'shift'"),
-        (CosineAttention, "mix rows"),
+        (CosineAttention, "are divided by their length in its own forward, as for a cosine"),
         (TalkingAttention, "its queries"),
         (UnmovedAttention, "vectors of several heads together"),
         (LengthAttention, "how many tokens there are"),
         (ConvolvedAttention, "its queries"),
-        (AdaptedAttention, "its queries"),
+        (AdaptedAttention, "its queries mix rows of its projections: they are sums of several (an adapter"),
     ],
 )
 def test_what_is_no_form_of_the_projections_is_refused_by_name(kind, reason):
