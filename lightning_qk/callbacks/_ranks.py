@@ -141,7 +141,10 @@ def reduce_states(trainer: Trainer, metric: Metric) -> None:
     for name, reduction in metric._reductions.items():
         kind = getattr(reduction, "__name__", "")
         if kind not in ("dim_zero_sum", "dim_zero_max"):
-            raise NotImplementedError(f"the state {name} of {type(metric).__name__} is no sum and no maximum")
+            raise ValueError(
+                f"expected states that are sums or maxima, got {name} of {type(metric).__name__}: give it "
+                "dist_reduce_fx='sum' or 'max'"
+            )
         operation = (
             torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
         )

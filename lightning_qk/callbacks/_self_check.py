@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_qk.callbacks._guarded import GuardedHooks
-from lightning_qk.callbacks._trainer import Callback
+from lightning_qk.callbacks._trainer import Callback, describe_error, say
+from lightning_qk.heads.findings import forget_changed
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.verification import SelfCheck as Check
 from lightning_qk.verification import Status, Verified, summary
@@ -146,7 +147,8 @@ class SelfCheck(GuardedHooks, Callback):
         lines = summary(self.verdicts, shorten) if self.verdicts else []
         for line in lines:
             if line not in self.lines:
-                say(f"lightning-qk: {line}", warn="left out" in line)
+                tell = say if "left out" in line else rank_zero_info
+                tell(f"lightning-qk: {line}")
         self.lines = lines
 
     def _remove(self) -> None:
@@ -158,8 +160,7 @@ class SelfCheck(GuardedHooks, Callback):
         self._check = None
         say(
             "lightning-qk: what was read of the attention layers is not verified "
-            f"({type(error).__name__}: {error}); training goes on",
-            warn=True,
+            f"({describe_error(error)}); training goes on"
         )
 
 
@@ -182,7 +183,11 @@ def _tell(callback: Any, trainer: Trainer, pl_module: LightningModule, wrong: Ma
 
 
 def add_self_check(trainer: Trainer) -> None:
-    """Put a self-check before all callbacks of a trainer, once; to be called in ``setup`` of a fit."""
+    """Put a self-check before all callbacks of a trainer, once; to be called in ``setup`` of a fit.
+
+    What an earlier fit has found of layers that have changed since is forgotten.
+    """
+    forget_changed(trainer.lightning_module)
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     if not any(isinstance(callback, SelfCheck) for callback in callbacks):
         trainer.callbacks = [SelfCheck(), *callbacks]  # type: ignore[attr-defined]
@@ -192,11 +197,6 @@ def self_check_of(trainer: Trainer) -> SelfCheck | None:
     """The self-check of a trainer's fit, or None."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, SelfCheck)), None)
-
-
-def say(sentence: str, *, warn: bool) -> None:
-    """Say something on the first process."""
-    (rank_zero_warn if warn else rank_zero_info)(sentence)
 
 
 def _agreed(trainer: Trainer, own: dict[str, Verified]) -> dict[str, Verified] | None:

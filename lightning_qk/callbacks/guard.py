@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,6 +21,7 @@ from lightning_qk.callbacks._trainer import (
     is_logged_step,
     logging_step,
     run_directory,
+    say,
 )
 from lightning_qk.callbacks._watch import COSINE, Watch
 from lightning_qk.callbacks.locater import LocAteR
@@ -169,6 +169,11 @@ class CollapseGuard(Callback):
     def remedies(self) -> list[Any]:
         """The callbacks that are switched on when the guard fires."""
         return list(self._remedy.callbacks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what watches a running model, and the module's methods that Lightning hangs on."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, "_watch": None}
 
     # Lightning's hooks
 
@@ -337,7 +342,9 @@ class CollapseGuard(Callback):
         self._remedy.call("on_validation_end", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For a remedy."""
+        """Judge the last step, if a monitor measured it after this callback's turn."""
+        if self._pending is not None:
+            self._judge(trainer, pl_module, is_last_call=True, has_ended=True)
         self._remedy.call("on_train_end", trainer, pl_module)
         self._try(self._rate.detach, "learning rates could not be left")
 
@@ -483,13 +490,20 @@ class CollapseGuard(Callback):
             # Rank zero alone judges.
             self._pending.trouble = self._pending.trouble or _told(error)
 
-    def _judge(self, trainer: Trainer, pl_module: LightningModule, is_last_call: bool = False) -> None:
+    def _judge(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        is_last_call: bool = False,
+        has_ended: bool = False,
+    ) -> None:
         """What to make of the reading that waits, on rank zero for all; a collective call.
 
         Args:
             trainer: the trainer.
             pl_module: its module.
             is_last_call: judge what is there; else wait where the trainer's monitors have not measured yet.
+            has_ended: training has.
         """
         pending = self._pending
         assert pending is not None  # both callers ask first
@@ -515,7 +529,7 @@ class CollapseGuard(Callback):
             self.verdicts.append(verdict)
             self._act(trainer, pl_module, verdict)
         # Before the checkpoint, whose state has this step too.
-        self._log(trainer, pl_module, verdict, verdict.step)
+        self._log(trainer, pl_module, verdict, verdict.step, has_ended)
         self._keep(trainer, verdict.step, verdict.is_healthy)
 
     def _answer(
@@ -638,7 +652,9 @@ class CollapseGuard(Callback):
             )
             return False
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, step: int) -> None:
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, step: int, has_ended: bool
+    ) -> None:
         scalars = {
             "guard/score": verdict.score if math.isfinite(verdict.score) else 1e3,
             "guard/fired": float(len(self.verdicts)),
@@ -647,12 +663,17 @@ class CollapseGuard(Callback):
         if self.lr_factor < 1:
             scalars["guard/lr_factor"] = self._rate.factor
         drawn = ("guard/score", "guard/lr_factor")
+
+        def share() -> None:
+            pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
+
         for action in (
             lambda: self.account.draw(
                 step, {name: value for name, value in scalars.items() if name in drawn}
             ),
-            lambda: pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False),
             lambda: log_scalars(trainer, scalars, step),
+            # Lightning takes nothing more once training has ended.
+            *(() if has_ended else (share,)),
         ):
             self._try(action, "its numbers could not be logged")
 
@@ -662,11 +683,7 @@ class CollapseGuard(Callback):
             self._say(sentence)
 
     def _say(self, sentence: str) -> None:
-        try:
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
-        except Warning:
-            # Where warnings are errors.
-            rank_zero_info(f"{type(self).__name__}: {sentence}")
+        say(f"{type(self).__name__}: {sentence}")
 
 
 _MAX_LOST = 3

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qk.callbacks._intervention import Intervention, misread_layers
+from lightning_qk.callbacks._intervention import StatefulIntervention
 from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed
@@ -21,10 +21,11 @@ from lightning_qk.callbacks._trainer import (
     logging_step,
     loss_scale,
     projection_reader,
+    say,
 )
 from lightning_qk.callbacks._training import training_layers
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.interventions.layers import matching_unread, refuse_layers
+from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.loggers import describe_config
 from lightning_qk.regularizers.locater import (
@@ -38,7 +39,7 @@ from lightning_qk.regularizers.locater import (
 Schedule = Literal["constant", "linear"]
 
 
-class LocAteR(Intervention):
+class LocAteR(StatefulIntervention):
     r"""Regularizes the QK-eigenspectra of a model while it trains: localized attention regularization.
 
     After Bao et al., ICML 2024 (arXiv 2402.02098): a small variance of the eigenvalues of ``W_QK`` with a mean
@@ -188,7 +189,6 @@ class LocAteR(Intervention):
         """Find the layers; raise here, before any work, where there are none."""
         reader = projection_reader(trainer, pl_module)
         penalty = LocaterPenalty(reader, modules=self.modules, cross_attention=self.cross_attention)
-        refuse_layers(penalty.names, misread_layers(trainer, pl_module))
         for name, reason in matching_unread(reader, self.modules).items():
             self.say(f"{name} is left out: {reason}")
         others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
@@ -341,7 +341,7 @@ class LocAteR(Intervention):
         # With several optimizers, each steps only its share of the layers.
         if not reached and not self._warned_idle and len(trainer.optimizers) == 1:
             self._warned_idle = True
-            rank_zero_warn(
+            say(
                 "LocAteR: expected query or key weights that the optimizer trains, got none: they are frozen or "
                 "not among its parameters, so that the penalty changes nothing; unfreeze them or drop LocAteR"
             )
@@ -360,7 +360,7 @@ class LocAteR(Intervention):
         self.history.append(step, {"locater/penalty": value.reshape(1)})
         if not self._warned and not torch.isfinite(value):
             self._warned = True
-            rank_zero_warn(
+            say(
                 f"LocAteR: the penalty is {value.item()} at step {step}: a query or key weight is not finite "
                 "(QKSpectrumMonitor names the head); training goes on"
             )
@@ -368,7 +368,7 @@ class LocAteR(Intervention):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where Lightning saw batches but no optimizer step."""
         if self._batches and not self._stepped and not trainer.global_step:
-            rank_zero_warn(
+            say(
                 "LocAteR: expected optimizer steps that Lightning sees, got none, so that the penalty changed "
                 "nothing: step the optimizers of self.optimizers(), not others"
             )
@@ -381,20 +381,6 @@ class LocAteR(Intervention):
         """Hold the means that the first run started from."""
         self._start_means, self._aims = kept["start_means"], None
         self.history = History.from_state_dict(kept["history"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
-        return self.kept()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as in a checkpoint."""
-        if self._is_fit:
-            self.go_on(state_dict)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Nothing: ``state_dict`` is kept."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the model."""

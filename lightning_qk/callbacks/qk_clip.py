@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._intervention import (
-    Intervention,
+    StatefulIntervention,
     When,
     check_when,
-    misread_layers,
     refuse_frozen,
 )
 from lightning_qk.callbacks._monitor import shorten
@@ -26,6 +25,7 @@ from lightning_qk.callbacks._trainer import (
     refuse_deepspeed,
 )
 from lightning_qk.capture.extremes import call_max_logits
+from lightning_qk.capture.generation import CachedCalls
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
 from lightning_qk.heads.edit import HeadEditor
@@ -45,12 +45,13 @@ from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class QKClip(Intervention):
+class QKClip(StatefulIntervention):
     r"""Holds the attention logits of every head at ``tau``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
 
     After each optimizer step, with S the largest ``scaling q·k`` of a head since the last step, over all
     micro-batches, ranks and rows that are no padding, ``γ = min(1, τ/S)`` scales the head's query weights and
-    biases by γ^α and its key's by γ^(1−α). Heads that share a key take the smallest γ of their group, all of
+    biases by γ^α and its key's by γ^(1−α). Calls within transformers' ``generate``, and those of self-attention
+    with a cache of keys, do not count. Heads that share a key take the smallest γ of their group, all of
     them. See :func:`~lightning_qk.clip_qk` for what is scaled and what is not. Gradients, optimizers' states and
     the forward pass are untouched; a step whose logits stay below ``tau`` changes nothing at all.
 
@@ -98,6 +99,7 @@ class QKClip(Intervention):
         "_capture": lambda: None,
         "_editors": dict,
         "_largest": dict,
+        "_cached_calls": CachedCalls,
     }
 
     def __init__(
@@ -136,6 +138,7 @@ class QKClip(Intervention):
         self._labels: dict[str, str] = {}
         # Of the calls since the last step.
         self._largest: dict[str, Tensor] = {}
+        self._cached_calls = CachedCalls()
         # Smallest γ of each query head since the last logged step.
         self._smallest: dict[str, Tensor] = {}
         # Why layers are to be left alone, found on this process since the last step.
@@ -168,20 +171,6 @@ class QKClip(Intervention):
         self._steps = int(kept.get("steps", 0))
         self._doubts |= kept.get("left", {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
-        return self.kept()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as in a checkpoint."""
-        if self._is_fit:
-            self.go_on(state_dict)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Nothing: ``state_dict`` is kept."""
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
         self.begin_stage(trainer, stage)
@@ -198,9 +187,7 @@ class QKClip(Intervention):
         self._is_due = False
         self._steps_before = trainer.global_step
         self._largest.clear()
-        editors = clippable_layers(
-            reader, self.modules, trained=False, refused=misread_layers(trainer, pl_module)
-        )
+        editors = clippable_layers(reader, self.modules, trained=False)
         refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
         configs = {site.name: site.config for site in attention_sites(pl_module)}
         for name in editors:
@@ -231,7 +218,7 @@ class QKClip(Intervention):
         self._remove()
         assert self._reader is not None  # on_fit_start
         names = {self._reader.layers[name].module: name for name in self._editors}
-        self._capture = AttentionCapture(names, self._hear, model=pl_module)
+        self._capture = AttentionCapture(names, self._hear, model=pl_module, generated=lambda name: None)
         self._capture.install()
 
     def on_train_batch_start(
@@ -281,6 +268,8 @@ class QKClip(Intervention):
         if editor.is_frozen:
             return
         plan, heads = self._reader.layers[name], editor.heads
+        if plan.self_attention and self._cached_calls.has(name, call):
+            return
         where = local_heads(call.module, heads)
         here = heads if where is None else where.stop - where.start
         found = call_max_logits(
@@ -470,9 +459,9 @@ class QKClip(Intervention):
         ]
         if silent:
             self.say(
-                f"no attention call of {shorten(silent)} was seen in the first step: such a layer was not run, or "
-                "computes its softmax where it cannot be seen (inside a compiled graph, say), and is clipped only "
-                "after a call that is seen"
+                f"no attention call of {shorten(silent)} was seen in the first step: such a layer was not run "
+                "(generation does not count), or computes its softmax where it cannot be seen (inside a compiled "
+                "graph, say), and is clipped only after a call that is seen"
             )
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:

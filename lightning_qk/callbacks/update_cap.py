@@ -12,7 +12,6 @@ from lightning_qk.callbacks._intervention import (
     Intervention,
     When,
     check_when,
-    misread_layers,
     refuse_frozen,
 )
 from lightning_qk.callbacks._ranks import failed_anywhere
@@ -140,7 +139,6 @@ class UpdateCap(Intervention):
             modules=self.modules,
             iterations=self.iterations,
             trained=False,
-            refused=misread_layers(trainer, pl_module),
         )
         refuse_frozen(capper.frozen, self.when)
         capper.spare = self._spare

@@ -79,7 +79,7 @@ class LayerPlan:
         key_layer: qualified name of the layer whose keys are used, None for own ones.
         is_decided: whether `self_attention` is known. False where the layer's forward takes queries and keys as
             arguments of their own, and nothing but a call tells whether they are the same tensor: taken for
-            self-attention until then, unless names say that it crosses (see `ProjectionReader.learn`).
+            self-attention until then, unless names say that it crosses (see `Finding`).
         clip: the bound that q and k are clamped to behind the projections, or None: the form is that without it.
     """
 
@@ -89,8 +89,6 @@ class LayerPlan:
         fold_norm: bool,
         wrappers: tuple[nn.Module, ...] = (),
         *,
-        ways: Sequence[Trial] = (),
-        layout: Layout | None = None,
         finding: Finding | None = None,
     ) -> None:
         """Find out how a layer is read.
@@ -99,8 +97,6 @@ class LayerPlan:
             site: the layer where it stands.
             fold_norm: look for the norm that feeds it.
             wrappers: modules around the model that the site was found in, nearest first.
-            ways: how the layer was really called (see `recorded_trials`): it is run so, whatever its class.
-            layout: what to read it by, without any proof: for a comparison with what its attention receives.
             finding: what its real call has shown; None for what is known of it.
 
         Raises:
@@ -108,7 +104,7 @@ class LayerPlan:
         """
         chain = (site.module, *site.ancestors, *wrappers)
         self._finding = finding or finding_of(site.module) or Finding()
-        ways, layout = ways or self._finding.ways, layout or self._finding.layout
+        ways, layout = self._finding.ways, self._finding.layout
         trusts_names = is_known(site.module) and not ways
         reason = self._finding.reason
         if reason is None and trusts_names:

@@ -3,16 +3,13 @@
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from torch import nn
 
 from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.find import Site, attention_sites
-from lightning_qk.heads.layouts import fitting_layouts
+from lightning_qk.heads.find import attention_sites
 from lightning_qk.heads.plan import LayerPlan, identity
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.trials import Trial, recorded_trials
 
 
 class ProjectionReader(Mapping[str, HeadProjections]):
@@ -57,8 +54,6 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
         self.fold_norm = fold_norm
         self._allow_empty = allow_empty
-        # How layers were really called, with the layer itself.
-        self._calls: dict[str, tuple[weakref.ref[nn.Module], list[Trial]]] = {}
         self._model = weakref.ref(model)
         self._root = None if root is None else weakref.ref(root)
         # Sharded layers that other processes gather now, in this order.
@@ -122,78 +117,10 @@ class ProjectionReader(Mapping[str, HeadProjections]):
                 with suppress(Exception):
                     self[name]
 
-    def learn(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Read a layer by running it, on a copy, as it was really called; its plan is replaced.
-
-        A layer of `unread` moves to `layers` where that tells its q and k. Whether it is self-attention is known
-        then: queries and keys come from the same tensor. A layer that cannot be read in this way stays as it is.
-
-        Args:
-            name: of an attention layer.
-            args: what its forward got by position.
-            kwargs: what it got by name.
-
-        Returns:
-            Whether the call told how the layer is read.
-
-        Raises:
-            KeyError: the model has no attention layer of that name.
-        """
-        site = self._site(name)
-        ways = list(recorded_trials(site.module, site.config, args, kwargs))
-        try:
-            plan = LayerPlan(site, self.fold_norm, self._wrappers(self.model), ways=ways)
-        except UnreadLayer as reason:
-            if name in self.unread:
-                self._refuse(name, reason)
-            return False
-        self._calls[name] = weakref.ref(site.module), ways
-        self.adopt(name, plan)
-        return True
-
-    def candidates(self, name: str) -> Iterator[LayerPlan]:
-        """What the names of a layer's children say of it, without any proof: to be compared with its q and k.
-
-        Args:
-            name: of an attention layer, read or not.
-
-        Raises:
-            KeyError: the model has no attention layer of that name.
-        """
-        site = self._site(name)
-        for layout in fitting_layouts(site.module):
-            with suppress(UnreadLayer):
-                yield LayerPlan(site, self.fold_norm, self._wrappers(self.model), layout=layout)
-
-    def adopt(self, name: str, plan: LayerPlan) -> None:
-        """Read a layer by a plan from now on, until the model's modules are replaced."""
-        self.unread.pop(name, None)
-        self.refusals.pop(name, None)
-        known = {**self.layers, name: plan}
-        self.layers = {
-            site.name: known[site.name] for site in attention_sites(self.model) if site.name in known
-        }
-
-    def refuse(self, name: str, reason: str) -> None:
-        """Leave a layer out from now on, until the model's modules are replaced.
-
-        Args:
-            name: of an attention layer.
-            reason: a clause that begins with what the layer is or has.
-        """
-        self.layers.pop(name, None)
-        self._refuse(name, UnreadLayer(reason))
-
     def _refuse(self, name: str, reason: UnreadLayer) -> None:
         self.unread[name] = str(reason)
         # Without its frames, which would keep the model alive.
         self.refusals[name] = type(reason)(str(reason))
-
-    def _site(self, name: str) -> Site:
-        for site in attention_sites(self.model):
-            if site.name == name:
-                return site
-        raise KeyError(name)
 
     def is_sharded(self, name: str) -> bool:
         """Whether reading a layer gathers its weights from other processes."""
@@ -205,12 +132,9 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         wrappers = self._wrappers(model)
         inaccessible = None
         for site in attention_sites(model):
-            known, ways = self._calls.get(site.name, (None, []))
-            if known is not None and known() is not site.module:
-                ways = []
             try:
-                self.layers[site.name] = LayerPlan(site, self.fold_norm, wrappers, ways=ways)
-            except UnreadLayer as reason:
+                self.layers[site.name] = LayerPlan(site, self.fold_norm, wrappers)
+            except UnreadLayer as reason:  # noqa: PERF203
                 self._refuse(site.name, reason)
                 if isinstance(reason, InaccessibleWeights):
                     inaccessible = inaccessible or site.name

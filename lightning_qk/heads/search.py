@@ -132,17 +132,19 @@ def find_rows(
             bench.check_access()
             ways_of = ways or _ways(bench, config, calls, device)
             for trial in ways_of:
+                search = _Search(bench, trial, is_strict=is_strict)
                 try:
-                    return _Search(bench, trial, is_strict=is_strict).read()
-                except _NoProduct as failure:  # noqa: PERF203
+                    return search.read()
+                except _NoProduct as failure:
                     failures.append(str(failure))
                 except NotTokenAttention:
                     raise
                 except _Rejected as reason:
-                    reasons.insert(0 if bench is benches[0] else len(reasons), str(reason))
+                    first = 0 if bench is benches[0] else len(reasons)
+                    reasons.insert(first, search.cause() or str(reason))
                     break
                 except UnreadLayer as reason:
-                    reasons.append(str(reason))
+                    reasons.append(search.cause() or str(reason))
     if reasons:
         raise UnreadLayer(reasons[0])
     raise UnreadLayer(
@@ -693,6 +695,54 @@ class _Search:
                 bounds.add(bound / abs(numbers.factor))
         return min(bounds) if bounds else None
 
+    def clamped(self) -> str | None:
+        """That a clamp keeps the layer from being read, as a clause about it; None where none is seen.
+
+        Queries of numbers that are all large are ± one number then, at a token that nothing turns, and small ones
+        are smaller.
+        """
+        little = 1e-4
+        emissions = (random(8, 1e6), constant(torch.full((self.bench.size,), little)))
+        seen = [self.bench.run(self.trial, emission) for emission in emissions]
+        if not self.bench.emitters or not all(own.products for own in seen):
+            return None
+        for side in _SIDES:
+            large, small = (getattr(own.products[0], side).abs().double() for own in seen)
+            bound, factor = float(large.max()), float(small.max()) / little
+            share = (large >= (1 - 1e-3) * bound).double().movedim(-2, 0).flatten(1).mean(1).max()
+            if float(share) > 0.99 and math.isfinite(bound) and 0 < factor * little < 0.5 * bound:
+                return (
+                    f"a clamp to ±{bound / factor:.3g} between projection and product changes {_NAMES[side]}"
+                )
+        return None
+
+    def cause(self) -> str | None:
+        """What keeps the layer from being read, as a clause about it: a clamp or a cosine; None for others."""
+        return self.clamped() or self.normalized()
+
+    def normalized(self) -> str | None:
+        """That queries and keys are divided by their length.
+
+        Those of larger numbers are the same then, those of other numbers are not, and all are of one length.
+        """
+        given = ((8, 1.0), (8, 16.0), (9, 1.0))
+        seen = [self.bench.run(self.trial, random(seed, scale)) for seed, scale in given]
+        if not all(own.products for own in seen):
+            return None
+        for side in _SIDES:
+            first, larger, other = (getattr(own.products[0], side).double() for own in seen)
+            if not first.shape == larger.shape == other.shape or not float(first.abs().sum()) > 0:
+                return None
+            allowed = 1e-3 * float(first.abs().max())
+            lengths = first.norm(dim=-1)
+            is_one = float(lengths.max() - lengths.min()) <= 1e-3 * float(lengths.max())
+            is_same, is_fixed = (float((first - own).abs().max()) <= allowed for own in (larger, other))
+            if not is_one or not is_same or is_fixed:
+                return None
+        return (
+            "its queries and keys are divided by their length in its own forward, as for a cosine similarity"
+        )
+
     # Where rows come from.
 
     def _side(self, numbers: Tensor, what: str) -> FoundSide:
@@ -838,7 +888,10 @@ def _numbers(seen: list[Tensor], what: str) -> _Numbers:
         rounded = value.round()
         whole = float((value - rounded).abs().max()) <= 0.25
         if not (whole and float(rounded.min()) >= 0 and float(rounded.max()) < _BASE):
-            raise UnreadLayer(f"{what} mix rows of its projections")
+            raise UnreadLayer(
+                f"{what} mix rows of its projections: they are sums of several (an adapter by hand, say) or "
+                "another function of them"
+            )
         rows += rounded.long() * _BASE**place
     return _Numbers(rows, float(factor.flatten()[0]))
 

@@ -13,7 +13,7 @@ from lightning_qk.functional._precision import at_least_float32
 from lightning_qk.functional.power import starting_subspace, subspace_iteration
 from lightning_qk.heads.edit import HeadEditor, StoredRows, head_editors
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.interventions.layers import matching_layers, refuse_layers
+from lightning_qk.interventions.layers import matching_layers
 
 # Vectors that follow the largest singular directions.
 _VECTORS = 8
@@ -52,7 +52,6 @@ class UpdateCapper:
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         iterations: of the power iteration, each step.
         trained: frozen weights are refused; else their updates are capped at the steps at which they train.
-        refused: layers that may not be changed, each with the reason as a clause.
 
     Attributes:
         spare: called with a layer's name and a clause about it where its weights can be capped no more, which
@@ -76,13 +75,11 @@ class UpdateCapper:
         modules: str | Sequence[str] | None = None,
         iterations: int = 4,
         trained: bool = True,
-        refused: Mapping[str, str] | None = None,
     ) -> None:
         check_cap(tau, iterations)
         self.tau, self.iterations = tau, iterations
         reader = model if isinstance(model, ProjectionReader) else ProjectionReader(model)
         names = matching_layers(reader, modules)
-        refuse_layers(names, refused)
         self.spare: Callable[[str, str], None] | None = None
         self.agree: Callable[[Mapping[str, str]], Mapping[str, str]] = dict
         self._doubts: dict[str, str] = {}

@@ -510,6 +510,15 @@ def select_layers(
                 f"expected at least one attention layer whose spectrum can be penalized, got {matched[0]}{more}, "
                 f"{reason}: {_way_out(layers, matched, cross_attention)}"
             )
+        unread = projections.unread if isinstance(projections, ProjectionReader) else {}
+        unread = {name: reason for name, reason in unread.items() if _matches(name, patterns)}
+        if unread:
+            first = next(iter(unread))
+            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+            raise ValueError(
+                f"expected query and key weights that can be read in the layers of modules={modules!r}, got "
+                f"{first}{more}, of which they cannot: {unread[first]}; choose other layers with modules="
+            )
         names = ", ".join(list(projections)[:3])
         raise ValueError(
             f"expected modules={modules!r} to match at least one attention layer, but it matches none of "

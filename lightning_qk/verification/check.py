@@ -25,7 +25,7 @@ from lightning_qk.heads.probing import shadow
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.search import find_rows
 from lightning_qk.heads.trials import Trial, recorded_trials
-from lightning_qk.verification.compare import Added, Match, compare, tolerance
+from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
 _MOST = 48
@@ -282,8 +282,15 @@ class SelfCheck:
         if not match.error <= allowed:
             if not (kept.has_parts or call_inputs(call)):
                 return _unchecked("what enters its projections was not seen")
-            side = "queries" if match.query > allowed else "keys"
+            is_query = match.query > allowed
+            side = "queries" if is_query else "keys"
             reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
+            share = 0.0 if read.clip is None else beyond(read, inputs, match)[0 if is_query else 1]
+            if share > 0:
+                reason = (
+                    f"a clamp to ±{read.clip:.3g} between projection and product changes {share:.2g} of the "
+                    f"numbers in its {side}, so that they are not W x + b"
+                )
             if math.isfinite(match.error):
                 reason += f": the largest difference of a head is {match.error:.2g} of its length"
             return Verified(Status.DIFFERS, match.query, match.key, reason, is_self)

@@ -65,6 +65,50 @@ def test_reads_the_trainers_monitors(tmp_path, guard_first):
         assert len(reading.losses) == 2
 
 
+@pytest.mark.parametrize("action", ["stop", "remedy"])
+def test_the_place_in_the_list_makes_no_difference(tmp_path, action):
+    """Every reading is judged, the last step's too, and what is done about it is done at the same step."""
+    found = []
+    for number, guard_first in enumerate((True, False)):
+        guard = CollapseGuard("stop" if action == "stop" else QKClip(5.0), every_n_steps=1, lr_factor=0.5)
+        monitors = [
+            AttentionMonitor(1, rows=None, report=False, figures_every=0),
+            QKSpectrumMonitor(1, report=False, figures_every=0),
+        ]
+        torch.manual_seed(1)
+        callbacks = [guard, *monitors] if guard_first else [*monitors, guard]
+        trainer = models.trainer(
+            [Sharpen(), *callbacks], max_steps=20, max_epochs=-1, default_root_dir=tmp_path / str(number)
+        )
+        job = models.Job(lr=1e-3, optimizer="adamw")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(job, models.tokens(64))
+        assert not any("could not be logged" in str(one.message) for one in said)
+        assert guard.verdicts
+        assert guard.account.curves.steps == list(range(trainer.global_step))
+        assert guard._pending is None
+        found.append((trainer.global_step, guard.verdicts, guard.account.state_dict(), weights(job)))
+    assert found[0][:2] == found[1][:2]
+    assert str(found[0][2]) == str(found[1][2])
+    assert torch.equal(found[0][3], found[1][3])
+
+
+def test_a_last_step_that_alone_is_alarming_is_told(tmp_path):
+    class Breaks(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 9:
+                with torch.no_grad():
+                    module.inner["network"].transformer.h[1].attn.c_attn.weight.fill_(torch.nan)
+
+    guard = CollapseGuard(QKClip(5.0), every_n_steps=1, checkpoint_every=0)
+    monitors = [AttentionMonitor(1, report=False, figures_every=0), QKSpectrumMonitor(1, report=False)]
+    trainer = models.trainer([Breaks(), guard, *monitors], max_steps=10, default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match="CollapseGuard: step 9"):
+        trainer.fit(models.Job(), models.tokens(64))
+    assert [verdict.step for verdict in guard.verdicts] == [9]
+
+
 def test_stop(tmp_path):
     guard = CollapseGuard("stop", every_n_steps=1)
     trainer, _ = fit(guard, Sharpen(), default_root_dir=tmp_path)

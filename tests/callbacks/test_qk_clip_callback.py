@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from pathlib import Path
 
+import intervention_jobs
 import lightning as L
 import models
 import pytest
@@ -415,3 +416,15 @@ def test_two_processes_agree(tmp_path):
         assert first[case]["metrics"]["clip/gamma/min"] < 1
     assert first["update cap"]["metrics"]["update_cap/factor/min"] < 1
     assert any(name.endswith("gain") for name in first["sigma reparam"]["weights"])
+
+
+@pytest.mark.parametrize("name", ["SoftCap", "EntropyBand", "AttentionPrior"])
+def test_the_place_beside_what_steers_attention_makes_no_difference(name):
+    found = []
+    for is_first in (True, False):
+        clip, other = QKClip(1.0), intervention_jobs.make(name)
+        _, job = intervention_jobs.fit([clip, other] if is_first else [other, clip], max_steps=2)
+        assert any((gamma < 1).any() for gamma in clip.gammas.values())
+        found.append((clip.maxima, intervention_jobs.weights(job)))
+    for one, other in zip(*found, strict=True):
+        intervention_jobs.assert_same(one, other)
