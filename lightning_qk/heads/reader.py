@@ -85,7 +85,8 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         return model
 
     def refresh(self) -> bool:
-        """Plan anew if modules of the model were replaced (an adapter merged, say); whether they were.
+        """Plan anew if modules of the model were replaced (an adapter merged, say), or what layers keep beside
+        their parameters changed what they compute (a temperature, say); whether that was so.
 
         Values, devices, types and ties of the weights are live in any case.
 
@@ -94,9 +95,31 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         """
         model = self.model
         if self._identity == list(identity(model)):
-            return False
+            return self._renew()
         self._plan(model)
         return True
+
+    def _renew(self) -> bool:
+        """Plan those layers anew whose own numbers changed; whether any is read otherwise now."""
+        stale = [name for name, plan in self.layers.items() if not plan.is_current()]
+        if not stale:
+            return False
+        is_other = False
+        sites = {site.name: site for site in attention_sites(self.model)}
+        for name in stale:
+            if name not in sites:
+                continue
+            try:
+                plan = LayerPlan(sites[name], self.fold_norm, self._wrappers(self.model))
+            except UnreadLayer as reason:
+                self.layers.pop(name)
+                self._refuse(name, reason)
+                is_other = True
+                continue
+            if self.layers[name].reads_as(plan):
+                continue
+            self.layers[name], is_other = plan, True
+        return is_other
 
     @contextmanager
     def to_the_end(self, names: Iterable[str]) -> Iterator[None]:

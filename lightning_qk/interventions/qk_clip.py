@@ -120,6 +120,11 @@ def clip_editors(
                 f"them in {name}, which takes every scale out again and bounds the logits: drop QK-Clip, or leave "
                 "the layer out with modules="
             )
+        if plan.is_capped:
+            raise ValueError(
+                f"expected logits that are q · k, got {name}, which bounds them by a function of its own, behind "
+                "which their size is not told: leave the layer out with modules="
+            )
         if plan.position == "relative product":
             raise ValueError(
                 "expected logits that are q · k and what does not depend on them, got products of q with "
