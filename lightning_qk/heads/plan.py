@@ -135,6 +135,7 @@ class LayerPlan:
         self.clip: float | None = None
         self.obstacle: str | None = None
         self.is_capped = False
+        self.position: str | None = None
         self._constants = Constants(site.module)
         with self.gathered():
             if layout is not None:
@@ -276,7 +277,7 @@ class LayerPlan:
         # Of what all keys share there is one a token.
         heads = 1 if self.sizes.shared else self.sizes.kv_heads
         self._rotation = find_rotation(*where, self.sizes.d_head, heads=heads, is_cross=site.is_cross)
-        self.position: str | None = find_position(*where, self._rotation, is_cross=site.is_cross)
+        self.position = find_position(*where, self._rotation, is_cross=site.is_cross)
 
     def is_current(self) -> bool:
         """Whether the numbers that the layer keeps beside its parameters are those that it was planned with."""
