@@ -340,3 +340,7 @@ def _mend(error: Exception) -> str:
 
 # What a class of ours says about its arguments.
 _OUR_REASON = re.compile(r"^\s*-? ?(?P<reason>expected [^\n]+)$", re.MULTILINE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,12 +17,11 @@ from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_o
 from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
 from lightning_qk.capture.call import output_arguments, statistics_arguments
+from lightning_qk.capture.generation import CachedCalls
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
-from lightning_qk.capture.softmax import SEVERAL
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.localization import AttentionSums
-from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.errors import NotTokenAttention
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
@@ -90,7 +89,7 @@ class CaptureMonitor(Monitor):
         "_told": set,
         "_cached": set,
         "_cached_was_told": bool,
-        "_more_keys": dict,
+        "_cached_calls": CachedCalls,
         "_losses": Losses,
     }
     running_state = {  # noqa: RUF012 (never changed)
@@ -120,8 +119,7 @@ class CaptureMonitor(Monitor):
     _cached: set[str]
     """Layers of which calls of generation, or with a cache, were left out."""
     _cached_was_told: bool
-    _more_keys: dict[str, int]
-    """The least number of keys beyond the queries that calls of a self-attention had."""
+    _cached_calls: CachedCalls
     _losses: Losses
     _step_pool: SumsPool
     _evaluation: dict[int, SumsPool]
@@ -206,7 +204,7 @@ class CaptureMonitor(Monitor):
         self._take_facts(reader)
         self._heads_of_calls = {}
         self._shapes, self._apart, self._told = {}, set(), set()
-        self._cached, self._cached_was_told, self._more_keys = set(), False, {}
+        self._cached, self._cached_was_told, self._cached_calls = set(), False, CachedCalls()
         self._losses = Losses()
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
@@ -264,27 +262,11 @@ class CaptureMonitor(Monitor):
             self._capture.enabled = False
 
     def _take(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
-        if not self.cached_calls and self._continues(name, call):
+        is_self = self._self_attention.get(name, False)
+        if not self.cached_calls and is_self and self._cached_calls.has(name, call):
             self._leave_call_out(name)
         else:
             self._hear(name, call)
-
-    def _continues(self, name: str, call: AttentionCall | SoftmaxCall) -> bool:
-        """Whether the call has keys of tokens before its queries, from a cache.
-
-        Learnt keys and prefixes, of which every call has as many, are none.
-        """
-        if not self._self_attention.get(name, False):
-            return False
-        if isinstance(call, SoftmaxCall):
-            if any(is_named(call.module, own) for own in SEVERAL):
-                return False
-            n, m = call.logits.shape[-2], call.logits.shape[-1] - call.sinks
-        else:
-            n, m = call.query.shape[-2], call.key.shape[-2]
-        more = max(m - n, 0)
-        least = self._more_keys[name] = min(more, self._more_keys.get(name, more))
-        return more > least
 
     def _leave_call_out(self, name: str) -> None:
         self._cached.add(name)
@@ -533,16 +515,25 @@ class CaptureMonitor(Monitor):
             pool = self._evaluation.get(index, SumsPool())
             values = self.together(trainer, partial(self._compute, trainer, pl_module, pool))
             if values is not None:
-                self.count_layers(trainer, pl_module)
-                means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
-                overall = self.over_the_model(means, f"{self.group}/{stage}", states=self.states)
-                overall = {key + suffix: value for key, value in overall.items()}
-                # On every process, whatever fails on one of them. Not through Lightning to the loggers:
-                # trainer.test would print a table of them all.
-                pl_module.log_dict(
-                    overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False
-                )
-                self.attempt(partial(self._publish_evaluation, trainer, means, stage, suffix))
+                # Where it fails here, no process goes on with the next dataloader.
+                self._here(partial(self._share_evaluation, trainer, pl_module, values, stage, suffix))
+
+    def _share_evaluation(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        values: dict[str, Tensor],
+        stage: str,
+        suffix: str,
+    ) -> None:
+        self.count_layers(trainer, pl_module)
+        means = {name: flat for name, flat in values.items() if not name.endswith("_se")}
+        overall = self.over_the_model(means, f"{self.group}/{stage}", states=self.states)
+        overall = {key + suffix: value for key, value in overall.items()}
+        # On every process, whatever fails on one of them. Not through Lightning to the loggers: trainer.test
+        # would print a table of them all.
+        pl_module.log_dict(overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False)
+        self.attempt(partial(self._publish_evaluation, trainer, means, stage, suffix))
 
     def _publish_evaluation(
         self, trainer: Trainer, means: dict[str, Tensor], stage: str, suffix: str

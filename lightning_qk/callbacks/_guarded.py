@@ -1,6 +1,7 @@
 """Hooks that a monitor's own failure never leaves: training goes on without the monitor."""
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ class Refused(ValueError):
     """A monitor with ``on_unreadable="raise"`` refuses a model: what alone leaves its hooks."""
 
 
-class GuardedHooks:
+class GuardedHooks(ABC):
     """Base of callbacks none of whose hooks raises.
 
     Every hook that a subclass defines is wrapped. An exception out of it is handed to :meth:`hook_failed`;
@@ -46,9 +47,9 @@ class GuardedHooks:
         for name in HOOKS & vars(cls).keys():
             setattr(cls, name, _guarded(name, vars(cls)[name]))
 
+    @abstractmethod
     def hook_failed(self, hook: str, error: Exception) -> None:
         """Deal with what a hook raised; nothing may come out of here."""
-        raise NotImplementedError
 
 
 def _guarded(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:

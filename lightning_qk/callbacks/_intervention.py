@@ -9,13 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_qk.callbacks._monitor import shorten
 from lightning_qk.callbacks._self_check import add_self_check
-from lightning_qk.callbacks._trainer import Callback
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.findings import finding_of
+from lightning_qk.callbacks._trainer import Callback, say
 
 When = Literal["always", "unfrozen"]
 
@@ -43,6 +40,8 @@ class Intervention(Callback):
     def begin(self) -> None:
         """Forget the fit before; a subclass adds its own."""
         self._said: set[str] = set()
+        # How many times it has agreed with other processes.
+        self.agreements = 0
         self._cannot_log = False
 
     def begin_stage(self, trainer: Trainer, stage: str) -> None:
@@ -97,6 +96,19 @@ class Intervention(Callback):
         number = next((index for index, callback in enumerate(same) if callback is self), 0)
         return f"{self.state_key}#{number}"
 
+    # Several processes
+
+    def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
+        """Whether a hook begins its collective calls with :func:`~lightning_qk.callbacks._ranks.agree`.
+
+        Who calls the hooks and finds that one has raised before that, on one process alone, agrees in its place.
+
+        Args:
+            hook: its name.
+            has_stepped: whether the optimizer has stepped since the batch began.
+        """
+        return False
+
     # What is said
 
     def say(self, sentence: str, key: str | None = None) -> None:
@@ -109,7 +121,7 @@ class Intervention(Callback):
         key = sentence if key is None else key
         if key not in self._said:
             self._said.add(key)
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
+            say(f"{type(self).__name__}: {sentence}")
 
     def log_safely(self, action: Callable[[], None]) -> None:
         """Send something to loggers; one that raises ends the sending and not the run. No collective calls."""
@@ -120,6 +132,24 @@ class Intervention(Callback):
         except Exception as error:
             self._cannot_log = True
             self.say(f"nothing more is logged ({type(error).__name__}: {error}); it goes on to work")
+
+
+class StatefulIntervention(Intervention):
+    """Base of those that keep their state where Lightning keeps callbacks' own, and a guard its remedies'."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return self.kept()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as in a checkpoint."""
+        if self._is_fit:
+            self.go_on(state_dict)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Nothing: ``state_dict`` is kept."""
 
 
 def check_when(when: str) -> None:
@@ -147,15 +177,3 @@ def refuse_frozen(names: Sequence[str], when: When) -> None:
             "when='unfrozen' to begin with a layer once its weights train, leave such layers out with modules=, "
             "or unfreeze them"
         )
-
-
-def misread_layers(trainer: Trainer, pl_module: LightningModule) -> Mapping[str, str]:
-    """Layers of which a self-check has found, in an earlier fit, that their weights act in another way than read.
-
-    The one place that callbacks that change query and key weights, or their gradients, ask at the start.
-
-    Returns:
-        Qualified layer name → why it may not be changed, as a clause about the layer.
-    """
-    found = {site.name: finding_of(site.module) for site in attention_sites(pl_module)}
-    return {name: own.reason for name, own in found.items() if own is not None and own.reason is not None}

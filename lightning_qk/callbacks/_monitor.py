@@ -210,14 +210,18 @@ class Monitor(OfOneFit, GuardedHooks, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes, and find the layers: the same on every process, or raise on all."""
-        self.idle = False
         self._directory = run_directory(trainer)
+        self.start_counting(trainer)
+        self._start_together(trainer, lambda: self.find_layers(trainer, pl_module))
+
+    def start_counting(self, trainer: Trainer) -> None:
+        """Nothing is measured, said or lost yet."""
+        self.idle = False
         self._reported = self._found_non_finite = False
         self._failed, self._lost_in_a_row = {}, 0
         self._logged, self._drawn, self._is_due = 0, None, False
         self._steps_measured, self._steps_a_batch = 0, 1
         self._first_step, self._last_step = trainer.global_step, None
-        self._start_together(trainer, lambda: self.find_layers(trainer, pl_module))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

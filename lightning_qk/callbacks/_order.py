@@ -8,8 +8,8 @@ def observe_last(trainer: Trainer) -> None:
 
     A monitor reads the weights in the hook in which QKClip, weight averaging or a callback of the user's own
     changes them, and hooks run in the order of the list. What it logs is then what the step's checkpoint has. A
-    guard whose remedies edit counts as an editor; another one keeps its place among the monitors. Otherwise
-    nothing changes its order.
+    guard whose remedies edit counts as an editor; another one comes behind the monitors that it reads, so that it
+    acts on a step at once. Otherwise nothing changes its order.
 
     To be called in ``setup``. Lightning goes on with the list that it began with, and every later hook has the new
     one.
@@ -19,9 +19,9 @@ def observe_last(trainer: Trainer) -> None:
 
     def place(callback: Callback) -> int:
         if _writes_checkpoints(callback):
-            return 2
+            return 3
         if isinstance(callback, CollapseGuard):
-            return 0 if callback.remedies else 1
+            return 0 if callback.remedies else 2
         return 1 if isinstance(callback, Monitor) else 0
 
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]

@@ -108,14 +108,19 @@ def finish_together(trainer: Trainer, action: Callable[[], _T]) -> _T:
         FailedTogether: it failed on one of several processes.
         Exception: whatever it raised, where there is one process.
     """
+    return finish_with(lambda error: agree(trainer, error), action)
+
+
+def finish_with(finish: Callable[[Exception | None], None], action: Callable[[], _T]) -> _T:
+    """As :func:`finish_together`, with whatever agrees on the error in place of :func:`agree`."""
     try:
         result = action()
     except FailedTogether:
         raise
     except Exception as error:
-        agree(trainer, error)
-        raise  # not reached: agree raises
-    agree(trainer)
+        finish(error)
+        raise  # not reached: it raises
+    finish(None)
     return result
 
 
@@ -136,7 +141,10 @@ def reduce_states(trainer: Trainer, metric: Metric) -> None:
     for name, reduction in metric._reductions.items():
         kind = getattr(reduction, "__name__", "")
         if kind not in ("dim_zero_sum", "dim_zero_max"):
-            raise NotImplementedError(f"the state {name} of {type(metric).__name__} is no sum and no maximum")
+            raise ValueError(
+                f"expected states that are sums or maxima, got {name} of {type(metric).__name__}: give it "
+                "dist_reduce_fx='sum' or 'max'"
+            )
         operation = (
             torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
         )
@@ -155,6 +163,25 @@ def combine(trainer: Trainer, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     table = torch.tensor([list(row) for row in rows], dtype=torch.int64, device=device_of(trainer))
     torch.distributed.all_reduce(table, op=torch.distributed.ReduceOp.MAX)
     return table.tolist()
+
+
+def failed_anywhere(trainer: Trainer, names: Sequence[str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Name → reason, of those that some process has one for, the same names on all of them; a collective call.
+
+    The reasons of other processes are asked for only where there is one: else it is one small reduction.
+
+    Args:
+        trainer: the trainer.
+        names: all that may fail, the same on every process.
+        reasons: of those that failed here.
+    """
+    if not is_distributed(trainer):
+        return {name: reason for name, reason in reasons.items() if name in names}
+    flags = combine(trainer, [(int(name in reasons),) for name in names])
+    if not any(flag for (flag,) in flags):
+        return {}
+    every = reasons_of_all(trainer, reasons)
+    return {name: every[name] for name, (flag,) in zip(names, flags, strict=True) if flag}
 
 
 def reasons_of_all(trainer: Trainer, reasons: Mapping[str, str]) -> dict[str, str]:

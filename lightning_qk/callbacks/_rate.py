@@ -44,6 +44,10 @@ class RateLimit:
         self._peaks: list[list[Any]] = []
         self._ceilings: list[list[float]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the optimizers that it stands at."""
+        return {**self.__dict__, "optimizers": [], "_handles": [], "_going_on": []}
+
     # Standing at the optimizers
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:

@@ -1,6 +1,7 @@
 """What a guard does when it has fired: a dormant callback that wakes, a smaller learning rate, a step back."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks._agreement import has_peers, total
 from lightning_qk.callbacks._healthy import CHECKPOINT_NAME, HealthyCheckpoint
+from lightning_qk.callbacks._intervention import Intervention
+from lightning_qk.callbacks._ranks import agree
 from lightning_qk.callbacks._rate import RateLimit
 
 __all__ = ["CHECKPOINT_NAME", "Dormant", "HealthyCheckpoint", "RateLimit"]
@@ -18,7 +21,8 @@ class Dormant:
 
     Their ``setup`` and ``on_fit_start`` run with the guard's, so that they refuse what they cannot do before
     any work. ``on_train_start`` comes when they wake: what they take as the start is that moment. From then on one
-    that raises is left out, on all ranks, and training goes on.
+    that raises is left out, on all ranks, and training goes on. Where it raises on one rank while the others wait
+    for it to agree, that is done in its place.
 
     Args:
         callbacks: the interventions.
@@ -29,8 +33,9 @@ class Dormant:
         self.callbacks = list(callbacks)
         self.say = say
         self.is_awake = False
-        self._failed: dict[int, str] = {}
+        self._failed: dict[int, Exception] = {}
         self._is_out: set[int] = set()
+        self._steps_before = 0
 
     def reset(self) -> None:
         """As for a new run."""
@@ -45,15 +50,28 @@ class Dormant:
     def always(self, hook: str, *args: Any) -> None:
         """Call a hook, awake or not."""
         for index, callback in enumerate(self.callbacks):
-            if index in self._failed or index in self._is_out:
+            if index in self._is_out:
                 continue
-            try:
-                getattr(callback, hook)(*args)
-            except Exception as error:
-                self._failed[index] = f"{type(error).__name__}: {error}"
+            agreed = getattr(callback, "agreements", 0)
+            if index not in self._failed:
+                try:
+                    getattr(callback, hook)(*args)
+                    continue
+                except Exception as error:
+                    self._failed[index] = error
+            if isinstance(callback, Intervention) and callback.agreements == agreed:
+                self._agree_for(callback, hook, args[0], self._failed[index])
+
+    def _agree_for(self, callback: Intervention, hook: str, trainer: Trainer, error: Exception) -> None:
+        """Where other ranks have come to agree with a callback that failed here."""
+        if callback.agrees_in(hook, has_stepped=trainer.global_step != self._steps_before):
+            with suppress(Exception):
+                agree(trainer, error)
 
     def call(self, hook: str, *args: Any) -> None:
         """Call a hook where awake."""
+        if hook == "on_train_batch_start":
+            self._steps_before = args[0].global_step
         if self.is_awake:
             self.always(hook, *args)
 
@@ -67,7 +85,8 @@ class Dormant:
         for index, count in enumerate(failed):
             if count and index not in self._is_out:
                 self._is_out.add(index)
-                reason = self._failed.get(index, "another process failed")
+                error = self._failed.get(index)
+                reason = "another process failed" if error is None else f"{type(error).__name__}: {error}"
                 self.say(f"{type(self.callbacks[index]).__name__} is left out from here on ({reason})")
                 self._take_away(index, trainer, pl_module)
         self._failed.clear()

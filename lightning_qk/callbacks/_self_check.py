@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_qk.callbacks._guarded import GuardedHooks
-from lightning_qk.callbacks._trainer import Callback
+from lightning_qk.callbacks._trainer import Callback, describe_error, say
+from lightning_qk.heads.findings import forget_changed
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.verification import SelfCheck as Check
 from lightning_qk.verification import Status, Verified, summary
@@ -129,11 +130,15 @@ class SelfCheck(GuardedHooks, Callback):
         if agreed is None:
             self._is_over, agreed = True, {}
         before, self.verdicts = self.verdicts, agreed
-        if self._is_settled and agreed == before:
+        if self._is_settled and _acted_on(agreed) == _acted_on(before):
             return
         self._is_settled = True
         if self._check is not None:
-            self._check.settle(agreed)
+            try:
+                self._check.settle(agreed)
+            except Exception as error:
+                # The callbacks are told all the same, as on the other processes.
+                self._give_up(error)
         wrong = {name: own.reason for name, own in agreed.items() if own.status is Status.DIFFERS}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             _tell(callback, trainer, pl_module, wrong)
@@ -142,7 +147,8 @@ class SelfCheck(GuardedHooks, Callback):
         lines = summary(self.verdicts, shorten) if self.verdicts else []
         for line in lines:
             if line not in self.lines:
-                say(f"lightning-qk: {line}", warn="left out" in line)
+                tell = say if "left out" in line else rank_zero_info
+                tell(f"lightning-qk: {line}")
         self.lines = lines
 
     def _remove(self) -> None:
@@ -154,9 +160,13 @@ class SelfCheck(GuardedHooks, Callback):
         self._check = None
         say(
             "lightning-qk: what was read of the attention layers is not verified "
-            f"({type(error).__name__}: {error}); training goes on",
-            warn=True,
+            f"({describe_error(error)}); training goes on"
         )
+
+
+def _acted_on(verdicts: Mapping[str, Verified]) -> dict[str, tuple[Status, bool | None]]:
+    """What is the same on every process, and all that decides how layers are read."""
+    return {name: (verdict.status, verdict.self_attention) for name, verdict in verdicts.items()}
 
 
 def _tell(callback: Any, trainer: Trainer, pl_module: LightningModule, wrong: Mapping[str, str]) -> None:
@@ -173,7 +183,11 @@ def _tell(callback: Any, trainer: Trainer, pl_module: LightningModule, wrong: Ma
 
 
 def add_self_check(trainer: Trainer) -> None:
-    """Put a self-check before all callbacks of a trainer, once; to be called in ``setup`` of a fit."""
+    """Put a self-check before all callbacks of a trainer, once; to be called in ``setup`` of a fit.
+
+    What an earlier fit has found of layers that have changed since is forgotten.
+    """
+    forget_changed(trainer.lightning_module)
     callbacks: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     if not any(isinstance(callback, SelfCheck) for callback in callbacks):
         trainer.callbacks = [SelfCheck(), *callbacks]  # type: ignore[attr-defined]
@@ -185,11 +199,6 @@ def self_check_of(trainer: Trainer) -> SelfCheck | None:
     return next((callback for callback in callbacks if isinstance(callback, SelfCheck)), None)
 
 
-def say(sentence: str, *, warn: bool) -> None:
-    """Say something on the first process."""
-    (rank_zero_warn if warn else rank_zero_info)(sentence)
-
-
 def _agreed(trainer: Trainer, own: dict[str, Verified]) -> dict[str, Verified] | None:
     """What all processes can act on: a layer that differs on one is left out on all; None where they cannot agree.
 
@@ -199,14 +208,16 @@ def _agreed(trainer: Trainer, own: dict[str, Verified]) -> dict[str, Verified] |
     distributed = torch.distributed
     if trainer.world_size == 1 or not (distributed.is_available() and distributed.is_initialized()):
         return own
-    known = {name: _RANKING.index(verdict.status) for name, verdict in own.items()}
-    every: list[dict[str, int]] = [{} for _ in range(distributed.get_world_size())]
+    known = {
+        name: (_RANKING.index(status), of_itself) for name, (status, of_itself) in _acted_on(own).items()
+    }
+    every: list[dict[str, tuple[int, bool | None]]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(every, known)
     if any(other.keys() != known.keys() for other in every):
         return None
     agreed = {}
     for name, verdict in own.items():
-        words = [_RANKING[other[name]] for other in every]
+        words = [_RANKING[other[name][0]] for other in every]
         worst = max(words, key=_RANKING.index)
         if worst is Status.REREAD and any(word is not Status.REREAD for word in words):
             reason = "it has to be read by running it as it was called, and was not called on every process"
@@ -216,5 +227,6 @@ def _agreed(trainer: Trainer, own: dict[str, Verified]) -> dict[str, Verified] |
             verdict = Verified(Status.DIFFERS, verdict.query, verdict.key, reason)
         elif worst is Status.VERIFIED and verdict.status is Status.UNCHECKED:
             verdict = Verified(Status.VERIFIED, verdict.query, verdict.key)
-        agreed[name] = verdict
+        seen = [other[name][1] for other in every if other[name][1] is not None]
+        agreed[name] = verdict._replace(self_attention=all(seen) if seen else None)
     return agreed

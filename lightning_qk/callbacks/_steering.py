@@ -244,24 +244,43 @@ class PenaltyRemedy(Remedy):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the means over the step's micro-batches, layers and ranks."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.log_safely(
+            lambda: super(PenaltyRemedy, self).on_train_batch_end(
+                trainer, pl_module, outputs, batch, batch_idx
+            )
+        )
         penalty = self._penalty
         if penalty is None:
             return
         penalty.enabled = False  # a validation between two batches may use autograd
         if trainer.global_step == self._steps_before:
             return
-        values = penalty.take()
+        values = self._taken(penalty, pl_module.device)
         if not self._is_due:
             return
         self._is_due = False
-        nan = torch.full((), torch.nan, device=pl_module.device)
-        logged = {}
-        for key in self.logged_keys():
+        logged = {
             # Every rank the same keys: the reduction waits for all.
-            value = values.get(key, nan).to(pl_module.device, torch.float32)
-            logged[f"{self.prefix}/{key}"] = trainer.strategy.reduce(value, reduce_op="mean")
-        pl_module.log_dict(logged, on_step=True, on_epoch=False)
+            f"{self.prefix}/{key}": trainer.strategy.reduce(value, reduce_op="mean")
+            for key, value in values.items()
+        }
+        self.log_safely(lambda: self._log(trainer, pl_module, logged))
+
+    def _taken(self, penalty: Auxiliary, device: torch.device) -> dict[str, Tensor]:
+        """What was seen since the last step; NaN where there is nothing, or it cannot be told on this rank."""
+        nan = torch.full((), torch.nan, device=device)
+        try:
+            values = penalty.take()
+            return {key: values.get(key, nan).to(device, torch.float32) for key in self.logged_keys()}
+        except Exception as error:
+            self.say(
+                f"the penalty of a step is not known ({type(error).__name__}: {error}); it goes on to work",
+                key="a penalty is not known",
+            )
+            return dict.fromkeys(self.logged_keys(), nan)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, logged: Mapping[str, Tensor]) -> None:
+        pl_module.log_dict(dict(logged), on_step=True, on_epoch=False)
         self.account.draw(logging_step(trainer), {key: float(value) for key, value in logged.items()})
 
     @abstractmethod

@@ -1,18 +1,18 @@
 """What a guard reads: the numbers of the trainer's own monitors, or of quiet ones where there are none."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_qk.callbacks._agreement import total
 from lightning_qk.callbacks._monitor import Monitor
-from lightning_qk.callbacks._trainer import logging_step
+from lightning_qk.callbacks._trainer import logging_step, say
 from lightning_qk.callbacks.attention import AttentionMonitor
 from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
+from lightning_qk.capture import generation
 from lightning_qk.capture.copies import hook_before
 from lightning_qk.guard.reading import Place
 from lightning_qk.heads.reader import find_attention
@@ -29,6 +29,14 @@ class _Quiet(Monitor):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The guard has checked the trainer."""
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As ``on_fit_start``, but what fails is raised, and nothing is agreed on: the guard does that for all.
+
+        Without a report there is no folder to agree on either.
+        """
+        self.start_counting(trainer)
+        self.find_layers(trainer, pl_module)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Remember the newest values alone."""
@@ -52,10 +60,7 @@ class _Quiet(Monitor):
         """Say something once, as the guard."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-            try:
-                rank_zero_warn(f"CollapseGuard: {sentence}")
-            except Warning:
-                rank_zero_info(f"CollapseGuard: {sentence}")
+            say(f"CollapseGuard: {sentence}")
 
 
 class QuietAttention(_Quiet, AttentionMonitor):
@@ -82,7 +87,8 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
 class HiddenCosine:
     """Mean cosine of two tokens of a sequence in what each attention layer is given.
 
-    Rank collapse drives it to 1. With unit vectors u of T tokens it is ``(‖Σ u‖² − T) / (T² − T)``, at a cost
+    Forwards without gradients, and those within transformers' ``generate``, do not count. Rank collapse drives it
+    to 1. With unit vectors u of T tokens it is ``(‖Σ u‖² − T) / (T² − T)``, at a cost
     linear in T. Tokens are those that the batch's own ``attention_mask`` of shape ``(batch, T)`` keeps; without
     one, all of them.
 
@@ -94,8 +100,9 @@ class HiddenCosine:
     def __init__(self, model: nn.Module, tokens: int = 64) -> None:
         self.modules = find_attention(model)
         self.tokens = tokens
+        self._model = model
         self._sums: dict[str, Tensor] = {}
-        self._handles: list[Any] = []
+        self._give_back: list[Callable[[], None]] = []
         self._keep: Tensor | None = None
         self._problem: str | None = None
 
@@ -108,21 +115,21 @@ class HiddenCosine:
         """Hear what the layers are given with this batch, until :meth:`stop`."""
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self._keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if not self._handles:
+        if not self._give_back:
             for name, module in self.modules.items():
-                hook = self._hook(name)
-                self._handles.append(hook_before(module, hook))
+                self._give_back.append(hook_before(module, self._hook(name)).remove)
+            self._give_back.extend(generation.stand_at_generate(self._model))
 
     def stop(self) -> None:
         """Leave the layers as they were."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._keep = [], None
+        give_back, self._give_back, self._keep = self._give_back, [], None
+        for one in reversed(give_back):
+            one()
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Without gradients it is no training: a teacher, or a generation within the step.
-            if not torch.is_grad_enabled():
+            # It is no training: a teacher, or a generation within the step.
+            if not torch.is_grad_enabled() or generation.is_running():
                 return
             try:
                 given = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))
@@ -178,20 +185,20 @@ class Watch:
         every_n_steps: cadence of the guard; None follows the trainer's ``log_every_n_steps``.
         rows: query rows that a quiet monitor samples.
 
-    Attributes:
-        is_ready_to_listen: whether :meth:`begin` came to its end.
     """
 
     def __init__(self, every_n_steps: int | None, rows: int) -> None:
         self.every_n_steps, self.rows = every_n_steps, rows
-        self.quiet: list[Monitor] = []
+        self.quiet: list[_Quiet] = []
         self.attention: Monitor | None = None
         self.spectrum: Monitor | None = None
         self.hidden = HiddenCosine(nn.Module())
-        self.is_ready_to_listen = False
 
-    def begin(self, trainer: Trainer, pl_module: LightningModule, callbacks: Iterable[Any]) -> None:
-        """At the start of a fit.
+    def begin(self, trainer: Trainer, pl_module: LightningModule, callbacks: Iterable[Any]) -> str:
+        """At the start of a fit; no collective call, so that it may fail on one rank.
+
+        Returns:
+            What has to be the same on every rank.
 
         Raises:
             ValueError: the module holds no transformer attention.
@@ -209,7 +216,7 @@ class Watch:
             self.spectrum = QuietSpectrum(self.every_n_steps, figures_every=0, report=False)
             self.quiet.append(self.spectrum)
         for monitor in self.quiet:
-            monitor.on_fit_start(trainer, pl_module)
+            monitor.start(trainer, pl_module)
             if not monitor.idle:
                 continue
             if monitor is self.attention:
@@ -218,7 +225,8 @@ class Watch:
             self.spectrum = None
         self.quiet = [monitor for monitor in self.quiet if not monitor.idle]
         self.hidden = HiddenCosine(pl_module)
-        self.is_ready_to_listen = True
+        watched = [(type(one).__name__, one.watched()) for one in self.quiet]
+        return repr((watched, self.spectrum is None, list(self.hidden.modules)))
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was: nothing is watched any more."""

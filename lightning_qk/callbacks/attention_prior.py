@@ -32,7 +32,8 @@ class AttentionPrior(PenaltyRemedy):
             positions away; ``"uniform"``, the same mass on every visible key; a function ``prior(batch, head,
             position, key)`` of index tensors; or any other text: the key under which each batch, a dictionary,
             brings a tensor that broadcasts to (batch, heads, n, m), or one of (batch, n, m). The tensor is
-            taken out of the batch before the module's step sees it; a batch without it gets no pull.
+            taken out of the batch before the module's step sees it; a batch without it gets no pull, and one that
+            cannot bring it, being no dictionary, none either, which is said once.
         weight: coefficient of the divergence.
         window: of ``prior="window"``.
         heads: indices of the query heads that are pulled, in every layer; None for all.
@@ -43,8 +44,7 @@ class AttentionPrior(PenaltyRemedy):
     Raises:
         TypeError: the trainer is one of the package ``pytorch_lightning``.
         ValueError: an argument is out of range, patterns match no layer, a layer does not call its function
-            through transformers' interface or in a way that cannot be read, a batch is no dictionary or its
-            prior does not fit, or DeepSpeed.
+            through transformers' interface or in a way that cannot be read, or DeepSpeed.
     """
 
     group = "attention_prior"
@@ -85,7 +85,6 @@ class AttentionPrior(PenaltyRemedy):
         super().begin()
         self._function: PriorFunction | None = None
         self._target: Tensor | PriorFunction | None = None
-        self._has_begun = False
 
     @property
     def _is_in_batches(self) -> bool:
@@ -93,14 +92,12 @@ class AttentionPrior(PenaltyRemedy):
         return isinstance(self.prior, str) and named_prior(self.prior, self.window) is None
 
     def _moved(self, batch: Any) -> Tensor | None:
-        """The prior out of a batch. One that cannot bring any is refused at the start, and later gets no pull."""
+        """The prior out of a batch; none of one that cannot bring any."""
         assert isinstance(self.prior, str)  # _is_in_batches
         try:
             return move_prior(batch, self.prior)
         except Exception as error:
-            if not self._has_begun:
-                raise
-            self.say(f"a batch gets no pull: {error}")
+            self.say(f"a batch gets no pull: {error}; training goes on", key="a batch gets no pull")
             return None
 
     def settings(self) -> dict[str, Any]:
@@ -139,7 +136,6 @@ class AttentionPrior(PenaltyRemedy):
         """Take the batch's prior."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._target = self._moved(batch) if self._is_in_batches else self._function
-        self._has_begun = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

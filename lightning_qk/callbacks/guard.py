@@ -7,13 +7,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qk._packages import either
 from lightning_qk.callbacks._account import Account
-from lightning_qk.callbacks._agreement import all_agree, from_zero, has_peers, total
+from lightning_qk.callbacks._agreement import from_zero, has_peers, total
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
 from lightning_qk.callbacks._trainer import (
     Callback,
@@ -21,6 +21,7 @@ from lightning_qk.callbacks._trainer import (
     is_logged_step,
     logging_step,
     run_directory,
+    say,
 )
 from lightning_qk.callbacks._watch import COSINE, Watch
 from lightning_qk.callbacks.locater import LocAteR
@@ -169,6 +170,11 @@ class CollapseGuard(Callback):
         """The callbacks that are switched on when the guard fires."""
         return list(self._remedy.callbacks)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what watches a running model, and the module's methods that Lightning hangs on."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, "_watch": None}
+
     # Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -210,16 +216,25 @@ class CollapseGuard(Callback):
         self._trouble, self._lost, self._gave_up, self._cannot_save = None, 0, False, False
         self._said.clear()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self._watch = Watch(self.every_n_steps, self.rows)
-        self._try(
-            lambda: self._watched().begin(trainer, pl_module, callbacks),
-            "attention cannot be watched, the training loss is",
-        )
-        if not all_agree(trainer, self._watched().is_ready_to_listen):
-            self._watched().leave(trainer, pl_module)
+        watch = self._watch = Watch(self.every_n_steps, self.rows)
+        try:
+            all_or_none(trainer, lambda: watch.begin(trainer, pl_module, callbacks), facts=str)
+        except Exception as error:
+            self._say_once(
+                f"attention cannot be watched, the training loss is ({_told(error)}); training goes on"
+            )
+            self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
         self._remedy.check("on_fit_start", trainer, pl_module)
         if self.lr_factor < 1:
-            self._try(lambda: self._rate.attach(trainer.optimizers), "learning rates cannot be multiplied")
+            self._try(lambda: self._attach_rate(trainer), "learning rates cannot be multiplied")
+
+    def _attach_rate(self, trainer: Trainer) -> None:
+        """On all ranks or on none: weights would come to differ with the rates."""
+        try:
+            all_or_none(trainer, lambda: self._rate.attach(trainer.optimizers))
+        except Exception:
+            self._rate.detach()
+            raise
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
@@ -327,7 +342,9 @@ class CollapseGuard(Callback):
         self._remedy.call("on_validation_end", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For a remedy."""
+        """Judge the last step, if a monitor measured it after this callback's turn."""
+        if self._pending is not None:
+            self._judge(trainer, pl_module, is_last_call=True, has_ended=True)
         self._remedy.call("on_train_end", trainer, pl_module)
         self._try(self._rate.detach, "learning rates could not be left")
 
@@ -473,13 +490,20 @@ class CollapseGuard(Callback):
             # Rank zero alone judges.
             self._pending.trouble = self._pending.trouble or _told(error)
 
-    def _judge(self, trainer: Trainer, pl_module: LightningModule, is_last_call: bool = False) -> None:
+    def _judge(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        is_last_call: bool = False,
+        has_ended: bool = False,
+    ) -> None:
         """What to make of the reading that waits, on rank zero for all; a collective call.
 
         Args:
             trainer: the trainer.
             pl_module: its module.
             is_last_call: judge what is there; else wait where the trainer's monitors have not measured yet.
+            has_ended: training has.
         """
         pending = self._pending
         assert pending is not None  # both callers ask first
@@ -505,7 +529,7 @@ class CollapseGuard(Callback):
             self.verdicts.append(verdict)
             self._act(trainer, pl_module, verdict)
         # Before the checkpoint, whose state has this step too.
-        self._log(trainer, pl_module, verdict, verdict.step)
+        self._log(trainer, pl_module, verdict, verdict.step, has_ended)
         self._keep(trainer, verdict.step, verdict.is_healthy)
 
     def _answer(
@@ -590,8 +614,7 @@ class CollapseGuard(Callback):
             where = f"at step {step}" if step >= 0 else "where training started"
             done.append(f"weights and optimizer are back {where}")
         # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
-        if self.lr_factor < 1 and self._rate.factor == 1:
-            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
+        if self.lr_factor < 1 and self._rate.factor == 1 and self._tightened(trainer, went_back):
             done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
         if self._remedy.wake(trainer, pl_module):
             names = [type(callback).__name__ for callback in self._remedy.awake]
@@ -599,6 +622,26 @@ class CollapseGuard(Callback):
         if done:
             self.detector.restart()
         return done
+
+    def _tightened(self, trainer: Trainer, went_back: bool) -> bool:
+        """On all ranks or on none."""
+        if not self._rate.optimizers:
+            return False  # they could not be attached to
+        before: dict[str, Any] | None = None
+
+        def tighten() -> None:
+            nonlocal before
+            before = self._rate.state_dict()
+            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
+
+        try:
+            all_or_none(trainer, tighten)
+            return True
+        except Exception as error:
+            if before is not None:
+                self._rate.load_state_dict(before)
+            self._say_once(f"learning rates cannot be multiplied ({_told(error)}); training goes on")
+            return False
 
     def _restored(self, trainer: Trainer) -> bool:
         try:
@@ -609,7 +652,9 @@ class CollapseGuard(Callback):
             )
             return False
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, step: int) -> None:
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, step: int, has_ended: bool
+    ) -> None:
         scalars = {
             "guard/score": verdict.score if math.isfinite(verdict.score) else 1e3,
             "guard/fired": float(len(self.verdicts)),
@@ -618,12 +663,17 @@ class CollapseGuard(Callback):
         if self.lr_factor < 1:
             scalars["guard/lr_factor"] = self._rate.factor
         drawn = ("guard/score", "guard/lr_factor")
+
+        def share() -> None:
+            pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
+
         for action in (
             lambda: self.account.draw(
                 step, {name: value for name, value in scalars.items() if name in drawn}
             ),
-            lambda: pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False),
             lambda: log_scalars(trainer, scalars, step),
+            # Lightning takes nothing more once training has ended.
+            *(() if has_ended else (share,)),
         ):
             self._try(action, "its numbers could not be logged")
 
@@ -633,11 +683,7 @@ class CollapseGuard(Callback):
             self._say(sentence)
 
     def _say(self, sentence: str) -> None:
-        try:
-            rank_zero_warn(f"{type(self).__name__}: {sentence}")
-        except Warning:
-            # Where warnings are errors.
-            rank_zero_info(f"{type(self).__name__}: {sentence}")
+        say(f"{type(self).__name__}: {sentence}")
 
 
 _MAX_LOST = 3
@@ -677,7 +723,7 @@ class _Pending:
 
 def _told(error: BaseException) -> str:
     words = " ".join(str(error).split())
-    return words if type(error) is RuntimeError else f"{type(error).__name__}: {words}"
+    return words if type(error) in (RuntimeError, FailedTogether) else f"{type(error).__name__}: {words}"
 
 
 def _remedies(action: Any) -> tuple[str, list[Any]]:

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qk.callbacks._intervention import Intervention, misread_layers
+from lightning_qk.callbacks._intervention import StatefulIntervention
+from lightning_qk.callbacks._losses import MOST_FAILURES
 from lightning_qk.callbacks._monitor import shorten
-from lightning_qk.callbacks._ranks import is_distributed
+from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     check_lightning,
@@ -20,10 +21,11 @@ from lightning_qk.callbacks._trainer import (
     logging_step,
     loss_scale,
     projection_reader,
+    say,
 )
 from lightning_qk.callbacks._training import training_layers
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.interventions.layers import matching_unread, refuse_layers
+from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.logging.loggers import describe_config
 from lightning_qk.regularizers.locater import (
@@ -37,7 +39,7 @@ from lightning_qk.regularizers.locater import (
 Schedule = Literal["constant", "linear"]
 
 
-class LocAteR(Intervention):
+class LocAteR(StatefulIntervention):
     r"""Regularizes the QK-eigenspectra of a model while it trains: localized attention regularization.
 
     After Bao et al., ICML 2024 (arXiv 2402.02098): a small variance of the eigenvalues of ``W_QK`` with a mean
@@ -48,14 +50,15 @@ class LocAteR(Intervention):
     a closure returns to an optimizer with a line search.
 
     Weights may be sharded (FSDP2, tensor parallel, FSDP): one layer at a time is gathered and its gradient
-    put on the local shard. Nothing waits for the device, save under FSDP's first version. Under manual
+    put on the local shard. In one process nothing waits for the device; several agree once a step, before any
+    gradient is added, and wait for it then. Under manual
     optimization the optimizers of ``self.optimizers()`` have to step: Lightning does not see the steps of
     others.
 
     Layers of networks that do not train (teachers, frozen references, averaged copies) have no penalty. A layer
     that cannot be read is left out, which is said; once training has begun nothing is raised: where the penalty
-    cannot be computed any more it is left off, which is said too (with several processes only what each of them
-    sees in the model's modules; an error of one process alone is raised, since weights would come to differ).
+    cannot be computed any more it is left off, which is said too. What fails on one of several processes costs
+    all of them the penalty of that step, and after three steps in a row it is left off.
 
     Logged keys: ``locater/penalty``, the penalty before it is weighted, and ``locater/weight``. Where one
     trainer has several of these callbacks, ``locater/<name>/penalty`` and ``locater/<name>/weight``.
@@ -147,6 +150,9 @@ class LocAteR(Intervention):
         self._warned = False
         self._warned_idle = False
         self._is_off = False
+        # How many steps in a row had no penalty, the same on every process; and what is to be told at the next.
+        self._lost = 0
+        self._unsaid: Exception | None = None
         self._trained: tuple[int, ...] | None = None
 
     @property
@@ -183,7 +189,6 @@ class LocAteR(Intervention):
         """Find the layers; raise here, before any work, where there are none."""
         reader = projection_reader(trainer, pl_module)
         penalty = LocaterPenalty(reader, modules=self.modules, cross_attention=self.cross_attention)
-        refuse_layers(penalty.names, misread_layers(trainer, pl_module))
         for name, reason in matching_unread(reader, self.modules).items():
             self.say(f"{name} is left out: {reason}")
         others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
@@ -218,27 +223,75 @@ class LocAteR(Intervention):
         if penalty is None or self._is_off:
             return
         self._stepped = True
-        try:
-            if penalty.refresh():
-                self._trained = None
-            self._choose(trainer, pl_module)
-            if self.form == "target" and self.target is None:
-                self._hold_means(penalty)
-        except Exception as error:
-            # By the model's modules, which are the same on every process: nothing was changed.
-            self._leave_off(error)
-            return
-        try:
-            self._penalize(trainer, pl_module, optimizer, penalty)
-        except Exception as error:
-            if is_distributed(trainer):
-                raise  # gradients of this process alone lack a part: weights would come to differ in silence
-            self._leave_off(error)
-
-    def _leave_off(self, error: Exception) -> None:
-        self._is_off = True
         self._newest = None
-        self.say(f"the penalty is left off from here on ({type(error).__name__}: {error}); training goes on")
+        # What failed after the last agreement is told at this one: nothing known to one process decides.
+        error, self._unsaid = self._unsaid, None
+        has_agreed = False
+
+        def finish(own: Exception | None) -> None:
+            nonlocal has_agreed
+            has_agreed = True
+            self.agreements += 1
+            agree(trainer, error or own)
+
+        try:
+            step = self._prepare(trainer, pl_module, optimizer, penalty)
+        except Exception as own:
+            # Layers are gathered all the same, as the other processes do.
+            error, step = error or own, _NOTHING
+        try:
+            try:
+                # Weights would come to differ in silence where one process had the gradient and another had not.
+                if step.weight == 0:
+                    value = finish_with(finish, lambda: penalty.value(step.settings))
+                    reached = True
+                else:
+                    value, reached = penalty.add_gradient(step.settings, step.factor, step.parameters, finish)
+            except Exception as own:
+                if not has_agreed:
+                    finish(own)
+                raise
+        except Exception as own:
+            if isinstance(own, FailedTogether) or not is_distributed(trainer):
+                self._lose(trainer, own)
+            else:
+                self._unsaid = own
+            return
+        self._lost = 0
+        self.log_safely(lambda: self._log(trainer, pl_module, value, step.weight, reached))
+
+    def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
+        """Before each step."""
+        return hook == "on_before_optimizer_step" and self._penalty is not None and not self._is_off
+
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, penalty: LocaterPenalty
+    ) -> "_Step":
+        """Choose the layers as the model is now, and the means that they are held at."""
+        if penalty.refresh():
+            self._trained = None
+        self._choose(trainer, pl_module)
+        if self.form == "target" and self.target is None:
+            self._hold_means(penalty)
+        weight = self.current_weight(logging_step(trainer))
+        scale = loss_scale(trainer, optimizer)
+        # With several optimizers every parameter still gets it once: each its own.
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu)
+        return _Step(settings, weight, weight if scale is None else weight * scale, parameters)
+
+    def _lose(self, trainer: Trainer, error: Exception) -> None:
+        """A step without its penalty, on all processes; for good where there is one, or after a few in a row."""
+        self._lost += 1
+        reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+        if not is_distributed(trainer) or self._lost >= MOST_FAILURES:
+            self._is_off = True
+            self.say(f"the penalty is left off from here on ({reason}); training goes on")
+        else:
+            self.say(
+                f"a step has no penalty, on any process ({reason}); it is tried again, and training goes on",
+                key="a step has no penalty",
+            )
 
     def leave_alone(self, reasons: Mapping[str, str]) -> None:
         """Penalize layers no more: qualified name → why, as a clause about the layer."""
@@ -277,31 +330,21 @@ class LocAteR(Intervention):
             self._start_means = {**means, **{name: found[name].cpu() for name in new}}
             self._aims = None
 
-    def _penalize(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, penalty: LocaterPenalty
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, value: Tensor, weight: float, reached: bool
     ) -> None:
-        weight = self.current_weight(logging_step(trainer))
-        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu)
-        if weight == 0:
-            value, reached = penalty.value(settings), True
-        else:
-            # With several optimizers every parameter still gets it once: each its own.
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            scale = loss_scale(trainer, optimizer)
-            factor = weight if scale is None else weight * scale
-            value, reached = penalty.add_gradient(settings, factor, parameters)
-        # With several optimizers, each steps only its share of the layers.
-        if not reached and not self._warned_idle and len(trainer.optimizers) == 1:
-            self._warned_idle = True
-            rank_zero_warn(
-                "LocAteR: expected query or key weights that the optimizer trains, got none: they are frozen or "
-                "not among its parameters, so that the penalty changes nothing; unfreeze them or drop LocAteR"
-            )
         self._newest = value
         # A tensor that is filled on the device: Lightning would copy a number there, and wait.
         logged_weight = torch.full_like(value, weight)
         pl_module.log(f"{self._prefix}/penalty", value, on_step=True, on_epoch=False)
         pl_module.log(f"{self._prefix}/weight", logged_weight, on_step=True, on_epoch=False)
+        # With several optimizers, each steps only its share of the layers.
+        if not reached and not self._warned_idle and len(trainer.optimizers) == 1:
+            self._warned_idle = True
+            say(
+                "LocAteR: expected query or key weights that the optimizer trains, got none: they are frozen or "
+                "not among its parameters, so that the penalty changes nothing; unfreeze them or drop LocAteR"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -311,11 +354,13 @@ class LocAteR(Intervention):
         if not self._is_due or value is None:
             return
         self._is_due = False
-        step = logging_step(trainer)
+        self.log_safely(lambda: self._remember(logging_step(trainer), value))
+
+    def _remember(self, step: int, value: Tensor) -> None:
         self.history.append(step, {"locater/penalty": value.reshape(1)})
         if not self._warned and not torch.isfinite(value):
             self._warned = True
-            rank_zero_warn(
+            say(
                 f"LocAteR: the penalty is {value.item()} at step {step}: a query or key weight is not finite "
                 "(QKSpectrumMonitor names the head); training goes on"
             )
@@ -323,7 +368,7 @@ class LocAteR(Intervention):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where Lightning saw batches but no optimizer step."""
         if self._batches and not self._stepped and not trainer.global_step:
-            rank_zero_warn(
+            say(
                 "LocAteR: expected optimizer steps that Lightning sees, got none, so that the penalty changed "
                 "nothing: step the optimizers of self.optimizers(), not others"
             )
@@ -336,20 +381,6 @@ class LocAteR(Intervention):
         """Hold the means that the first run started from."""
         self._start_means, self._aims = kept["start_means"], None
         self.history = History.from_state_dict(kept["history"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
-        return self.kept()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as in a checkpoint."""
-        if self._is_fit:
-            self.go_on(state_dict)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Nothing: ``state_dict`` is kept."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the model."""
@@ -385,3 +416,23 @@ class LocAteR(Intervention):
             # Once, since copying to the device waits for it.
             self._aims = {name: mean.to(pl_module.device) for name, mean in self._start_means.items()}
         return self._aims
+
+
+class _Step(NamedTuple):
+    """What one step adds.
+
+    Attributes:
+        settings: which penalty.
+        weight: its coefficient.
+        factor: the same, with the scale that gradients carry.
+        parameters: those that the step changes.
+    """
+
+    settings: Settings
+    weight: float
+    factor: float | Tensor
+    parameters: Sequence[Tensor]
+
+
+_NOTHING = _Step(Settings("variance", "model", None, 1.0), 1.0, 1.0, ())
+"""Of a process on which it failed: computed to the end, and not used."""

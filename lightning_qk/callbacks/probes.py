@@ -115,11 +115,13 @@ class AttentionProbes(Monitor):
     subject = ""
 
     fit_state = {"head_report": nothing, "_validations": int}  # noqa: RUF012 (never changed)
-    running_state = {"_recorder": nothing}  # noqa: RUF012 (never changed)
+    running_state = {"_recorder": nothing, "_is_probed": bool}  # noqa: RUF012 (never changed)
 
     head_report: HeadReport | None
     _validations: int
     _recorder: CallRecorder | None
+    _is_probed: bool
+    """Whether this validation is to be probed, the same on every process."""
 
     def __init__(
         self,
@@ -238,7 +240,7 @@ class AttentionProbes(Monitor):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand before the models' forward, in a validation that is to be probed."""
-        self._recorder = None
+        self._recorder, self._is_probed = None, False
         if trainer.sanity_checking:
             return
         is_due = self._validations % self.every_n_validations == 0
@@ -253,11 +255,17 @@ class AttentionProbes(Monitor):
             return
         if self._directory is None:
             self._directory = run_directory(trainer)  # validation without a fit around it
+        # Every process comes to the probes, whatever it could not find or stand at.
+        self._is_probed = True
+        self._here(lambda: self._stand(pl_module))
+
+    def _stand(self, pl_module: LightningModule) -> None:
         doors = self._find(pl_module)
-        if not doors:
-            return
-        self._recorder = CallRecorder(doors)
-        self._recorder.install()
+        if doors:
+            self._recorder = CallRecorder(doors)
+            self._recorder.install()
+        else:
+            self._is_probed = False
 
     def on_validation_batch_start(
         self,
@@ -273,18 +281,24 @@ class AttentionProbes(Monitor):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the probes, when all monitors have stopped listening."""
-        recorder, self._recorder = self._recorder, None
-        if recorder is None:
+        recorder, self._recorder = self._recorder or CallRecorder({}), None
+        if not self._is_probed:
             return
-        recorder.remove()
+        self._is_probed = False
+        self.attempt(recorder.remove, "probing")
         values = self.together(trainer, lambda: self._probe(trainer, pl_module, recorder))
         if values is not None:
-            self.count_layers(trainer, pl_module)
-            self.share(trainer, pl_module, values, at_epoch_end=True)
-            self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
+            self._here(lambda: self._publish_probes(trainer, pl_module, values))
         if self.heads:
             self._class_heads(trainer, pl_module, recorder)
         recorder.clear()
+
+    def _publish_probes(
+        self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]
+    ) -> None:
+        self.count_layers(trainer, pl_module)
+        self.share(trainer, pl_module, values, at_epoch_end=True)
+        self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
 
     def release(self) -> None:
         """Stand no more before the models' forward, whatever ended the loop."""
@@ -431,14 +445,18 @@ class AttentionProbes(Monitor):
 
     def _class_heads(self, trainer: Trainer, pl_module: LightningModule, recorder: CallRecorder) -> None:
         """Class the heads on rank zero, and let the others know how many are of each class."""
-        report = None
+        counts: Mapping[str, int] | None = None
         if trainer.is_global_zero:
-            report = self.attempt(lambda: self._report_heads(trainer, recorder), "classing heads")
-        counts = trainer.strategy.broadcast(None if report is None else report.counts())
+            counts = self.attempt(lambda: self._class_counts(trainer, recorder), "classing heads")
+        counts = trainer.strategy.broadcast(counts)
         if counts is not None:
             scalars = {f"{self.group}/heads/{kind}": float(count) for kind, count in counts.items()}
             pl_module.log_dict(scalars, logger=False, on_step=False, on_epoch=True)
             log_scalars(trainer, scalars, logging_step(trainer))
+
+    def _class_counts(self, trainer: Trainer, recorder: CallRecorder) -> Mapping[str, int] | None:
+        report = self._report_heads(trainer, recorder)
+        return None if report is None else report.counts()
 
     def _report_heads(self, trainer: Trainer, recorder: CallRecorder) -> HeadReport | None:
         index = next((index for index, calls in recorder.calls.items() if calls), None)

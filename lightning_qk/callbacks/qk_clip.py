@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lightning_qk.callbacks._account import Account
 from lightning_qk.callbacks._intervention import (
-    Intervention,
+    StatefulIntervention,
     When,
     check_when,
-    misread_layers,
     refuse_frozen,
 )
 from lightning_qk.callbacks._monitor import shorten
+from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -25,6 +25,7 @@ from lightning_qk.callbacks._trainer import (
     refuse_deepspeed,
 )
 from lightning_qk.capture.extremes import call_max_logits
+from lightning_qk.capture.generation import CachedCalls
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
 from lightning_qk.heads.edit import HeadEditor
@@ -44,19 +45,20 @@ from lightning_qk.logging.layers import layer_labels
 from lightning_qk.logging.loggers import describe_config, log_scalars
 
 
-class QKClip(Intervention):
+class QKClip(StatefulIntervention):
     r"""Holds the attention logits of every head at ``tau``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
 
     After each optimizer step, with S the largest ``scaling q·k`` of a head since the last step, over all
     micro-batches, ranks and rows that are no padding, ``γ = min(1, τ/S)`` scales the head's query weights and
-    biases by γ^α and its key's by γ^(1−α). Heads that share a key take the smallest γ of their group, all of
+    biases by γ^α and its key's by γ^(1−α). Calls within transformers' ``generate``, and those of self-attention
+    with a cache of keys, do not count. Heads that share a key take the smallest γ of their group, all of
     them. See :func:`~lightning_qk.clip_qk` for what is scaled and what is not. Gradients, optimizers' states and
     the forward pass are untouched; a step whose logits stay below ``tau`` changes nothing at all.
 
     Every step is watched. The maxima are bounded first, by ``|scaling| max‖q‖ max‖k‖``; products are taken only
     of heads whose bound is above ``tau``, and of all heads on logged steps. Weights may be sharded by FSDP2 or
-    tensor parallel; one collective call a step finds the maxima of all ranks, and the processor waits for the
-    device once a step, and once a layer for its bounds.
+    tensor parallel; two small collective calls a step find the maxima of all ranks, a step that clips takes one
+    more, and the processor waits for the device once a step, and once a layer for its bounds.
 
     Logged keys, at the trainer's ``log_every_n_steps``:
 
@@ -97,6 +99,7 @@ class QKClip(Intervention):
         "_capture": lambda: None,
         "_editors": dict,
         "_largest": dict,
+        "_cached_calls": CachedCalls,
     }
 
     def __init__(
@@ -135,6 +138,7 @@ class QKClip(Intervention):
         self._labels: dict[str, str] = {}
         # Of the calls since the last step.
         self._largest: dict[str, Tensor] = {}
+        self._cached_calls = CachedCalls()
         # Smallest γ of each query head since the last logged step.
         self._smallest: dict[str, Tensor] = {}
         # Why layers are to be left alone, found on this process since the last step.
@@ -167,20 +171,6 @@ class QKClip(Intervention):
         self._steps = int(kept.get("steps", 0))
         self._doubts |= kept.get("left", {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
-        return self.kept()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as in a checkpoint."""
-        if self._is_fit:
-            self.go_on(state_dict)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Nothing: ``state_dict`` is kept."""
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
         self.begin_stage(trainer, stage)
@@ -197,9 +187,7 @@ class QKClip(Intervention):
         self._is_due = False
         self._steps_before = trainer.global_step
         self._largest.clear()
-        editors = clippable_layers(
-            reader, self.modules, trained=False, refused=misread_layers(trainer, pl_module)
-        )
+        editors = clippable_layers(reader, self.modules, trained=False)
         refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
         configs = {site.name: site.config for site in attention_sites(pl_module)}
         for name in editors:
@@ -230,7 +218,7 @@ class QKClip(Intervention):
         self._remove()
         assert self._reader is not None  # on_fit_start
         names = {self._reader.layers[name].module: name for name in self._editors}
-        self._capture = AttentionCapture(names, self._hear, model=pl_module)
+        self._capture = AttentionCapture(names, self._hear, model=pl_module, generated=lambda name: None)
         self._capture.install()
 
     def on_train_batch_start(
@@ -255,7 +243,11 @@ class QKClip(Intervention):
         self._clip(trainer, pl_module)
         if self._is_due:
             self._is_due = False
-            self._publish(trainer, pl_module)
+            self.log_safely(lambda: self._publish(trainer, pl_module))
+
+    def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
+        """After each step."""
+        return hook == "on_train_batch_end" and has_stepped and self._capture is not None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the attention interface as it was: teardown may not follow."""
@@ -276,6 +268,8 @@ class QKClip(Intervention):
         if editor.is_frozen:
             return
         plan, heads = self._reader.layers[name], editor.heads
+        if plan.self_attention and self._cached_calls.has(name, call):
+            return
         where = local_heads(call.module, heads)
         here = heads if where is None else where.stop - where.start
         found = call_max_logits(
@@ -298,31 +292,64 @@ class QKClip(Intervention):
         self._largest[name] = found if before is None else torch.maximum(before, found)
 
     def _clip(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the maxima of all ranks and scale the weights; a collective call, the same on every rank."""
-        self._doubt(pl_module)
-        flat, waiting = self._of_all_ranks(trainer, pl_module.device)
-        if flat is None:
+        """Find the maxima of all ranks and scale the weights; collective calls, the same on every rank."""
+        self.agreements += 1
+        try:
+            flat = all_or_none(trainer, lambda: self._own_maxima(pl_module), facts=lambda own: str(len(own)))
+        except Exception as error:
+            reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+            self.say(f"a step was not clipped ({reason}); training goes on", key="a step was not clipped")
             return
-        self.maxima = {name: found for name, found in flat.items() if name in self._editors}
+        finally:
+            self._largest.clear()
+        if not len(flat):
+            return
+        largest, waiting = self._of_all_ranks(trainer, flat)
+        self.maxima = {name: found for name, found in largest.items() if name in self._editors}
         self.gammas = {}
         step = logging_step(trainer)
         for name, editor in self._editors.items():
-            largest = self.maxima[name]
+            gamma = clip_factors(self.maxima[name], editor.kv_heads, self.tau)
+            self.gammas[name] = torch.ones_like(gamma) if name in waiting else gamma
+        # Every rank clips the same heads, so that all ask each other, or none.
+        if any(bool((gamma < 1).any()) for gamma in self.gammas.values()):
+            self._apply(trainer)
+        self.log_safely(lambda: self._account_for(waiting, step))
+
+    def _apply(self, trainer: Trainer) -> None:
+        """Scale the weights, on all ranks or on none; collective calls."""
+        before: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        doubts: dict[str, str] = {}
+        for name, gamma in self.gammas.items():
+            editor = self._editors[name]
+            if bool((gamma == 1).all()):
+                continue
+            try:
+                if is_distributed(trainer):
+                    own = [parameter.detach() for parameter in editor.parameters()]
+                    before[name] = [(parameter, parameter.clone()) for parameter in own]
+                apply_clip(editor, gamma, self.alpha)
+            except Exception as error:
+                doubts[name] = f"its weights could not be scaled ({type(error).__name__}: {error})"
+        for name, reason in failed_anywhere(trainer, list(self._heads), doubts).items():
+            for parameter, kept in before.get(name, ()):
+                parameter.copy_(kept)
+            # From now on: every rank knows it.
+            self._doubts.setdefault(name, reason)
+            self._leave(name)
+            self.gammas.pop(name, None)
+            self.maxima.pop(name, None)
+
+    def _account_for(self, waiting: set[str], step: int) -> None:
+        """Remember what was done."""
+        for name, gamma in self.gammas.items():
+            editor, largest = self._editors[name], self.maxima[name]
             if bool(largest.isposinf().any()):
                 self.say(
                     f"the logits of {name} are not finite at step {step}, so that these heads are not clipped; "
                     "look for an overflow in half precision",
                     key=f"not finite: {name}",
                 )
-            gamma = clip_factors(largest, editor.kv_heads, self.tau)
-            if name in waiting:
-                gamma = torch.ones_like(gamma)
-            self.gammas[name] = gamma
-            try:
-                apply_clip(editor, gamma, self.alpha)
-            except Exception as error:
-                # All processes leave it alone from the next step on.
-                self._doubts[name] = f"its weights could not be scaled ({type(error).__name__}: {error})"
             self._tell(name, gamma, largest, step)
             by_head = gamma.repeat_interleave(editor.heads // editor.kv_heads)
             before = self._smallest.get(name)
@@ -331,7 +358,7 @@ class QKClip(Intervention):
             self._name_unheard(waiting)
 
     def _doubt(self, pl_module: LightningModule) -> None:
-        """Find the layers that cannot be clipped any more; whatever fails here fails for this process alone."""
+        """Find the layers that cannot be clipped any more, as far as this process can tell."""
         reader, capture = self._reader, self._capture
         assert reader is not None  # on_fit_start
         assert capture is not None  # on_train_batch_end
@@ -382,14 +409,13 @@ class QKClip(Intervention):
             f"{float(largest[head]):.4g}, above {self.tau:g} (γ {float(gamma.min()):.3g})",
         )
 
-    def _of_all_ranks(
-        self, trainer: Trainer, device: torch.device
-    ) -> tuple[dict[str, Tensor] | None, set[str]]:
-        """Maxima of the layers' heads since the last step, and the layers that are frozen on some rank.
+    def _own_maxima(self, pl_module: LightningModule) -> Tensor:
+        """What ranks reduce, as this one found it: maxima of the layers' heads since the last step, and doubts.
 
-        The layers that some rank cannot clip are left alone from now on. One reduction of a form that is fixed at
-        the start, whatever this rank found.
+        Its form is fixed at the start, whatever becomes of a layer.
         """
+        self._doubt(pl_module)
+        device = pl_module.device
         parts, doubts, frozen = [], [], []
         for name, heads in self._heads.items():
             found = self._largest.get(name)
@@ -399,17 +425,19 @@ class QKClip(Intervention):
             parts.append(found.detach().to(device).float())
             doubts.append(float(name in self._doubts))
             frozen.append(float(editor is not None and name not in self._doubts and editor.is_frozen))
-        self._largest.clear()
-        if not parts:
-            return None, set()
         flat = torch.cat([*parts, torch.tensor(doubts + frozen, device=device)])
         # What a maximum over ranks makes of NaN is up to the backend.
-        flat = flat.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        if trainer.world_size > 1:
+        return flat.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+    def _of_all_ranks(self, trainer: Trainer, flat: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+        """Maxima of the layers' heads over all ranks, and the layers that are frozen on some; a collective call.
+
+        The layers that some rank cannot clip are left alone from now on.
+        """
+        if is_distributed(trainer):
             torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.MAX)
-        flat = flat.cpu()
-        *maxima, doubtful, waits = flat.split([*self._heads.values(), len(doubts), len(frozen)])
         names = list(self._heads)
+        *maxima, doubtful, waits = flat.cpu().split([*self._heads.values(), len(names), len(names)])
         for name in [names[place] for place in doubtful.nonzero().flatten().tolist()]:
             self._leave(name)
         waiting = {names[place] for place in waits.nonzero().flatten().tolist()}
@@ -431,9 +459,9 @@ class QKClip(Intervention):
         ]
         if silent:
             self.say(
-                f"no attention call of {shorten(silent)} was seen in the first step: such a layer was not run, or "
-                "computes its softmax where it cannot be seen (inside a compiled graph, say), and is clipped only "
-                "after a call that is seen"
+                f"no attention call of {shorten(silent)} was seen in the first step: such a layer was not run "
+                "(generation does not count), or computes its softmax where it cannot be seen (inside a compiled "
+                "graph, say), and is clipped only after a call that is seen"
             )
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:

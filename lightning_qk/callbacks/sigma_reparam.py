@@ -14,7 +14,6 @@ from lightning_qk.callbacks._intervention import (
     Intervention,
     When,
     check_when,
-    misread_layers,
     refuse_frozen,
 )
 from lightning_qk.callbacks._trainer import (
@@ -134,7 +133,6 @@ class SigmaReparam(Intervention):
             modules=self.modules,
             projections=self.projections,
             trained=False,
-            refused=misread_layers(trainer, pl_module),
         )
 
     def on_train_batch_start(

@@ -20,7 +20,14 @@ from lightning_qk.logging.loggers import log_histogram
 from lightning_qk.logging.states import KNOWN, LEFT_OUT, NO_VALUE, NOT_FINITE
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
 from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
-from lightning_qk.metrics.spectrum import MOMENTS, SPECTRUM_STATISTICS, QKSpectrum, at_offset, extreme_values
+from lightning_qk.metrics.spectrum import (
+    MOMENTS,
+    SPECTRUM_STATISTICS,
+    QKSpectrum,
+    at_offset,
+    extreme_values,
+    reading_order,
+)
 
 _ADDED = {
     ALIBI: "linear biases (ALiBi)",
@@ -269,18 +276,26 @@ class QKSpectrumMonitor(Monitor):
         """Read the layers as their calls have shown that they are to be read; before the first step."""
         if self.idle or self._reader is None:
             return
-        if not self._reader.refresh():
-            if self._awaits:
-                self._awaits = False
-                self._choose(self._reader.unread)
+        is_changed, _ = all_or_none(trainer, lambda: self._settle(trainer, pl_module), facts=repr)
+        if not is_changed:
             return
-        self._worker.collect()
-        self.history = None
-        self.find_layers(trainer, pl_module)
         if not self.idle and trainer.global_step == 0:
             values = self.together(trainer, lambda: self.measure(trainer, pl_module))
             if values is not None:
                 self.attempt(lambda: self._remember_start(values))
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> tuple[bool, object]:
+        """Whether layers are read in another way than before, and what is watched now; no collective call."""
+        assert self._reader is not None  # layers_settled
+        if self._reader.refresh():
+            self._worker.collect()
+            self.history = None
+            self.find_layers(trainer, pl_module)
+            return True, (self.idle, self.watched())
+        if self._awaits:
+            self._awaits = False
+            self._choose(self._reader.unread)
+        return False, self.idle
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
@@ -301,11 +316,15 @@ class QKSpectrumMonitor(Monitor):
         """Of a resumed run, what the next change of the weights is against."""
         if self._singular is None or self._singular_state is None:
             return
-        self._singular.load_state_dict(self._singular_state)
-        if not self._singular.remembers_weights:
-            # They were measured at the step of the checkpoint, and are the weights that were loaded.
-            assert self._reader is not None  # find_layers
-            self._singular.cores(self._reader)
+        assert self._reader is not None  # find_layers
+        # Where there are none, they were measured at the step of the checkpoint, and are the weights that were
+        # loaded.
+        is_read = not self._singular_state.get("before")
+        read = self._singular.reading_order(self._reader.layers) if is_read else []
+        with self._reader.to_the_end(read):
+            self._singular.load_state_dict(self._singular_state)
+            if is_read:
+                self._singular.cores(self._reader)
         self._singular_state = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -357,7 +376,8 @@ class QKSpectrumMonitor(Monitor):
         metric = self._metric
         if metric is None:
             return None
-        all_or_none(trainer, lambda: self._read_weights(pl_module))
+        all_or_none(trainer, lambda: self._prepare(pl_module), facts=repr)
+        all_or_none(trainer, self._read_weights)
         self._step_of_weights = trainer.global_step
         reduce_states(trainer, alone(metric))
         values = flat_values(metric)
@@ -365,17 +385,29 @@ class QKSpectrumMonitor(Monitor):
         self.states = self._states(self._reader, metric, values)
         return values
 
-    def _read_weights(self, pl_module: LightningModule) -> None:
+    def _prepare(self, pl_module: LightningModule) -> list[str]:
+        """Get ready to read the layers as the model is now; their names."""
         metric, reader = self._metric, self._reader
-        assert metric is not None  # find_layers
-        assert reader is not None
+        assert metric is not None  # measure
+        assert reader is not None  # find_layers
         metric.to(pl_module.device).reset()
         if reader.refresh():
             self._keep_known(reader)
-        metric.update(reader)
-        self._cores = metric.cores
+        return list(reader.layers)
+
+    def _read_weights(self) -> None:
+        """No collective calls but those that gather sharded weights, which are made whatever fails."""
+        metric, reader = self._metric, self._reader
+        assert metric is not None  # measure
+        assert reader is not None  # find_layers
+        order = reading_order(reader.layers)
         if self._singular is not None:
-            self._cores = [*metric.cores, *self._singular.cores(reader)]
+            order += self._singular.reading_order(reader.layers)
+        with reader.to_the_end(order):
+            metric.update(reader)
+            self._cores = metric.cores
+            if self._singular is not None:
+                self._cores = [*metric.cores, *self._singular.cores(reader)]
 
     def _states(self, reader: WatchedReader, metric: QKSpectrum, values: Mapping[str, Tensor]) -> Tensor:
         """State of every head: cross-attention has no eigenvalues, and yet weights that may not be finite."""

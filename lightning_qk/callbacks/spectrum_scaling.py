@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.callbacks._intervention import Intervention, misread_layers
+from lightning_qk.callbacks._intervention import Intervention
 from lightning_qk.callbacks._trainer import check_lightning, logging_step, projection_reader
 from lightning_qk.interventions.spectrum_scaling import SpectrumScaler, Statistic, check_scaling
 from lightning_qk.logging.loggers import describe_config, log_scalars
@@ -75,7 +75,6 @@ class SpectrumScaling(Intervention):
             eps=self.eps,
             statistic=self.statistic,
             modules=self.modules,
-            refused=misread_layers(trainer, pl_module),
         )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

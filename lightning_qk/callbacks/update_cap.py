@@ -12,9 +12,9 @@ from lightning_qk.callbacks._intervention import (
     Intervention,
     When,
     check_when,
-    misread_layers,
     refuse_frozen,
 )
+from lightning_qk.callbacks._ranks import failed_anywhere
 from lightning_qk.callbacks._trainer import (
     check_lightning,
     is_logged_step,
@@ -53,8 +53,8 @@ class UpdateCap(Intervention):
         TypeError: the trainer is none of Lightning's.
         ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
             weights of a layer are frozen or no plain whole parameters of its own, or DeepSpeed steps copies
-            of them. A layer whose weights another callback brings into another form later is left as it is
-            from then on, which is said once.
+            of them. A layer whose weights another callback brings into another form later, or whose update could
+            not be capped on one process, is left as it is from then on, on all processes, which is said once.
     """
 
     live: ClassVar[Mapping[str, Callable[[], Any]]] = {
@@ -139,10 +139,11 @@ class UpdateCap(Intervention):
             modules=self.modules,
             iterations=self.iterations,
             trained=False,
-            refused=misread_layers(trainer, pl_module),
         )
         refuse_frozen(capper.frozen, self.when)
         capper.spare = self._spare
+        names = capper.layers  # of the whole fit, whatever becomes of one
+        capper.agree = lambda doubts: failed_anywhere(trainer, names, doubts)
         capper.load_state_dict(self._resumed)
         self._capper = capper
         self._ends = [capper.follow(optimizer, self._note) for optimizer in trainer.optimizers]
@@ -214,6 +215,9 @@ class UpdateCap(Intervention):
             self._resumed, self._capper = self._capper.state_dict(), None
 
     def _note(self, found: dict[tuple[str, str], Capped]) -> None:
+        self.log_safely(lambda: self._remember(found))
+
+    def _remember(self, found: dict[tuple[str, str], Capped]) -> None:
         for key, capped in found.items():
             factor, ratio = self._factors.get(key), self._ratios.get(key)
             if factor is None or ratio is None:

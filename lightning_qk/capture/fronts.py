@@ -88,6 +88,12 @@ def in_front(function: Any, implementation: str | None, hear: Callable[[Any, str
     return functools.partial(_steered, function, implementation, hear)
 
 
+def behind(function: Any) -> Any:
+    """The function that :func:`in_front` was given; any other as it is."""
+    is_ours = isinstance(function, functools.partial) and function.func is _steered
+    return function.args[0] if is_ours else function
+
+
 # A graph of torch.compile is interrupted here: what steers may call anything.
 @torch.compiler.disable
 def _steered(

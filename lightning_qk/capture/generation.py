@@ -1,4 +1,4 @@
-"""Tell the forwards of transformers' ``generate`` from others, while somebody wants to know."""
+"""Tell the forwards of transformers' ``generate``, and calls with a cache of keys, from others."""
 
 import functools
 import sys
@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from lightning_qk.capture.patches import Stand, stand_in
+from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.capture.softmax import SEVERAL
+from lightning_qk.heads.classes import is_named
 
 
 class _Thread(threading.local):
@@ -67,3 +70,26 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
             _thread.depth -= 1
 
     return tapped_generate
+
+
+class CachedCalls:
+    """Tells the calls of self-attention that have keys of tokens before their queries, from a cache.
+
+    Learnt keys and prefixes, of which every call of a layer has as many, are none.
+    """
+
+    def __init__(self) -> None:
+        # The least number of keys beyond the queries that calls of a layer had.
+        self._least: dict[str, int] = {}
+
+    def has(self, name: str, call: AttentionCall | SoftmaxCall) -> bool:
+        """Whether this call is one; to be asked of every call of a layer of self-attention."""
+        if isinstance(call, SoftmaxCall):
+            if any(is_named(call.module, own) for own in SEVERAL):
+                return False
+            n, m = call.logits.shape[-2], call.logits.shape[-1] - call.sinks
+        else:
+            n, m = call.query.shape[-2], call.key.shape[-2]
+        more = max(m - n, 0)
+        least = self._least[name] = min(more, self._least.get(name, more))
+        return more > least

@@ -72,6 +72,8 @@ class HeadEditor:
                 f"whose queries and keys are clamped to ±{plan.clip:g} behind them, so that factors on them are "
                 "none on what is multiplied: train without the clamp"
             )
+        if plan.obstacle is not None:
+            raise _Uneditable(plan.obstacle)
         self.query, self.key = self._stored(plan.query), self._stored(plan.key)
         for stored in (self.query, self.key):
             if len(stored.places.unique()) != stored.places.numel():

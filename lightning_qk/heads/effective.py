@@ -174,7 +174,8 @@ class EffectivePlan:
         is_wide = self._way.is_wide if wide is None else wide
         if _changes_itself(module):
             module = copy.deepcopy(module)
-        names = {id(tensor): place for place, tensor in enumerate(module.parameters())}
+        buffers = [own for own in module.buffers() if own.is_floating_point()]
+        names = {id(tensor): place for place, tensor in enumerate((*module.parameters(), *buffers))}
 
         def convert(tensor: Tensor) -> Tensor:
             if id(tensor) not in names and tensor.numel() <= _SMALL and not is_dtensor(tensor):
@@ -230,7 +231,13 @@ class EffectivePlan:
         plain = all(is_plain(parameter) for parameter in copied.parameters())
         if not plain or not self._way.is_wide:
             exact = _QUANTIZED_TOLERANCE
-        tests = ((torch.cat([signs, 4 * signs[:1], torch.zeros_like(signs[:1])]), exact), (uneven, exact))
+        # What bounds its output does so at some size; half precision has none much larger.
+        large = 1e3 if self._way.dtype in (torch.float32, torch.float64) else 64.0
+        tests = (
+            (torch.cat([signs, 4 * signs[:1], torch.zeros_like(signs[:1])]), exact),
+            (uneven, exact),
+            (large * signs, exact),
+        )
         device = _device(copied)
         with full_precision(device):
             for tokens, tolerance in tests:

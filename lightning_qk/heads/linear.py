@@ -167,8 +167,9 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 def _transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, name: str) -> bool:
     """Whether the weight is stored as (in, out)."""
-    # What a module has beside its weight may be zero now and take part later.
-    extra = [own for own in module._parameters if not own.startswith(("weight", "bias"))]
+    # What a module has beside its weight may be zero now, or one, and take part later.
+    held = (*module._parameters, *module._buffers)
+    extra = [own for own in held if not own.startswith(("weight", "bias"))]
     if not extra and "forward" not in module.__dict__:
         forward = type(module).forward
         if forward is nn.Linear.forward or _is_pointwise(module):
@@ -186,26 +187,37 @@ def _transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, name: st
 def _multiplies(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool | None:
     """Whether a module multiplies by the transpose of its weight, or by the weight; None if by neither.
 
-    It is seen from what the module does to one vector. Both are tried, since a square weight does not tell.
+    It is seen from what the module does to several vectors at a time, large ones among them. Both are tried, since
+    a square weight does not tell.
     """
     with torch.no_grad(), own_random_numbers(weight.device):
         weight, bias = whole(weight), None if bias is None else whole(bias)
         copy = shadow(module, convert=whole)
         for transposed in (False, True):
             matrix = weight.T if transposed else weight
-            probe = torch.cos(torch.arange(matrix.shape[1], device=weight.device, dtype=torch.float32))
-            probe = probe.to(weight)
-            try:
-                got = copy(probe[None])
-                # Integer models give a scale beside.
-                got = got[0] if isinstance(got, tuple) and got else got
-                want = F.linear(probe[None], matrix, bias)
-            except Exception:
-                continue
-            if (
-                isinstance(got, Tensor)
-                and got.shape == want.shape
-                and bool((got - want).abs().max() <= 1e-2 * want.abs().max())
-            ):
+            if all(_maps_by(copy, matrix, bias, tokens) for tokens in _probes(matrix)):
                 return transposed
     return None
+
+
+def _probes(matrix: Tensor) -> list[Tensor]:
+    """Three tokens, and three large ones, (1, 3, in): their signs and sizes vary."""
+    wave = torch.arange(3 * matrix.shape[1], device=matrix.device, dtype=torch.float32)
+    tokens = (1.3 * wave).cos().view(1, 3, -1) + 0.2
+    return [(size * tokens).to(matrix) for size in (1.0, 1e3 if matrix.element_size() >= 4 else 64.0)]
+
+
+def _maps_by(module: nn.Module, matrix: Tensor, bias: Tensor | None, tokens: Tensor) -> bool:
+    try:
+        got = module(tokens)
+        # Integer models give a scale beside.
+        got = got[0] if isinstance(got, tuple) and got else got
+        want = F.linear(tokens, matrix, bias)
+    except Exception:
+        return False
+    tolerance = 1e-4 if matrix.element_size() >= 4 else 1e-2
+    return (
+        isinstance(got, Tensor)
+        and got.shape == want.shape
+        and bool((got - want).abs().max() <= tolerance * want.abs().max())
+    )

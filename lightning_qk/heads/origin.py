@@ -1,6 +1,8 @@
 """Whose classes modules are: names tell only where the code that gave them their meaning is known."""
 
-import inspect
+import functools
+import os
+import sys
 from typing import Any
 
 from torch import nn
@@ -52,8 +54,29 @@ def _is_own_forward(module: nn.Module) -> bool:
 
 
 def _is_of(function: Any, packages: frozenset[str]) -> bool:
-    function = inspect.unwrap(function)
-    return _package(getattr(function, "func", function)) in packages
+    """Whether a function, and all that it says it wraps, was written in one of some packages."""
+    wrapped = getattr(function, "__wrapped__", None)
+    inner = getattr(function, "func", function)
+    code = getattr(inner, "__code__", None)
+    home = _package(inner) if code is None else _home(code.co_filename)
+    allowed = packages if wrapped is None else packages | _WRAPS
+    return home in allowed and (wrapped is None or _is_of(wrapped, packages))
+
+
+def _home(file: str) -> str:
+    """The package whose folder a file lies in, of those that count here; "" for none.
+
+    A function's own word for its module is copied by ``functools.wraps``, and anybody may set it.
+    """
+    for package in _WRAPS:
+        module = sys.modules.get(package)
+        for folder in getattr(module, "__path__", ()):
+            if os.path.realpath(file).startswith(os.path.realpath(folder) + os.sep):
+                return package
+    origin = getattr(sys.modules.get("functools"), "__file__", None)
+    return (
+        "functools" if origin is not None and file in (origin, functools.wraps.__code__.co_filename) else ""
+    )
 
 
 def _package(thing: Any) -> str:

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lightning_qk.heads.adapted import AdaptedPlan, adapter_around
 from lightning_qk.heads.affine import Affine, AffineMap
 from lightning_qk.heads.between import CHANNELS, attends_over_channels, configured_clip
 from lightning_qk.heads.borrowing import key_lender
+from lightning_qk.heads.constants import Constants
 from lightning_qk.heads.errors import InaccessibleWeights, NotTokenAttention, UnreadLayer, alive
 from lightning_qk.heads.factors import Factor, learnt_factors
 from lightning_qk.heads.find import Site
@@ -22,7 +23,7 @@ from lightning_qk.heads.folding import feeding_norm, fold_input_norm
 from lightning_qk.heads.layouts import Layout, added_to_queries, borrows_keys, fitting_layouts, unsupported
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.origin import is_known
-from lightning_qk.heads.position import find_position
+from lightning_qk.heads.position import NONE, RELATIVE_BIAS, find_position
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.qk_norm import (
     Rows,
@@ -82,8 +83,10 @@ class LayerPlan:
         key_layer: qualified name of the layer whose keys are used, None for own ones.
         is_decided: whether `self_attention` is known. False where the layer's forward takes queries and keys as
             arguments of their own, and nothing but a call tells whether they are the same tensor: taken for
-            self-attention until then, unless names say that it crosses.
+            self-attention until then, unless names say that it crosses (see `Finding`).
         clip: the bound that q and k are clamped to behind the projections, or None: the form is that without it.
+        obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
+        is_capped: a layer of no known class bounds its large logits.
     """
 
     def __init__(
@@ -129,6 +132,10 @@ class LayerPlan:
         self.key_layer = None if lender is None else lender.name
         self.is_decided = True
         self.clip: float | None = None
+        self.obstacle: str | None = None
+        self.is_capped = False
+        self.position: str | None = None
+        self._constants = Constants(site.module)
         with self.gathered():
             if layout is not None:
                 self._plan(site, layout, None if lender is None else lender.module, fold_norm)
@@ -198,6 +205,17 @@ class LayerPlan:
         self.is_decided, self.clip = found.is_decided, found.clip
         # Of several inputs of one width only a call tells whether they are the same.
         self._place(site, found.crosses and found.is_decided, [], fold_norm)
+        self.is_capped = found.is_capped
+        if not found.is_exclusive:
+            self.obstacle = (
+                "which make more than queries and keys (values that are the keys, say), or of which a run of the "
+                "layer alone does not tell: give queries and keys projections of their own"
+            )
+        # What a run shows weighs more than names that say nothing.
+        if self.position == NONE and found.is_added_to:
+            self.position = RELATIVE_BIAS
+        elif self.position == NONE and found.is_turned:
+            self.position = None
 
     def _plan(self, site: Site, layout: Layout, lender: nn.Module | None, fold_norm: bool) -> None:
         """Plan by a layout."""
@@ -259,6 +277,32 @@ class LayerPlan:
         heads = 1 if self.sizes.shared else self.sizes.kv_heads
         self._rotation = find_rotation(*where, self.sizes.d_head, heads=heads, is_cross=site.is_cross)
         self.position = find_position(*where, self._rotation, is_cross=site.is_cross)
+
+    def is_current(self) -> bool:
+        """Whether the numbers that the layer keeps beside its parameters are those that it was planned with."""
+        return self._constants.are_kept()
+
+    def reads_as(self, other: "LayerPlan") -> bool:
+        """Whether another plan of the layer says the same; both are then taken to be current."""
+        if self._told() != other._told():
+            return False
+        self._constants.keep()
+        return True
+
+    def _told(self) -> tuple[Any, ...]:
+        picked = [
+            (
+                side.affine.name,
+                side.affine.rows,
+                side.pick(torch.arange(side.affine.rows), self.sizes).tolist(),
+            )
+            for side in (self.query, self.key)
+        ]
+        kinds = [
+            (type(side.affine), type(side.qk_norm), type(side.factor)) for side in (self.query, self.key)
+        ]
+        facts = (self.layout, self.scaling, self.clip, self.position, self.is_capped, self.obstacle)
+        return (self.sizes, self.width, self.self_attention, picked, kinds, facts)
 
     @property
     def rotary(self) -> Rotary | None:
@@ -345,11 +389,15 @@ class LayerPlan:
             dict.fromkeys(found + [parameter for module in modules for parameter in module.parameters()])
         )
 
-    def gradient_view(self, side: str) -> Tensor | None:
-        """The part of a weight's ``.grad`` that belongs to one side, (heads, d_head, d_in), to be added to.
+    def gradient_view(self, side: str, made: dict[nn.Parameter, Tensor]) -> Tensor | None:
+        """The part of a weight's gradient that belongs to one side, (heads, d_head, d_in), to be added to.
 
-        The gradient is made where there is none. None where the side is no view of a whole weight: sharded,
-        with a norm folded in, or in an order of rows that takes a copy.
+        None where the side is no view of a whole weight: sharded, with a norm folded in, or in an order of rows
+        that takes a copy.
+
+        Args:
+            side: ``"query"`` or ``"key"``.
+            made: gradients of parameters that have none yet; one that is missing is made and put there.
         """
         own = self._side(side)
         weight = own.affine.plain_weight()
@@ -358,9 +406,10 @@ class LayerPlan:
             return None
         if own.view(weight, self.sizes) is None:
             return None
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return own.view(weight.grad, self.sizes)
+        grad = weight.grad if weight.grad is not None else made.get(weight)
+        if grad is None:
+            grad = made[weight] = torch.zeros_like(weight)
+        return own.view(grad, self.sizes)
 
     def _side(self, name: str) -> Side:
         return {"query": self.query, "key": self.key}[name]

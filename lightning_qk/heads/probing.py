@@ -4,8 +4,12 @@ Neither the model nor its hooks nor its children take part: the copy shares the 
 children of its own.
 """
 
+import copy
 import inspect
+import random
+import sys
 import weakref
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,13 +34,13 @@ class Through(nn.Module):
 
 def copy_with(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
     """A copy of one module that shares its attributes and has other children; its forward is to be called."""
-    copy = object.__new__(type(module))
+    made = object.__new__(type(module))
     # Out of training mode, since dropout would draw from the global generator; dictionaries of its own, since
     # a forward may set what they hold.
-    copy.__dict__.update(
+    made.__dict__.update(
         {**module.__dict__, "_buffers": dict(module._buffers), "_modules": dict(children), "training": False}
     )
-    return copy
+    return made
 
 
 def run_copy(
@@ -130,7 +134,7 @@ def shadow(
             return copies[original]
         copy = copies[original] = object.__new__(type(original))
         space = copy.__dict__
-        space.update(original.__dict__)
+        space.update({name: _own_container(value) for name, value in original.__dict__.items()})
         space["_parameters"] = tensors(original._parameters)
         space["_buffers"] = tensors(original._buffers)
         space["_modules"] = {
@@ -144,6 +148,18 @@ def shadow(
         return copy
 
     return copy_of(module)
+
+
+def _own_container(value: Any, depth: int = 2) -> Any:
+    """A list, dictionary or set with the same contents, as a forward may put something into it."""
+    if type(value) not in (list, deque, set, dict, OrderedDict, defaultdict):
+        return value
+    own = copy.copy(value)
+    if depth and type(value) is list:
+        own[:] = [_own_container(item, depth - 1) for item in value]
+    elif depth and isinstance(value, dict):
+        own.update({key: _own_container(item, depth - 1) for key, item in value.items()})
+    return own
 
 
 def _forward(module: nn.Module) -> Callable[..., Any]:
@@ -174,6 +190,13 @@ def _call(
 
 @contextmanager
 def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Whatever a module draws that is not known to draw nothing, the global generators do not see it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+    """Whatever a module draws, the global generators of torch, Python and NumPy do not see it."""
+    numpy: Any = sys.modules.get("numpy")
+    state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(state)
+        if numpy_state is not None:
+            numpy.random.set_state(numpy_state)

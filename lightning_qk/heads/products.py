@@ -1,7 +1,7 @@
 """Products whose softmax is taken, found by following what functions of torch make of what."""
 
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -24,6 +24,7 @@ class Product(NamedTuple):
         dots: the dot products themselves, or None in a fused function.
         dim: of the logits, over which the softmax is taken.
         keys_first: the last axis of the dot products runs over the query's side.
+        is_normed: a norm stands between the dot products and the logits.
     """
 
     query: Tensor
@@ -33,13 +34,20 @@ class Product(NamedTuple):
     dots: Tensor | None = None
     dim: int = -1
     keys_first: bool = False
+    is_normed: bool = False
 
 
 class Following(TorchFunctionMode):
     """Keeps what every function of torch made of what, and finds the products that softmaxes are taken of."""
 
-    def __init__(self) -> None:
+    def __init__(self, passed: Sequence[Any] = ()) -> None:
+        """Begin.
+
+        Args:
+            passed: calls of norms that are passed by, as they come, each with what it ``gave``.
+        """
         super().__init__()
+        self._passed = passed
         self.made: list[tuple[str, list[Tensor], list[Tensor], tuple[Any, ...], dict[str, Any]]] = []
         self.products: list[Product] = []
         self._exponentials: list[tuple[Tensor, slice]] = []
@@ -143,10 +151,11 @@ class Following(TorchFunctionMode):
 
     def _behind(self, logits: Tensor) -> Iterator[Product]:
         """The products that a tensor was made of by functions of single numbers."""
-        open_ends = [(logits, len(self.made))]
+        open_ends = [(logits, len(self.made), False)]
         seen: set[tuple[int, int]] = set()
         while open_ends:
-            tensor, before = open_ends.pop()
+            tensor, before, is_normed = open_ends.pop()
+            is_normed = is_normed or any(tensor is own.gave for own in self._passed)
             place = next(
                 (i for i in range(before - 1, -1, -1) if any(tensor is out for out in self.made[i][2])), None
             )
@@ -156,12 +165,13 @@ class Following(TorchFunctionMode):
             name, inputs, outputs, args, kwargs = self.made[place]
             pair = _operands(name, args, kwargs)
             if pair is None:
-                open_ends += [(given, place) for given in inputs]
+                open_ends += [(given, place, is_normed) for given in inputs]
                 continue
             dots = outputs[0]
             if name == "baddbmm":
                 dots = pair[0] @ pair[1].mT
-            yield Product(*pair, logits, 1.0, dots, keys_first=name == "einsum" and _ends_left(args[0]))
+            keys_first = name == "einsum" and _ends_left(args[0])
+            yield Product(*pair, logits, 1.0, dots, keys_first=keys_first, is_normed=is_normed)
 
 
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -1,7 +1,8 @@
 """Read the query and key weights of every attention layer of a model, per head."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
@@ -55,10 +56,14 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         self._allow_empty = allow_empty
         self._model = weakref.ref(model)
         self._root = None if root is None else weakref.ref(root)
+        # Sharded layers that other processes gather now, in this order.
+        self._owed: list[str] = []
         self._plan(model)
 
     def __getitem__(self, name: str) -> HeadProjections:
         layer = self.layers[name]
+        if name in self._owed:
+            self._owed.remove(name)
         return layer.copy() if layer.is_flat else layer.read()
 
     def __iter__(self) -> Iterator[str]:
@@ -80,7 +85,8 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         return model
 
     def refresh(self) -> bool:
-        """Plan anew if modules of the model were replaced (an adapter merged, say); whether they were.
+        """Plan anew if modules of the model were replaced (an adapter merged, say), or what layers keep beside
+        their parameters changed what they compute (a temperature, say); whether that was so.
 
         Values, devices, types and ties of the weights are live in any case.
 
@@ -89,9 +95,50 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         """
         model = self.model
         if self._identity == list(identity(model)):
-            return False
+            return self._renew()
         self._plan(model)
         return True
+
+    def _renew(self) -> bool:
+        """Plan those layers anew whose own numbers changed; whether any is read otherwise now."""
+        stale = [name for name, plan in self.layers.items() if not plan.is_current()]
+        if not stale:
+            return False
+        is_other = False
+        sites = {site.name: site for site in attention_sites(self.model)}
+        for name in stale:
+            if name not in sites:
+                continue
+            try:
+                plan = LayerPlan(sites[name], self.fold_norm, self._wrappers(self.model))
+            except UnreadLayer as reason:
+                self.layers.pop(name)
+                self._refuse(name, reason)
+                is_other = True
+                continue
+            if self.layers[name].reads_as(plan):
+                continue
+            self.layers[name], is_other = plan, True
+        return is_other
+
+    @contextmanager
+    def to_the_end(self, names: Iterable[str]) -> Iterator[None]:
+        """Gather every sharded layer that is to be read within this block, also where the block raises.
+
+        Gathering is collective: a process that gives up between two layers would leave the others waiting. What
+        it has not read is read at the block's end, and dropped.
+
+        Args:
+            names: in the order in which they are read; one that is read twice, twice.
+        """
+        self._owed = [name for name in names if name in self.layers and self.is_sharded(name)]
+        try:
+            yield
+        finally:
+            owed, self._owed = self._owed, []
+            for name in owed:
+                with suppress(Exception):
+                    self[name]
 
     def _refuse(self, name: str, reason: UnreadLayer) -> None:
         self.unread[name] = str(reason)
@@ -119,8 +166,8 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         kind = type(model).__name__
         if not self.unread:
             raise ValueError(
-                f"expected a model that contains transformer attention, found none in {kind}: pass the module "
-                "that holds the network, once it is built (see `configure_model`)"
+                f"expected a model that contains transformer attention, found none in {kind}: build the network "
+                "in __init__ or configure_model before it is read, or leave out what reads its attention"
             )
         if inaccessible is not None:
             raise ValueError(

@@ -1,13 +1,14 @@
 """Run one attention layer alone, its projections giving numbers of our choice, its parameters as we set them."""
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.affine import AffineMap
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer, alive
 from lightning_qk.heads.linear import affine_plan
 from lightning_qk.heads.norms import is_norm
 from lightning_qk.heads.probing import shadow
@@ -50,16 +51,48 @@ class Emitter(nn.Module):
 
 
 class _Passed(nn.Module):
-    """Stands for a norm: gives its input back, and keeps it beside the norm."""
+    """Stands for a norm: gives its input back, and keeps it beside the norm, and what it gave."""
 
-    def __init__(self, norm: nn.Module, normed: list[tuple[nn.Module, Tensor]]) -> None:
+    def __init__(
+        self, norm: nn.Module, normed: list[tuple[nn.Module, Tensor]], passed: list["Passed"]
+    ) -> None:
         super().__init__()
         self._keep = lambda x: normed.append((norm, x))
+        self._norm, self._passed = weakref.ref(norm), passed
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the input."""
         self._keep(x)
-        return x.clone()
+        out = x.clone()
+        self._passed.append(Passed(alive(self._norm), x, args, kwargs, out))
+        return out
+
+
+class Passed(NamedTuple):
+    """A call of a norm that was passed by.
+
+    Attributes:
+        norm: the norm.
+        given: its input.
+        args: what else it got by position.
+        kwargs: what else it got by name.
+        gave: what stands for its output.
+    """
+
+    norm: nn.Module
+    given: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    gave: Tensor
+
+    def is_scale_free(self) -> bool:
+        """Whether what the norm gives does not depend on the length of what it is given, as of any norm."""
+        run = shadow(self.norm)
+        try:
+            first, second = (run(size * self.given, *self.args, **self.kwargs) for size in (1e2, 1e3))
+            return bool((first - second).abs().max() <= 2e-2 * first.abs().max())
+        except Exception:
+            return False
 
 
 class Seen(NamedTuple):
@@ -70,16 +103,20 @@ class Seen(NamedTuple):
         normed: what its norms are given, in order.
         sources: what each projection is given, the last time.
         failed: how the run ended, where by an error.
+        output: what the layer gave, or None.
+        passed: calls of its norms.
     """
 
     products: list[Product]
     normed: list[tuple[nn.Module, Tensor]]
     sources: dict[Emitter, Tensor]
     failed: str
+    output: Any = None
+    passed: Sequence[Passed] = ()
 
 
 class Loose(NamedTuple):
-    """A parameter that no emitter stands for.
+    """A parameter, or a buffer, that no emitter stands for.
 
     Attributes:
         owner: the module that holds it.
@@ -92,9 +129,10 @@ class Loose(NamedTuple):
     path: str
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def parameter(self) -> Tensor:
         """The parameter itself."""
-        found = self.owner._parameters[self.name]
+        found: Tensor | None = self.owner._parameters.get(self.name)
+        found = self.owner._buffers[self.name] if found is None else found
         assert found is not None
         return found
 
@@ -107,6 +145,7 @@ class Bench:
         stand_ins: what stands for projections and norms.
         norms: norms alone.
         loose: parameters that are part of neither.
+        buffers: floating-point buffers that are part of neither.
         size: number of rows of all projections.
     """
 
@@ -121,7 +160,9 @@ class Bench:
         self.emitters: dict[nn.Module, Emitter] = {}
         self.stand_ins: dict[nn.Module, nn.Module] = {}
         self.loose: list[Loose] = []
+        self.buffers: list[Loose] = []
         self._normed: list[tuple[nn.Module, Tensor]] = []
+        self._passed: list[Passed] = []
         self._is_bare = is_bare
         self.size = 0
         self._hold(module, "")
@@ -160,6 +201,7 @@ class Bench:
             emitter.given.clear()
             emitter.gave.clear()
         self._normed.clear()
+        self._passed.clear()
         given = given or {}
 
         def convert(tensor: Tensor) -> Tensor:
@@ -170,11 +212,11 @@ class Bench:
         copied = shadow(self.module, convert=convert, stand_ins=self.stand_ins)
         if trial.config is not None and "config" in copied.__dict__:
             copied.__dict__["config"] = trial.config
-        follow = Following()
-        failed = ""
+        follow = Following(self._passed)
+        failed, output = "", None
         try:
             with follow:
-                trial.call(copied)
+                output = trial.call(copied)
         except Exception as error:
             # What comes behind the softmax may fail.
             failed = (
@@ -182,7 +224,9 @@ class Bench:
                 f"{str(error).splitlines()[0][:120] if str(error) else 'no message'})"
             )
         sources = {emitter: emitter.given[-1] for emitter in self.emitters.values() if emitter.given}
-        return Seen(_distinct(follow.products), list(self._normed), sources, failed)
+        return Seen(
+            _distinct(follow.products), list(self._normed), sources, failed, output, tuple(self._passed)
+        )
 
     def _hold(self, module: nn.Module, path: str) -> None:
         self.loose += [
@@ -190,12 +234,17 @@ class Bench:
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.is_floating_point()
         ]
+        self.buffers += [
+            Loose(module, name, f"{path}{name}")
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        ]
 
     def _add(self, module: nn.Module, path: str) -> None:
         if module in self.stand_ins:
             return
         if is_norm(module):
-            self.stand_ins[module] = _Passed(module, self._normed)
+            self.stand_ins[module] = _Passed(module, self._normed, self._passed)
             return
         if not self._is_bare:
             plan = _affine(module, path) if any(True for _ in module.parameters()) else None

@@ -10,7 +10,7 @@ seen in that.
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -67,6 +67,10 @@ class Found(NamedTuple):
         is_decided: whether queries and keys come from the same tokens is known; False where only a call tells,
             since the layer's forward takes several inputs.
         clip: the bound that q and k are clamped to between projection and product, or None.
+        is_turned: they change with the token's place by what keeps their lengths, such as a rotation.
+        is_added_to: something besides ``q · k`` is added to the logits, masks apart.
+        is_capped: large logits are bounded.
+        is_exclusive: queries and keys serve nothing but their product.
     """
 
     query: FoundSide
@@ -75,6 +79,10 @@ class Found(NamedTuple):
     complete: bool
     is_decided: bool = True
     clip: float | None = None
+    is_turned: bool = False
+    is_added_to: bool = False
+    is_capped: bool = False
+    is_exclusive: bool = True
 
     @property
     def crosses(self) -> bool:
@@ -132,17 +140,19 @@ def find_rows(
             bench.check_access()
             ways_of = ways or _ways(bench, config, calls, device)
             for trial in ways_of:
+                search = _Search(bench, trial, is_strict=is_strict)
                 try:
-                    return _Search(bench, trial, is_strict=is_strict).read()
-                except _NoProduct as failure:  # noqa: PERF203
+                    return search.read()
+                except _NoProduct as failure:
                     failures.append(str(failure))
                 except NotTokenAttention:
                     raise
                 except _Rejected as reason:
-                    reasons.insert(0 if bench is benches[0] else len(reasons), str(reason))
+                    first = 0 if bench is benches[0] else len(reasons)
+                    reasons.insert(first, search.cause() or str(reason))
                     break
                 except UnreadLayer as reason:
-                    reasons.append(str(reason))
+                    reasons.append(search.cause() or str(reason))
     if reasons:
         raise UnreadLayer(reasons[0])
     raise UnreadLayer(
@@ -270,6 +280,8 @@ class _Search:
         self.elements: ElementSearch | None = None
         # Projections that map what others give, and what they were found to be given.
         self._links: dict[Emitter, _Numbers] = {}
+        # The arguments that projections map.
+        self._sources: dict[Emitter, str] = {}
         self._biases: dict[tuple[int, str], Elements] = {}
 
     def read(self) -> Found:
@@ -283,8 +295,9 @@ class _Search:
         self._check_channels()
         ways, scaling, is_swapped = self._explained()
         clip = None
+        is_turned = is_capped = False
         if self.is_strict:
-            clip = self._check(ways, scaling)
+            clip, is_turned, is_capped = self._check(ways, scaling)
         pairs = [pair[::-1] if is_swapped else pair for way in ways for pair in way.pairs]
         rows_of_query, rows_of_key = _grouped(pairs)
         self._add_biases(ways)
@@ -302,7 +315,13 @@ class _Search:
             or len(input_arguments(self.bench.module)) <= 1
         )
         complete = not any(run.failed for run in self.runs)
-        return Found(query, key, scaling, complete, is_decided, clip)
+        found = Found(query, key, scaling, complete, is_decided, clip, is_turned, is_capped=is_capped)
+        if not self.is_strict:
+            return found
+        return found._replace(
+            is_added_to=self._is_added_to(ways),
+            is_exclusive=self._is_exclusive(rows_of_query, rows_of_key),
+        )
 
     # What the layer makes of the numbers of rows.
 
@@ -318,6 +337,10 @@ class _Search:
             self.elements = ElementSearch(self.bench, self.trial)
         for values in told:
             self.runs.append(self.bench.run(self.trial, constant(values)))
+            for emitter in self.bench.emitters.values():
+                name = _source(emitter, self.trial)
+                if name is not None:
+                    self._sources[emitter] = name
             if not self.runs[-1].products or len(self.runs[-1].products) != len(self.runs[0].products):
                 raise _NoProduct(self.runs[-1].failed)
 
@@ -343,6 +366,10 @@ class _Search:
 
     def _explained(self) -> tuple[list[_Way], float | None, bool]:
         """The products whose sides are rows of projections, the factor on them, and whether keys come first."""
+        if any(product.query.is_complex() or product.key.is_complex() for product in self.runs[0].products):
+            raise _Rejected("its queries and keys are complex numbers")
+        if self.is_strict and any(product.is_normed for product in self.runs[0].products):
+            raise _Rejected("a norm stands between its products and their softmax")
         reason: UnreadLayer | None = None
         found: list[tuple[_Way, float | None, bool]] = []
         for place in range(len(self.runs[0].products)):
@@ -391,8 +418,9 @@ class _Search:
         trial: Trial | None = None,
         varied: Sequence[Loose] = (),
         shifted: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> _Sample:
-        """Run the layer on random numbers.
+        """Run the layer on random numbers, in the place of its projections' output and of its own input.
 
         Args:
             seed: of the numbers.
@@ -400,11 +428,13 @@ class _Search:
             trial: how it is called, where not in its own way.
             varied: parameters that get other values.
             shifted: numbers of rows that get other values than without.
+            factors: on what every row gives, (rows,).
         """
         trial = trial or self.trial
         given = {id(loose.parameter): _varied(loose.parameter, place) for place, loose in enumerate(varied)}
         if self.elements is not None:
-            return self._sample_bare(seed, scale, trial, given, shifted)
+            return self._sample_bare(seed, scale, trial, given, shifted, factors)
+        trial = trial._replace(given=_drawn_inputs(trial.given, seed))
         emission: Emission = random(seed, scale)
         if shifted is not None:
             mask = torch.zeros(self.bench.size)
@@ -415,12 +445,20 @@ class _Search:
                 part = mask[own.first : own.first + own.plan.rows]
                 return first(own, shape) + part * second(own, shape)
 
+        if factors is not None:
+            plain = emission
+
+            def emission(own: Emitter, shape: tuple[int, ...]) -> Tensor:
+                return plain(own, shape) * factors[own.first : own.first + own.plan.rows]
+
         seen = self.bench.run(trial, emission, given)
-        gave = {
-            emitter: torch.cat([out.flatten(0, -2) for out in emitter.gave])
-            for emitter in self.bench.emitters.values()
-            if emitter.gave
-        }
+        # Of a projection that is called several times only what it makes of the layer's input, where it does.
+        gave = {}
+        for emitter in self.bench.emitters.values():
+            if emitter.gave:
+                direct = [_is_input(own, trial) for own in emitter.given]
+                outs = [out for out, own in zip(emitter.gave, direct, strict=True) if own or not any(direct)]
+                gave[emitter] = torch.cat([out.flatten(0, -2) for out in outs])
 
         def made(numbers: Tensor) -> Tensor | None:
             parts = [(emitter, emitter.owns(numbers)) for emitter in self.bench.emitters.values()]
@@ -437,7 +475,13 @@ class _Search:
         return _Sample(seen, made)
 
     def _sample_bare(
-        self, seed: int, scale: float, trial: Trial, given: dict[int, Tensor], shifted: Tensor | None
+        self,
+        seed: int,
+        scale: float,
+        trial: Trial,
+        given: dict[int, Tensor],
+        shifted: Tensor | None,
+        factors: Tensor | None,
     ) -> _Sample:
         """The same, where weights are parameters: they and the layer's input are random."""
         assert self.elements is not None
@@ -457,6 +501,9 @@ class _Search:
                 blocks[own // plan.stride, :, own % plan.stride] += torch.randn(
                     len(own), plan.columns, generator=shift
                 )
+            if factors is not None:
+                own_factors = factors[first : first + plan.rows].view(-1, 1, plan.stride)
+                values = (values.view(-1, plan.columns, plan.stride) * own_factors).view(values.shape)
             given[id(weight)] = values.to(weight)
             weights.append((first, plan, given[id(weight)], None))
         biases = torch.cat(
@@ -465,6 +512,10 @@ class _Search:
         used = torch.cat(
             [torch.zeros(0, dtype=torch.long), *(own.biases.flatten().cpu() for own in self._biases.values())]
         )
+        if factors is not None:
+            # Biases belong to rows too: without them products are as they were.
+            places = torch.cat([found.biases.flatten().cpu() for found in self._biases.values()])
+            biases[places[places >= 0]] = 0.0
         start = 0
         for loose in self.bench.loose:
             stop = start + loose.parameter.numel()
@@ -534,8 +585,14 @@ class _Search:
                 "it attends over channels: its products are sums over tokens, and its softmax is over channels"
             )
 
-    def _check(self, ways: list[_Way], scaling: float | None) -> float | None:
-        """Compare with runs on random numbers; returns the bound that queries and keys are clamped to, if any."""
+    def _check(self, ways: list[_Way], scaling: float | None) -> tuple[float | None, bool, bool]:
+        """Compare with runs on random numbers.
+
+        Returns:
+            The bound that queries and keys are clamped to, if any; whether they are turned by their places; and
+            whether large logits are bounded.
+        """
+        self._check_norms()
         plain = self._sample(2, 1.0)
         for way in ways:
             for side, numbers in zip(_SIDES, way.sides, strict=True):
@@ -552,8 +609,91 @@ class _Search:
                 "that is not linear stands between the product and the softmax"
             )
         self._check_parameters(ways, scaling)
-        self._check_wider(ways)
-        return self._bound(ways)
+        is_turned = self._check_wider(ways, scaling)
+        return self._bound(ways), is_turned, self._is_capped(ways, scaling)
+
+    def _check_norms(self) -> None:
+        """Refuse what is called a norm and stands before the projections, but depends on its input's length."""
+        for passed in self.runs[0].passed:
+            if _is_input(passed.given, self.trial) and not passed.is_scale_free():
+                raise _Rejected(
+                    f"what stands before its projections is a {type(passed.norm).__name__}, which is no norm"
+                )
+
+    def _is_capped(self, ways: list[_Way], scaling: float) -> bool:
+        """Whether large logits are bounded, as by a soft cap; other functions of them are refused."""
+        is_capped = False
+        for way in ways:
+            shifted = way.sides[1].rows.unique().cpu()
+            if len(self.runs[0].products) > way.place and self.runs[0].products[way.place].logits is None:
+                continue
+            samples = [self._sample(9, 10.0, shifted=part) for part in (None, shifted)]
+            if any(len(own.seen.products) <= way.place for own in samples):
+                continue
+            factor, _ = _softmax_of(*(own.seen.products[way.place] for own in samples))
+            if _is_close(factor, scaling):
+                continue
+            sizes = []
+            for scale in (1e2, 1e3):
+                products = self._sample(9, scale).seen.products
+                logits = products[way.place].logits if len(products) > way.place else None
+                kept = None if logits is None else logits[logits.isfinite() & (logits > -1e3)]
+                sizes.append(math.inf if kept is None or not kept.numel() else float(kept.abs().max()))
+            if not (math.isfinite(sizes[1]) and sizes[1] <= 1.01 * sizes[0]):
+                raise _Rejected("its logits are no multiple of q · k where that is large, nor bounded")
+            is_capped = True
+        return is_capped
+
+    def _is_added_to(self, ways: list[_Way]) -> bool:
+        """Whether logits are something where all products are zero, whatever values parameters have."""
+        zero = torch.zeros(self.bench.size)
+        for varied in ((), self.bench.loose):
+            if self.elements is not None:
+                own = self._own_parameters()
+                given = {id(other.parameter): torch.zeros_like(other.parameter) for other in self.bench.loose}
+                if varied:
+                    given |= {
+                        id(other.parameter): _varied(other.parameter, place)
+                        for place, other in enumerate(varied)
+                        if id(other.parameter) not in own
+                    }
+            else:
+                given = {
+                    id(other.parameter): _varied(other.parameter, place) for place, other in enumerate(varied)
+                }
+            products = self.bench.run(self.trial, constant(zero), given).products
+            for way in ways:
+                logits = products[way.place].logits if len(products) > way.place else None
+                if logits is not None:
+                    kept = logits[logits.isfinite() & (logits > -1e3)]
+                    # What is added to all logits of a row alike changes no softmax.
+                    if kept.numel() and float(kept.max() - kept.min()) > 0:
+                        return True
+        return False
+
+    def _is_exclusive(self, query: Tensor, key: Tensor) -> bool:
+        """Whether the output stays as it is where queries are multiplied by a factor and keys divided by it."""
+        queries, keys = query.unique(), key.unique()
+        if bool(torch.isin(queries, keys).any()):
+            return False
+        factors = torch.ones(self._size())
+        factors[queries], factors[keys] = 2.0, 0.5
+        plain = torch.ones(self._size())
+        first, second = (self._sample(10, 0.5, factors=own).seen for own in (plain, factors))
+        # What comes to the projections behind counts too: their own output is given.
+        before, after = ([*own.sources.values(), *_tensors(own.output)] for own in (first, second))
+        if first.failed or second.failed or not before or len(before) != len(after):
+            return False
+        return all(
+            one.shape == other.shape and bool(torch.allclose(one, other, rtol=1e-3, atol=1e-4))
+            for one, other in zip(before, after, strict=True)
+        )
+
+    def _size(self) -> int:
+        """How many rows there are in all."""
+        if self.elements is None:
+            return self.bench.size
+        return sum(plan.rows for _, plan in self.elements.plans.values())
 
     def _is_made(
         self, sample: _Sample, way: _Way, side: str, numbers: _Numbers, bound: float = math.inf
@@ -580,16 +720,19 @@ class _Search:
 
     def _check_sources(self) -> None:
         """What projections are given that map others' outputs is what those give, of either sign."""
-        sample = self._sample(3, 1.0)
-        for emitter, features in self._links.items():
-            if emitter not in sample.seen.sources:
-                continue
-            want = sample.made(features.rows)
-            got = sample.seen.sources[emitter].double().flatten(0, -2)
-            if want is None or want.shape != got.shape:
-                continue
-            error = (got - features.factor * want).abs().max()
-            if not float(error) <= _tolerance(sample.seen.sources[emitter]) * float(want.abs().max()):
+        for scale in (1.0, _LARGE):
+            sample = self._sample(3, scale)
+            for emitter, features in self._links.items():
+                if emitter not in sample.seen.sources:
+                    continue
+                want = sample.made(features.rows)
+                got = sample.seen.sources[emitter].double().flatten(0, -2)
+                if want is None:
+                    continue
+                # In any order, since projections may be called several times.
+                error = (got[:, None] - features.factor * want[None]).abs().amax(-1).amin(1).max()
+                if float(error) <= _tolerance(sample.seen.sources[emitter]) * float(want.abs().max()):
+                    continue
                 raise _Rejected(
                     f"something that is not linear stands before its projection {emitter.plan.name!r}"
                 )
@@ -637,11 +780,16 @@ class _Search:
                 return False
         return True
 
-    def _check_wider(self, ways: list[_Way]) -> None:
-        """Refuse what mixes tokens or heads: in more tokens each vector is some rows of one, if turned."""
+    def _check_wider(self, ways: list[_Way], scaling: float) -> bool:
+        """Refuse what mixes tokens or heads: in more tokens each vector is some rows of one, if turned.
+
+        Returns:
+            Whether they are turned.
+        """
         wider = self.trial.wider
         if wider is None or any(given.dim() > 3 for given in wider.given.values()):
-            return
+            return False
+        is_turned = False
         first, second = (self._sample(seed, 1.0, trial=wider) for seed in (6, 7))
         for way in ways:
             if any(len(own.seen.products) <= way.place for own in (first, second)):
@@ -650,7 +798,13 @@ class _Search:
                         f"it runs alone on single tokens only{first.seen.failed}, which do not tell whether it "
                         "mixes them"
                     )
-                return
+                return is_turned
+            shifted = way.sides[1].rows.unique().cpu()
+            small = [self._sample(1, 0.1, trial=wider, shifted=part) for part in (None, shifted)]
+            if all(len(own.seen.products) > way.place for own in small):
+                factor, _ = _softmax_of(*(own.seen.products[way.place] for own in small))
+                if factor is not None and not _is_close(factor, scaling):
+                    raise _Rejected("the factor on its products depends on how many tokens there are")
             heads: list[Tensor] = []
             for side, numbers in zip(_SIDES, way.sides, strict=True):
                 got = [getattr(own.seen.products[way.place], side) for own in (first, second)]
@@ -671,11 +825,14 @@ class _Search:
                     raise _Rejected(
                         f"{_NAMES[side]} mix several tokens or heads, or depend on how many tokens there are"
                     )
+                apart = (vectors[0][:, None] - want[0].cpu()[None]).abs().amax(-1).amin(1)
+                is_turned = is_turned or not float(apart.max()) <= tolerance * float(want[0].abs().max())
 
             try:
                 _pairs(*heads)
             except UnreadLayer:
                 raise _Rejected("its products take vectors of several heads together") from None
+        return is_turned
 
     def _bound(self, ways: list[_Way]) -> float | None:
         """The bound that large queries and keys are clamped to, or None."""
@@ -693,6 +850,54 @@ class _Search:
                 bounds.add(bound / abs(numbers.factor))
         return min(bounds) if bounds else None
 
+    def clamped(self) -> str | None:
+        """That a clamp keeps the layer from being read, as a clause about it; None where none is seen.
+
+        Queries of numbers that are all large are ± one number then, at a token that nothing turns, and small ones
+        are smaller.
+        """
+        little = 1e-4
+        emissions = (random(8, 1e6), constant(torch.full((self.bench.size,), little)))
+        seen = [self.bench.run(self.trial, emission) for emission in emissions]
+        if not self.bench.emitters or not all(own.products for own in seen):
+            return None
+        for side in _SIDES:
+            large, small = (getattr(own.products[0], side).abs().double() for own in seen)
+            bound, factor = float(large.max()), float(small.max()) / little
+            share = (large >= (1 - 1e-3) * bound).double().movedim(-2, 0).flatten(1).mean(1).max()
+            if float(share) > 0.99 and math.isfinite(bound) and 0 < factor * little < 0.5 * bound:
+                return (
+                    f"a clamp to ±{bound / factor:.3g} between projection and product changes {_NAMES[side]}"
+                )
+        return None
+
+    def cause(self) -> str | None:
+        """What keeps the layer from being read, as a clause about it: a clamp or a cosine; None for others."""
+        return self.clamped() or self.normalized()
+
+    def normalized(self) -> str | None:
+        """That queries and keys are divided by their length.
+
+        Those of larger numbers are the same then, those of other numbers are not, and all are of one length.
+        """
+        given = ((8, 1.0), (8, 16.0), (9, 1.0))
+        seen = [self.bench.run(self.trial, random(seed, scale)) for seed, scale in given]
+        if not all(own.products for own in seen):
+            return None
+        for side in _SIDES:
+            first, larger, other = (getattr(own.products[0], side).double() for own in seen)
+            if not first.shape == larger.shape == other.shape or not float(first.abs().sum()) > 0:
+                return None
+            allowed = 1e-3 * float(first.abs().max())
+            lengths = first.norm(dim=-1)
+            is_one = float(lengths.max() - lengths.min()) <= 1e-3 * float(lengths.max())
+            is_same, is_fixed = (float((first - own).abs().max()) <= allowed for own in (larger, other))
+            if not is_one or not is_same or is_fixed:
+                return None
+        return (
+            "its queries and keys are divided by their length in its own forward, as for a cosine similarity"
+        )
+
     # Where rows come from.
 
     def _side(self, numbers: Tensor, what: str) -> FoundSide:
@@ -701,7 +906,7 @@ class _Search:
             return self._bare_side(numbers, norm, what)
         given: set[str] = set()
         first, *others = self._owners(numbers)
-        direct = None if others else _source(first, self.trial)
+        direct = None if others else self._sources.get(first)
         if direct is not None:
             return FoundSide(first.plan, numbers - first.first, norm, direct, normed=False)
         composed = self._compose(numbers.flatten(), given, depth=3)
@@ -762,7 +967,7 @@ class _Search:
         for emitter in self._owners(numbers):
             places = emitter.owns(numbers).nonzero()[:, 0]
             rows = numbers[places] - emitter.first
-            name = _source(emitter, self.trial)
+            name = self._sources.get(emitter)
             if name is not None:
                 given.add(name)
                 made.append(Part(places, emitter.plan, rows))
@@ -838,7 +1043,10 @@ def _numbers(seen: list[Tensor], what: str) -> _Numbers:
         rounded = value.round()
         whole = float((value - rounded).abs().max()) <= 0.25
         if not (whole and float(rounded.min()) >= 0 and float(rounded.max()) < _BASE):
-            raise UnreadLayer(f"{what} mix rows of its projections")
+            raise UnreadLayer(
+                f"{what} mix rows of its projections: they are sums of several (an adapter by hand, say) or "
+                "another function of them"
+            )
         rows += rounded.long() * _BASE**place
     return _Numbers(rows, float(factor.flatten()[0]))
 
@@ -907,8 +1115,17 @@ def _features(emitter: Emitter, runs: list[Seen]) -> _Numbers | None:
 
 
 def _source(emitter: Emitter, trial: Trial) -> str | None:
-    """The argument whose tokens a projection maps, as they are."""
-    tokens = emitter.given[-1].flatten(0, -2)
+    """The argument whose tokens a projection maps, as they are, in the last call in which it maps any."""
+    return next((name for own in emitter.given[::-1] if (name := _input_name(own, trial)) is not None), None)
+
+
+def _is_input(tensor: Tensor, trial: Trial) -> bool:
+    return _input_name(tensor, trial) is not None
+
+
+def _input_name(tensor: Tensor, trial: Trial) -> str | None:
+    """The argument whose tokens a tensor holds, as they are."""
+    tokens = tensor.flatten(0, -2)
     for name, given in trial.given.items():
         for known in (given, given.movedim(1, -1)):
             if known.shape[-1] != tokens.shape[-1]:
@@ -917,6 +1134,17 @@ def _source(emitter: Emitter, trial: Trial) -> str | None:
             if bool((tokens[:, None] == known[None]).all(-1).any(1).all()):
                 return name
     return None
+
+
+def _drawn_inputs(given: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Other inputs, those that were one tensor one again; with a mean of either sign, which a forward may ask."""
+    generator = torch.Generator().manual_seed(seed)
+    shift = 0.5 if seed % 2 else -0.5
+    drawn = {
+        name: (torch.randn(own.shape, generator=generator) + shift).to(own)
+        for name, own in _shared_storage(given)
+    }
+    return {name: drawn[first] for name, first in _first_names(given).items()}
 
 
 def _first_names(given: dict[str, Tensor]) -> dict[str, str]:
@@ -930,6 +1158,14 @@ def _shared_storage(given: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
     """Inputs, each tensor once, under the first of its names."""
     firsts = _first_names(given)
     return [(name, tensor) for name, tensor in given.items() if firsts[name] == name]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _varied(parameter: Tensor, place: int) -> Tensor:
@@ -992,9 +1228,9 @@ def _softmax_of(first: Product, second: Product) -> tuple[float | None, bool]:
 
 
 def _proportion(change: Tensor, outcome: Tensor, tolerance: float) -> float | None:
-    """The number that makes one change the other; None where there is none."""
+    """The number other than 0 that makes one change the other; None where there is none."""
     if not change.numel() or not float(change.abs().max()) > 0:
         return None
     factor = float(change @ outcome / change.square().sum())
     left = float((outcome - factor * change).abs().max())
-    return factor if left <= tolerance * float(outcome.abs().max()) else None
+    return factor if factor and left <= tolerance * float(outcome.abs().max()) else None

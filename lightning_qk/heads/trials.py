@@ -21,7 +21,7 @@ class Trial(NamedTuple):
         config: what the copy gets for a configuration; None for the module's own.
         positional: names of those that are passed by position, in order.
         rest: what is passed by position behind them.
-        wider: the same way to call it with more tokens.
+        wider: the same way to call it with another number of tokens.
         is_recorded: it was made from a call that the layer really got.
         tokens: how many tokens a sequence of the queries' input has, or None.
     """
@@ -36,8 +36,9 @@ class Trial(NamedTuple):
     tokens: int | None = None
 
     def call(self, module: nn.Module) -> Any:
-        """Call a module in this way."""
-        named = {**self.arguments, **self.given}
+        """Call a module in this way, on copies of its inputs: it may write into them."""
+        copies = {id(own): own.clone() for own in self.given.values()}
+        named = {**self.arguments, **{name: copies[id(own)] for name, own in self.given.items()}}
         first = [named.pop(name) for name in self.positional]
         return module(*first, *self.rest, **named)
 
@@ -353,7 +354,7 @@ def recorded_trials(
                 arguments[name] = value
             elif defaults.get(name, inspect.Parameter.empty) is inspect.Parameter.empty and name in defaults:
                 arguments[name] = copy.deepcopy(value)
-        yield Trial(
+        trial = Trial(
             given,
             arguments,
             _plain_attention(config),
@@ -361,6 +362,18 @@ def recorded_trials(
             rest=tuple(cut(part).clone() if isinstance(part, Tensor) else part for part in rest),
             is_recorded=True,
         )
+        yield trial._replace(wider=_shorter(trial))
+
+
+def _shorter(trial: Trial) -> Trial | None:
+    """The same call with fewer tokens, where nothing but its inputs says how many there are."""
+    others = [*trial.arguments.values(), *trial.rest]
+    if any(isinstance(own, Tensor) for own in others) or any(own.dim() != 3 for own in trial.given.values()):
+        return None
+    drawn = {id(own): own[:, : own.shape[1] - 1] for own in trial.given.values() if own.shape[1] > 2}
+    if len(drawn) != len({id(own) for own in trial.given.values()}):
+        return None
+    return trial._replace(given={name: drawn[id(own)] for name, own in trial.given.items()})
 
 
 def _brings_tokens(name: str, tensor: Tensor) -> bool:

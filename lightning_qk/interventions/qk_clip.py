@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qk.heads.edit import HeadEditor, head_editors
 from lightning_qk.heads.reader import ProjectionReader, kept_reader
-from lightning_qk.interventions.layers import matching_layers, refuse_layers
+from lightning_qk.interventions.layers import matching_layers
 
 
 def clip_qk(
@@ -100,7 +100,6 @@ def clip_editors(
     names: Iterable[str],
     *,
     trained: bool = True,
-    refused: Mapping[str, str] | None = None,
 ) -> dict[str, HeadEditor]:
     """What scales the given layers' heads.
 
@@ -108,13 +107,11 @@ def clip_editors(
         reader: of the model.
         names: the layers.
         trained: frozen weights are refused.
-        refused: layers that may not be changed, each with the reason as a clause.
 
     Raises:
         ValueError: one of them cannot be clipped exactly.
     """
     names = list(names)
-    refuse_layers(names, refused)
     for name in names:
         plan = reader.layers[name]
         if plan.normalizes:
@@ -122,6 +119,11 @@ def clip_editors(
                 "expected logits that scale with the query and key weights, got a norm of queries or keys behind "
                 f"them in {name}, which takes every scale out again and bounds the logits: drop QK-Clip, or leave "
                 "the layer out with modules="
+            )
+        if plan.is_capped:
+            raise ValueError(
+                f"expected logits that are q · k, got {name}, which bounds them by a function of its own, behind "
+                "which their size is not told: leave the layer out with modules="
             )
         if plan.position == "relative product":
             raise ValueError(
@@ -137,10 +139,9 @@ def clippable_layers(
     modules: str | Sequence[str] | None = None,
     *,
     trained: bool = True,
-    refused: Mapping[str, str] | None = None,
 ) -> dict[str, HeadEditor]:
     """What scales the heads of the layers that patterns match, see :func:`clip_editors`."""
-    return clip_editors(reader, matching_layers(reader, modules), trained=trained, refused=refused)
+    return clip_editors(reader, matching_layers(reader, modules), trained=trained)
 
 
 def check_clip(tau: float, alpha: float) -> None:

@@ -14,7 +14,7 @@ from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.edit import head_editors
 from lightning_qk.heads.linear import AffinePlan
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.interventions.layers import matching_layers, refuse_layers
+from lightning_qk.interventions.layers import matching_layers
 
 Projections = Literal["query_key", "all"]
 
@@ -82,7 +82,6 @@ def add_sigma_reparam(
     modules: str | Sequence[str] | None = None,
     projections: Projections = "query_key",
     trained: bool = True,
-    refused: Mapping[str, str] | None = None,
 ) -> list[str]:
     r"""Reparametrize attention weights as ``W = γ W̃ / σ₁(W̃)``, with γ trained, in place.
 
@@ -103,7 +102,6 @@ def add_sigma_reparam(
         projections: ``"query_key"``, or ``"all"`` for every linear map inside the attention layers (of a fused
             one, values have a γ too).
         trained: frozen weights are refused; else their γ is frozen as well, and may be unfrozen with them.
-        refused: layers that may not be changed, each with the reason as a clause.
 
     Returns:
         Qualified names of the projections that were reparametrized.
@@ -117,7 +115,6 @@ def add_sigma_reparam(
         raise ValueError(f"expected projections to be 'query_key' or 'all', got {projections!r}")
     reader = ProjectionReader(model)
     names = matching_layers(reader, modules)
-    refuse_layers(names, refused)
     # Of every row of a projection, which part it belongs to.
     parts: dict[nn.Module, Tensor] = {}
     transposed: dict[nn.Module, bool] = {}

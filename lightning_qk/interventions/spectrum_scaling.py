@@ -1,7 +1,7 @@
 """Spectra of heads set to one size, for inference."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qk.functional._precision import at_least_float32, full_precision
 from lightning_qk.heads.edit import HeadEditor, head_editors
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.interventions.layers import matching_layers, refuse_layers
+from lightning_qk.interventions.layers import matching_layers
 
 Statistic = Literal["frobenius_sq", "trace_sq"]
 
@@ -35,7 +35,6 @@ class SpectrumScaler:
         eps: ε.
         statistic: what η is: ``"frobenius_sq"`` or ``"trace_sq"``.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
-        refused: layers that may not be changed, each with the reason as a clause.
 
     Attributes:
         factors: qualified layer name → factor of each head, ``(heads,)``, while it is applied.
@@ -55,13 +54,11 @@ class SpectrumScaler:
         eps: float = 1.0,
         statistic: Statistic = "frobenius_sq",
         modules: str | Sequence[str] | None = None,
-        refused: Mapping[str, str] | None = None,
     ) -> None:
         check_scaling(gamma, eps, statistic)
         self.gamma, self.eps, self.statistic = gamma, eps, statistic
         self._reader = model if isinstance(model, ProjectionReader) else ProjectionReader(model)
         names = matching_layers(self._reader, modules)
-        refuse_layers(names, refused)
         for name in names:
             if self._reader.layers[name].normalizes:
                 raise ValueError(

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_qk.capture.callers import calls_sdpa, uses_interface
 from lightning_qk.capture.extremes import PRODUCTS
+from lightning_qk.capture.fronts import behind
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.verify import verified_reading
 from lightning_qk.heads.plan import LayerPlan
@@ -47,7 +48,7 @@ def _of_function(plan: LayerPlan, module: nn.Module, config: Any) -> str | None:
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
     if not isinstance(name, str) or registry is None or name not in registry.valid_keys():
         return None
-    function = registry[name]
+    function = behind(registry[name])
     if getattr(function, "__module__", _LIBRARY).startswith(_LIBRARY):
         return None
     like = next((own for own in module.parameters() if own.is_floating_point()), torch.empty(0))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from lightning_qk.functional._precision import at_least_float32
 from lightning_qk.functional.power import starting_subspace, subspace_iteration
 from lightning_qk.heads.edit import HeadEditor, StoredRows, head_editors
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.interventions.layers import matching_layers, refuse_layers
+from lightning_qk.interventions.layers import matching_layers
 
 # Vectors that follow the largest singular directions.
 _VECTORS = 8
@@ -51,11 +52,13 @@ class UpdateCapper:
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         iterations: of the power iteration, each step.
         trained: frozen weights are refused; else their updates are capped at the steps at which they train.
-        refused: layers that may not be changed, each with the reason as a clause.
 
     Attributes:
         spare: called with a layer's name and a clause about it where its weights can be capped no more, which
             leaves the layer alone from then on; None: an error is raised.
+        agree: given, once a step, the layers that cannot be capped here with their reasons, returns those that are
+            to be left alone: where several processes step the same weights, those of any of them. It is called
+            before anything is written.
         newest: ``(qualified layer name, "query" or "key")`` → what was done at the last step.
 
     Raises:
@@ -72,14 +75,14 @@ class UpdateCapper:
         modules: str | Sequence[str] | None = None,
         iterations: int = 4,
         trained: bool = True,
-        refused: Mapping[str, str] | None = None,
     ) -> None:
         check_cap(tau, iterations)
         self.tau, self.iterations = tau, iterations
         reader = model if isinstance(model, ProjectionReader) else ProjectionReader(model)
         names = matching_layers(reader, modules)
-        refuse_layers(names, refused)
         self.spare: Callable[[str, str], None] | None = None
+        self.agree: Callable[[Mapping[str, str]], Mapping[str, str]] = dict
+        self._doubts: dict[str, str] = {}
         self._reader = reader
         self._editors = head_editors(reader, names, trained=trained)
         self._rows: dict[tuple[str, str], StoredRows] = {}
@@ -99,6 +102,11 @@ class UpdateCapper:
         for stored in (editor.query, editor.key):
             _check_writable(name, stored)
         self._rows |= {(name, "query"): editor.query, (name, "key"): editor.key}
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers whose updates are capped."""
+        return list(self._editors)
 
     @property
     def frozen(self) -> list[str]:
@@ -123,7 +131,7 @@ class UpdateCapper:
             self.spare(name, reason)
 
     def refresh(self) -> None:
-        """Find the layers again if modules of the model were replaced, and see whether all can still be capped."""
+        """Find the layers again if modules of the model were replaced, and see which cannot be capped any more."""
         found = True
         try:
             changed = self._reader.refresh()
@@ -145,7 +153,7 @@ class UpdateCapper:
                 if problem is not None:
                     raise ValueError(f"it has query and key weights {problem}")
             except ValueError as error:  # noqa: PERF203
-                self.leave_alone(name, str(error))
+                self._doubts.setdefault(name, str(error))
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """What the estimates of σ₁ go on from, on the CPU: a resumed run caps as one that was not interrupted."""
@@ -174,44 +182,74 @@ class UpdateCapper:
         """
         wanted = None if parameters is None else {id(parameter) for parameter in parameters}
         if self.spare is not None:
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception as error:
+                for name in self._editors:
+                    self._doubts.setdefault(name, f"it cannot be found again ({_told(error)})")
         for key, stored in self._rows.items():
-            weight = stored.weight
-            if weight.requires_grad and (wanted is None or id(weight) in wanted):
-                self._before[key] = _rows(stored)
+            self._try(key, partial(self._remember_one, key, stored, wanted))
+
+    def _remember_one(self, key: tuple[str, str], stored: StoredRows, wanted: set[int] | None) -> None:
+        weight = stored.weight
+        if weight.requires_grad and (wanted is None or id(weight) in wanted):
+            self._before[key] = _rows(stored)
+
+    def _try(self, key: tuple[str, str], action: Callable[[], None]) -> None:
+        """Do something for a matrix whose layer is not in doubt; where it fails, it is from then on."""
+        if key[0] in self._doubts:
+            return
+        try:
+            action()
+        except Exception as error:
+            if self.spare is None:
+                raise
+            self._doubts[key[0]] = f"its update could not be capped ({_told(error)})"
 
     @torch.no_grad()
     def cap(self) -> dict[tuple[str, str], Capped]:
-        """Scale what was done to the weights since :meth:`remember`; nothing waits for the device."""
+        """Scale what was done to the weights since :meth:`remember`; nothing waits for the device.
+
+        Everything that may fail is done before :attr:`agree` is asked, and what is written after it.
+        """
         self.newest = {}
         remembered, self._before = self._before, {}
-        for key, before in remembered.items():
+        written: dict[tuple[str, str], Tensor] = {}
+        subspaces: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+
+        def cap_one(key: tuple[str, str], stored: StoredRows) -> None:
+            # What is written takes the place of what was remembered, and no more memory.
+            self.newest[key], subspaces[key], written[key] = self._capped(key, stored, remembered.pop(key))
+
+        for key in list(remembered):
             stored = self._rows.get(key)
-            if stored is None:
-                continue  # left alone since
-            try:
-                self.newest[key] = self._cap_one(key, stored, before)
-            except Exception as error:
-                if self.spare is None:
-                    raise
-                self.leave_alone(key[0], f"its update could not be capped ({type(error).__name__}: {error})")
+            if stored is not None:  # not left alone since
+                self._try(key, partial(cap_one, key, stored))
+        doubts, self._doubts = self._doubts, {}
+        for name, reason in self.agree(doubts).items():
+            self.leave_alone(name, reason)
+        self.newest = {key: capped for key, capped in self.newest.items() if key in self._rows}
+        for key in self.newest:
+            _put(self._rows[key], written[key])
+            self._subspaces[key] = subspaces[key]
         return self.newest
 
-    def _cap_one(self, key: tuple[str, str], stored: StoredRows, before: Tensor) -> Capped:
+    def _capped(
+        self, key: tuple[str, str], stored: StoredRows, before: Tensor
+    ) -> tuple[Capped, tuple[Tensor, Tensor], Tensor]:
+        """What is done to a matrix, what estimates go on from, and its rows then; nothing is changed."""
         after = _rows(stored)
         wide = at_least_float32(before)
         update = at_least_float32(after) - wide
         of_weight, of_update = self._subspaces.get(key) or _start(wide, update)
         size, of_weight = subspace_iteration(wide, of_weight, self.iterations)
         step, of_update = subspace_iteration(update, of_update, self.iterations)
-        self._subspaces[key] = of_weight, of_update
         ratio = step / size
         # A step of 0, and one that is not finite, is left alone.
         is_large = (ratio > self.tau) & ratio.isfinite()
         factor = torch.where(is_large, self.tau / ratio, 1.0)
         capped = torch.where(is_large, wide + factor * update, at_least_float32(after))
-        _put(stored, capped.to(after.dtype))
-        return Capped(factor, ratio)
+        return Capped(factor, ratio), (of_weight, of_update), capped.to(after.dtype)
 
     def follow(
         self, optimizer: Optimizer, done: Callable[[dict[tuple[str, str], Capped]], None] | None = None
@@ -271,6 +309,10 @@ def check_cap(tau: float, iterations: int) -> None:
         )
     if iterations < 1:
         raise ValueError(f"expected at least 1 power iteration, got {iterations}")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _start(weight: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,8 @@ def layer_health(record: RunRecord) -> list[LayerHealth]:
 def print_health(record: RunRecord, console: "Console | None" = None) -> None:
     """Print the layers' health as a table, and below it the reasons, the worst layers first.
 
-    Columns that matter less are left out where the console is narrow.
+    Where the console is narrow, columns that matter less are left out, and titles take two lines; numbers and
+    verdicts are never cut, and a name that is longer than what is left goes on in the next line.
 
     Args:
         record: the run.
@@ -95,40 +96,71 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
     if not rows:
         return
     console = console or Console()
-    columns = [
-        ("layer", "label", False),
-        ("eig mean", "eig_mean", True),
-        ("eig var", "eig_var", False),
-        ("asym", "asymmetry", True),
-        ("entropy", "entropy_normalized", False),
-        ("sink", "sink_first", False),
-        ("max|logit|", "max_abs_logit", False),
-        ("localization", "localization", True),
-        ("linear share", "linear_share", False),
-        ("verdict", "verdict", False),
-    ]
-    wide = console.width >= 112
-    shown = [(title, name) for title, name, only_wide in columns if wide or not only_wide]
+    texts = {
+        title: [
+            printable(value) if isinstance(value := getattr(row, name), str) else format_value(value)
+            for row in rows
+        ]
+        for title, name in _COLUMNS.items()
+    }
     table = Table(title=f"Attention health{_at_steps(record)}", title_justify="left", pad_edge=False)
-    for title, name in shown:
-        left = name in ("label", "verdict")
-        table.add_column(title, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
-    for row in rows:
+    shown = _columns_that_fit(texts, console.width)
+    for title, header in shown.items():
+        left = title in ("layer", "verdict")
+        table.add_column(
+            header, justify="left" if left else "right", no_wrap=title != "layer", overflow="fold"
+        )
+    for index, row in enumerate(rows):
         style = {"ok": "green", "sink": "yellow", "no data": "dim"}.get(row.verdict, "red")
-        cells = []
-        for _, name in shown:
-            value = getattr(row, name)
-            if name == "verdict":
-                cells.append(f"[{style}]{value}[/{style}]")
-            else:
-                cells.append(escape(printable(value)) if isinstance(value, str) else format_value(value))
-        table.add_row(*cells)
+        cells = [escape(texts[title][index]) for title in shown]
+        table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     console.print(table)
     reasons = sorted((row for row in rows if row.reason), key=lambda row: VERDICTS.index(row.verdict))
     for row in reasons[:_MAX_REASONS]:
         console.print(printable(f"{row.label}: {row.verdict}, {row.reason}"), markup=False, highlight=False)
     if len(reasons) > _MAX_REASONS:
         console.print(f"and {len(reasons) - _MAX_REASONS} layers more", markup=False, highlight=False)
+
+
+# Title → what it shows; the layer is first and the verdict last.
+_COLUMNS = {
+    "layer": "label",
+    "eig mean": "eig_mean",
+    "eig var": "eig_var",
+    "asym": "asymmetry",
+    "entropy": "entropy_normalized",
+    "sink": "sink_first",
+    "max|logit|": "max_abs_logit",
+    "localization": "localization",
+    "linear share": "linear_share",
+    "verdict": "verdict",
+}
+# What is left out where a console is narrow: first all of these, then one after the other of those.
+_ONLY_WIDE = ("eig mean", "asym", "localization")
+_NEXT_OUT = ("linear share", "sink", "eig var")
+
+
+def _columns_that_fit(texts: dict[str, list[str]], width: int) -> dict[str, str]:
+    """Columns that fit into a width, each with its title, which may have two lines.
+
+    Args:
+        texts: title → what stands in the column.
+        width: of the console, in cells.
+    """
+    from rich.cells import cell_len
+
+    narrow = [title for title in texts if title not in _ONLY_WIDE]
+    fewer = [[title for title in narrow if title not in _NEXT_OUT[:out]] for out in range(len(_NEXT_OUT) + 1)]
+    one_line = [{title: title for title in titles} for titles in (list(texts), narrow)]
+    two_lines = [
+        {title: title.replace(" ", "\n").replace("max|", "max\n|") for title in titles} for titles in fewer
+    ]
+    for shown in (*one_line, *two_lines):
+        cells = [(*header.split("\n"), *texts[title]) for title, header in shown.items()]
+        # A column has a border and a space on both sides, but for the edges of the table.
+        if sum(max(map(cell_len, column)) + 3 for column in cells) - 1 <= width:
+            return shown
+    return two_lines[-1]
 
 
 def format_value(value: float) -> str:

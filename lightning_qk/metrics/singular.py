@@ -1,6 +1,6 @@
 """Singular values of ``W_QK`` and the size of its updates, of every head of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,10 @@ class SingularValues:
         self._before = {name: (pair[0], pair[1]) for name, pair in state["before"].items()}
         self._norms = {int(step): dict(norms) for step, norms in state["norms"].items()}
 
+    def reading_order(self, layers: Iterable[str]) -> list[str]:
+        """Of some layers those that :meth:`cores` reads, in its order."""
+        return [name for name in layers if name in self.heads]
+
     @torch.no_grad()
     def cores(self, projections: Mapping[str, HeadProjections]) -> list[Cores]:
         """Matrices of the weights and of their change since the last call, to be solved.
@@ -87,7 +91,7 @@ class SingularValues:
         layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections] = projections
         if isinstance(projections, ProjectionReader):
             layers = projections.layers
-        for batch in layer_batches(projections, [name for name in layers if name in self.heads]):
+        for batch in layer_batches(projections, self.reading_order(layers)):
             widths = batch.query.shape[-1] * batch.key.shape[-1]
             self._scales |= {name: float(layers[name].scaling) * widths**0.5 for name in batch.names}
             names = tuple(_WHOLE + name for name in batch.names)

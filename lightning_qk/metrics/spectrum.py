@@ -119,7 +119,8 @@ class QKSpectrum(Metric):
         rows = {name: torch.full((self._moments, count), torch.nan) for name, count in self.heads.items()}
         self.cores = []
         layers = projections.layers if isinstance(projections, ProjectionReader) else projections
-        bilinear = [name for name, layer in layers.items() if layer.self_attention]
+        order = reading_order(layers)
+        bilinear = [name for name in order if layers[name].self_attention]
         for batch in layer_batches(projections, bilinear):
             n = support_size(batch.query, self.support)
             products = qk_products(batch.query, batch.key)
@@ -141,7 +142,7 @@ class QKSpectrum(Metric):
                 self.cores.append(Cores(batch.names, products.core, bilinear=True))
                 self._add_offsets(batch.names, products, n, layers, rows)
             del batch, products  # before the next one is gathered, where weights are sharded
-        for batch in layer_batches(projections, [name for name in layers if name not in bilinear]):
+        for batch in layer_batches(projections, order[len(bilinear) :]):
             self.cores.append(Cores(batch.names, qk_singular_core(batch.query, batch.key), bilinear=False))
             del batch
         values = torch.cat([rows[name].to(self.total) for name in self.heads], dim=-1)
@@ -178,6 +179,11 @@ class QKSpectrum(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all heads, flat, shape ``(sum(heads),)``."""
         return dict(zip(self.statistics, self.total / self.updates, strict=True))
+
+
+def reading_order(layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections]) -> list[str]:
+    """Names in the order in which :meth:`QKSpectrum.update` reads them: self-attention first."""
+    return sorted(layers, key=lambda name: not layers[name].self_attention)
 
 
 def _by_rotation(

@@ -1,6 +1,6 @@
 """LocAteR: localized attention regularization, a penalty on the scale of QK-eigenspectra."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -110,6 +110,11 @@ def locater_penalty(
     return _sum(totals)
 
 
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
 class LocaterPenalty:
     """The penalty on the live weights of one model, as the callback applies it: planned once.
 
@@ -155,7 +160,7 @@ class LocaterPenalty:
     def means(self, support: Support) -> dict[str, Tensor]:
         """Layer → mean of each head's eigenvalues, shape ``(heads,)``, on the weights' device."""
         means = {}
-        with torch.no_grad():
+        with torch.no_grad(), self.reader.to_the_end(self.names):
             for name in self.names:
                 for batch in _batches({name: self.reader[name]}):
                     trace = (_match(batch.query, batch.key) * batch.query).sum((-2, -1))
@@ -165,18 +170,28 @@ class LocaterPenalty:
 
     @torch.no_grad()
     def value(self, settings: "Settings") -> Tensor:
-        """The penalty, detached."""
-        return _sum([total for part in self._parts() for total in self._values(settings, part)])
+        """The penalty, detached. Layers are gathered to the end whatever fails."""
+        with self.reader.to_the_end(self.names):
+            return _sum([total for part in self._parts() for total in self._values(settings, part)])
 
     def add_gradient(
-        self, settings: "Settings", weight: float | Tensor, parameters: Collection[Tensor]
+        self,
+        settings: "Settings",
+        weight: float | Tensor,
+        parameters: Collection[Tensor],
+        agree: Callable[[Exception | None], None] = _raise,
     ) -> tuple[Tensor, bool]:
         """Add the gradient of ``weight`` times the penalty to ``.grad`` of those parameters that it depends on.
+
+        All gradients are there before any is added, so that where one cannot be computed none is; flat parameters
+        (FSDP's first version) alone get theirs layer by layer.
 
         Args:
             settings: which penalty.
             weight: a number, or a scalar tensor on the weights' device.
             parameters: what may be changed; frozen ones among them are left alone.
+            agree: called before anything is added, with the error that there was, to raise where there was one:
+                on any of several processes. Layers are gathered to the end whatever has failed.
 
         Returns:
             The penalty before it is weighted, detached; and whether any parameter depends on it.
@@ -188,16 +203,31 @@ class LocaterPenalty:
             weight = number(weight, "weight")
         wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
         totals: list[Tensor] = []
+        shares = _Shares()
         reached = False
+        error: Exception | None = None
         for part in self._parts():
             layers = {name: self.reader.layers[name] for name in part}
             # Only a layer that is alone in its part can be flat.
             (first, *_) = layers.values()
             with first.gathered(grads=first.is_flat):
-                values, found = _add_gradients(layers, settings, weight, wanted)
-            totals += values
-            reached = reached or found
-        return _sum(totals), reached
+                own = _Shares() if first.is_flat else shares
+                try:
+                    totals += _gradients(layers, settings, weight, wanted, own)
+                except Exception as failed:
+                    error = error or failed.with_traceback(None)  # whose frames hold what was gathered
+                if first.is_flat:
+                    agree(error)
+                    own.add()
+                    reached = reached or bool(own)
+        total = torch.empty(())
+        try:
+            total = _sum(totals)
+        except Exception as failed:
+            error = error or failed
+        agree(error)
+        shares.add()
+        return total, reached or bool(shares)
 
     def _values(self, settings: "Settings", part: list[str]) -> list[Tensor]:
         return [
@@ -282,13 +312,67 @@ def _sum(totals: list[Tensor]) -> Tensor:
     return torch.stack([total.to(totals[0].device) for total in totals]).sum()
 
 
-def _add_gradients(
-    layers: Mapping[str, LayerPlan], settings: Settings, weight: float | Tensor, wanted: Collection[int]
-) -> tuple[list[Tensor], bool]:
-    """Penalties of layers, their gradients added; a function of its own, so that nothing gathered outlives it."""
+class _Shares:
+    """What is to be added to the gradients of parameters; nothing is changed before :meth:`add`."""
+
+    def __init__(self) -> None:
+        self._made: dict[nn.Parameter, Tensor] = {}
+        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._pulled: list[tuple[nn.Parameter, Tensor]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._views or self._pulled)
+
+    def put(
+        self,
+        layers: Mapping[str, LayerPlan],
+        heads: Mapping[str, HeadProjections],
+        names: Sequence[str],
+        gradients: Sequence[Tensor | None],
+        wanted: Collection[int],
+    ) -> None:
+        """Share gradients of stacked projections, (layers, ...) for query and key, out to the parameters."""
+        for side, stacked in zip(("query", "key"), gradients, strict=True):
+            if stacked is None:
+                continue
+            for name, gradient in zip(names, stacked.unbind(0), strict=True):
+                layer = layers[name]
+                if not _wants(layer, side, wanted):
+                    continue
+                view = layer.gradient_view(side, self._made)
+                if view is None:
+                    self._pulled += _pulled(layer, getattr(heads[name], side), side, gradient, wanted)
+                    continue
+                place = view.data_ptr(), view.numel()
+                # Tied weights have one gradient for several layers.
+                before = self._views.get(place)
+                self._views[place] = view, gradient if before is None else before[1] + gradient
+
+    def add(self) -> None:
+        """Add all of it."""
+        for parameter, grad in self._made.items():
+            parameter.grad = grad
+        if self._views:
+            into, parts = zip(*self._views.values(), strict=True)
+            torch._foreach_add_(list(into), list(parts))
+        for parameter, share in self._pulled:
+            if parameter.grad is None:
+                parameter.grad = share
+            else:
+                parameter.grad += share
+
+
+def _gradients(
+    layers: Mapping[str, LayerPlan],
+    settings: Settings,
+    weight: float | Tensor,
+    wanted: Collection[int],
+    shares: _Shares,
+) -> list[Tensor]:
+    """Penalties of layers, their gradients shared out; a function, so that nothing gathered outlives it."""
     with torch.enable_grad():
         heads = {name: layer.read() for name, layer in layers.items()}
-    totals, reached = [], False
+    totals = []
     with torch.no_grad():
         for batch in _batches(heads):
             sides = (
@@ -300,8 +384,8 @@ def _add_gradients(
             )
             totals.append(values.sum())
             if any(sides):
-                reached = _put(layers, heads, batch.names, gradients, wanted) or reached
-    return totals, reached
+                shares.put(layers, heads, batch.names, gradients, wanted)
+    return totals
 
 
 def _any_wanted(
@@ -317,54 +401,6 @@ def _wants(layer: LayerPlan, side: str, wanted: Collection[int]) -> bool:
         # FSDP gives a parameter that has no gradient on any process none to add to.
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
     return any(id(parameter) in wanted for parameter in parameters)
-
-
-def _put(
-    layers: Mapping[str, LayerPlan],
-    heads: Mapping[str, HeadProjections],
-    names: Sequence[str],
-    gradients: Sequence[Tensor | None],
-    wanted: Collection[int],
-) -> bool:
-    """Add gradients of stacked projections, (layers, ...) for query and key, to those of the parameters.
-
-    Returns:
-        Whether there was any parameter to add to.
-    """
-    reached = False
-    into: dict[tuple[int, int], Tensor] = {}
-    parts: dict[tuple[int, int], Tensor] = {}
-    for side, stacked in zip(("query", "key"), gradients, strict=True):
-        if stacked is None:
-            continue
-        for name, gradient in zip(names, stacked.unbind(0), strict=True):
-            layer = layers[name]
-            if not _wants(layer, side, wanted):
-                continue
-            view = layer.gradient_view(side)
-            if view is None:
-                reached = _pull_back(layer, getattr(heads[name], side), side, gradient, wanted) or reached
-                continue
-            place = view.data_ptr(), view.numel()
-            # Tied weights have one gradient for several layers.
-            parts[place] = parts[place] + gradient if place in into else gradient
-            into[place] = view
-    if into:
-        torch._foreach_add_(list(into.values()), list(parts.values()))
-    return reached or bool(into)
-
-
-def _pull_back(
-    layer: LayerPlan, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
-) -> bool:
-    """Add to the parameters' gradients what a projection's gradient means for them; whether it means anything."""
-    shares = _pulled(layer, projection, side, gradient, wanted)
-    for parameter, share in shares:
-        if parameter.grad is None:
-            parameter.grad = share
-        else:
-            parameter.grad += share
-    return bool(shares)
 
 
 def _pulled(
@@ -473,6 +509,15 @@ def select_layers(
             raise ValueError(
                 f"expected at least one attention layer whose spectrum can be penalized, got {matched[0]}{more}, "
                 f"{reason}: {_way_out(layers, matched, cross_attention)}"
+            )
+        unread = projections.unread if isinstance(projections, ProjectionReader) else {}
+        unread = {name: reason for name, reason in unread.items() if _matches(name, patterns)}
+        if unread:
+            first = next(iter(unread))
+            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+            raise ValueError(
+                f"expected query and key weights that can be read in the layers of modules={modules!r}, got "
+                f"{first}{more}, of which they cannot: {unread[first]}; choose other layers with modules="
             )
         names = ", ".join(list(projections)[:3])
         raise ValueError(

@@ -25,12 +25,15 @@ from lightning_qk.heads.probing import shadow
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.search import find_rows
 from lightning_qk.heads.trials import Trial, recorded_trials
-from lightning_qk.verification.compare import Added, Match, compare, tolerance
+from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
 _MOST = 48
 # Relative error of the softmax scale beyond which it was read wrong.
 _SCALING = 1e-2
+# Rows of logits that are looked at for it, and what is masked among them.
+_ROWS = 128
+_MASKED = -1e3
 
 
 class Status(Enum):
@@ -282,8 +285,15 @@ class SelfCheck:
         if not match.error <= allowed:
             if not (kept.has_parts or call_inputs(call)):
                 return _unchecked("what enters its projections was not seen")
-            side = "queries" if match.query > allowed else "keys"
+            is_query = match.query > allowed
+            side = "queries" if is_query else "keys"
             reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
+            share = 0.0 if read.clip is None else beyond(read, inputs, match)[0 if is_query else 1]
+            if share > 0:
+                reason = (
+                    f"a clamp to ±{read.clip:.3g} between projection and product changes {share:.2g} of the "
+                    f"numbers in its {side}, so that they are not W x + b"
+                )
             if math.isfinite(match.error):
                 reason += f": the largest difference of a head is {match.error:.2g} of its length"
             return Verified(Status.DIFFERS, match.query, match.key, reason, is_self)
@@ -439,17 +449,63 @@ def _added(plan: LayerPlan, side: Side) -> Added:
 
 def _wrong_scaling(read: float, call: AttentionCall | SoftmaxCall, match: Match) -> str | None:
     """What is wrong with the softmax scale, where the call says it; None where nothing is known to be."""
-    if isinstance(call, SoftmaxCall) or match.factor is None:
+    if match.factor is None:
         return None
-    given = call.options.get("scaling")
-    if given is None:
-        given = call.query.shape[-1] ** -0.5
+    if isinstance(call, SoftmaxCall):
+        given = _factor_of_logits(call)
+    else:
+        given = call.options.get("scaling")
+        if given is None:
+            given = call.query.shape[-1] ** -0.5
     if not isinstance(given, int | float):
         return None
     scaling = float(given) * match.factor
     if abs(scaling - read) <= _SCALING * abs(scaling):
         return None
     return f"its logits are scaled by {scaling:.4g}, which was read as {read:.4g}"
+
+
+def _factor_of_logits(call: SoftmaxCall) -> float | None:
+    """The factor between the products of queries and keys and the logits; None where it is not seen for certain.
+
+    What is alike in a row is no matter to the softmax, and what is alike in all sequences is positions'.
+    """
+    if call.operands is None:
+        return None
+    logits = call.logits[..., : call.logits.shape[-1] - call.sinks]
+    query, key = call.operands
+    try:
+        lead = logits.shape[:-2]
+        query, key = query.expand(*lead, *query.shape[-2:]), key.expand(*lead, *key.shape[-2:])
+    except RuntimeError:
+        return None
+    if (*lead, query.shape[-2], key.shape[-2]) != tuple(logits.shape):
+        return None
+    if lead:
+        query, key, logits = query[:2], key[:2], logits[:2]
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    query, key, logits = query[..., :_ROWS, :].to(wide), key.to(wide), logits[..., :_ROWS, :].to(wide)
+    dots = query @ key.mT
+    kept = logits.isfinite() & (logits > _MASKED) & dots.isfinite()
+    for across in (False, True):
+        if across:
+            if not lead or len(logits) < 2:
+                return None
+            kept = kept.all(0, keepdim=True).expand_as(kept)
+            dots, logits = (own - own.mean(0, keepdim=True) for own in (dots, logits))
+        count = kept.sum(-1, keepdim=True).clamp_min(1)
+        change, outcome = (
+            torch.where(kept, own - torch.where(kept, own, 0).sum(-1, keepdim=True) / count, 0)
+            for own in (dots, logits)
+        )
+        size = change.square().sum()
+        if not float(size) > 0:
+            continue
+        factor = (change * outcome).sum() / size
+        left = (outcome - factor * change).norm()
+        if bool(left <= _SCALING * outcome.norm()) and bool(outcome.norm() > 0):
+            return float(factor)
+    return None
 
 
 def summary(verdicts: Mapping[str, Verified], shorten: Callable[[Sequence[str]], str]) -> list[str]:

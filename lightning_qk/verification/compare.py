@@ -167,6 +167,30 @@ def compare(
         return rotated if rotated is not None and rotated.error < best.error else best
 
 
+def beyond(read: HeadProjections, inputs: Sequence[Tensor], match: Match) -> tuple[float, float]:
+    """Which share of the numbers in queries and keys, as read, a clamp to ``read.clip`` changes.
+
+    Args:
+        read: the layer's projections, with a bound.
+        inputs: as for :func:`compare`.
+        match: what it returned.
+    """
+    bound = math.inf if read.clip is None else read.clip
+    shares = []
+    with torch.no_grad(), full_precision(inputs[0].device):
+        for weight, bias, place in (
+            (read.query, read.query_bias, match.sources[0]),
+            (read.key, read.key_bias, match.sources[1]),
+        ):
+            if place < 0:  # the keys of another layer
+                shares.append(0.0)
+                continue
+            tokens = next(_as_tokens(place, inputs[place], weight.shape[-1])).values
+            made = _Side(weight, bias, None, None).project(tokens)
+            shares.append(float((made.abs() > bound).double().mean()))
+    return shares[0], shares[1]
+
+
 def _as_tokens(place: int, x: Tensor, width: int) -> Iterator[_Tokens]:
     """A tensor as tokens, in the orders that are usual."""
 

@@ -4,12 +4,13 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import models
+import ranks_decisions
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
+from ranks_failing import Failing
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_qk
@@ -18,44 +19,28 @@ from lightning_qk.callbacks import _captured, _monitor, attention, hidden, spect
 from lightning_qk.logging import forgotten, history
 from lightning_qk.metrics import eigenvalues, means
 
+SPECTRUM, STATES, CALLS = "QKSpectrumMonitor", "HiddenStateMonitor", "AttentionMonitor"
+
 PLACES = {
-    "measuring spectra": (spectrum.QKSpectrum, "update"),
-    "cores of singular values": (spectrum.SingularValues, "cores"),
-    "eigenproblems": (eigenvalues, "core_eigenvalues"),
-    "solving at all": (eigenvalues, "solve_each"),
-    "measuring a call": (attention, "call_sums"),
-    "measuring states": (hidden, "hidden_sums"),
-    "pooling": (means.HeadMeans, "update"),
-    "copying to the host": (_captured, "flat_values"),
-    "remembering": (history.History, "append"),
-    "temporary files": (forgotten.tempfile, "TemporaryFile"),
-    "logging": (_monitor, "log_scalars"),
-    "finding layers": (_captured, "find_attention"),
-    "beginning to listen": (_captured.CaptureMonitor, "begin_batch"),
-    "ending to listen": (HiddenStateMonitor, "end_batch"),
-    "the end": (_monitor.Monitor, "finish"),
+    "measuring spectra": (spectrum.QKSpectrum, "update", (SPECTRUM, STATES)),
+    "cores of singular values": (spectrum.SingularValues, "cores", (SPECTRUM, STATES)),
+    "eigenproblems": (eigenvalues, "core_eigenvalues", (SPECTRUM,)),
+    "solving at all": (eigenvalues, "solve_each", (SPECTRUM,)),
+    "measuring a call": (attention, "call_sums", (CALLS, STATES)),
+    "measuring states": (hidden, "hidden_sums", (STATES, CALLS)),
+    "pooling": (means.HeadMeans, "update", (CALLS, "SinkMonitor", SPECTRUM)),
+    "copying to the host": (_captured, "flat_values", (CALLS, "PositionMonitor", SPECTRUM)),
+    "remembering": (history.History, "append", (SPECTRUM, CALLS)),
+    "temporary files": (forgotten.tempfile, "TemporaryFile", (SPECTRUM, STATES)),
+    "logging": (_monitor, "log_scalars", (SPECTRUM, CALLS, STATES)),
+    "finding layers": (_captured, "find_attention", (CALLS, SPECTRUM)),
+    "beginning to listen": (_captured.CaptureMonitor, "begin_batch", (CALLS, SPECTRUM)),
+    "ending to listen": (HiddenStateMonitor, "end_batch", (STATES, CALLS)),
+    "the end": (_monitor.Monitor, "finish", (SPECTRUM, CALLS, "SinkMonitor", "PositionMonitor", STATES)),
 }
-"""What fails → where."""
+"""What fails → where, and what watches: monitors that it concerns, and one that goes on."""
 ONCE = ("eigenproblems", "measuring a call", "pooling")
 """What also fails at one call alone."""
-
-
-class Failing:
-    """Fails at every call, or at some of them, in place of what is there."""
-
-    def __init__(self, calls: range) -> None:
-        self.calls, self.count = calls, 0
-
-    def __call__(self, *args, **kwargs):
-        self.count += 1
-        if self.count in self.calls:
-            raise torch.linalg.LinAlgError("injected") if self.count % 2 else OSError(28, "injected")
-        return self.real(*args, **kwargs)
-
-    def at(self, owner: object, name: str):
-        self.real = getattr(owner, name)
-        # A function is bound to its instance, an object is not.
-        return mock.patch.object(owner, name, lambda *args, **kwargs: self(*args, **kwargs))
 
 
 def fit(folder: Path, callbacks: list) -> dict:
@@ -86,27 +71,28 @@ def fit(folder: Path, callbacks: list) -> dict:
     }
 
 
-def monitors() -> list:
-    return [
+def monitors(names: tuple[str, ...]) -> list:
+    every = [
         QKSpectrumMonitor(singular=True),
         AttentionMonitor(rows=4),
         SinkMonitor(),
         PositionMonitor(),
         HiddenStateMonitor(),
     ]
+    return [one for one in every if type(one).__name__ in names]
 
 
 def run(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     results = {"plain": fit(folder, [])}
-    for index, (name, (owner, attribute)) in enumerate(PLACES.items()):
+    for index, (name, (owner, attribute, who)) in enumerate(PLACES.items()):
         for calls in (range(1, 10_000), *((range(2, 3),) if name in ONCE else ())):
             # The first process fails at one half of the places, the second at the other.
             failing = Failing(calls).at(owner, attribute) if rank == index % 2 else nullcontext()
             with failing:
                 print(rank, name, len(calls), flush=True)
-                results[name, len(calls)] = fit(folder / f"{index}_{len(calls)}", monitors())
-    torch.save(results, folder / f"{rank}.pt")
+                results[name, len(calls)] = fit(folder / f"{index}_{len(calls)}", monitors(who))
+    torch.save(results | ranks_decisions.run(folder), folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -201,8 +202,19 @@ def test_a_prior_of_each_example():
     with Term(divergence(priors[:4, None]), WEIGHT).listening("gpt2") as term:
         want = run(Bare, term)
     assert_same(run(Batches, callbacks=[AttentionPrior("grounding", WEIGHT)]), want, run(Bare))
-    with pytest.raises(ValueError, match="dictionary"):
-        models.trainer([AttentionPrior("grounding")], max_steps=1).fit(models.Job(), models.tokens())
+
+
+def test_batches_that_can_bring_no_prior_are_said_once_and_trained_on():
+    losses = []
+    for callbacks in ([], [AttentionPrior("grounding")]):
+        job = models.Job()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            models.trainer(callbacks, max_steps=3).fit(job, models.tokens())
+        losses.append(torch.stack(job.losses))
+    assert torch.equal(*losses)
+    (told,) = [str(one.message) for one in said if "AttentionPrior" in str(one.message)]
+    assert "expected a batch that is a dictionary" in told
 
 
 def test_two_penalties_a_monitor_and_locater():

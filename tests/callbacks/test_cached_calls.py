@@ -1,5 +1,7 @@
 """Generation and caches beside the loss's forwards: what is measured is as if they were not there."""
 
+import inspect
+
 import models
 import pytest
 import torch
@@ -8,7 +10,18 @@ from test_attention_evaluation import Evaluated
 from torch import nn
 from transformers.generation.utils import GenerationMixin
 
-from lightning_qk import AttentionMonitor, CollapseGuard, HiddenStateMonitor, PositionMonitor, SinkMonitor
+from lightning_qk import (
+    AttentionMonitor,
+    AttentionPrior,
+    CollapseGuard,
+    EntropyBand,
+    HiddenStateMonitor,
+    PositionMonitor,
+    QKClip,
+    SinkMonitor,
+)
+from lightning_qk.callbacks import qk_clip
+from lightning_qk.guard.detector import CollapseDetector
 
 WIDTH, HEADS = 32, 4
 
@@ -251,3 +264,102 @@ def test_a_guard_says_nothing_of_an_argument_that_it_does_not_have():
         models.trainer([guard], max_steps=2).fit(job, models.tokens(16, 9))
     assert not any("cached_calls" in note for note in getattr(guard, "notes", []))
     assert job.said
+
+
+WITH_GRADIENTS = inspect.unwrap(GenerationMixin.generate)
+
+
+class Speaking(transformers.GPT2LMHeadModel):
+    """Generates with gradients, as models do whose own ``generate`` is not under ``no_grad``."""
+
+    def generate(self, *args, **kwargs):
+        return WITH_GRADIENTS(self, *args, **kwargs)
+
+
+def speaking():
+    return models.build(Speaking, models.gpt2().config)
+
+
+MODELS["with gradients"] = speaking
+
+
+class WithGradients(Generating):
+    generate_here = Generating.generate_here.__wrapped__
+
+
+def steer(kind, way, callback):
+    kind_of = WithGradients if kind == "with gradients" else Generating
+    job = kind_of(kind, way)
+    torch.manual_seed(1)
+    models.trainer([callback], max_steps=2, log_every_n_steps=1).fit(job, models.tokens(16, 9))
+    return job
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"), [("gpt2", "generate"), ("whisper", "without cache"), ("with gradients", "generate")]
+)
+def test_largest_logits_and_their_clip_are_those_of_the_job_without_generation(kind, way, monkeypatch):
+    heard = []
+    measure = qk_clip.call_max_logits
+    monkeypatch.setattr(
+        qk_clip, "call_max_logits", lambda call, **more: heard.append(call) or measure(call, **more)
+    )
+    clip, alone = QKClip(0.5), QKClip(0.5)
+    job, plain = steer(kind, way, clip), steer(kind, "none", alone)
+    with_generation, without = heard[: len(heard) // 2], heard[len(heard) // 2 :]
+    assert len(with_generation) == len(without) > 0
+    assert job.said
+    assert all(torch.equal(a, b) for a, b in zip(job.losses, plain.losses, strict=True))
+    assert any((gamma < 1).any() for gamma in alone.gammas.values())
+    for name, want in alone.maxima.items():
+        assert torch.equal(clip.maxima[name], want), name
+        assert torch.equal(clip.gammas[name], alone.gammas[name]), name
+    for a, b in zip(job.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_calls_with_a_cache_by_hand_are_not_clipped_by(monkeypatch):
+    heard = []
+    measure = qk_clip.call_max_logits
+    monkeypatch.setattr(
+        qk_clip,
+        "call_max_logits",
+        lambda call, **more: heard.append((call.query.shape[2], call.key.shape[2])) or measure(call, **more),
+    )
+    models.trainer([QKClip(0.5)], max_steps=1).fit(ByHand(models.gpt2()), models.tokens(8, 9))
+    assert sorted(set(heard)) == [(4, 4), (9, 9)]
+
+
+PENALTIES = {
+    "band": lambda: EntropyBand(0.5, 0.6, 1.0),
+    "prior": lambda: AttentionPrior(weight=1.0, prior="window"),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_are_those_of_the_job_without_generation(name):
+    callback, alone = PENALTIES[name](), PENALTIES[name]()
+    job, plain = (steer("with gradients", way, own) for way, own in (("generate", callback), ("none", alone)))
+    assert job.said
+    assert len(callback.account.curves) == 2
+    assert str(callback.account.state_dict()) == str(alone.account.state_dict())
+    for a, b in zip(job.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [("whisper", "generate"), ("with gradients", "generate"), ("with gradients", "without cache")],
+)
+def test_a_guard_reads_the_cosine_of_the_job_without_generation(kind, way, monkeypatch):
+    read = []
+    observe = CollapseDetector.observe
+    monkeypatch.setattr(
+        CollapseDetector, "observe", lambda self, reading: read.append(reading) or observe(self, reading)
+    )
+    for own in (way, "none"):
+        steer(kind, own, CollapseGuard(every_n_steps=1))
+    for got, want in zip(read[:2], read[2:], strict=True):
+        assert bool(want.values["hidden/cosine"].isfinite().any())
+        for name in want.values:
+            assert bool(same(got.values[name], want.values[name]).all()), name

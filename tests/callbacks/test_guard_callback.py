@@ -1,9 +1,6 @@
 """The guard on jobs that collapse, and on one that does not."""
 
 import itertools
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,12 +9,11 @@ import models
 import pytest
 import torch
 from guard_job import Sharpen, fit
+from processes import run_script
 
 from lightning_qk import AttentionMonitor, CollapseGuard, LocAteR, QKClip, QKSpectrumMonitor
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME
 from lightning_qk.callbacks._watch import HiddenCosine
-
-ROOT = Path(__file__).parents[2]
 
 
 def weights(job):
@@ -67,6 +63,50 @@ def test_reads_the_trainers_monitors(tmp_path, guard_first):
         assert torch.equal(reading.values["attn/max_abs_logit"], want)
         assert "qk/frobenius_sq" in reading.values
         assert len(reading.losses) == 2
+
+
+@pytest.mark.parametrize("action", ["stop", "remedy"])
+def test_the_place_in_the_list_makes_no_difference(tmp_path, action):
+    """Every reading is judged, the last step's too, and what is done about it is done at the same step."""
+    found = []
+    for number, guard_first in enumerate((True, False)):
+        guard = CollapseGuard("stop" if action == "stop" else QKClip(5.0), every_n_steps=1, lr_factor=0.5)
+        monitors = [
+            AttentionMonitor(1, rows=None, report=False, figures_every=0),
+            QKSpectrumMonitor(1, report=False, figures_every=0),
+        ]
+        torch.manual_seed(1)
+        callbacks = [guard, *monitors] if guard_first else [*monitors, guard]
+        trainer = models.trainer(
+            [Sharpen(), *callbacks], max_steps=20, max_epochs=-1, default_root_dir=tmp_path / str(number)
+        )
+        job = models.Job(lr=1e-3, optimizer="adamw")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            trainer.fit(job, models.tokens(64))
+        assert not any("could not be logged" in str(one.message) for one in said)
+        assert guard.verdicts
+        assert guard.account.curves.steps == list(range(trainer.global_step))
+        assert guard._pending is None
+        found.append((trainer.global_step, guard.verdicts, guard.account.state_dict(), weights(job)))
+    assert found[0][:2] == found[1][:2]
+    assert str(found[0][2]) == str(found[1][2])
+    assert torch.equal(found[0][3], found[1][3])
+
+
+def test_a_last_step_that_alone_is_alarming_is_told(tmp_path):
+    class Breaks(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 9:
+                with torch.no_grad():
+                    module.inner["network"].transformer.h[1].attn.c_attn.weight.fill_(torch.nan)
+
+    guard = CollapseGuard(QKClip(5.0), every_n_steps=1, checkpoint_every=0)
+    monitors = [AttentionMonitor(1, report=False, figures_every=0), QKSpectrumMonitor(1, report=False)]
+    trainer = models.trainer([Breaks(), guard, *monitors], max_steps=10, default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match="CollapseGuard: step 9"):
+        trainer.fit(models.Job(), models.tokens(64))
+    assert [verdict.step for verdict in guard.verdicts] == [9]
 
 
 def test_stop(tmp_path):
@@ -309,37 +349,27 @@ def test_refuses_arguments_out_of_range(arguments):
         CollapseGuard(**arguments)
 
 
-def torchrun(script, folder):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name(script)), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def in_two(script, folder):
+    run_script(Path(__file__).with_name(script), folder, processes=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def test_two_processes_do_the_same(tmp_path):
-    one, other = torchrun("guard_job.py", tmp_path)
+    one, other = in_two("guard_job.py", tmp_path)
     assert one["alarms"] == other["alarms"] != []
     assert one["back"] == other["back"] is not None
     assert torch.equal(one["weights"], other["weights"])
 
 
 def test_goes_back_where_weights_are_sharded_and_in_half_precision(tmp_path):
-    for found in torchrun("guard_sharded_job.py", tmp_path):
+    for found in in_two("guard_sharded_job.py", tmp_path):
         for name, one in found.items():
             want = {"steps": 8, "back": -1, "is_start": True, "moved": True, "goes_on": True, "finite": True}
             assert one == want, name
 
 
 def test_what_fails_on_one_rank_makes_no_other_wait(tmp_path):
-    for found in torchrun("guard_fault_job.py", tmp_path):
+    for found in in_two("guard_fault_job.py", tmp_path):
         plain = found.pop("plain")
         assert len(plain) == 6
         for name, losses in found.items():

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_qk import LocAteR, QKClip, SigmaReparam, SpectrumScaling, UpdateCap
+from lightning_qk import LocAteR, QKClip, QKSpectrumMonitor, SigmaReparam, UpdateCap
 
 
 def attention(job, index=0):
@@ -356,16 +356,48 @@ def test_locater_blames_no_pattern_that_nobody_gave():
     assert "modules=None" not in str(caught.value)
 
 
-def test_a_layer_that_is_read_wrongly_is_refused(monkeypatch):
-    name = "inner.network.transformer.h.1.attn"
-    for module in ("qk_clip", "update_cap", "sigma_reparam", "locater", "spectrum_scaling"):
-        monkeypatch.setattr(
-            f"lightning_qk.callbacks.{module}.misread_layers",
-            lambda *_: {name: "whose queries are not W x + b"},
-        )
-    for kind in (QKClip, UpdateCap, SigmaReparam, SpectrumScaling, lambda: LocAteR(1.0)):
-        with pytest.raises(ValueError, match=rf"got {name}, whose queries are not W x \+ b.*modules="):
-            fit([kind()], max_steps=1)
+def test_a_layer_that_was_read_wrongly_is_left_out_of_the_next_fit_until_it_changes():
+    """What one fit has found holds for the next with the same layer, and not for one that was mended."""
+    job = Seeded(model=models.llama())
+    name = "inner.network.model.layers.1.self_attn"
+    projection = job.get_submodule(name).q_proj
+    hook = projection.register_forward_hook(lambda module, args, out: out.flip(-1))
+    with pytest.warns(UserWarning, match=rf"{name} is left out: its queries are not W x \+ b"):
+        fit([QKSpectrumMonitor(report=False)], job, max_steps=1)
+    for callback in (QKClip(1.0), LocAteR(1.0)):
+        with pytest.warns(UserWarning, match=rf"{name} is (not clipped|left out): its queries are not"):
+            fit([callback], job, max_steps=1)
+    with pytest.raises(ValueError, match="to match at least one attention layer"):
+        fit([UpdateCap(1e-4, modules="*.1.self_attn")], job, max_steps=1)
+    hook.remove()
+    job.get_submodule(name).is_mended = True
+    clip = QKClip(1.0)
+    fit([clip], job, max_steps=1)
+    assert clip.maxima[name].isfinite().all()
+    assert not clip.left
+
+
+class Tempered(nn.Module):
+    """Attention with a learnt factor on its logits, which no reading tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.factor = nn.Linear(32, 96), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return ((q @ k.mT * self.factor).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("kind", [LocAteR, QKClip, UpdateCap])
+def test_patterns_that_match_only_what_cannot_be_read_are_not_said_to_match_nothing(kind):
+    network = nn.ModuleDict({"words": nn.Embedding(50, 32), "attention": Tempered(), "other": models.gpt2()})
+    callback = kind(1.0, modules="*.attention")
+    with pytest.raises(
+        ValueError, match=r"network\.attention.*its learnt parameter 'factor'.*modules="
+    ) as caught:
+        fit([callback], Seeded(model=network), max_steps=1)
+    assert "matches none" not in str(caught.value)
 
 
 def test_a_layer_can_be_given_up_in_mid_run():

@@ -1,24 +1,21 @@
 """QK-Clip in training, against logits recorded at torch's own attention."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import intervention_jobs
 import lightning as L
 import models
 import pytest
 import torch
 import transformers
 from lightning.pytorch.loggers import CSVLogger
+from processes import run_script
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_qk import AttentionMonitor, LocAteR, QKClip, QKSpectrumMonitor
 from lightning_qk.heads.reader import ProjectionReader
-
-TESTS = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -400,18 +397,8 @@ def test_logits_that_are_not_finite_are_left_alone():
 
 
 def test_two_processes_agree(tmp_path):
-    script = str(Path(__file__).with_name("weights_job.py"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for command in ([sys.executable, script, str(tmp_path), "1"], [*torchrun, script, str(tmp_path), "2"]):
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        run_script(Path(__file__).with_name("weights_job.py"), tmp_path, processes, processes=processes)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert first.keys() == {"ddp", "fsdp2", "tensor parallel", "update cap", "sigma reparam"}
     for case in first:
@@ -429,3 +416,15 @@ def test_two_processes_agree(tmp_path):
         assert first[case]["metrics"]["clip/gamma/min"] < 1
     assert first["update cap"]["metrics"]["update_cap/factor/min"] < 1
     assert any(name.endswith("gain") for name in first["sigma reparam"]["weights"])
+
+
+@pytest.mark.parametrize("name", ["SoftCap", "EntropyBand", "AttentionPrior"])
+def test_the_place_beside_what_steers_attention_makes_no_difference(name):
+    found = []
+    for is_first in (True, False):
+        clip, other = QKClip(1.0), intervention_jobs.make(name)
+        _, job = intervention_jobs.fit([clip, other] if is_first else [other, clip], max_steps=2)
+        assert any((gamma < 1).any() for gamma in clip.gammas.values())
+        found.append((clip.maxima, intervention_jobs.weights(job)))
+    for one, other in zip(*found, strict=True):
+        intervention_jobs.assert_same(one, other)

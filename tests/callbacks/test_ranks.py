@@ -1,35 +1,21 @@
 """What fails in one of two processes: the other does not wait, training does not notice, and it is said once."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
+from ranks_decisions import BOTH, CHANGING, WATCHING
 from ranks_job import ONCE, PLACES
 
-TESTS = Path(__file__).parents[1]
 CASES = [(name, 9_999) for name in PLACES] + [(name, 1) for name in ONCE]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(Path(__file__).with_name("ranks_job.py"))
-    # A process that waits for another one's collective call ends only with this.
-    done = subprocess.run(
-        [*torchrun, script, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    # A process that waits for another one's collective call ends only by its timeout.
+    run_script(Path(__file__).with_name("ranks_job.py"), folder, processes=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -65,3 +51,27 @@ def test_what_did_not_fail_is_still_measured(results, case):
         assert any(kept[-5:] == list(range(5)) for kept in steps.values())
     for kept in steps.values():
         assert kept == sorted(set(kept))
+
+
+@pytest.mark.parametrize("name", [*WATCHING, *CHANGING])
+def test_it_fails_and_both_have_the_same_weights(results, name):
+    first, second = (of_rank[name, 1] for of_rank in results)
+    assert [first["failed"], second["failed"]].count(True) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+
+
+@pytest.mark.parametrize("name", WATCHING)
+def test_who_watches_changes_nothing(results, name):
+    for of_rank in results:
+        watched = of_rank[name, 1]
+        plain = of_rank["plain", watched["is_sharded"]]
+        assert torch.equal(plain["losses"], watched["losses"])
+        assert all(torch.equal(a, b) for a, b in zip(plain["weights"], watched["weights"], strict=True))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_what_fails_on_one_process_is_left_out_as_if_it_failed_on_both(results, name):
+    one, both = (results[0][name, count] for count in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], both["weights"], strict=True))
+    plain = results[0]["plain", one["is_sharded"]]
+    assert not all(torch.equal(a, b) for a, b in zip(one["weights"], plain["weights"], strict=True))

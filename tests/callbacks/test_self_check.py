@@ -1,5 +1,7 @@
 """The self-check of a fit: run by whichever callback is there, with the right word on every layer."""
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -9,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor
-from lightning_qk.callbacks._self_check import SelfCheck
+from lightning_qk.callbacks._self_check import SelfCheck, _agreed
 from lightning_qk.functional import qk_moments
+from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.verification import Status, Verified
 
 WIDTH, HEADS = 16, 4
 
@@ -92,9 +96,8 @@ class Job(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(kind: str, *callbacks: L.Callback, steps: int = 4) -> tuple[Job, L.Trainer]:
-    job = Job(kind)
-    trainer = L.Trainer(
+def trainer_of(*callbacks: L.Callback, steps: int = 4) -> L.Trainer:
+    return L.Trainer(
         max_steps=steps,
         log_every_n_steps=2,
         logger=False,
@@ -104,8 +107,16 @@ def fit(kind: str, *callbacks: L.Callback, steps: int = 4) -> tuple[Job, L.Train
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def loader(steps: int = 4) -> DataLoader[Tensor]:
     torch.manual_seed(1)
-    trainer.fit(job, DataLoader(torch.randn(8 * steps, 5, WIDTH), batch_size=8))
+    return DataLoader(torch.randn(8 * steps, 5, WIDTH), batch_size=8)
+
+
+def fit(kind: str, *callbacks: L.Callback, steps: int = 4) -> tuple[Job, L.Trainer]:
+    job, trainer = Job(kind), trainer_of(*callbacks, steps=steps)
+    trainer.fit(job, loader(steps))
     return job, trainer
 
 
@@ -173,3 +184,86 @@ def test_a_second_fit_checks_again() -> None:
         assert monitor.history is not None
         got = monitor.history.series("trace")[-1]
         torch.testing.assert_close(got, expected(job).detach(), rtol=1e-5, atol=1e-6)
+
+
+class LoopAttention(nn.Module):
+    """Two heads one after the other: their softmaxes are not one attention, and cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH // 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        for head in self.heads:
+            q, k, v = head(x).chunk(3, dim=-1)
+            parts.append((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v)
+        return torch.cat(parts, dim=-1)
+
+
+class Pair(Job):
+    """Attention to other tokens, beside a layer that cannot be checked."""
+
+    def __init__(self) -> None:
+        super().__init__("separate")
+        self.loop = LoopAttention()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        other = batch.roll(1, 0)[:, :3]
+        out = self.loop(batch) + self.net.attention(batch, other, other)
+        return (out - batch.roll(1, 1)).square().mean()
+
+
+def test_layers_are_read_again_only_where_something_new_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that stays unchecked is no news at each step: to read layers of one's own takes their forwards."""
+    plans: list[int] = []
+    plan = ProjectionReader._plan
+
+    def counted(self: ProjectionReader, model: nn.Module) -> None:
+        plans.append(trainer.global_step)
+        plan(self, model)
+
+    monkeypatch.setattr(ProjectionReader, "_plan", counted)
+    monitor = QKSpectrumMonitor(report=False)
+    trainer = trainer_of(monitor)
+    trainer.fit(Pair(), loader())
+
+    assert monitor.labels == {"loop": "loop", "net.attention": "cross_attention"}
+    assert max(plans) == 0
+    # By the check and by the monitor, and by the monitor once more when the check has told it of the other tokens.
+    assert len(plans) <= 5
+
+
+def test_processes_act_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever each of them saw: what follows has collective calls, for which one must not go alone."""
+    statuses = [
+        Verified(status, 0.0, 0.0, "", of_itself)
+        for status in (Status.VERIFIED, Status.REREAD, Status.DIFFERS)
+        for of_itself in (True, False, None)
+    ]
+    words = [*statuses, Verified(Status.UNCHECKED, float("nan"), float("nan"))]
+    pairs = list(itertools.product(words, words))
+    seen = [{str(index): pair[rank] for index, pair in enumerate(pairs)} for rank in range(2)]
+    sent: list[Any] = []
+
+    def send(every: list[Any], own: Any) -> None:
+        sent.append(own)
+
+    def receive(every: list[Any], own: Any) -> None:
+        every[:] = sent
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    trainer: Any = SimpleNamespace(world_size=2)
+    # What each sends, then what each makes of both.
+    monkeypatch.setattr(torch.distributed, "all_gather_object", send)
+    for own in seen:
+        assert _agreed(trainer, own) is None
+    monkeypatch.setattr(torch.distributed, "all_gather_object", receive)
+    first, other = (_agreed(trainer, own) for own in seen)
+
+    assert first is not None
+    assert other is not None
+    assert list(first) == list(seen[0])
+    for name, verdict in first.items():
+        assert verdict[::4] == other[name][::4], pairs[int(name)]

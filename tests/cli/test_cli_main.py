@@ -81,6 +81,21 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lightning-qk {__version__}\n"
 
 
+@pytest.mark.parametrize("module", ["lightning_qk", "lightning_qk.cli"])
+def test_python_runs_the_command(module: str) -> None:
+    """Where no ``lightning-qk`` is on the path, as in notebooks and containers."""
+    done = [
+        subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, timeout=60)
+        for args in (["--help"], ["fti"])
+    ]
+
+    assert [each.returncode for each in done] == [0, 2]
+    assert done[0].stdout.startswith("usage: lightning-qk COMMAND")
+    assert not done[0].stderr
+    [line] = done[1].stderr.splitlines()
+    assert "did you mean 'fit'?" in line
+
+
 def test_a_job_from_fit_to_predict(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(config), "--model.lr", "1e-3", "--seed_everything", "3"]) == 0
 

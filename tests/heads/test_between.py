@@ -10,7 +10,7 @@ from sweep import D_HEAD, HEADS, WIDTH, attend
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_qk import head_projections
+from lightning_qk import head_projections, verify
 from lightning_qk.heads.between import attends_over_channels
 from lightning_qk.heads.edit import head_editors
 from lightning_qk.heads.errors import NotTokenAttention
@@ -132,6 +132,12 @@ class ChannelAttention(Base):
         return (q @ k.mT * self.temperature).softmax(-1) @ v
 
 
+class SignAttention(Base):
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return attend("matmul", q.sign(), k.sign(), v)
+
+
 class CrossCovarianceAttention(Base):
     def forward(self, x):
         q, k, v = (part.mT for part in self.split(x))
@@ -156,12 +162,12 @@ def _refusal(kind):
         (ExponentAttention, "its learnt parameter 'logit_scale'"),
         (GainAttention, "its learnt parameter 'gain'"),
         (ShiftAttention, "its learnt parameter 'shift'"),
-        (CosineAttention, "mix rows"),
+        (CosineAttention, "are divided by their length in its own forward, as for a cosine"),
         (TalkingAttention, "its queries"),
         (UnmovedAttention, "vectors of several heads together"),
         (LengthAttention, "how many tokens there are"),
         (ConvolvedAttention, "its queries"),
-        (AdaptedAttention, "its queries"),
+        (AdaptedAttention, "its queries mix rows of its projections: they are sums of several (an adapter"),
     ],
 )
 def test_what_is_no_form_of_the_projections_is_refused_by_name(kind, reason):
@@ -203,6 +209,61 @@ def test_the_clamp_of_a_known_model_is_named(clip):
     else:
         with pytest.raises(ValueError, match="clamped"):
             head_editors(reader, reader)
+
+
+def _clamped(clip):
+    class ClampedAttention(Base):
+        def forward(self, x):
+            return attend("matmul", *(part.clamp(-clip, clip) for part in self.split(x)))
+
+    return ClampedAttention
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.3, 1e-3])
+def test_a_clamp_that_keeps_a_layer_from_being_read_is_the_reason(clip):
+    for side in ("queries", "keys"):
+
+        class One(Base):
+            def forward(self, x, side=side):
+                q, k, v = self.split(x)
+                if side == "queries":
+                    return attend("matmul", q.clamp(-clip, clip), k, v)
+                return attend("matmul", q, k.clamp(-clip, clip), v)
+
+        said = f"a clamp to ±{clip:.3g} between projection and product changes its {side}"
+        assert said in str(_refusal(One))
+    assert "a clamp to ±" in str(_refusal(_clamped(clip)))
+
+
+@pytest.mark.parametrize("kind", [SignAttention, RectifiedAttention, CosineAttention, TemperatureAttention])
+def test_what_is_no_clamp_is_not_called_one(kind):
+    assert "a clamp" not in str(_refusal(kind))
+
+
+@pytest.mark.parametrize("clip", [0.3, 1e-3])
+def test_a_clamp_that_acts_is_named_by_the_self_check(clip):
+    torch.manual_seed(0)
+    model = transformers.OlmoModel(transformers.OlmoConfig(**GQA, clip_qkv=clip))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    for found in verify(model, {"input_ids": torch.randint(0, GQA["vocab_size"], (2, 9))}).values():
+        assert not found.ok
+        assert found.reason.startswith(f"a clamp to ±{clip:g} between projection and product changes ")
+        assert "of the numbers in its queries" in found.reason
+
+
+def test_a_clamp_that_does_not_act_is_not_blamed():
+    """What differs is something else then."""
+    torch.manual_seed(0)
+    model = transformers.OlmoModel(transformers.OlmoConfig(**GQA, clip_qkv=1e4))
+    first = next(iter(ProjectionReader(model).layers))
+    own = model.get_submodule(first)
+    own.q_proj.register_forward_hook(lambda module, args, out: out.flip(-1))
+    found = verify(model, {"input_ids": torch.randint(0, GQA["vocab_size"], (2, 9))})[first]
+    assert not found.ok
+    assert "clamp" not in found.reason
 
 
 def test_the_factor_behind_norms_is_the_layers_own():

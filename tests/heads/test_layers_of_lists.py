@@ -8,12 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_qk import head_projections
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.findings import Finding
-from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.reader import ProjectionReader, find_attention
-from lightning_qk.heads.trials import recorded_trials
-from lightning_qk.verification import SelfCheck, Status
+from lightning_qk.verification.check import SelfCheck
 
 WIDTH, HEADS = 24, 4
 
@@ -109,36 +105,39 @@ def test_layers_with_lists_are_found_and_read(kind, held):
     assert layer is model[1].mix
 
 
+def seen(model, call):
+    """Let a self-check see a call and all readers of the model know what it found."""
+    check = SelfCheck(model, ProjectionReader(model, allow_empty=True))
+    with torch.no_grad(), check.looking():
+        call()
+    verdicts = check.conclude()
+    check.settle(verdicts)
+    return verdicts
+
+
 def test_a_call_tells_self_from_cross_attention():
     torch.manual_seed(0)
-    model = nn.Sequential(Copied("list")).double()
-    model[0].__class__ = MultiHeadedAttention
-    reader = ProjectionReader(model)
-    plan = reader.layers["0"]
-    assert not plan.is_decided
-    assert plan.self_attention
-    x, y = (torch.randn(9, n, WIDTH, dtype=torch.float64) for n in (5, 7))
-    [site] = attention_sites(model)
+    x, y, z = (torch.randn(9, n, WIDTH, dtype=torch.float64) for n in (5, 7, 5))
     for args, kwargs, is_self in (
         ((x, x, x), {}, True),
         ((x, y, y), {"mask": torch.ones(9, 1, 5, 7)}, False),
         ((x,), {"key": x, "value": x, "mask": torch.ones(9, 1, 5, 5)}, True),
-        ((x, x.clone(), x), {}, False),
+        ((x, z, z), {}, False),
     ):
-        ways = tuple(recorded_trials(site.module, site.config, args, kwargs))
-        found = LayerPlan(site, False, finding=Finding(ways=ways))
-        assert found.is_decided
-        assert found.self_attention is is_self
+        model = nn.Sequential(Copied("list")).double()
+        model[0].__class__ = MultiHeadedAttention
+        plan = ProjectionReader(model).layers["0"]
+        assert not plan.is_decided
+        assert plan.self_attention
+        seen(model, lambda args=args, kwargs=kwargs, model=model: model[0](*args, **kwargs))
+        assert head_projections(model)["0"].self_attention is is_self
 
 
 def test_what_a_call_told_is_kept_when_modules_are_replaced():
     model = nn.ModuleDict({"a": MultiHeadedAttention("list"), "b": nn.Linear(2, 2)})
     reader = ProjectionReader(model)
-    assert reader["a"].self_attention
     x, y = torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH)
-    with SelfCheck(model, reader).looking() as check:
-        model["a"](x, y, y)
-        check.settle(check.conclude())
+    seen(model, lambda: model["a"](x, y, y))
     model["b"] = nn.Linear(3, 3)
     assert reader.refresh()
     assert not reader["a"].self_attention
@@ -160,9 +159,8 @@ def test_a_layer_that_cannot_be_run_alone_is_learnt_from_its_call():
     model = nn.Sequential(PlannedAttention())
     reader = ProjectionReader(model, allow_empty=True)
     assert list(reader.unread) == list(reader.refusals) == ["0"]
-    with SelfCheck(model, reader).looking() as check:
-        model[0](torch.randn(4, 6, WIDTH), {"order": torch.tensor([0, 1])})
-        check.settle(check.conclude())
-    assert check.verdicts["0"].status is Status.REREAD
-    [heads] = head_projections(model).values()
-    assert torch.equal(heads.query, model[0].qkv.weight.unflatten(0, (HEADS, 3, 6))[:, 0])
+    verdicts = seen(model, lambda: model[0](torch.randn(4, 6, WIDTH), {"order": torch.tensor([0, 1])}))
+    assert verdicts["0"].ok
+    assert reader.refresh()
+    assert not reader.unread
+    assert torch.equal(reader["0"].query, model[0].qkv.weight.unflatten(0, (HEADS, 3, 6))[:, 0])

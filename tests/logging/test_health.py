@@ -103,6 +103,42 @@ def test_the_table_fits(width: int) -> None:
     assert ("eig mean" in text) == (width > 80)
 
 
+LONG_NAMES = {
+    80: ["encoder_layer_00", "decoder_layer_00", "decoder_cross_layer_00", "decoder_cross_layer_01"],
+    60: ["decoder_cross_layer_00"],
+    50: ["student_of_the_second_teacher_cross_layer_00", "layer_00"],
+}
+
+
+@pytest.mark.parametrize("width", LONG_NAMES)
+def test_long_names_cut_no_number_and_no_verdict(width: int) -> None:
+    """Those of an encoder and a decoder in a terminal of usual width, and narrower ones."""
+    labels = LONG_NAMES[width]
+    spectrum, attention = (History(labels, [2] * len(labels)) for _ in range(2))
+    heads = 2 * len(labels)
+    spectrum.append(5, {"eig_var": torch.full((heads,), -5.6e-4)})
+    sick = {
+        "entropy_normalized": 0.807,
+        "sink_first": 4.1e-4,
+        "max_abs_logit": 123456.0,
+        "linear_share": 2e-4,
+    }
+    attention.append(5, {name: torch.full((heads,), value) for name, value in sick.items()})
+
+    out = io.StringIO()
+    print_health(RunRecord(spectrum=spectrum, attention=attention), Console(file=out, width=width))
+
+    table = out.getvalue().split("┘")[0].splitlines()
+    assert max(len(line) for line in table) <= width
+    assert "…" not in "".join(table)
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in table if line.startswith("│")]
+    assert "".join(row[0] for row in cells) == "".join(labels)
+    whole = [row for row in cells if row[-1]]
+    assert len(whole) == len(labels)
+    for row in whole:
+        assert {"0.807", "1.2e+05", "saturated"} <= set(row)
+
+
 def test_many_reasons_are_cut_and_the_worst_come_first() -> None:
     record = simulated_record(layers=30, heads=2)
     record.attention.values["sink_first"][-1][:] = 0.9
