@@ -55,7 +55,7 @@ tour: $(VENV)/.examples
 	$(BIN)/python examples/refresh_tour.py
 
 coverage: $(VENV)/.core
-	$(BIN)/lightning-qk coverage --jobs 2 --output docs/coverage.md
+	$(BIN)/python -m tools.coverage --jobs 2 --output docs/coverage.md
 
 paper: $(VENV)/.examples
 	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py $(PAPER_OPTIONS) || exit 1; done

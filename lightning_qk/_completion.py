@@ -69,16 +69,16 @@ def whole(prog: str) -> argparse.ArgumentParser:
         prog: name of the program.
     """
     from lightning_qk import _configs
+    from lightning_qk._verify_command import parser as verify_parser
     from lightning_qk.cli import configs_parser, descriptions, report_parser
-    from lightning_qk.coverage.command import _parser as coverage_parser
     from lightning_qk.inspect.command import _parser as inspect_parser
     from lightning_qk.logging.workspace_command import parser as workspace_parser
 
     ready = {
         "inspect": inspect_parser(prog),
+        "verify": verify_parser(f"{prog} verify"),
         "report": report_parser(),
         "wandb-workspace": workspace_parser(f"{prog} wandb-workspace"),
-        "coverage": coverage_parser(prog),
         "configs": configs_parser(),
         "completion": parser(prog),
     }

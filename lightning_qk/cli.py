@@ -131,11 +131,11 @@ def report_parser() -> OneLineParser:
     return parser
 
 
-def _coverage(args: list[str]) -> int:
-    """Measure which model types are read and captured."""
-    from lightning_qk.coverage.command import run
+def _verify(args: list[str]) -> int:
+    """Compare what is read of a model with what its forward computes."""
+    from lightning_qk._verify_command import run
 
-    return run(args[1:], f"{_PROG} coverage")
+    return run(args[1:], f"{_PROG} verify")
 
 
 def _inspect(args: list[str]) -> int:
@@ -207,13 +207,13 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         _fit_and_kin,
     ),
     "inspect": ("show what is in a checkpoint's query and key weights: lightning-qk inspect gpt2", _inspect),
+    "verify": (
+        "compare what is read of a model with what its forward computes: lightning-qk verify gpt2",
+        _verify,
+    ),
     "report": (
         "make a run's HTML report again: lightning-qk report runs/job/lightning_qk_record.safetensors",
         _report,
-    ),
-    "coverage": (
-        "check which model types of transformers are read and captured: lightning-qk coverage llama",
-        _coverage,
     ),
     "configs": ("list or print the ready configs: lightning-qk configs quickstart > job.yaml", _configs),
     "completion": (

@@ -66,7 +66,7 @@ def check_command(line: str) -> None:
 
 def _check_ours(arguments: Sequence[str]) -> None:
     from lightning_qk import _completion, cli
-    from lightning_qk.coverage.command import _parser as coverage_parser
+    from lightning_qk._verify_command import parser as verify_options
     from lightning_qk.inspect.command import _options as inspect_options
 
     name, *rest = arguments
@@ -82,12 +82,10 @@ def _check_ours(arguments: Sequence[str]) -> None:
         assert status in (0, None), arguments
     elif name == "inspect":
         inspect_options(rest, "inspect")
+    elif name == "verify":
+        verify_options("verify").parse(rest)
     elif name == "report":
         cli.report_parser().parse(rest)
-    elif name == "coverage":
-        from lightning_qk.coverage.catalogue import model_types
-
-        assert set(coverage_parser("coverage").parse(rest).types) <= set(model_types())
     elif name == "configs":
         assert cli.main(list(arguments)) == 0
     elif name == "completion":

@@ -1,8 +1,10 @@
 """What importing costs: pure functions need torch alone, and loggers and data wait until they are used."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,21 @@ def added() -> dict[str, set[str]]:
 
 def test_functional_imports_torch_alone(added):
     assert added["import lightning_qk.functional"] - added["import torch"] == {"lightning_qk"}
+
+
+def test_the_package_imports_nothing_that_no_wheel_has():
+    root = Path(lightning_qk.__file__).parent
+    kept = {"tools", "tests", "benchmarks", "examples", "coverage_toys"}
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            assert not kept & {name.split(".")[0] for name in names}, path
 
 
 @pytest.mark.parametrize("name", ["LocAteR", "TransformerModule"])

@@ -62,11 +62,10 @@ def test_commands_are_real(command, monkeypatch):
             assert COMMANDS[COMMANDS.index(install[-1]) + 1] in steps
         else:
             assert "-m pytest" in steps
-    elif arguments[:1] == ["coverage"]:
-        from lightning_qk.coverage.catalogue import model_types
-        from lightning_qk.coverage.command import _parser
+    elif arguments[:1] == ["verify"]:
+        from lightning_qk._verify_command import parser as verify_parser
 
-        assert set(_parser("coverage").parse_args(arguments[1:]).types) <= set(model_types())
+        assert verify_parser("verify").parse_args(arguments[1:]).length >= 4
     elif arguments[:1] == ["inspect"]:
         from lightning_qk.inspect.command import _parser as inspect_parser
 

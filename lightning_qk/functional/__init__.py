@@ -9,7 +9,6 @@ from lightning_qk.functional.divergence import (
     window_prior,
 )
 from lightning_qk.functional.extremes import max_logits
-from lightning_qk.functional.geometry import MaskGeometry, mask_geometry
 from lightning_qk.functional.hidden import hidden_statistics
 from lightning_qk.functional.localization import attention_statistics, logit_statistics
 from lightning_qk.functional.marked import attention_on_keys
@@ -32,7 +31,6 @@ from lightning_qk.functional.sinks import sink_statistics
 from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_singular_values
 
 __all__ = [
-    "MaskGeometry",
     "Rotary",
     "attention_entropy",
     "attention_on_keys",
@@ -49,7 +47,6 @@ __all__ = [
     "kendall_tau",
     "linear_share_profile",
     "logit_statistics",
-    "mask_geometry",
     "max_logits",
     "positional_share",
     "prior_divergence",

@@ -47,6 +47,11 @@ class AdaptedPlan:
         """The layer that holds the projection."""
         return self._plan.module
 
+    @property
+    def as_matrix(self) -> bool:
+        """Whether reading runs a module."""
+        return self._plan.as_matrix
+
     def read(self) -> Affine:
         """The map as it is now, with the adapters that take part now."""
         layer: Any = alive(self._adapter)

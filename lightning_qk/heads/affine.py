@@ -24,11 +24,16 @@ class AffineMap(Protocol):
         name: of the projection in its layer.
         rows: width of its output.
         columns: width of its input.
+        as_matrix: its values come from running a module as a linear map, rather than from a stored weight.
     """
 
     name: str
     rows: int
     columns: int
+
+    @property
+    def as_matrix(self) -> bool:
+        """Whether reading runs a module."""
 
     @property
     def module(self) -> nn.Module:

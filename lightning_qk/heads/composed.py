@@ -60,6 +60,12 @@ class Composed:
         """The projection of the first rows."""
         return self.parts[0].affine.module
 
+    @property
+    def as_matrix(self) -> bool:
+        """Whether reading runs a module."""
+        inner = [part.source for part in self.parts if part.source is not None]
+        return any(affine.as_matrix for affine in (*inner, *(part.affine for part in self.parts)))
+
     def read(self) -> Affine:
         """The composition as it is now."""
         made = [_read_part(part) for part in self.parts]

@@ -59,6 +59,8 @@ class EffectivePlan:
     differentiable in. The module is referred to weakly, and neither its hooks nor its dropout take part.
     """
 
+    as_matrix = True
+
     def __init__(self, module: nn.Module, name: str) -> None:
         """Find out how a module is read.
 

@@ -29,6 +29,8 @@ class ParameterPlan:
     ``(in, ...)`` one block. Rows run over blocks first.
     """
 
+    as_matrix = False
+
     def __init__(self, loose: Loose, columns: int, stride: int) -> None:
         self.name = loose.path
         self.own_name = loose.name
@@ -93,11 +95,6 @@ class ParameterPlan:
     def transposed(self) -> bool:
         """Whether rows of the map are no rows of the parameter."""
         return self.stride != 1
-
-    @property
-    def bias_module(self) -> nn.Module | None:
-        """Holds the bias."""
-        return None if self._bias is None else alive(self._bias[0])
 
     def _numel(self) -> int:
         return self.rows * self.columns

@@ -24,6 +24,8 @@ class AffinePlan:
     weakly, and its weight and bias are taken anew by every :meth:`read`.
     """
 
+    as_matrix = False
+
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
         self._module = weakref.ref(module)
@@ -132,11 +134,6 @@ def affine_plan(module: nn.Module, name: str) -> AffineMap:
         except UnreadLayer as reason:
             # A single module says more by what is wrong with its weight.
             raise (reason if any(True for _ in module.children()) else plain) from None
-
-
-def read_affine(module: nn.Module, name: str) -> Affine:
-    """Read the weight and bias of a projection, see :func:`affine_plan`."""
-    return affine_plan(module, name).read()
 
 
 def _made(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:

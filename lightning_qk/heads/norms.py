@@ -113,12 +113,6 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
     return None
 
 
-def read_norm(norm: nn.Module, shape: tuple[int, ...]) -> Norm | None:
-    """Read a norm, see :func:`plan_norm`; the result is differentiable in the norm's parameters."""
-    plan = plan_norm(norm, shape)
-    return None if plan is None else plan.read()
-
-
 def _is_stored(norm: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether its gain and offset can be taken as they are stored."""
     return type(norm).forward is nn.LayerNorm.forward and tuple(norm.normalized_shape) == shape[-1:]  # type: ignore[arg-type]

@@ -40,6 +40,9 @@ from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_
 from lightning_qk.heads.sources import LatentPlan
 from lightning_qk.heads.trials import Trial, input_arguments
 
+_BY_RUNNING = "found by running"
+"""What stands for the layout's name where a run told it."""
+
 
 class Side(NamedTuple):
     """Query or key of one layer: where its rows lie, and what to fold into them."""
@@ -185,7 +188,7 @@ class LayerPlan:
 
     def _plan_found(self, site: Site, found: Found, fold_norm: bool) -> None:
         """Plan by what a run of the layer alone has told."""
-        self.layout = "found by running"
+        self.layout = _BY_RUNNING
         heads, d_head = found.query.rows.shape
         self.sizes = Sizes(heads, len(found.key.rows), d_head, found.key.shared)
         self.query, self.key = (
@@ -332,6 +335,13 @@ class LayerPlan:
         return self._feeding is not None
 
     @property
+    def route(self) -> str:
+        """How the weights were found, see :attr:`HeadProjections.route`."""
+        found = "inferred" if self.layout == _BY_RUNNING else "table"
+        runs = self.query.affine.as_matrix or self.key.affine.as_matrix
+        return f"{found}, as a matrix" if runs else found
+
+    @property
     def norms(self) -> list[NormPlan]:
         """The norms that are folded into the weights."""
         return [norm for norm in (self._feeding, self.query.qk_norm, self.key.qk_norm) if norm is not None]
@@ -431,6 +441,7 @@ class LayerPlan:
             key_bias=key.bias,
             scaling=self.scaling,
             layout=self.layout,
+            route=self.route,
             rotary=self.rotary,
             position=self.position,
             qk_norm=self.qk_norm,

@@ -22,6 +22,9 @@ class HeadProjections:
         key_bias: shape ``(kv_heads, d_head)``, or None.
         scaling: the factor on ``q · k`` before the softmax.
         layout: the name of the weight layout that was read.
+        route: how the weights were found: ``"table"``, by a known layout, or ``"inferred"``, by running the layer
+            alone; ``", as a matrix"`` is added where a projection (quantized, or with an adapter) stores no
+            weight to read and is run as a linear map.
         rotary: how the layer rotates q and k with position, or None where it does not, or not by a position
             in a sequence (images), or some heads only, or where a norm's gain comes behind the rotation.
         position: what positions do to the logits: ``"rotary"``; ``"rotary (2-D)"``, by coordinates in an image
@@ -55,6 +58,7 @@ class HeadProjections:
     key_bias: Tensor | None = field(repr=False)
     scaling: float
     layout: str
+    route: str = "table"
     rotary: Rotary | None = None
     position: str | None = None
     qk_norm: bool = False

@@ -113,6 +113,8 @@ class Bare(NamedTuple):
 class BarePlan:
     """How a bare parameter is read, see :class:`AffineMap`."""
 
+    as_matrix = False
+
     def __init__(self, module: nn.Module, source: Bare) -> None:
         self.name = source.name
         self._module = weakref.ref(module)
@@ -200,6 +202,8 @@ class Constant(NamedTuple):
 
 class ConstantPlan:
     """How a constant is read, see :class:`AffineMap`."""
+
+    as_matrix = False
 
     def __init__(self, module: nn.Module, source: Constant) -> None:
         self.name = source.name
@@ -312,6 +316,11 @@ class LatentPlan:
     def module(self) -> nn.Module:
         """Holds the parameters that expand the latent."""
         return self._up.module
+
+    @property
+    def as_matrix(self) -> bool:
+        """Whether reading runs a module."""
+        return self._down.as_matrix or self._up.as_matrix
 
     def read(self) -> Affine:
         """The composition as it is now."""

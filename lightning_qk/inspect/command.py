@@ -199,7 +199,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
 
     conditions = [parse_condition(text) for text in options.fail_on]
     check_targets([options.json, options.csv, options.html])
-    with _quiet():
+    with quiet():
         sources = _read_all(options)
         pairs = _pairs(sources) if options.compare else []
         broken = _broken(conditions, sources)
@@ -220,7 +220,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what libraries say of models that are trained or run."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -248,7 +248,7 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
         sources = []
         for target in options.checkpoints:
             task = progress.add_task(escape(f"opening {target}"), total=None)
-            with _naming(target):
+            with naming(target):
                 checkpoints = open_source(target, how)
                 progress.remove_task(task)
                 readings = [
@@ -259,7 +259,7 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
 
 
 @contextmanager
-def _naming(target: str) -> Iterator[None]:
+def naming(target: str) -> Iterator[None]:
     """What a damaged or hostile checkpoint brings about unforeseen is told in a sentence that names it."""
     try:
         yield

@@ -164,17 +164,7 @@ def measure(
             f"{own.main_input_name}: leave "
             "--text out"
         )
-    words = tokenizer_of(checkpoint, tokenizer)
-    length = min(length, _longest(own.config) or length)
-    ids = _blocks(words, read_text(source, batches * batch_size * length * _ENOUGH_CHARACTERS), length)
-    ids = ids[: batches * batch_size]
-    size = getattr(own.config.get_text_config(), "vocab_size", None)
-    if isinstance(size, int) and int(ids.max()) >= size:
-        raise BadInput(
-            f"expected tokens below the model's {size}, got {int(ids.max())}: the tokenizer is that of "
-            "another model; pass "
-            "its own with --tokenizer"
-        )
+    ids = text_blocks(model, tokenizer_of(checkpoint, tokenizer), source, length, batches * batch_size)
     missing = fill(model, weights)
     if missing:
         reading.notes.append(
@@ -216,6 +206,31 @@ def measure(
     silent = [name for name in reading.names if name not in capture.heard and name not in capture.problems]
     if silent:
         reading.notes.append(f"no attention call of {len(silent)} layers was seen ({', '.join(silent[:3])})")
+
+
+def text_blocks(model: nn.Module, tokenizer: Any, source: str, length: int, count: int) -> Tensor:
+    """The beginning of a text as sequences of tokens, of shape ``(count, length)`` or less.
+
+    Args:
+        model: which tells the most tokens that it takes, and how many there are.
+        tokenizer: from :func:`tokenizer_of`.
+        source: a file, or ``"stdlib"``.
+        length: tokens in a sequence; fewer where the model takes fewer.
+        count: how many sequences, at most.
+
+    Raises:
+        BadInput: no text, or tokens that the model does not know.
+    """
+    own: Any = model
+    length = min(length, _longest(own.config) or length)
+    ids = _blocks(tokenizer, read_text(source, count * length * _ENOUGH_CHARACTERS), length)[:count]
+    size = getattr(own.config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and int(ids.max()) >= size:
+        raise BadInput(
+            f"expected tokens below the model's {size}, got {int(ids.max())}: the tokenizer is that of "
+            "another model; pass its own with --tokenizer"
+        )
+    return ids
 
 
 def _listen(

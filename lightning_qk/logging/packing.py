@@ -53,12 +53,3 @@ class Pack:
         rounded = np.where(np.isfinite(flat), bits + _HALF, bits) & _KEPT
         rounded = np.where(np.isnan(flat), np.uint32(0x7FC00000), rounded)
         return b"".join(((rounded >> shift) & 0xFF).astype(np.uint8).tobytes() for shift in (24, 16, 8))
-
-
-def unpack(text: str) -> tuple[dict[str, Any], np.ndarray]:
-    """What :meth:`Pack.text` was given: the content, and all numbers as one array. The page does the same."""
-    plain = gzip.decompress(base64.b64decode(text))
-    length = int.from_bytes(plain[:4], "little")
-    planes = np.frombuffer(plain[4 + length :], np.uint8).reshape(3, -1).astype(np.uint32)
-    bits = (planes[0] << 24) | (planes[1] << 16) | (planes[2] << 8)
-    return json.loads(plain[4 : 4 + length]), bits.astype(np.uint32).view(np.float32)

@@ -50,16 +50,6 @@ class Snapshots:
             index = min(inner, key=lambda i: self.steps[i + 1] - self.steps[i - 1])
             del self.steps[index], self.values[index]
 
-    def renamed(self, labels: Mapping[str, str]) -> "Snapshots":
-        """The same under other labels; layers without one are left out."""
-        out = Snapshots(self.max_points)
-        out.steps = list(self.steps)
-        out.values = [
-            {labels[name]: value for name, value in values.items() if name in labels}
-            for values in self.values
-        ]
-        return out
-
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on after a resume."""
         return {

@@ -13,8 +13,8 @@ OPTIONS = {
         "--fail-on", "--text", "--tokenizer", "--length", "--batches", "--base", "--config", "--prefix",
         "--revision", "--series",
     ],
+    "verify": ["--text", "--tokenizer", "--length", "--json", "--base", "--config", "--prefix", "--revision"],
     "report": ["--output", "--parquet"],
-    "coverage": ["--output", "--json", "--jobs", "--timeout", "--memory"],
     "wandb-workspace": ["--name", "--print", "--json"],
     "configs": [],
     "completion": [],
@@ -52,8 +52,6 @@ def test_wrong_lines(
                 if source.random() < 0.5
                 else [option, value]
             )
-        if command == "coverage":
-            line.append("nosuchtype")  # else it would measure
         if command == "wandb-workspace" and not {"--print", "--json"} & set(line):
             line.insert(1, "--print")  # else it would ask the network
         capsys.readouterr()

@@ -59,7 +59,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     """The error, which has to be one line, and the last."""
-    begins = re.compile(r"lightning-qk( coverage)?: error:")
+    begins = re.compile(r"lightning-qk: error:")
     lines = [line for line in capsys.readouterr().err.splitlines() if begins.match(line)]
     assert len(lines) == 1
     return lines[0]
@@ -168,7 +168,7 @@ def test_a_misspelt_config_gets_one_line(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "expected a command out of fit, validate, test, predict, inspect, report, coverage, "),
+        ([], "expected a command out of fit, validate, test, predict, inspect, verify, report, "),
         (["--hlep"], "got '--hlep'; did you mean '--help'?"),
         (["fti"], "got 'fti'; did you mean 'fit'?"),
         (["fit"], "model.model"),
@@ -205,8 +205,8 @@ def test_a_misspelt_config_gets_one_line(
         (["report", "."], "expected a record that a monitor wrote, got the folder ."),
         (["report"], "expected RECORD, got none; see lightning-qk report --help"),
         (["report", "--outpt", "x", "y"], "got '--outpt'; did you mean '--output'?"),
-        (["coverage", "--job", "2"], "got '--job'; did you mean '--jobs'?"),
-        (["coverage", "--jobs", "two"], "invalid int value: 'two'"),
+        (["inspect", "gpt2", "--lenght", "2"], "got '--lenght'; did you mean '--length'?"),
+        (["inspect", "gpt2", "--length", "two"], "invalid int value: 'two'"),
         (["completion"], "expected SHELL, got none"),
     ],
 )

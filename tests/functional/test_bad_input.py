@@ -85,7 +85,6 @@ CALLS = {
         "logits": torch.randn(B, H, N, N), "query_mask": torch.ones(B, N, dtype=torch.bool), "query_offset": 0,
         "self_attention": True, "relative": False, "sinks": torch.randn(H, 1), "per_sequence": False, **sampled(),
     },
-    "mask_geometry": {"mask": torch.ones(N, N).tril().bool(), "tokens": torch.ones(N, dtype=torch.bool)},
     "max_logits": without(attention(above=1.0), "softcap", "bias", "sinks"),
     "positional_share": attention(per_sequence=False),
     "prior_divergence": attention(prior=torch.rand(1, 1, N, N), reduction="batch"),
@@ -103,11 +102,8 @@ CALLS = {
     },
     "window_prior": {"width": 3},
 }  # fmt: skip
-# Arguments that exclude others of the call above.
-APART = {"mask_geometry": [{"n": 5, "is_causal": True, "sliding_window": 2}]}
 
 calls = [(name, call) for name, call in CALLS.items() if call is not None]
-calls += [(name, call) for name, others in APART.items() for call in others]
 
 
 def tensor_mutations(good: torch.Tensor):
@@ -205,7 +201,7 @@ def test_every_function_has_a_valid_call_with_all_of_its_arguments():
         if call is None:
             continue
         known = set(inspect.signature(getattr(functional, name)).parameters)
-        passed = set(call).union(*APART.get(name, []))
+        passed = set(call)
         assert known == passed, name
 
 

@@ -7,7 +7,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lightning_qk.heads.norms import read_norm
+from lightning_qk.heads.norms import plan_norm
 
 NORMS = {
     "layer": lambda d: nn.LayerNorm(d),
@@ -43,7 +43,7 @@ def test_gain_offset_and_centering_reproduce_the_norm(kind, width, seed):
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.copy_(torch.randn(width, generator=generator))
-    found = read_norm(norm, (width,))
+    found = plan_norm(norm, (width,)).read()
     assert found is not None
     x = 20 * torch.randn(5, width, generator=generator)
     y = x - x.mean(-1, keepdim=True) if found.centered else x
@@ -55,7 +55,7 @@ def test_gain_offset_and_centering_reproduce_the_norm(kind, width, seed):
 def test_the_gain_is_differentiable_and_the_module_unharmed():
     norm = GemmaRMSNorm(6)
     norm.register_forward_hook(lambda *_: pytest.fail("the probe ran the hooks"))
-    read_norm(norm, (6,)).gain.sum().backward()
+    plan_norm(norm, (6,)).read().gain.sum().backward()
     torch.testing.assert_close(norm.weight.grad, torch.ones(6))
 
 
@@ -65,7 +65,7 @@ def test_half_precision_gains_are_read_exactly(dtype):
         norm = norm.to(dtype)
         with torch.no_grad():
             norm.weight.copy_(torch.linspace(-2, 3, 8))
-        found = read_norm(norm, (8,))
+        found = plan_norm(norm, (8,)).read()
         assert found.gain.dtype == torch.float32
         torch.testing.assert_close(found.gain, norm.weight.float(), rtol=1e-3, atol=1e-3)
 
@@ -74,4 +74,4 @@ def test_half_precision_gains_are_read_exactly(dtype):
     "module", [nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Tanh(), nn.LayerNorm(7), nn.Softmax(-1), nn.Identity()]
 )
 def test_what_is_no_such_norm_is_refused(module):
-    assert read_norm(module.eval(), (6,)) is None
+    assert plan_norm(module.eval(), (6,)) is None

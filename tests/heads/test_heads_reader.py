@@ -313,3 +313,29 @@ def test_reading_draws_no_random_numbers_and_changes_nothing():
     assert seen == []
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+class _Mixing(nn.Module):
+    """Attention of one's own: no layout is known of its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (2, 8)).transpose(1, 2) for part in (self.first, self.second, self.third)
+        )
+        weights = (q @ k.mT * 8**-0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def test_the_route_tells_how_the_weights_were_found() -> None:
+    model = BertModel(BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4))
+    changed = model.encoder.layer[1].attention.self
+    changed.key = nn.Sequential(changed.key, nn.Linear(32, 32))
+    assert [head.route for head in head_projections(model).values()] == ["table", "table, as a matrix"]
+    own = _Mixing()
+    assert [head.route for head in head_projections(own).values()] == ["inferred"]
+    own.second = nn.Sequential(own.second, nn.Linear(16, 16))
+    assert [head.route for head in head_projections(own).values()] == ["inferred, as a matrix"]

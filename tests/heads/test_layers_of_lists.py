@@ -136,6 +136,7 @@ def test_a_call_tells_self_from_cross_attention():
 def test_what_a_call_told_is_kept_when_modules_are_replaced():
     model = nn.ModuleDict({"a": MultiHeadedAttention("list"), "b": nn.Linear(2, 2)})
     reader = ProjectionReader(model)
+    assert reader["a"].self_attention
     x, y = torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH)
     seen(model, lambda: model["a"](x, y, y))
     model["b"] = nn.Linear(3, 3)

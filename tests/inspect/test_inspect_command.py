@@ -18,6 +18,7 @@ import models
 import pytest
 import torch
 import transformers
+from packed import unpack
 from torch import nn
 
 from lightning_qk import head_projections
@@ -26,7 +27,6 @@ from lightning_qk.data.tokenizers import byte_tokenizer
 from lightning_qk.functional import qk_moments
 from lightning_qk.inspect import command as command_module
 from lightning_qk.inspect import read as reading_module
-from lightning_qk.logging.packing import unpack
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import torch
+from packed import unpack
 
-from lightning_qk.logging.packing import Pack, unpack
+from lightning_qk.logging.packing import Pack
 
 
 def test_numbers_survive() -> None:

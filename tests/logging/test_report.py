@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packed import unpack
 from simulated_run import simulated_record
 
 from lightning_qk.functional import circle_law_radius, circle_law_share, signal_propagation_probability
 from lightning_qk.logging.history import History, LayerShape, RunRecord
-from lightning_qk.logging.packing import unpack
 from lightning_qk.logging.payload import LAW, PRIMARY, SECONDARY, THETA, evenly
 from lightning_qk.logging.report import MAX_BYTES, write_report
 from lightning_qk.logging.report_texts import MEANING

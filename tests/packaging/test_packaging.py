@@ -84,7 +84,9 @@ def test_the_sdist_has_what_a_clone_has(built: Path) -> None:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"pyproject.toml", "setup.py", "constraints.txt", "Makefile", "LICENSE", "README.md"} <= names
     assert {f"configs/{name}" for name in CONFIGS} <= names
-    assert {"tests/conftest.py", "docs/index.md", "examples/README.md", "benchmarks/run.py"} <= names
+    assert {"tests/conftest.py", "docs/index.md", "examples/README.md", "benchmarks/run.py"} | {
+        "tools/coverage/__main__.py"
+    } <= names
     assert not [name for name in names if "__pycache__" in name or "/.cache/" in name]
 
 

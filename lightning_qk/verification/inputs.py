@@ -1,67 +1,72 @@
-"""Inputs for a toy model, from its forward's signature and its configuration."""
+"""Inputs for a model of transformers, from its forward's signature and its configuration."""
 
 import inspect
 import itertools
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.coverage.overrides import INPUTS
-
 BATCH, TOKENS = 2, 12
-_GRIDS = ("grid_thw", "image_grid_thw", "grid_hw", "image_grid_hw", "grid_hws")
-_STATES = (
-    "inputs_embeds", "hidden_states", "hidden_state", "query_embeds", "inputs", "x", "input_embeds", "embeddings",
-    "sequence",
-    "image_hidden_states", "image_embeds", "text_embeds", "latents", "image_features", "features",
-)  # fmt: skip
 
 
-def feeds(model: nn.Module, model_type: str | None = None, config: Any = None) -> Iterator[dict[str, Any]]:
-    """Arguments for a model's forward, the likeliest first; the caller takes the first that run.
+def first_that_runs(
+    model: nn.Module, candidates: Iterable[dict[str, Any]], seconds: float = float("inf")
+) -> tuple[dict[str, Any] | None, Exception | None]:
+    """The first arguments that a model's forward takes.
 
     Args:
-        model: a model of transformers or a part of one, with a ``config``.
-        model_type: whose overrides to apply; None takes the type that the model's own configuration says.
-        config: of the model; None takes its own.
+        model: any module; it is run without gradients, and global random generators are left as they are.
+        candidates: arguments by name.
+        seconds: of computing, after which no more are tried.
+
+    Returns:
+        The arguments, or None and what the forward raised for the first ones; None for both without candidates.
     """
-    maker = _Maker(model, config)
-    model_type = model_type or getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in INPUTS:
-        yield {name: maker.tensor(*value) for name, value in INPUTS[model_type].items()}
-    yield from maker.candidates()
+    first: Exception | None = None
+    end = time.process_time() + seconds
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for given in candidates:
+            try:
+                torch.manual_seed(0)
+                model(**given)
+            except Exception as error:
+                first = first or error
+            else:
+                return given, None
+            if time.process_time() > end:
+                break
+    return None, first
 
 
-class _Maker:
-    def __init__(self, model: nn.Module, config: Any) -> None:
-        self.model = model
+class InputMaker:
+    """Makes arguments for models of text, images and sound, encoder-decoders among them.
+
+    Args:
+        model: a model of transformers or a part of one.
+        config: of the model; None takes its own.
+        ids: tokens to take, of shape ``(2, n)``; None takes random ones that are not special.
+    """
+
+    def __init__(self, model: nn.Module, config: Any = None, ids: Tensor | None = None) -> None:
+        self.model, self.ids = model, ids
         self.config = getattr(model, "config", None) if config is None else config
         self.parameters = inspect.signature(model.forward).parameters
         self.generator = torch.Generator().manual_seed(1)
-
-    # Values
-
-    def tensor(self, kind: str, *shape: int) -> Any:
-        """An argument of an override, whose kinds :data:`~lightning_qk.coverage.overrides.INPUTS` tells."""
-        if kind == "float":
-            return self.floats(*shape)
-        if kind == "int":
-            return self.ints(shape[0], *shape[1:])
-        if kind == "bool":
-            return torch.ones(shape, dtype=torch.bool)
-        if kind == "value":
-            return torch.tensor(shape)
-        if kind == "number":
-            return shape[0]
-        return getattr(torch, kind)(shape, dtype=torch.long)
+        self.tokens = TOKENS if ids is None else ids.shape[1]
 
     def floats(self, *shape: int) -> Tensor:
+        """Normal random numbers."""
         return torch.randn(shape, generator=self.generator)
 
     def ints(self, high: int, *shape: int) -> Tensor:
+        """Random integers from 0 to below a bound."""
         return torch.randint(0, max(high, 1), shape, generator=self.generator)
 
     # Sizes
@@ -75,7 +80,11 @@ class _Maker:
                 return value
         return default
 
-    def words(self, tokens: int = TOKENS, name: str = "vocab_size") -> Tensor:
+    def words(self, tokens: int | None = None, name: str = "vocab_size") -> Tensor:
+        """Tokens of a shape ``(2, tokens)``."""
+        tokens = self.tokens if tokens is None else tokens
+        if self.ids is not None and name == "vocab_size":
+            return self.ids.repeat(1, -(-tokens // self.ids.shape[1]))[:, :tokens]
         high = self.field(name, "vocab_size", default=100)
         special = set(_special_tokens(self.config))
         allowed = torch.tensor(
@@ -84,6 +93,7 @@ class _Maker:
         return allowed[self.ints(len(allowed), BATCH, tokens)]
 
     def sides(self) -> list[tuple[int, int]]:
+        """Heights and widths of images, the likeliest first."""
         size = self.field("image_size", "img_size", "input_size", "crop_size", kind=(int, list, tuple, dict))
         if isinstance(size, dict):
             size = (size.get("height", 64), size.get("width", 64))
@@ -103,24 +113,24 @@ class _Maker:
         return [*first, (4 * patch, 4 * patch), (64, 64), (128, 128), (224, 224)]
 
     def channels(self) -> int:
+        """Of an image."""
         return self.field("num_channels", "in_channels", "in_chans", "input_channels", default=3)
 
     def width(self, *names: str) -> int:
+        """Of hidden states."""
         return self.field(*names, "hidden_size", "d_model", "embed_dim", default=64)
 
     # Candidates
 
     def candidates(self) -> Iterator[dict[str, Any]]:
+        """Arguments for the model's forward, the likeliest first."""
         main = getattr(self.model, "main_input_name", None)
-        main = main if isinstance(main, str) else None
-        for kind in self._kinds(main):
+        for kind in self._kinds(main if isinstance(main, str) else None):
             yield from getattr(self, f"_feed_{kind}")()
 
     def _kinds(self, main: str | None) -> list[str]:
         names = set(self.parameters)
         kinds = []
-        if names & set(_GRIDS) and "input_ids" not in names:
-            kinds.append("grid")
         if "pixel_values" in names and "input_ids" in names and "bbox" not in names:
             kinds.append("image_text")
         if "input_ids" in names:
@@ -129,19 +139,10 @@ class _Maker:
             kinds.append("image")
         if names & {"input_features", "input_values", "audio_values", "spectrogram"}:
             kinds.append("audio")
-        if names & {"past_values", "timeseries"}:
-            kinds.append("series")
-        if names & set(_STATES):
-            kinds.append("states")
-        if "patch_values" in names or "flattened_patches" in names or "pixel_values" in names:
-            kinds.append("patches")
-        if names & set(_GRIDS) and "grid" not in kinds:
-            kinds.append("grid")
-        if {"pixel_values", "target_sizes"} <= names:
-            kinds.append("strip")
-        if {"input_features", "feature_lens"} <= names:
-            kinds.append("frames")
-        kinds.append("named")
+        first = self._main_kind(main, kinds)
+        return sorted(kinds, key=lambda kind: kind != first)
+
+    def _main_kind(self, main: str | None, kinds: list[str]) -> str:
         order = {
             "pixel_values": "image",
             "input_features": "audio",
@@ -149,13 +150,7 @@ class _Maker:
             "input_ids": "text",
         }
         first = order.get(main or "", "")
-        if first == "text" and "image_text" in kinds:
-            first = "image_text"
-        return (
-            sorted(kinds, key=lambda kind: kind != first and kind != "grid")
-            if "grid" in kinds[:1]
-            else sorted(kinds, key=lambda kind: kind != first)
-        )
+        return "image_text" if first == "text" and "image_text" in kinds else first
 
     def _decoder(self) -> dict[str, Any]:
         if "decoder_input_ids" in self.parameters:
@@ -174,7 +169,7 @@ class _Maker:
         return filled
 
     def _extra(self, name: str) -> Any:
-        n = TOKENS
+        n = self.tokens
         kind = self.parameters[name].annotation if name in self.parameters else None
         if "attention_mask" in name or name in ("mask", "padding_mask"):
             return torch.ones(BATCH, n, dtype=torch.long)
@@ -182,7 +177,7 @@ class _Maker:
             return torch.arange(n).expand(BATCH, n)
         if name == "bbox":
             return torch.tensor([1, 2, 10, 20]).expand(BATCH, n, 4).contiguous()
-        if "list[" in str(kind) and _is_states(name):
+        if "list[" in str(kind) and is_states(name):
             # Maps of several scales, the finest first; the coarsest has as many places as there are tokens.
             width = self.width()
             return [self.floats(BATCH, width, 3 * scale, 4 * scale) for scale in (4, 2, 1)]
@@ -192,12 +187,12 @@ class _Maker:
             return self.words(7)
         if name == "merge_sizes":
             return torch.ones(2, dtype=torch.long)
-        if _is_states(name) or "embeds" in name or "states" in name:
+        if is_states(name) or "embeds" in name or "states" in name:
             return self._hidden()
         return None
 
     def _hidden(self) -> Tensor:
-        return self.floats(BATCH, TOKENS, self.width())
+        return self.floats(BATCH, self.tokens, self.width())
 
     def _feed_text(self) -> Iterator[dict[str, Any]]:
         ids = {"input_ids": self.words()}
@@ -207,30 +202,33 @@ class _Maker:
         text = {**ids, **decoder}
         if "attention_mask" in self.parameters:
             # The end of the last sequence is padding, so that masks count.
-            mask = torch.ones(BATCH, TOKENS, dtype=torch.long)
+            mask = torch.ones(BATCH, self.tokens, dtype=torch.long)
             mask[-1, -3:] = 0
             yield self._required({**text, "attention_mask": mask})
         yield self._required(text)
         if "attention_mask" in self.parameters:
-            yield self._required({**text, "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long)})
+            yield self._required({**text, "attention_mask": torch.ones(BATCH, self.tokens, dtype=torch.long)})
         for tokens in (16, 32, 64, 128):
             yield self._required({**text, "input_ids": self.words(tokens)})
-        yield self._required({"input_ids": self.ints(2, BATCH, TOKENS) + 1, **decoder})
+        yield self._required({"input_ids": self.ints(2, BATCH, self.tokens) + 1, **decoder})
         codebooks = self.field(
             "num_codebooks", "n_codebooks", "num_code_groups", "num_channels", "channels", default=2
         )
-        several = {**text, "input_ids": self.words(TOKENS * codebooks).reshape(BATCH, TOKENS, codebooks)}
+        several = {
+            **text,
+            "input_ids": self.words(self.tokens * codebooks).reshape(BATCH, self.tokens, codebooks),
+        }
         yield self._required(several)
         if "encoder_hidden_states" in self.parameters:
             yield self._required({**several, **self._encoder_states()})
         yield self._required(
-            {**text, "input_ids": self.words(TOKENS * codebooks).reshape(BATCH * codebooks, TOKENS)}
+            {**text, "input_ids": self.words(self.tokens * codebooks).reshape(BATCH * codebooks, self.tokens)}
         )
         yield self._required(
-            {**text, "input_ids": self.words(TOKENS * codebooks).reshape(BATCH, codebooks, TOKENS)}
+            {**text, "input_ids": self.words(self.tokens * codebooks).reshape(BATCH, codebooks, self.tokens)}
         )
         if "inputs_embeds" in self.parameters:
-            yield self._required({"inputs_embeds": self.floats(BATCH, TOKENS, self.width()), **decoder})
+            yield self._required({"inputs_embeds": self.floats(BATCH, self.tokens, self.width()), **decoder})
 
     def _feed_image(self) -> Iterator[dict[str, Any]]:
         for name in ("pixel_values", "pixel_values_videos", "video_pixels", "images"):
@@ -305,61 +303,6 @@ class _Maker:
                                 yield self._required({**given, mask: ones})
                                 yield self._required({**given, mask: ones.bool()})
 
-    def _feed_series(self) -> Iterator[dict[str, Any]]:
-        context = self.field("context_length", default=32)
-        horizon = self.field("prediction_length", "horizon_length", default=8)
-        channels = self.field("num_input_channels", "input_size", default=1)
-        lags = self.field("lags_sequence", default=[0], kind=(list, tuple))
-        past = context + max(lags)
-        for shape in ((BATCH, past, channels), (BATCH, past), (BATCH, context, channels), (BATCH, context)):
-            given: dict[str, Any] = {"past_values": self.floats(*shape)}
-            if "past_time_features" in self.parameters:
-                times = self.field("num_time_features", default=1)
-                given |= {
-                    "past_time_features": self.floats(BATCH, shape[1], times),
-                    "past_observed_mask": torch.ones(shape),
-                    "future_values": self.floats(BATCH, horizon, *shape[2:]),
-                    "future_time_features": self.floats(BATCH, horizon, times),
-                }
-            yield self._required(given)
-            if "past_values_padding" in self.parameters:
-                yield {
-                    **given,
-                    "past_values_padding": torch.zeros(shape),
-                    "freq": torch.zeros(BATCH, 1).long(),
-                }
-            yield {**given, "past_observed_mask": torch.ones(shape)}
-
-    def _feed_states(self) -> Iterator[dict[str, Any]]:
-        name = next(one for one in _STATES if one in self.parameters)
-        widths = dict.fromkeys(
-            [
-                self.width(),
-                *(
-                    self.field(one)
-                    for one in (
-                        "hidden_size",
-                        "d_model",
-                        "embed_dim",
-                        "encoder_hidden_size",
-                        "d_latents",
-                        "input_dim",
-                        "vision_hidden_size",
-                        "mm_hidden_size",
-                        "feature_size",
-                        "input_size",
-                        "num_features",
-                    )
-                ),
-                *self._linear_widths(),
-            ]
-        )
-        for width in widths:
-            if not isinstance(width, int):
-                continue
-            for shape in ((BATCH, TOKENS, width), (BATCH, 16, width), (BATCH, width, 8, 8), (TOKENS, width)):
-                yield self._required({name: self.floats(*shape), **self._decoder(), **self._encoder_states()})
-
     def _encoder_states(self) -> dict[str, Any]:
         if "encoder_hidden_states" not in self.parameters:
             return {}
@@ -372,102 +315,13 @@ class _Maker:
     def _linear_widths(self) -> list[int]:
         return [module.in_features for module in self.model.modules() if isinstance(module, nn.Linear)][:2]
 
-    def _feed_patches(self) -> Iterator[dict[str, Any]]:
-        patch = self.field("patch_size", default=16)
-        patch = patch if isinstance(patch, int) else 16
-        flat = patch * patch * self.channels()
-        patches = self.floats(BATCH, 16, flat)
-        if "flattened_patches" in self.parameters:
-            index = (
-                torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(
-                    16, 2
-                )
-                + 1
-            )
-            numbered = torch.cat([index.expand(BATCH, 16, 2).float(), self.floats(BATCH, 16, flat)], -1)
-            yield self._required({"flattened_patches": numbered, **self._decoder()})
-        if "pixel_values" in self.parameters:
-            mask = torch.ones(BATCH, 16, dtype=torch.long)
-            shapes = torch.tensor([[4, 4]] * BATCH)
-            position = torch.stack(
-                torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1
-            ).reshape(1, 16, 2)
-            extras = {
-                "pixel_attention_mask": mask,
-                "spatial_shapes": shapes,
-                "attention_mask": mask,
-                "pixel_position_ids": position.expand(BATCH, 16, 2),
-                "image_position_ids": position.expand(BATCH, 16, 2),
-            }
-            given = {name: value for name, value in extras.items() if name in self.parameters}
-            yield self._required({"pixel_values": patches, **given})
-            if "input_ids" in self.parameters:
-                yield self._required({"pixel_values": patches, "input_ids": self.words(), **given})
-
-    def _feed_grid(self) -> Iterator[dict[str, Any]]:
-        patch = self.field("patch_size", default=14)
-        patch = patch if isinstance(patch, int) else patch[-1]
-        frames = self.field("temporal_patch_size", default=2, kind=(int, list, tuple))
-        frames = frames if isinstance(frames, int) else frames[0]
-        grid = torch.tensor([[1, 4, 4], [1, 8, 4]])
-        name = "hidden_states" if "hidden_states" in self.parameters else "pixel_values"
-        if name not in self.parameters:
-            return
-        for depth in dict.fromkeys((frames, 1)):
-            flat = patch * patch * depth * self.channels()
-            values = self.floats(48, flat)
-            for grid_name in _GRIDS:
-                if grid_name not in self.parameters:
-                    continue
-                yield self._required({name: values, grid_name: grid})
-                yield self._required({name: values, grid_name: grid[:, 1:]})
-                yield self._required({name: values.reshape(48, self.channels(), -1, patch, patch).squeeze(2),
-                                      grid_name: grid})  # fmt: skip
-                yield self._required({name: values[None], grid_name: grid})
-                yield self._required({name: self.floats(48, self.width()), grid_name: grid})
-                yield self._required(
-                    {name: self.floats(1, 48, self.channels(), patch, patch), grid_name: grid}
-                )
-                side = patch * self.field("spatial_merge_size", default=1)
-                yield self._required({name: self.floats(48, side, side, self.channels()), grid_name: grid})
-
-    def _feed_strip(self) -> Iterator[dict[str, Any]]:
-        """Patches of several images side by side, as one image of one row of patches."""
-        patch = self.field("patch_size", default=14)
-        sizes = torch.tensor([[4, 4], [4, 8]])
-        strip = self.floats(1, self.channels(), patch, patch * int(sizes.prod(-1).sum()))
-        yield self._required({"pixel_values": strip, "target_sizes": sizes})
-
-    def _feed_frames(self) -> Iterator[dict[str, Any]]:
-        """Frames of several sounds one after another, and how many each has."""
-        mel = self.field("num_mel_bins", "feature_size", default=80)
-        chunk = 2 * self.field("n_window", default=32)
-        lengths = torch.tensor([chunk + chunk // 2, chunk // 2])
-        given = {"input_features": self.floats(mel, int(lengths.sum())), "feature_lens": lengths}
-        if "aftercnn_lens" in self.parameters:
-            given["aftercnn_lens"] = (lengths - 1) // 2 + 1
-        yield self._required(given)
-
-    def _feed_named(self) -> Iterator[dict[str, Any]]:
-        """What parts take from other parts, known by the names of their arguments alone."""
-        states = {
-            # As many as places: what one part encoded for another is the same sequence here.
-            name: self._extra(name) if "list[" in str(parameter.annotation) else self._hidden()
-            for name, parameter in self.parameters.items()
-            if _is_states(name)
-        }
-        if "spatial_shapes" in self.parameters:
-            yield self._required({**states, "spatial_shapes": torch.tensor([[3, 4]])})
-        yield self._required(states)
-        yield self._required({})
-
 
 _STATES_NAME = re.compile(
     r"(embeds|states?|features|queries|context|latents|pos_encoding|position_encoding)$", re.IGNORECASE
 )
 
 
-def _is_states(name: str) -> bool:
+def is_states(name: str) -> bool:
     """Whether an argument holds hidden states, by its name: not what asks for them as outputs."""
     return bool(_STATES_NAME.search(name)) and not name.startswith(("output_", "return_", "use_"))
 

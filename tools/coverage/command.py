@@ -1,4 +1,4 @@
-"""``lightning-qk coverage``: build every model type, compare what is read and captured, and write the table."""
+"""``python -m tools.coverage``: build every model type, compare what is read and captured, and write the table."""
 
 import difflib
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from lightning_qk._arguments import OneLineParser
 from lightning_qk._printable import printable
-from lightning_qk.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
-from lightning_qk.coverage.workers import Outcome, run_each
 from lightning_qk.inspect.errors import BadInput
+from tools.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
+from tools.coverage.workers import Outcome, run_each
 
 
 def run(args: Sequence[str], prog: str) -> int:
@@ -45,7 +45,7 @@ def _run(args: Sequence[str], prog: str) -> int:
         )
     check_targets([options.output, options.json])
     # Before the rest, lest a misspelling take seconds to be told.
-    from lightning_qk.coverage.catalogue import model_types
+    from tools.coverage.catalogue import model_types
 
     known = model_types()
     for name in options.types:
@@ -94,7 +94,7 @@ def _measure(types: Sequence[str], jobs: int, timeout: float, memory: int) -> li
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     preload()
-    from lightning_qk.coverage.check import check_type
+    from tools.coverage.check import check_type
 
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     outcomes = []
@@ -113,7 +113,7 @@ def preload() -> None:
     warnings.simplefilter("ignore")
     from transformers import BertModel, CLIPModel, LlamaModel  # noqa: F401
 
-    import lightning_qk.coverage.check  # noqa: F401
+    import tools.coverage.check  # noqa: F401
 
 
 def _as_json(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:

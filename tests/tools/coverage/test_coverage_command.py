@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from lightning_qk.cli import main
-from lightning_qk.coverage import catalogue
-from lightning_qk.coverage.tables import Totals, markdown, row_of
+from tools.coverage import catalogue
+from tools.coverage.command import run
+from tools.coverage.tables import Totals, markdown, row_of
 
 # One of each kind: separate, Conv1D, fused by group, grouped queries with rotary, norms between, latent, cross-
 # attention, images, a hybrid, and one without attention.
 SAMPLE = ("bert", "gpt2", "falcon", "mistral", "qwen3", "deepseek_v2", "t5", "vit", "jamba", "mamba")
+PROG = "python -m tools.coverage"
 
 
 def test_a_sample_of_types_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, data = tmp_path / "docs" / "coverage.md", tmp_path / "coverage.json"
-    assert main(["coverage", *SAMPLE, "--output", str(page), "--json", str(data)]) == 0
+    assert run([*SAMPLE, "--output", str(page), "--json", str(data)], PROG) == 0
     types = json.loads(data.read_text())["types"]
     assert sorted(types) == sorted(SAMPLE)
     for name in SAMPLE:
@@ -32,7 +33,7 @@ def test_a_sample_of_types_is_measured(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(types["t5"]["sites"]) == 6
     assert len(types["jamba"]["sites"]) == 1
     text = page.read_text()
-    assert "| `bert` | 2 | 2 / 2 | 2 |" in text
+    assert "| `bert` | 2 | 2 / 2 | table | 2 |" in text
     assert "`mamba`" in text
     printed = capsys.readouterr().out
     assert "Weights verified: 9 of 9 (100.0 %)" in " ".join(printed.split())
@@ -47,9 +48,9 @@ def test_a_sample_of_types_is_measured(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )
 def test_a_wrong_line_is_told_in_one(wrong: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["coverage", *wrong]) == 2
+    assert run(wrong, PROG) == 2
     error = capsys.readouterr().err
-    assert error.startswith("lightning-qk coverage: error: expected")
+    assert error.startswith(f"{PROG}: error: expected")
     assert hint in error
     assert error.count("\n") == 1
 
@@ -59,6 +60,7 @@ def site(**changes: object) -> dict[str, object]:
         "name": "a",
         "class": "A",
         "read": True,
+        "route": "table",
         "weights": "verified",
         "statistics": "verified",
         **changes,
@@ -72,7 +74,7 @@ def result(*sites: dict[str, object], **changes: object) -> dict[str, object]:
 def test_types_count_as_verified_only_when_every_layer_that_ran_is() -> None:
     rows = [
         row_of("good", result(site(), site()), None),
-        row_of("half", result(site(), site(weights="its queries are wrong")), None),
+        row_of("half", result(site(), site(route="inferred", weights="its queries are wrong")), None),
         row_of("idle", result(site(weights="not run", statistics="not run")), None),
         row_of("crash", None, "its process ended by SIGSEGV"),
         row_of("linear", result(site(weights="no softmax", statistics="no softmax"), softmax=False), None),
@@ -85,6 +87,8 @@ def test_types_count_as_verified_only_when_every_layer_that_ran_is() -> None:
     assert not totals.meets_bars()
     assert Totals.of(rows[:1]).meets_bars()
     page = markdown(rows, "versions")
+    assert "| `half` | 2 | 2 / 1 | 1 × inferred; 1 × table | 2 |" in page
+    assert "| weights read by: inferred | 1 | | 1 |" in page
     assert "its queries are wrong" in page
     assert "SIGSEGV" in page
     assert "timm" in page
@@ -103,7 +107,8 @@ def test_every_type_has_a_configuration_and_most_a_class() -> None:
 @pytest.mark.timeout(5400)
 def test_the_bars_hold_over_all_types(tmp_path: Path) -> None:
     page, data = tmp_path / "coverage.md", tmp_path / "coverage.json"
-    status = main(["coverage", "--jobs", "2", "--timeout", "300", "--output", str(page), "--json", str(data)])
+    options = ["--jobs", "2", "--timeout", "300", "--output", str(page), "--json", str(data)]
+    status = run(options, PROG)
     measured = json.loads(data.read_text())
     totals = measured["totals"]
     assert totals["weights"] >= 0.97 * totals["attention"], totals

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_qk.coverage.overrides import CONFIG_OVERRIDES
+from tools.coverage.overrides import CONFIG_OVERRIDES
 
 
 class Recipe(NamedTuple):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from coverage_toys import toy
 
-from lightning_qk.coverage.feed import feeds
-from lightning_qk.coverage.statistics import CapturedCalls, dense, dense_statistics, verify_statistics
-from lightning_qk.coverage.trace import Trace
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.verification.statistics import CapturedCalls, dense, dense_statistics, verify_statistics
+from lightning_qk.verification.trace import Trace
+from tools.coverage.feed import feeds
 
 
 def run(model_type: str, implementation: str) -> tuple[CapturedCalls, Trace, str]:
@@ -29,17 +29,19 @@ def test_right_statistics_pass_and_wrong_ones_fail(model_type: str, implementati
     assert (
         events and all(event.fused == (implementation == "sdpa") for event in events)
     ) or model_type == "t5"
-    assert verify_statistics(captured, name, events, None) is None
+    right_now = verify_statistics(captured, name, events)
+    assert right_now.ok
+    assert right_now.error < 1e-5
     for statistic in ("entropy", "participation", "max_prob", "sink_first", "distance", "diagonal"):
         right = captured.calls[name][0][statistic]
         wrong = right.clone()
         wrong[-1] += 1e-3 * max(float(wrong[-1].abs()), 1)
         captured.calls[name][0][statistic] = wrong
-        assert statistic in str(verify_statistics(captured, name, events, None))
+        assert statistic in verify_statistics(captured, name, events).reason
         captured.calls[name][0][statistic] = right
-    assert "calls were heard" in str(verify_statistics(captured, name, [], None))
+    assert "calls were heard" in verify_statistics(captured, name, []).reason
     captured.calls.clear()
-    assert "no attention call" in str(verify_statistics(captured, name, events, None))
+    assert "no attention call" in verify_statistics(captured, name, events).reason
 
 
 def test_fused_and_plain_softmax_are_the_same() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.statistics import call_sums
-from lightning_qk.coverage.trace import Event, Trace
 from lightning_qk.functional.localization import means
-from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.heads.reader import find_attention
+from lightning_qk.verification.model import call
+from lightning_qk.verification.trace import Event, Trace
 
 TOLERANCE = 1e-4
 OF_ROWS = ("entropy", "participation", "max_prob", "sink_first")
@@ -62,50 +63,115 @@ class CapturedCalls:
             self.shapes.setdefault(name, []).append(found.shape)
 
 
-def verify_statistics(
-    captured: CapturedCalls, name: str, events: list[Event], read: HeadProjections | None
-) -> str | None:
-    """Compare one layer's captured statistics with those of the softmaxes that really ran.
+class Agreement(NamedTuple):
+    """How one layer's captured statistics compare with those of its softmaxes.
+
+    Attributes:
+        error: the largest difference, relative to the statistic or to 1 if that is larger; NaN where nothing was
+            compared.
+        reason: what does not agree, as a clause; empty where all does.
+    """
+
+    error: float
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the statistics are those of the softmaxes."""
+        return not self.reason
+
+
+def check_statistics(model: nn.Module, batch: Any, heads: Mapping[str, int]) -> dict[str, Agreement]:
+    """Run a model once and compare what monitors would measure with dense softmax in double precision.
+
+    The softmaxes are found by watching every operation of torch's, whatever calls them. The model runs without
+    gradients, in its own mode, and is left as it was. Tensors of the whole forward are held until its end.
+
+    Args:
+        model: any module.
+        batch: what it is called with, see :func:`~lightning_qk.verify`.
+        heads: of the layers where it is known, by qualified name.
 
     Returns:
-        None where they agree, else a clause that says what does not.
+        Qualified layer name → what was found, of the layers that ran a softmax, and of modules outside of all
+        layers that did.
+    """
+    sites = find_attention(model)
+    trace = Trace(model)
+    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
+    with (
+        CapturedCalls(model, sites, trace, heads) as captured,
+        torch.no_grad(),
+        torch.random.fork_rng(devices),
+        trace,
+    ):
+        call(model, batch)
+    events: dict[str, list[Event]] = {}
+    found: dict[str, Agreement] = {}
+    for event in trace.events:
+        name, known = layer_of(event, sites)
+        if known:
+            events.setdefault(name, []).append(event)
+        else:
+            found[name] = Agreement(math.nan, "its attention layer was not found")
+    for name, own in events.items():
+        found[name] = verify_statistics(captured, name, own)
+    return found
+
+
+def layer_of(event: Event, sites: Mapping[str, nn.Module]) -> tuple[str, bool]:
+    """The layer that an attention belongs to, and True; or the module that ran it, and False."""
+    for frame in reversed(event.frames):
+        if frame.name in sites:
+            return frame.name, True
+    return (event.frames[-1].name if event.frames else ""), False
+
+
+def verify_statistics(captured: CapturedCalls, name: str, events: list[Event]) -> Agreement:
+    """Compare one layer's captured statistics with those of the softmaxes that really ran.
+
+    Args:
+        captured: of the forward.
+        name: of the layer.
+        events: the layer's softmaxes.
     """
     if name in captured.problems:
-        return captured.problems[name]
+        return Agreement(math.nan, captured.problems[name])
     calls = captured.calls.get(name, [])
     if not calls:
-        return "no attention call of it was heard"
+        return Agreement(math.nan, "no attention call of it was heard")
+    others = Agreement(math.nan, f"{len(calls)} calls were heard and {len(events)} softmaxes seen")
     if len(calls) > len(events):
-        return f"{len(calls)} calls were heard and {len(events)} softmaxes seen"
+        return others
     # Some layers compute their logits twice and throw one result away: what is left over has to be a repetition.
     rest = list(events)
-    said = None
+    largest = 0.0
     for statistics, shape in zip(calls, captured.shapes[name], strict=True):
-        found = None
+        first: Agreement | None = None
         for event in rest:
-            wrong = _compare(statistics, shape, event)
-            if wrong is None:
-                found = event
+            compared = _compare(statistics, shape, event)
+            if compared.ok:
+                largest = max(largest, compared.error)
+                rest.remove(event)
                 break
-            said = said or wrong
-        if found is None:
-            return said or f"{len(calls)} calls were heard and {len(events)} softmaxes seen"
-        rest.remove(found)
+            first = first or compared
+        else:
+            return first or others
     for event in rest:
-        if all(_compare(*call, event) is not None for call in zip(calls, captured.shapes[name], strict=True)):
-            return f"{len(calls)} calls were heard and {len(events)} softmaxes seen"
-    return None
+        if not any(_compare(*call, event).ok for call in zip(calls, captured.shapes[name], strict=True)):
+            return others
+    return Agreement(largest)
 
 
-def _compare(statistics: dict[str, Tensor], shape: tuple[int, ...], event: Event) -> str | None:
+def _compare(statistics: dict[str, Tensor], shape: tuple[int, ...], event: Event) -> Agreement:
     probabilities = dense(event)
     if probabilities is None:
-        return "the probabilities of its softmax could not be followed"
+        return Agreement(math.nan, "the probabilities of its softmax could not be followed")
     batch, heads, n, m = shape
     width = probabilities.shape[-1]
     if probabilities.numel() != batch * heads * n * width or width not in (m, m + 1):
         seen = "×".join(str(size) for size in probabilities.shape)
-        return f"its softmax has shape {seen} where capture has {batch}×{heads}×{n}×{m}"
+        return Agreement(math.nan, f"its softmax has shape {seen} where capture has {batch}×{heads}×{n}×{m}")
     if event.empty is not None:
         # Softmax makes such a row uniform; it is padding.
         empty = event.empty.reshape(*probabilities.shape[:-1], 1)
@@ -113,11 +179,13 @@ def _compare(statistics: dict[str, Tensor], shape: tuple[int, ...], event: Event
     probabilities = _by_head(probabilities, heads).reshape(batch, heads, n, width)
     want = dense_statistics(probabilities, m)
     names = OF_ROWS if n != m else (*OF_ROWS, *OF_POSITIONS)
+    largest = 0.0
     for name in names:
         got, expected = statistics[name].double(), want[name]
         if not expected.isfinite().all():
-            return (
-                "no row of the model's own softmax can be counted: its mask hides every key, or each other's"
+            return Agreement(
+                math.nan,
+                "no row of the model's own softmax can be counted: its mask hides every key, or each other's",
             )
         error = ((got - expected).abs() / expected.abs().clamp_min(1)).amax()
         if name == "sink_first":
@@ -125,9 +193,12 @@ def _compare(statistics: dict[str, Tensor], shape: tuple[int, ...], event: Event
             error = torch.minimum(error, (got - want["sink_first_near"]).abs().amax())
         if not error <= TOLERANCE:
             if width == m and any(hasattr(frame.module, "sinks") for frame in event.frames[-1:]):
-                return "its learnt sink is applied behind the softmax, where the check does not follow it"
-            return f"its {name} is off by {float(error):.2g}"
-    return None
+                why = "its learnt sink is applied behind the softmax, where the check does not follow it"
+            else:
+                why = f"its {name} is off by {float(error):.2g}"
+            return Agreement(float(error), why)
+        largest = max(largest, float(error))
+    return Agreement(largest)
 
 
 def _by_head(rows: Tensor, heads: int) -> Tensor:

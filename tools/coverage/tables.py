@@ -23,6 +23,7 @@ class Row(NamedTuple):
         read: of the layers that ran, those whose weights were read.
         weights: of these, those that were verified.
         statistics: of the layers that ran, those whose statistics were verified.
+        routes: how the weights were read (see ``HeadProjections.route``): route → number of layers.
         reasons: what is not verified, and why: (class, what, why) → number of layers.
         idle: classes of layers that did not run.
         why: of a type that was not built, or did not run.
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     read: int = 0
     weights: int = 0
     statistics: int = 0
+    routes: Mapping[str, int] = {}
     reasons: Mapping[tuple[str, str, str], int] = {}
     idle: Sequence[str] = ()
     why: str = ""
@@ -55,7 +57,7 @@ def row_of(model_type: str, result: Mapping[str, Any] | None, problem: str | Non
 
     Args:
         model_type: its name.
-        result: of :func:`~lightning_qk.coverage.check.check_type`, or None.
+        result: of :func:`~tools.coverage.check.check_type`, or None.
         problem: why there is no result.
     """
     if result is None:
@@ -83,6 +85,7 @@ def row_of(model_type: str, result: Mapping[str, Any] | None, problem: str | Non
         read=sum(site["read"] for site in ran),
         weights=sum(site["weights"] == VERIFIED for site in ran),
         statistics=sum(site["statistics"] == VERIFIED for site in ran),
+        routes=Counter(site["route"] for site in ran if site["read"]),
         reasons=reasons,
         idle=sorted(set(idle)),
         why="" if ran else f"no forward ran: {result['not_run'] or 'its attention layers were not reached'}",
@@ -145,7 +148,9 @@ Every model type of the installed transformers is built at toy size with random 
 read from its weights is compared with the queries and keys that its attention received: rotary undone, and
 up to one positive factor a token where a norm stands between. The captured statistics are compared with
 those of dense softmax in double precision on the model's own masks, for each of eager and sdpa that it
-supports. The tolerance is 1e-4. A type counts as verified when every attention layer that ran is.
+supports. The tolerance is 1e-4. A type counts as verified when every attention layer that ran is. "Read by"
+says how the query and key weights were found: in the table of known layouts, or inferred by running the layer
+alone; "as a matrix" where a projection stores no weight to read and is run as a linear map.
 """
 
 
@@ -158,7 +163,7 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
     lines = [
         "# Coverage",
         "",
-        "Made by `lightning-qk coverage`; do not edit. " + versions,
+        "Made by `make coverage`; do not edit. " + versions,
         "",
         textwrap.fill(_METHOD, 110),
         "",
@@ -170,6 +175,10 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         f"| {totals.layers_weights} |",
         f"| statistics verified | {totals.statistics} | {_share(totals.statistics, totals.attention)} "
         f"| {totals.layers_statistics} |",
+        *(
+            f"| weights read by: {route} | {sum(route in row.routes for row in attention)} | | {count} |"
+            for route, count in sorted(sum((Counter(row.routes) for row in attention), Counter()).items())
+        ),
         f"| without softmax attention | {totals.no_softmax} | | |",
         f"| not built | {totals.not_built} | | |",
         *([f"| built, not run, no attention found | {totals.not_run} | | |"] if totals.not_run else []),
@@ -178,14 +187,14 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         "",
         "Layers are those that computed a softmax in the toy forward, of those found.",
         "",
-        "| type | layers | weights read / verified | statistics verified | why not |",
-        "|---|---|---|---|---|",
+        "| type | layers | weights read / verified | read by | statistics verified | why not |",
+        "|---|---|---|---|---|---|",
         *(_markdown_row(row) for row in partial),
         "",
         "## Verified",
         "",
-        "| type | layers | weights read / verified | statistics verified |",
-        "|---|---|---|---|",
+        "| type | layers | weights read / verified | read by | statistics verified |",
+        "|---|---|---|---|---|",
         *(_markdown_row(row, reasons=False) for row in whole),
         "",
         "## Without softmax attention",
@@ -273,10 +282,16 @@ def _share(part: int, whole: int) -> str:
 
 def _markdown_row(row: Row, *, reasons: bool = True) -> str:
     layers = str(row.ran) if row.ran == row.sites else f"{row.ran} of {row.sites}"
-    cells = [f"`{row.type}`", layers, f"{row.read} / {row.weights}", str(row.statistics)]
+    cells = [f"`{row.type}`", layers, f"{row.read} / {row.weights}", _routes(row), str(row.statistics)]
     if reasons:
         cells.append(reasons_text(row).replace("|", "\\|").replace("\n", " "))
     return f"| {' | '.join(cells)} |"
+
+
+def _routes(row: Row) -> str:
+    if len(row.routes) == 1:
+        return next(iter(row.routes))
+    return "; ".join(f"{count} × {route}" for route, count in sorted(row.routes.items()))
 
 
 def _by_reason(rows: Sequence[Row]) -> list[str]:

@@ -25,10 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.coverage.steps import earlier
-from lightning_qk.coverage.trace import MOVES, SCALINGS, Event, Node, Product, ancestors
 from lightning_qk.heads.position import NONE
 from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.verification.trace import MOVES, SCALINGS, Event, Node, Product, ancestors
+from tools.coverage.steps import earlier
 
 TOLERANCE = 1e-4
 _MAX_PAIRS, _SOME = 5e7, 64

@@ -6,9 +6,9 @@ import pytest
 import torch
 from coverage_toys import toy
 
-from lightning_qk.coverage import catalogue
-from lightning_qk.coverage.feed import feeds
-from lightning_qk.coverage.toy import LADDER, build, shrunk
+from tools.coverage import catalogue
+from tools.coverage.feed import feeds
+from tools.coverage.toy import LADDER, build, shrunk
 
 
 def config(model_type: str):  # type: ignore[no-untyped-def]

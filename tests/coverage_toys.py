@@ -5,11 +5,11 @@ import functools
 import torch
 from torch import nn
 
-from lightning_qk.coverage import catalogue
-from lightning_qk.coverage.feed import feeds
-from lightning_qk.coverage.toy import LADDER, build, shrunk
-from lightning_qk.coverage.trace import Event, Trace
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.verification.trace import Event, Trace
+from tools.coverage import catalogue
+from tools.coverage.feed import feeds
+from tools.coverage.toy import LADDER, build, shrunk
 
 
 @functools.cache

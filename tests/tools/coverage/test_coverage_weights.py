@@ -8,10 +8,10 @@ import torch
 from coverage_toys import traced
 from torch import nn
 
-from lightning_qk.coverage.trace import Event, Product, Trace
-from lightning_qk.coverage.weights import verify_weights
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import head_projections
+from lightning_qk.verification.trace import Event, Product, Trace
+from tools.coverage.weights import verify_weights
 
 TYPES = ("bert", "gpt2", "llama", "qwen3", "t5", "deepseek_v2", "falcon", "vit")
 

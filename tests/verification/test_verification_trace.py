@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qk.coverage.trace import Event, Trace
+from lightning_qk.verification.trace import Event, Trace
 
 
 class Net(nn.Module):

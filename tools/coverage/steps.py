@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.coverage.trace import MOVES, SCALINGS, Node
+from lightning_qk.verification.trace import MOVES, SCALINGS, Node
 
 _MOST = 200
 

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 
-from lightning_qk.coverage.workers import run_each
+from tools.coverage.workers import run_each
 
 
 def work(name: str) -> object:

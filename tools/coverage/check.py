@@ -1,6 +1,5 @@
 """Build, run, read and capture one model type, and compare both with what its forward did."""
 
-import contextlib
 import logging
 import os
 import time
@@ -11,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.coverage import catalogue
-from lightning_qk.coverage.feed import feeds
-from lightning_qk.coverage.statistics import CapturedCalls, verify_statistics
-from lightning_qk.coverage.toy import LADDER, Recipe, build, shrunk
-from lightning_qk.coverage.trace import Event, Trace
-from lightning_qk.coverage.weights import verify_weights
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, find_attention, unread
+from lightning_qk.verification.inputs import first_that_runs
+from lightning_qk.verification.statistics import CapturedCalls, layer_of, verify_statistics
+from lightning_qk.verification.trace import Event, Trace
+from tools.coverage import catalogue
+from tools.coverage.feed import feeds
+from tools.coverage.toy import LADDER, Recipe, build, shrunk
+from tools.coverage.weights import verify_weights
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 # Of computing, so that what is found does not depend on what else the machine does.
@@ -103,23 +103,8 @@ def _runnable(
     model: nn.Module, model_type: str | None, config: Any = None
 ) -> tuple[dict[str, Any] | None, str]:
     """The first inputs that a model's forward takes; or None and what the first were refused for."""
-    first = "its forward takes no input that is known"
-    end = time.process_time() + _SECONDS_TO_FEED
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        for number, given in enumerate(feeds(model, model_type, config)):
-            try:
-                torch.manual_seed(0)
-                model(**given)
-            except Exception as error:
-                if number == 0:
-                    first = _say(error)
-            else:
-                return given, ""
-            if time.process_time() > end:
-                break
-    return None, first
+    given, error = first_that_runs(model, feeds(model, model_type, config), _SECONDS_TO_FEED)
+    return given, "its forward takes no input that is known" if error is None else _say(error)
 
 
 def _say(error: BaseException) -> str:
@@ -157,7 +142,7 @@ def _compare(toy: _Toy) -> dict[str, Any]:
             ran |= trace.ran
             events: dict[str, list[Event]] = {}
             for event in trace.events:
-                name, known = _owner(event, sites)
+                name, known = layer_of(event, sites)
                 if not known:
                     outside[name] = type(event.frames[-1].module).__name__ if event.frames else "function"
                     continue
@@ -166,9 +151,9 @@ def _compare(toy: _Toy) -> dict[str, Any]:
             for name, own in events.items():
                 if (name in layers and weights.get(name) != "verified") or name not in weights:
                     weights[name] = _weights(layers, reasons, name, own)
-                said = verify_statistics(captured, name, own, layers.get(name))
+                said = verify_statistics(captured, name, own)
                 statistics.setdefault(name, []).append(
-                    "verified" if said is None else f"{said} ({implementation})"
+                    "verified" if said.ok else f"{said.reason} ({implementation})"
                 )
             del trace, events
     rows = []
@@ -182,6 +167,8 @@ def _compare(toy: _Toy) -> dict[str, Any]:
             row["weights"] = row["statistics"] = "no softmax"
         else:
             row["weights"] = row["statistics"] = "not run"
+        if name in layers:
+            row["route"] = layers[name].route
         if name in reasons:
             row["unread"] = reasons[name]
         rows.append(row)
@@ -306,13 +293,6 @@ def _traced(
         except Exception as error:
             problem = _say(error)
     return trace, captured, problem
-
-
-def _owner(event: Event, sites: dict[str, nn.Module]) -> tuple[str, bool]:
-    for frame in reversed(event.frames):
-        if frame.name in sites:
-            return frame.name, True
-    return (event.frames[-1].name if event.frames else ""), False
 
 
 def _weights(layers: dict[str, Any], reasons: dict[str, str], name: str, events: list[Event]) -> str:

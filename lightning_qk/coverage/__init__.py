@@ -1,1 +1,0 @@
-"""Measure which of transformers' models are read and captured: ``lightning-qk coverage``."""

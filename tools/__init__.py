@@ -1,0 +1,1 @@
+"""What a checkout runs and no wheel has. Nothing in `lightning_qk` imports it."""

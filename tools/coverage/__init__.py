@@ -1,0 +1,1 @@
+"""Measure which of transformers' models are read and captured: ``python -m tools.coverage``, ``make coverage``."""
