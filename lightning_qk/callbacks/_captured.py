@@ -16,12 +16,13 @@ from lightning_qk.callbacks._pool import SumsPool
 from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
 from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
-from lightning_qk.capture.call import output_arguments, statistics_arguments
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.capture.softmax import SEVERAL
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.localization import AttentionSums
+from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.errors import NotTokenAttention
 from lightning_qk.heads.local import local_heads
@@ -47,24 +48,6 @@ class Measured(NamedTuple):
     sums: AttentionSums | MeanSums
     heads: int
     d_head: int
-
-
-def tensors_of(
-    call: AttentionCall | SoftmaxCall, *, self_attention: bool | None, value: bool
-) -> dict[str, Any]:
-    """Arguments of the functions of query and key, and of value where asked.
-
-    Raises:
-        UnsupportedCallError: the call is an observed softmax, or cannot be read.
-    """
-    if isinstance(call, SoftmaxCall):
-        needed = "queries, keys and values" if value else "queries and keys"
-        raise UnsupportedCallError(
-            f"it takes its softmax in its own forward, where logits are seen but not {needed}: AttentionMonitor "
-            "measures what follows from logits alone"
-        )
-    read = output_arguments if value else statistics_arguments
-    return read(call, self_attention=self_attention)
 
 
 class CaptureMonitor(Monitor):
@@ -163,12 +146,22 @@ class CaptureMonitor(Monitor):
     # What a subclass says
 
     @abstractmethod
-    def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured | None:
+    def measure_call(self, name: str, call: CapturedCall) -> Measured | None:
         """Additive statistics of one call; None where the layer has none of these.
 
         Raises:
             UnsupportedCallError: the call cannot be measured.
         """
+
+    def logits_of(self, name: str, call: CapturedCall) -> AttentionLogits:
+        """The logits of a call.
+
+        Raises:
+            UnsupportedCallError: they cannot be told.
+        """
+        return call.logits(
+            self_attention=self._self_attention.get(name), heads=self._heads_here(name, call.module)
+        )
 
     @abstractmethod
     def metric(self, heads: dict[str, int]) -> HeadMeans:
@@ -263,25 +256,22 @@ class CaptureMonitor(Monitor):
         if self._capture is not None:
             self._capture.enabled = False
 
-    def _take(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _take(self, name: str, call: CapturedCall) -> None:
         if not self.cached_calls and self._continues(name, call):
             self._leave_call_out(name)
         else:
             self._hear(name, call)
 
-    def _continues(self, name: str, call: AttentionCall | SoftmaxCall) -> bool:
+    def _continues(self, name: str, call: CapturedCall) -> bool:
         """Whether the call has keys of tokens before its queries, from a cache.
 
         Learnt keys and prefixes, of which every call has as many, are none.
         """
         if not self._self_attention.get(name, False):
             return False
-        if isinstance(call, SoftmaxCall):
-            if any(is_named(call.module, own) for own in SEVERAL):
-                return False
-            n, m = call.logits.shape[-2], call.logits.shape[-1] - call.sinks
-        else:
-            n, m = call.query.shape[-2], call.key.shape[-2]
+        if call.implementation == "softmax" and any(is_named(call.module, own) for own in SEVERAL):
+            return False
+        n, m = call.lengths
         more = max(m - n, 0)
         least = self._more_keys[name] = min(more, self._more_keys.get(name, more))
         return more > least
@@ -290,7 +280,7 @@ class CaptureMonitor(Monitor):
         self._cached.add(name)
         self._pool.left_out_calls.add(name)
 
-    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _hear(self, name: str, call: CapturedCall) -> None:
         pool = self._pool
         if name in pool.lost:
             return

@@ -239,6 +239,10 @@ class AttentionLogits(ABC):
         """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
 
     @abstractmethod
+    def finite_heads(self) -> Tensor:
+        """Heads of which no token that counts has a number that is not finite, boolean ``(heads,)``."""
+
+    @abstractmethod
     def sequences(self, index: slice | Tensor) -> Self:
         """The same call with some of its sequences."""
 
@@ -334,6 +338,25 @@ def as_products(
             "AttentionLogits.of(query, key) returns"
         )
     return logits
+
+
+def as_output(
+    query: Tensor | AttentionLogits, key: Tensor | None, value: Tensor | None, options: AttentionOptions
+) -> tuple[ProductLogits, Tensor]:
+    """As :func:`as_products`, with the values that the output is made of.
+
+    Raises:
+        ValueError: also no values ``(batch, kv_heads, m, d_value)``.
+    """
+    logits = as_products(query, key, options)
+    value = floating(value, "value")
+    one_device(query=logits.query, value=value)
+    if value.dim() != 4 or value.shape[:3] != logits.key.shape[:3]:
+        raise ValueError(
+            f"expected a value (batch, kv_heads, m, d_value) = {(*logits.key.shape[:3], 'd_value')}, got "
+            f"{tuple(value.shape)}: pass it as the attention function gets it"
+        )
+    return logits, value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -437,6 +460,19 @@ class ProductLogits(AttentionLogits):
     def wide(self) -> ProductLogits:
         """The same with a key for :meth:`chunk`: contiguous, float32 at least."""
         return self.replace(key=at_least_float32(self.key).contiguous())
+
+    def finite_heads(self) -> Tensor:
+        """Heads whose queries and keys are finite, boolean ``(heads,)``; rows out of ``query_mask`` left out."""
+        query, key, rows = self.query, self.key, self.query_mask
+        seen = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+        if rows is not None:
+            seen = rows.to(seen)
+        bad = ((~query.isfinite()).any(-1) & seen[:, None]).any(-1).any(0)
+        if rows is not None and key.shape[2] != query.shape[2]:
+            return ~bad
+        keys = seen if key.shape[2] == query.shape[2] else seen.new_ones(key.shape[0], key.shape[2])
+        worse = ((~key.isfinite()).any(-1) & keys[:, None]).any(-1).any(0)
+        return ~(bad | worse.repeat_interleave(query.shape[1] // key.shape[1]))
 
     def detach(self) -> ProductLogits:
         """The same without the graph of its gradients."""
@@ -657,6 +693,11 @@ class GivenLogits(AttentionLogits):
     def without_padding(self, counted: Counted) -> GivenLogits:
         """The same: rows that do not count are hidden in every chunk."""
         return self
+
+    def finite_heads(self) -> Tensor:
+        """Heads whose logits are finite or hidden, boolean ``(heads,)``."""
+        bad = (self.logits.isnan() | (self.logits == torch.inf)) & self.used[:, None, :, None]
+        return ~bad.any(-1).any(-1).any(0)
 
     def sequences(self, index: slice | Tensor) -> GivenLogits:
         """The same call with some of its sequences; slices are views."""

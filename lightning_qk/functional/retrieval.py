@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import boolean, floating, one_device
+from lightning_qk.functional._checks import boolean
 from lightning_qk.functional._precision import at_least_float32, full_precision
 from lightning_qk.functional._streamed import RowGradient, RowSums, softmax_rows
 from lightning_qk.functional.logits import (
@@ -15,7 +15,7 @@ from lightning_qk.functional.logits import (
     AttentionOptions,
     MaskFunction,
     ProductLogits,
-    as_products,
+    as_output,
 )
 
 
@@ -57,16 +57,9 @@ def hard_attention(
         options["mask"] = mask
     if scaling is not None:
         options["scaling"] = scaling
-    logits = as_products(query, key, cast(AttentionOptions, options))
+    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
     query, key = logits.query, logits.key
-    value = floating(value, "value")
-    one_device(query=query, value=value)
     boolean(training, "training")
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"expected a value (batch, kv_heads, m, d_value) = {(*key.shape[:3], 'd_value')}, got "
-            f"{tuple(value.shape)}: pass it as the attention function gets it"
-        )
     added = logits.mask if isinstance(logits.mask, Tensor) else None
     with torch.set_grad_enabled(training and torch.is_grad_enabled()):
         return _HardAttention.apply(query, key, value, logits.bias, added, logits)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.compiled import is_compiled
 from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.heads.findings import Finding, settle
@@ -170,7 +170,7 @@ class SelfCheck:
             if finding != Finding():
                 settle(self._sites[name], finding)
 
-    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _hear(self, name: str, call: CapturedCall) -> None:
         before = self.verdicts.get(name)
         if before is not None and before.ok:
             return
@@ -186,13 +186,13 @@ class SelfCheck:
         if found.ok:
             kept.clear(is_done=True)
 
-    def _check(self, name: str, call: AttentionCall | SoftmaxCall, kept: "_Call") -> Verified:
-        operands = call.operands if isinstance(call, SoftmaxCall) else (call.query, call.key)
+    def _check(self, name: str, call: CapturedCall, kept: "_Call") -> Verified:
+        operands = call.operands
         if operands is None:
             return _unchecked("the queries and keys of its softmax could not be told from each other")
         if any(hasattr(operand, "to_local") for operand in operands):
             return _unchecked("its queries are spread over processes")
-        inputs = [*call.inputs, *kept.inputs] if isinstance(call, AttentionCall) else kept.inputs
+        inputs = [*call.inputs, *kept.inputs]
         plan = self._reader.layers.get(name)
         first = None if plan is None else self._compare(plan, call, operands, inputs, kept)
         if first is not None and first.status is not Status.DIFFERS:
@@ -206,7 +206,7 @@ class SelfCheck:
     def _read_again(
         self,
         name: str,
-        call: AttentionCall | SoftmaxCall,
+        call: CapturedCall,
         operands: tuple[Tensor, Tensor],
         inputs: Sequence[Tensor],
         kept: "_Call",
@@ -258,7 +258,7 @@ class SelfCheck:
     def _compare(
         self,
         plan: LayerPlan,
-        call: AttentionCall | SoftmaxCall,
+        call: CapturedCall,
         operands: tuple[Tensor, Tensor],
         inputs: Sequence[Tensor],
         kept: "_Call",
@@ -280,7 +280,7 @@ class SelfCheck:
         allowed = tolerance(*dtypes)
         is_self = _is_same(inputs, match)
         if not match.error <= allowed:
-            if not (kept.has_parts or call_inputs(call)):
+            if not (kept.has_parts or call.inputs):
                 return _unchecked("what enters its projections was not seen")
             side = "queries" if match.query > allowed else "keys"
             reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
@@ -349,11 +349,6 @@ def _keep_inputs(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: 
 def _keep_output(call: _Call, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if _watches(call):
         call.add(output)
-
-
-def call_inputs(call: AttentionCall | SoftmaxCall) -> tuple[Tensor, ...]:
-    """What a call itself knows of what its layer projects."""
-    return call.inputs if isinstance(call, AttentionCall) else ()
 
 
 def _would_notice(part: nn.Module) -> bool:
@@ -437,14 +432,10 @@ def _added(plan: LayerPlan, side: Side) -> Added:
     )
 
 
-def _wrong_scaling(read: float, call: AttentionCall | SoftmaxCall, match: Match) -> str | None:
+def _wrong_scaling(read: float, call: CapturedCall, match: Match) -> str | None:
     """What is wrong with the softmax scale, where the call says it; None where nothing is known to be."""
-    if isinstance(call, SoftmaxCall) or match.factor is None:
-        return None
-    given = call.options.get("scaling")
-    if given is None:
-        given = call.query.shape[-1] ** -0.5
-    if not isinstance(given, int | float):
+    given = call.scaling
+    if match.factor is None or not isinstance(given, int | float):
         return None
     scaling = float(given) * match.factor
     if abs(scaling - read) <= _SCALING * abs(scaling):

@@ -23,7 +23,7 @@ PLACES = {
     "cores of singular values": (spectrum.SingularValues, "cores"),
     "eigenproblems": (eigenvalues, "core_eigenvalues"),
     "solving at all": (eigenvalues, "solve_each"),
-    "measuring a call": (attention, "call_sums"),
+    "measuring a call": (attention, "attention_sums"),
     "measuring states": (hidden, "hidden_sums"),
     "pooling": (means.HeadMeans, "update"),
     "copying to the host": (_captured, "flat_values"),
