@@ -1,5 +1,6 @@
 """Toy transformers and LightningModules for the tests of capture, metrics and callbacks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,25 @@ import lightning as L
 import pytest
 import torch
 import transformers
+from lightning.fabric.utilities import registry
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 VOCABULARY = 50
+
+# Two things that Lightning does for each trainer and each logged value, to no effect here, took a good part of the
+# tests' time: looking for plug-ins of all installed packages, and moving what is kept of a value to where it is.
+registry.entry_points = functools.cache(registry.entry_points)
+_move = _ResultMetric.to
+
+
+def _move_elsewhere(metric: _ResultMetric, *args: Any, **kwargs: Any) -> _ResultMetric:
+    is_there = not kwargs and metric.is_tensor and args == (metric.value.device,)
+    return metric if is_there else _move(metric, *args, **kwargs)
+
+
+_ResultMetric.to = _move_elsewhere
 
 
 def gpt2(**kwargs: Any) -> nn.Module:

@@ -28,8 +28,8 @@ def test_a_pretrained_encoder_is_fine_tuned(tmp_path):
     data = TextDataModule(
         "stdlib",
         "sequence_classification",
-        max_characters=2_000_000,
-        max_length=48,
+        max_characters=1_000_000,
+        max_length=32,
         batch_size=16,
         cache_dir=str(tmp_path / "cache"),
     )

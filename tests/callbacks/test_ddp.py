@@ -1,31 +1,19 @@
 """Two processes on gloo against one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 
 from lightning_qk.callbacks._monitor import REPORT_NAME
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    script = str(Path(__file__).with_name("ddp_job.py"))
-    # The package of this checkout, wherever another one is installed.
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for command in ([sys.executable, script, str(folder), "1"], [*torchrun, script, str(folder), "2"]):
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        run_script(Path(__file__).with_name("ddp_job.py"), folder, processes, processes=processes)
     return {name: torch.load(folder / f"{name}.pt") for name in ("1_0", "2_0", "2_1")} | {"folder": folder}
 
 

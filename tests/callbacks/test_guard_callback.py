@@ -1,9 +1,6 @@
 """The guard on jobs that collapse, and on one that does not."""
 
 import itertools
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,12 +9,11 @@ import models
 import pytest
 import torch
 from guard_job import Sharpen, fit
+from processes import run_script
 
 from lightning_qk import AttentionMonitor, CollapseGuard, LocAteR, QKClip, QKSpectrumMonitor
 from lightning_qk.callbacks._remedy import CHECKPOINT_NAME
 from lightning_qk.callbacks._watch import HiddenCosine
-
-ROOT = Path(__file__).parents[2]
 
 
 def weights(job):
@@ -309,37 +305,27 @@ def test_refuses_arguments_out_of_range(arguments):
         CollapseGuard(**arguments)
 
 
-def torchrun(script, folder):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name(script)), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def in_two(script, folder):
+    run_script(Path(__file__).with_name(script), folder, processes=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def test_two_processes_do_the_same(tmp_path):
-    one, other = torchrun("guard_job.py", tmp_path)
+    one, other = in_two("guard_job.py", tmp_path)
     assert one["alarms"] == other["alarms"] != []
     assert one["back"] == other["back"] is not None
     assert torch.equal(one["weights"], other["weights"])
 
 
 def test_goes_back_where_weights_are_sharded_and_in_half_precision(tmp_path):
-    for found in torchrun("guard_sharded_job.py", tmp_path):
+    for found in in_two("guard_sharded_job.py", tmp_path):
         for name, one in found.items():
             want = {"steps": 8, "back": -1, "is_start": True, "moved": True, "goes_on": True, "finite": True}
             assert one == want, name
 
 
 def test_what_fails_on_one_rank_makes_no_other_wait(tmp_path):
-    for found in torchrun("guard_fault_job.py", tmp_path):
+    for found in in_two("guard_fault_job.py", tmp_path):
         plain = found.pop("plain")
         assert len(plain) == 6
         for name, losses in found.items():

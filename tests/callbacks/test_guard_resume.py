@@ -70,7 +70,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize(("kind", "every"), [("quiet", 1), ("quiet", 3), ("before", 1), ("after", 2)])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, seed, kind, every):
     at = (4, 13, 17)
     # What goes on after each of these checkpoints is an abandoned later run for those that resume.

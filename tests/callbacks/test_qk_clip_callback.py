@@ -1,8 +1,5 @@
 """QK-Clip in training, against logits recorded at torch's own attention."""
 
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,13 +9,12 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.loggers import CSVLogger
+from processes import run_script
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_qk import AttentionMonitor, LocAteR, QKClip, QKSpectrumMonitor
 from lightning_qk.heads.reader import ProjectionReader
-
-TESTS = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -400,18 +396,8 @@ def test_logits_that_are_not_finite_are_left_alone():
 
 
 def test_two_processes_agree(tmp_path):
-    script = str(Path(__file__).with_name("weights_job.py"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for command in ([sys.executable, script, str(tmp_path), "1"], [*torchrun, script, str(tmp_path), "2"]):
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes in (1, 2):
+        run_script(Path(__file__).with_name("weights_job.py"), tmp_path, processes, processes=processes)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert first.keys() == {"ddp", "fsdp2", "tensor parallel", "update cap", "sigma reparam"}
     for case in first:

@@ -1,35 +1,20 @@
 """What fails in one of two processes: the other does not wait, training does not notice, and it is said once."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from ranks_job import ONCE, PLACES
 
-TESTS = Path(__file__).parents[1]
 CASES = [(name, 9_999) for name in PLACES] + [(name, 1) for name in ONCE]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(Path(__file__).with_name("ranks_job.py"))
-    # A process that waits for another one's collective call ends only with this.
-    done = subprocess.run(
-        [*torchrun, script, str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    # A process that waits for another one's collective call ends only by its timeout.
+    run_script(Path(__file__).with_name("ranks_job.py"), folder, processes=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -9,6 +9,7 @@ import pytest
 import sharded_strategies_job
 import torch
 import transformers
+from processes import run_script
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = TESTS.parent / "configs"
@@ -40,10 +41,8 @@ def start(command: list[str], **kwargs) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strategies")
-    script = str(Path(sharded_strategies_job.__file__))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     sharded_strategies_job.run(folder, 1)
-    start([*torchrun, script, str(folder), "2"])
+    run_script(Path(sharded_strategies_job.__file__), folder, 2, processes=2)
     return {name: torch.load(folder / f"{name}.pt") for name in ("alone", "0", "1")}
 
 

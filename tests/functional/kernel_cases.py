@@ -1,6 +1,8 @@
 """The kernels in Triton's interpreter against dense softmax in float64; run by test_kernel.py in a process of its
 own, with TRITON_INTERPRET=1, since triton decides when it is imported."""
 
+from typing import Any
+
 import pytest
 import torch
 from oracles import dense_attention
@@ -12,6 +14,11 @@ BATCH, HEADS, N, D = 2, 2, 29, 8
 SQUARE = (Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1))
 OBLONG = (Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1))
 FLAT = (Blocks(16, 32, 4, 1), Blocks(32, 16, 4, 1))
+
+
+def more(*values: Any):
+    """One more combination of what the other cases have each on its own: the interpreter needs a second for it."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +33,9 @@ def shapes(request, monkeypatch):
     monkeypatch.setattr(localization, "kernel_rows", kernel_rows)
 
 
-def tensors(kv_heads: int = 1, n: int = N, m: int = N, d: int = D, dtype=torch.float32):
-    query = 2 * torch.randn(BATCH, HEADS, n, d)
-    key = torch.randn(BATCH, kv_heads, m, d)
+def tensors(kv_heads: int = 1, n: int = N, m: int = N, d: int = D, dtype=torch.float32, batch: int = BATCH):
+    query = 2 * torch.randn(batch, HEADS, n, d)
+    key = torch.randn(batch, kv_heads, m, d)
     key[:, 0, 2] = 3 * query[:, 0].mean(1)  # a sink
     # As models have them: the heads' dimension lies inside the positions'.
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
@@ -57,7 +64,7 @@ def causal(n: int = N, m: int = N, offset: int = 0):
     return (j <= i + offset)[None, None]
 
 
-@pytest.mark.parametrize("shapes", [SQUARE, OBLONG, FLAT], indirect=True)
+@pytest.mark.parametrize("shapes", [more(SQUARE), OBLONG, FLAT], indirect=True)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_whole_blocks_and_parts(is_causal):
     query, key = tensors(n=55, m=55)
@@ -80,8 +87,11 @@ def test_sizes_of_heads_and_groups(d):
     check(attention_statistics(query, key, is_causal=True), dense_attention(query, key, causal()))
 
 
-@pytest.mark.parametrize("shapes", [SQUARE, FLAT], indirect=True)
-@pytest.mark.parametrize("window", [4, 20])
+@pytest.mark.parametrize(
+    ("shapes", "window"),
+    [(SQUARE, 4), (FLAT, 20), more(SQUARE, 20), more(FLAT, 4)],
+    indirect=["shapes"],
+)
 def test_sliding_windows(window):
     query, key = tensors(n=53, m=53)
     query, key = query[:1], key[:1]
@@ -92,8 +102,19 @@ def test_sliding_windows(window):
     check(attention_statistics(query, key, sliding_window=window), dense_attention(query, key, near))
 
 
-@pytest.mark.parametrize("form", ["bool", "additive", "additive min", "half"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("form", "side"),
+    [
+        ("bool", "left"),
+        ("bool", "right"),
+        ("additive", "left"),
+        ("additive min", "right"),
+        ("half", "left"),
+        more("additive", "right"),
+        more("additive min", "left"),
+        more("half", "right"),
+    ],
+)
 def test_padding(form, side):
     query, key = tensors()
     keep = torch.ones(BATCH, N, dtype=torch.bool)
@@ -146,14 +167,14 @@ def test_cross_attention(is_causal):
 @pytest.mark.parametrize("offset", [16, 23, -5, 40])
 def test_position_of_the_first_query(offset):
     n, m = 18, 44
-    query, key = tensors(n=n, m=m)
+    query, key = tensors(n=n, m=m, batch=1)
     got = attention_statistics(query, key, is_causal=True, query_offset=offset)
     check(got, dense_attention(query, key, causal(n, m, offset), offset=offset))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_learnt_sinks(is_causal):
-    query, key = tensors()
+    query, key = tensors(batch=1)
     for sinks in (torch.tensor([-1.0, 2.0]), torch.tensor([30.0, 500.0])):
         got = attention_statistics(query, key, is_causal=is_causal, sinks=sinks)
         check(got, dense_attention(query, key, causal() if is_causal else None, sinks=sinks))
@@ -174,7 +195,7 @@ def test_bias_softcap_and_scaling(is_causal):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precisions(dtype):
-    query, key = tensors(d=16, dtype=dtype)
+    query, key = tensors(d=16, dtype=dtype, batch=1)
     check(attention_statistics(query, key, is_causal=True), dense_attention(query, key, causal()))
     # Mixed: the key of a cache in another precision.
     got = attention_statistics(query, key.float(), is_causal=True)
@@ -183,7 +204,7 @@ def test_half_precisions(dtype):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_large_logits(is_causal):
-    query, key = tensors()
+    query, key = tensors(batch=1)
     query, key = 1e3 * query, 1e3 * key
     want = dense_attention(query, key, causal() if is_causal else None)
     check(attention_statistics(query, key, is_causal=is_causal), want, rtol=1e-4, atol=1e-4)
@@ -212,7 +233,7 @@ def test_one_visible_key():
 )
 def test_sampled_rows_as_by_chunks(arguments, monkeypatch):
     """The same rows, by both ways: means, standard errors and sink rates."""
-    query, key = tensors(n=40, m=40)
+    query, key = tensors(n=40, m=40, batch=1 if arguments != "mask" else BATCH)
     if arguments == "mask":
         keep = torch.ones(BATCH, 1, 1, 40, dtype=torch.bool)
         keep[1, ..., :14] = False

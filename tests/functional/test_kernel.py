@@ -34,9 +34,10 @@ def run(*arguments: str, **environment: str) -> str:
 
 
 @needs_triton
-def test_interpreted():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_interpreted(which):
     cases = str(HERE / "kernel_cases.py")
-    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, TRITON_INTERPRET="1")
+    out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, cases, TRITON_INTERPRET="1")
     assert " passed" in out
     assert " skipped" not in out
 

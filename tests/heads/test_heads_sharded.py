@@ -1,20 +1,17 @@
 """Sharded weights in two processes against the same weights in one, and what cannot be read."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import models
 import pytest
 import torch
+from processes import run_script
 from torch import nn
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import ProjectionReader, unread
 
-TESTS = Path(__file__).parents[1]
 DTENSORS = [
     "fsdp2",
     "fsdp2 qk-norm",
@@ -31,16 +28,7 @@ ADAPTED = ["fsdp2 lora", "fsdp2 dora"]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    script = str(Path(__file__).with_name("sharded_job.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, folder],
-        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(Path(__file__).with_name("sharded_job.py"), folder, processes=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
