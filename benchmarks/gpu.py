@@ -113,7 +113,7 @@ def measure() -> list[dict[str, Any]]:
 def tune() -> None:
     """Time of both kernels for launch shapes around those in use."""
     query, key, _ = tensors()
-    source = localization.Logits.check(query, key, is_causal=True)
+    source = localization.AttentionLogits.of(query, key, is_causal=True)
     used = torch.ones(BATCH, N, dtype=torch.bool, device="cuda")
     usual = _kernel.blocks(query.dtype, D_HEAD, query.device)
     grid = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import statistics_arguments
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall
 from lightning_qk.functional.localization import attention_sums
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.metrics.attention import AttentionStatistics
@@ -149,19 +148,19 @@ def observe(network: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, bins
     inputs = {name: _Sums() for name in modules}
     causal = set()
 
-    def hear(name: str, call: AttentionCall) -> None:
-        given = statistics_arguments(call, self_attention=True)
-        sums[name].append(attention_sums(**given))
-        if given.get("mask") is not None:
+    def hear(name: str, call: CapturedCall) -> None:
+        given = call.logits(self_attention=True)
+        sums[name].append(attention_sums(given))
+        if given.mask is not None:
             raise ValueError("expected batches without padding")
         found = linear_by_theta(
-            given["query"],
-            given["key"],
-            scaling=given["scaling"],
-            is_causal=given["is_causal"],
+            given.query,
+            given.key,
+            scaling=given.scaling,
+            is_causal=given.is_causal,
             bins=bins,
         )
-        causal.add(given["is_causal"])
+        causal.add(given.is_causal)
         linear[name], total[name] = linear[name] + found[0], total[name] + found[1]
 
     def take(name: str) -> Any:

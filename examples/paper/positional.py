@@ -14,9 +14,8 @@ from asymptotics import STARTS, Task, normal_points, solve
 from common import Clock, Options, figure, in_parallel, interval, options, read, save, write
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import statistics_arguments
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall
 from lightning_qk.functional import positional_share
 from lightning_qk.heads.reader import find_attention
 
@@ -317,8 +316,8 @@ def shares(network: nn.Module, batch: Tensor) -> Tensor:
     modules = find_attention(network)
     found: dict[str, Tensor] = {}
 
-    def hear(name: str, call: AttentionCall) -> None:
-        found[name] = positional_share(**statistics_arguments(call, self_attention=True))
+    def hear(name: str, call: CapturedCall) -> None:
+        found[name] = positional_share(call.logits(self_attention=True))
 
     capture = AttentionCapture({module: name for name, module in modules.items()}, hear, model=network)
     network.eval()

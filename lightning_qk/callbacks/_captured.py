@@ -16,12 +16,13 @@ from lightning_qk.callbacks._pool import SumsPool
 from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
 from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks._watched import Patterns, WatchedReader, matches
-from lightning_qk.capture.call import output_arguments, statistics_arguments
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.generation import CachedCalls
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.localization import AttentionSums
+from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.heads.errors import NotTokenAttention
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
@@ -46,24 +47,6 @@ class Measured(NamedTuple):
     sums: AttentionSums | MeanSums
     heads: int
     d_head: int
-
-
-def tensors_of(
-    call: AttentionCall | SoftmaxCall, *, self_attention: bool | None, value: bool
-) -> dict[str, Any]:
-    """Arguments of the functions of query and key, and of value where asked.
-
-    Raises:
-        UnsupportedCallError: the call is an observed softmax, or cannot be read.
-    """
-    if isinstance(call, SoftmaxCall):
-        needed = "queries, keys and values" if value else "queries and keys"
-        raise UnsupportedCallError(
-            f"it takes its softmax in its own forward, where logits are seen but not {needed}: AttentionMonitor "
-            "measures what follows from logits alone"
-        )
-    read = output_arguments if value else statistics_arguments
-    return read(call, self_attention=self_attention)
 
 
 class CaptureMonitor(Monitor):
@@ -161,12 +144,22 @@ class CaptureMonitor(Monitor):
     # What a subclass says
 
     @abstractmethod
-    def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured | None:
+    def measure_call(self, name: str, call: CapturedCall) -> Measured | None:
         """Additive statistics of one call; None where the layer has none of these.
 
         Raises:
             UnsupportedCallError: the call cannot be measured.
         """
+
+    def logits_of(self, name: str, call: CapturedCall) -> AttentionLogits:
+        """The logits of a call.
+
+        Raises:
+            UnsupportedCallError: they cannot be told.
+        """
+        return call.logits(
+            self_attention=self._self_attention.get(name), heads=self._heads_here(name, call.module)
+        )
 
     @abstractmethod
     def metric(self, heads: dict[str, int]) -> HeadMeans:
@@ -261,7 +254,7 @@ class CaptureMonitor(Monitor):
         if self._capture is not None:
             self._capture.enabled = False
 
-    def _take(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _take(self, name: str, call: CapturedCall) -> None:
         is_self = self._self_attention.get(name, False)
         if not self.cached_calls and is_self and self._cached_calls.has(name, call):
             self._leave_call_out(name)
@@ -272,7 +265,7 @@ class CaptureMonitor(Monitor):
         self._cached.add(name)
         self._pool.left_out_calls.add(name)
 
-    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _hear(self, name: str, call: CapturedCall) -> None:
         pool = self._pool
         if name in pool.lost:
             return

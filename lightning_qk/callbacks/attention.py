@@ -10,10 +10,8 @@ from torch import Tensor
 from lightning_qk.callbacks._captured import CaptureMonitor, Measured
 from lightning_qk.callbacks._pool import SumsPool
 from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
-from lightning_qk.capture.call import statistics_arguments
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import POSITION_STATISTICS, STATISTICS
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.functional.localization import POSITION_STATISTICS, STATISTICS, attention_sums
 from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.metrics.attention import AttentionStatistics
@@ -150,16 +148,11 @@ class AttentionMonitor(CaptureMonitor):
             "cached_calls": self.cached_calls,
         }
 
-    def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured:
+    def measure_call(self, name: str, call: CapturedCall) -> Measured:
         """All statistics of sampled rows."""
-        found = call_sums(
-            call,
-            self_attention=self._self_attention.get(name),
-            heads=self._heads_here(name, call.module) if isinstance(call, SoftmaxCall) else None,
-            rows=self.rows,
-            generator=self._generator,
-        )
-        return Measured(found.sums, found.shape[1], found.d_head)
+        logits = self.logits_of(name, call)
+        sums = attention_sums(logits, rows=self.rows, generator=self._generator)
+        return Measured(sums, logits.shape[1], call.d_head)
 
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As every monitor of attention."""
@@ -168,21 +161,17 @@ class AttentionMonitor(CaptureMonitor):
         self._measured = 0
         self._profile_pool.reset()
 
-    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _hear(self, name: str, call: CapturedCall) -> None:
         super()._hear(name, call)
-        # Of an observed softmax, queries and keys are not seen.
-        if self._pool is self._step_pool and self._profile_is_due() and isinstance(call, AttentionCall):
+        if self._pool is self._step_pool and self._profile_is_due():
             self.attempt(
                 lambda: self._add_profile(name, call), "measuring the report's curves over positions"
             )
 
-    def _add_profile(self, name: str, call: AttentionCall) -> None:
-        given = statistics_arguments(call, self_attention=self._self_attention.get(name))
-        few = _first_sequences(given, _PROFILE_SEQUENCES)
-        sums = profile_sums(**few, rows=_PROFILE_ROWS, generator=self._profile_generator)
-        heads, where = self._check_shape(
-            name, call.module, Measured(sums, sums.total.shape[2], given["query"].shape[3])
-        )
+    def _add_profile(self, name: str, call: CapturedCall) -> None:
+        few = self.logits_of(name, call).sequences(slice(_PROFILE_SEQUENCES))
+        sums = profile_sums(few, rows=_PROFILE_ROWS, generator=self._profile_generator)
+        heads, where = self._check_shape(name, call.module, Measured(sums, sums.total.shape[2], call.d_head))
         self._profile_pool.add(name, sums, heads=heads, where=where)
 
     def _profile_is_due(self) -> bool:
@@ -248,16 +237,3 @@ class AttentionMonitor(CaptureMonitor):
                 f"Attention statistics are means over {self.rows} sampled query rows of each sequence; maximum "
                 "logits are lower bounds."
             )
-
-
-def _first_sequences(given: dict[str, Any], count: int) -> dict[str, Any]:
-    """The same call with its first sequences alone: views, nothing is copied."""
-    batch = len(given["query"])
-    return {
-        name: value[:count] if isinstance(value, Tensor) and _is_batched(name, value, batch) else value
-        for name, value in given.items()
-    }
-
-
-def _is_batched(name: str, value: Tensor, batch: int) -> bool:
-    return name != "sinks" and (name == "query_mask" or value.dim() == 4) and len(value) == batch

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from lightning_qk.callbacks._captured import CaptureMonitor, Measured, tensors_of
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.selection import a_stretch, some_sequences
+from lightning_qk.callbacks._captured import CaptureMonitor, Measured
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional._sums import MeanSums
 from lightning_qk.functional.position import positional_share
 from lightning_qk.logging.history import RunRecord
@@ -27,8 +26,7 @@ class PositionMonitor(CaptureMonitor):
     measured on a few sequences, and of long ones on a stretch of ``length`` tokens that begins at a random place:
     one function of the distance is fitted to those of a micro-batch.
 
-    Cross-attention, whose queries and keys are of different sequences, has no value. A layer that takes its
-    softmax in its own forward shows no queries and keys: it is named once in the log and left out.
+    Cross-attention, whose queries and keys are of different sequences, has no value.
 
     Logged keys, next to AttentionMonitor's:
 
@@ -124,22 +122,24 @@ class PositionMonitor(CaptureMonitor):
             "cached_calls": self.cached_calls,
         }
 
-    def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured | None:
+    def measure_call(self, name: str, call: CapturedCall) -> Measured | None:
         """The share of some sequences; nothing of cross-attention."""
         own = self._self_attention.get(name)
         if own is False:
             return None
-        given = tensors_of(call, self_attention=own, value=False)
-        heads, _, d_head = given["query"].shape[1:]
-        given = some_sequences(given, self.sequences, self._generator)
-        given = a_stretch(given, self.length, self._generator)
-        share = positional_share(**given)[None, None]
-        # Every sequence counts the same; a stretch of padding, whose logits do not vary, not at all.
-        weight = (share.isfinite() | _is_broken(given)) * given["query"].shape[0]
+        logits = self.logits_of(name, call).some_sequences(self.sequences, self._generator)
+        logits = logits.crop_tokens(self.length, self._generator)
+        if logits.query_offset is None:
+            raise UnsupportedCallError(
+                "its queries have no place among its keys, so that there is no distance"
+            )
+        share = positional_share(logits)[None, None]
+        # Every sequence counts the same; tokens of padding, whose logits do not vary, not at all.
+        weight = (share.isfinite() | ~logits.finite_heads()) * logits.shape[0]
         return Measured(
             MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share)),
-            heads,
-            d_head,
+            logits.shape[1],
+            call.d_head,
         )
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
@@ -150,18 +150,3 @@ class PositionMonitor(CaptureMonitor):
         """Add the history, and its mean as a curve."""
         super().contribute(record)
         record.position = self.history
-
-
-def _is_broken(given: dict[str, Any]) -> Tensor:
-    """Heads with a token whose query or key is not finite, boolean ``(1, 1, heads)``, padding left out."""
-    query, key, rows = given["query"], given["key"], given.get("query_mask")
-    seen = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-    if rows is not None:
-        seen = rows.to(seen)
-    bad = (~query.isfinite()).any(-1) & seen[:, None]
-    if rows is None or key.shape[2] == query.shape[2]:
-        keys = seen if key.shape[2] == query.shape[2] else seen.new_ones(key.shape[0], key.shape[2])
-        worse = (~key.isfinite()).any(-1) & keys[:, None]
-        worse = worse.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        return (bad.any(-1).any(0) | worse.any(-1).any(0))[None, None]
-    return bad.any(-1).any(0)[None, None]

@@ -24,10 +24,11 @@ from lightning_qk.callbacks._trainer import (
     projection_reader,
     refuse_deepspeed,
 )
-from lightning_qk.capture.extremes import call_max_logits
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.generation import CachedCalls
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.functional.extremes import max_logits
 from lightning_qk.heads.edit import HeadEditor
 from lightning_qk.heads.find import attention_sites
 from lightning_qk.heads.local import local_heads
@@ -262,7 +263,7 @@ class QKClip(StatefulIntervention):
             self._capture.remove()
             self._capture = None
 
-    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _hear(self, name: str, call: CapturedCall) -> None:
         assert self._reader is not None  # on_fit_start
         editor = self._editors[name]
         if editor.is_frozen:
@@ -272,13 +273,8 @@ class QKClip(StatefulIntervention):
             return
         where = local_heads(call.module, heads)
         here = heads if where is None else where.stop - where.start
-        found = call_max_logits(
-            call,
-            self_attention=plan.self_attention,
-            heads=here,
-            position=plan.position,
-            above=None if self._is_due else self.tau,
-        )
+        products = call.products(self_attention=plan.self_attention, heads=here, position=plan.position)
+        found = max_logits(products, above=None if self._is_due else self.tau)
         if len(found) != here:
             raise UnsupportedCallError(
                 f"its weights have {here} heads and its attention was called with {len(found)}: check how the "

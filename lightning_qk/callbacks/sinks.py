@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning_qk.callbacks._captured import CaptureMonitor, Measured, tensors_of
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.selection import some_sequences
+from lightning_qk.callbacks._captured import CaptureMonitor, Measured
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
 from lightning_qk.logging.history import RunRecord
 from lightning_qk.metrics.means import HeadMeans
@@ -112,12 +111,15 @@ class SinkMonitor(CaptureMonitor):
             "cached_calls": self.cached_calls,
         }
 
-    def measure_call(self, name: str, call: AttentionCall | SoftmaxCall) -> Measured:
+    def measure_call(self, name: str, call: CapturedCall) -> Measured:
         """All statistics of some rows of some sequences."""
-        given = tensors_of(call, self_attention=self._self_attention.get(name), value=True)
-        heads, _, d_head = given["query"].shape[1:]
-        given = some_sequences(given, self.sequences, self._generator)
-        return Measured(sink_sums(**given, rows=self.rows, generator=self._generator), heads, d_head)
+        logits, value = call.output(self_attention=self._self_attention.get(name))
+        heads = logits.shape[1]
+        if self.sequences is not None and self.sequences < len(value):
+            drawn = logits.draw(self.sequences, self._generator)
+            logits, value = logits.sequences(drawn), value[drawn]
+        sums = sink_sums(logits, value=value, rows=self.rows, generator=self._generator)
+        return Measured(sums, heads, call.d_head)
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means over sequences, rows and keys."""

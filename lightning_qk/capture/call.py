@@ -1,4 +1,4 @@
-"""One attention call, and what it means for the statistics."""
+"""What the call of an attention function means: its logits."""
 
 import inspect
 import sys
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_qk.capture.readings import (
     EAGER,
@@ -14,27 +13,15 @@ from lightning_qk.capture.readings import (
     FLEX,
     SDPA,
     Reading,
-    arguments,
-    position_offset,
-    scope,
+    read_logits,
 )
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.verify import verified_reading
-
-__all__ = [
-    "AttentionCall",
-    "UnsupportedCallError",
-    "attention_arguments",
-    "is_recomputation",
-    "output_arguments",
-    "read_call",
-    "statistics_arguments",
-]
-
+from lightning_qk.functional.logits import ProductLogits
 
 OWN_SOFTMAX = "_lightning_qk_softmax"
-"""Attribute of an attention function that says what softmax it takes: ``tell(call)`` gives the arguments of
-:func:`statistics_arguments` but for ``self_attention``, with gradients, and the values."""
+"""Attribute of an attention function that says what softmax it takes: ``tell(call)`` gives the logits, with
+gradients, and the values."""
 
 _POSITIONAL = ("module", "query", "key", "value", "attention_mask")
 
@@ -61,8 +48,8 @@ def read_call(
     )
 
 
-def statistics_arguments(call: AttentionCall, *, self_attention: bool | None) -> dict[str, Any]:
-    """Arguments of :func:`~lightning_qk.functional.attention_statistics` for the softmax of a call.
+def attention_logits(call: AttentionCall, *, self_attention: bool | None) -> tuple[ProductLogits, Any]:
+    """The logits of a call, with tensors that gradients flow through, and the value of their keys.
 
     transformers' own sdpa and flex functions are read as their sources say. Any other function, models' own eager
     ones and flash attention among them, is called once more at the first call of each module to find out what
@@ -75,56 +62,12 @@ def statistics_arguments(call: AttentionCall, *, self_attention: bool | None) ->
     Raises:
         UnsupportedCallError: the function's softmax cannot be reconstructed.
     """
-    return _softmax_arguments(call, self_attention)[0]
-
-
-def output_arguments(call: AttentionCall, *, self_attention: bool | None) -> dict[str, Any]:
-    """As :func:`statistics_arguments`, and ``value``: what the output of the call is made of.
-
-    Raises:
-        UnsupportedCallError: also where the call's values are not at hand.
-    """
-    given, value = _softmax_arguments(call, self_attention)
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[2] != given["key"].shape[2]:
-        form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise UnsupportedCallError(
-            f"expected values (batch, kv_heads, m, d_value) of {given['key'].shape[2]} keys, got {form}: the "
-            "output cannot be made again from what its attention function received"
-        )
-    return {**given, "value": value.detach()}
-
-
-def _softmax_arguments(
-    call: AttentionCall, self_attention: bool | None, *, detach: bool = True
-) -> tuple[dict[str, Any], Any]:
     tell = getattr(call.function, OWN_SOFTMAX, None)
     if tell is not None:
-        given, value = tell(call)
-        given = {**given, "self_attention": self_attention}
-        if detach:
-            given = {name: _detached(argument) for name, argument in given.items()}
-        return given, value
-    reading = _reading(call)
-    seen = scope(call, reading)
-    given = {
-        **arguments(call, reading, seen, detach=detach),
-        "query_offset": position_offset(seen, self_attention),
-        "self_attention": self_attention,
-    }
-    return given, seen.value
-
-
-def _detached(argument: Any) -> Any:
-    return argument.detach() if isinstance(argument, Tensor) else argument
-
-
-def attention_arguments(call: AttentionCall, *, self_attention: bool | None) -> tuple[dict[str, Any], Tensor]:
-    """As :func:`statistics_arguments`, with tensors that gradients flow through, and the value of these keys.
-
-    Raises:
-        UnsupportedCallError: the function's softmax cannot be reconstructed.
-    """
-    return _softmax_arguments(call, self_attention, detach=False)
+        logits, value = tell(call)
+        n, m = logits.shape[2:]
+        return logits.replace(self_attention=n == m if self_attention is None else self_attention), value
+    return read_logits(call, _reading(call), self_attention=self_attention)
 
 
 def _reading(call: AttentionCall) -> Reading:

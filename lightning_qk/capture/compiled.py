@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture import listeners
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation, read_call
+from lightning_qk.capture.call import is_recomputation, read_call
+from lightning_qk.capture.captured import FunctionCall
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 
 _HANDLE = "_lightning_qk_handle"
 
@@ -240,7 +242,7 @@ def _hear(
 
 def _read(
     module: nn.Module, form: str, tensors: list[Tensor], floats: list[float], ints: list[int]
-) -> AttentionCall:
+) -> FunctionCall:
     if form.startswith("!"):
         raise UnsupportedCallError(form[1:])
     number, *words = form.split(";")
@@ -263,8 +265,8 @@ def _read(
             args.append(value)
     if source.function is None:
         _, query, key, value, mask = args
-        return AttentionCall(module, query, key, value, mask, source.implementation, kwargs)
-    return read_call(source.function, source.implementation, tuple(args), kwargs)
+        return FunctionCall(AttentionCall(module, query, key, value, mask, source.implementation, kwargs))
+    return FunctionCall(read_call(source.function, source.implementation, tuple(args), kwargs))
 
 
 def module_of(identity: Tensor) -> nn.Module | None:

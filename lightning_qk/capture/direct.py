@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture import compiled, listeners
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.callers import (
     calls_sdpa,
     calls_softmax,
@@ -17,10 +16,12 @@ from lightning_qk.capture.callers import (
     own_classes,
     uses_interface,
 )
+from lightning_qk.capture.captured import FunctionCall
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.copies import Wrapped
 from lightning_qk.capture.listeners import STATE
 from lightning_qk.capture.patches import Stand, stand_in
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.softmax import observed
 
 NAME = "scaled_dot_product_attention"
@@ -165,11 +166,11 @@ def _hear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if module is None:
         return
 
-    def read() -> AttentionCall:
+    def read() -> FunctionCall:
         found = read_sdpa(*args, **kwargs)
         if isinstance(found, str):
             raise UnsupportedCallError(found)
-        return AttentionCall(module, *found[0], "sdpa", found[1])
+        return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1]))
 
     listeners.deliver(module, read)
 

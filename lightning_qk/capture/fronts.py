@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, read_call
+from lightning_qk.capture.call import read_call
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 
 Run = Callable[[AttentionCall], Any]
 """Makes a call and returns the attention function's output."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.patches import Stand, stand_in
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.capture.softmax import SEVERAL
 from lightning_qk.heads.classes import is_named
 
@@ -82,14 +82,11 @@ class CachedCalls:
         # The least number of keys beyond the queries that calls of a layer had.
         self._least: dict[str, int] = {}
 
-    def has(self, name: str, call: AttentionCall | SoftmaxCall) -> bool:
+    def has(self, name: str, call: CapturedCall) -> bool:
         """Whether this call is one; to be asked of every call of a layer of self-attention."""
-        if isinstance(call, SoftmaxCall):
-            if any(is_named(call.module, own) for own in SEVERAL):
-                return False
-            n, m = call.logits.shape[-2], call.logits.shape[-1] - call.sinks
-        else:
-            n, m = call.query.shape[-2], call.key.shape[-2]
+        if call.implementation == "softmax" and any(is_named(call.module, own) for own in SEVERAL):
+            return False
+        n, m = call.lengths
         more = max(m - n, 0)
         least = self._least[name] = min(more, self._least.get(name, more))
         return more > least

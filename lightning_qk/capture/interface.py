@@ -18,17 +18,18 @@ import torch
 from torch import nn
 
 from lightning_qk.capture import compiled, fronts, generation, listeners
-from lightning_qk.capture.call import UnsupportedCallError, read_call
+from lightning_qk.capture.call import read_call
 from lightning_qk.capture.callers import calls_sdpa, calls_softmax, uses_interface
+from lightning_qk.capture.captured import CapturedCall, FunctionCall
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.direct import stand_at_sdpa
 from lightning_qk.capture.listeners import STATE
 from lightning_qk.capture.multihead import stand_at_multihead
 from lightning_qk.capture.patches import Stand, stand_in
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnreadableFunctionError
+from lightning_qk.capture.record import UnreadableFunctionError, UnsupportedCallError
 from lightning_qk.capture.softmax import observed, suspended
 
-Listener = Callable[[str, AttentionCall | SoftmaxCall], None]
+Listener = Callable[[str, CapturedCall], None]
 
 
 class AttentionCapture:
@@ -148,9 +149,7 @@ class AttentionCapture:
         """Why the softmax of this module's attention function is to be observed; None where it is not."""
         return self._unreadable.get(self._names.get(id(module), ""))
 
-    def hear(
-        self, module: nn.Module, read: Callable[[], AttentionCall | SoftmaxCall], *, may_observe: bool = False
-    ) -> None:
+    def hear(self, module: nn.Module, read: Callable[[], CapturedCall], *, may_observe: bool = False) -> None:
         """Hand one call to the listener.
 
         Args:
@@ -307,5 +306,5 @@ def _hear(
     module = args[0] if args else kwargs.get("module")
     if not isinstance(module, nn.Module) or not listeners.is_watched(module):
         return None, None
-    listeners.deliver(module, lambda: read_call(function, name, args, kwargs), may_observe=True)
+    listeners.deliver(module, lambda: FunctionCall(read_call(function, name, args, kwargs)), may_observe=True)
     return module, listeners.unreadable_reason(module)

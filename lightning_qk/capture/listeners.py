@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_qk.capture.call import is_recomputation
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
+from lightning_qk.capture.captured import CapturedCall
 
 
 class Listening(Protocol):
@@ -21,9 +21,7 @@ class Listening(Protocol):
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of this module is handed on now."""
 
-    def hear(
-        self, module: nn.Module, read: Callable[[], AttentionCall | SoftmaxCall], *, may_observe: bool = False
-    ) -> None:
+    def hear(self, module: nn.Module, read: Callable[[], CapturedCall], *, may_observe: bool = False) -> None:
         """Take one call."""
 
     def unreadable_reason(self, module: nn.Module) -> str | None:
@@ -100,9 +98,7 @@ def is_watched(module: nn.Module) -> bool:
 
 # Never traced: inside a compiled model it is reached through an operator only.
 @torch.compiler.disable
-def deliver(
-    module: nn.Module, read: Callable[[], AttentionCall | SoftmaxCall], *, may_observe: bool = False
-) -> None:
+def deliver(module: nn.Module, read: Callable[[], CapturedCall], *, may_observe: bool = False) -> None:
     """Hand a call to all who want it, with autograd off; the recomputation of a checkpoint counts as none.
 
     Args:

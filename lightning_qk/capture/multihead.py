@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_qk.capture import compiled, listeners
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation
+from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.captured import FunctionCall
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.listeners import STATE
 from lightning_qk.capture.patches import Stand, stand_in
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 
 
 def stand_at_multihead(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
@@ -63,11 +65,12 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
 
 @torch.compiler.disable
 def _hear(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    def read() -> AttentionCall:
+    def read() -> FunctionCall:
         found = read_multihead(module, *args, **kwargs)
         if isinstance(found, str):
             raise UnsupportedCallError(found)
-        return AttentionCall(module, *found[0], "sdpa", found[1], inputs=_inputs(args, kwargs))
+        call = AttentionCall(module, *found[0], "sdpa", found[1], inputs=_inputs(args, kwargs))
+        return FunctionCall(call)
 
     if listeners.is_watched(module):
         listeners.deliver(module, read)
@@ -103,7 +106,7 @@ def _hear_fused(layer: Any, arguments: dict[str, Any]) -> None:
         return
     attention = layer.self_attn
 
-    def read() -> AttentionCall:
+    def read() -> FunctionCall:
         source, mask = arguments["src"], arguments.get("src_mask")
         padding = arguments.get("src_key_padding_mask")
         if source.is_nested:  # nn.TransformerEncoder took the padding out
@@ -115,7 +118,8 @@ def _hear_fused(layer: Any, arguments: dict[str, Any]) -> None:
         found = read_multihead(attention, source, source, source, padding, attn_mask=mask)
         if isinstance(found, str):
             raise UnsupportedCallError(found)
-        return AttentionCall(attention, *found[0], "sdpa", found[1], inputs=(source, source))
+        call = AttentionCall(attention, *found[0], "sdpa", found[1], inputs=(source, source))
+        return FunctionCall(call)
 
     listeners.deliver(attention, read)
 

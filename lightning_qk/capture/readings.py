@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_qk.capture.masks import block_mask_function, packed_function, padded_function
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.functional._logits import MASKED_BELOW, MaskFunction
+from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, MaskFunction, ProductLogits
 
 
 class Reading(NamedTuple):
@@ -74,34 +74,37 @@ def scope(call: AttentionCall, reading: Reading) -> Scope:
     return _VISIBILITY[reading.visibility](call, sliding_window(call) if reading.window else None)
 
 
-def arguments(call: AttentionCall, reading: Reading, seen: Scope, *, detach: bool = True) -> dict[str, Any]:
-    """Arguments of :func:`~lightning_qk.functional.attention_statistics` but for ``query_offset``.
+def read_logits(
+    call: AttentionCall, reading: Reading, *, self_attention: bool | None
+) -> tuple[ProductLogits, Tensor]:
+    """The logits of a call by one way to understand it, with gradients, and the value of their keys.
 
     Args:
         call: the call.
         reading: how to understand it.
-        seen: which keys are seen, by the same reading.
-        detach: tensors without their gradients' graph.
+        self_attention: whether queries and keys are the same tokens; None where unknown.
+
+    Raises:
+        UnsupportedCallError: the mask is not of a form that the reading knows.
     """
-
-    def own(value: Any) -> Any:
-        return value.detach() if detach and isinstance(value, Tensor) else value
-
+    seen = scope(call, reading)
     options = call.options
     bias = options.get("position_bias") if reading.bias else None
-    m = seen.key.shape[2]
     sinks = learnt_sinks(call, module=reading.visibility != "flex") if reading.sinks else None
-    return {
-        "query": own(seen.query),
-        "key": own(seen.key),
-        "mask": own(seen.mask),
-        "is_causal": seen.is_causal,
-        "scaling": options.get("scaling") if reading.scaling else None,
-        "sliding_window": seen.sliding_window,
-        "softcap": soft_cap(call) if reading.softcap else None,
-        "bias": own(bias)[..., :m] if isinstance(bias, Tensor) else None,
-        "sinks": own(sinks),
-    }
+    logits = AttentionLogits.of(
+        seen.query,
+        seen.key,
+        mask=seen.mask,
+        is_causal=seen.is_causal,
+        scaling=options.get("scaling") if reading.scaling else None,
+        sliding_window=seen.sliding_window,
+        softcap=soft_cap(call) if reading.softcap else None,
+        bias=bias[..., : seen.key.shape[2]] if isinstance(bias, Tensor) else None,
+        sinks=sinks,
+        query_offset=position_offset(seen, self_attention),
+        self_attention=self_attention,
+    )
+    return logits, seen.value
 
 
 def position_offset(seen: Scope, self_attention: bool | None) -> int:

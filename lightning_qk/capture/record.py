@@ -1,7 +1,6 @@
-"""One attention call, or one softmax, as it was made."""
+"""The call of an attention function, as it was made."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -33,33 +32,6 @@ class AttentionCall(NamedTuple):
     options: Mapping[str, Any]
     function: Callable[..., Any] | None = None
     inputs: tuple[Tensor, ...] = ()
-
-
-class SoftmaxCall(NamedTuple):
-    """The softmax of attention that a layer computes itself.
-
-    Attributes:
-        module: the attention layer.
-        logits: what the softmax gets, masks and biases included; its last two axes are queries and keys,
-            ``(..., n, m)``. How heads and sequences lie before them:
-            :func:`~lightning_qk.capture.statistics.by_head`.
-        d_head: width of the vectors whose products the logits are.
-        relative: rows are known up to a constant, since the layer subtracted their maximum.
-        sinks: how many of the last columns, 0 or 1, are no keys but a learnt sink's logit.
-        implementation: ``"softmax"``.
-        options: nothing.
-        operands: queries ``(..., n, d)`` and keys ``(..., m, d)`` whose products the logits are, as the layer
-            multiplied them; None unless the capture asked for them.
-    """
-
-    module: nn.Module
-    logits: Tensor
-    d_head: int
-    relative: bool = False
-    sinks: int = 0
-    implementation: str = "softmax"
-    options: Mapping[str, Any] = MappingProxyType({})
-    operands: tuple[Tensor, Tensor] | None = None
 
 
 class UnsupportedCallError(Exception):

@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from lightning_qk.capture import listeners
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.capture.callers import uses_interface
+from lightning_qk.capture.captured import FunctionCall, SoftmaxCall
 from lightning_qk.capture.multihead import read_functional
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.traces import Trace, Traces, far_down
 from lightning_qk.heads.classes import is_named
 
@@ -138,7 +139,7 @@ def _would_notice(part: nn.Module) -> bool:
 
 def _deliver_late(module: nn.Module, call: SoftmaxCall, version: int) -> None:
     def read() -> SoftmaxCall:
-        if call.logits._version != version:
+        if call.tensor._version != version:
             raise UnsupportedCallError(
                 "its forward overwrites the logits of its softmax, and may call an attention function: it has no "
                 "statistics"
@@ -262,10 +263,10 @@ def _sample(logits: Tensor) -> Tensor:
 
 
 def _hear_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    def read() -> AttentionCall:
+    def read() -> FunctionCall:
         found = read_functional(*args, **kwargs)
         if isinstance(found, str):
             raise UnsupportedCallError(found)
-        return AttentionCall(module, *found[0], "sdpa", found[1])
+        return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1]))
 
     listeners.deliver(module, read)

@@ -9,10 +9,10 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lightning_qk.capture import compiled, fronts
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.callers import uses_interface
 from lightning_qk.capture.fronts import Run
 from lightning_qk.capture.interface import stand_at_interface
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 
 # By which torch ends the recomputation of a checkpoint early: no error.
 _STOP: tuple[type[BaseException], ...] = tuple(

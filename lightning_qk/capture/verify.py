@@ -17,16 +17,14 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.readings import (
     Reading,
-    arguments,
     candidates,
     mask_form,
-    position_offset,
-    scope,
+    read_logits,
     sliding_window,
 )
 from lightning_qk.capture.record import AttentionCall, UnreadableFunctionError, UnsupportedCallError
-from lightning_qk.functional._logits import CHUNK_ELEMENTS, Logits, valid_rows
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional.logits import CHUNK_ELEMENTS
 
 # Largest relative error of an output row, by the coarsest precision that takes part: several times what rounding
 # does to logits of this spread. A wrong reading of one row is off by its whole length.
@@ -233,14 +231,10 @@ def _layouts(trial: AttentionCall, output: Any) -> list[Tensor]:
 
 def _row_error(trial: AttentionCall, reading: Reading, output: Tensor) -> float:
     """Largest relative error of some rows of the output against softmax attention by a reading."""
-    seen = scope(trial, reading)
-    same_tokens = seen.query.shape[2] == seen.key.shape[2]
-    with full_precision(seen.query.device), torch.no_grad():
-        logits = Logits.check(
-            **arguments(trial, reading, seen), query_offset=position_offset(seen, same_tokens)
-        )
-        logits = logits._replace(key=at_least_float32(logits.key).contiguous())
-        valid, _ = valid_rows(logits, None, same_tokens)
+    with full_precision(trial.query.device), torch.no_grad():
+        logits, value = read_logits(trial, reading, self_attention=None)
+        logits = logits.wide()
+        valid = logits.counted().rows
         batch, heads, n, _ = logits.query.shape
         kv_heads, m = logits.key.shape[1:3]
         count = max(_MIN_ROWS, min(_ROWS, CHUNK_ELEMENTS // max(1, batch * heads * m)))
@@ -251,8 +245,7 @@ def _row_error(trial: AttentionCall, reading: Reading, output: Tensor) -> float:
         used = valid.gather(1, index)[:, None].expand(batch, heads, count)
         if not bool(used.any()):
             return math.inf
-        buffer = torch.empty(batch * heads * count * m, dtype=logits.key.dtype, device=valid.device)
-        chunk = logits.chunk(index, buffer)
+        chunk = logits.chunk(index, logits.buffer(count))
         weights = chunk.logits
         if chunk.shown is not None:
             weights = weights.masked_fill(chunk.shown == 0, -math.inf)
@@ -260,7 +253,7 @@ def _row_error(trial: AttentionCall, reading: Reading, output: Tensor) -> float:
             sinks = logits.sinks.to(weights.dtype).view(1, heads, 1, 1).expand(batch, heads, count, 1)
             weights = torch.cat([weights, sinks], dim=-1)
         weights = weights.softmax(-1)[..., :m]
-        grouped = weights.reshape(batch, kv_heads, -1, m) @ seen.value.to(weights.dtype)
+        grouped = weights.reshape(batch, kv_heads, -1, m) @ value.to(weights.dtype)
         expected = grouped.reshape(batch, heads, count, -1)
         where = index[:, :, None, None].expand(-1, -1, heads, output.shape[-1])
         got = output.reshape(batch, n, heads, -1).gather(1, where).transpose(1, 2).to(expected.dtype)

@@ -11,6 +11,7 @@ from lightning_qk.functional.divergence import (
 from lightning_qk.functional.extremes import max_logits
 from lightning_qk.functional.hidden import hidden_statistics
 from lightning_qk.functional.localization import attention_statistics, logit_statistics
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions
 from lightning_qk.functional.marked import attention_on_keys
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.profile import linear_share_profile
@@ -31,6 +32,8 @@ from lightning_qk.functional.sinks import sink_statistics
 from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_singular_values
 
 __all__ = [
+    "AttentionLogits",
+    "AttentionOptions",
     "Rotary",
     "attention_entropy",
     "attention_on_keys",

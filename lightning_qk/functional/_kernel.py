@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import MASKED_BELOW, Logits
+from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, ProductLogits
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.
@@ -48,24 +48,26 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def kernel_rows(source: Logits, used: Tensor, index: Tensor | None, *, every: bool) -> Collected | None:
-    """The rows of a call by a kernel; None where no kernel fits: on the CPU, without triton, in float64, or with
-    a mask that is a function. If the kernel cannot be built, a warning says why, once, and None is returned.
+def kernel_rows(source: AttentionLogits, used: Tensor, index: Tensor | None) -> Collected | None:
+    """The rows of a call by a kernel; None where no kernel fits: on the CPU, without triton, in float64, with a
+    mask that is a function, or of logits that are at hand. If the kernel cannot be built, a warning says why,
+    once, and None is returned.
 
     Args:
         source: query and key in the precision that they came in.
         used: rows that count, ``(batch, rows)``.
         index: which rows these are, ``(batch, rows)``; None for all.
-        every: ``used`` is known to be all True, without looking.
     """
-    device = source.query.device
-    if not source.query.is_cuda or device in _broken or not fits(source):
+    device = source.device
+    if not isinstance(source, ProductLogits) or not source.query.is_cuda or device in _broken:
+        return None
+    if not fits(source):
         return None
     if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return None
     try:
         with torch.cuda.device(device):
-            return launch(source, used, index, every=every)
+            return launch(source, used, index, every=source.every_row_counts)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -80,7 +82,7 @@ def kernel_rows(source: Logits, used: Tensor, index: Tensor | None, *, every: bo
         return None
 
 
-def fits(source: Logits) -> bool:
+def fits(source: ProductLogits) -> bool:
     """Whether dtypes, sizes and the form of the mask are among those that the kernel takes."""
     batch, heads, n, d_head = source.query.shape
     return (
@@ -113,7 +115,7 @@ def blocks(dtype: torch.dtype, d_head: int, device: torch.device) -> tuple[Block
 
 
 def launch(
-    source: Logits,
+    source: ProductLogits,
     used: Tensor,
     index: Tensor | None,
     *,

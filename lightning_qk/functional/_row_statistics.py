@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._kernel import Collected
-from lightning_qk.functional._logits import Chunk, GivenLogits, Logits, hide
+from lightning_qk.functional.logits import AttentionLogits, Chunk, hide
 
 ROW_STATISTICS = (
     "entropy",
@@ -29,9 +29,9 @@ EXTREMES = ("max_logit", "max_abs_logit")
 """Statistics that are maxima; over sampled rows, a lower bound of the maximum over all rows."""
 
 
-def collect_rows(source: Logits | GivenLogits, used: Tensor, index: Tensor | None) -> Collected:
+def collect_rows(source: AttentionLogits, used: Tensor, index: Tensor | None) -> Collected:
     """Statistics of all rows, or of those of an index, chunk by chunk."""
-    result = torch.float64 if source.dtype == torch.float64 else torch.float32
+    result = source.result_dtype
     source = source.in_range()
     batch, heads, n, m = source.shape
     dtype, device = source.dtype, source.device

@@ -3,16 +3,15 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import (
+from lightning_qk.functional._precision import norms
+from lightning_qk.functional.logits import (
+    AttentionLogits,
     Chunk,
-    Logits,
     check_rows,
     hide,
     sample_rows,
     take_rows,
-    valid_rows,
 )
-from lightning_qk.functional._precision import norms
 
 # A key's mean over rows counts when it is seen by at least this share of the rows that see the most-seen key.
 _MIN_SEEN = 0.25
@@ -24,8 +23,6 @@ class Selection:
     Args:
         logits: the call.
         rows: how many query rows to sample in each sequence; None for all.
-        query_mask: rows to count, boolean ``(batch, n)``.
-        self_attention: whether queries and keys are the same tokens; None: when ``n == m``.
         generator: where sampled rows are drawn from; None is torch's global generator.
 
     Attributes:
@@ -33,66 +30,41 @@ class Selection:
         valid: rows that count, ``(batch, n)``.
         index: which rows were drawn, ``(batch, rows)``; None for all.
         used: of these, the ones that count, ``(batch, rows)``.
-        seen: keys that some row sees, ``(batch, m)``.
         may_be_padded: there is a mask, so that keys that no row sees may hold anything.
 
     Raises:
-        ValueError: ``rows`` below 1, or a query mask of another shape.
+        ValueError: ``rows`` below 1.
     """
 
     def __init__(
-        self,
-        logits: Logits,
-        *,
-        rows: int | None,
-        query_mask: Tensor | None,
-        self_attention: bool | None,
-        generator: torch.Generator | None,
+        self, logits: AttentionLogits, *, rows: int | None, generator: torch.Generator | None
     ) -> None:
-        rows = check_rows(rows, self_attention, generator)
-        n, m = logits.query.shape[2], logits.key.shape[2]
-        own = n == m if self_attention is None else self_attention
-        self.valid, seen = valid_rows(logits, query_mask, own)
-        # Padding may hold anything, NaN included, and what follows multiplies it by 0.
-        if seen is not None or query_mask is not None:
-            logits = logits._replace(query=torch.where(self.valid[:, None, :, None], logits.query, 0.0))
-        if seen is not None:
-            logits = logits._replace(key=torch.where(seen[:, None, :, None], logits.key, 0.0))
-        self.logits = logits
-        self.may_be_padded = seen is not None
-        self.seen = _reached(logits) if seen is None else seen
+        rows = check_rows(rows, generator)
+        self._counted = logits.counted()
+        self.valid = self._counted.rows
+        self.logits = logits.without_padding(self._counted)
+        self.may_be_padded = self._counted.keys is not None
+        n = logits.shape[2]
         self.index = None if rows is None or rows >= n else sample_rows(self.valid, rows, generator)
         self.used = self.valid if self.index is None else self.valid.gather(1, self.index)
+
+    @property
+    def seen(self) -> Tensor:
+        """Keys that some row sees, ``(batch, m)``."""
+        return self.logits.seen_keys(self._counted)
 
     @property
     def count(self) -> int:
         """How many rows of each sequence are looked at."""
         return self.used.shape[1]
 
-    def by_chunks(self) -> Logits:
-        """The call as its chunks are computed: keys contiguous, in a precision that holds the logits' squares."""
-        return self.logits.in_range()
-
     def part(self, rows: slice) -> slice | Tensor:
-        """Some of the rows that are looked at, as :meth:`Logits.chunk` takes them."""
+        """Some of the rows that are looked at, as :meth:`AttentionLogits.chunk` takes them."""
         return rows if self.index is None else self.index[:, rows]
 
     def weights(self) -> Tensor:
         """Of how many rows of its sequence each row that is looked at stands for one, ``(batch, 1)``."""
         return self.valid.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
-
-
-def _reached(logits: Logits) -> Tensor:
-    """Keys that some row sees where no mask says so, ``(batch, m)``: an interval."""
-    batch, _, n, m = logits.shape
-    first, last = logits.query_offset, logits.query_offset + n - 1
-    low, high = 0, m
-    if logits.sliding_window is not None:
-        low, high = first - logits.sliding_window + 1, last + logits.sliding_window
-    if logits.is_causal:
-        high = min(high, last + 1)
-    place = torch.arange(m, device=logits.device)
-    return ((place >= low) & (place < high)).expand(batch, m)
 
 
 def probabilities(chunk: Chunk) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._logits import Logits
 from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional.logits import ProductLogits
 
 
 # Zero times the least number is zero, zero times minus infinity is not a number.
@@ -78,7 +78,7 @@ class RowMeasure(ABC):
         return self
 
 
-def softmax_rows(logits: Logits, rows: slice, buffer: Tensor) -> Softmax:
+def softmax_rows(logits: ProductLogits, rows: slice, buffer: Tensor) -> Softmax:
     """Softmax of some rows; the logits' key is contiguous and float32 at least."""
     chunk = logits.chunk(rows, buffer)
     x = chunk.logits
@@ -114,7 +114,7 @@ def softmax_rows(logits: Logits, rows: slice, buffer: Tensor) -> Softmax:
     )
 
 
-def row_values(logits: Logits, valid: Tensor, measure: RowMeasure) -> tuple[Tensor, Tensor]:
+def row_values(logits: ProductLogits, valid: Tensor, measure: RowMeasure) -> tuple[Tensor, Tensor]:
     """A measure of every row, differentiable.
 
     Args:
@@ -142,7 +142,7 @@ class _RowValues(torch.autograd.Function):
         sinks: Tensor | None,
         prior: Tensor | None,
         valid: Tensor,
-        logits: Logits,
+        logits: ProductLogits,
         measure: RowMeasure,
     ) -> tuple[Tensor, Tensor]:
         with full_precision(query.device):
@@ -152,14 +152,14 @@ class _RowValues(torch.autograd.Function):
             values = source.key.new_zeros(batch, heads, n)
             used = torch.zeros(batch, heads, n, dtype=torch.bool, device=query.device)
             for rows in source.chunks(n):
-                softmax = softmax_rows(source, rows, row_buffer(source, rows))
+                softmax = softmax_rows(source, rows, source.buffer(rows.stop - rows.start))
                 value, has_value = measure.value(softmax)
                 has_value = has_value & valid[:, None, rows]
                 used[:, :, rows] = has_value
                 values[:, :, rows] = torch.where(has_value, value, 0.0)
         ctx.save_for_backward(query, key, bias, mask, sinks, prior, used)
         # Tensors only among what is saved, so that hooks (of checkpoints, of offloading) see them all.
-        ctx.logits = logits._replace(
+        ctx.logits = logits.replace(
             query=query.new_empty(0),
             key=key.new_empty(0),
             bias=None,
@@ -180,7 +180,7 @@ class _RowValues(torch.autograd.Function):
             needs = ctx.needs_input_grad
             sums = RowSums(source, needs, prior)
             for rows in source.chunks(source.shape[2]):
-                softmax = softmax_rows(source, rows, row_buffer(source, rows))
+                softmax = softmax_rows(source, rows, source.buffer(rows.stop - rows.start))
                 factor = torch.where(used[:, :, rows], grad[:, :, rows], 0.0).to(source.dtype)
                 sums.add(softmax, measure.gradient(softmax), factor, used[:, :, rows])
             found = (sums.query, sums.key, sums.bias, sums.mask, sums.sinks, sums.prior)
@@ -193,14 +193,14 @@ class _RowValues(torch.autograd.Function):
 
 
 def _filled(
-    logits: Logits,
+    logits: ProductLogits,
     query: Tensor,
     key: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
     sinks: Tensor | None,
-) -> Logits:
-    return logits._replace(
+) -> ProductLogits:
+    return logits.replace(
         query=query,
         key=at_least_float32(key).contiguous(),
         bias=bias,
@@ -209,16 +209,10 @@ def _filled(
     )
 
 
-def row_buffer(logits: Logits, rows: slice) -> Tensor:
-    """Room for the logits of some rows."""
-    batch, heads, _, m = logits.shape
-    return logits.key.new_empty(batch * heads * (rows.stop - rows.start) * m)
-
-
 class RowSums:
     """Gradients of the inputs, added up over chunks."""
 
-    def __init__(self, source: Logits, needs: tuple[bool, ...], prior: Tensor | None) -> None:
+    def __init__(self, source: ProductLogits, needs: tuple[bool, ...], prior: Tensor | None) -> None:
         self._source = source
         self.query = source.key.new_zeros(source.query.shape) if needs[0] else None
         self.key = source.key.new_zeros(source.key.shape) if needs[1] else None
@@ -247,8 +241,11 @@ class RowSums:
             if total is not None:
                 total[:, :, rows, :width] += _reduced(by_logits, total)
         if source.softcap is not None:
-            uncapped = source._replace(bias=None, mask=None)
-            capped = uncapped.chunk(rows, row_buffer(source, rows)).logits[..., :width] / source.softcap
+            uncapped = source.replace(bias=None, mask=None)
+            capped = (
+                uncapped.chunk(rows, source.buffer(rows.stop - rows.start)).logits[..., :width]
+                / source.softcap
+            )
             by_logits *= 1 - capped.square()
         batch, heads, count, _ = by_logits.shape
         kv_heads = source.key.shape[1]

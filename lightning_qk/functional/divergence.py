@@ -1,16 +1,21 @@
 """Entropy of attention and its divergence from a prior, with gradients, in memory linear in length."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_qk.functional._checks import KindError, boolean, dense, floating, integer, one_device
-from lightning_qk.functional._logits import Logits, MaskFunction, valid_rows
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._streamed import RowGradient, RowMeasure, Softmax, row_values
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_products
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Reduction = Literal["sequence", "batch", "none"]
 PriorFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -18,21 +23,12 @@ PriorFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def attention_entropy(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
     *,
     normalized: bool = False,
     reduction: Reduction = "sequence",
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     r"""Mean entropy of attention rows, differentiable, in memory linear in the sequence length.
 
@@ -41,65 +37,31 @@ def attention_entropy(
     a time. A learnt sink is one more outcome, as in :func:`attention_statistics`.
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``.
+        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
+            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself.
         key: ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         normalized: divide by ``log n_i``, of the number of visible keys (and the sink); rows with one outcome
             are left out.
         reduction: ``"sequence"``: means over the rows of each sequence, ``(batch, heads)``; ``"batch"``: over
             all rows, ``(heads,)``; ``"none"``: every row, ``(batch, heads, n)``. NaN where no row counts.
-        mask: as in :func:`attention_statistics`. A floating one gets a gradient where it requires one, as
-            query, key, bias and sinks do.
-        is_causal: likewise.
-        scaling: likewise.
-        sliding_window: likewise.
-        softcap: likewise.
-        bias: likewise.
-        sinks: likewise.
-        query_mask: likewise.
-        query_offset: likewise.
-        self_attention: likewise.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`. A floating mask, a
+            bias and sinks get a gradient where they require one, as query and key do.
 
     Raises:
         ValueError: shapes that do not fit, a mask of another form, or another reduction.
     """
     boolean(normalized, "normalized")
     _check_reduction(reduction)
-    return _reduce(
-        *_rows(
-            _Entropy(normalized),
-            query,
-            key,
-            query_mask=query_mask,
-            self_attention=self_attention,
-            mask=mask,
-            is_causal=is_causal,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            bias=bias,
-            sinks=sinks,
-            query_offset=query_offset,
-        ),
-        reduction,
-    )
+    return _reduce(*_rows(_Entropy(normalized), as_products(query, key, options)), reduction)
 
 
 def prior_divergence(
-    query: Tensor,
-    key: Tensor,
-    prior: Tensor | PriorFunction,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    prior: Tensor | PriorFunction | None = None,
     *,
     reduction: Reduction = "sequence",
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     r"""Kullback-Leibler divergence of attention from a prior, ``KL(π ‖ p)``, in memory linear in length.
 
@@ -111,58 +73,32 @@ def prior_divergence(
     Source: grounding priors, arXiv 2205.12616 [S]; the form is our own.
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``.
+        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
+            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself.
         key: ``(batch, kv_heads, m, d_head)``.
         prior: masses of at least 0 (a negative one makes its row NaN): a tensor that broadcasts to ``(batch,
             heads, n, m)``, of any dtype, or a function of index tensors that is evaluated on some rows at a
             time, such as :func:`diagonal_prior`, :func:`window_prior` or :func:`uniform_prior`. A floating
             tensor gets a gradient where it requires one.
         reduction: as in :func:`attention_entropy`.
-        mask: as in :func:`attention_statistics`.
-        is_causal: likewise.
-        scaling: likewise.
-        sliding_window: likewise.
-        softcap: likewise.
-        bias: likewise.
-        sinks: likewise.
-        query_mask: likewise.
-        query_offset: likewise.
-        self_attention: likewise.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
     Raises:
         ValueError: shapes that do not fit, a mask of another form, or another reduction.
     """
-    Logits.check(query, key)
-    full = (*query.shape[:3], key.shape[2])
+    logits = as_products(query, key, options)
     if isinstance(prior, Tensor):
         if dense(prior, "prior").is_complex() or (prior.is_floating_point() and prior.dtype.itemsize < 2):
             floating(prior, "prior")
-        one_device(query=query, prior=prior)
-        prior = _broadcast_prior(prior, full)
+        one_device(query=logits.query, prior=prior)
+        prior = _broadcast_prior(prior, logits.shape)
     elif not callable(prior):
         raise KindError(
             f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}: pass "
             "uniform_prior, say"
         )
     _check_reduction(reduction)
-    return _reduce(
-        *_rows(
-            _Divergence(prior),
-            query,
-            key,
-            query_mask=query_mask,
-            self_attention=self_attention,
-            mask=mask,
-            is_causal=is_causal,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            bias=bias,
-            sinks=sinks,
-            query_offset=query_offset,
-        ),
-        reduction,
-    )
+    return _reduce(*_rows(_Divergence(prior), logits), reduction)
 
 
 def diagonal_prior(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
@@ -191,29 +127,11 @@ def window_prior(width: int) -> PriorFunction:
     return prior
 
 
-def _rows(
-    measure: RowMeasure,
-    query: Tensor,
-    key: Tensor,
-    *,
-    query_mask: Tensor | None,
-    self_attention: bool | None,
-    **call: Any,
-) -> tuple[Tensor, Tensor]:
-    logits = Logits.check(query, key, **call)
-    boolean(self_attention, "self_attention", none=True)
-    if self_attention is None:
-        self_attention = query.shape[2] == key.shape[2]
-    with full_precision(query.device):
+def _rows(measure: RowMeasure, logits: ProductLogits) -> tuple[Tensor, Tensor]:
+    with full_precision(logits.device):
         with torch.no_grad():
-            valid, seen = valid_rows(logits, query_mask, self_attention)
-        if seen is not None:
-            # Padding may hold anything, NaN included, and what follows multiplies it by 0.
-            logits = logits._replace(
-                query=torch.where(valid[:, None, :, None], query, 0.0),
-                key=torch.where(seen[:, None, :, None], key, 0.0),
-            )
-        return row_values(logits, valid, measure)
+            counted = logits.counted()
+        return row_values(logits.without_padding(counted), counted.rows, measure)
 
 
 def _reduce(values: Tensor, used: Tensor, reduction: Reduction) -> Tensor:
@@ -277,7 +195,7 @@ class _Divergence(RowMeasure):
         self._function = None if isinstance(prior, Tensor) else prior
         self.prior = prior if isinstance(prior, Tensor) else None
 
-    def with_prior(self, prior: Tensor | None) -> "_Divergence":
+    def with_prior(self, prior: Tensor | None) -> _Divergence:
         return _Divergence(self._function if prior is None else prior)
 
     def value(self, softmax: Softmax) -> tuple[Tensor, Tensor]:

@@ -5,18 +5,23 @@ mean over the valid rows. Rows may be sampled: uniformly and without replacement
 means are unbiased, with standard errors of a stratified sample.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import boolean, floating, integer
+from lightning_qk.functional._checks import boolean
 from lightning_qk.functional._kernel import Collected, kernel_rows
-from lightning_qk.functional._logits import GivenLogits, Logits, MaskFunction, check_rows, sample_rows
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._row_statistics import EXTREMES, ROW_STATISTICS, collect_rows
 from lightning_qk.functional._rows import Selection, eligible_keys, key_norm_sums, query_norms
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MEAN_STATISTICS = (*ROW_STATISTICS, "query_norm", "sink_rate", "key_norm")
 """Statistics that are means, with a standard error when rows are sampled."""
@@ -47,22 +52,13 @@ class AttentionSums(NamedTuple):
 
 
 def attention_statistics(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
     *,
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
     rows: int | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> dict[str, Tensor]:
     r"""Statistics of attention per head, in memory linear in the sequence length.
 
@@ -99,27 +95,13 @@ def attention_statistics(
 
     Args:
         query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``.
+            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
-        mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating
-            and added to the logits, where −9000 and below means not visible. Or a function
-            ``mask(batch, head, query, key)`` of integer index tensors that broadcast to these shapes (a
-            ``mask_mod`` of flex_attention) which returns the boolean mask: it is evaluated on some rows at a
-            time, so that no n × m mask is ever in memory.
-        is_causal: row i sees the keys up to position ``query_offset + i``.
-        scaling: factor on the dot products; None means ``d_head ** -0.5``.
         rows: how many query rows to sample in each sequence; None for all.
-        sliding_window: a key is visible only when fewer than this many positions away.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        bias: added to the logits, broadcastable to ``(batch, heads, n, m)``.
-        sinks: learnt extra logit of each head, shape ``(heads,)``.
-        query_mask: rows to count, boolean ``(batch, n)``.
-        query_offset: position of the first query on the axis of the keys (of a cache, say).
-        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding
-            and its own row is left out. None: when ``n == m``.
         per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``,
             means over all rows of the batch.
         generator: where sampled rows are drawn from; None is torch's global generator.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
     Rows that see no key are left out.
 
@@ -139,24 +121,13 @@ def attention_statistics(
         ([1.0], [0.0])
     """
     boolean(per_sequence, "per_sequence")
-    sums = attention_sums(
-        query,
-        key,
-        mask=mask,
-        is_causal=is_causal,
-        scaling=scaling,
-        rows=rows,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        bias=bias,
-        sinks=sinks,
-        query_mask=query_mask,
-        query_offset=query_offset,
-        self_attention=self_attention,
-        generator=generator,
-    )
+    logits = as_logits(query, key, options)
+    sums = attention_sums(logits, rows=rows, generator=generator)
     return means(
-        sums, per_sequence=per_sequence, standard_errors=rows is not None, has_sinks=sinks is not None
+        sums,
+        per_sequence=per_sequence,
+        standard_errors=rows is not None,
+        has_sinks=logits.sinks is not None,
     )
 
 
@@ -202,20 +173,15 @@ def logit_statistics(
         ValueError: no floating tensor of four axes, ``query_mask`` or ``sinks`` of another shape, or ``rows``
             below 1.
     """
-    boolean(per_sequence, "per_sequence")
-    sums = logit_sums(
+    given = AttentionLogits.given(
         logits,
-        rows=rows,
         query_mask=query_mask,
         query_offset=query_offset,
         self_attention=self_attention,
         relative=relative,
         sinks=sinks,
-        generator=generator,
     )
-    return means(
-        sums, per_sequence=per_sequence, standard_errors=rows is not None, has_sinks=sinks is not None
-    )
+    return attention_statistics(given, rows=rows, per_sequence=per_sequence, generator=generator)
 
 
 def means(
@@ -246,72 +212,35 @@ def finish(sums: AttentionSums, *, standard_errors: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def attention_sums(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
     *,
     rows: int | None = None,
-    query_mask: Tensor | None = None,
-    self_attention: bool | None = None,
     generator: torch.Generator | None = None,
-    **call: Any,
+    **options: Unpack[AttentionOptions],
 ) -> AttentionSums:
     """The additive form of :func:`attention_statistics`, for accumulation; same arguments."""
-    logits = Logits.check(query, key, **call)
-    with full_precision(query.device):
-        selection = Selection(
-            logits, rows=rows, query_mask=query_mask, self_attention=self_attention, generator=generator
-        )
-        logits, used = selection.logits, selection.used
-        # Known without a look at the device: no row can be padding or see nothing.
-        every = query_mask is None and logits.mask is None and logits.sliding_window is None
-        every = every and (logits.query_offset >= 0 or not logits.is_causal)
-        collected = kernel_rows(logits, used, selection.index, every=every)
+    logits = as_logits(query, key, options)
+    with full_precision(logits.device):
+        selection = Selection(logits, rows=rows, generator=generator)
+        logits, used, index = selection.logits, selection.used, selection.index
+        collected = kernel_rows(logits, used, index)
         if collected is None:
-            collected = collect_rows(selection.logits, used, selection.index)
+            collected = collect_rows(logits, used, index)
+        if logits.query_offset is None:
+            for name in POSITION_STATISTICS:
+                collected.counted[ROW_STATISTICS.index(name)] = False
+        if logits.relative:
+            collected.maximum.fill_(-math.inf)
+        if not isinstance(logits, ProductLogits):
+            return _pool(collected, selection.valid, used)
         return _pool(
             collected,
             selection.valid,
             used,
-            query_norms(logits.query, selection.index),
-            key_norm_sums(logits.key, selection.seen, query.shape[1]),
+            query_norms(logits.query, index),
+            key_norm_sums(logits.key, selection.seen, logits.shape[1]),
         )
-
-
-@torch.no_grad()
-def logit_sums(
-    logits: Tensor,
-    *,
-    rows: int | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int | None = 0,
-    self_attention: bool | None = None,
-    relative: bool = False,
-    sinks: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> AttentionSums:
-    """The additive form of :func:`logit_statistics`, for accumulation; same arguments."""
-    rows = check_rows(rows, self_attention, generator)
-    floating(logits, "logits (batch, heads, n, m)")
-    boolean(relative, "relative")
-    if query_offset is not None:
-        query_offset = integer(query_offset, "query_offset")
-    if self_attention is None:
-        self_attention = logits.dim() == 4 and logits.shape[2] == logits.shape[3]
-    # Without a place among the keys a query's own key is not known.
-    own = self_attention and query_offset is not None
-    source = GivenLogits.check(logits, query_mask, own, query_offset or 0, sinks)
-    index = None
-    if rows is not None and rows < source.shape[2]:
-        index = sample_rows(source.used, rows, generator)
-    used = source.used if index is None else source.used.gather(1, index)
-    with full_precision(logits.device):
-        collected = collect_rows(source, used, index)
-        if query_offset is None:
-            for name in POSITION_STATISTICS:
-                collected.counted[ROW_STATISTICS.index(name)] = False
-        if relative:
-            collected.maximum.fill_(-math.inf)
-        return _pool(collected, source.used, used)
 
 
 def _pool(

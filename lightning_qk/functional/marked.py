@@ -1,34 +1,32 @@
 """How much attention goes to keys that somebody marked: tokens known to be irrelevant, say."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from lightning_qk.functional._checks import boolean, dense
-from lightning_qk.functional._logits import Logits, MaskFunction
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._rows import Selection, probabilities
 from lightning_qk.functional._sums import MeanSums
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @torch.no_grad()
 def attention_on_keys(
-    query: Tensor,
-    key: Tensor,
-    marked: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    marked: Tensor | None = None,
     *,
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
     rows: int | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> dict[str, Tensor]:
     r"""Attention that goes to marked keys, mean over query rows; never a whole n × n map.
 
@@ -38,22 +36,14 @@ def attention_on_keys(
 
     Args:
         query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``.
+            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself,
+            with ``marked=``.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         marked: the keys in question, boolean, ``(batch, m)`` or ``(m,)``.
-        mask: as in :func:`~lightning_qk.functional.attention_statistics`, and so the following.
-        is_causal: row i sees the keys up to position ``query_offset + i``.
-        scaling: factor on the dot products; None means ``d_head ** -0.5``.
         rows: how many query rows to sample in each sequence; None for all.
-        sliding_window: a key is visible only when fewer than this many positions away.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        bias: added to the logits.
-        sinks: learnt extra logit of each head, part of the softmax's denominator.
-        query_mask: rows to count, boolean ``(batch, n)``.
-        query_offset: position of the first query on the axis of the keys.
-        self_attention: whether queries and keys are the same tokens; None: when ``n == m``.
         per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``.
         generator: where sampled rows are drawn from; None is torch's global generator.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
     Returns:
         ``mass``, the attention on marked keys, and ``uniform``, the share of the visible keys that are marked:
@@ -71,36 +61,22 @@ def attention_on_keys(
         tensor([0.4000, 0.4000, 0.4000, 0.4000])
     """
     boolean(per_sequence, "per_sequence")
-    logits = Logits.check(
-        query,
-        key,
-        mask=mask,
-        is_causal=is_causal,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        bias=bias,
-        sinks=sinks,
-        query_offset=query_offset,
-    )
+    logits = as_logits(query, key, options)
     batch, heads, _, m = logits.shape
-    if dense(marked, "marked").dtype != torch.bool or tuple(marked.shape) not in ((m,), (batch, m)):
+    marked = dense(marked, "marked")
+    if marked.dtype != torch.bool or tuple(marked.shape) not in ((m,), (batch, m)):
         raise ValueError(
             f"expected boolean marks of shape (batch, m) = {(batch, m)} or (m,), got {marked.dtype} of shape "
             f"{tuple(marked.shape)}: mark every key with True or False"
         )
-    with full_precision(query.device):
-        selection = Selection(
-            logits, rows=rows, query_mask=query_mask, self_attention=self_attention, generator=generator
-        )
-        source = selection.by_chunks()
+    with full_precision(logits.device):
+        selection = Selection(logits, rows=rows, generator=generator)
+        source = selection.logits.in_range()
         marks = marked.to(source.device, source.dtype).expand(batch, m)[:, None, :, None]
         total = torch.zeros(2, batch, heads, dtype=source.dtype, device=source.device)
         weight = torch.zeros_like(total)
         for part in source.chunks(selection.count):
-            elements = batch * heads * (part.stop - part.start) * m
-            buffer = torch.empty(elements, dtype=source.dtype, device=source.device)
-            chunk = source.chunk(selection.part(part), buffer)
+            chunk = source.chunk(selection.part(part), source.buffer(part.stop - part.start))
             here = marks[:, :, : chunk.logits.shape[-1]]
             edge = here.shape[2] if chunk.shown is None else chunk.edge
             number = here[:, :, :edge].sum(2)
@@ -114,5 +90,5 @@ def attention_on_keys(
             weight += keep.sum(-1)
         scale = selection.weights().to(source.dtype)
         means = MeanSums(total * scale, weight * scale).means(per_sequence=per_sequence)
-    means = means.to(torch.float64 if key.dtype == torch.float64 else torch.float32)
+    means = means.to(logits.result_dtype)
     return {"mass": means[0], "uniform": means[1]}

@@ -1,15 +1,20 @@
 """How much of a head's logits is explained by the distance between query and key alone."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_qk.functional._checks import boolean
-from lightning_qk.functional._logits import Chunk, Logits, MaskFunction, valid_rows
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, Chunk, as_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ITERATIONS = 200
 _TOLERANCE = 1e-12
@@ -17,20 +22,11 @@ _TOLERANCE = 1e-12
 
 @torch.no_grad()
 def positional_share(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
     *,
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
     per_sequence: bool = False,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     r"""Share of the variance of a head's logits that a function of the offset i − j alone explains.
 
@@ -52,19 +48,11 @@ def positional_share(
 
     Args:
         query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``.
-        key: shape ``(batch, kv_heads, m, d_head)``.
-        mask: as in :func:`~lightning_qk.functional.attention_statistics`, and so the following.
-        is_causal: row i sees the keys up to position ``query_offset + i``.
-        scaling: factor on the dot products; None means ``d_head ** -0.5``.
-        sliding_window: a key is visible only when fewer than this many positions away.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        bias: added to the logits, which makes it part of what is explained.
-        sinks: of no effect: a learnt sink has no position.
-        query_mask: rows to count, boolean ``(batch, n)``.
-        query_offset: position of the first query on the axis of the keys.
-        self_attention: whether queries and keys are the same tokens; None: when ``n == m``.
+            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
+        key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         per_sequence: fit f to each sequence and return ``(batch, heads)``, instead of one f for all sequences.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`. A bias is part of
+            what is explained; a learnt sink has no position and is of no effect.
 
     Returns:
         Shares in [0, 1], ``(heads,)`` or ``(batch, heads)``, float32 or float64 as the logits; NaN where the
@@ -80,27 +68,14 @@ def positional_share(
         1.0
     """
     boolean(per_sequence, "per_sequence")
-    logits = Logits.check(
-        query,
-        key,
-        mask=mask,
-        is_causal=is_causal,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        bias=bias,
-        sinks=sinks,
-        query_offset=query_offset,
-    )
-    boolean(self_attention, "self_attention", none=True)
-    n, m = query.shape[2], key.shape[2]
-    with full_precision(query.device):
-        valid, seen = valid_rows(logits, query_mask, n == m if self_attention is None else self_attention)
-        if seen is not None:
-            # Padding may hold anything, NaN included, and what follows multiplies it by 0.
-            key = torch.where(seen[:, None, :, None], key, 0.0)
-        result = torch.promote_types(at_least_float32(key).dtype, torch.float32)
-        logits = logits._replace(query=torch.where(valid[:, None, :, None], query, 0.0), key=key).in_range()
+    logits = as_logits(query, key, options)
+    with full_precision(logits.device):
+        result = logits.result_dtype
+        counted = logits.counted()
+        valid = counted.rows
+        if logits.query_offset is None:
+            valid = torch.zeros_like(valid)  # no offsets
+        logits = logits.without_padding(counted).in_range()
         pairs = _collect(logits, valid)
         if not per_sequence:
             pairs = pairs.pooled()
@@ -129,23 +104,20 @@ class _Pairs(NamedTuple):
     high: Tensor  # (batch, heads|1, n): one behind the last of them
     is_interval: bool  # every row sees all keys between its first and its last
 
-    def pooled(self) -> "_Pairs":
+    def pooled(self) -> _Pairs:
         """All sequences as one group."""
         total, energy, target, counts = (tensor.sum(0, keepdim=True) for tensor in self[:4])
         return self._replace(total=total, energy=energy, target=target, counts=counts)
 
 
-def _collect(logits: Logits, valid: Tensor) -> _Pairs:
+def _collect(logits: AttentionLogits, valid: Tensor) -> _Pairs:
     batch, heads, n, m = logits.shape
     like: dict[str, Any] = {"dtype": torch.float64, "device": logits.device}
     total, energy = torch.zeros(2, batch, heads, **like)
     target = torch.zeros(batch, heads, max(n + m - 1, 0), **like)
     rows: list[tuple[Tensor, ...]] = []
     for part in logits.chunks(n):
-        buffer = torch.empty(
-            batch * heads * (part.stop - part.start) * m, dtype=logits.dtype, device=logits.device
-        )
-        chunk = logits.chunk(part, buffer)
+        chunk = logits.chunk(part, logits.buffer(part.stop - part.start))
         shown = _shown(chunk, valid[:, part])
         number = shown.sum(-1)
         x = chunk.logits.double() * shown
@@ -217,7 +189,7 @@ def _solve(pairs: _Pairs, apply: Callable[[Tensor], Tensor]) -> Tensor:
     return (target * solution).sum(-1)
 
 
-def _by_interval(pairs: _Pairs, f: Tensor, logits: Logits, valid: Tensor) -> Tensor:
+def _by_interval(pairs: _Pairs, f: Tensor, logits: AttentionLogits, valid: Tensor) -> Tensor:
     """The normal equations' matrix times f by sums over intervals of offsets: linear in n."""
     batch, heads, n, m = logits.shape
     groups = f.shape[0]
@@ -235,7 +207,7 @@ def _by_interval(pairs: _Pairs, f: Tensor, logits: Logits, valid: Tensor) -> Ten
     return pairs.counts * f - edges.cumsum(-1)[..., :-1]
 
 
-def _by_chunk(pairs: _Pairs, f: Tensor, logits: Logits, valid: Tensor) -> Tensor:
+def _by_chunk(pairs: _Pairs, f: Tensor, logits: AttentionLogits, valid: Tensor) -> Tensor:
     """The same for rows that see keys with gaps: visibility is computed again, some rows at a time."""
     n, m = logits.shape[2:]
     out = pairs.counts * f

@@ -1,13 +1,20 @@
 """Where along the sequence signal passes: the measured linear share by relative position of the key."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from lightning_qk.functional._checks import integer
-from lightning_qk.functional._logits import Logits, MaskFunction
 from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._rows import Selection
 from lightning_qk.functional._sums import MeanSums
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PROFILE_BINS = 10
 """Into how many equal parts of [0, 1] relative positions fall where nothing else is said."""
@@ -17,22 +24,13 @@ MIN_KEYS = 16
 
 
 def linear_share_profile(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
     *,
     bins: int = PROFILE_BINS,
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
     rows: int | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
     generator: torch.Generator | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     r"""Share of (query, key) pairs in the window of the piecewise linear softmax, by relative position of the key.
 
@@ -43,21 +41,14 @@ def linear_share_profile(
     fewer are left out. After Bao et al. 2024; this form is derived.
 
     Args:
-        query: as for :func:`~lightning_qk.functional.attention_statistics`, shape ``(batch, heads, n, d_head)``.
-        key: shape ``(batch, kv_heads, m, d_head)``.
+        query: after rotary encoding and norms, as the attention function gets it, shape
+            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
+        key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         bins: into how many equal parts θ falls.
-        mask: as there, and so the following.
-        is_causal: row i sees the keys up to position ``query_offset + i``.
-        scaling: factor on the dot products; None means ``d_head ** -0.5``.
         rows: how many query rows to sample in each sequence; None for all.
-        sliding_window: a key is visible only when fewer than this many positions away.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        bias: added to the logits.
-        sinks: learnt extra logits, which are no keys and have no part in this.
-        query_mask: rows to count, boolean ``(batch, n)``.
-        query_offset: position of the first query on the axis of the keys.
-        self_attention: whether queries and keys are the same tokens; None: when ``n == m``.
         generator: where sampled rows are drawn from; None is torch's global generator.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`. Learnt sinks are no
+            keys and have no part in this.
 
     Returns:
         Shares in [0, 1], shape ``(heads, bins)``, the earliest keys first; NaN where no row counts.
@@ -70,55 +61,33 @@ def linear_share_profile(
         >>> linear_share_profile(query, key, bins=2)[0]
         tensor([1., 1.])
     """
-    sums = profile_sums(
-        query,
-        key,
-        bins=bins,
-        mask=mask,
-        is_causal=is_causal,
-        scaling=scaling,
-        rows=rows,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        bias=bias,
-        sinks=sinks,
-        query_mask=query_mask,
-        query_offset=query_offset,
-        self_attention=self_attention,
-        generator=generator,
-    )
+    sums = profile_sums(query, key, bins=bins, rows=rows, generator=generator, **options)
     return sums.means(per_sequence=False).mT
 
 
 @torch.no_grad()
 def profile_sums(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
     *,
     bins: int = PROFILE_BINS,
     rows: int | None = None,
-    query_mask: Tensor | None = None,
-    self_attention: bool | None = None,
     generator: torch.Generator | None = None,
-    **call: object,
+    **options: Unpack[AttentionOptions],
 ) -> MeanSums:
     """The additive form of :func:`linear_share_profile`, ``(bins, batch, heads)``; same arguments."""
+    logits = as_logits(query, key, options)
     bins = integer(bins, "bins")
     if bins < 1:
         raise ValueError(f"expected bins of at least 1, got {bins}: pass how many parts positions fall into")
-    logits = Logits.check(query, key, **call)  # type: ignore[arg-type]
-    batch, heads, _, m = logits.shape
-    with full_precision(query.device):
-        selection = Selection(
-            logits, rows=rows, query_mask=query_mask, self_attention=self_attention, generator=generator
-        )
-        source = selection.by_chunks()
+    batch, heads = logits.shape[:2]
+    with full_precision(logits.device):
+        selection = Selection(logits, rows=rows, generator=generator)
+        source = selection.logits.in_range()
         total = torch.zeros(batch, heads, bins, dtype=source.dtype, device=source.device)
         weight = torch.zeros_like(total)
         for part in source.chunks(selection.count):
-            elements = batch * heads * (part.stop - part.start) * m
-            buffer = torch.empty(elements, dtype=source.dtype, device=source.device)
-            chunk = source.chunk(selection.part(part), buffer)
+            chunk = source.chunk(selection.part(part), source.buffer(part.stop - part.start))
             x, count = chunk.logits, part.stop - part.start
             visible = torch.ones(1, 1, count, chunk.edge if chunk.shown is not None else x.shape[-1]).to(x)
             if chunk.shown is not None:
@@ -137,5 +106,4 @@ def profile_sums(
             total += empty.scatter_add(-1, place, inside.expand(shape)).sum(2)
             weight += empty.scatter_add(-1, place, visible).sum(2)
         scale = selection.weights().to(source.dtype)[..., None]
-        result = torch.float64 if key.dtype == torch.float64 else torch.float32
-        return MeanSums(*((part * scale).movedim(-1, 0).to(result) for part in (total, weight)))
+        return MeanSums(*((part * scale).movedim(-1, 0).to(logits.result_dtype) for part in (total, weight)))

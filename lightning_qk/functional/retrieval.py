@@ -1,29 +1,32 @@
 """Attention that takes one key a row, with the gradient of softmax attention."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import boolean, floating, one_device
-from lightning_qk.functional._logits import Logits, MaskFunction
+from lightning_qk.functional._checks import boolean
 from lightning_qk.functional._precision import at_least_float32, full_precision
-from lightning_qk.functional._streamed import RowGradient, RowSums, row_buffer, softmax_rows
+from lightning_qk.functional._streamed import RowGradient, RowSums, softmax_rows
+from lightning_qk.functional.logits import (
+    AttentionLogits,
+    AttentionOptions,
+    MaskFunction,
+    ProductLogits,
+    as_output,
+)
 
 
 def hard_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     mask: Tensor | MaskFunction | None = None,
     scaling: float | None = None,
     training: bool = True,
-    *,
-    is_causal: bool = False,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    query_offset: int = 0,
+    **options: Any,
 ) -> Tensor:
     r"""The value of each row's largest logit, ``o_i = v_j`` with ``j = argmax_j ω_ij`` over the visible keys.
 
@@ -35,17 +38,14 @@ def hard_attention(
     Source: hard retrieval, arXiv 2009.14658 [S].
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``.
+        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
+            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself, with ``value=``.
         key: ``(batch, kv_heads, m, d_head)``.
         value: ``(batch, kv_heads, m, d_value)``.
-        mask: as in :func:`attention_statistics`.
+        mask: see :class:`~lightning_qk.functional.AttentionOptions`.
         scaling: likewise.
         training: whether there is a gradient at all.
-        is_causal: as in :func:`attention_statistics`.
-        sliding_window: likewise.
-        softcap: likewise.
-        bias: likewise.
-        query_offset: likewise.
+        options: the others of :class:`~lightning_qk.functional.AttentionOptions`. Learnt sinks take no part.
 
     Returns:
         ``(batch, heads, n, d_value)``, of the value's dtype.
@@ -53,25 +53,13 @@ def hard_attention(
     Raises:
         ValueError: shapes that do not fit, or a mask of another form.
     """
-    logits = Logits.check(
-        query,
-        key,
-        mask=mask,
-        scaling=scaling,
-        is_causal=is_causal,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        bias=bias,
-        query_offset=query_offset,
-    )
-    floating(value, "value")
-    one_device(query=query, value=value)
+    if mask is not None:
+        options["mask"] = mask
+    if scaling is not None:
+        options["scaling"] = scaling
+    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
+    query, key = logits.query, logits.key
     boolean(training, "training")
-    if value.dim() != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"expected a value (batch, kv_heads, m, d_value) = {(*key.shape[:3], 'd_value')}, got "
-            f"{tuple(value.shape)}: pass it as the attention function gets it"
-        )
     added = logits.mask if isinstance(logits.mask, Tensor) else None
     with torch.set_grad_enabled(training and torch.is_grad_enabled()):
         return _HardAttention.apply(query, key, value, logits.bias, added, logits)
@@ -86,16 +74,16 @@ class _HardAttention(torch.autograd.Function):
         value: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        logits: Logits,
+        logits: ProductLogits,
     ) -> Tensor:
         batch, heads, n, m = logits.shape
         kv_heads, d_value = value.shape[1], value.shape[3]
         taken = torch.zeros(batch, heads, n, dtype=torch.long, device=query.device)
         sees = torch.ones(batch, heads, n, dtype=torch.bool, device=query.device)
         with full_precision(query.device):
-            source = logits._replace(key=at_least_float32(key).contiguous())
+            source = logits.wide()
             for rows in source.chunks(n) if m else ():
-                chunk = source.chunk(rows, row_buffer(source, rows))
+                chunk = source.chunk(rows, source.buffer(rows.stop - rows.start))
                 if chunk.shown is not None:
                     chunk.logits[..., chunk.edge :].masked_fill_(chunk.shown == 0, -torch.inf)
                 top, taken[:, :, rows] = chunk.logits.max(-1)
@@ -105,7 +93,7 @@ class _HardAttention(torch.autograd.Function):
         index = taken.reshape(batch, kv_heads, heads // kv_heads * n, 1).expand(-1, -1, -1, d_value)
         output = value.gather(2, index).view(batch, heads, n, d_value)
         ctx.save_for_backward(query, key, value[:, :, :m], bias, mask, taken, sees)
-        ctx.logits = logits._replace(
+        ctx.logits = logits.replace(
             query=query.new_empty(0),
             key=key.new_empty(0),
             bias=None,
@@ -121,7 +109,7 @@ class _HardAttention(torch.autograd.Function):
         batch, heads, n, d_value = grad.shape
         kv_heads, m = value.shape[1:3]
         with torch.no_grad(), full_precision(query.device):
-            source: Logits = ctx.logits._replace(
+            source: ProductLogits = ctx.logits.replace(
                 query=query,
                 key=at_least_float32(key).contiguous(),
                 bias=bias,
@@ -141,7 +129,7 @@ class _HardAttention(torch.autograd.Function):
             if need_query or need_key or need_bias or need_mask:
                 values = value.to(source.dtype).reshape(batch * kv_heads, m, d_value)
                 for rows in source.chunks(n):
-                    softmax = softmax_rows(source, rows, row_buffer(source, rows))
+                    softmax = softmax_rows(source, rows, source.buffer(rows.stop - rows.start))
                     width = softmax.p.shape[-1]
                     part = grad[:, :, rows].reshape(batch * kv_heads, -1, d_value)
                     by_p = torch.bmm(part, values[:, :width].mT).view(softmax.p.shape)

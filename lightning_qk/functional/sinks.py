@@ -1,15 +1,20 @@
 """What attention sinks do to a head's output: their values' share of it, and attention that is waived."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_qk.functional._checks import boolean, floating, number, one_device
-from lightning_qk.functional._logits import Logits, MaskFunction
 from lightning_qk.functional._precision import at_least_float32, full_precision, norms
 from lightning_qk.functional._rows import Selection, eligible_keys, probabilities
 from lightning_qk.functional._sums import MeanSums
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SINK_STATISTICS = (
     "sink_number",
@@ -28,24 +33,15 @@ _ALIKE = 1e-4
 
 
 def sink_statistics(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     *,
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
     rows: int | None = None,
     threshold: float = 0.2,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> dict[str, Tensor]:
     r"""Attention sinks of each head and what they do to its output, in memory linear in the sequence length.
 
@@ -84,25 +80,17 @@ def sink_statistics(
 
     Args:
         query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``.
+            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself,
+            with ``value=``.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         value: shape ``(batch, value_heads, m, d_value)``; ``value_heads`` divides ``heads``.
-        mask: as in :func:`~lightning_qk.functional.attention_statistics`, and so the following.
-        is_causal: row i sees the keys up to position ``query_offset + i``.
-        scaling: factor on the dot products; None means ``d_head ** -0.5``.
         rows: how many query rows to sample in each sequence; None for all. Which keys are sinks is decided by
             the sampled rows then.
         threshold: attention above which a key is a sink, in (0, 1).
-        sliding_window: a key is visible only when fewer than this many positions away.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        bias: added to the logits.
-        sinks: learnt extra logit of each head, part of the softmax's denominator. It has no value, and is none of
-            the keys counted here.
-        query_mask: rows to count, boolean ``(batch, n)``.
-        query_offset: position of the first query on the axis of the keys.
-        self_attention: whether queries and keys are the same tokens; None: when ``n == m``.
         per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
         generator: where sampled rows are drawn from; None is torch's global generator.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`. A learnt sink is part
+            of the softmax's denominator; it has no value, and is none of the keys counted here.
 
     Returns:
         A dict of float tensors, ``(heads,)`` or ``(batch, heads)``. waiver_mass is a mean over rows, waiver_rate
@@ -113,48 +101,29 @@ def sink_statistics(
             (0, 1).
     """
     boolean(per_sequence, "per_sequence")
-    sums = sink_sums(
-        query,
-        key,
-        value,
-        mask=mask,
-        is_causal=is_causal,
-        scaling=scaling,
-        rows=rows,
-        threshold=threshold,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        bias=bias,
-        sinks=sinks,
-        query_mask=query_mask,
-        query_offset=query_offset,
-        self_attention=self_attention,
-        generator=generator,
-    )
+    sums = sink_sums(query, key, value, rows=rows, threshold=threshold, generator=generator, **options)
     return dict(zip(SINK_STATISTICS, sums.means(per_sequence=per_sequence), strict=True))
 
 
 @torch.no_grad()
 def sink_sums(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     *,
     rows: int | None = None,
     threshold: float = 0.2,
-    query_mask: Tensor | None = None,
-    self_attention: bool | None = None,
     generator: torch.Generator | None = None,
-    **call: Any,
+    **options: Unpack[AttentionOptions],
 ) -> MeanSums:
     """The additive form of :func:`sink_statistics`, for accumulation; same arguments."""
+    logits = as_logits(query, key, options)
     threshold = number(threshold, "threshold")
     if not 0 < threshold < 1:
         raise ValueError(f"expected a threshold between 0 and 1, got {threshold}: 0.2 is usual")
-    logits = Logits.check(query, key, **call)
     batch, heads, _, m = logits.shape
-    floating(value, "value")
-    one_device(query=query, value=value)
+    value = floating(value, "value")
+    one_device(query=torch.empty(0, device=logits.device), value=value)
     if (
         value.dim() != 4
         or value.shape[0] != batch
@@ -166,10 +135,8 @@ def sink_sums(
             f"expected a value (batch, value_heads, m, d_value) = ({batch}, value_heads, {m}, d_value) with "
             f"value_heads dividing {heads}, got {tuple(value.shape)}: pass it as the attention function gets it"
         )
-    with full_precision(query.device):
-        selection = Selection(
-            logits, rows=rows, query_mask=query_mask, self_attention=self_attention, generator=generator
-        )
+    with full_precision(logits.device):
+        selection = Selection(logits, rows=rows, generator=generator)
         seen = selection.seen
         if selection.may_be_padded:
             value = torch.where(seen[:, None, :, None], value, 0.0)
@@ -215,7 +182,7 @@ class _Received:
     """
 
     def __init__(self, selection: Selection, value: Tensor, threshold: float) -> None:
-        logits = selection.by_chunks()
+        logits = selection.logits.in_range()
         batch, heads, _, m = logits.shape
         options: dict[str, Any] = {"dtype": logits.dtype, "device": logits.device}
         value = value.to(logits.dtype)

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import statistics_arguments
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import POSITION_STATISTICS
+from lightning_qk.functional.localization import POSITION_STATISTICS, attention_sums
 from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.inspect.errors import BadInput, one_line
 from lightning_qk.inspect.read import Reading
@@ -240,12 +238,10 @@ def _listen(
     heads = dict(zip(reading.names, reading.heads, strict=True))
     self_attention = dict(zip(reading.names, reading.self_attention, strict=True))
 
-    def hear(name: str, call: AttentionCall | SoftmaxCall) -> None:
-        found = call_sums(call, self_attention=self_attention[name], heads=heads[name])
-        metric.update({name: [found.sums]})
-        if isinstance(call, AttentionCall):
-            given = statistics_arguments(call, self_attention=self_attention[name])
-            curves.update({name: [profile_sums(**given)]})
+    def hear(name: str, call: CapturedCall) -> None:
+        logits = call.logits(self_attention=self_attention[name], heads=heads[name])
+        metric.update({name: [attention_sums(logits)]})
+        curves.update({name: [profile_sums(logits)]})
 
     capture = AttentionCapture({module: name for name, module in modules.items()}, hear, model=model)
     capture.install()

@@ -1,17 +1,16 @@
 """Learn which offsets between query and key each head needs: a differentiable attention mask."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import AttentionCall
 from lightning_qk.capture.fronts import Run
 from lightning_qk.capture.readings import soft_cap
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.functional._logits import Logits
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
 from lightning_qk.interventions.auxiliary import Auxiliary, Penalty
 from lightning_qk.interventions.replaced import EXTRA, Replacements, dense_logits, weighted
 
@@ -70,14 +69,14 @@ class OffsetGates(nn.Module):
 
 
 def gated_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: Tensor,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    gates: Tensor | None = None,
     *,
     dropout: float = 0.0,
     training: bool = True,
-    **call: Any,
+    **options: Any,
 ) -> Tensor:
     """Softmax attention in which each pair's exponential is multiplied by a gate; takes eager attention's memory.
 
@@ -85,18 +84,22 @@ def gated_attention(
     them all.
 
     Args:
-        query: ``(batch, heads, n, d_head)``.
+        query: ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
         key: ``(batch, kv_heads, m, d_head)``.
         value: ``(batch, kv_heads, m, d_value)``.
         gates: 0 or 1, broadcastable to ``(batch, heads, n, m)``.
         dropout: share of the weights that are set to 0.
         training: whether dropout is applied.
-        call: masks and so on, as :func:`~lightning_qk.functional.attention_statistics` takes them.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
     Returns:
         ``(batch, heads, n, d_value)``.
     """
-    x, visible, sinks = dense_logits(query, key, **call)
+    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
+    if gates is None:
+        raise TypeError("expected gates of 0 or 1, got None: pass gates=")
+    x, visible = dense_logits(logits)
+    sinks = logits.sinks
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     shown = torch.ones_like(x, dtype=torch.bool) if visible is None else visible.expand_as(x)
     is_open = _open_keys(gates, shown)
@@ -182,46 +185,44 @@ class GatedAttention(Auxiliary):
         first = first + (0.0 * self._gates[id(call.module)].logits.sum()).to(first.dtype)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
-    def _pairs(self, module: nn.Module, given: dict[str, Any], drawn: Tensor) -> Tensor:
+    def _pairs(self, module: nn.Module, logits: ProductLogits, drawn: Tensor) -> Tensor:
         gates = self._gates[id(module)]
-        _, heads, n, _ = given["query"].shape
+        _, heads, n, m = logits.shape
         if heads != gates.logits.shape[0]:
             raise UnsupportedCallError(f"it has {heads} heads and gates for {gates.logits.shape[0]}")
-        return gates.by_pair(drawn, n, given["key"].shape[2], given["query_offset"])
+        return gates.by_pair(drawn, n, m, logits.query_offset)
 
-    def _softmax(self, module: nn.Module, given: dict[str, Any], drawn: Tensor) -> dict[str, Any]:
-        pairs = self._pairs(module, given, drawn.detach())
-        visible = _visible(given)
+    def _softmax(self, module: nn.Module, logits: ProductLogits, drawn: Tensor) -> ProductLogits:
+        pairs = self._pairs(module, logits, drawn.detach())[None]
+        visible = _visible(logits)
         shown = torch.ones_like(pairs, dtype=torch.bool) if visible is None else visible
         is_open = _open_keys(pairs, shown)
-        mask = given["mask"]
+        mask = logits.mask
         if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-            return {**given, "mask": torch.where(is_open, mask, float("-inf"))}
-        return {**given, "mask": is_open}
+            return logits.replace(mask=torch.where(is_open, mask, float("-inf")))
+        return logits.replace(mask=is_open)
 
     def _compute(
-        self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float, drawn: Tensor
+        self, module: nn.Module, logits: ProductLogits, value: Tensor, dropout: float, drawn: Tensor
     ) -> Tensor:
-        given = {name: argument for name, argument in given.items() if name != "softcap"}
-        pairs = self._pairs(module, given, drawn)
-        output = gated_attention(**given, value=value, gates=pairs, dropout=dropout, training=module.training)
+        pairs = self._pairs(module, logits, drawn)
+        output = gated_attention(logits, value=value, gates=pairs, dropout=dropout, training=module.training)
         if not (module.training and self.enabled and output.requires_grad):
             return output
-        return self.attach(output, _price(given, pairs))
+        return self.attach(output, _price(logits, pairs))
 
 
-def _visible(given: dict[str, Any]) -> Tensor | None:
+def _visible(logits: ProductLogits) -> Tensor | None:
     """Which keys are visible, before any gate; None for all."""
-    logits = Logits.check(**given)
     _, _, n, m = logits.shape
     rows = slice(0, n)
     return logits.visible(rows, logits.positions(rows), slice(0, m))
 
 
-def _price(given: dict[str, Any], pairs: Tensor) -> Penalty:
+def _price(logits: ProductLogits, pairs: Tensor) -> Penalty:
     """L1 norm of the mask over the pairs that are visible, a sequence's mean."""
     heads, n, m = pairs.shape
-    visible = _visible(given)
+    visible = _visible(logits)
     if visible is None:
         count = pairs.new_ones(1)
     else:

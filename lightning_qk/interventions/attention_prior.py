@@ -13,6 +13,7 @@ from lightning_qk.functional.divergence import (
     uniform_prior,
     window_prior,
 )
+from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 from lightning_qk.interventions.auxiliary import Measure, Penalty
 
 Kind = Literal["diagonal", "window", "uniform"]
@@ -38,23 +39,23 @@ def is_positional(prior: object) -> bool:
 
 
 def prior_penalty(
-    query: Tensor,
-    key: Tensor,
-    prior: Tensor | PriorFunction,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    prior: Tensor | PriorFunction | None = None,
     *,
     heads: Sequence[int] | None = None,
-    **call: Any,
+    **options: Any,
 ) -> Tensor:
     """Mean of ``KL(prior ‖ attention)`` over rows, then over heads; a differentiable scalar, streamed.
 
     Source: 2205.12616 [S]; the form is our own: see :func:`~lightning_qk.functional.prior_divergence`.
 
     Args:
-        query: ``(batch, heads, n, d_head)``.
+        query: ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
         key: ``(batch, kv_heads, m, d_head)``.
         prior: a tensor or a function.
         heads: indices of the query heads that are meant; None for all.
-        call: masks and so on, as :func:`~lightning_qk.functional.prior_divergence` takes them.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
     Returns:
         Zero where no row counts.
@@ -62,10 +63,10 @@ def prior_penalty(
     Raises:
         ValueError: an index that is no head's, or shapes that do not fit.
     """
-    count = query.shape[1]
+    count = query.shape[1]  # of both forms
     if heads is not None and not all(0 <= head < count for head in heads):
         raise ValueError(f"expected indices of heads below {count}, got {list(heads)}")
-    divergence = prior_divergence(query, key, prior, reduction="batch", **call)
+    divergence = prior_divergence(query, key, prior, reduction="batch", **options)
     if heads is not None:
         divergence = divergence[list(heads)]
     is_there = ~divergence.detach().isnan()
@@ -82,11 +83,11 @@ def prior_measure(
         heads: as in :func:`prior_penalty`.
     """
 
-    def measure(name: str, given: dict[str, Any]) -> Penalty | None:
+    def measure(name: str, logits: ProductLogits) -> Penalty | None:
         target = prior()
         if target is None:
             return None
-        value = prior_penalty(**given, prior=target, heads=heads)
+        value = prior_penalty(logits, prior=target, heads=heads)
         return Penalty(value, {"kl": value})
 
     return measure

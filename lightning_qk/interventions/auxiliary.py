@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import AttentionCall, attention_arguments
+from lightning_qk.capture.call import attention_logits
 from lightning_qk.capture.fronts import Run
+from lightning_qk.capture.record import AttentionCall
 from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.functional.logits import ProductLogits
 
 
 class Penalty(NamedTuple):
@@ -28,8 +30,8 @@ class Penalty(NamedTuple):
     logged: dict[str, Tensor]
 
 
-Measure = Callable[[str, dict[str, Any]], Penalty | None]
-"""``measure(name, arguments)``: arguments of :func:`~lightning_qk.functional.attention_entropy` for one call."""
+Measure = Callable[[str, ProductLogits], Penalty | None]
+"""``measure(name, logits)``: of one call, with gradients."""
 
 
 class Auxiliary:
@@ -118,8 +120,8 @@ class AttentionPenalty(Auxiliary):
         if not (call.query.requires_grad or call.key.requires_grad):
             return output
         try:
-            given, _ = attention_arguments(call, self_attention=name not in self._cross)
-            penalty = self._measure(name, given)
+            logits, _ = attention_logits(call, self_attention=name not in self._cross)
+            penalty = self._measure(name, logits)
         except Exception as error:
             # What the call has returned stands: dropout is not drawn a second time.
             if not self.steering.tolerates(name, error):

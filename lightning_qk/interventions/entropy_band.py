@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional.divergence import attention_entropy
+from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 from lightning_qk.interventions.auxiliary import Measure, Penalty
 
 Per = Literal["head", "row"]
@@ -38,7 +39,13 @@ def check_band(low: float, high: float, per: str) -> None:
 
 
 def entropy_band(
-    query: Tensor, key: Tensor, low: float, high: float, *, per: Per = "head", **call: Any
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    low: float = 0.0,
+    high: float = 1.0,
+    *,
+    per: Per = "head",
+    **options: Any,
 ) -> Band:
     """How far normalized entropy is outside of a band: ``max(0, low − H) + max(0, H − high)``, averaged.
 
@@ -46,12 +53,12 @@ def entropy_band(
     with a tolerance, arXiv 2501.03489; the hinge on a fixed band is our own form [R].
 
     Args:
-        query: ``(batch, heads, n, d_head)``.
+        query: ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
         key: ``(batch, kv_heads, m, d_head)``.
         low: lower bound, in [0, 1].
         high: upper bound, in [0, 1].
         per: ``"head"``: H is a head's mean over all rows of the batch; ``"row"``: every row by itself.
-        call: masks and so on, as :func:`~lightning_qk.functional.attention_entropy` takes them.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
     Returns:
         Scalars; zero and NaN where no row counts.
@@ -61,7 +68,7 @@ def entropy_band(
     """
     check_band(low, high, per)
     reduction: Literal["batch", "none"] = "batch" if per == "head" else "none"
-    entropy = attention_entropy(query, key, normalized=True, reduction=reduction, **call)
+    entropy = attention_entropy(query, key, normalized=True, reduction=reduction, **options)
     # A head or row without a value is kept out of the graph, as a constant inside the band.
     is_there = ~entropy.detach().isnan()
     there = torch.where(is_there, entropy, low)
@@ -75,8 +82,8 @@ def band_measure(low: float, high: float, per: Per = "head") -> Measure:
     """The penalty of :func:`entropy_band` for :class:`~lightning_qk.interventions.auxiliary.AttentionPenalty`."""
     check_band(low, high, per)
 
-    def measure(name: str, given: dict[str, Any]) -> Penalty:
-        band = entropy_band(**given, low=low, high=high, per=per)
+    def measure(name: str, logits: ProductLogits) -> Penalty:
+        band = entropy_band(logits, low=low, high=high, per=per)
         return Penalty(band.penalty, {"penalty": band.penalty, **band._asdict()})
 
     return measure

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import AttentionCall
 from lightning_qk.capture.fronts import Run
 from lightning_qk.capture.readings import soft_cap
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.functional.logits import ProductLogits
 from lightning_qk.functional.retrieval import hard_attention
 from lightning_qk.interventions.replaced import Replacements
 
@@ -54,14 +54,13 @@ class HardRetrieval:
         return run(call._replace(function=self._replacements.of(call, is_cross=name in self._cross)))
 
 
-def _no_softmax(module: nn.Module, given: dict[str, Any], extra: Any) -> dict[str, Any]:
+def _no_softmax(module: nn.Module, logits: ProductLogits, extra: Any) -> ProductLogits:
     raise UnsupportedCallError(
         "hard attention takes one key of each row, without a softmax: it has no statistics"
     )
 
 
-def _compute(module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float, extra: Any) -> Tensor:
-    given = dict(given)
-    if given.pop("sinks") is not None:
+def _compute(module: nn.Module, logits: ProductLogits, value: Tensor, dropout: float, extra: Any) -> Tensor:
+    if logits.sinks is not None:
         raise UnsupportedCallError("it has a learnt sink, which is no key: leave it out with modules=")
-    return hard_attention(**given, value=value, training=True)
+    return hard_attention(logits, value=value, training=True)

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import OWN_SOFTMAX, AttentionCall, attention_arguments
-from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.functional._logits import Logits
+from lightning_qk.capture.call import OWN_SOFTMAX, attention_logits
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.functional.logits import ProductLogits
 
-Compute = Callable[[nn.Module, dict[str, Any], Tensor, float, Any], Tensor]
-"""``compute(module, arguments, value, dropout, extra)``: output ``(batch, heads, n, d_value)`` of one call."""
+Compute = Callable[[nn.Module, ProductLogits, Tensor, float, Any], Tensor]
+"""``compute(module, logits, value, dropout, extra)``: output ``(batch, heads, n, d_value)`` of one call."""
 
-Softmax = Callable[[nn.Module, dict[str, Any], Any], dict[str, Any]]
-"""``softmax(module, arguments, extra)``: arguments that give the statistics of the softmax in the output."""
+Softmax = Callable[[nn.Module, ProductLogits, Any], ProductLogits]
+"""``softmax(module, logits, extra)``: the logits of the softmax in the output."""
 
 EXTRA = "lightning_qk_extra"
 """Option of a call that is handed to both, such as what was drawn for it."""
@@ -24,8 +24,7 @@ class Replacements:
     """Attention functions that compute something else of what others get.
 
     Args:
-        compute: what they compute. The arguments are those of
-            :func:`~lightning_qk.functional.attention_entropy`, with gradients.
+        compute: what they compute, of logits with gradients and without a soft cap.
         softmax: what monitors measure of it; raises UnsupportedCallError where there is no softmax.
     """
 
@@ -47,47 +46,33 @@ class Replacements:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
         ) -> tuple[Tensor, None]:
             call = AttentionCall(module, query, key, value, mask, implementation, options, function)
-            given, value, extra = read(call)
-            output = self._compute(module, given, value, float(options.get("dropout") or 0.0), extra)
+            logits, value, extra = read(call)
+            output = self._compute(module, logits, value, float(options.get("dropout") or 0.0), extra)
             return output.transpose(1, 2).contiguous(), None
 
-        def read(call: AttentionCall) -> tuple[dict[str, Any], Tensor, Any]:
+        def read(call: AttentionCall) -> tuple[ProductLogits, Tensor, Any]:
             options = {name: value for name, value in call.options.items() if name not in ("softcap", EXTRA)}
             own = call._replace(options=options, function=function)
-            given, value = attention_arguments(own, self_attention=not is_cross)
-            if given["query"].shape != call.query.shape:
+            logits, value = attention_logits(own, self_attention=not is_cross)
+            if logits.query.shape != call.query.shape:
                 raise UnsupportedCallError("its sequences are packed in one row: pad them instead")
-            given.pop("self_attention")
-            return given, value, call.options.get(EXTRA)
+            return logits.replace(softcap=None), value, call.options.get(EXTRA)
 
-        def tell(call: AttentionCall) -> tuple[dict[str, Any], Tensor]:
-            given, value, extra = read(call)
-            return self._softmax(call.module, given, extra), value
+        def tell(call: AttentionCall) -> tuple[ProductLogits, Tensor]:
+            logits, value, extra = read(call)
+            return self._softmax(call.module, logits, extra), value
 
         setattr(replaced, OWN_SOFTMAX, tell)
         return replaced
 
 
-def dense_logits(
-    query: Tensor,
-    key: Tensor,
-    *,
-    softcap: float | None = None,
-    **call: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def dense_logits(logits: ProductLogits) -> tuple[Tensor, Tensor | None]:
     """The whole map of logits, in the query's precision.
 
-    Args:
-        query: ``(batch, heads, n, d_head)``.
-        key: ``(batch, kv_heads, m, d_head)``.
-        softcap: of the logits, before bias and mask.
-        call: masks and so on, as :func:`~lightning_qk.functional.attention_statistics` takes them.
-
     Returns:
-        Logits ``(batch, heads, n, m)`` with any value at hidden keys; which keys are visible, or None for all;
-        learnt sinks ``(heads,)`` or None.
+        Logits ``(batch, heads, n, m)`` with any value at hidden keys; which keys are visible, or None for all.
     """
-    logits = Logits.check(query, key, softcap=softcap, **call)
+    query, key, softcap = logits.query, logits.key, logits.softcap
     batch, heads, n, m = logits.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, -1, query.shape[-1]) @ key.mT
@@ -100,7 +85,7 @@ def dense_logits(
     visible = logits.visible(rows, logits.positions(rows), slice(0, m))
     if visible is not None and isinstance(logits.mask, Tensor) and logits.mask.dtype != torch.bool:
         x = x + torch.where(visible, logits.mask, 0.0)
-    return x, visible, logits.sinks
+    return x, visible
 
 
 def weighted(weights: Tensor, value: Tensor, dropout: float, training: bool) -> Tensor:

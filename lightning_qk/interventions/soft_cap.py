@@ -3,16 +3,16 @@
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import AttentionCall
 from lightning_qk.capture.fronts import Run
 from lightning_qk.capture.readings import soft_cap
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
 from lightning_qk.interventions.replaced import Replacements, dense_logits, weighted
 
 
@@ -27,27 +27,27 @@ def check_cap(cap: float) -> None:
 
 
 def soft_capped_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cap: float,
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    cap: float = math.inf,
     *,
     dropout: float = 0.0,
     training: bool = True,
-    **call: Any,
+    **options: Any,
 ) -> Tensor:
     """Softmax attention over ``cap · tanh(logits / cap)``; takes the memory of eager attention.
 
     Source: Gemma 2's soft cap (standard). Bias and mask are added after the cap.
 
     Args:
-        query: ``(batch, heads, n, d_head)``.
+        query: ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
         key: ``(batch, kv_heads, m, d_head)``.
         value: ``(batch, kv_heads, m, d_value)``.
         cap: bound of the logits' magnitude.
         dropout: share of the weights that are set to 0.
         training: whether dropout is applied.
-        call: masks and so on, as :func:`~lightning_qk.functional.attention_statistics` takes them.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
     Returns:
         ``(batch, heads, n, d_value)``.
@@ -56,13 +56,15 @@ def soft_capped_attention(
         ValueError: a cap that is none, or shapes that do not fit.
     """
     check_cap(cap)
-    x, visible, sinks = dense_logits(query, key, softcap=cap, **call)
+    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
+    x, visible = dense_logits(logits.replace(softcap=float(cap)))
+    sinks = logits.sinks
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     if visible is not None:
         x = x.masked_fill(~visible, torch.finfo(x.dtype).min)
     if sinks is not None:
         x = torch.cat([x, sinks.to(x.dtype).view(1, -1, 1, 1).expand(*x.shape[:3], 1)], -1)
-    return weighted(x.softmax(-1)[..., : key.shape[2]], value, dropout, training)
+    return weighted(x.softmax(-1)[..., : logits.shape[3]], value, dropout, training)
 
 
 class SoftCapped:
@@ -119,13 +121,12 @@ class SoftCapped:
             return run(call_capped)
         return run(call_capped._replace(function=self._replacements.of(call, is_cross=name in self._cross)))
 
-    def _softmax(self, module: nn.Module, given: dict[str, Any], extra: Any) -> dict[str, Any]:
-        return {**given, "softcap": self.cap}
+    def _softmax(self, module: nn.Module, logits: ProductLogits, extra: Any) -> ProductLogits:
+        return logits.replace(softcap=self.cap)
 
     def _compute(
-        self, module: nn.Module, given: dict[str, Any], value: Tensor, dropout: float, extra: Any
+        self, module: nn.Module, logits: ProductLogits, value: Tensor, dropout: float, extra: Any
     ) -> Tensor:
-        given = {name: argument for name, argument in given.items() if name != "softcap"}
         return soft_capped_attention(
-            **given, value=value, cap=self.cap, dropout=dropout, training=module.training
+            logits, value=value, cap=self.cap, dropout=dropout, training=module.training
         )

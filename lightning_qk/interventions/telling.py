@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_qk.capture.callers import calls_sdpa, uses_interface
-from lightning_qk.capture.extremes import PRODUCTS
+from lightning_qk.capture.captured import PRODUCTS
 from lightning_qk.capture.fronts import behind
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.verify import verified_reading

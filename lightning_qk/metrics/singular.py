@@ -54,11 +54,6 @@ class SingularValues:
         # Step → spectral norms, of the two newest steps: changes are against the older one.
         self._norms: dict[int, dict[str, Tensor]] = {}
 
-    @property
-    def remembers_weights(self) -> bool:
-        """Whether there are weights that the next change is against."""
-        return bool(self._before)
-
     def state_dict(self, *, weights: bool) -> dict[str, Any]:
         """What the next change is against.
 

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_qk.capture.call import statistics_arguments
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.statistics import by_head, query_offset
-from lightning_qk.functional._logits import Chunk, GivenLogits, Logits, valid_rows
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional.logits import AttentionLogits, Chunk
 
 
 class Attention(NamedTuple):
@@ -23,7 +21,7 @@ class Attention(NamedTuple):
         value: ``(batch, kv_heads, m, d_value)``; None where the call does not hold one for every key.
     """
 
-    source: Logits | GivenLogits
+    source: AttentionLogits
     valid: Tensor
     value: Tensor | None
 
@@ -67,9 +65,7 @@ class Received(NamedTuple):
         return self.total / self.rows
 
 
-def attention_of(
-    call: AttentionCall | SoftmaxCall, *, self_attention: bool | None, heads: int | None = None
-) -> Attention:
+def attention_of(call: CapturedCall, *, self_attention: bool | None, heads: int | None = None) -> Attention:
     """Read a captured call.
 
     Args:
@@ -80,32 +76,17 @@ def attention_of(
     Raises:
         UnsupportedCallError: the softmax of the call cannot be told.
     """
-    if isinstance(call, SoftmaxCall):
-        logits, sinks = by_head(call, heads), None
-        if call.sinks:
-            logits, sinks = logits[..., : -call.sinks], logits[..., -1]
-        offset = query_offset(logits, self_attention)
-        own = (logits.shape[2] == logits.shape[3] if self_attention is None else self_attention) and (
-            offset is not None
-        )
-        given = GivenLogits.check(logits, None, own, offset or 0, sinks)
-        return Attention(given, given.used, None)
-    arguments = statistics_arguments(call, self_attention=self_attention)
-    arguments.pop("self_attention")
-    source = Logits.check(arguments.pop("query"), arguments.pop("key"), **arguments)
-    n, m = source.shape[2:]
+    source = call.logits(self_attention=self_attention, heads=heads)
+    batch, _, _, m = source.shape
     with full_precision(source.device):
-        valid, seen = valid_rows(source, None, n == m if self_attention is None else self_attention)
-        query, key = source.query, at_least_float32(source.key)
-        value: Tensor | None = call.value
-        if not isinstance(value, Tensor) or value.dim() != 4 or (len(value), value.shape[2]) != (len(key), m):
+        counted = source.counted()
+        value = call.value
+        if not isinstance(value, Tensor) or value.dim() != 4 or (len(value), value.shape[2]) != (batch, m):
             value = None
-        if seen is not None:
+        if value is not None and counted.keys is not None:
             # Padding may hold anything, NaN included, and what follows multiplies it by 0.
-            query = torch.where(valid[:, None, :, None], query, 0.0)
-            key = torch.where(seen[:, None, :, None], key, 0.0)
-            value = None if value is None else torch.where(seen[:, None, :, None], value, 0.0)
-    return Attention(source._replace(query=query, key=key.contiguous()), valid, value)
+            value = torch.where(counted.keys[:, None, :, None], value, 0.0)
+        return Attention(source.without_padding(counted).in_range(), counted.rows, value)
 
 
 def row_parts(attention: Attention, keep: Tensor | None = None) -> Iterator[Part]:
@@ -116,14 +97,11 @@ def row_parts(attention: Attention, keep: Tensor | None = None) -> Iterator[Part
         keep: rows that count, boolean ``(batch, n)``; valid ones do in any case only. None for all of them.
     """
     source, valid = attention.source, attention.valid
-    batch, heads, n, m = source.shape
+    n = source.shape[2]
     keep = valid if keep is None else valid & keep.to(valid.device)
     for rows in source.chunks(n):
         with full_precision(source.device):
-            buffer = torch.empty(
-                batch * heads * (rows.stop - rows.start) * m, dtype=source.dtype, device=source.device
-            )
-            chunk = source.chunk(rows, buffer)
+            chunk = source.chunk(rows, source.buffer(rows.stop - rows.start))
             shown = _shown(chunk, keep[:, rows])
             yield Part(rows, _softmax(chunk, shown), shown, chunk.position)
 
@@ -136,11 +114,9 @@ def rows_at(attention: Attention, index: Tensor) -> Tensor:
         index: which rows, ``(batch, rows)``; few, since all of them are computed at once.
     """
     source = attention.source
-    batch, heads, _, m = source.shape
     with full_precision(source.device):
         index = index.to(source.device)
-        buffer = torch.empty(batch * heads * index.shape[1] * m, dtype=source.dtype, device=source.device)
-        chunk = source.chunk(index, buffer)
+        chunk = source.chunk(index, source.buffer(index.shape[1]))
         return _softmax(chunk, _shown(chunk, attention.valid.gather(1, index)))
 
 
@@ -175,21 +151,15 @@ def weighted_values(probabilities: Tensor, value: Tensor) -> Tensor:
 
 def is_causal(attention: Attention) -> bool:
     """Whether no row sees a key behind its own position."""
-    source, n = attention.source, attention.shape[2]
-    if isinstance(source, Logits):
-        if source.is_causal:
-            return True
-        if source.mask is None and source.sliding_window is None:
-            return n == 1
-        for rows in source.chunks(n):
-            position = source.positions(rows)
-            visible = source.visible(rows, position, slice(0, attention.shape[3]))
-            assert visible is not None  # there is a mask
-            keep = attention.valid[:, None, rows, None]
-            if _sees_ahead(visible & keep, position):
-                return False
-        return True
-    return not any(_sees_ahead(part.shown, part.position) for part in row_parts(attention))
+    source, (_, _, n, m) = attention.source, attention.shape
+    for rows in source.chunks(n):
+        position = source.positions(rows)
+        visible = source.visible(rows, position, slice(0, m))
+        keep = attention.valid[:, None, rows, None]
+        shown = keep.expand(-1, -1, -1, m) if visible is None else visible & keep
+        if _sees_ahead(shown, position):
+            return False
+    return True
 
 
 def entropy(probabilities: Tensor) -> Tensor:

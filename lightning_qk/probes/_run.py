@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.probes._attention import Attention, attention_of
 
@@ -196,9 +197,7 @@ class Hearing:
         """
         return self.run_calls(batch, lambda name, call: listen(name, self.attention(name, call)))
 
-    def run_calls(
-        self, batch: Mapping[str, Any], listen: Callable[[str, AttentionCall | SoftmaxCall], None]
-    ) -> Any:
+    def run_calls(self, batch: Mapping[str, Any], listen: Callable[[str, CapturedCall], None]) -> Any:
         """The same for a probe that needs the call itself."""
         names = {module: name for name, module in self._modules.items() if name not in self.left_out}
         capture = AttentionCapture(names, listen, model=self.model, eager=True)
@@ -214,7 +213,7 @@ class Hearing:
                 self.left_out.setdefault(name, "no attention call of it was seen")
         return output
 
-    def attention(self, name: str, call: AttentionCall | SoftmaxCall) -> Attention:
+    def attention(self, name: str, call: CapturedCall) -> Attention:
         """The softmax of a call."""
         return attention_of(call, self_attention=self.self_attention.get(name), heads=self.heads.get(name))
 

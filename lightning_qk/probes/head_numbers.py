@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import statistics_arguments
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.statistics import by_head, call_sums, query_offset
-from lightning_qk.functional._logits import MASKED_BELOW
-from lightning_qk.functional.localization import AttentionSums, finish
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.functional.localization import AttentionSums, attention_sums, finish
+from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import qk_moments
@@ -45,7 +43,7 @@ def measure_heads(model: nn.Module, batches: Iterable[Any]) -> tuple[dict[str, d
     with quiet(model):
         hearing = Hearing(model)
 
-        def listen(layer: str, call: AttentionCall | SoftmaxCall) -> None:
+        def listen(layer: str, call: CapturedCall) -> None:
             collected.setdefault(layer, _Collected()).add(hearing, layer, call)
 
         for batch in batches:
@@ -103,9 +101,10 @@ class _Collected:
         self._square: Tensor | None = None
         self._share: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, hearing: Hearing, layer: str, call: AttentionCall | SoftmaxCall) -> None:
+    def add(self, hearing: Hearing, layer: str, call: CapturedCall) -> None:
         own, heads = hearing.self_attention.get(layer), hearing.heads.get(layer)
-        sums = _pooled(call_sums(call, self_attention=own, heads=heads).sums)
+        logits = call.logits(self_attention=own, heads=heads)
+        sums = _pooled(attention_sums(logits))
         before = self._sums
         if before is not None:
             sums = AttentionSums(
@@ -116,7 +115,7 @@ class _Collected:
             )
         attention = hearing.attention(layer, call)
         top, square = _of_rows(attention)
-        share = None if own is False else _share(call, own, heads)
+        share = None if own is False else _share(logits, own)
         # Only now, that nothing has failed.
         self._sums = sums
         self._top.append(top)
@@ -170,27 +169,9 @@ def _of_rows(attention: Attention) -> tuple[Tensor, Tensor | None]:
     return top.masked_fill(top == -torch.inf, torch.nan), square
 
 
-def _share(call: AttentionCall | SoftmaxCall, own: bool | None, heads: int | None) -> Tensor | None:
+def _share(logits: AttentionLogits, own: bool | None) -> Tensor | None:
     """Positional share of the logits; None where queries have no place among the keys."""
-    if isinstance(call, AttentionCall):
-        arguments = statistics_arguments(call, self_attention=own)
-        n, m = arguments["query"].shape[2], arguments["key"].shape[2]
-        return None if own is None and n != m else positional_share(**arguments)
-    logits = by_head(call, heads)
-    if call.sinks:
-        logits = logits[..., : -call.sinks]
-    offset = query_offset(logits, own)
-    if offset is None:
+    n, m = logits.shape[2:]
+    if logits.query_offset is None or (own is None and n != m):
         return None
-    # Logits that are there already are their own products with unit vectors.
-    visible = ~(logits <= MASKED_BELOW)
-    m = logits.shape[3]
-    unit = torch.eye(m, dtype=logits.dtype, device=logits.device).expand(len(logits), 1, m, m)
-    return positional_share(
-        torch.where(visible, logits, 0.0),
-        unit,
-        mask=visible,
-        scaling=1.0,
-        query_offset=offset,
-        self_attention=own,
-    )
+    return positional_share(logits)

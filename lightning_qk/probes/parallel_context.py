@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.functional._logits import Logits
-from lightning_qk.probes._attention import Attention, entropy, is_causal, row_parts, rows_at
+from lightning_qk.probes._attention import Attention, entropy, is_causal, rows_at
 from lightning_qk.probes._output import read_output
 from lightning_qk.probes._run import (
     Hearing,
@@ -193,13 +192,6 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _sees(attention: Attention, expected: Tensor) -> bool:
     """Whether the rows see exactly the expected keys."""
     source, (_, _, n, m) = attention.source, attention.shape
-    if not isinstance(source, Logits):
-        for part in row_parts(attention):
-            width = part.shown.shape[-1]
-            want = expected[:, :, part.rows]
-            if bool((part.shown != want[..., :width]).any() | want[..., width:].any()):
-                return False
-        return True
     for rows in source.chunks(n):
         visible = source.visible(rows, source.positions(rows), slice(0, m))
         want = expected[:, :, rows].to(source.device)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.compiled import is_compiled
 from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.heads.findings import Finding, settle
@@ -31,9 +31,6 @@ from lightning_qk.verification.compare import Added, Match, beyond, compare, tol
 _MOST = 48
 # Relative error of the softmax scale beyond which it was read wrong.
 _SCALING = 1e-2
-# Rows of logits that are looked at for it, and what is masked among them.
-_ROWS = 128
-_MASKED = -1e3
 
 
 class Status(Enum):
@@ -173,7 +170,7 @@ class SelfCheck:
             if finding != Finding():
                 settle(self._sites[name], finding)
 
-    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _hear(self, name: str, call: CapturedCall) -> None:
         before = self.verdicts.get(name)
         if before is not None and before.ok:
             return
@@ -189,13 +186,13 @@ class SelfCheck:
         if found.ok:
             kept.clear(is_done=True)
 
-    def _check(self, name: str, call: AttentionCall | SoftmaxCall, kept: "_Call") -> Verified:
-        operands = call.operands if isinstance(call, SoftmaxCall) else (call.query, call.key)
+    def _check(self, name: str, call: CapturedCall, kept: "_Call") -> Verified:
+        operands = call.operands
         if operands is None:
             return _unchecked("the queries and keys of its softmax could not be told from each other")
         if any(hasattr(operand, "to_local") for operand in operands):
             return _unchecked("its queries are spread over processes")
-        inputs = [*call.inputs, *kept.inputs] if isinstance(call, AttentionCall) else kept.inputs
+        inputs = [*call.inputs, *kept.inputs]
         plan = self._reader.layers.get(name)
         first = None if plan is None else self._compare(plan, call, operands, inputs, kept)
         if first is not None and first.status is not Status.DIFFERS:
@@ -209,7 +206,7 @@ class SelfCheck:
     def _read_again(
         self,
         name: str,
-        call: AttentionCall | SoftmaxCall,
+        call: CapturedCall,
         operands: tuple[Tensor, Tensor],
         inputs: Sequence[Tensor],
         kept: "_Call",
@@ -261,7 +258,7 @@ class SelfCheck:
     def _compare(
         self,
         plan: LayerPlan,
-        call: AttentionCall | SoftmaxCall,
+        call: CapturedCall,
         operands: tuple[Tensor, Tensor],
         inputs: Sequence[Tensor],
         kept: "_Call",
@@ -283,7 +280,7 @@ class SelfCheck:
         allowed = tolerance(*dtypes)
         is_self = _is_same(inputs, match)
         if not match.error <= allowed:
-            if not (kept.has_parts or call_inputs(call)):
+            if not (kept.has_parts or call.inputs):
                 return _unchecked("what enters its projections was not seen")
             is_query = match.query > allowed
             side = "queries" if is_query else "keys"
@@ -359,11 +356,6 @@ def _keep_inputs(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: 
 def _keep_output(call: _Call, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if _watches(call):
         call.add(output)
-
-
-def call_inputs(call: AttentionCall | SoftmaxCall) -> tuple[Tensor, ...]:
-    """What a call itself knows of what its layer projects."""
-    return call.inputs if isinstance(call, AttentionCall) else ()
 
 
 def _would_notice(part: nn.Module) -> bool:
@@ -447,65 +439,15 @@ def _added(plan: LayerPlan, side: Side) -> Added:
     )
 
 
-def _wrong_scaling(read: float, call: AttentionCall | SoftmaxCall, match: Match) -> str | None:
+def _wrong_scaling(read: float, call: CapturedCall, match: Match) -> str | None:
     """What is wrong with the softmax scale, where the call says it; None where nothing is known to be."""
-    if match.factor is None:
-        return None
-    if isinstance(call, SoftmaxCall):
-        given = _factor_of_logits(call)
-    else:
-        given = call.options.get("scaling")
-        if given is None:
-            given = call.query.shape[-1] ** -0.5
-    if not isinstance(given, int | float):
+    given = call.scaling
+    if match.factor is None or not isinstance(given, int | float):
         return None
     scaling = float(given) * match.factor
     if abs(scaling - read) <= _SCALING * abs(scaling):
         return None
     return f"its logits are scaled by {scaling:.4g}, which was read as {read:.4g}"
-
-
-def _factor_of_logits(call: SoftmaxCall) -> float | None:
-    """The factor between the products of queries and keys and the logits; None where it is not seen for certain.
-
-    What is alike in a row is no matter to the softmax, and what is alike in all sequences is positions'.
-    """
-    if call.operands is None:
-        return None
-    logits = call.logits[..., : call.logits.shape[-1] - call.sinks]
-    query, key = call.operands
-    try:
-        lead = logits.shape[:-2]
-        query, key = query.expand(*lead, *query.shape[-2:]), key.expand(*lead, *key.shape[-2:])
-    except RuntimeError:
-        return None
-    if (*lead, query.shape[-2], key.shape[-2]) != tuple(logits.shape):
-        return None
-    if lead:
-        query, key, logits = query[:2], key[:2], logits[:2]
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    query, key, logits = query[..., :_ROWS, :].to(wide), key.to(wide), logits[..., :_ROWS, :].to(wide)
-    dots = query @ key.mT
-    kept = logits.isfinite() & (logits > _MASKED) & dots.isfinite()
-    for across in (False, True):
-        if across:
-            if not lead or len(logits) < 2:
-                return None
-            kept = kept.all(0, keepdim=True).expand_as(kept)
-            dots, logits = (own - own.mean(0, keepdim=True) for own in (dots, logits))
-        count = kept.sum(-1, keepdim=True).clamp_min(1)
-        change, outcome = (
-            torch.where(kept, own - torch.where(kept, own, 0).sum(-1, keepdim=True) / count, 0)
-            for own in (dots, logits)
-        )
-        size = change.square().sum()
-        if not float(size) > 0:
-            continue
-        factor = (change * outcome).sum() / size
-        left = (outcome - factor * change).norm()
-        if bool(left <= _SCALING * outcome.norm()) and bool(outcome.norm() > 0):
-            return float(factor)
-    return None
 
 
 def summary(verdicts: Mapping[str, Verified], shorten: Callable[[Sequence[str]], str]) -> list[str]:

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
-from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import means
+from lightning_qk.functional.localization import attention_sums, means
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.verification.model import call
 from lightning_qk.verification.trace import Event, Trace
@@ -55,12 +54,14 @@ class CapturedCalls:
     def __exit__(self, *error: Any) -> None:
         self._capture.remove()
 
-    def _hear(self, name: str, call: AttentionCall | SoftmaxCall) -> None:
+    def _hear(self, name: str, call: CapturedCall) -> None:
         with self._trace.paused():
-            found = call_sums(call, self_attention=None, heads=self._heads.get(name))
-            statistics = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=False)
+            logits = call.logits(self_attention=None, heads=self._heads.get(name))
+            statistics = means(
+                attention_sums(logits), per_sequence=False, standard_errors=False, has_sinks=False
+            )
             self.calls.setdefault(name, []).append(statistics)
-            self.shapes.setdefault(name, []).append(found.shape)
+            self.shapes.setdefault(name, []).append(logits.shape)
 
 
 class Agreement(NamedTuple):

@@ -26,7 +26,7 @@ PLACES = {
     "cores of singular values": (spectrum.SingularValues, "cores", (SPECTRUM, STATES)),
     "eigenproblems": (eigenvalues, "core_eigenvalues", (SPECTRUM,)),
     "solving at all": (eigenvalues, "solve_each", (SPECTRUM,)),
-    "measuring a call": (attention, "call_sums", (CALLS, STATES)),
+    "measuring a call": (attention, "attention_sums", (CALLS, STATES)),
     "measuring states": (hidden, "hidden_sums", (STATES, CALLS)),
     "pooling": (means.HeadMeans, "update", (CALLS, "SinkMonitor", SPECTRUM)),
     "copying to the host": (_captured, "flat_values", (CALLS, "PositionMonitor", SPECTRUM)),

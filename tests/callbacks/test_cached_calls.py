@@ -151,7 +151,7 @@ def test_all_calls_are_pooled_where_asked(kind, monkeypatch):
     measure = AttentionMonitor.measure_call
 
     def spy(self, name, call):
-        shapes.setdefault(name, []).append((call.query.shape[2], call.key.shape[2]))
+        shapes.setdefault(name, []).append(call.lengths)
         return measure(self, name, call)
 
     monkeypatch.setattr(AttentionMonitor, "measure_call", spy)
@@ -177,7 +177,7 @@ def shapes_of(job, **more):
     heard = []
     hear = watching._hear
     watching._hear = lambda name, call: (
-        heard.append((call.query.shape[2], call.key.shape[2])),
+        heard.append(call.lengths),
         hear(name, call),
     )
     models.trainer([watching], max_steps=1, log_every_n_steps=1).fit(job, models.tokens(8, 9))
@@ -300,9 +300,9 @@ def steer(kind, way, callback):
 )
 def test_largest_logits_and_their_clip_are_those_of_the_job_without_generation(kind, way, monkeypatch):
     heard = []
-    measure = qk_clip.call_max_logits
+    measure = qk_clip.max_logits
     monkeypatch.setattr(
-        qk_clip, "call_max_logits", lambda call, **more: heard.append(call) or measure(call, **more)
+        qk_clip, "max_logits", lambda call, **more: heard.append(call) or measure(call, **more)
     )
     clip, alone = QKClip(0.5), QKClip(0.5)
     job, plain = steer(kind, way, clip), steer(kind, "none", alone)
@@ -320,11 +320,9 @@ def test_largest_logits_and_their_clip_are_those_of_the_job_without_generation(k
 
 def test_calls_with_a_cache_by_hand_are_not_clipped_by(monkeypatch):
     heard = []
-    measure = qk_clip.call_max_logits
+    measure = qk_clip.max_logits
     monkeypatch.setattr(
-        qk_clip,
-        "call_max_logits",
-        lambda call, **more: heard.append((call.query.shape[2], call.key.shape[2])) or measure(call, **more),
+        qk_clip, "max_logits", lambda call, **more: heard.append(call.shape[2:]) or measure(call, **more)
     )
     models.trainer([QKClip(0.5)], max_steps=1).fit(ByHand(models.gpt2()), models.tokens(8, 9))
     assert sorted(set(heard)) == [(4, 4), (9, 9)]

@@ -139,10 +139,10 @@ class Raises:
     ("name", "where"),
     [
         ("QKClip", "lightning_qk.callbacks.qk_clip.apply_clip"),
-        ("QKClip", "lightning_qk.callbacks.qk_clip.call_max_logits"),
+        ("QKClip", "lightning_qk.callbacks.qk_clip.max_logits"),
         ("UpdateCap", "lightning_qk.interventions.update_cap.subspace_iteration"),
         ("LocAteR", "lightning_qk.regularizers.locater.penalties_and_gradients"),
-        ("EntropyBand", "lightning_qk.interventions.auxiliary.attention_arguments"),
+        ("EntropyBand", "lightning_qk.interventions.auxiliary.attention_logits"),
         ("SoftCap", "lightning_qk.interventions.soft_cap.soft_capped_attention"),
         ("DifferentiableAttentionMask", "lightning_qk.interventions.attention_mask.gated_attention"),
         ("SpectrumScaling", "lightning_qk.interventions.spectrum_scaling._eta"),

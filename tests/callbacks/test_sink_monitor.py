@@ -197,9 +197,10 @@ def test_layers_that_show_no_values_are_named_once():
     with pytest.warns(UserWarning, match=r"\(2 layers\) are left out: it takes its softmax") as caught:
         trainer.fit(models.Job(models.build(CodeGenForCausalLM, config)), models.tokens())
     said = [str(one.message) for one in caught if "left out" in str(one.message)]
-    assert [one.split(":")[0] for one in said] == ["SinkMonitor", "PositionMonitor"]
+    assert [one.split(":")[0] for one in said] == ["SinkMonitor"]
     assert "logits are seen but not queries, keys and values" in said[0]
-    # AttentionMonitor has all but the norms.
+    # The share of the distance follows from logits alone; AttentionMonitor has all but the norms.
+    assert callbacks[2].history.series("positional_share").isfinite().all()
     assert callbacks[0].notes == []
     assert callbacks[0].history.series("entropy").isfinite().all()
     assert callbacks[0].history.series("query_norm").isnan().all()

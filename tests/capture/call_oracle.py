@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import AttentionInterface
 
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.statistics import call_sums
-from lightning_qk.functional.localization import means
+from lightning_qk.functional.localization import attention_sums, means
 from lightning_qk.heads.reader import ProjectionReader, find_attention
 
 
@@ -40,12 +40,13 @@ class Heard(AttentionCapture):
         except ValueError:
             layers = {}  # captured all the same
 
-        def listen(name: str, call: object) -> None:
+        def listen(name: str, call: CapturedCall) -> None:
             layer = layers.get(name)
             known = {} if layer is None else {"self_attention": layer.self_attention, "heads": layer.heads}
-            found = call_sums(call, **{"self_attention": None, **known})
-            statistics = means(found.sums, per_sequence=False, standard_errors=False, has_sinks=True)
-            self.calls.append((name, call, statistics, found.shape))
+            logits = call.logits(**{"self_attention": None, **known})
+            sums = attention_sums(logits)
+            statistics = means(sums, per_sequence=False, standard_errors=False, has_sinks=True)
+            self.calls.append((name, call, statistics, logits.shape))
 
         super().__init__(
             {module: name for name, module in find_attention(model).items()}, listen, model=model

@@ -9,7 +9,8 @@ from oracles import dense_attention
 from torch import nn
 from transformers.integrations.flash_attention import flash_attention_forward
 
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, statistics_arguments
+from lightning_qk.capture.captured import FunctionCall
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.functional import attention_statistics
 
 
@@ -46,7 +47,7 @@ def call(n=9, m=9, mask=None, module=None, rows=2, function=flash_attention_forw
 
 
 def statistics(given: AttentionCall, self_attention: bool = True):
-    return attention_statistics(**statistics_arguments(given, self_attention=self_attention))
+    return attention_statistics(FunctionCall(given).logits(self_attention=self_attention))
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])

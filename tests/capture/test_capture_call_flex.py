@@ -8,8 +8,10 @@ from oracles import dense_attention
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, statistics_arguments
-from lightning_qk.functional import _logits, attention_statistics
+from lightning_qk.capture.captured import FunctionCall
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.functional import attention_statistics
+from lightning_qk.functional import logits as module
 from lightning_qk.functional.localization import attention_sums
 
 
@@ -46,7 +48,7 @@ def call(mask, n: int = 200, m: int = 200, **options) -> AttentionCall:
 
 
 def statistics(given: AttentionCall, **kwargs):
-    return attention_statistics(**statistics_arguments(given, self_attention=True), **kwargs)
+    return attention_statistics(FunctionCall(given).logits(self_attention=True), **kwargs)
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -102,7 +104,7 @@ MASKS = {
 @pytest.mark.parametrize("rows", [None, 30])
 @pytest.mark.parametrize("name", MASKS)
 def test_block_masks(name, rows, monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", 2 * 4 * 200 * 33)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 4 * 200 * 33)
     mask_mod = MASKS[name]
     heads = 4 if name == "by head" else None
     mask = create_block_mask(mask_mod, 2, heads, 200, 200, device="cpu", BLOCK_SIZE=32)
@@ -194,8 +196,8 @@ def test_memory_is_that_of_chunks(monkeypatch):
                 largest = max(largest, out.numel())
             return out
 
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1 << 16)
     given = call(create_block_mask(MASKS["causal"], None, None, n, n, device="cpu"), n, n)
     with Watch():
-        attention_sums(**statistics_arguments(given, self_attention=True), rows=16)
+        attention_sums(FunctionCall(given).logits(self_attention=True), rows=16)
     assert largest < n * n / 4

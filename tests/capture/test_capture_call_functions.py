@@ -17,7 +17,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from transformers.models.llama4.modeling_llama4 import vision_eager_attention_forward
 
 from lightning_qk.capture import verify
-from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, statistics_arguments
+from lightning_qk.capture.captured import FunctionCall
+from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads.reader import find_attention
 
@@ -276,7 +277,7 @@ def test_what_a_function_writes_into_the_trial_stays_there():
             {"scaling": 0.3},
             writes_into_its_mask,
         )
-        statistics_arguments(given, self_attention=True)
+        FunctionCall(given).logits(self_attention=True)
         assert mask.abs().max() == 0
 
 
@@ -294,7 +295,7 @@ def test_it_is_tried_once_a_module_and_again_when_something_is_new():
         generator = torch.Generator().manual_seed(n)
         query, key = (torch.randn(2, heads, n, 8, generator=generator) for heads in (4, 2))
         given = AttentionCall(module, query, key, key, mask, "mine", {"scaling": 0.3}, listened)
-        got = attention_statistics(**statistics_arguments(given, self_attention=True))
+        got = attention_statistics(FunctionCall(given).logits(self_attention=True))
         ahead = torch.arange(n) - torch.arange(n)[:, None]
         visible = (ahead <= 0) & (ahead > -8)
         oracle.assert_statistics(got, dense_attention(query, key, visible[None, None], scaling=0.3))
@@ -321,7 +322,7 @@ def test_precisions(dtype):
 
     def statistics(function):
         given = AttentionCall(nn.Module(), query, key, key, None, "mine", {"scaling": 0.3}, function)
-        return attention_statistics(**statistics_arguments(given, self_attention=True))
+        return attention_statistics(FunctionCall(given).logits(self_attention=True))
 
     visible = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
     oracle.assert_statistics(statistics(by_torch), dense_attention(query, key, visible, scaling=0.3))
@@ -336,7 +337,7 @@ def test_dropout_of_the_arguments_is_left_out_of_the_trial(training):
     query, key = (torch.randn(2, 4, 20, 8) for _ in "qk")
     # torch's function drops whatever mode the module is in.
     given = AttentionCall(module, query, key, key, None, "mine", {"dropout": 0.5}, by_torch)
-    got = attention_statistics(**statistics_arguments(given, self_attention=True))
+    got = attention_statistics(FunctionCall(given).logits(self_attention=True))
     visible = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
     oracle.assert_statistics(got, dense_attention(query, key, visible))
 
@@ -363,7 +364,7 @@ class TestQuirks:
         return AttentionCall(module, query, key, key, mask, name, options, function)
 
     def statistics(self, given):
-        return attention_statistics(**statistics_arguments(given, self_attention=True))
+        return attention_statistics(FunctionCall(given).logits(self_attention=True))
 
     def test_llama4_vision_ignores_the_scaling(self):
         given = self.call(vision_eager_attention_forward, scaling=0.9)

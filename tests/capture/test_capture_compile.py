@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qk import AttentionMonitor
-from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads.reader import find_attention
@@ -96,7 +95,7 @@ class Probe:
         self.capture = AttentionCapture(names, self.listen, model=model)
 
     def listen(self, name, call):
-        values = attention_statistics(**statistics_arguments(call, self_attention=True))
+        values = attention_statistics(call.logits(self_attention=True))
         self.statistics.setdefault(name, []).append(values)
 
     def compile(self, mode: str, backend: str, **options) -> CompileCounterWithBackend:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor
-from lightning_qk.capture.call import statistics_arguments
+from lightning_qk.capture.captured import FunctionCall
 from lightning_qk.capture.copies import Hook, hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import AttentionCall
@@ -187,5 +187,5 @@ def test_a_soft_cap_of_zero_is_none(value):
     [layer, *_] = find_attention(model).values()
     query, key, v = torch.randn(3, 1, 4, 5, 8)
     call = AttentionCall(layer, query, key[:, :2], v[:, :2], None, "eager", {"softcap": value})
-    given = statistics_arguments(call, self_attention=True)
-    assert given["softcap"] == (3.0 if value else None)
+    given = FunctionCall(call).logits(self_attention=True)
+    assert given.softcap == (3.0 if value else None)

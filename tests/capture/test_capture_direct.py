@@ -11,7 +11,6 @@ from torch.nn.functional import scaled_dot_product_attention as imported_under_a
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qk import AttentionMonitor, QKSpectrumMonitor
-from lightning_qk.capture.call import statistics_arguments
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads.reader import find_attention
@@ -110,8 +109,7 @@ def statistics(model, *args, **kwargs):
     found = {}
 
     def listen(name, call):
-        arguments = statistics_arguments(call, self_attention=None)
-        found[name] = attention_statistics(**arguments, per_sequence=True)
+        found[name] = attention_statistics(call.logits(self_attention=None), per_sequence=True)
 
     capture = listening(model, listen)
     try:
@@ -256,9 +254,7 @@ def test_multihead_attention(case, need_weights):
 
     def listen(name, made):
         # Padded tokens are queries too, here and in torch's map.
-        found[name] = attention_statistics(
-            **statistics_arguments(made, self_attention=False), per_sequence=True
-        )
+        found[name] = attention_statistics(made.logits(self_attention=False), per_sequence=True)
 
     for keep_gradients in (True, False):  # without gradients torch computes it in one operator
         found.clear()
@@ -497,7 +493,7 @@ class TestIsolation:
 
         def listen(name, call):
             heard.append(name)
-            F.scaled_dot_product_attention(call.query, call.key, call.value)
+            F.scaled_dot_product_attention(*call.operands, call.value)
 
         capture = listening(model, listen)
         model(x())

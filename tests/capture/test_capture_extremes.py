@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qk.capture.extremes import call_max_logits
-from lightning_qk.capture.record import SoftmaxCall, UnsupportedCallError
+from lightning_qk.capture.captured import SoftmaxCall
+from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.functional import max_logits
 
 
 def softmax_call(**options) -> tuple[SoftmaxCall, torch.Tensor]:
@@ -23,13 +24,15 @@ def softmax_call(**options) -> tuple[SoftmaxCall, torch.Tensor]:
 @pytest.mark.parametrize("position", ["none", "rotary"])
 def test_what_is_hidden_or_padding_does_not_count(position):
     call, want = softmax_call()
-    torch.testing.assert_close(call_max_logits(call, self_attention=True, heads=3, position=position), want)
+    torch.testing.assert_close(
+        max_logits(call.products(self_attention=True, heads=3, position=position)), want
+    )
 
 
 def test_a_learnt_sink_does_not_count():
     call, want = softmax_call(sinks=1)
-    call = call._replace(logits=torch.cat([call.logits, torch.full((2, 3, 6, 1), 99.0)], -1))
-    torch.testing.assert_close(call_max_logits(call, self_attention=True, heads=3, position="none"), want)
+    call.tensor = torch.cat([call.tensor, torch.full((2, 3, 6, 1), 99.0)], -1)
+    torch.testing.assert_close(max_logits(call.products(self_attention=True, heads=3, position="none")), want)
 
 
 @pytest.mark.parametrize(
@@ -38,4 +41,4 @@ def test_a_learnt_sink_does_not_count():
 def test_logits_that_are_no_products_are_refused(options, position):
     call, _ = softmax_call(**options)
     with pytest.raises(UnsupportedCallError, match=r"q · k cannot be told.*attn_implementation"):
-        call_max_logits(call, self_attention=True, heads=3, position=position)
+        max_logits(call.products(self_attention=True, heads=3, position=position))

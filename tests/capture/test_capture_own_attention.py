@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qk.capture import softmax
+from lightning_qk.capture.captured import FunctionCall, SoftmaxCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall, SoftmaxCall
 from lightning_qk.heads.reader import find_attention
 
 BERT = {
@@ -219,7 +219,7 @@ def test_statistics_are_those_of_the_layers_own_softmaxes(name, side):
         model(**inputs)
     assert heard.problems == {}
     assert heard.heard == set(layers)
-    expected = AttentionCall if name == "wavlm" else SoftmaxCall
+    expected = FunctionCall if name == "wavlm" else SoftmaxCall
     assert all(isinstance(call, expected) for _, call, *_ in heard.calls)
     assert [layer for layer, *_ in heard.calls] == [layer for layer, _ in seen.logits]
     for (_, call, statistics, shape), (_, logits) in zip(heard.calls, seen.logits, strict=True):
@@ -381,7 +381,7 @@ def test_the_interface_goes_before_a_softmax_of_the_same_forward(ways):
         model(x())
     assert heard.problems == {}
     kinds = [type(call) for _, call, *_ in heard.calls]
-    assert kinds == 2 * [AttentionCall if "call" in ways else SoftmaxCall]
+    assert kinds == 2 * [FunctionCall if "call" in ways else SoftmaxCall]
 
 
 def test_a_boolean_mask_that_is_added_is_measured_as_what_it_does():
@@ -467,8 +467,8 @@ def test_mixed_precision():
     with torch.autocast("cpu", torch.bfloat16), Heard(model) as heard:
         model(x())
     ((_, call, statistics, _),) = heard.calls
-    assert call.logits.dtype == torch.bfloat16
-    p = call.logits.double().softmax(-1)
+    assert call.tensor.dtype == torch.bfloat16
+    p = call.tensor.double().softmax(-1)
     assert_statistics(statistics, map_statistics(p, torch.ones(2, 6, dtype=torch.bool)))
 
 

@@ -10,8 +10,8 @@ from call_oracle import Heard, map_statistics, padding
 from torch import Tensor, nn
 
 from lightning_qk import AttentionMonitor
-from lightning_qk.capture.record import SoftmaxCall, UnsupportedCallError
-from lightning_qk.capture.statistics import by_head, query_offset
+from lightning_qk.capture.captured import SoftmaxCall
+from lightning_qk.capture.record import UnsupportedCallError
 
 SMALL = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT = {**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -260,21 +260,24 @@ def test_heads_are_told_from_the_batch():
     def call(*shape: int) -> SoftmaxCall:
         return SoftmaxCall(nn.Identity(), torch.randn(*shape, 5, 6), 8)
 
-    assert by_head(call(2, 4), None).shape == (2, 4, 5, 6)
-    assert by_head(call(8), 4).shape == (2, 4, 5, 6)
-    assert by_head(call(2, 3, 4), 4).shape == (6, 4, 5, 6)
-    assert by_head(call(2, 4, 3), 4).shape == (6, 4, 5, 6)
+    assert call(2, 4).by_head(None).shape == (2, 4, 5, 6)
+    assert call(8).by_head(4).shape == (2, 4, 5, 6)
+    assert call(2, 3, 4).by_head(4).shape == (6, 4, 5, 6)
+    assert call(2, 4, 3).by_head(4).shape == (6, 4, 5, 6)
     for shape, heads in (((7,), 4), ((8,), None), ((2, 3), 4)):
         with pytest.raises(UnsupportedCallError, match="cannot be told"):
-            by_head(call(*shape), heads)
+            call(*shape).by_head(heads)
 
 
 def test_the_place_of_the_first_query():
+    def offset(logits: Tensor, own: bool | None) -> int | None:
+        return SoftmaxCall(nn.Identity(), logits, 8).logits(self_attention=own, heads=2).query_offset
+
     logits = torch.zeros(1, 2, 3, 5)
-    assert query_offset(torch.zeros(1, 2, 4, 4), None) == 0
-    assert query_offset(logits, False) is None
+    assert offset(torch.zeros(1, 2, 4, 4), None) == 0
+    assert offset(logits, False) is None
     cached = logits.masked_fill(~torch.ones(3, 5, dtype=torch.bool).tril(2), float("-inf"))
-    assert query_offset(cached, True) == 2
+    assert offset(cached, True) == 2
 
 
 def test_the_monitor_logs_them_like_others(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_qk import functional
-from lightning_qk.functional import Rotary
+from lightning_qk.functional import AttentionOptions, Rotary
 
 B, H, N, D = 2, 4, 6, 8
 
@@ -37,10 +37,6 @@ def attention(*, value: bool = False, **more):
     return call | more
 
 
-def without(call: dict, *names: str) -> dict:
-    return {name: value for name, value in call.items() if name not in names}
-
-
 def sampled(**more):
     return {"rows": 3, "generator": torch.Generator().manual_seed(0), **more}
 
@@ -58,6 +54,8 @@ INDICES = (
     torch.arange(N),
 )
 CALLS = {
+    "AttentionLogits": None,  # the argument of the others: its two ways to be made are called by them
+    "AttentionOptions": None,
     "Rotary": None,  # holds what it is given
     # Functions of index tensors that are made by the package and called by it.
     "diagonal_prior": None,
@@ -73,7 +71,7 @@ CALLS = {
     "exact_signal_propagation_probability": {
         "theta": 0.5, "query": torch.randn(2, 3, 5), "key": torch.randn(2, 3, 5), "length": 64,
     },
-    "hard_attention": without(attention(value=True, training=True), "sinks", "query_mask", "self_attention"),
+    "hard_attention": attention(value=True, training=True),
     "hidden_statistics": {
         "states": torch.randn(B, N, D), "mask": torch.ones(B, N, dtype=torch.bool), "tokens": 4,
         "per_sequence": False, "generator": torch.Generator().manual_seed(0),
@@ -84,7 +82,7 @@ CALLS = {
         "logits": torch.randn(B, H, N, N), "query_mask": torch.ones(B, N, dtype=torch.bool), "query_offset": 0,
         "self_attention": True, "relative": False, "sinks": torch.randn(H, 1), "per_sequence": False, **sampled(),
     },
-    "max_logits": without(attention(above=1.0), "softcap", "bias", "sinks"),
+    "max_logits": attention(above=1.0),
     "positional_share": attention(per_sequence=False),
     "prior_divergence": attention(prior=torch.rand(1, 1, N, N), reduction="batch"),
     "qk_eigenvalues": {**weights(), "offset": 2, "rotary": ROTARY, "sigma": torch.eye(D)},
@@ -200,6 +198,8 @@ def test_every_function_has_a_valid_call_with_all_of_its_arguments():
         if call is None:
             continue
         known = set(inspect.signature(getattr(functional, name)).parameters)
+        if "options" in known:
+            known = known - {"options"} | set(AttentionOptions.__annotations__)
         passed = set(call)
         assert known == passed, name
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_qk.functional import (
-    _logits,
     attention_entropy,
     diagonal_prior,
     prior_divergence,
     uniform_prior,
     window_prior,
+)
+from lightning_qk.functional import (
+    logits as module,
 )
 
 B, H, KV, N, D = 2, 4, 2, 9, 6
@@ -128,7 +130,7 @@ def as_matrix(prior, n=N, m=N, offset=0) -> Tensor:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks even in tests, the last shorter than the others."""
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", B * H * N * 2)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", B * H * N * 2)
 
 
 def valid_rows(name: str) -> Tensor:
@@ -309,7 +311,7 @@ class LargestTensor(TorchDispatchMode):
 )
 def test_memory_is_linear_in_length(function, monkeypatch):
     heads, d_head = 2, 8
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1 << 13)
     largest = {}
     for n in (128, 256, 512):
         query, key = (torch.randn(1, heads, n, d_head).requires_grad_() for _ in range(2))

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_qk.functional import _logits, attention_statistics, max_logits
+from lightning_qk.functional import attention_statistics, max_logits
+from lightning_qk.functional import logits as module
 
 
 def qk(batch=3, heads=4, kv_heads=2, n=13, m=13, d=5, seed=0, dtype=torch.float64):
@@ -30,7 +31,7 @@ def picked(mask, *index) -> torch.Tensor:
 
 @pytest.fixture(autouse=True, params=[1 << 21, 60], ids=["one chunk", "chunks"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
 
 
 @settings(max_examples=40, deadline=None)

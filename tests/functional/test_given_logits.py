@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracles import dense_attention
 
 from lightning_qk.functional import attention_statistics, localization, logit_statistics
-from lightning_qk.functional._logits import GivenLogits
+from lightning_qk.functional.logits import GivenLogits
 
 HEADS, N, D_HEAD = 3, 11, 8
 # Without queries and keys there are none.
@@ -36,9 +36,9 @@ def visibility(kind: str, n: int = N, m: int = N) -> torch.Tensor:
 
 @pytest.fixture(params=[1 << 21, 50], ids=["one chunk", "chunks"])
 def chunks(request, monkeypatch):
-    from lightning_qk.functional import _logits
+    from lightning_qk.functional import logits as module
 
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4])

@@ -78,7 +78,7 @@ def pretend(monkeypatch):
                 localization,
                 "kernel_rows",
                 lambda source, *rest, **options: original(
-                    source._replace(query=source.query.as_subclass(FakeCuda)), *rest, **options
+                    source.replace(query=source.query.as_subclass(FakeCuda)), *rest, **options
                 ),
             )
             return attention_sums(query, key, **arguments)
@@ -113,9 +113,9 @@ def test_a_mask_function_and_float64_go_by_chunks(pretend, monkeypatch):
     monkeypatch.setattr(_kernel, "launch", lambda *_, **__: pytest.fail("launched"))
     pretend(mask=lambda batch, head, query, key: key <= query)
     query, key = torch.randn(2, 1, 2, 9, 8, dtype=torch.float64).unbind()
-    source = localization.Logits.check(query, key)
+    source = localization.AttentionLogits.of(query, key)
     assert not _kernel.fits(source)
-    assert _kernel.fits(source._replace(query=query.float(), key=key.bfloat16()))
+    assert _kernel.fits(source.replace(query=query.float(), key=key.bfloat16()))
 
 
 gpu = pytest.mark.gpu

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dense_attention
 
-from lightning_qk.functional import _logits, attention_statistics
+from lightning_qk.functional import attention_statistics
+from lightning_qk.functional import logits as module
 from lightning_qk.functional.localization import EXTREMES, MEAN_STATISTICS, STATISTICS
 
 BATCH, HEADS, N, D = 2, 4, 13, 8
@@ -43,7 +44,7 @@ def padding_mask(side: str) -> torch.Tensor:
 
 @pytest.fixture(params=[1 << 22, 300], ids=["one chunk", "many chunks"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -172,7 +173,7 @@ class TestMasks:
         check(got, dense_attention(query, key, visible, offset=offset))
 
     def test_a_function_sees_few_rows_at_a_time(self, monkeypatch):
-        monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", BATCH * HEADS * N * 2)
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", BATCH * HEADS * N * 2)
         seen = []
 
         def function(batch, head, query, key):

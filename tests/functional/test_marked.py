@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from lightning_qk.functional import _logits, attention_on_keys, marked
+from lightning_qk.functional import attention_on_keys, marked
+from lightning_qk.functional import logits as module
 
 BATCH, HEADS, N, D = 2, 4, 12, 6
 
@@ -48,7 +49,7 @@ def check(got, want, tolerance=1e-5):
 @pytest.mark.parametrize("size", [1 << 21, 200])
 @pytest.mark.parametrize("kind", ["all", "causal", "window", "left", "right", "heads", "cache"])
 def test_equals_whole_maps(kind, size, monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", size)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", size)
     n = 5 if kind == "cache" else N
     query, key, marks = tensors(n)
     i, j = torch.arange(n)[:, None], torch.arange(N)[None]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_qk.functional import _logits, positional_share
+from lightning_qk.functional import logits as module
+from lightning_qk.functional import positional_share
 
 HEADS, D_HEAD = 3, 6
 
@@ -59,7 +60,7 @@ def visibility(kind: str, n: int, m: int) -> Tensor:
 
 @pytest.fixture(params=[1 << 21, 60], ids=["one chunk", "chunks"])
 def _chunks(request, monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("_chunks")

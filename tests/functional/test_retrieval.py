@@ -6,14 +6,15 @@ import pytest
 import torch
 from test_divergence import KV, PADDED, B, D, H, LargestTensor, N, causal
 
-from lightning_qk.functional import _logits, hard_attention
+from lightning_qk.functional import hard_attention
+from lightning_qk.functional import logits as module
 
 BIAS = torch.randn(1, H, N, N, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", B * H * N * 2)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", B * H * N * 2)
 
 
 def dense(query, key, value, visible, scaling=None, bias=None, softcap=None):
@@ -79,7 +80,7 @@ def test_without_training_there_is_no_graph_and_rows_without_keys_are_zero():
 
 
 def test_no_map_in_memory(monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1 << 12)
     tensors = [torch.randn(1, 2, 256, 8, requires_grad=True) for _ in range(3)]
     with LargestTensor() as counted:
         hard_attention(*tensors, is_causal=True).sum().backward()

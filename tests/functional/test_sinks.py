@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from oracles import sinks_of_maps
 from torch import Tensor
 
-from lightning_qk.functional import _logits, attention_statistics, sink_statistics
+from lightning_qk.functional import attention_statistics, sink_statistics
+from lightning_qk.functional import logits as module
 from lightning_qk.functional.sinks import SINK_STATISTICS
 
 BATCH, HEADS, N, D = 3, 4, 14, 6
@@ -68,7 +69,7 @@ EVERYTHING = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 @pytest.fixture(params=[1 << 22, 300], ids=["one chunk", "many chunks"])
 def _chunks(request, monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -288,10 +289,10 @@ def test_laws(seed, n, m, scale, threshold):
 
 def test_memory_is_linear(monkeypatch):
     query, key, value = torch.randn(3, 1, 2, 700, 4).unbind()
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", 2 * 700 * 5)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 700 * 5)
     largest = []
-    chunk = _logits.Logits.chunk
-    monkeypatch.setattr(_logits.Logits, "chunk", lambda *a: largest.append(chunk(*a)) or largest[-1])
+    chunk = module.ProductLogits.chunk
+    monkeypatch.setattr(module.ProductLogits, "chunk", lambda *a: largest.append(chunk(*a)) or largest[-1])
     sink_statistics(query, key, value, is_causal=True)
     assert max(one.logits.shape[2] for one in largest) <= 5
 

@@ -131,7 +131,7 @@ def test_a_penalty_sees_the_gates_too():
     from lightning_qk.interventions.auxiliary import AttentionPenalty
 
     def measure(name, given):
-        seen.append(attention_statistics(**given)["max_prob"])
+        seen.append(attention_statistics(given)["max_prob"])
 
     with GatedAttention(names, gates, model=model), AttentionPenalty(names, measure, 1.0, model=model):
         for one in gates.values():

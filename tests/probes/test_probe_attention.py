@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from lightning_qk.functional import _logits
+from lightning_qk.functional import logits as module
 from lightning_qk.probes._attention import entropy, is_causal, received, row_parts, rows_at, weighted_values
 from lightning_qk.probes._run import Hearing, prepared, quiet
 
@@ -52,7 +52,7 @@ def heard(model, given, function) -> list:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_probabilities_are_the_models(kind, padded, monkeypatch):
-    monkeypatch.setattr(_logits, "CHUNK_ELEMENTS", 5 * 2 * 4 * 12)  # five rows at a time
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * 2 * 4 * 12)  # five rows at a time
     model, given = MODELS[kind](attn_implementation="eager").eval(), batch(padded)
     valid = given.get("attention_mask", torch.ones(2, 12)).bool()
 

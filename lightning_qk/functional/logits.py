@@ -1,0 +1,969 @@
+"""One attention call, checked: its logits by chunks of query rows, and which pairs are visible."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional._checks import (
+    KindError,
+    boolean,
+    dense,
+    flags,
+    floating,
+    generator_of,
+    integer,
+    number,
+    one_device,
+)
+from lightning_qk.functional._precision import at_least_float32, norms
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``mask(batch, head, query, key)``: True where the key is visible, of index tensors that broadcast."""
+
+# Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
+# model comes near: softmax of a pair this far down is 0 in every precision.
+MASKED_BELOW = -9e3
+# What hidden keys are pushed down by, in float32 and in float64: far more than any logit of a call in range (see
+# AttentionLogits.in_range), and finite, so that its product with 0 is 0.
+_FAR = {torch.float32: 1e30, torch.float64: 1e300}
+# Logits whose squares, and sums of them, have all their digits.
+_RANGE = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e140)}
+# Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
+CHUNK_ELEMENTS = 1 << 21
+
+
+class Chunk(NamedTuple):
+    """Logits of some query rows.
+
+    Attributes:
+        logits: shape ``(batch, heads, rows, keys)``; any value where a key is hidden. Keys may end before the
+            last where no row sees the rest.
+        shown: 1 where a key is visible and 0 where not, of the keys from ``edge`` on, shape ``(batch|1,
+            heads|1, rows, keys - edge)``; None when every key is visible. Keys before ``edge`` are visible.
+        edge: how many leading keys every row sees.
+        position: of the rows on the axis of the keys, ``(batch|1, rows)``.
+        sinks: learnt extra logit of each row, ``(batch|1, heads, rows|1)``.
+    """
+
+    logits: Tensor
+    shown: Tensor | None
+    edge: int
+    position: Tensor
+    sinks: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """How many keys each row sees, ``(batch|1, heads|1, rows)``."""
+        if self.shown is None:
+            width = self.logits.shape[-1]
+            return torch.full((1, 1, 1), width, dtype=self.logits.dtype, device=self.logits.device)
+        return self.edge + self.shown.sum(-1)
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first key that each row sees, ``(batch|1, heads|1, rows)``; None: it is the first of all."""
+        if self.shown is None or self.edge > 0:
+            return None
+        return self.shown.argmax(-1)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """What belongs to an attention call beside its query and key; everything may be left out.
+
+    Attributes:
+        mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating and
+            added to the logits, where −9000 and below means not visible. Or a function ``mask(batch, head, query,
+            key)`` of integer index tensors that broadcast to these shapes (a ``mask_mod`` of flex_attention)
+            which returns the boolean mask: it is evaluated on some rows at a time, so that no n × m mask is ever
+            in memory. None (the default) hides nothing.
+        is_causal: row i sees the keys up to position ``query_offset + i``. Default False.
+        scaling: factor on the dot products; None (the default) means ``d_head ** -0.5``.
+        sliding_window: a key is visible only when fewer than this many positions away. None (the default): all.
+        softcap: logits become ``softcap * tanh(logits / softcap)``. None (the default) for no cap.
+        bias: added to the logits, broadcastable to ``(batch, heads, n, m)``. Default None.
+        sinks: learnt extra logit of each head, shape ``(heads,)``. Default None.
+        query_mask: rows to count, boolean ``(batch, n)``. None (the default) counts all.
+        query_offset: position of the first query on the axis of the keys (of a cache, say). Default 0.
+        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding and
+            its own row is left out. None (the default): when ``n == m``.
+    """
+
+    mask: Tensor | MaskFunction | None
+    is_causal: bool
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    query_mask: Tensor | None
+    query_offset: int
+    self_attention: bool | None
+
+
+class Counted(NamedTuple):
+    """What counts of a call.
+
+    Attributes:
+        rows: rows that see a key and are no padding, boolean ``(batch, n)``.
+        keys: keys that some row sees, boolean ``(batch, m)``; None where no mask says so: keys that nobody sees
+            hold numbers like all others.
+    """
+
+    rows: Tensor
+    keys: Tensor | None
+
+
+class AttentionLogits(ABC):
+    """One attention call, checked: the argument of every function of attention.
+
+    It is made of queries and keys by :meth:`of`, or of logits that are at hand by :meth:`given`. Functions that
+    take ``query, key, **options`` make the first of them; they all take one of these in place of the query too.
+
+    Attributes:
+        query_offset: position of the first query on the axis of the keys; None where queries have no place there.
+        self_attention: whether queries and keys are the same tokens.
+        sinks: learnt extra logits, or None.
+        relative: rows are known up to a constant only, so that maxima have no meaning.
+    """
+
+    query_offset: int | None
+    self_attention: bool
+    sinks: Tensor | None
+    relative: bool
+
+    @staticmethod
+    def of(query: Tensor, key: Tensor, **options: Unpack[AttentionOptions]) -> ProductLogits:
+        """The call of an attention function.
+
+        Args:
+            query: as the attention function gets it, after rotary encoding and norms, ``(batch, heads, n,
+                d_head)``.
+            key: ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
+            options: see :class:`AttentionOptions`.
+
+        Raises:
+            ValueError: shapes that do not fit, or a mask of another form.
+        """
+        return _checked(query, key, **options)
+
+    @staticmethod
+    def given(
+        logits: Tensor,
+        *,
+        query_mask: Tensor | None = None,
+        query_offset: int | None = 0,
+        self_attention: bool | None = None,
+        relative: bool = False,
+        sinks: Tensor | None = None,
+    ) -> GivenLogits:
+        """Logits as a softmax gets them: what is added to products, masks included, is in them.
+
+        A key is hidden from a row where the logit is −9000 or below: −inf, the smallest number of a dtype, −1e4
+        and −1e9 hide; −100 does not. A row counts where some head sees a key, and a token that no row sees is
+        padding: its own row does not count.
+
+        Args:
+            logits: ``(batch, heads, n, m)``, floating; the last axis is the softmax's.
+            query_mask: rows to count, boolean ``(batch, n)``.
+            query_offset: position of the first query on the axis of the keys; None where queries have no place
+                there: statistics of position are NaN.
+            self_attention: queries and keys are the same tokens; None: when ``n == m``.
+            relative: rows are known up to a constant only: maxima are NaN.
+            sinks: learnt extra logits, broadcastable to ``(batch, heads, n)``; not among ``logits``.
+
+        Raises:
+            ValueError: another number of axes, no floating dtype, or a query mask or sinks that do not fit.
+        """
+        return _given(logits, query_mask, query_offset, self_attention, relative, sinks)
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, n, m)``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the chunks."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Of the chunks."""
+
+    @property
+    @abstractmethod
+    def result_dtype(self) -> torch.dtype:
+        """Of statistics: float64 where the call is, else float32."""
+
+    @abstractmethod
+    def counted(self) -> Counted:
+        """Rows and keys that count."""
+
+    @abstractmethod
+    def seen_keys(self, counted: Counted) -> Tensor:
+        """Keys that some row sees, boolean ``(batch, m)``."""
+
+    @abstractmethod
+    def without_padding(self, counted: Counted) -> Self:
+        """The same call with zeros in place of what does not count, which may hold anything, NaN included."""
+
+    @abstractmethod
+    def in_range(self) -> Self:
+        """The same call for :meth:`chunk`, in a precision whose range its logits do not leave.
+
+        Logits beyond 1e18, or all below 1e-15, are computed in float64. Where that is not enough, and on devices
+        where looking at the size would wait for them, the logits become NaN, one sequence and head by itself.
+        """
+
+    @abstractmethod
+    def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
+        """Logits of some query rows, and which keys they see.
+
+        Args:
+            index: a slice of rows, or indices of shape ``(batch, rows)``, others for each sequence.
+            buffer: where the logits are put, flat, as many elements as :meth:`chunks` promises at most.
+        """
+
+    @abstractmethod
+    def visible(self, index: slice | Tensor, position: Tensor, keys: slice) -> Tensor | None:
+        """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
+
+    @abstractmethod
+    def finite_heads(self) -> Tensor:
+        """Heads of which no token that counts has a number that is not finite, boolean ``(heads,)``."""
+
+    @abstractmethod
+    def sequences(self, index: slice | Tensor) -> Self:
+        """The same call with some of its sequences."""
+
+    @abstractmethod
+    def tokens(self, tokens: slice) -> Self:
+        """The same call with consecutive tokens, queries and keys alike; only where both are the same tokens."""
+
+    def chunks(self, count: int) -> Iterator[slice]:
+        """Slices of ``count`` rows whose logits have ``CHUNK_ELEMENTS`` elements at most, or one row."""
+        batch, heads, _, m = self.shape
+        if not m:
+            return  # no logit
+        size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * m))
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+
+    def buffer(self, rows: int) -> Tensor:
+        """Room for the logits of so many rows of each sequence."""
+        batch, heads, _, m = self.shape
+        return torch.empty(batch * heads * rows * m, dtype=self.dtype, device=self.device)
+
+    def positions(self, index: slice | Tensor) -> Tensor:
+        """Positions of some rows on the axis of the keys, ``(batch|1, rows)``."""
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=self.device)[None]
+        return index + (self.query_offset or 0)
+
+    def some_sequences(self, count: int | None, generator: torch.Generator | None) -> Self:
+        """The same call with ``count`` of its sequences, drawn without replacement; None for all."""
+        batch = self.shape[0]
+        return self if count is None or count >= batch else self.sequences(self.draw(count, generator))
+
+    def draw(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """``count`` of the sequences at random, in order."""
+        device = "cpu" if generator is None else generator.device
+        drawn = torch.randperm(self.shape[0], generator=generator, device=device)[:count]
+        return drawn.sort().values.to(self.device)
+
+    def crop_tokens(self, length: int | None, generator: torch.Generator | None) -> Self:
+        """The same call with ``length`` consecutive tokens, queries and keys alike, from a random place on.
+
+        All of them where a sequence is not longer, or queries and keys are not the same tokens one by one.
+        """
+        n, m = self.shape[2:]
+        if length is None or length >= n or n != m or self.query_offset or not self.self_attention:
+            return self
+        device = "cpu" if generator is None else generator.device
+        start = int(torch.randint(n - length + 1, (), generator=generator, device=device))
+        return self.tokens(slice(start, start + length))
+
+    def replace(self, **fields: Any) -> Self:
+        """The same with other fields, which are not checked again."""
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+
+def as_logits(
+    query: Tensor | AttentionLogits, key: Tensor | None, options: AttentionOptions
+) -> AttentionLogits:
+    """The call that a function of attention was given, as one object or as its parts.
+
+    Raises:
+        KindError: neither of the two, or both.
+        ValueError: shapes that do not fit, or a mask of another form.
+    """
+    known = AttentionOptions.__annotations__
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise KindError(
+            f"expected options among {', '.join(known)}, got {unknown[0]!r}: see AttentionOptions"
+        )
+    if not isinstance(query, AttentionLogits):
+        return _checked(query, key, **options)  # type: ignore[arg-type]
+    if key is not None or options:
+        named = ", ".join((["key"] if key is not None else []) + sorted(options))
+        raise KindError(
+            f"expected an AttentionLogits by itself, got {named} beside it: pass them to AttentionLogits.of"
+        )
+    return query
+
+
+def as_products(
+    query: Tensor | AttentionLogits, key: Tensor | None, options: AttentionOptions
+) -> ProductLogits:
+    """As :func:`as_logits`, for functions that need queries and keys.
+
+    Raises:
+        KindError: also logits without them.
+    """
+    logits = as_logits(query, key, options)
+    if not isinstance(logits, ProductLogits):
+        raise KindError(
+            "expected an attention call with queries and keys, got logits alone: pass what "
+            "AttentionLogits.of(query, key) returns"
+        )
+    return logits
+
+
+def as_output(
+    query: Tensor | AttentionLogits, key: Tensor | None, value: Tensor | None, options: AttentionOptions
+) -> tuple[ProductLogits, Tensor]:
+    """As :func:`as_products`, with the values that the output is made of.
+
+    Raises:
+        ValueError: also no values ``(batch, kv_heads, m, d_value)``.
+    """
+    logits = as_products(query, key, options)
+    value = floating(value, "value")
+    one_device(query=logits.query, value=value)
+    if value.dim() != 4 or value.shape[:3] != logits.key.shape[:3]:
+        raise ValueError(
+            f"expected a value (batch, kv_heads, m, d_value) = {(*logits.key.shape[:3], 'd_value')}, got "
+            f"{tuple(value.shape)}: pass it as the attention function gets it"
+        )
+    return logits, value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProductLogits(AttentionLogits):
+    """The call of an attention function, made by :meth:`AttentionLogits.of`; fields are as checked there."""
+
+    query: Tensor  # (batch, heads, n, d_head), any float dtype
+    key: Tensor  # (batch, kv_heads, m, d_head); for chunks: contiguous, float32 at least
+    mask: Tensor | MaskFunction | None  # a tensor: 4-D, broadcastable
+    bias: Tensor | None  # 4-D, broadcastable
+    sinks: Tensor | None  # (heads,)
+    is_causal: bool
+    sliding_window: int | None
+    query_offset: int
+    scaling: float
+    softcap: float | None
+    query_mask: Tensor | None
+    self_attention: bool
+    relative = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, n, m)``."""
+        return (*self.query.shape[:3], self.key.shape[2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the chunks."""
+        return self.key.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the chunks."""
+        return self.key.device
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of statistics: float64 where the call is, else float32."""
+        return torch.float64 if self.key.dtype == torch.float64 else torch.float32
+
+    def counted(self) -> Counted:
+        """Rows and keys that count."""
+        batch, _, n, m = self.shape
+        device = self.query.device
+        valid = torch.full((batch, n), m > 0, device=device)
+        seen = None
+        if self.mask is not None:
+            sees = []
+            seen = torch.zeros(batch, m, dtype=torch.bool, device=device)
+            for chunk in self.chunks(n):
+                visible = self.visible(chunk, self.positions(chunk), slice(0, m))
+                assert visible is not None  # there is a mask
+                visible = visible.any(1)
+                sees.append(visible.any(-1).expand(batch, -1))
+                seen |= visible.any(-2)
+            valid = torch.cat(sees, dim=1) if sees else valid
+            if self.self_attention and n == m:
+                valid = valid & seen
+            elif self.self_attention and self.query_offset + n <= m:
+                valid = valid & seen[:, self.query_offset : self.query_offset + n]
+        elif self.is_causal or self.sliding_window is not None:
+            # Queries before the first key or further than a window behind the last.
+            position = self.positions(slice(0, n))
+            reach = 0 if self.sliding_window is None else self.sliding_window - 1
+            valid = valid & (position + (0 if self.is_causal else reach) >= 0)
+            if self.sliding_window is not None:
+                valid = valid & (position - reach < m)
+        if self.query_mask is not None:
+            valid = valid & self.query_mask.to(device=device, dtype=torch.bool)
+        return Counted(valid, seen)
+
+    @property
+    def every_row_counts(self) -> bool:
+        """No row can be padding or see nothing; known without a look at the device."""
+        every = self.query_mask is None and self.mask is None and self.sliding_window is None
+        return every and (self.query_offset >= 0 or not self.is_causal)
+
+    def seen_keys(self, counted: Counted) -> Tensor:
+        """Keys that some row sees, boolean ``(batch, m)``: an interval where no mask says so."""
+        if counted.keys is not None:
+            return counted.keys
+        batch, _, n, m = self.shape
+        first, last = self.query_offset, self.query_offset + n - 1
+        low, high = 0, m
+        if self.sliding_window is not None:
+            low, high = first - self.sliding_window + 1, last + self.sliding_window
+        if self.is_causal:
+            high = min(high, last + 1)
+        place = torch.arange(m, device=self.device)
+        return ((place >= low) & (place < high)).expand(batch, m)
+
+    def without_padding(self, counted: Counted) -> ProductLogits:
+        """Zeros in place of rows and keys that do not count."""
+        out = self
+        if not self.every_row_counts:
+            out = out.replace(query=torch.where(counted.rows[:, None, :, None], self.query, 0.0))
+        if counted.keys is not None:
+            out = out.replace(key=torch.where(counted.keys[:, None, :, None], self.key, 0.0))
+        return out
+
+    def wide(self) -> ProductLogits:
+        """The same with a key for :meth:`chunk`: contiguous, float32 at least."""
+        return self.replace(key=at_least_float32(self.key).contiguous())
+
+    def finite_heads(self) -> Tensor:
+        """Heads whose queries and keys are finite, boolean ``(heads,)``; rows out of ``query_mask`` left out."""
+        query, key, rows = self.query, self.key, self.query_mask
+        seen = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+        if rows is not None:
+            seen = rows.to(seen)
+        bad = ((~query.isfinite()).any(-1) & seen[:, None]).any(-1).any(0)
+        if rows is not None and key.shape[2] != query.shape[2]:
+            return ~bad
+        keys = seen if key.shape[2] == query.shape[2] else seen.new_ones(key.shape[0], key.shape[2])
+        worse = ((~key.isfinite()).any(-1) & keys[:, None]).any(-1).any(0)
+        return ~(bad | worse.repeat_interleave(query.shape[1] // key.shape[1]))
+
+    def detach(self) -> ProductLogits:
+        """The same without the graph of its gradients."""
+        tensors = ("query", "key", "mask", "bias", "sinks", "query_mask")
+        given = {name: getattr(self, name) for name in tensors}
+        return self.replace(
+            **{name: part.detach() for name, part in given.items() if isinstance(part, Tensor)}
+        )
+
+    def products(self) -> ProductLogits:
+        """The same with ``scaling q·k`` alone: of what is added, only what it hides."""
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            mask = mask > MASKED_BELOW
+        return self.replace(mask=mask, bias=None, softcap=None, sinks=None)
+
+    def sequences(self, index: slice | Tensor) -> ProductLogits:
+        """The same call with some of its sequences; slices are views."""
+        batch = self.shape[0]
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            # What is the same for all sequences has one entry.
+            return tensor if tensor is None or (tensor.shape[0] == 1 < batch) else tensor[index]
+
+        mask = self.mask
+        if isinstance(mask, Tensor):
+            mask = take(mask)
+        elif mask is not None and isinstance(index, Tensor):
+            mask = _renumbered(mask, index)
+        return self.replace(
+            query=self.query[index],
+            key=self.key[index],
+            mask=mask,
+            bias=take(self.bias),
+            query_mask=None if self.query_mask is None else self.query_mask[index],
+        )
+
+    def tokens(self, tokens: slice) -> ProductLogits:
+        """The same call with consecutive tokens, queries and keys alike."""
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, :, tokens, tokens]
+
+        mask = self.mask
+        if isinstance(mask, Tensor):
+            mask = take(mask)
+        elif mask is not None:
+            mask = _moved(mask, tokens.start)
+        return self.replace(
+            query=self.query[:, :, tokens],
+            key=self.key[:, :, tokens],
+            mask=mask,
+            bias=take(self.bias),
+            query_mask=None if self.query_mask is None else self.query_mask[:, tokens],
+        )
+
+    def in_range(self) -> ProductLogits:
+        """The same call in a precision whose range its logits do not leave, with a key for chunks."""
+        source = self.wide()
+        if source.key.numel() == 0 or source.query.numel() == 0 or source.key.dtype not in _RANGE:
+            return source
+        size = source._size()
+        fits = _fits(size, source.key.dtype)
+        if source.device.type == "cpu":
+            if bool(fits.all()):
+                return source
+            source = source.replace(key=source.key.double())
+            fits = _fits(size, torch.float64)
+            if bool(fits.all()):
+                return source
+        return source.replace(query=torch.where(fits, source.query, torch.nan))
+
+    def _size(self) -> Tensor:
+        """No logit of a sequence and head has a larger modulus, ``(batch|1, heads, 1, 1)``; float64 on the CPU."""
+        wide = torch.float64 if self.device.type == "cpu" else self.key.dtype
+        of_query, of_key = (_longest(part, wide) for part in (self.query, self.key))
+        size = of_query * of_key.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
+        size = (size * abs(self.scaling))[..., None, None]
+        if self.softcap is not None:
+            size = size.clamp_max(abs(self.softcap))
+        for added in (self.bias, self.mask):
+            if isinstance(added, Tensor) and added.is_floating_point() and added.numel():
+                # A broadcast tensor is read once.
+                own = added[tuple(slice(1) if step == 0 else slice(None) for step in added.stride())]
+                largest = own.amax((2, 3), keepdim=True) if added is self.mask else _modulus(own)
+                size = size + largest.to(wide).clamp_min(0)
+        return size
+
+    def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
+        """Logits of some query rows, and which keys they see; the key is as :meth:`wide` makes it."""
+        key = self.key
+        position = self.positions(index)
+        edge = 0
+        if isinstance(index, slice) and self.is_causal and self.mask is None and self.sliding_window is None:
+            # Keys before the first of these rows are seen by all of them, keys after the last by none.
+            edge = min(max(index.start + self.query_offset, 0), key.shape[2])
+            key = key[:, :, : max(min(index.stop + self.query_offset, key.shape[2]), 1)]
+        query = take_rows(self.query, index).to(key.dtype)
+        batch, heads, count, d_head = query.shape
+        kv_heads, width = key.shape[1:3]
+        # Query heads of one group become rows of one product: key heads are never repeated in memory.
+        grouped = (query * self.scaling).reshape(batch * kv_heads, heads // kv_heads * count, d_head)
+        logits = buffer[: batch * heads * count * width]
+        torch.bmm(
+            grouped,
+            key.reshape(batch * kv_heads, width, d_head).mT,
+            out=logits.view(*grouped.shape[:2], width),
+        )
+        logits = logits.view(batch, heads, count, width)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.bias is not None:
+            logits += take_rows(self.bias, index)[..., :width]
+        visible = self.visible(index, position, slice(edge, width))
+        mask = self.mask
+        if visible is not None and isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            logits += torch.where(visible, take_rows(mask, index), 0.0)
+        sinks = None if self.sinks is None else self.sinks.to(logits.dtype).view(1, heads, 1)
+        return Chunk(logits, None if visible is None else visible.to(logits.dtype), edge, position, sinks)
+
+    def visible(self, index: slice | Tensor, position: Tensor, keys: slice) -> Tensor | None:
+        """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
+        visible = None
+        if isinstance(self.mask, Tensor):
+            mask = take_rows(self.mask, index)[..., keys]
+            visible = mask if mask.dtype == torch.bool else mask > MASKED_BELOW
+        elif self.mask is not None:
+            visible = self._evaluate(self.mask, index, keys)
+        if self.is_causal or self.sliding_window is not None:
+            places = torch.arange(keys.start, keys.stop, device=position.device)
+            ahead = places - position[:, None, :, None]
+            if self.is_causal:
+                visible = ahead <= 0 if visible is None else visible & (ahead <= 0)
+            if self.sliding_window is not None:
+                near = ahead.abs() < self.sliding_window
+                visible = near if visible is None else visible & near
+        return visible
+
+    def _evaluate(self, mask: MaskFunction, index: slice | Tensor, keys: slice) -> Tensor:
+        """A mask function on some rows and keys, ``(batch|1, heads|1, rows, keys)``."""
+        device = self.query.device
+        batch, heads = self.query.shape[:2]
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=device)[None]
+        rows, width = index.shape[-1], keys.stop - keys.start
+        visible = mask(
+            torch.arange(batch, device=device)[:, None, None, None],
+            torch.arange(heads, device=device)[:, None, None],
+            index[:, None, :, None],
+            torch.arange(keys.start, keys.stop, device=device),
+        )
+        shape = tuple(visible.shape) if isinstance(visible, Tensor) else None
+        padded = (1,) * (4 - len(shape or ())) + (shape or ())
+        fits = all(n in (1, full) for n, full in zip(padded, (batch, heads, rows, width), strict=False))
+        if shape is None or visible.dtype != torch.bool or len(padded) != 4 or not fits:
+            got = type(visible).__name__ if shape is None else f"{visible.dtype} of shape {shape}"
+            raise ValueError(
+                "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, rows, "
+                f"keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors together, as in "
+                "document[batch, query]"
+            )
+        return visible.reshape(padded).expand(-1, -1, rows, width)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivenLogits(AttentionLogits):
+    """Logits that were computed elsewhere, hidden keys pushed down; made by :meth:`AttentionLogits.given`."""
+
+    logits: Tensor  # (batch, heads, n, m), any float dtype
+    used: Tensor  # (batch, n): rows that may be looked at; the others may hold anything
+    query_offset: int | None
+    self_attention: bool
+    relative: bool = False
+    sinks: Tensor | None = None  # (batch, heads, n)
+    largest: Tensor | None = None  # (batch,): the largest logit of the rows that may be looked at
+    wide: bool = False  # chunks in float64, whatever the logits are in
+    fits: Tensor | None = None  # (batch,): the others become NaN
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, n, m)``."""
+        batch, heads, n, m = self.logits.shape
+        return batch, heads, n, m
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the chunks."""
+        return torch.float64 if self.wide or self.logits.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Of the chunks."""
+        return self.logits.device
+
+    def in_range(self) -> GivenLogits:
+        """The same in a precision whose range the logits do not leave."""
+        if self.largest is None or self.dtype == torch.float64:
+            return self
+        # What is far below is hidden, and relative logits are 0 at most.
+        fits = _fits(self.largest.float().clamp_min(0), torch.float32)
+        if self.device.type == "cpu":
+            return self if bool(fits.all()) else self.replace(wide=True)
+        return self.replace(fits=fits)
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of statistics: float64 where the logits are, else float32."""
+        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+
+    def counted(self) -> Counted:
+        """Rows that count, found when the logits were checked."""
+        return Counted(self.used, None)
+
+    def seen_keys(self, counted: Counted) -> Tensor:
+        """Keys that some row sees, boolean ``(batch, m)``."""
+        return ~(self.logits <= MASKED_BELOW).all(1).all(1)
+
+    def without_padding(self, counted: Counted) -> GivenLogits:
+        """The same: rows that do not count are hidden in every chunk."""
+        return self
+
+    def finite_heads(self) -> Tensor:
+        """Heads whose logits are finite or hidden, boolean ``(heads,)``."""
+        bad = (self.logits.isnan() | (self.logits == torch.inf)) & self.used[:, None, :, None]
+        return ~bad.any(-1).any(-1).any(0)
+
+    def sequences(self, index: slice | Tensor) -> GivenLogits:
+        """The same call with some of its sequences; slices are views."""
+        parts = ("logits", "used", "sinks", "largest", "fits")
+        given = {name: getattr(self, name) for name in parts}
+        return self.replace(**{name: part[index] for name, part in given.items() if part is not None})
+
+    def tokens(self, tokens: slice) -> GivenLogits:
+        """The same call with consecutive tokens, queries and keys alike."""
+        return self.replace(
+            logits=self.logits[:, :, tokens, tokens],
+            used=self.used[:, tokens],
+            sinks=None if self.sinks is None else self.sinks[:, :, tokens],
+        )
+
+    def visible(self, index: slice | Tensor, position: Tensor, keys: slice) -> Tensor:
+        """Visibility of some keys to some rows, ``(batch, heads, rows, keys)``."""
+        return ~(take_rows(self.logits, index)[..., keys] <= MASKED_BELOW)
+
+    def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
+        """Some query rows, and which keys they see."""
+        rows = take_rows(self.logits, index)
+        used = self.used[:, index] if isinstance(index, slice) else self.used.gather(1, index)
+        hidden = (rows <= MASKED_BELOW) | ~used[:, None, :, None]
+        x = buffer[: rows.numel()].view(rows.shape)
+        x.copy_(rows)
+        if self.fits is not None:
+            x.masked_fill_(~self.fits[:, None, None, None], torch.nan)
+        x.masked_fill_(hidden, 0.0)
+        sinks = None
+        if self.sinks is not None:
+            sinks = take_rows(self.sinks[..., None], index)[..., 0].to(x.dtype)
+            sinks = torch.where(used[:, None], sinks, 0.0)
+        return Chunk(x, (~hidden).to(x.dtype), 0, self.positions(index), sinks)
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Tensor | MaskFunction | None = None,
+    is_causal: bool = False,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    query_offset: int = 0,
+    self_attention: bool | None = None,
+) -> ProductLogits:
+    """Check the parts of a call; see :meth:`AttentionLogits.of`."""
+    floating(query, "query")
+    floating(key, "key")
+    if (
+        query.dim() != 4
+        or key.dim() != 4
+        or query.shape[0] != key.shape[0]
+        or query.shape[3] != key.shape[3]
+        or key.shape[1] == 0
+        or query.shape[1] % key.shape[1]
+    ):
+        raise ValueError(
+            "expected query (batch, heads, n, d_head) and key (batch, kv_heads, m, d_head) with kv_heads "
+            f"dividing heads, got {tuple(query.shape)} and {tuple(key.shape)}: pass the tensors as the "
+            "attention function receives them"
+        )
+    batch, heads, n, d_head = query.shape
+    if not heads or not d_head:
+        raise ValueError(
+            f"expected at least one head and a d_head of at least 1, got shape {tuple(query.shape)}: "
+            "pass the tensors as the attention function receives them"
+        )
+    one_device(query=query, key=key, bias=bias, mask=mask if isinstance(mask, Tensor) else None, sinks=sinks)
+    boolean(is_causal, "is_causal")
+    boolean(self_attention, "self_attention", none=True)
+    check_query_mask(query_mask, batch, n)
+    query_offset = integer(query_offset, "query_offset")
+    if sliding_window is not None:
+        sliding_window = integer(sliding_window, "sliding_window")
+        if sliding_window < 1:
+            raise ValueError(
+                f"expected sliding_window to be at least 1, or None for no window, got {sliding_window}: a "
+                "row sees its own key with 1"
+            )
+    scaling = d_head**-0.5 if scaling is None else number(scaling, "scaling")
+    if softcap is not None:
+        softcap = number(softcap, "softcap")
+        if softcap <= 0:
+            raise ValueError(f"expected softcap to be above 0, got {softcap}: pass None for none")
+    full = (batch, heads, n, key.shape[2])
+    if isinstance(mask, Tensor):
+        if dense(mask, "mask").dtype != torch.bool and not mask.is_floating_point():
+            raise KindError(
+                f"expected a boolean mask (True = visible) or an additive floating one, got {mask.dtype}: "
+                "convert a mask of zeros and ones with .bool()"
+            )
+        mask = _broadcast(mask if mask.dtype == torch.bool else floating(mask, "mask"), full, "mask")
+    elif mask is not None and not callable(mask):
+        raise KindError(
+            "expected a mask that is a tensor or a function of batch, head, query and key indices, got "
+            f"{type(mask).__name__}"
+        )
+    if bias is not None:
+        bias = _broadcast(floating(bias, "bias"), full, "bias")
+    if sinks is not None and floating(sinks, "learnt sinks").numel() != heads:
+        raise ValueError(
+            f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}: pass the logits of "
+            "the layer's own heads"
+        )
+    return ProductLogits(
+        query=query,
+        key=key,
+        mask=mask,
+        bias=bias,
+        sinks=sinks,
+        is_causal=is_causal,
+        sliding_window=sliding_window,
+        query_offset=query_offset,
+        scaling=scaling,
+        softcap=softcap,
+        query_mask=query_mask,
+        self_attention=n == key.shape[2] if self_attention is None else self_attention,
+    )
+
+
+def _given(
+    logits: Tensor,
+    query_mask: Tensor | None,
+    query_offset: int | None,
+    self_attention: bool | None,
+    relative: bool,
+    sinks: Tensor | None,
+) -> GivenLogits:
+    """Check the tensor and find the rows that count; see :meth:`AttentionLogits.given`.
+
+    One pass for the rows and one for the keys; the mask is never in memory.
+    """
+    floating(logits, "logits (batch, heads, n, m)")
+    boolean(relative, "relative")
+    boolean(self_attention, "self_attention", none=True)
+    if query_offset is not None:
+        query_offset = integer(query_offset, "query_offset")
+    if logits.dim() != 4:
+        raise ValueError(
+            "expected floating logits (batch, heads, n, m), got "
+            f"{logits.dtype} of shape {tuple(logits.shape)}: give each head an axis of its own"
+        )
+    batch, heads, n, m = logits.shape
+    check_query_mask(query_mask, batch, n)
+    # Without a place among the keys a query's own key is not known.
+    own = (n == m if self_attention is None else self_attention) and query_offset is not None
+    if sinks is not None:
+        floating(sinks, "learnt sinks")
+        one_device(logits=logits, sinks=sinks)
+        sizes = zip(reversed(sinks.shape), (n, heads, batch), strict=False)
+        if sinks.dim() > 3 or any(have not in (1, want) for have, want in sizes):
+            raise ValueError(
+                f"expected learnt sinks that broadcast to (batch, heads, n) = {(batch, heads, n)}, got shape "
+                f"{tuple(sinks.shape)}: one logit a head is sinks[:, None]"
+            )
+        sinks = sinks.expand(batch, heads, n)
+    if logits.numel() == 0:
+        none = torch.zeros(batch, n, dtype=torch.bool, device=logits.device)
+        return GivenLogits(logits, none, query_offset, own, relative, sinks)
+    # Not "> bound", so that NaN is no mask: it is to be seen in the statistics.
+    top = logits.amax((1, 3))
+    valid = ~(top <= MASKED_BELOW)
+    if own and query_offset is not None and query_offset >= 0 and query_offset + n <= m:
+        seen = ~(logits.amax((1, 2)) <= MASKED_BELOW)
+        valid &= seen[:, query_offset : query_offset + n]
+    if query_mask is not None:
+        valid &= query_mask.to(device=valid.device, dtype=torch.bool)
+    return GivenLogits(
+        logits, valid, query_offset, own, relative, sinks, torch.where(valid, top, 0.0).amax(1)
+    )
+
+
+def _longest(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest Euclidean norm of each sequence and head, ``(batch, heads)``."""
+    return norms(vectors, dtype).amax(-1)
+
+
+def _modulus(tensor: Tensor) -> Tensor:
+    low, high = tensor.amin((2, 3), keepdim=True), tensor.amax((2, 3), keepdim=True)
+    return torch.maximum(high, -low)
+
+
+def _fits(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which sizes of logits have squares within the range of a dtype, or are 0."""
+    low, high = _RANGE[dtype]
+    # What is not a number says so by itself.
+    return (
+        (size == 0)
+        | ((size >= low) & (size <= high))
+        | size.isnan()
+        | (size.isinf() & (size.device.type == "cpu"))
+    )
+
+
+def hide(x: Tensor, shown: Tensor) -> Tensor:
+    """Push logits of hidden keys far below all others, in place: where ``shown`` is 0, of a call in range.
+
+    Arithmetic with a matrix that all heads share is many times faster than filling by a mask.
+    """
+    return x.add_((shown - 1) * _FAR[x.dtype])
+
+
+def _renumbered(mask: MaskFunction, index: Tensor) -> MaskFunction:
+    return lambda sequence, head, query, key: mask(index[sequence], head, query, key)
+
+
+def _moved(mask: MaskFunction, start: int) -> MaskFunction:
+    return lambda sequence, head, query, key: mask(sequence, head, query + start, key + start)
+
+
+def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Tensor:
+    """View with four dimensions, checked to broadcast; size-1 dimensions of batch and heads are kept."""
+    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    if tensor.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"expected a {name} that broadcasts to (batch, heads, n, m) = {full}, got {tuple(tensor.shape)}: "
+            f"a padding mask of shape (batch, m) becomes {name}[:, None, None, :].bool()"
+        )
+    return tensor.reshape(shape).expand(-1, -1, full[2], full[3])
+
+
+def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    """Rows of ``(batch|1, heads|1, n, x)``: a slice for all, or ``(batch, rows)`` indices a sequence."""
+    if isinstance(index, slice):
+        return tensor[:, :, index]
+    batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
+    return tensor[batch, :, index].transpose(1, 2)
+
+
+def check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
+    """Raise unless a query mask is None or has one flag a query."""
+    if query_mask is None:
+        return
+    if dense(query_mask, "query_mask").shape != (batch, n):
+        raise ValueError(
+            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass one "
+            "entry a query"
+        )
+    flags(query_mask, "query_mask")
+
+
+def check_rows(rows: Any, generator: Any) -> int | None:
+    """How many rows to sample, checked with what goes with it.
+
+    Raises:
+        ValueError: no integer of at least 1, or no generator.
+    """
+    generator_of(generator)
+    if rows is None:
+        return None
+    rows = integer(rows, "rows")
+    if rows < 1:
+        raise ValueError(
+            f"expected rows to be at least 1, or None for all rows, got {rows}: pass a whole number"
+        )
+    return rows
+
+
+def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
+    """``rows`` indices of distinct rows for each sequence, ``(batch, rows)``, valid ones first, at random."""
+    device = "cpu" if generator is None else generator.device
+    order = torch.rand(valid.shape, generator=generator, device=device).to(valid.device)
+    return order.masked_fill(~valid, 2.0).topk(rows, dim=1, largest=False).indices
