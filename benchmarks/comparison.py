@@ -109,10 +109,10 @@ def inspected(folder: Path) -> dict[str, Any]:
     # Imports are not counted, as for the others.
     from transformers import GPT2LMHeadModel  # noqa: F401
 
-    import lightning_qk.inspect.command
+    import lightning_qk.cli.inspect
     import lightning_qk.inspect.export
     import lightning_qk.inspect.read  # noqa: F401
-    from lightning_qk.cli import main
+    from lightning_qk.cli.command import main
 
     begin = time.process_time()
     if main(["inspect", str(folder), "--json", str(folder / "inspect.json")]):

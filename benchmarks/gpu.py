@@ -20,7 +20,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from training import step_time_gpu
 
-from lightning_qk.functional import _kernel, attention_statistics, localization
+from lightning_qk.functional import _kernel, attention_statistics
+from lightning_qk.functional import attention as localization
 
 BATCH, HEADS, N, D_HEAD = 1, 32, 8192, 128
 BAR = 0.8

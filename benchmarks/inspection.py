@@ -85,7 +85,7 @@ def job(kind: str, folder: Path) -> dict[str, float]:
     elif kind in ("moments", "inspect"):
         from transformers import LlamaForCausalLM  # noqa: F401
 
-        import lightning_qk.inspect.command
+        import lightning_qk.cli.inspect
         import lightning_qk.inspect.export
         import lightning_qk.inspect.read  # noqa: F401
     begin, worked = time.perf_counter(), time.process_time()
@@ -98,7 +98,7 @@ def job(kind: str, folder: Path) -> dict[str, float]:
     elif kind == "eigenvalues":
         _solve(shape["num_hidden_layers"], heads, shape["num_key_value_heads"], d_head, shape["hidden_size"])
     else:
-        from lightning_qk.cli import main
+        from lightning_qk.cli.command import main
 
         options = ["--moments-only"] if kind == "moments" else []
         if main(["inspect", str(folder), *options, "--json", str(folder / "out.json")]):

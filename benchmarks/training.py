@@ -199,8 +199,8 @@ def monitors(every_n_steps: int) -> list[L.Callback]:
 
 def figures_seconds(layers: int = 6, heads: int = 8) -> float:
     """What drawing all heatmaps as PNG takes, as loggers that show pictures make the monitors do."""
-    from lightning_qk.logging.figures import heatmap, to_png
-    from lightning_qk.logging.history import History
+    from lightning_qk.record.history import History
+    from lightning_qk.report.figures import heatmap, to_png
 
     names = (*QKSpectrumMonitor.figure_statistics, *AttentionMonitor.figure_statistics)
     history = History([f"layer_{index:02d}" for index in range(layers)], [heads] * layers)

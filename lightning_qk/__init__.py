@@ -4,28 +4,30 @@ Public names are resolved on first use (PEP 562), so that ``import lightning_qk.
 than ``import torch``.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lightning_qk._lazy import lazy
+from lightning_qk._moved import install
 from lightning_qk._version import __version__
 
 if TYPE_CHECKING:
-    from lightning_qk.callbacks.attention import AttentionMonitor
-    from lightning_qk.callbacks.attention_mask import DifferentiableAttentionMask
-    from lightning_qk.callbacks.attention_prior import AttentionPrior
-    from lightning_qk.callbacks.entropy_band import EntropyBand
-    from lightning_qk.callbacks.guard import CollapseGuard
-    from lightning_qk.callbacks.hard_attention import HardAttention
-    from lightning_qk.callbacks.hidden import HiddenStateMonitor
-    from lightning_qk.callbacks.locater import LocAteR
-    from lightning_qk.callbacks.position import PositionMonitor
-    from lightning_qk.callbacks.probes import AttentionProbes
-    from lightning_qk.callbacks.qk_clip import QKClip
-    from lightning_qk.callbacks.sigma_reparam import SigmaReparam
-    from lightning_qk.callbacks.sinks import SinkMonitor
-    from lightning_qk.callbacks.soft_cap import SoftCap
-    from lightning_qk.callbacks.spectrum import QKSpectrumMonitor
-    from lightning_qk.callbacks.spectrum_scaling import SpectrumScaling
-    from lightning_qk.callbacks.update_cap import UpdateCap
+    from lightning_qk.callbacks.guard.guard import CollapseGuard
+    from lightning_qk.callbacks.interventions.attention_mask import DifferentiableAttentionMask
+    from lightning_qk.callbacks.interventions.attention_prior import AttentionPrior
+    from lightning_qk.callbacks.interventions.entropy_band import EntropyBand
+    from lightning_qk.callbacks.interventions.hard_attention import HardAttention
+    from lightning_qk.callbacks.interventions.locater import LocAteR
+    from lightning_qk.callbacks.interventions.qk_clip import QKClip
+    from lightning_qk.callbacks.interventions.sigma_reparam import SigmaReparam
+    from lightning_qk.callbacks.interventions.soft_cap import SoftCap
+    from lightning_qk.callbacks.interventions.spectrum_scaling import SpectrumScaling
+    from lightning_qk.callbacks.interventions.update_cap import UpdateCap
+    from lightning_qk.callbacks.monitors.attention import AttentionMonitor
+    from lightning_qk.callbacks.monitors.hidden import HiddenStateMonitor
+    from lightning_qk.callbacks.monitors.position import PositionMonitor
+    from lightning_qk.callbacks.monitors.probes import AttentionProbes
+    from lightning_qk.callbacks.monitors.sinks import SinkMonitor
+    from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
     from lightning_qk.data.text import TextDataModule
     from lightning_qk.heads.projections import HeadProjections
     from lightning_qk.heads.reader import head_projections
@@ -41,39 +43,6 @@ if TYPE_CHECKING:
     from lightning_qk.probes.head_report import HeadReport
     from lightning_qk.regularizers.locater import locater_penalty
     from lightning_qk.verification.model import verify
-
-_HOME = {
-    "AttentionMonitor": "lightning_qk.callbacks.attention",
-    "AttentionPrior": "lightning_qk.callbacks.attention_prior",
-    "AttentionProbes": "lightning_qk.callbacks.probes",
-    "CollapseGuard": "lightning_qk.callbacks.guard",
-    "DifferentiableAttentionMask": "lightning_qk.callbacks.attention_mask",
-    "EntropyBand": "lightning_qk.callbacks.entropy_band",
-    "HardAttention": "lightning_qk.callbacks.hard_attention",
-    "HeadProjections": "lightning_qk.heads.projections",
-    "HeadReport": "lightning_qk.probes.head_report",
-    "HiddenStateMonitor": "lightning_qk.callbacks.hidden",
-    "LocAteR": "lightning_qk.callbacks.locater",
-    "PositionMonitor": "lightning_qk.callbacks.position",
-    "QKClip": "lightning_qk.callbacks.qk_clip",
-    "QKSpectrumMonitor": "lightning_qk.callbacks.spectrum",
-    "SigmaReparam": "lightning_qk.callbacks.sigma_reparam",
-    "SinkMonitor": "lightning_qk.callbacks.sinks",
-    "SoftCap": "lightning_qk.callbacks.soft_cap",
-    "SpectrumScaling": "lightning_qk.callbacks.spectrum_scaling",
-    "TextDataModule": "lightning_qk.data.text",
-    "TransformerModule": "lightning_qk.module",
-    "UpdateCap": "lightning_qk.callbacks.update_cap",
-    "add_sigma_reparam": "lightning_qk.interventions.sigma_reparam",
-    "cap_updates": "lightning_qk.interventions.update_cap",
-    "clip_qk": "lightning_qk.interventions.qk_clip",
-    "head_projections": "lightning_qk.heads.reader",
-    "locater_penalty": "lightning_qk.regularizers.locater",
-    "plain_state_dict": "lightning_qk.interventions.sigma_reparam",
-    "remove_sigma_reparam": "lightning_qk.interventions.sigma_reparam",
-    "spectrum_scaling": "lightning_qk.interventions.spectrum_scaling",
-    "verify": "lightning_qk.verification.model",
-}
 
 __all__ = [
     "AttentionMonitor",
@@ -110,16 +79,38 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "callbacks.guard.guard": ["CollapseGuard"],
+        "callbacks.interventions.attention_mask": ["DifferentiableAttentionMask"],
+        "callbacks.interventions.attention_prior": ["AttentionPrior"],
+        "callbacks.interventions.entropy_band": ["EntropyBand"],
+        "callbacks.interventions.hard_attention": ["HardAttention"],
+        "callbacks.interventions.locater": ["LocAteR"],
+        "callbacks.interventions.qk_clip": ["QKClip"],
+        "callbacks.interventions.sigma_reparam": ["SigmaReparam"],
+        "callbacks.interventions.soft_cap": ["SoftCap"],
+        "callbacks.interventions.spectrum_scaling": ["SpectrumScaling"],
+        "callbacks.interventions.update_cap": ["UpdateCap"],
+        "callbacks.monitors.attention": ["AttentionMonitor"],
+        "callbacks.monitors.hidden": ["HiddenStateMonitor"],
+        "callbacks.monitors.position": ["PositionMonitor"],
+        "callbacks.monitors.probes": ["AttentionProbes"],
+        "callbacks.monitors.sinks": ["SinkMonitor"],
+        "callbacks.monitors.spectrum": ["QKSpectrumMonitor"],
+        "data.text": ["TextDataModule"],
+        "heads.projections": ["HeadProjections"],
+        "heads.reader": ["head_projections"],
+        "interventions.qk_clip": ["clip_qk"],
+        "interventions.sigma_reparam": ["add_sigma_reparam", "plain_state_dict", "remove_sigma_reparam"],
+        "interventions.spectrum_scaling": ["spectrum_scaling"],
+        "interventions.update_cap": ["cap_updates"],
+        "module": ["TransformerModule"],
+        "probes.head_report": ["HeadReport"],
+        "regularizers.locater": ["locater_penalty"],
+        "verification.model": ["verify"],
+    },
+)
 
-    value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+install()

@@ -65,9 +65,10 @@ def check_command(line: str) -> None:
 
 
 def _check_ours(arguments: Sequence[str]) -> None:
-    from lightning_qk import _completion, cli
-    from lightning_qk._verify_command import parser as verify_options
-    from lightning_qk.inspect.command import _options as inspect_options
+    from lightning_qk.cli import _completion
+    from lightning_qk.cli import command as cli
+    from lightning_qk.cli._verify import parser as verify_options
+    from lightning_qk.cli.inspect import _options as inspect_options
 
     name, *rest = arguments
     if name in ("fit", "validate", "test", "predict"):

@@ -63,11 +63,11 @@ def test_commands_are_real(command, monkeypatch):
         else:
             assert "-m pytest" in steps
     elif arguments[:1] == ["verify"]:
-        from lightning_qk._verify_command import parser as verify_parser
+        from lightning_qk.cli._verify import parser as verify_parser
 
         assert verify_parser("verify").parse_args(arguments[1:]).length >= 4
     elif arguments[:1] == ["inspect"]:
-        from lightning_qk.inspect.command import _parser as inspect_parser
+        from lightning_qk.cli.inspect import _parser as inspect_parser
 
         assert inspect_parser("inspect").parse_args(arguments[1:]).fail_on is not None
     elif program.endswith("lightning-qk"):

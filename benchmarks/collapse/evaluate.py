@@ -8,7 +8,7 @@ import torch
 from runs import Run
 from truth import MARGIN, Reference, Truth, final
 
-from lightning_qk.callbacks._watch import ATTENTION, COSINE, SPECTRUM
+from lightning_qk.callbacks.guard._watch import ATTENTION, COSINE, SPECTRUM
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
 from lightning_qk.guard.reading import Place, Reading
 

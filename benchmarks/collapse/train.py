@@ -20,7 +20,7 @@ from lightning_qk import (
     TransformerModule,
     head_projections,
 )
-from lightning_qk.callbacks._watch import HiddenCosine
+from lightning_qk.callbacks.guard._watch import HiddenCosine
 
 EVERY = 4
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import Callback
 
-from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.record.history import History, RunRecord
 
 
 class Contributor(Protocol):
@@ -72,8 +72,8 @@ class Account:
 
 def contributors(callbacks: Iterable[Callback]) -> Iterator[Contributor]:
     """Of callbacks that steer, and of those that another one wakes: what has something to add to a record."""
-    from lightning_qk.callbacks.guard import CollapseGuard
-    from lightning_qk.callbacks.locater import LocAteR
+    from lightning_qk.callbacks.guard.guard import CollapseGuard
+    from lightning_qk.callbacks.interventions.locater import LocAteR
 
     for callback in callbacks:
         if isinstance(callback, CollapseGuard):

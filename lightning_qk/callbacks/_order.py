@@ -14,8 +14,8 @@ def observe_last(trainer: Trainer) -> None:
     To be called in ``setup``. Lightning goes on with the list that it began with, and every later hook has the new
     one.
     """
-    from lightning_qk.callbacks._monitor import Monitor
-    from lightning_qk.callbacks.guard import CollapseGuard
+    from lightning_qk.callbacks.guard.guard import CollapseGuard
+    from lightning_qk.callbacks.monitors._base import Monitor
 
     def place(callback: Callback) -> int:
         if _writes_checkpoints(callback):

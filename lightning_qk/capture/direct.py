@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture import compiled, listeners
-from lightning_qk.capture.callers import (
+from lightning_qk.architecture.source_code import (
     calls_sdpa,
     calls_softmax,
     functions_of,
     own_classes,
     uses_interface,
 )
+from lightning_qk.capture import compiled, listeners
 from lightning_qk.capture.captured import FunctionCall
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.copies import Wrapped

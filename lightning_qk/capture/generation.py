@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qk.architecture.class_names import is_named
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.patches import Stand, stand_in
 from lightning_qk.capture.softmax import SEVERAL
-from lightning_qk.heads.classes import is_named
 
 
 class _Thread(threading.local):

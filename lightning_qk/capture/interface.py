@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_qk.architecture.source_code import calls_sdpa, calls_softmax, uses_interface
 from lightning_qk.capture import compiled, fronts, generation, listeners
 from lightning_qk.capture.call import read_call
-from lightning_qk.capture.callers import calls_sdpa, calls_softmax, uses_interface
 from lightning_qk.capture.captured import CapturedCall, FunctionCall
 from lightning_qk.capture.compiled import Source
 from lightning_qk.capture.direct import stand_at_sdpa

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
+from lightning_qk.architecture.class_names import is_named
+from lightning_qk.architecture.source_code import uses_interface
 from lightning_qk.capture import listeners
 from lightning_qk.capture.call import is_recomputation
-from lightning_qk.capture.callers import uses_interface
 from lightning_qk.capture.captured import FunctionCall, SoftmaxCall
 from lightning_qk.capture.multihead import read_functional
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.traces import Trace, Traces, far_down
-from lightning_qk.heads.classes import is_named
 
 # Layers that cut the attention of the same heads into several softmaxes: streams of tokens, or global and local
 # ones. Each row is a whole one, and all are pooled.

@@ -8,8 +8,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from lightning_qk.architecture.source_code import uses_interface
 from lightning_qk.capture import compiled, fronts
-from lightning_qk.capture.callers import uses_interface
 from lightning_qk.capture.fronts import Run
 from lightning_qk.capture.interface import stand_at_interface
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError

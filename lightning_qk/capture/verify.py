@@ -23,8 +23,8 @@ from lightning_qk.capture.readings import (
     sliding_window,
 )
 from lightning_qk.capture.record import AttentionCall, UnreadableFunctionError, UnsupportedCallError
-from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional.logits import CHUNK_ELEMENTS
+from lightning_qk.functional.precision import full_precision
 
 # Largest relative error of an output row, by the coarsest precision that takes part: several times what rounding
 # does to logits of this spread. A wrong reading of one row is off by its whole length.

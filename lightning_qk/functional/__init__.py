@@ -1,18 +1,19 @@
 """Pure tensor functions: spectra of heads, signal propagation, statistics of attention. Imports torch alone."""
 
+from lightning_qk.functional.attention import attention_statistics, logit_statistics
 from lightning_qk.functional.circle_law import circle_law_radius, circle_law_share
-from lightning_qk.functional.divergence import (
+from lightning_qk.functional.entropy import (
     attention_entropy,
     diagonal_prior,
     prior_divergence,
     uniform_prior,
     window_prior,
 )
-from lightning_qk.functional.extremes import max_logits
+from lightning_qk.functional.hard_attention import hard_attention
 from lightning_qk.functional.hidden import hidden_statistics
-from lightning_qk.functional.localization import attention_statistics, logit_statistics
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions
 from lightning_qk.functional.marked import attention_on_keys
+from lightning_qk.functional.max_logits import max_logits
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.profile import linear_share_profile
 from lightning_qk.functional.propagation import (
@@ -20,7 +21,6 @@ from lightning_qk.functional.propagation import (
     signal_propagation_probability,
 )
 from lightning_qk.functional.ranks import kendall_tau
-from lightning_qk.functional.retrieval import hard_attention
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.singular import (
     effective_rank,

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import norms
 from lightning_qk.functional.logits import (
     AttentionLogits,
     Chunk,
@@ -12,6 +11,7 @@ from lightning_qk.functional.logits import (
     sample_rows,
     take_rows,
 )
+from lightning_qk.functional.precision import norms
 
 # A key's mean over rows counts when it is seen by at least this share of the rows that see the most-seen key.
 _MIN_SEEN = 0.25

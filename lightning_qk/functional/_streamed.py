@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
 from lightning_qk.functional.logits import ProductLogits
+from lightning_qk.functional.precision import at_least_float32, full_precision
 
 
 # Zero times the least number is zero, zero times minus infinity is not a number.

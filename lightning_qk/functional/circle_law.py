@@ -16,8 +16,8 @@ Monte Carlo.
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import floating, integer
-from lightning_qk.functional._precision import at_least_float32
+from lightning_qk.functional.checks import floating, integer
+from lightning_qk.functional.precision import at_least_float32
 
 
 def circle_law_radius(frobenius_sq: Tensor, d_model: int) -> Tensor:

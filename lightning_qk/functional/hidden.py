@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import boolean, dense, flags, floating, generator_of, integer
-from lightning_qk.functional._precision import are_safe, at_least_float32, full_precision, norms, scaled
+from lightning_qk.functional.checks import boolean, dense, flags, floating, generator_of, integer
 from lightning_qk.functional.logits import CHUNK_ELEMENTS, sample_rows
+from lightning_qk.functional.precision import are_safe, at_least_float32, full_precision, norms, scaled
 from lightning_qk.functional.singular import effective_rank
 
 MASSIVE_ABOVE = 100.0

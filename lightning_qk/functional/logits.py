@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import (
+from lightning_qk.functional.checks import (
     KindError,
     boolean,
     dense,
@@ -21,7 +21,7 @@ from lightning_qk.functional._checks import (
     number,
     one_device,
 )
-from lightning_qk.functional._precision import at_least_float32, norms
+from lightning_qk.functional.precision import at_least_float32, norms
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack

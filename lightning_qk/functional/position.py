@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_qk.functional._checks import boolean
-from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional.checks import boolean
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, Chunk, as_logits
+from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

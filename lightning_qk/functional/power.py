@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional.precision import at_least_float32, full_precision
 
 
 def leading_singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

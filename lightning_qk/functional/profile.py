@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import integer
-from lightning_qk.functional._precision import full_precision
 from lightning_qk.functional._rows import Selection
-from lightning_qk.functional._sums import MeanSums
+from lightning_qk.functional.checks import integer
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+from lightning_qk.functional.precision import full_precision
+from lightning_qk.functional.sums import MeanSums
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

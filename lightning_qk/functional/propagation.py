@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import floating, integer, number, one_device
-from lightning_qk.functional._precision import at_least_float32
+from lightning_qk.functional.checks import floating, integer, number, one_device
+from lightning_qk.functional.precision import at_least_float32
 
 # Standard deviations beyond which a quadratic form of normal variables has no mass to speak of.
 _FAR = 40.0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import dense, floating, one_device
+from lightning_qk.functional.checks import dense, floating, one_device
 
 
 def kendall_tau(x: Tensor, y: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import floating, integer, number, one_device
-from lightning_qk.functional._precision import at_least_float32, full_precision, scaled
+from lightning_qk.functional.checks import floating, integer, number, one_device
+from lightning_qk.functional.precision import at_least_float32, full_precision, scaled
 from lightning_qk.functional.spectrum import core_singular_values, qk_singular_core
 
 FloorNorm = Literal["euclidean", "max"]

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._checks import KindError, dense, floating, integer, one_device
-from lightning_qk.functional._precision import at_least_float32, full_precision, scaled
+from lightning_qk.functional.checks import KindError, dense, floating, integer, one_device
+from lightning_qk.functional.precision import at_least_float32, full_precision, scaled
 from lightning_qk.functional.rotary import Rotary, rotate_between
 
 Support = Literal["model", "head"]

@@ -1,1 +1,27 @@
-"""Early warning of collapse: running statistics and detectors that know nothing of Lightning."""
+"""Detectors of a training that is about to collapse, on streams of numbers.
+
+Imports torch alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_qk._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_qk.guard.detector import CollapseDetector, Verdict
+    from lightning_qk.guard.reading import Place, Reading
+
+__all__ = [
+    "CollapseDetector",
+    "Place",
+    "Reading",
+    "Verdict",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "detector": ["CollapseDetector", "Verdict"],
+        "reading": ["Place", "Reading"],
+    },
+)

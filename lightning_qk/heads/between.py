@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.capture.callers import names_in, uses_interface
+from lightning_qk.architecture.source_code import names_in, uses_interface
 from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.probing import own_random_numbers
 from lightning_qk.heads.running import Bench, constant

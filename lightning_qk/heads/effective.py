@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.affine import Affine
 from lightning_qk.heads.errors import UnreadLayer, alive
 from lightning_qk.heads.probing import own_random_numbers, shadow

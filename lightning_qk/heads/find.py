@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qk.capture.callers import calls_sdpa, names_softmax, uses_interface
+from lightning_qk.architecture.origin import is_known
+from lightning_qk.architecture.source_code import calls_sdpa, names_softmax, uses_interface
 from lightning_qk.heads.layouts import find_layout
-from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.search import reaches_product
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)

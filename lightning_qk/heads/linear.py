@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from lightning_qk.architecture.class_names import is_named
 from lightning_qk.heads.affine import Affine, AffineMap
-from lightning_qk.heads.classes import is_named
 from lightning_qk.heads.effective import EffectivePlan
 from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer, alive
 from lightning_qk.heads.probing import make_weights, own_random_numbers, shadow, weight_hooks

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.origin import is_known
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.adapted import AdaptedPlan, adapter_around
 from lightning_qk.heads.affine import Affine, AffineMap
@@ -22,7 +23,6 @@ from lightning_qk.heads.findings import Finding, finding_of
 from lightning_qk.heads.folding import feeding_norm, fold_input_norm
 from lightning_qk.heads.layouts import Layout, added_to_queries, borrows_keys, fitting_layouts, unsupported
 from lightning_qk.heads.norms import NormPlan
-from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.position import NONE, RELATIVE_BIAS, find_position
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.qk_norm import (

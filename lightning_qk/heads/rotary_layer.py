@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.callers import names_in
+from lightning_qk.architecture.source_code import names_in
 from lightning_qk.heads.probing import Stop, Through, copy_with
 from lightning_qk.heads.rotary_angles import TAKES_ANGLES, Angles, holds_angles
 

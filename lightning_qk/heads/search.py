@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.origin import is_known
 from lightning_qk.heads.affine import AffineMap
 from lightning_qk.heads.composed import Composed, Part
 from lightning_qk.heads.elements import Elements, ElementSearch, ParameterPlan
 from lightning_qk.heads.errors import NotTokenAttention, UnreadLayer
 from lightning_qk.heads.norms import plan_norm
-from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.probing import own_random_numbers
 from lightning_qk.heads.products import Product
 from lightning_qk.heads.running import Bench, Emission, Emitter, Loose, Seen, constant, random

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qk.heads.classes import is_named
+from lightning_qk.architecture.class_names import is_named
 from lightning_qk.heads.errors import UnreadLayer
 
 _D_HEAD = (

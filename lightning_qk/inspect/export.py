@@ -19,7 +19,7 @@ from lightning_qk.inspect.conditions import logged_values
 from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.inspect.table import regimes_of
-from lightning_qk.logging.whole_file import whole_file
+from lightning_qk.record.atomic_write import whole_file
 
 
 def check_targets(paths: Sequence[Path | None]) -> None:
@@ -189,7 +189,7 @@ def write_html(path: Path, sources: Sequence[Sequence[Reading]]) -> None:
     Raises:
         BadInput: their layers differ, or the file cannot be written.
     """
-    from lightning_qk.logging.report import write_report
+    from lightning_qk.report.report import write_report
 
     if len(sources) == 1:
         record = record_of(list(sources[0]))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.functional.spectrum import Support
 from lightning_qk.heads.borrowing import key_lender
 from lightning_qk.heads.errors import UnreadLayer
@@ -19,11 +20,10 @@ from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
 from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.inspect.weights import Weights
-from lightning_qk.logging.history import History, LayerShape, RunRecord
-from lightning_qk.logging.layers import layer_labels
-from lightning_qk.logging.snapshots import Snapshots
 from lightning_qk.metrics.eigenvalues import EigenvalueWorker
 from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, MOMENT_STATISTICS, QKSpectrum, extreme_values
+from lightning_qk.record.history import History, LayerShape, RunRecord
+from lightning_qk.record.snapshots import Snapshots
 
 Progress = Callable[[int, int], None]
 """Called with how many layers were read, and of how many."""

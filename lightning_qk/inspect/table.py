@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_qk._printable import printable
 from lightning_qk.functional.regimes import SATURATED, UNIFORM, head_regimes, layer_regime
 from lightning_qk.inspect.read import Reading
-from lightning_qk.logging.health import format_value
+from lightning_qk.record.health import format_value
 
 
 class Column(NamedTuple):

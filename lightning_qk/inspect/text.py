@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.functional.localization import POSITION_STATISTICS, attention_sums
+from lightning_qk.functional.attention import POSITION_STATISTICS, attention_sums
 from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.inspect.errors import BadInput, one_line
 from lightning_qk.inspect.read import Reading

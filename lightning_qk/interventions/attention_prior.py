@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.divergence import (
+from lightning_qk.functional.entropy import (
     PriorFunction,
     diagonal_prior,
     prior_divergence,

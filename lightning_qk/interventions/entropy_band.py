@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.divergence import attention_entropy
+from lightning_qk.functional.entropy import attention_entropy
 from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 from lightning_qk.interventions.auxiliary import Measure, Penalty
 

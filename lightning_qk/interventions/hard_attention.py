@@ -9,8 +9,8 @@ from lightning_qk.capture.fronts import Run
 from lightning_qk.capture.readings import soft_cap
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.functional.hard_attention import hard_attention
 from lightning_qk.functional.logits import ProductLogits
-from lightning_qk.functional.retrieval import hard_attention
 from lightning_qk.interventions.replaced import Replacements
 
 

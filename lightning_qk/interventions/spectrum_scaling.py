@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.edit import HeadEditor, head_editors
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers

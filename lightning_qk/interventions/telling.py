@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.capture.callers import calls_sdpa, uses_interface
+from lightning_qk.architecture.source_code import calls_sdpa, uses_interface
 from lightning_qk.capture.captured import PRODUCTS
 from lightning_qk.capture.fronts import behind
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.localization import EXTREMES, MEAN_STATISTICS, AttentionSums, finish
+from lightning_qk.functional.attention import EXTREMES, MEAN_STATISTICS, AttentionSums, finish
 from lightning_qk.metrics.means import HeadMeans
 
 
@@ -14,7 +14,7 @@ class AttentionStatistics(HeadMeans):
     """Pooled attention statistics of every head of a model.
 
     Accumulates the additive form of the statistics (what
-    :func:`~lightning_qk.functional.localization.attention_sums` returns) over micro-batches, and over ranks when
+    :func:`~lightning_qk.functional.attention.attention_sums` returns) over micro-batches, and over ranks when
     it is computed: means weigh every query row (every sequence, for ``sink_rate``; every key, for ``key_norm``)
     the same wherever it was seen, and maxima are maxima over all.
 

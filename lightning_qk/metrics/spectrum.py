@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional.precision import full_precision
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.spectrum import (

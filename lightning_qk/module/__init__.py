@@ -1,5 +1,19 @@
-"""The ready-made LightningModule."""
+"""The ready-made LightningModule around transformers' networks."""
 
-from lightning_qk.module.transformer import TransformerModule
+from typing import TYPE_CHECKING
 
-__all__ = ["TransformerModule"]
+from lightning_qk._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_qk.module.transformer import TransformerModule
+
+__all__ = [
+    "TransformerModule",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "transformer": ["TransformerModule"],
+    },
+)

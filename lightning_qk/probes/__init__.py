@@ -1,15 +1,19 @@
-"""Questions to a network that cost forward passes of their own, and what each head is.
+"""Experiments on a trained model: exchanged tokens, irrelevant tokens, explanations, reports of heads.
 
-Plain functions of a model and a batch, the model's keyword arguments; they run it in evaluation mode without
-gradients and leave it, and every random generator, as it was.
+May import functional, heads, capture and record.
 """
 
-from lightning_qk.probes.exchange import exchangeability
-from lightning_qk.probes.explanation import attention_as_explanation
-from lightning_qk.probes.head_classes import HeadThresholds
-from lightning_qk.probes.head_report import HeadReport, HeadRow
-from lightning_qk.probes.irrelevant import irrelevant_mass
-from lightning_qk.probes.parallel_context import ParallelContextEntropy, parallel_context_entropy
+from typing import TYPE_CHECKING
+
+from lightning_qk._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_qk.probes.exchange import exchangeability
+    from lightning_qk.probes.explanation import attention_as_explanation
+    from lightning_qk.probes.head_classes import HeadThresholds
+    from lightning_qk.probes.head_report import HeadReport, HeadRow
+    from lightning_qk.probes.irrelevant import irrelevant_mass
+    from lightning_qk.probes.parallel_context import ParallelContextEntropy, parallel_context_entropy
 
 __all__ = [
     "HeadReport",
@@ -21,3 +25,15 @@ __all__ = [
     "irrelevant_mass",
     "parallel_context_entropy",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "exchange": ["exchangeability"],
+        "explanation": ["attention_as_explanation"],
+        "head_classes": ["HeadThresholds"],
+        "head_report": ["HeadReport", "HeadRow"],
+        "irrelevant": ["irrelevant_mass"],
+        "parallel_context": ["ParallelContextEntropy", "parallel_context_entropy"],
+    },
+)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.probes._attention import Attention, rows_at, weighted_values
-from lightning_qk.probes._run import (
+from lightning_qk.probes.run import (
     Hearing,
     check_marks,
     last_tokens,

@@ -10,7 +10,7 @@ from lightning_qk.functional.logits import sample_rows
 from lightning_qk.functional.ranks import kendall_tau
 from lightning_qk.probes._attention import Attention, is_causal, received
 from lightning_qk.probes._output import Where, change, read_output
-from lightning_qk.probes._run import (
+from lightning_qk.probes.run import (
     Hearing,
     check_marks,
     last_tokens,

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.localization import AttentionSums, attention_sums, finish
+from lightning_qk.functional.attention import AttentionSums, attention_sums, finish
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import qk_moments
 from lightning_qk.heads.reader import kept_reader
 from lightning_qk.probes._attention import Attention, row_parts, weighted_values
-from lightning_qk.probes._run import Hearing, prepared, quiet
+from lightning_qk.probes.run import Hearing, prepared, quiet
 
 _OF_ATTENTION = ("entropy_normalized", "max_prob", "logit_std", "sink_first", "sink_rate")
 # A key counts for the top when it is seen by this share of the rows that see the most-seen key, as for sink_rate.

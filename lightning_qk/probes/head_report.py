@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.logging.history import History, RunRecord
-from lightning_qk.logging.layers import layer_labels
+from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.probes.head_classes import KINDS, NUMBERS, HeadThresholds, classify
 from lightning_qk.probes.head_numbers import measure_heads, relative
+from lightning_qk.record.history import History, RunRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -139,7 +139,7 @@ class HeadReport:
         W_QK is. Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
 
         Args:
-            record: of a run, or what :meth:`~lightning_qk.logging.history.RunRecord.load` read.
+            record: of a run, or what :meth:`~lightning_qk.record.history.RunRecord.load` read.
             thresholds: None for the defaults.
 
         Raises:
@@ -200,7 +200,7 @@ class HeadReport:
         from rich.table import Table
         from rich.text import Text
 
-        from lightning_qk.logging.health import format_value
+        from lightning_qk.record.health import format_value
 
         console = console or Console()
         table = Table(title="Heads", title_justify="left", pad_edge=False)

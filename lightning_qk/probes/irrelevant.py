@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.probes._attention import Attention, row_parts
-from lightning_qk.probes._run import (
+from lightning_qk.probes.run import (
     Hearing,
     check_marks,
     over_tokens,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.probes._attention import Attention, entropy, is_causal, rows_at
 from lightning_qk.probes._output import read_output
-from lightning_qk.probes._run import (
+from lightning_qk.probes.run import (
     Hearing,
     last_tokens,
     over_tokens,

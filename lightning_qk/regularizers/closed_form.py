@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import full_precision
+from lightning_qk.functional.precision import full_precision
 
 
 class Form(NamedTuple):

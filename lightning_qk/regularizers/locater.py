@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.functional._checks import floating, number
-from lightning_qk.functional._precision import at_least_float32
+from lightning_qk.functional.checks import floating, number
+from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.batch import group_layers, read_together, stack
 from lightning_qk.heads.plan import LayerPlan

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.origin import is_known
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.compiled import is_compiled
@@ -19,7 +20,6 @@ from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.heads.findings import Finding, settle
 from lightning_qk.heads.layouts import fitting_layouts
-from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.plan import LayerPlan, Side
 from lightning_qk.heads.probing import shadow
 from lightning_qk.heads.reader import ProjectionReader

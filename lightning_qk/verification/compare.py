@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._precision import at_least_float32, full_precision
+from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.position import NONE
 from lightning_qk.heads.projections import HeadProjections
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.functional.localization import attention_sums, means
+from lightning_qk.functional.attention import attention_sums, means
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.verification.model import call
 from lightning_qk.verification.trace import Event, Trace

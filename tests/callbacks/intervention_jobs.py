@@ -8,8 +8,8 @@ import torch
 
 import lightning_qk
 from lightning_qk import LocAteR
-from lightning_qk.callbacks._intervention import Intervention
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.callbacks.interventions._base import Intervention
+from lightning_qk.record.history import RunRecord
 
 # As strong as makes a difference within a few steps; whatever is not named here is made without arguments.
 ARGUMENTS = {

@@ -21,7 +21,10 @@ from lightning_qk import (
     QKSpectrumMonitor,
     UpdateCap,
 )
-from lightning_qk.callbacks import _self_check, _watch, probes, qk_clip, spectrum
+from lightning_qk.callbacks import _self_check
+from lightning_qk.callbacks.guard.guard import _watch
+from lightning_qk.callbacks.interventions import qk_clip
+from lightning_qk.callbacks.monitors import probes, spectrum
 from lightning_qk.interventions import auxiliary, update_cap
 from lightning_qk.metrics import singular
 from lightning_qk.metrics import spectrum as moments

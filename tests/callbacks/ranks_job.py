@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_qk
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, PositionMonitor, QKSpectrumMonitor, SinkMonitor
-from lightning_qk.callbacks import _captured, _monitor, attention, hidden, spectrum
-from lightning_qk.logging import forgotten, history
+from lightning_qk.callbacks.monitors import _base as _monitor
+from lightning_qk.callbacks.monitors import _captured, attention, hidden, spectrum
 from lightning_qk.metrics import eigenvalues, means
+from lightning_qk.record import forgotten, history
 
 SPECTRUM, STATES, CALLS = "QKSpectrumMonitor", "HiddenStateMonitor", "AttentionMonitor"
 

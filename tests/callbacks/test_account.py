@@ -15,7 +15,7 @@ from lightning_qk import (
     UpdateCap,
 )
 from lightning_qk.callbacks._account import Account, contributors
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.record.history import RunRecord
 
 RECORD, REPORT = "lightning_qk_record.safetensors", "lightning_qk_report.html"
 

@@ -20,7 +20,7 @@ from lightning_qk import (
     QKClip,
     SinkMonitor,
 )
-from lightning_qk.callbacks import qk_clip
+from lightning_qk.callbacks.interventions import qk_clip
 from lightning_qk.guard.detector import CollapseDetector
 
 WIDTH, HEADS = 32, 4

@@ -13,7 +13,7 @@ import torch
 
 import lightning_qk
 from lightning_qk import CollapseGuard, QKClip, QKSpectrumMonitor, head_projections
-from lightning_qk.callbacks._monitor import Monitor
+from lightning_qk.callbacks.monitors._base import Monitor
 from lightning_qk.functional import qk_moments
 from lightning_qk.guard.detector import CollapseDetector
 

@@ -12,8 +12,8 @@ from guard_job import Sharpen, fit
 from processes import run_script
 
 from lightning_qk import AttentionMonitor, CollapseGuard, LocAteR, QKClip, QKSpectrumMonitor
-from lightning_qk.callbacks._remedy import CHECKPOINT_NAME
-from lightning_qk.callbacks._watch import HiddenCosine
+from lightning_qk.callbacks.guard._remedy import CHECKPOINT_NAME
+from lightning_qk.callbacks.guard._watch import HiddenCosine
 
 
 def weights(job):
@@ -247,7 +247,7 @@ def test_cosine_counts_the_tokens_that_the_mask_keeps():
 
 
 def test_the_rate_never_exceeds_the_factor_of_its_peak():
-    from lightning_qk.callbacks._remedy import RateLimit
+    from lightning_qk.callbacks.guard._remedy import RateLimit
 
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_qk import CollapseGuard
-from lightning_qk.callbacks._rate import RateLimit
+from lightning_qk.callbacks.guard._rate import RateLimit
 from lightning_qk.guard.detector import Verdict
 
 STEPS = 8

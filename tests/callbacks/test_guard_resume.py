@@ -10,7 +10,7 @@ import torch
 from guard_job import Sharpen
 
 from lightning_qk import AttentionMonitor, CollapseGuard, QKClip, QKSpectrumMonitor
-from lightning_qk.callbacks._healthy import CHECKPOINT_NAME, holds
+from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, holds
 
 STEPS = 24
 

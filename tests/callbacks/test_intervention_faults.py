@@ -138,8 +138,8 @@ class Raises:
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("QKClip", "lightning_qk.callbacks.qk_clip.apply_clip"),
-        ("QKClip", "lightning_qk.callbacks.qk_clip.max_logits"),
+        ("QKClip", "lightning_qk.callbacks.interventions.qk_clip.apply_clip"),
+        ("QKClip", "lightning_qk.callbacks.interventions.qk_clip.max_logits"),
         ("UpdateCap", "lightning_qk.interventions.update_cap.subspace_iteration"),
         ("LocAteR", "lightning_qk.regularizers.locater.penalties_and_gradients"),
         ("EntropyBand", "lightning_qk.interventions.auxiliary.attention_logits"),

@@ -8,7 +8,7 @@ import pytest
 from intervention_jobs import EDITORS, KINDS, Seeded, account, assert_same, data, fit, make, weights
 
 from lightning_qk import QKClip, UpdateCap
-from lightning_qk.callbacks._intervention import Intervention
+from lightning_qk.callbacks.interventions._base import Intervention
 
 
 def test_there_are_interventions():

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
-from lightning_qk.callbacks._monitor import RECORD_NAME, REPORT_NAME
+from lightning_qk.callbacks.monitors._base import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import attention_statistics, qk_moments
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.record.history import RunRecord
 
 
 def monitors(**kwargs) -> list:
@@ -348,7 +348,7 @@ class TestReport:
 
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
-            "lightning_qk.logging.report.write_report",
+            "lightning_qk.report.report.write_report",
             lambda *args: (_ for _ in ()).throw(OSError("no space left")),
         )
         with pytest.warns(UserWarning, match="report could not be written") as seen:
@@ -358,7 +358,7 @@ class TestReport:
 
     def test_a_curve_that_fails_leaves_the_statistics(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
-            "lightning_qk.callbacks.attention.profile_sums",
+            "lightning_qk.callbacks.monitors.attention.profile_sums",
             lambda **_: (_ for _ in ()).throw(RuntimeError("too large")),
         )
         with pytest.warns(UserWarning, match="stopped measuring the report's curves over positions"):

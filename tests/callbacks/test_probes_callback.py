@@ -13,14 +13,14 @@ from test_monitors import read_csv
 from torch.utils.data import DataLoader
 
 from lightning_qk import AttentionMonitor, AttentionProbes, HeadReport, QKSpectrumMonitor, locater_penalty
-from lightning_qk.callbacks.probes import HEADS_NAME
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.callbacks.monitors.probes import HEADS_NAME
 from lightning_qk.probes import (
     attention_as_explanation,
     exchangeability,
     irrelevant_mass,
     parallel_context_entropy,
 )
+from lightning_qk.record.history import RunRecord
 
 
 def quick(probes=("exchangeability",), **kwargs) -> AttentionProbes:
@@ -307,7 +307,7 @@ def test_a_model_that_is_seen_by_no_hook_is_named(whole):
 def test_sharded_models_are_not_run(monkeypatch):
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
-    monkeypatch.setattr("lightning_qk.callbacks.probes._SHARDING", SingleDeviceStrategy)
+    monkeypatch.setattr("lightning_qk.callbacks.monitors.probes._SHARDING", SingleDeviceStrategy)
     job = Counting()
     callback = quick(heads=True)
     with pytest.warns(UserWarning, match="models sharded by SingleDeviceStrategy are not probed"):

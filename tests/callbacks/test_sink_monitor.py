@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_qk import AttentionMonitor, PositionMonitor, SinkMonitor
 from lightning_qk.functional.sinks import SINK_STATISTICS
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.record.history import RunRecord
 
 QUIET = {"figures_every": 0, "report": False}
 

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, PositionMonitor, QKSpectrumMonitor, SinkMonitor
-from lightning_qk.logging.heads import head_health
-from lightning_qk.logging.health import layer_health
-from lightning_qk.logging.history import RunRecord
-from lightning_qk.logging.states import DID_NOT_RUN, KNOWN, NO_DATA, NO_VALUE, NOT_FINITE
+from lightning_qk.record.head_health import head_health
+from lightning_qk.record.health import layer_health
+from lightning_qk.record.history import RunRecord
+from lightning_qk.record.states import DID_NOT_RUN, KNOWN, NO_DATA, NO_VALUE, NOT_FINITE
 
 ALARM = "not finite"
 

@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.functional.localization import attention_sums, means
+from lightning_qk.functional.attention import attention_sums, means
 from lightning_qk.heads.reader import ProjectionReader, find_attention
 
 

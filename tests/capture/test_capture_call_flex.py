@@ -12,7 +12,7 @@ from lightning_qk.capture.captured import FunctionCall
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.functional import attention_statistics
 from lightning_qk.functional import logits as module
-from lightning_qk.functional.localization import attention_sums
+from lightning_qk.functional.attention import attention_sums
 
 
 @pytest.fixture(autouse=True)

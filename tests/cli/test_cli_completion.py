@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_qk._completion import SHELLS
 from lightning_qk.cli import main
+from lightning_qk.cli._completion import SHELLS
 
 # What is typed, and what is among, or not among, the completions.
 TYPED = [

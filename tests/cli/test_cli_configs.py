@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_qk import _configs
-from lightning_qk.cli import main
+from lightning_qk.cli import _configs, main
 
 FOLDER = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

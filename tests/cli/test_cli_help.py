@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from lightning_qk import _configs
-from lightning_qk._job_help import job_help
-from lightning_qk._lightning_cli import option_names
-from lightning_qk.cli import descriptions, main
+from lightning_qk.cli import _configs, main
+from lightning_qk.cli._job_help import job_help
+from lightning_qk.cli._lightning_cli import option_names
+from lightning_qk.cli.command import descriptions
 
 COMMANDS = list(descriptions())
 JOBS = ("fit", "validate", "test", "predict")

@@ -81,7 +81,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lightning-qk {__version__}\n"
 
 
-@pytest.mark.parametrize("module", ["lightning_qk", "lightning_qk.cli"])
+@pytest.mark.parametrize("module", ["lightning_qk", "lightning_qk.cli.command"])
 def test_python_runs_the_command(module: str) -> None:
     """Where no ``lightning-qk`` is on the path, as in notebooks and containers."""
     done = [
@@ -353,7 +353,7 @@ def test_a_record_that_is_none_gets_one_line(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_qk.logging.history import RunRecord
+    from lightning_qk.record.history import RunRecord
 
     record = RunRecord().save(tmp_path / "a.safetensors")
     (tmp_path / "file").write_text("")

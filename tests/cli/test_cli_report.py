@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_qk.cli import main
-from lightning_qk.logging.history import History, RunRecord
+from lightning_qk.record.history import History, RunRecord
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_an_interrupted_report_leaves_what_was_there(record: Path) -> None:
     page.write_text("before")
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from lightning_qk.cli import main; from lightning_qk.logging import report\n"
+        "from lightning_qk.cli import main; from lightning_qk.report import report\n"
         "def slow(record): Path('started').touch(); time.sleep(60)\n"
         "report._render = slow\n"
         f"sys.exit(main(['report', {str(record)!r}]))"

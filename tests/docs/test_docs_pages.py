@@ -10,8 +10,8 @@ import torch
 from pages import OTHER, ROOT, check_command, commands, languages, run_python
 
 import lightning_qk
-from lightning_qk.logging.history import History, RunRecord
-from lightning_qk.logging.parquet import HISTORY_NAME, write_history
+from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.parquet import HISTORY_NAME, write_history
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts

@@ -23,13 +23,13 @@ OURS = ("qk/", "attn/", "hidden/", "guard/")
 def warm_up() -> None:
     """Import what a child will need; nothing that starts a thread."""
     torch.set_num_threads(1)
-    import lightning_qk.callbacks.attention
-    import lightning_qk.callbacks.guard
-    import lightning_qk.callbacks.spectrum
-    import lightning_qk.logging.figures
-    import lightning_qk.logging.health
-    import lightning_qk.logging.parquet
-    import lightning_qk.logging.report
+    import lightning_qk.callbacks.guard.guard
+    import lightning_qk.callbacks.monitors.attention
+    import lightning_qk.callbacks.monitors.spectrum
+    import lightning_qk.record.health
+    import lightning_qk.record.parquet
+    import lightning_qk.report.figures
+    import lightning_qk.report.report
 
     for name in lightning_qk.__all__:
         getattr(lightning_qk, name)

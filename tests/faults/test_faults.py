@@ -8,7 +8,7 @@ import pytest
 import torch
 from fault_harness import FAULTS, INTERVENTIONS, MONITORS, RECORD, Nursery, Plan, drawn
 
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.record.history import RunRecord
 
 ALL = ("spectrum", "attention", "hidden", "sinks", "position", "guard")
 

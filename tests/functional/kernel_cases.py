@@ -7,7 +7,8 @@ import pytest
 import torch
 from oracles import dense_attention
 
-from lightning_qk.functional import _kernel, attention_statistics, localization
+from lightning_qk.functional import _kernel, attention_statistics
+from lightning_qk.functional import attention as localization
 from lightning_qk.functional._kernel import Blocks
 
 BATCH, HEADS, N, D = 2, 2, 29, 8

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import dense_attention
 
-from lightning_qk.functional import attention_statistics, localization, logit_statistics
+from lightning_qk.functional import attention as localization
+from lightning_qk.functional import attention_statistics, logit_statistics
 from lightning_qk.functional.logits import GivenLogits
 
 HEADS, N, D_HEAD = 3, 11, 8

@@ -10,8 +10,9 @@ import pytest
 import torch
 from oracles import dense_attention
 
-from lightning_qk.functional import _kernel, attention_statistics, localization
-from lightning_qk.functional.localization import attention_sums
+from lightning_qk.functional import _kernel, attention_statistics
+from lightning_qk.functional import attention as localization
+from lightning_qk.functional.attention import attention_sums
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(

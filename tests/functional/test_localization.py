@@ -8,7 +8,7 @@ from oracles import dense_attention
 
 from lightning_qk.functional import attention_statistics
 from lightning_qk.functional import logits as module
-from lightning_qk.functional.localization import EXTREMES, MEAN_STATISTICS, STATISTICS
+from lightning_qk.functional.attention import EXTREMES, MEAN_STATISTICS, STATISTICS
 
 BATCH, HEADS, N, D = 2, 4, 13, 8
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.origin import is_known
 from lightning_qk.functional import qk_moments
 from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.origin import is_known
 from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.reader import ProjectionReader, head_projections
 from lightning_qk.interventions.qk_clip import clip_qk

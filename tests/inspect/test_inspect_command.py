@@ -22,10 +22,10 @@ from packed import unpack
 from torch import nn
 
 from lightning_qk import head_projections
+from lightning_qk.cli import inspect as command_module
 from lightning_qk.cli import main
 from lightning_qk.data.tokenizers import byte_tokenizer
 from lightning_qk.functional import qk_moments
-from lightning_qk.inspect import command as command_module
 from lightning_qk.inspect import read as reading_module
 
 

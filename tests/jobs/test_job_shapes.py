@@ -21,8 +21,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor
-from lightning_qk.logging.health import layer_health, print_health
-from lightning_qk.logging.history import RunRecord
+from lightning_qk.record.health import layer_health, print_health
+from lightning_qk.record.history import RunRecord
 
 STEPS, EVERY = 6, 2
 

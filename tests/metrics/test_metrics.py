@@ -6,7 +6,7 @@ import torch
 from oracles import dense_moments
 
 from lightning_qk.functional import attention_statistics, qk_eigenvalues, signal_propagation_probability
-from lightning_qk.functional.localization import MEAN_STATISTICS, STATISTICS, attention_sums
+from lightning_qk.functional.attention import MEAN_STATISTICS, STATISTICS, attention_sums
 from lightning_qk.functional.rotary import rotate_between
 from lightning_qk.heads.reader import head_projections
 from lightning_qk.metrics.attention import AttentionStatistics

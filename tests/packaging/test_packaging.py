@@ -15,7 +15,7 @@ import lightning_qk
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {path.name for path in (ROOT / "configs").glob("*.yaml")}
-ASSETS = {path.name for path in (ROOT / "lightning_qk" / "logging" / "templates").iterdir() if path.is_file()}
+ASSETS = {path.name for path in (ROOT / "lightning_qk" / "report" / "templates").iterdir() if path.is_file()}
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -69,7 +69,7 @@ def test_the_wheel_has_all_that_it_needs_and_no_more(wheel: Path) -> None:
     assert wheel.name.startswith(f"lightning_qk-{lightning_qk.__version__}-py3-none-any")
     assert "lightning_qk/py.typed" in names
     assert {Path(name).name for name in names if name.startswith("lightning_qk/configs/")} >= CONFIGS
-    assert {Path(name).name for name in names if "/logging/templates/" in name} >= ASSETS
+    assert {Path(name).name for name in names if "/report/templates/" in name} >= ASSETS
     assert {name.split("/")[0] for name in names} == {
         "lightning_qk",
         f"lightning_qk-{lightning_qk.__version__}.dist-info",

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from lightning_qk.probes import exchangeability
-from lightning_qk.probes._run import ProbeWarning
+from lightning_qk.probes.run import ProbeWarning
 
 IDS = torch.randint(3, models.VOCABULARY, (2, 10), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 10, [0] * 3 + [1] * 7])

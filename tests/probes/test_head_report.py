@@ -14,9 +14,9 @@ import transformers
 from rich.console import Console
 
 from lightning_qk import HeadReport
-from lightning_qk.logging.history import History, RunRecord
 from lightning_qk.probes.head_classes import KINDS, HeadThresholds, classify
 from lightning_qk.probes.head_numbers import measure_heads
+from lightning_qk.record.history import History, RunRecord
 
 WORDS, PLACES, D, WIDTH = 40, 48, 96, 16
 POSITION, CONTENT, FIRST = slice(0, 16), slice(16, 48), 48

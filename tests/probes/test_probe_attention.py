@@ -7,7 +7,7 @@ import transformers
 
 from lightning_qk.functional import logits as module
 from lightning_qk.probes._attention import entropy, is_causal, received, row_parts, rows_at, weighted_values
-from lightning_qk.probes._run import Hearing, prepared, quiet
+from lightning_qk.probes.run import Hearing, prepared, quiet
 
 
 def bloom(**kwargs):

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_qk._arguments import OneLineParser
 from lightning_qk._printable import printable
+from lightning_qk.cli._arguments import OneLineParser
 from lightning_qk.inspect.errors import BadInput
 from tools.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
 from tools.coverage.workers import Outcome, run_each

@@ -1,0 +1,91 @@
+"""Old paths of modules: for this version they can still be imported, with a warning. New moves are added here."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "lightning_qk.callbacks.attention": "lightning_qk.callbacks.monitors.attention",
+    "lightning_qk.callbacks.attention_mask": "lightning_qk.callbacks.interventions.attention_mask",
+    "lightning_qk.callbacks.attention_prior": "lightning_qk.callbacks.interventions.attention_prior",
+    "lightning_qk.callbacks.entropy_band": "lightning_qk.callbacks.interventions.entropy_band",
+    "lightning_qk.callbacks.hard_attention": "lightning_qk.callbacks.interventions.hard_attention",
+    "lightning_qk.callbacks.hidden": "lightning_qk.callbacks.monitors.hidden",
+    "lightning_qk.callbacks.locater": "lightning_qk.callbacks.interventions.locater",
+    "lightning_qk.callbacks.position": "lightning_qk.callbacks.monitors.position",
+    "lightning_qk.callbacks.probes": "lightning_qk.callbacks.monitors.probes",
+    "lightning_qk.callbacks.qk_clip": "lightning_qk.callbacks.interventions.qk_clip",
+    "lightning_qk.callbacks.sigma_reparam": "lightning_qk.callbacks.interventions.sigma_reparam",
+    "lightning_qk.callbacks.sinks": "lightning_qk.callbacks.monitors.sinks",
+    "lightning_qk.callbacks.soft_cap": "lightning_qk.callbacks.interventions.soft_cap",
+    "lightning_qk.callbacks.spectrum": "lightning_qk.callbacks.monitors.spectrum",
+    "lightning_qk.callbacks.spectrum_scaling": "lightning_qk.callbacks.interventions.spectrum_scaling",
+    "lightning_qk.callbacks.update_cap": "lightning_qk.callbacks.interventions.update_cap",
+    "lightning_qk.capture.callers": "lightning_qk.architecture.source_code",
+    "lightning_qk.functional.divergence": "lightning_qk.functional.entropy",
+    "lightning_qk.functional.extremes": "lightning_qk.functional.max_logits",
+    "lightning_qk.functional.localization": "lightning_qk.functional.attention",
+    "lightning_qk.functional.retrieval": "lightning_qk.functional.hard_attention",
+    "lightning_qk.heads.classes": "lightning_qk.architecture.class_names",
+    "lightning_qk.heads.origin": "lightning_qk.architecture.origin",
+    "lightning_qk.logging.figures": "lightning_qk.report.figures",
+    "lightning_qk.logging.forgotten": "lightning_qk.record.forgotten",
+    "lightning_qk.logging.heads": "lightning_qk.record.head_health",
+    "lightning_qk.logging.health": "lightning_qk.record.health",
+    "lightning_qk.logging.history": "lightning_qk.record.history",
+    "lightning_qk.logging.layers": "lightning_qk.architecture.labels",
+    "lightning_qk.logging.loggers": "lightning_qk.loggers.loggers",
+    "lightning_qk.logging.packing": "lightning_qk.record.packing",
+    "lightning_qk.logging.parquet": "lightning_qk.record.parquet",
+    "lightning_qk.logging.payload": "lightning_qk.report.payload",
+    "lightning_qk.logging.pictures": "lightning_qk.loggers.pictures",
+    "lightning_qk.logging.record_file": "lightning_qk.record.record_file",
+    "lightning_qk.logging.report": "lightning_qk.report.report",
+    "lightning_qk.logging.report_sections": "lightning_qk.report.sections",
+    "lightning_qk.logging.report_texts": "lightning_qk.report.texts",
+    "lightning_qk.logging.snapshots": "lightning_qk.record.snapshots",
+    "lightning_qk.logging.states": "lightning_qk.record.states",
+    "lightning_qk.logging.statistics": "lightning_qk.record.statistics",
+    "lightning_qk.logging.whole_file": "lightning_qk.record.atomic_write",
+    "lightning_qk.logging.workspace": "lightning_qk.loggers.workspace",
+    "lightning_qk.logging.workspace_command": "lightning_qk.cli.workspace",
+}
+_PACKAGES = {"lightning_qk.logging"}
+"""Old packages that are gone."""
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Imports the module at its new path in place of the old one."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        """Find an old path."""
+        if fullname in MOVED:
+            return ModuleSpec(fullname, self)
+        return ModuleSpec(fullname, self, is_package=True) if fullname in _PACKAGES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """The module at the new path; a package that is gone is made empty."""
+        new = MOVED.get(spec.name)
+        if new is None:
+            return None
+        warnings.warn(f"{spec.name} is {new} now", DeprecationWarning, stacklevel=2)
+        module = import_module(new)
+        # The import system takes the module for one of the old path.
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing is left to run."""
+        if module.__spec__ is not None and module.__spec__.loader_state is not None:
+            module.__spec__ = module.__spec__.loader_state
+
+
+def install() -> None:
+    """Let old paths be found."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

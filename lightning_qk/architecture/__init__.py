@@ -1,0 +1,30 @@
+"""What source code and names tell of a model: functions that a class calls, where it comes from, labels.
+
+Imports torch alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_qk._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_qk.architecture.labels import layer_labels
+    from lightning_qk.architecture.origin import is_known
+    from lightning_qk.architecture.source_code import calls_sdpa, calls_softmax, uses_interface
+
+__all__ = [
+    "calls_sdpa",
+    "calls_softmax",
+    "is_known",
+    "layer_labels",
+    "uses_interface",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "labels": ["layer_labels"],
+        "origin": ["is_known"],
+        "source_code": ["calls_sdpa", "calls_softmax", "uses_interface"],
+    },
+)

@@ -1,0 +1,350 @@
+"""What a guard reads: the numbers of the trainer's own monitors, or of quiet ones where there are none."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_qk.callbacks._agreement import total
+from lightning_qk.callbacks._trainer import logging_step, say
+from lightning_qk.callbacks.monitors._base import Monitor
+from lightning_qk.callbacks.monitors.attention import AttentionMonitor
+from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
+from lightning_qk.capture import generation
+from lightning_qk.capture.copies import hook_before
+from lightning_qk.guard.reading import Place
+from lightning_qk.heads.reader import find_attention
+from lightning_qk.record.history import History, RunRecord
+
+ATTENTION = ("entropy_normalized", "logit_std", "max_abs_logit")
+SPECTRUM = ("sym_var", "frobenius_sq")
+COSINE = "hidden/cosine"
+_M = TypeVar("_M", bound=Monitor)
+
+
+class _Quiet(Monitor):
+    """A monitor that measures for a guard: it logs nothing and reports nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The guard has checked the trainer."""
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As ``on_fit_start``, but what fails is raised, and nothing is agreed on: the guard does that for all.
+
+        Without a report there is no folder to agree on either.
+        """
+        self.start_counting(trainer)
+        self.find_layers(trainer, pl_module)
+
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
+        """Remember the newest values alone."""
+        assert self.history is not None  # remember_layers comes before the first measurement
+        self.history = History(self.history.layers, self.history.heads, max_points=2)
+        self.history.append(logging_step(trainer), values)
+
+    def share(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is logged."""
+
+    def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """There are no aggregates."""
+
+    def after_measuring(self, trainer: Trainer) -> None:
+        """No eigenproblem is solved."""
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is left to log."""
+
+    def note(self, sentence: str) -> None:
+        """Say something once, as the guard."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            say(f"CollapseGuard: {sentence}")
+
+
+class QuietAttention(_Quiet, AttentionMonitor):
+    """Attention statistics of a few rows, for a guard."""
+
+    def name_cached_calls(self) -> None:
+        """A guard has no argument for them."""
+
+    def draw_from(self, rank: int, step: int, batch: int) -> None:
+        """Rows of a batch depend on these numbers alone."""
+        self._generator.manual_seed((self.seed + rank) + 1_000_003 * (step + 1) + 7_919 * batch)
+
+
+class QuietSpectrum(_Quiet, QKSpectrumMonitor):
+    """Traces and norms of the weights, for a guard; no eigenproblem is solved."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run's start is of no interest."""
+
+    def contribute(self, record: RunRecord) -> None:
+        """Nothing is left to report."""
+
+
+class HiddenCosine:
+    """Mean cosine of two tokens of a sequence in what each attention layer is given.
+
+    Forwards without gradients, and those within transformers' ``generate``, do not count. Rank collapse drives it
+    to 1. With unit vectors u of T tokens it is ``(‖Σ u‖² − T) / (T² − T)``, at a cost
+    linear in T. Tokens are those that the batch's own ``attention_mask`` of shape ``(batch, T)`` keeps; without
+    one, all of them.
+
+    Args:
+        model: any module with attention layers.
+        tokens: of each sequence, at most so many are taken, evenly spaced.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int = 64) -> None:
+        self.modules = find_attention(model)
+        self.tokens = tokens
+        self._model = model
+        self._sums: dict[str, Tensor] = {}
+        self._give_back: list[Callable[[], None]] = []
+        self._keep: Tensor | None = None
+        self._problem: str | None = None
+
+    @property
+    def places(self) -> list[Place]:
+        """One a layer."""
+        return [Place(name) for name in self.modules]
+
+    def listen(self, batch: Any = None) -> None:
+        """Hear what the layers are given with this batch, until :meth:`stop`."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if not self._give_back:
+            for name, module in self.modules.items():
+                self._give_back.append(hook_before(module, self._hook(name)).remove)
+            self._give_back.extend(generation.stand_at_generate(self._model))
+
+    def stop(self) -> None:
+        """Leave the layers as they were."""
+        give_back, self._give_back, self._keep = self._give_back, [], None
+        for one in reversed(give_back):
+            one()
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # It is no training: a teacher, or a generation within the step.
+            if not torch.is_grad_enabled() or generation.is_running():
+                return
+            try:
+                given = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))
+                if isinstance(given, Tensor) and given.dim() == 3 and given.is_floating_point():
+                    found = self._cosines(given.detach())
+                    self._sums[name] = self._sums[name] + found if name in self._sums else found
+            except Exception as error:
+                # The model's forward goes on.
+                self._problem = f"{type(error).__name__}: {error}"
+
+        return hook
+
+    def _cosines(self, hidden: Tensor) -> Tensor:
+        """Sum over sequences of their mean cosines, and how many sequences."""
+        stride = -(-hidden.shape[1] // self.tokens)
+        unit = nn.functional.normalize(hidden[:, ::stride].float(), dim=-1)
+        if self._keep is not None and self._keep.shape == hidden.shape[:2]:
+            unit = unit * (self._keep[:, ::stride] != 0).float().unsqueeze(-1)
+        # What a mask hides, and states that are zero (a decoder's queries at its first layer): no direction.
+        count = (unit != 0).any(-1).float().sum(1)
+        pairs = count * (count - 1)
+        cosine = (unit.sum(1).square().sum(-1) - count) / pairs.clamp_min(1)
+        told = (pairs > 0).float()
+        return torch.stack([(cosine * told).sum(), told.sum()])
+
+    def take(self, device: torch.device) -> Tensor:
+        """Sum of cosines and number of sequences of all layers since the last call, ``(layers, 2)``, this rank's.
+
+        Raises:
+            RuntimeError: they could not be computed.
+        """
+        sums, self._sums = self._sums, {}
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise RuntimeError(problem)
+        if not self.modules:
+            return torch.zeros(0, 2, device=device)
+        return torch.stack([sums.get(name, torch.zeros(2)).to(device) for name in self.modules])
+
+    def compute(self, trainer: Trainer, device: torch.device) -> Tensor:
+        """Means of all layers since the last call, over ranks, ``(layers,)``; a collective call."""
+        sums = total(trainer, self.take(device))
+        return (sums[:, 0] / sums[:, 1]).float().cpu()
+
+
+class Watch:
+    """Everything that a guard reads of a trainer, measured at a guard's steps.
+
+    A monitor of the trainer is read where it measures at all of these steps; else a quiet one measures. Without
+    attention that can be watched nothing is read, and the training loss is all that a guard has.
+
+    Args:
+        every_n_steps: cadence of the guard; None follows the trainer's ``log_every_n_steps``.
+        rows: query rows that a quiet monitor samples.
+
+    """
+
+    def __init__(self, every_n_steps: int | None, rows: int) -> None:
+        self.every_n_steps, self.rows = every_n_steps, rows
+        self.quiet: list[_Quiet] = []
+        self.attention: Monitor | None = None
+        self.spectrum: Monitor | None = None
+        self.hidden = HiddenCosine(nn.Module())
+
+    def begin(self, trainer: Trainer, pl_module: LightningModule, callbacks: Iterable[Any]) -> str:
+        """At the start of a fit; no collective call, so that it may fail on one rank.
+
+        Returns:
+            What has to be the same on every rank.
+
+        Raises:
+            ValueError: the module holds no transformer attention.
+        """
+        callbacks = list(callbacks)
+        every = _cadence(trainer, self.every_n_steps)
+        self.attention = _fitting(callbacks, AttentionMonitor, trainer, every)
+        self.spectrum = _fitting(callbacks, QKSpectrumMonitor, trainer, every)
+        if self.attention is None:
+            self.attention = QuietAttention(
+                self.every_n_steps, rows=self.rows, every_n_eval_batches=0, figures_every=0, report=False
+            )
+            self.quiet.append(self.attention)
+        if self.spectrum is None:
+            self.spectrum = QuietSpectrum(self.every_n_steps, figures_every=0, report=False)
+            self.quiet.append(self.spectrum)
+        for monitor in self.quiet:
+            monitor.start(trainer, pl_module)
+            if not monitor.idle:
+                continue
+            if monitor is self.attention:
+                raise ValueError(monitor.notes[-1].removeprefix("nothing is watched: "))
+            # Weights that cannot be read leave the attention itself to be watched.
+            self.spectrum = None
+        self.quiet = [monitor for monitor in self.quiet if not monitor.idle]
+        self.hidden = HiddenCosine(pl_module)
+        watched = [(type(one).__name__, one.watched()) for one in self.quiet]
+        return repr((watched, self.spectrum is None, list(self.hidden.modules)))
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was: nothing is watched any more."""
+        self.hidden.stop()
+        quiet, self.quiet = self.quiet, []
+        self.attention = self.spectrum = None
+        self.hidden = HiddenCosine(nn.Module())
+        for monitor in quiet:
+            monitor.teardown(trainer, pl_module, "fit")
+
+    def begin_batch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, is_due: bool
+    ) -> None:
+        """Before a batch: get ready to listen where it is due."""
+        for monitor in self.quiet:
+            if isinstance(monitor, QuietAttention):
+                # Anew for each batch, so that a resumed run samples the rows that it would have sampled.
+                monitor.draw_from(trainer.global_rank, logging_step(trainer), batch_idx)
+            monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if is_due:
+            self.hidden.listen(batch)
+
+    def end_batch(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a batch: measure where due; a collective call then."""
+        for monitor in self.quiet:
+            monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def skip_batch(self) -> None:
+        """After a batch that some rank cannot measure: no rank does."""
+        for monitor in self.quiet:
+            monitor.end_batch()
+            monitor._is_due = False
+
+    def is_ready(self, step: int) -> bool:
+        """Whether the trainer's monitors have measured a step: a guard may stand before them."""
+        return all(
+            monitor is None or monitor.history is None or monitor.history.steps[-1:] == [step]
+            for monitor in (self.attention, self.spectrum)
+        )
+
+    def read(
+        self, trainer: Trainer, pl_module: LightningModule, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, list[Place]]]:
+        """Values and places of the monitors' statistics at a step; those that were not measured are left out.
+
+        Layers that are not trained have none: a teacher or a frozen part does not collapse. Cross-attention has no
+        entropy: that it goes to single keys is what an alignment is.
+        """
+        values: dict[str, Tensor] = {}
+        places: dict[str, list[Place]] = {}
+        for group, monitor, names in (
+            ("attn", self.attention, ATTENTION),
+            ("qk", self.spectrum, SPECTRUM),
+        ):
+            history = None if monitor is None else monitor.history
+            if monitor is None or history is None or history.steps[-1:] != [step]:
+                continue
+            modules = {label: name for name, label in monitor.labels.items()}
+            places[group] = [
+                Place(modules.get(label, label), head)
+                for label, heads in zip(history.layers, history.heads, strict=True)
+                for head in range(heads)
+            ]
+            own_attention: Mapping[str, bool] = getattr(monitor, "_self_attention", {})
+            for name in names:
+                if name not in history.values:
+                    continue
+                newest = self.of_trained(trainer, pl_module, history.values[name][-1], places[group])
+                if name == "entropy_normalized":
+                    for index, place in enumerate(places[group]):
+                        if not own_attention.get(place.layer, True):
+                            newest[index] = torch.nan
+                values[f"{group}/{name}"] = newest
+        return values, places
+
+    def of_trained(
+        self, trainer: Trainer, pl_module: LightningModule, values: Tensor, places: Sequence[Place]
+    ) -> Tensor:
+        """A copy without the numbers of layers that are not trained."""
+        trained = _trained(trainer, pl_module, {place.layer for place in places})
+        keep = torch.tensor([place.layer in trained for place in places], dtype=torch.bool)
+        return torch.where(keep, values, torch.nan)
+
+
+def _trained(trainer: Trainer, pl_module: LightningModule, names: set[str]) -> set[str]:
+    """Of some layers those that an optimizer changes; those without weights of their own are among them."""
+    modules = dict(pl_module.named_modules())
+    stepped = {
+        id(parameter)
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    own = {name: list(modules[name].parameters()) for name in names if name in modules}
+    # A strategy may step flat copies, in which no layer is found.
+    is_told = any(id(parameter) in stepped for parameters in own.values() for parameter in parameters)
+    return {
+        name
+        for name in names
+        if not own.get(name)
+        or any(
+            parameter.requires_grad and (not is_told or id(parameter) in stepped) for parameter in own[name]
+        )
+    }
+
+
+def _cadence(trainer: Trainer, every_n_steps: int | None) -> int:
+    every = trainer.log_every_n_steps if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
+    return int(every)
+
+
+def _fitting(callbacks: Iterable[Any], kind: type[_M], trainer: Trainer, every: int) -> _M | None:
+    """The first monitor of a kind that measures at every multiple of the cadence."""
+    for callback in callbacks:
+        if isinstance(callback, kind):
+            own = _cadence(trainer, callback.every_n_steps)
+            if own > 0 and every % own == 0:
+                return callback
+    return None

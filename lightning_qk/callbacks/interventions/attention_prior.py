@@ -1,0 +1,164 @@
+"""Callback: attention is pulled toward a prior while a model trains."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_qk.callbacks.interventions._steering import Patterns, PenaltyRemedy, chosen_sites, move_prior
+from lightning_qk.callbacks.monitors._base import shorten
+from lightning_qk.functional.entropy import PriorFunction
+from lightning_qk.heads.sizes import head_count
+from lightning_qk.interventions.attention_prior import Kind, is_positional, named_prior, prior_measure
+
+
+class AttentionPrior(PenaltyRemedy):
+    """Pulls attention toward a prior, ``weight · KL(prior ‖ attention)``, with no change to the loss.
+
+    The divergence is the mean over rows, heads and layers, streamed: memory is linear in the sequence length.
+    Its gradient joins that of the loss at the attention calls and equals that of a term of the loss, with
+    gradient accumulation, mixed precision, gradient checkpointing and DDP too. Outputs are bit-identical, and
+    logged losses do not contain it. The prior is divided by its sum over the keys that a row sees; rows
+    without prior mass there, and padding, are left out.
+
+    Source: grounding priors, arXiv 2205.12616 [S]; the form is our own.
+
+    Logged key: ``attention_prior/kl``, before it is weighted, in nats. With a name, ``attention_prior/<name>/kl``.
+
+    Args:
+        prior: ``"diagonal"``, the token itself; ``"window"``, the same mass on keys fewer than ``window``
+            positions away; ``"uniform"``, the same mass on every visible key; a function ``prior(batch, head,
+            position, key)`` of index tensors; or any other text: the key under which each batch, a dictionary,
+            brings a tensor that broadcasts to (batch, heads, n, m), or one of (batch, n, m). The tensor is
+            taken out of the batch before the module's step sees it; a batch without it gets no pull, and one that
+            cannot bring it, being no dictionary, none either, which is said once.
+        weight: coefficient of the divergence.
+        window: of ``prior="window"``.
+        heads: indices of the query heads that are pulled, in every layer; None for all.
+        modules: glob pattern or patterns on qualified names of attention layers; None for all. Cross-attention
+            has no diagonal and no window: it is left out there, which the log says.
+        name: tells several of these callbacks in one trainer apart.
+
+    Raises:
+        TypeError: the trainer is one of the package ``pytorch_lightning``.
+        ValueError: an argument is out of range, patterns match no layer, a layer does not call its function
+            through transformers' interface or in a way that cannot be read, or DeepSpeed.
+    """
+
+    group = "attention_prior"
+
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        **PenaltyRemedy.live,
+        "_function": lambda: None,
+        "_target": lambda: None,
+    }
+
+    def __init__(
+        self,
+        prior: str | PriorFunction = "diagonal",
+        weight: float = 0.1,
+        *,
+        window: int = 8,
+        heads: Sequence[int] | None = None,
+        modules: Patterns = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, modules, name)
+        if not isinstance(prior, str) and not callable(prior):
+            kinds = ", ".join(repr(kind) for kind in get_args(Kind))
+            raise ValueError(
+                f"expected prior to be {kinds}, a function or a batch's key, got {type(prior).__name__}: put a "
+                "tensor of each example into the batch"
+            )
+        if window < 1:
+            raise ValueError(f"expected a window of at least 1 position, got {window}")
+        if heads is not None and (not heads or min(heads) < 0):
+            raise ValueError(f"expected indices of heads, or None for all, got {list(heads)}")
+        self.prior = prior
+        self.window = window
+        self.heads = None if heads is None else list(heads)
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
+        self._function: PriorFunction | None = None
+        self._target: Tensor | PriorFunction | None = None
+
+    @property
+    def _is_in_batches(self) -> bool:
+        """Whether each batch brings its prior."""
+        return isinstance(self.prior, str) and named_prior(self.prior, self.window) is None
+
+    def _moved(self, batch: Any) -> Tensor | None:
+        """The prior out of a batch; none of one that cannot bring any."""
+        assert isinstance(self.prior, str)  # _is_in_batches
+        try:
+            return move_prior(batch, self.prior)
+        except Exception as error:
+            self.say(f"a batch gets no pull: {error}; training goes on", key="a batch gets no pull")
+            return None
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments as they go into the run's config."""
+        prior = self.prior if isinstance(self.prior, str) else getattr(self.prior, "__qualname__", "function")
+        return {"prior": prior, "window": self.window, "heads": self.heads, **super().settings()}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers; raise here, before any work, where one cannot be steered."""
+        sites = chosen_sites(pl_module, self.modules)
+        self._function = named_prior(self.prior, self.window) if isinstance(self.prior, str) else self.prior
+        for site in sites:
+            count = head_count(site.module)
+            if self.heads is not None and count is not None and max(self.heads) >= count:
+                raise ValueError(
+                    f"expected indices of heads below {count}, got {self.heads} for {site.name}: leave the layer "
+                    "out with modules="
+                )
+        if is_positional(self.prior):
+            cross = [site.name for site in sites if site.is_cross]
+            sites = [site for site in sites if not site.is_cross]
+            if not sites:
+                raise ValueError(
+                    f"expected self-attention for prior={self.prior!r}, got cross-attention alone "
+                    f"({shorten(cross)}): choose other modules, or another prior"
+                )
+            if cross:
+                rank_zero_warn(
+                    f"AttentionPrior: {shorten(cross)} left out: cross-attention has no {self.prior} prior"
+                )
+        self.penalize(sites, prior_measure(lambda: self._target, self.heads), pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the batch's prior."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._target = self._moved(batch) if self._is_in_batches else self._function
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and let go of the batch's prior."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._target = None
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the prior out of batches that the module evaluates, too."""
+        if self._is_in_batches:
+            self._moved(batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
+
+    def logged_keys(self) -> Sequence[str]:
+        """Names of what is logged."""
+        return ("kl",)

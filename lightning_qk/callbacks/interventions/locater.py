@@ -1,0 +1,438 @@
+"""Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed
+from lightning_qk.callbacks._trainer import (
+    DeepSpeedStrategy,
+    check_lightning,
+    is_logged_step,
+    logging_step,
+    loss_scale,
+    projection_reader,
+    say,
+)
+from lightning_qk.callbacks._training import training_layers
+from lightning_qk.callbacks.interventions._base import StatefulIntervention
+from lightning_qk.callbacks.monitors._base import shorten
+from lightning_qk.callbacks.monitors._losses import MOST_FAILURES
+from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.interventions.layers import matching_unread
+from lightning_qk.loggers.loggers import describe_config
+from lightning_qk.record.history import History, RunRecord
+from lightning_qk.regularizers.locater import (
+    Form,
+    LocaterPenalty,
+    Settings,
+    check_form,
+    left_out,
+)
+
+Schedule = Literal["constant", "linear"]
+
+
+class LocAteR(StatefulIntervention):
+    r"""Regularizes the QK-eigenspectra of a model while it trains: localized attention regularization.
+
+    After Bao et al., ICML 2024 (arXiv 2402.02098): a small variance of the eigenvalues of ``W_QK`` with a mean
+    that is not zero localizes attention. The callback adds the gradient of
+    ``weight * locater_penalty(model)`` to the gradients right before the optimizer steps, once per step: after
+    gradient accumulation, the reduction over ranks and fp16 unscaling, before clipping. The gradient equals
+    that of the penalty as a term of the loss. Logged losses do not contain it, and neither does the loss that
+    a closure returns to an optimizer with a line search.
+
+    Weights may be sharded (FSDP2, tensor parallel, FSDP): one layer at a time is gathered and its gradient
+    put on the local shard. In one process nothing waits for the device; several agree once a step, before any
+    gradient is added, and wait for it then. Under manual
+    optimization the optimizers of ``self.optimizers()`` have to step: Lightning does not see the steps of
+    others.
+
+    Layers of networks that do not train (teachers, frozen references, averaged copies) have no penalty. A layer
+    that cannot be read is left out, which is said; once training has begun nothing is raised: where the penalty
+    cannot be computed any more it is left off, which is said too. What fails on one of several processes costs
+    all of them the penalty of that step, and after three steps in a row it is left off.
+
+    Logged keys: ``locater/penalty``, the penalty before it is weighted, and ``locater/weight``. Where one
+    trainer has several of these callbacks, ``locater/<name>/penalty`` and ``locater/<name>/weight``.
+
+    Args:
+        weight: coefficient of the penalty. Its scale depends on the model (0.6 for a fresh GPT-2, 30 for a
+            pretrained MiniLM): start where ``weight`` times the logged ``locater/penalty`` is some percent of
+            the loss. No value carries over from one model to another: ``examples/paper`` has the sweeps.
+        form: ``"variance"`` or ``"target"``, see :func:`~lightning_qk.locater_penalty`.
+        support: ``"model"`` or ``"head"``, see :func:`~lightning_qk.functional.qk_moments`.
+        target: for ``form="target"`` the mean that eigenvalues are held at; None holds each head at its mean at
+            the start of training (kept in checkpoints).
+        nu: for ``form="target"``, how strongly the mean is held, against 1 on the scale.
+        schedule: ``"constant"``, or ``"linear"``: grows from 0 to ``weight`` over ``warmup_steps``.
+        warmup_steps: optimizer steps of the linear warm-up.
+        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``;
+            None for all.
+        cross_attention: also regularize cross-attention between spaces of one width.
+        name: tells several of these callbacks in one trainer apart; None numbers them from 1.
+
+    Raises:
+        TypeError: the trainer is none of Lightning's.
+        ValueError: at the start alone: an argument is out of range, patterns match no layer, the module holds no
+            self-attention whose weights can be read, two callbacks have one name, or DeepSpeed holds
+            the gradients.
+    """
+
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        "_penalty": lambda: None,
+        "_aims": lambda: None,
+        "_newest": lambda: None,
+    }
+
+    def __init__(
+        self,
+        weight: float,
+        *,
+        form: Form = "variance",
+        support: Support = "model",
+        target: float | None = None,
+        nu: float = 1.0,
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        modules: str | Sequence[str] | None = None,
+        cross_attention: bool = False,
+        name: str | None = None,
+    ) -> None:
+        for argument, value in (("weight", weight), ("nu", nu)):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(
+                    f"expected a finite {argument} of at least 0, got {value}: pass 0 to switch it off"
+                )
+        if target is not None and not math.isfinite(target):
+            raise ValueError(f"expected a finite target, got {target}")
+        check_form(form, 0.0 if form == "target" else target)
+        support_size(torch.empty(1, 1), support)
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"expected schedule to be 'constant' or 'linear', got {schedule!r}")
+        if warmup_steps < 0 or (schedule == "linear") != (warmup_steps > 0):
+            raise ValueError(
+                f"expected warmup_steps above 0 with schedule='linear' and 0 with 'constant', got {warmup_steps} "
+                f"with {schedule!r}: set both"
+            )
+        self.weight = float(weight)
+        self.form: Form = form
+        self.support: Support = support
+        self.target = target
+        self.nu = float(nu)
+        self.schedule: Schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
+        self.cross_attention = cross_attention
+        self.name = name
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
+        self.history = History(["model"], [1])
+        self._start_means: dict[str, Tensor] | None = None
+        self._left: dict[str, str] = {}
+        self._penalty: LocaterPenalty | None = None
+        self._aims: Mapping[str, Tensor] | None = None
+        self._prefix = "locater"
+        self._batches = 0
+        self._stepped = False
+        self._newest: Tensor | None = None
+        self._is_due = False
+        self._warned = False
+        self._warned_idle = False
+        self._is_off = False
+        # How many steps in a row had no penalty, the same on every process; and what is to be told at the next.
+        self._lost = 0
+        self._unsaid: Exception | None = None
+        self._trained: tuple[int, ...] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Several of these can be in one trainer, on other modules."""
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(form=self.form, modules=self.modules, **named)
+
+    def current_weight(self, step: int) -> float:
+        """The coefficient at an optimizer step, counted from 0."""
+        if self.schedule == "linear":
+            return self.weight * min(1.0, step / self.warmup_steps)
+        return self.weight
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before any work: another package's trainer, one name twice, DeepSpeed."""
+        self.begin_stage(trainer, stage)
+        check_lightning(trainer, type(self).__name__)
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "expected a strategy that leaves gradients in the parameters, got DeepSpeed, which keeps them in "
+                "buffers of its own: add weight * locater_penalty(self) to the loss (ZeRO stage 1 or 2), or use "
+                "FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+            )
+        label = self._label(trainer)
+        self._prefix = "locater" if label is None else f"locater/{label}"
+        settings = ("weight", "form", "support", "target", "nu", "schedule", "warmup_steps", "modules")
+        title = "LocAteR" if label is None else f"LocAteR {label}"
+        describe_config(trainer, {title: {name: getattr(self, name) for name in settings}})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers; raise here, before any work, where there are none."""
+        reader = projection_reader(trainer, pl_module)
+        penalty = LocaterPenalty(reader, modules=self.modules, cross_attention=self.cross_attention)
+        for name, reason in matching_unread(reader, self.modules).items():
+            self.say(f"{name} is left out: {reason}")
+        others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
+        if others and self.modules is None:
+            why = left_out(reader.layers[others[0]], self.cross_attention)
+            rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
+        self._penalty = penalty
+        self._trained = None
+        self._choose(trainer, pl_module)
+        self._aims = None
+        self._batches, self._stepped, self._is_due = 0, False, False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the heads' means at the start, unless a checkpoint brought them."""
+        if self._penalty is not None and self.form == "target" and self.target is None:
+            self._hold_means(self._penalty)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Find out whether the step is logged."""
+        self._batches += 1
+        self._newest = None
+        # With an optimizer that is stepped by hand, the step may come with a later batch.
+        self._is_due = self._is_due or is_logged_step(trainer, None)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the penalty's gradient to the parameters that this optimizer is about to change."""
+        penalty = self._penalty
+        if penalty is None or self._is_off:
+            return
+        self._stepped = True
+        self._newest = None
+        # What failed after the last agreement is told at this one: nothing known to one process decides.
+        error, self._unsaid = self._unsaid, None
+        has_agreed = False
+
+        def finish(own: Exception | None) -> None:
+            nonlocal has_agreed
+            has_agreed = True
+            self.agreements += 1
+            agree(trainer, error or own)
+
+        try:
+            step = self._prepare(trainer, pl_module, optimizer, penalty)
+        except Exception as own:
+            # Layers are gathered all the same, as the other processes do.
+            error, step = error or own, _NOTHING
+        try:
+            try:
+                # Weights would come to differ in silence where one process had the gradient and another had not.
+                if step.weight == 0:
+                    value = finish_with(finish, lambda: penalty.value(step.settings))
+                    reached = True
+                else:
+                    value, reached = penalty.add_gradient(step.settings, step.factor, step.parameters, finish)
+            except Exception as own:
+                if not has_agreed:
+                    finish(own)
+                raise
+        except Exception as own:
+            if isinstance(own, FailedTogether) or not is_distributed(trainer):
+                self._lose(trainer, own)
+            else:
+                self._unsaid = own
+            return
+        self._lost = 0
+        self.log_safely(lambda: self._log(trainer, pl_module, value, step.weight, reached))
+
+    def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
+        """Before each step."""
+        return hook == "on_before_optimizer_step" and self._penalty is not None and not self._is_off
+
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, penalty: LocaterPenalty
+    ) -> "_Step":
+        """Choose the layers as the model is now, and the means that they are held at."""
+        if penalty.refresh():
+            self._trained = None
+        self._choose(trainer, pl_module)
+        if self.form == "target" and self.target is None:
+            self._hold_means(penalty)
+        weight = self.current_weight(logging_step(trainer))
+        scale = loss_scale(trainer, optimizer)
+        # With several optimizers every parameter still gets it once: each its own.
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu)
+        return _Step(settings, weight, weight if scale is None else weight * scale, parameters)
+
+    def _lose(self, trainer: Trainer, error: Exception) -> None:
+        """A step without its penalty, on all processes; for good where there is one, or after a few in a row."""
+        self._lost += 1
+        reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+        if not is_distributed(trainer) or self._lost >= MOST_FAILURES:
+            self._is_off = True
+            self.say(f"the penalty is left off from here on ({reason}); training goes on")
+        else:
+            self.say(
+                f"a step has no penalty, on any process ({reason}); it is tried again, and training goes on",
+                key="a step has no penalty",
+            )
+
+    def leave_alone(self, reasons: Mapping[str, str]) -> None:
+        """Penalize layers no more: qualified name → why, as a clause about the layer."""
+        if self._penalty is not None:
+            for name in [name for name in self._penalty.names if name in reasons]:
+                self.say(f"{name} is not penalized any more: {reasons[name]}; training goes on")
+        self._left |= dict(reasons)
+        self._trained = None
+
+    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of the layers that can be penalized, keep those of networks that train, as it is now."""
+        penalty = self._penalty
+        assert penalty is not None  # on_fit_start
+        trained = tuple(
+            id(parameter)
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        )
+        if trained == self._trained:
+            return
+        self._trained = trained
+        penalty.keep_only([name for name in penalty.reader.layers if name not in self._left])
+        names = training_layers(trainer, pl_module, penalty.names)
+        penalty.keep_only([name for name in penalty.names if name in names])
+        if not penalty.names:
+            raise ValueError("no layer is left that can be penalized")
+
+    def _hold_means(self, penalty: LocaterPenalty) -> None:
+        """Take the means of layers that have none yet: all at the start, else those that joined."""
+        means = self._start_means or {}
+        new = [name for name in penalty.names if name not in means]
+        if new:
+            found = penalty.means(self.support)
+            self._start_means = {**means, **{name: found[name].cpu() for name in new}}
+            self._aims = None
+
+    def _log(
+        self, trainer: Trainer, pl_module: LightningModule, value: Tensor, weight: float, reached: bool
+    ) -> None:
+        self._newest = value
+        # A tensor that is filled on the device: Lightning would copy a number there, and wait.
+        logged_weight = torch.full_like(value, weight)
+        pl_module.log(f"{self._prefix}/penalty", value, on_step=True, on_epoch=False)
+        pl_module.log(f"{self._prefix}/weight", logged_weight, on_step=True, on_epoch=False)
+        # With several optimizers, each steps only its share of the layers.
+        if not reached and not self._warned_idle and len(trainer.optimizers) == 1:
+            self._warned_idle = True
+            say(
+                "LocAteR: expected query or key weights that the optimizer trains, got none: they are frozen or "
+                "not among its parameters, so that the penalty changes nothing; unfreeze them or drop LocAteR"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the penalty of logged steps, and say so once when it is not finite."""
+        value = self._newest
+        if not self._is_due or value is None:
+            return
+        self._is_due = False
+        self.log_safely(lambda: self._remember(logging_step(trainer), value))
+
+    def _remember(self, step: int, value: Tensor) -> None:
+        self.history.append(step, {"locater/penalty": value.reshape(1)})
+        if not self._warned and not torch.isfinite(value):
+            self._warned = True
+            say(
+                f"LocAteR: the penalty is {value.item()} at step {step}: a query or key weight is not finite "
+                "(QKSpectrumMonitor names the head); training goes on"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so where Lightning saw batches but no optimizer step."""
+        if self._batches and not self._stepped and not trainer.global_step:
+            say(
+                "LocAteR: expected optimizer steps that Lightning sees, got none, so that the penalty changed "
+                "nothing: step the optimizers of self.optimizers(), not others"
+            )
+
+    def kept(self) -> dict[str, Any]:
+        """The heads' means at the start and the penalty's history."""
+        return {"start_means": self._start_means, "history": self.history.state_dict()}
+
+    def go_on(self, kept: Mapping[str, Any]) -> None:
+        """Hold the means that the first run started from."""
+        self._start_means, self._aims = kept["start_means"], None
+        self.history = History.from_state_dict(kept["history"])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the model."""
+        if stage == "fit":
+            self._penalty, self._newest, self._aims = None, None, None
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add the penalty's curve to a run's record."""
+        if len(self.history):
+            curve = self.history.series("locater/penalty")[:, 0].tolist()
+            name = f"{self._prefix}/penalty"
+            record.scalars[name] = (list(self.history.steps), curve)
+
+    def _label(self, trainer: Trainer) -> str | None:
+        """What tells this callback from others of its kind in the trainer; None where it is alone."""
+        mine = [callback for callback in trainer.callbacks if isinstance(callback, LocAteR)]  # type: ignore[attr-defined]
+        if not any(own is self for own in mine):
+            mine.append(self)  # another callback's, which will switch it on
+        labels = [str(place) if own.name is None else own.name for place, own in enumerate(mine, start=1)]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"expected LocAteR callbacks of different names in one trainer, got {', '.join(labels)}: pass "
+                "each its own name="
+            )
+        place = next(index for index, own in enumerate(mine) if own is self)
+        return None if len(mine) == 1 else labels[place]
+
+    def _aim(self, pl_module: LightningModule) -> float | Mapping[str, Tensor] | None:
+        if self.form != "target" or self.target is not None:
+            return self.target
+        if self._aims is None:
+            assert self._start_means is not None  # on_train_start, or a checkpoint
+            # Once, since copying to the device waits for it.
+            self._aims = {name: mean.to(pl_module.device) for name, mean in self._start_means.items()}
+        return self._aims
+
+
+class _Step(NamedTuple):
+    """What one step adds.
+
+    Attributes:
+        settings: which penalty.
+        weight: its coefficient.
+        factor: the same, with the scale that gradients carry.
+        parameters: those that the step changes.
+    """
+
+    settings: Settings
+    weight: float
+    factor: float | Tensor
+    parameters: Sequence[Tensor]
+
+
+_NOTHING = _Step(Settings("variance", "model", None, 1.0), 1.0, 1.0, ())
+"""Of a process on which it failed: computed to the end, and not used."""

@@ -1,0 +1,227 @@
+"""Callback: updates of query and key weights that are held small in spectral norm."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_qk.architecture.labels import layer_labels
+from lightning_qk.callbacks._account import Account
+from lightning_qk.callbacks._ranks import failed_anywhere
+from lightning_qk.callbacks._trainer import (
+    check_lightning,
+    is_logged_step,
+    logging_step,
+    projection_reader,
+    refuse_deepspeed,
+)
+from lightning_qk.callbacks.interventions._base import (
+    Intervention,
+    When,
+    check_when,
+    refuse_frozen,
+)
+from lightning_qk.interventions.update_cap import Capped, UpdateCapper, check_cap
+from lightning_qk.loggers.loggers import describe_config, log_scalars
+
+
+class UpdateCap(Intervention):
+    r"""Scales each optimizer step's update of query and key weights so that ``σ₁(ΔW) ≤ τ σ₁(W)``.
+
+    After Qi et al. 2025 (arXiv 2505.21910 [S]): as if the learning rate of that matrix and step had been smaller.
+    See :class:`~lightning_qk.interventions.update_cap.UpdateCapper` for what is scaled and how exactly. It works
+    at the optimizers' own steps, so that it comes before what other callbacks do after a step, and sees every
+    step, those of manual optimization included; a step that a scaler skips is none.
+
+    Logged keys, at the trainer's ``log_every_n_steps``, each over the steps since the last logged one:
+
+    - ``update_cap/factor/min`` and ``update_cap/factor/layer_03``: the smallest factor on an update, 1 for none;
+    - ``update_cap/ratio/max`` and ``update_cap/ratio/layer_03``: the largest σ₁(ΔW)/σ₁(W) before the cap;
+    - ``update_cap/capped``: how many query and key matrices were capped.
+
+    Args:
+        tau: largest ratio of an update. The default lets σ₁ change by a hundredth a step (ours; the source that
+            was at hand gives no number).
+        modules: glob pattern or patterns on qualified names of attention layers; None for all.
+        iterations: of the power iteration that estimates σ₁, each step.
+        when: ``"always"`` refuses layers that are frozen at the start; ``"unfrozen"`` waits, and caps a layer's
+            updates once its query and key weights train.
+
+    Raises:
+        TypeError: the trainer is none of Lightning's.
+        ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
+            weights of a layer are frozen or no plain whole parameters of its own, or DeepSpeed steps copies
+            of them. A layer whose weights another callback brings into another form later, or whose update could
+            not be capped on one process, is left as it is from then on, on all processes, which is said once.
+    """
+
+    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
+        "_ends": list,
+        "_capper": lambda: None,
+        "_factors": dict,
+        "_ratios": dict,
+    }
+
+    def __init__(
+        self,
+        tau: float = 0.01,
+        *,
+        modules: str | Sequence[str] | None = None,
+        iterations: int = 4,
+        when: When = "always",
+    ) -> None:
+        check_cap(tau, iterations)
+        check_when(when)
+        self.tau = float(tau)
+        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
+        self.iterations = iterations
+        self.when: When = when
+        super().__init__()
+
+    def begin(self) -> None:
+        """Forget the fit before."""
+        super().begin()
+        self.account = Account()
+        self._capper: UpdateCapper | None = None
+        self._resumed: Mapping[str, Sequence[Tensor]] = {}
+        self._ends: list[Callable[[], None]] = []
+        self._labels: dict[str, str] = {}
+        # Per matrix since the last logged step.
+        self._factors: dict[tuple[str, str], Tensor] = {}
+        self._ratios: dict[tuple[str, str], Tensor] = {}
+        self._is_due = False
+        self._steps_before = 0
+
+    @property
+    def state_key(self) -> str:
+        """Several of these can be in one trainer, on other modules."""
+        return self._generate_state_key(modules=self.modules)
+
+    def kept(self) -> dict[str, Any]:
+        """The curves, the vectors that estimates go on from, and what was done since the last logged step."""
+        since = {
+            f"{side}:{name}": [self._factors[name, side].cpu(), self._ratios[name, side].cpu()]
+            for name, side in self._factors
+        }
+        subspaces = self._resumed if self._capper is None else self._capper.state_dict()
+        return {"account": self.account.state_dict(), "subspaces": subspaces, "since": since}
+
+    def go_on(self, kept: Mapping[str, Any]) -> None:
+        """Go on with a checkpoint's run."""
+        self.account.load_state_dict(kept["account"])
+        self._resumed = kept["subspaces"]
+        for key, (factor, ratio) in kept["since"].items():
+            side, _, name = key.partition(":")
+            self._factors[name, side], self._ratios[name, side] = factor, ratio
+        if self._capper is not None:
+            self._capper.load_state_dict(self._resumed)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
+        self._end()
+        self.begin_stage(trainer, stage)
+        check_lightning(trainer, type(self).__name__)
+        if stage != "fit":
+            return
+        refuse_deepspeed(trainer, type(self).__name__)
+        settings = ("tau", "modules", "iterations", "when")
+        describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the matrices and follow the optimizers; raise where the weights cannot be scaled."""
+        self._end()
+        reader = projection_reader(trainer, pl_module)
+        capper = UpdateCapper(
+            reader,
+            self.tau,
+            modules=self.modules,
+            iterations=self.iterations,
+            trained=False,
+        )
+        refuse_frozen(capper.frozen, self.when)
+        capper.spare = self._spare
+        names = capper.layers  # of the whole fit, whatever becomes of one
+        capper.agree = lambda doubts: failed_anywhere(trainer, names, doubts)
+        capper.load_state_dict(self._resumed)
+        self._capper = capper
+        self._ends = [capper.follow(optimizer, self._note) for optimizer in trainer.optimizers]
+        cross = {name for name, plan in reader.layers.items() if not plan.self_attention}
+        self._labels = layer_labels(list(reader.layers), cross=cross)
+        self._is_due = False
+
+    def leave_alone(self, reasons: Mapping[str, str]) -> None:
+        """Cap the updates of layers no more: qualified name → why, as a clause about the layer."""
+        if self._capper is not None:
+            for name, reason in reasons.items():
+                self._capper.leave_alone(name, reason)
+
+    def _spare(self, name: str, reason: str) -> None:
+        self.say(f"updates of {name} are not capped any more: {reason}; training goes on")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Find out whether the step is logged."""
+        self._is_due = self._is_due or is_logged_step(trainer, None)
+        self._steps_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was done since the last logged step."""
+        if not self._is_due or trainer.global_step == self._steps_before or not self._factors:
+            return
+        self._is_due = False
+        keys = list(self._factors)
+        # One copy from the device.
+        device = pl_module.device
+        table = torch.stack(
+            [torch.stack([self._factors[key].to(device), self._ratios[key].to(device)]) for key in keys]
+        )
+        table = table.float().cpu()
+        self._factors.clear()
+        self._ratios.clear()
+        factors, ratios = table.unbind(1)
+        scalars = {
+            "update_cap/factor/min": factors.min().item(),
+            "update_cap/ratio/max": ratios.max().item(),
+            "update_cap/capped": float((factors < 1).sum()),
+        }
+        pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
+        self.account.draw(logging_step(trainer), scalars)
+        for name in dict.fromkeys(name for name, _ in keys if name in self._labels):
+            own = [place for place, key in enumerate(keys) if key[0] == name]
+            scalars[f"update_cap/factor/{self._labels[name]}"] = factors[own].min().item()
+            scalars[f"update_cap/ratio/{self._labels[name]}"] = ratios[own].max().item()
+        step = logging_step(trainer)
+        self.log_safely(lambda: log_scalars(trainer, scalars, step))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimizers as they were: teardown may not follow."""
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the optimizers as they were."""
+        self._end()
+
+    def _end(self) -> None:
+        for end in self._ends:
+            end()
+        self._ends = []
+        if self._capper is not None:
+            # A checkpoint may be saved when the fit has ended.
+            self._resumed, self._capper = self._capper.state_dict(), None
+
+    def _note(self, found: dict[tuple[str, str], Capped]) -> None:
+        self.log_safely(lambda: self._remember(found))
+
+    def _remember(self, found: dict[tuple[str, str], Capped]) -> None:
+        for key, capped in found.items():
+            factor, ratio = self._factors.get(key), self._ratios.get(key)
+            if factor is None or ratio is None:
+                self._factors[key], self._ratios[key] = capped
+            else:
+                self._factors[key] = torch.minimum(factor.to(capped.factor.device), capped.factor)
+                self._ratios[key] = torch.maximum(ratio.to(capped.ratio.device), capped.ratio)

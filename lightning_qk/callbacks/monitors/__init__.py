@@ -1,0 +1,34 @@
+"""Callbacks that watch and change nothing."""
+
+from typing import TYPE_CHECKING
+
+from lightning_qk._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_qk.callbacks.monitors.attention import AttentionMonitor
+    from lightning_qk.callbacks.monitors.hidden import HiddenStateMonitor
+    from lightning_qk.callbacks.monitors.position import PositionMonitor
+    from lightning_qk.callbacks.monitors.probes import AttentionProbes
+    from lightning_qk.callbacks.monitors.sinks import SinkMonitor
+    from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
+
+__all__ = [
+    "AttentionMonitor",
+    "AttentionProbes",
+    "HiddenStateMonitor",
+    "PositionMonitor",
+    "QKSpectrumMonitor",
+    "SinkMonitor",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "attention": ["AttentionMonitor"],
+        "hidden": ["HiddenStateMonitor"],
+        "position": ["PositionMonitor"],
+        "probes": ["AttentionProbes"],
+        "sinks": ["SinkMonitor"],
+        "spectrum": ["QKSpectrumMonitor"],
+    },
+)

@@ -1,0 +1,557 @@
+"""Callback: per-head QK-eigenspectra while a model trains."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_qk.callbacks._fit_state import nothing
+from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
+from lightning_qk.callbacks._self_check import self_check_of
+from lightning_qk.callbacks.monitors._base import Monitor, flat_values, shorten
+from lightning_qk.callbacks.monitors._watched import WatchedReader
+from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
+from lightning_qk.loggers.loggers import log_histogram
+from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
+from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
+from lightning_qk.metrics.spectrum import (
+    MOMENTS,
+    SPECTRUM_STATISTICS,
+    QKSpectrum,
+    at_offset,
+    extreme_values,
+    reading_order,
+)
+from lightning_qk.record.history import LayerShape, RunRecord
+from lightning_qk.record.states import KNOWN, LEFT_OUT, NO_VALUE, NOT_FINITE
+
+_ADDED = {
+    ALIBI: "linear biases (ALiBi)",
+    RELATIVE_BIAS: "a bias for each relative position",
+    RELATIVE_PRODUCT: "products with embeddings of relative positions",
+}
+"""What is added to the logits, in words."""
+
+_REPLACED = "it was replaced during training by something of another shape"
+
+
+class QKSpectrumMonitor(Monitor):
+    """Logs the eigenspectrum of ``W_QK`` of every head, read from the weights after an optimizer step.
+
+    Works in any job whose LightningModule holds Hugging Face transformers, wherever they hang; nothing in the
+    module changes. It costs nothing on the steps that it does not log.
+
+    Logged keys, for each statistic of :class:`~lightning_qk.metrics.spectrum.QKSpectrum`:
+
+    - ``qk/<statistic>/mean`` over all heads; ``/min`` and ``/max`` of eig_mean, eig_var and localization, ``/max``
+      of sym_var, spectral_radius and singular_max; ``trainer.callback_metrics`` has all three of each;
+    - ``qk/layer_03/<statistic>`` for eig_var, or those in ``per_layer``, means over the layer's heads
+      (``encoder_layer_03`` and so on where a model has several stacks);
+    - ``qk/layer_03/head_05/<statistic>`` with ``per_head=True``;
+    - with ``offsets``, ``qk/offset_16/<statistic>/mean`` and so on, for the moments and the spectral radius of the
+      form between a query and the key 16 positions before it, in layers with rotary position encoding;
+    - with ``singular``, ``qk/sigma_1``, ``qk/energy_top_1``, ``qk/energy_top_4``, ``qk/effective_rank``,
+      ``qk/logit_bound`` and ``qk/update_ratio`` (since the measurement before), ``/mean`` and ``/max``, and
+      sigma_1 and update_ratio for each layer, cross-attention included: see
+      :class:`~lightning_qk.metrics.singular.SingularValues`;
+    - ``qk/heatmap/<statistic>`` layer × head figures and ``qk/eigenvalues/modulus``, ``qk/eigenvalues/real``
+      histograms, to loggers that can show them.
+
+    Traces and norms are logged at once. The eigenproblems are solved in a worker thread while training goes
+    on: what comes of them (``spectral_radius``, ``singular_max``, the histograms, all of ``singular``) is logged
+    at the next measurement, before a validation, at the end of the epoch, with a checkpoint or at the end of
+    training, whichever comes first, under the step that it belongs to.
+
+    At the end of training the monitors print a table of the layers' health and write one HTML report into the
+    run's folder. Weights that are not finite are named and training goes on, as it does whatever the model looks
+    like. A run in which no step was due is measured at its last one.
+
+    Args:
+        every_n_steps: measure at every n-th optimizer step; None follows the trainer's
+            ``log_every_n_steps``.
+        support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
+        fold_norm: read the weights with the gain of the norm that feeds them, see
+            :func:`~lightning_qk.head_projections`.
+        offsets: how many positions keys stand before their query, such as ``(0, 1, 16)``; negative: after it,
+            which causal models do not see. Rotary position encoding makes a form of its own at each:
+            ``W_q^T R_Δ W_k`` with Δ = −offset, see :func:`~lightning_qk.functional.qk_eigenvalues`.
+        singular: also log singular values and the size of updates. Keeps a copy of all query and key weights in
+            the host's memory.
+        per_layer: names of statistics to log for each layer; None for eig_var (at each offset too, and sigma_1 and
+            update_ratio with ``singular``); True for all of them; False for none.
+        per_head: also log one scalar a head.
+        figures_every: draw figures at every n-th measurement and at the end; 0 for never.
+        report: write the report at the end.
+        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
+            for all of them.
+        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
+            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
+
+    Raises:
+        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
+            cannot be watched.
+    """
+
+    group = "qk"
+    statistics: tuple[str, ...] = SPECTRUM_STATISTICS
+    layer_statistics: tuple[str, ...] = ("eig_var",)
+    extremes = {  # noqa: RUF012 (never changed)
+        "eig_mean": ("min", "max"),
+        "eig_var": ("min", "max"),
+        "sym_var": ("max",),
+        "localization": ("min", "max"),
+        "spectral_radius": ("max",),
+        "singular_max": ("max",),
+        **dict.fromkeys(SINGULAR_STATISTICS, ("max",)),
+    }
+    figure_statistics = ("eig_mean", "sym_var", "asymmetry")
+    witness = "trace"
+    subject = "query and key weights"
+
+    fit_state = {  # noqa: RUF012 (never changed)
+        "_eigenvalues": dict,
+        "_eigenvalues_step": nothing,
+        "_shapes": dict,
+        "_cross": set,
+        "_awaits": bool,
+        "_singular_state": nothing,
+        "_goes_on": bool,
+        "_told_failed": bool,
+        "_step_of_weights": nothing,
+    }
+    running_state = {  # noqa: RUF012 (never changed)
+        "_singular": nothing,
+        "_cores": list,
+        "_metric": nothing,
+        "_reader": nothing,
+        "_worker": EigenvalueWorker,
+        "_unshared": nothing,
+        "_late_values": dict,
+    }
+
+    _eigenvalues: Mapping[str, Tensor]
+    _eigenvalues_step: int | None
+    _shapes: dict[str, LayerShape]
+    _cross: set[str]
+    _singular_state: dict[str, Any] | None
+    """What a checkpoint had of the singular values."""
+    _told_failed: bool
+    """Whether it was said that an eigenproblem failed."""
+    _goes_on: bool
+    """Whether a checkpoint was loaded."""
+    _step_of_weights: int | None
+    """The trainer's step after which weights were measured last."""
+    _singular: SingularValues | None
+    _cores: list[Cores]
+    _metric: QKSpectrum | None
+    _reader: WatchedReader | None
+    _awaits: bool
+    """Layers that cannot be read are not named yet: the first batches may tell how they are read."""
+    _worker: EigenvalueWorker
+    _late_values: dict[str, Tensor]
+    """Values of solved spectra that are not shared yet."""
+    _unshared: int | None
+    """The step whose spectra ``trainer.callback_metrics`` have yet to get: the same on every process."""
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        *,
+        support: Support = "model",
+        fold_norm: bool = False,
+        offsets: Sequence[int] = (),
+        singular: bool = False,
+        per_layer: bool | str | Sequence[str] | None = None,
+        per_head: bool = False,
+        figures_every: int = 10,
+        report: bool = True,
+        modules: str | Sequence[str] | None = None,
+        on_unreadable: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__(
+            every_n_steps,
+            per_layer=per_layer,
+            per_head=per_head,
+            figures_every=figures_every,
+            report=report,
+            modules=modules,
+            on_unreadable=on_unreadable,
+        )
+        support_size(torch.empty(1, 1), support)
+        self.support: Support = support
+        self.offsets = _checked_offsets(offsets)
+        self.layer_statistics = (
+            *type(self).layer_statistics,
+            *(at_offset(name, offset) for offset in self.offsets for name in type(self).layer_statistics),
+        )
+        at_offsets = (*MOMENTS, "spectral_radius")
+        self.statistics = (
+            *type(self).statistics,
+            *(at_offset(name, offset) for offset in self.offsets for name in at_offsets),
+        )
+        self.singular = singular
+        if singular:
+            self.layer_statistics = (*self.layer_statistics, "sigma_1", "update_ratio")
+            self.statistics = (*self.statistics, *SINGULAR_STATISTICS)
+        self.check_layer_statistics()
+        self.fold_norm = fold_norm
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments as they go into the run's config."""
+        return {
+            "every_n_steps": self.every_n_steps,
+            "support": self.support,
+            "fold_norm": self.fold_norm,
+            "offsets": list(self.offsets),
+            "singular": self.singular,
+        }
+
+    def watched(self) -> Mapping[str, Any]:
+        """Name of each layer → its heads."""
+        return {} if self._metric is None else self._metric.heads
+
+    def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers."""
+        self._reader = reader = WatchedReader(
+            pl_module, self.modules, fold_norm=self.fold_norm, root=trainer.strategy.model
+        )
+        layers = reader.layers
+        check = self_check_of(trainer)
+        # What cannot be read alone may yet be told by its first call.
+        self._awaits = self.on_unreadable == "warn" and check is not None and check.is_awaited
+        if not self._choose({} if self._awaits else reader.unread):
+            return
+        if not layers:
+            self._metric = None
+            return
+        if self.fold_norm and (plain := [name for name, layer in layers.items() if not layer.norm_folded]):
+            self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
+        heads = {name: layer.heads for name, layer in layers.items()}
+        self._cross = {name for name, layer in layers.items() if not layer.self_attention}
+        self.remember_layers(heads, self._cross)
+        self._shapes = {
+            self.labels[name]: LayerShape(layer.sizes.d_head, layer.width[0], float(layer.scaling))
+            for name, layer in layers.items()
+        }
+        self._note_positions(layers)
+        self._metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
+        self._singular = SingularValues(heads) if self.singular else None
+        self._late_values = self._no_late_values()
+
+    def _choose(self, left_out: Mapping[str, str]) -> bool:
+        assert self._reader is not None  # find_layers
+        return self.choose(
+            self._reader.found,
+            left_out,
+            kind="attention layer",
+            nothing=(
+                "expected a model that contains transformer attention, found none in "
+                f"{type(self._reader.model).__name__}: build the network in __init__ or configure_model"
+            ),
+            unread="whose weights can be read",
+        )
+
+    def _note_positions(self, layers: Mapping[str, LayerPlan]) -> None:
+        """Say once where positions do something to the logits that the spectra do not show."""
+        own = {name: layer for name, layer in layers.items() if layer.self_attention}
+        for position in sorted(ADDED_TO_LOGITS):
+            names = [name for name, layer in own.items() if layer.position == position]
+            if names:
+                self.note(
+                    f"the logits of {shorten(names)} also have {_ADDED[position]}: their spectra are those of the "
+                    "content part, q · k"
+                )
+        still = [name for name, layer in own.items() if layer.rotary is None] if self.offsets else []
+        if still:
+            self.note(
+                f"no rotation of queries and keys by position was found in {shorten(still)}: nothing is logged "
+                "for them at offsets"
+            )
+
+    def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the layers as their calls have shown that they are to be read; before the first step."""
+        if self.idle or self._reader is None:
+            return
+        is_changed, _ = all_or_none(trainer, lambda: self._settle(trainer, pl_module), facts=repr)
+        if not is_changed:
+            return
+        if not self.idle and trainer.global_step == 0:
+            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
+            if values is not None:
+                self.attempt(lambda: self._remember_start(values))
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> tuple[bool, object]:
+        """Whether layers are read in another way than before, and what is watched now; no collective call."""
+        assert self._reader is not None  # layers_settled
+        if self._reader.refresh():
+            self._worker.collect()
+            self.history = None
+            self.find_layers(trainer, pl_module)
+            return True, (self.idle, self.watched())
+        if self._awaits:
+            self._awaits = False
+            self._choose(self._reader.unread)
+        return False, self.idle
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember where a fresh run started from, as step −1 since loggers count from 0; not logged."""
+        if self._goes_on:
+            self.attempt(self._recall_weights, "remembering weights")
+        elif trainer.global_step == 0:
+            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
+            if values is not None:
+                self.attempt(lambda: self._remember_start(values))
+
+    def _remember_start(self, values: dict[str, Tensor]) -> None:
+        assert self.history is not None  # find_layers
+        self.history.append(-1, values, self.states)
+        self.note_non_finite(self.states, "before the first step")
+        self._worker.submit(-1, self._cores)
+
+    def _recall_weights(self) -> None:
+        """Of a resumed run, what the next change of the weights is against."""
+        if self._singular is None or self._singular_state is None:
+            return
+        assert self._reader is not None  # find_layers
+        # Where there are none, they were measured at the step of the checkpoint, and are the weights that were
+        # loaded.
+        is_read = not self._singular_state.get("before")
+        read = self._singular.reading_order(self._reader.layers) if is_read else []
+        with self._reader.to_the_end(read):
+            self._singular.load_state_dict(self._singular_state)
+            if is_read:
+                self._singular.cores(self._reader)
+        self._singular_state = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the worker still has, where ``trainer.callback_metrics`` can have it too."""
+        self.log_late(trainer, pl_module, at_epoch_end=True)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Log what the worker still has: a resumed run could not."""
+        self.log_late(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, with what the worker still has, eigenvalues of a few steps, and weights measured last.
+
+        Of the weights only what a resumed run could not read again: they changed since.
+        """
+        self._end_step_before_saving()
+        if self._worker.pending is not None:
+            self.attempt(self._complete_history)
+        state = super().state_dict()
+        if self._singular is not None:
+            trainer = None if self._fit is None else self._fit[0]()
+            is_new = trainer is not None and trainer.global_step == self._step_of_weights
+            state["singular"] = self._singular.state_dict(weights=not is_new)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the history of a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._goes_on = True
+        self._singular_state = state_dict.get("singular")
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the worker still has; then as every monitor."""
+        self.log_late(trainer)
+        super().finish(trainer, pl_module)
+
+    def release(self) -> None:
+        """End the worker's thread."""
+        self._worker.close()
+
+    def can_measure_at_the_end(self) -> bool:
+        """The weights are there."""
+        return True
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+        """Moments of all heads, reduced over ranks; None while no layer can be read yet."""
+        metric = self._metric
+        if metric is None:
+            return None
+        all_or_none(trainer, lambda: self._prepare(pl_module), facts=repr)
+        all_or_none(trainer, self._read_weights)
+        self._step_of_weights = trainer.global_step
+        reduce_states(trainer, alone(metric))
+        values = flat_values(metric)
+        assert self._reader is not None  # find_layers
+        self.states = self._states(self._reader, metric, values)
+        return values
+
+    def _prepare(self, pl_module: LightningModule) -> list[str]:
+        """Get ready to read the layers as the model is now; their names."""
+        metric, reader = self._metric, self._reader
+        assert metric is not None  # measure
+        assert reader is not None  # find_layers
+        metric.to(pl_module.device).reset()
+        if reader.refresh():
+            self._keep_known(reader)
+        return list(reader.layers)
+
+    def _read_weights(self) -> None:
+        """No collective calls but those that gather sharded weights, which are made whatever fails."""
+        metric, reader = self._metric, self._reader
+        assert metric is not None  # measure
+        assert reader is not None  # find_layers
+        order = reading_order(reader.layers)
+        if self._singular is not None:
+            order += self._singular.reading_order(reader.layers)
+        with reader.to_the_end(order):
+            metric.update(reader)
+            self._cores = metric.cores
+            if self._singular is not None:
+                self._cores = [*metric.cores, *self._singular.cores(reader)]
+
+    def _states(self, reader: WatchedReader, metric: QKSpectrum, values: Mapping[str, Tensor]) -> Tensor:
+        """State of every head: cross-attention has no eigenvalues, and yet weights that may not be finite."""
+        broken = {
+            name: ~matrices.isfinite().all(-1).all(-1)
+            for cores in metric.cores
+            if not cores.bilinear
+            for name, matrices in zip(cores.names, cores.matrices, strict=True)
+        }
+        bad = ~(values["trace"].isfinite() & values["frobenius_sq"].isfinite())
+        parts = []
+        for name, part in zip(metric.heads, bad.split(list(metric.heads.values())), strict=True):
+            if name not in reader.layers:
+                parts.append(torch.full_like(part, LEFT_OUT, dtype=torch.long))
+            elif name in broken:
+                parts.append(torch.where(broken[name].cpu(), NOT_FINITE, NO_VALUE))
+            else:
+                parts.append(torch.where(part, NOT_FINITE, KNOWN))
+        return torch.cat(parts)
+
+    def _keep_known(self, reader: WatchedReader) -> None:
+        """Where modules were replaced, go on with the layers that are what they were at the start."""
+        assert self._metric is not None  # measure
+        heads = self._metric.heads
+        kept = {name: layer for name, layer in reader.layers.items() if heads.get(name) == layer.heads}
+        lost = {name: reader.unread.get(name, _REPLACED) for name in heads if name not in kept}
+        reader.layers = kept
+        self.note_left_out(lost)
+        assert self.history is not None  # on_fit_start
+        self.history.reasons |= {self.labels[name]: reason for name, reason in lost.items()}
+
+    def after_measuring(self, trainer: Trainer) -> None:
+        """Start on the eigenvalues."""
+        step = self.step_of(trainer)
+        self._unshared = step
+        self.attempt(lambda: self._worker.submit(step, self._cores), "solving eigenproblems")
+
+    def log_late(
+        self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
+    ) -> None:
+        """Log spectra that were left to the worker; then as every monitor.
+
+        Every process solves the same eigenproblems. With a module, which every process comes with, one that could
+        not solve some takes the others' values, in a collective call; without, nothing is reduced, so that it may
+        run after an exception.
+        """
+        late = None
+        if self._worker.pending is not None:
+            late = self.attempt(self._take, "solving eigenproblems")
+        if pl_module is not None and self._unshared is not None:
+            self._unshared = None
+            values = fill_from_others(trainer, self._late_values if late is None else late[1])
+            self._late_values = self._no_late_values()
+            self.share(trainer, pl_module, values, at_epoch_end=at_epoch_end)
+            if late is not None:
+                late = late[0], values
+        elif late is not None:
+            self._late_values = late[1]
+        if late is not None:
+            self.attempt(lambda: self._log_solved(trainer, *late), "remembering")
+        super().log_late(trainer, pl_module, at_epoch_end=at_epoch_end)
+
+    def _take(self) -> tuple[Solved, dict[str, Tensor]]:
+        try:
+            return self._solved()
+        finally:
+            self._worker.collect()
+
+    def _solved(self) -> tuple[Solved, dict[str, Tensor]]:
+        solved = self._worker.peek()
+        assert solved is not None  # all callers ask first
+        assert self._metric is not None  # find_layers
+        values = extreme_values(solved.spectra, self._metric.heads, self.offsets)
+        if self._singular is not None:
+            values |= self._singular.values(solved.step, solved.spectra)
+        if solved.failed and not self._told_failed:
+            self._told_failed = True
+            self.note(
+                f"{len(solved.failed)} eigenproblems at step {solved.step} did not converge "
+                f"({shorten(list(solved.failed))}): these heads have no eigenvalues there; training goes on"
+            )
+        return solved, values
+
+    def _no_late_values(self) -> dict[str, Tensor]:
+        """What a process has where it solved nothing."""
+        assert self._metric is not None  # find_layers
+        nothing_solved = extreme_values({}, self._metric.heads, self.offsets)
+        size = sum(self._metric.heads.values())
+        if self.singular:
+            nothing_solved |= {name: torch.full((size,), torch.nan) for name in SINGULAR_STATISTICS}
+        return nothing_solved
+
+    def _complete_history(self) -> None:
+        self._complete(*self._solved())
+
+    def _complete(self, solved: Solved, values: Mapping[str, Tensor]) -> None:
+        assert self.history is not None  # find_layers
+        assert self._metric is not None
+        self.history.complete(solved.step, values)
+        self._eigenvalues = {
+            name: solved.spectra[name] for name in self._metric.heads if name in solved.spectra
+        }
+        self._eigenvalues_step = solved.step
+        self._snapshots.append(solved.step, self._complex_by_label())
+
+    def _complex_by_label(self) -> dict[str, Tensor]:
+        return {self.labels[name]: value for name, value in self._eigenvalues.items() if value.is_complex()}
+
+    def _log_solved(self, trainer: Trainer, solved: Solved, values: dict[str, Tensor]) -> None:
+        self._complete(solved, values)
+        if solved.step < 0:
+            return
+        self.attempt(lambda: self.log_values(trainer, values, solved.step))
+        eigenvalues = [value.flatten() for value in self._eigenvalues.values() if value.is_complex()]
+        if trainer.is_global_zero and eigenvalues:
+            flat = torch.cat(eigenvalues)
+            log_histogram(trainer, "qk/eigenvalues/modulus", flat.abs(), solved.step)
+            log_histogram(trainer, "qk/eigenvalues/real", flat.real, solved.step)
+
+    def has_value(self, name: str, flat: Tensor) -> Tensor:
+        """Cross-attention has singular values alone, and self-attention these where they are asked for."""
+        has = super().has_value(name, flat)
+        if self._metric is None or name in SINGULAR_STATISTICS:
+            return has
+        heads = self._metric.heads
+        for layer, part in zip(heads, has.split(list(heads.values())), strict=True):
+            part.fill_((layer in self._cross) == (name == "singular_max"))
+        return has
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add the history, the eigenvalues and what they are compared with to the record."""
+        record.spectrum = self.history
+        record.eigenvalues = self._complex_by_label()
+        record.eigenvalues_step = self._eigenvalues_step
+        record.shapes = dict(self._shapes)
+        if len(self._snapshots):
+            record.snapshots["eigenvalues"] = self._snapshots
+
+
+def _checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+    given = tuple(offsets)
+    if any(isinstance(offset, bool) or not isinstance(offset, int) for offset in given):
+        raise ValueError(
+            f"expected offsets to be integers, got {offsets!r}: pass distances such as (0, 1, 16)"
+        )
+    # The order of keys in the log is that of the first mention.
+    return tuple(dict.fromkeys(given))

@@ -1,0 +1,5 @@
+"""The command ``lightning-qk``. It may import everything."""
+
+from lightning_qk.cli.command import main
+
+__all__ = ["main"]

@@ -1,1 +1,0 @@
-"""Where statistics go: histories, loggers, figures, the health table and the report."""

@@ -1,0 +1,269 @@
+"""What the sections of the report say and show of a record, and what they miss."""
+
+from collections import Counter
+from typing import Any
+
+from lightning_qk._version import __version__
+from lightning_qk.record.head_health import HEAD_VERDICTS, HeadHealth, extreme_heads
+from lightning_qk.record.health import layer_health
+from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.statistics import describe
+from lightning_qk.report.payload import PRIMARY, shown_statistics
+from lightning_qk.report.texts import MEANING, PAPERS, VERDICT_MEANING
+
+# How many rows of heads the tables have, at first and in all.
+_FIRST_ROWS, _MAX_ROWS = 10, 100
+
+_COLUMNS = (
+    ("eig_mean", "eigenvalue mean"),
+    ("eig_var", "eigenvalue variance"),
+    ("asymmetry", "asymmetry"),
+    ("entropy_normalized", "normalized entropy"),
+    ("sink_first", "first key"),
+    ("max_abs_logit", "max |logit|"),
+    ("localization", "predicted localization"),
+    ("linear_share", "linear share"),
+)
+_TIMES = {
+    "spectrum": (
+        "Query-key spectrum over time",
+        "Each line is a layer: the mean of its heads, or their largest where that counts. The numbers come from "
+        "the weights alone.",
+    ),
+    "attention": (
+        "Attention over time",
+        "Each line is a layer. The numbers are measured on the batches of the run.",
+    ),
+    "hidden": (
+        "Hidden states over time",
+        "Each line is a block's output, or what goes into the first block (embedding). The numbers are measured "
+        "on the batches of the run.",
+    ),
+}
+_MONITORS = {"spectrum": "QKSpectrumMonitor()", "attention": "AttentionMonitor()"}
+
+
+def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
+    """What the template gets but for style, data and scripts.
+
+    Args:
+        record: the run.
+        heads: verdicts, from :func:`~lightning_qk.record.head_health.head_health`.
+
+    Returns:
+        The template's names → values. ``missing`` has, for each section, sentences on what was not recorded and
+        what to add to see it.
+    """
+    model = next((value for name, value in record.info.items() if name.lower() == "model"), "")
+    counts = Counter(row.verdict for row in heads)
+    worst = [row for row in heads if row.verdict != "ok"]
+    missing: dict[str, list[str]] = {"heads": [], "theory": [], "eigenvalues": [], "times": []}
+    times = _times(record, missing)
+    content: dict[str, Any] = {
+        "title": f"Attention report: {model}" if model else "Attention report",
+        "lead": _lead(record),
+        "info": record.info,
+        "summary": _summary(heads),
+        "verdicts": [(v, counts[v], VERDICT_MEANING[v]) for v in HEAD_VERDICTS if counts[v]],
+        "worst": worst[:_MAX_ROWS],
+        "extremes": extreme_heads(record) if len(worst) < _FIRST_ROWS else [],
+        "more": max(len(worst) - _MAX_ROWS, 0),
+        "first": _FIRST_ROWS,
+        "maps": _maps(record, missing),
+        "scatters": _scatters(record, missing),
+        "curves": _has_curves(record, missing),
+        "eigenvalues": _has_eigenvalues(record, missing),
+        "times": times,
+        "events": record.events,
+        "scalars": [name for name, (steps, _) in record.scalars.items() if steps],
+        "health": layer_health(record),
+        "columns": _COLUMNS,
+        "missing": missing,
+        "papers": PAPERS,
+        "version": __version__,
+    }
+    content["anchors"] = [
+        *([("events", "Alarms and remedies")] if record.events else []),
+        ("worst", "Where to look first"),
+        ("heads", "Every head"),
+        ("theory", "Theory and measurement"),
+        ("eigenvalues", "Eigenvalues"),
+        *((section["anchor"], section["title"]) for section in times),
+        *([("curves", "Curves of the run")] if content["scalars"] else []),
+        ("layers", "Every layer in numbers"),
+    ]
+    return content
+
+
+def _lead(record: RunRecord) -> str:
+    parts = []
+    names = (
+        ("weights", record.spectrum),
+        ("attention", record.attention),
+        ("hidden states", record.hidden),
+    )
+    for name, history in names:
+        if history is not None and len(history):
+            steps, heads = len(history), sum(history.heads)
+            of_heads = "" if history is record.hidden else f"{heads} heads in "
+            what = f"{name} of {of_heads}{len(history.layers)} layers"
+            if record.points:
+                named = (record.points.get(step, str(step)) for step in history.steps)
+                parts.append(f"{what} in {', '.join(named)}")
+            elif steps == 1:
+                parts.append(f"{what} at step {history.steps[0]}")
+            else:
+                parts.append(f"{what}, {steps} kept steps up to {history.steps[-1]}")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else "Nothing was recorded in this run."
+
+
+def _summary(heads: list[HeadHealth]) -> str:
+    seen = sum(row.verdict != "ok" for row in heads)
+    if not seen:
+        return f"Nothing stands out in any of {len(heads)} heads."
+    count = f"{seen} of {len(heads)} heads" if seen < len(heads) else f"All {len(heads)} heads"
+    return (
+        f"{count} {'stand' if seen > 1 else 'stands'} out by the newest numbers, the worst first. A verdict says "
+        "where to look. It is a threshold, not a proof."
+    )
+
+
+def _maps(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, str]]:
+    titles = {
+        "spectrum": "the weights",
+        "attention": "attention",
+        "sinks": "sinks",
+        "position": "positions",
+    }
+    found = [{"name": name, "title": title} for name, title in titles.items() if _is_drawn(record, name)]
+    for name, monitor in _MONITORS.items():
+        if not _is_drawn(record, name):
+            missing["heads"].append(f"No {name} statistics were recorded: {_advice(monitor)}.")
+    return found
+
+
+def _advice(monitor: str) -> str:
+    return f"add {monitor} to the trainer's callbacks" + (
+        ", or pass --text to lightning-qk inspect, to see them"
+        if monitor.startswith("Attention")
+        else " to see them"
+    )
+
+
+def _is_drawn(record: RunRecord, name: str) -> bool:
+    history = record.histories.get(name)
+    return history is not None and bool(history.steps) and bool(shown_statistics(name, history))
+
+
+def _shared(record: RunRecord) -> bool:
+    """Whether both monitors saw the same layers."""
+    spectrum, attention = record.spectrum, record.attention
+    return bool(spectrum and attention and set(spectrum.layers) & set(attention.layers))
+
+
+def _scatters(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, str]]:
+    has = {
+        name: shown_statistics(name, history, secondary=False)
+        for name, history in record.histories.items()
+        if history.steps
+    }
+    x = next((s for s in has.get("spectrum", ()) if s in PRIMARY["spectrum"][0]), None)
+    y = next((s for s in has.get("attention", ()) if s in PRIMARY["attention"][0]), None)
+    found = []
+    if x and y and _shared(record):
+        found.append(
+            {
+                "plot": "entropy",
+                "title": "Entropy against spectral variance",
+                "x": x,
+                "y": y,
+                "alt": f"Scatter plot of {describe(y).title} against {describe(x).title}, one point a head",
+                "meaning": "Each point is a head. Bao et al. find that attention localizes, without its entropy "
+                "collapsing, where the eigenvalues concentrate: small variance around a mean other than zero.",
+                "worry": "the cloud moves down and to the right (entropy collapse), or gathers at the top with a "
+                "mean of zero (uniform attention).",
+            }
+        )
+    else:
+        missing["theory"].append(
+            "Entropy against spectral variance needs both monitors on the same layers: add QKSpectrumMonitor() "
+            "and AttentionMonitor() to the trainer's callbacks, or pass --text to lightning-qk inspect."
+        )
+    if (
+        "propagation" in has.get("spectrum", ())
+        and "linear_share" in has.get("attention", ())
+        and _shared(record)
+    ):
+        found.append(
+            {
+                "plot": "passing",
+                "title": "Signal propagation, predicted and measured",
+                "x": "propagation",
+                "y": "linear_share",
+                "alt": "Scatter plot of measured against predicted signal propagation, one point a head",
+                "meaning": "On the dashed diagonal the prediction from the weights agrees with the real logits. "
+                "Heads off it see tokens that the model does not describe. Where logits are tiny, as in a fresh "
+                "model, prediction tends to 0.5 and measurement to 1.",
+                "worry": "points gather near zero on both axes: these heads pass no signal.",
+            }
+        )
+    return found
+
+
+def _has_curves(record: RunRecord, missing: dict[str, list[str]]) -> bool:
+    measured = "linear_profile" in record.snapshots and len(record.snapshots["linear_profile"]) > 0
+    spectrum = record.spectrum
+    predicted = bool(record.shapes) and spectrum is not None and bool(spectrum.steps)
+    predicted = predicted and {"trace", "trace_sq", "frobenius_sq"} <= set(
+        spectrum.values if spectrum else ()
+    )
+    if not predicted:
+        missing["theory"].append(
+            "Predicted propagation over positions needs moments and softmax scale, which this record lacks: add "
+            "QKSpectrumMonitor() to the trainer's callbacks and run again."
+        )
+    if not measured:
+        missing["theory"].append(
+            "Measured propagation over positions was not recorded: train with AttentionMonitor() in the trainer's "
+            "callbacks to see it."
+        )
+    return measured or predicted
+
+
+def _has_eigenvalues(record: RunRecord, missing: dict[str, list[str]]) -> bool:
+    kept = record.snapshots.get("eigenvalues")
+    spectra = [record.eigenvalues, *(kept.values if kept is not None else ())]
+    if any(bool(v.isfinite().any()) for values in spectra for v in values.values()):
+        return True
+    missing["eigenvalues"].append(
+        "No eigenvalues were recorded: add QKSpectrumMonitor() to the trainer's callbacks, or inspect without "
+        "--moments-only, to see them."
+    )
+    return False
+
+
+def _times(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Curves of the layers, of histories of more than one step."""
+    sections = []
+    for name, (title, text) in _TIMES.items():
+        history: History | None = record.histories.get(name)
+        if history is None or len(history) < 2:
+            continue
+        plots = []
+        for statistic in shown_statistics(name, history, secondary=False):
+            style = describe(statistic)
+            meaning, worry = MEANING.get(statistic, ("", ""))
+            alt = f"Line chart of {style.title} over steps, one line a layer"
+            plots.append(
+                {"name": statistic, "title": style.label, "meaning": meaning, "worry": worry, "alt": alt}
+            )
+        if plots:
+            sections.append(
+                {"anchor": f"time-{name}", "history": name, "title": title, "text": text, "plots": plots}
+            )
+    if not sections:
+        missing["times"].append(
+            "One step is no history: log more steps, or inspect a folder of checkpoints, to see curves over time."
+        )
+    return sections

@@ -1,0 +1,127 @@
+// The data of the page: inflated, and as views of one array. The Python side is lightning_qk/record/packing.py.
+"use strict";
+
+const Data = {
+  async inflate(id) {
+    const text = atob(document.getElementById(id).textContent);
+    const bytes = Uint8Array.from(text, (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).arrayBuffer();
+  },
+
+  // Four bytes with the length of the JSON, the JSON, then the three upper bytes of all float32 numbers.
+  unpack(buffer) {
+    const length = new DataView(buffer).getUint32(0, true);
+    const content = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+    const planes = new Uint8Array(buffer, 4 + length);
+    const count = planes.length / 3;
+    const bits = new Uint32Array(count);
+    for (let i = 0; i < count; i++) {
+      bits[i] = (planes[i] << 24) | (planes[count + i] << 16) | (planes[2 * count + i] << 8);
+    }
+    const numbers = new Float32Array(bits.buffer);
+    content.array = ([start, size]) => numbers.subarray(start, start + size);
+    return content;
+  },
+};
+
+// One monitor's history: statistics of all heads, which lie flat in the order of the layers.
+class History {
+  constructor(name, raw, array) {
+    Object.assign(this, { name, layers: raw.layers, heads: raw.heads, steps: raw.steps });
+    this.total = raw.heads.reduce((sum, count) => sum + count, 0);
+    this.start = new Map();
+    let start = 0;
+    raw.layers.forEach((layer, i) => {
+      this.start.set(layer, [start, raw.heads[i]]);
+      start += raw.heads[i];
+    });
+    this.statistics = new Map(
+      raw.statistics.map((one) => [one.name, { ...one, values: array(one.values), history: this }])
+    );
+  }
+
+  // The newest kept step at or before a step; the first where there is none.
+  at(step) {
+    let index = 0;
+    while (index + 1 < this.steps.length && this.steps[index + 1] <= step) index++;
+    return index;
+  }
+
+  // A head's place among all, or -1.
+  place(head) {
+    const [start, count] = this.start.get(head.layer) || [0, 0];
+    return head.index < count ? start + head.index : -1;
+  }
+
+  // One number a head of a layer, at a kept step.
+  layerValues(statistic, layer, index) {
+    const [start, count] = this.start.get(layer) || [0, 0];
+    const points = this.steps.length;
+    return Array.from({ length: count }, (_, head) => statistic.values[(start + head) * points + index]);
+  }
+
+  allValues(statistic, index) {
+    const points = this.steps.length;
+    return Array.from({ length: this.total }, (_, head) => statistic.values[head * points + index]);
+  }
+
+  // One number a step of a head.
+  series(statistic, place) {
+    const points = this.steps.length;
+    return Array.from(statistic.values.subarray(place * points, (place + 1) * points));
+  }
+}
+
+const Numbers = {
+  // At most eight characters, and a dash for an unknown number: as format_value does it in Python.
+  short(value) {
+    if (value === undefined || value === null || Number.isNaN(value)) return "–";
+    if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
+    const size = Math.abs(value);
+    if (size !== 0 && (size < 1e-3 || size >= 1e5)) return value.toExponential(1).replace("-", "−");
+    return (size < 99.95 ? value.toPrecision(3) : value.toFixed(0)).replace("-", "−");
+  },
+
+  // Texts for the cells of a heatmap, all in one power of ten so that digits never overlap.
+  cells(rows) {
+    const finite = rows.flat().filter(Number.isFinite).map(Math.abs);
+    const largest = Math.max(0, ...finite);
+    const exponent = largest && (largest < 0.1 || largest >= 9999.5) ? Math.floor(Math.log10(largest)) : 0;
+    const scale = 10 ** -exponent;
+    const digits = largest * scale >= 99.5 ? 0 : largest * scale >= 9.95 ? 1 : 2;
+    const text = (value) => {
+      if (!Number.isFinite(value)) return "";
+      const plain = (value * scale).toFixed(digits);
+      return Number(plain) === 0 ? plain.replace("-", "") : plain.replace("-", "−");
+    };
+    return { texts: rows.map((row) => row.map(text)), exponent };
+  },
+
+  superscript(exponent) {
+    return String(exponent).replace(/./g, (sign) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(sign)]);
+  },
+
+  mean(values) {
+    const known = values.filter(Number.isFinite);
+    return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : NaN;
+  },
+
+  // Quantile of the finite values, NaN of none.
+  quantile(values, share) {
+    const known = values.filter(Number.isFinite).sort((a, b) => a - b);
+    return known.length ? known[Math.round(share * (known.length - 1))] : NaN;
+  },
+
+  // Largest or smallest of the finite values of a long array.
+  range(values) {
+    let low = Infinity;
+    let high = -Infinity;
+    for (const value of values) {
+      if (!Number.isFinite(value)) continue;
+      if (value < low) low = value;
+      if (value > high) high = value;
+    }
+    return [low, high];
+  },
+};

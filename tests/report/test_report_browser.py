@@ -1,0 +1,356 @@
+"""The report in a real browser: it draws, it moves, it can be used from the keyboard, and it talks to nobody."""
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from simulated_run import simulated_record
+from test_report import large_record
+
+from lightning_qk.record.history import History, RunRecord
+from lightning_qk.report.report import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (extra test)")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
+# A busy machine of two cores takes its time.
+PATIENCE = 30_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """Opens a record's report; afterwards nothing was complained about, and nothing was asked of a network."""
+    contexts, complaints, requests = [], [], []
+
+    def open_report(record: RunRecord, **options: Any) -> Any:
+        path = write_report(record, tmp_path / "report.html")
+        script = options.get("java_script_enabled", True)
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri())
+        if script:
+            page.wait_for_selector("html[data-ready=yes]", state="attached")
+        return page
+
+    yield open_report
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("file:", "blob:", "data:"))] == []
+    assert {Path(url.split("#")[0]).name for url in requests} <= {"report.html"}
+    for context in contexts:
+        context.close()
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait; the page's policy forbids what playwright's own waiting for a function does."""
+    for _ in range(PATIENCE // 100):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"never: {condition}")
+
+
+def bring(page: Any, selector: str) -> None:
+    """Into the middle of the window, clear of the bar at its top, and drawn."""
+    page.evaluate(f"document.querySelector('{selector}').scrollIntoView({{ block: 'center' }})")
+    until(page, f"document.querySelector('{selector}').data !== undefined")
+    page.wait_for_timeout(200)
+
+
+def cells(page: Any, name: str = "spectrum") -> list[list[float]]:
+    """What a heatmap shows."""
+    bring(page, f"#map-{name}")
+    return page.evaluate(f"document.querySelector('#map-{name}').data[0].z")
+
+
+def box_of_cell(page: Any, layer: int, head: int, name: str = "spectrum") -> tuple[float, float]:
+    """Where a cell's centre is in the window."""
+    return page.evaluate(
+        """([name, layer, head]) => {
+            const plot = document.querySelector(`#map-${name}`);
+            const box = plot.getBoundingClientRect(), full = plot._fullLayout;
+            return [
+                box.left + full.xaxis._offset + full.xaxis.l2p(head),
+                box.top + full.yaxis._offset + full.yaxis.l2p(layer),
+            ];
+        }""",
+        [name, layer, head],
+    )
+
+
+def test_the_slider_moves_and_plays(opened: Any) -> None:
+    page = opened(simulated_record(points=6))
+    last = cells(page)
+    assert page.locator("#step-name").inner_text() == "step 50 (6 of 6)"
+    page.locator("#step").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#step-name").inner_text() == "step 40 (5 of 6)"
+    before = cells(page)
+    assert before != last
+    page.keyboard.press("Home")
+    first = cells(page)
+    record = simulated_record(points=6)
+    assert first[1][2] == pytest.approx(float(record.spectrum.grid("sym_var", 0)[1, 2]), rel=1e-3)
+    page.get_by_role("button", name="Play").click()
+    until(page, "document.querySelector('#step').value === '5'")
+    until(page, "document.querySelector('#play').textContent.includes('Play')")
+    assert cells(page) == last
+
+
+def test_a_click_opens_a_head_and_escape_closes_it(opened: Any) -> None:
+    page = opened(simulated_record())
+    cells(page)
+    page.mouse.click(*box_of_cell(page, 1, 2))
+    page.wait_for_selector("#panel:not([hidden])")
+    assert page.locator("#panel-title").inner_text() == "layer_01, head 2"
+    charts = page.locator("#panel .chart .plot-container")
+    assert charts.count() >= 10
+    widths = [box["width"] for box in (charts.nth(i).bounding_box() for i in range(3))]
+    assert max(widths) < 320  # two beside each other
+    shown = page.evaluate("document.querySelector('#panel .chart').data.at(-1).y")
+    want = simulated_record().spectrum.series("sym_var")[:, 6].tolist()
+    assert shown == pytest.approx(want, rel=1e-3)
+    page.get_by_role("button", name="Next head").click()
+    assert page.locator("#panel-title").inner_text() == "layer_01, head 3"
+    page.get_by_role("button", name="Next head").click()
+    assert page.locator("#panel-title").inner_text() == "layer_02, head 0"
+    page.keyboard.press("Escape")
+    assert page.locator("#panel").is_hidden()
+
+
+def test_a_point_and_a_row_open_a_head(opened: Any) -> None:
+    record = simulated_record()
+    record.attention.values["max_abs_logit"][-1][5] = 250.0
+    page = opened(record)
+    row = page.locator("tr[data-head]").first
+    assert "layer_01, head 1" in row.inner_text()
+    assert "above 100, where Kimi K2 clips" in row.inner_text()
+    row.locator(".why").click()
+    page.wait_for_selector("#panel:not([hidden])")
+    assert page.locator("#panel-title").inner_text() == "layer_01, head 1"
+    assert "250" in page.locator("#panel-verdict").inner_text()
+    page.keyboard.press("Escape")
+    bring(page, "#entropy")
+    x, y, head = page.evaluate(
+        """() => {
+            const plot = document.querySelector("#entropy"), box = plot.getBoundingClientRect();
+            const { xaxis, yaxis } = plot._fullLayout, points = plot.data[0];
+            return [
+                box.left + xaxis._offset + xaxis.d2p(points.x[7]),
+                box.top + yaxis._offset + yaxis.d2p(points.y[7]),
+                points.customdata[7],
+            ];
+        }"""
+    )
+    page.mouse.click(x, y)
+    page.wait_for_selector("#panel:not([hidden])")
+    assert page.locator("#panel-title").inner_text() == head.replace("/", ", head ")
+
+
+def test_the_keyboard_is_enough(opened: Any) -> None:
+    record = simulated_record()
+    record.attention.values["max_abs_logit"][-1][5] = 250.0
+    page = opened(record)
+    cells(page)
+    page.locator("#map-spectrum").focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp"):
+        page.keyboard.press(key)
+    assert page.locator("#spoken").inner_text().startswith("layer_01, head 1: ")
+    page.keyboard.press("Enter")
+    assert page.locator("#panel-title").inner_text() == "layer_01, head 1"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "map-spectrum"
+    page.locator("tr[data-head] button").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#panel").is_visible()
+    page.keyboard.press("Escape")
+    assert page.locator("#panel").is_hidden()
+
+
+def test_every_figure_draws(opened: Any) -> None:
+    page = opened(simulated_record())
+    plots = page.locator("[data-plot]")
+    for index in range(plots.count()):
+        plots.nth(index).scroll_into_view_if_needed()
+        plots.nth(index).locator(".plot-container").wait_for()
+    assert page.locator('[data-plot][aria-busy="true"]').count() == 0
+    # The circle's radius, and the two curves over positions.
+    assert page.evaluate("Math.max(...document.querySelector('#plane').data[2].x)") > 0
+    names = page.evaluate(
+        "document.querySelector('#propagation').data.map((one) => one.name).filter(Boolean)"
+    )
+    assert names == ["predicted, step 40", "measured, step 40"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(opened: Any, scheme: str) -> None:
+    page = opened(simulated_record(), color_scheme=scheme)
+    cells(page)
+
+    def ground() -> int:
+        return page.evaluate("parseInt(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])")
+
+    def ink() -> int:
+        color = "getComputedStyle(document.querySelector('#map-spectrum .xtick text')).fill"
+        return page.evaluate(f"parseInt({color}.match(/\\d+/)[0])")
+
+    assert (ground() > 200) == (scheme == "light")
+    assert (ink() < 100) == (scheme == "light")
+    page.locator("#theme").click()
+    assert (ground() > 200) == (scheme == "dark")
+    assert (ink() < 100) == (scheme == "dark")
+
+
+def test_on_paper_the_page_is_light(opened: Any) -> None:
+    page = opened(simulated_record(), color_scheme="dark")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.locator('[data-plot][aria-busy="true"]').count() == 0  # those below the window too
+    ink = "parseInt(getComputedStyle(document.querySelector('#map-spectrum .xtick text')).fill.match(/[0-9]+/)[0])"
+    assert page.evaluate(ink) < 100
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate("document.documentElement.dataset.theme") is None
+    cells(page)
+    assert page.evaluate(ink) > 150
+
+
+def test_a_narrow_window(opened: Any) -> None:
+    page = opened(simulated_record())
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    bring(page, "#map-spectrum")
+    page.mouse.click(*box_of_cell(page, 0, 1))
+    page.wait_for_selector("#panel:not([hidden])")
+    assert page.locator("#panel").bounding_box()["width"] <= 390
+
+
+def test_numbers_in_cells_stay_apart(opened: Any) -> None:
+    """A report of one step whose numbers are tiny."""
+    record = simulated_record(heads=12, points=1)
+    record.spectrum.values["sym_var"][0] *= 1e-7
+    record.attention = None
+    page = opened(record)
+    assert page.locator("#stepbar").is_hidden()
+    cells(page)
+    boxes = page.evaluate(
+        """() => Array.from(document.querySelectorAll("#map-spectrum .heatmap-label text"), (one) => {
+            const box = one.getBoundingClientRect();
+            return [Math.round(box.top), box.left, box.right];
+        })"""
+    )
+    boxes.sort()
+    assert len(boxes) == 36
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(boxes))
+    assert "in units of 10⁻" in page.locator("#note-spectrum").inner_text()
+
+
+def test_without_script_the_tables_remain(opened: Any) -> None:
+    record = simulated_record()
+    record.attention.values["max_abs_logit"][-1][5] = 250.0
+    page = opened(record, java_script_enabled=False)
+    assert page.get_by_text("The tables are complete").is_visible()
+    assert page.locator("#layers tbody tr").count() == 3
+    assert page.locator("tr[data-head]").first.is_visible()
+    assert page.locator("#stepbar").is_hidden()
+
+
+def test_a_browser_that_cannot_inflate_is_told(opened: Any, browser: Any, tmp_path: Path) -> None:
+    path = write_report(simulated_record(), tmp_path / "old.html")
+    page = browser.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(path.as_uri())
+    assert "need a browser that can inflate" in page.locator("#loading").inner_text()
+    page.close()
+
+
+def test_a_large_model(opened: Any) -> None:
+    page = opened(large_record(60))
+    last = cells(page)
+    assert (len(last), len(last[0])) == (32, 32)
+    page.locator("#step").focus()
+    page.keyboard.press("ArrowLeft")
+    assert cells(page) != last
+    page.mouse.click(*box_of_cell(page, 31, 31))
+    page.wait_for_selector("#panel:not([hidden])")
+    assert page.locator("#panel-title").inner_text() == "layer_31, head 31"
+
+
+def test_models_side_by_side(opened: Any) -> None:
+    record = simulated_record(points=2)
+    record.attention, record.snapshots = None, {}
+    record.points = {0: "base", 10: "tuned"}
+    page = opened(record)
+    assert page.locator("#step-name").inner_text() == "tuned (2 of 2)"
+    last = cells(page)
+    page.locator("#change").check()
+    assert cells(page) != last
+    assert page.locator("#when-spectrum").inner_text() == "tuned minus base"
+
+
+def test_an_address_opens_a_head(opened: Any) -> None:
+    page = opened(simulated_record())
+    page.evaluate("location.hash = '#head=layer_02/1'")
+    page.reload()
+    page.wait_for_selector("html[data-ready=yes]", state="attached")
+    assert page.locator("#panel-title").inner_text() == "layer_02, head 1"
+
+
+def kinds_of_records() -> dict[str, RunRecord]:
+    """Records that hold one thing alone, and one with every monitor."""
+    whole = simulated_record()
+    for name, statistic in (("sinks", "sink_output"), ("position", "positional_share")):
+        history = History(["layer_00", "layer_01"], [4, 2])
+        history.append(0, {statistic: torch.rand(6)})
+        setattr(whole, name, history)
+    whole.hidden = History(["embedding", "layer_00"], [1, 1])
+    for step in (0, 10):
+        whole.hidden.append(step, {"cosine": torch.rand(2), "effective_rank": 5 * torch.rand(2)})
+    alone = {
+        name: RunRecord(**{name: getattr(whole, name)})
+        for name in ("attention", "hidden", "scalars", "sinks")
+    }
+    weights = RunRecord(eigenvalues=whole.eigenvalues, eigenvalues_step=3)
+    return {"whole": whole, **alone, "eigenvalues": weights}
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("attention", "scalars", "sinks")]
+
+
+@pytest.mark.parametrize("kind", ["whole", "hidden", "eigenvalues", *SLOW])
+def test_whatever_was_recorded_draws(opened: Any, kind: str) -> None:
+    page = opened(kinds_of_records()[kind])
+    plots = page.locator("[data-plot]")
+    assert plots.count() > 0
+    for index in range(plots.count()):
+        plots.nth(index).scroll_into_view_if_needed()
+        plots.nth(index).locator(".plot-container").wait_for()
+    if kind == "whole":
+        page.evaluate("window.lightningQK.open({ layer: 'layer_01', index: 1 })")
+        titles = page.locator("#panel h4").all_inner_texts()
+        assert "output in the span of the sinks' values" in titles
+        assert "logits explained by distance" in titles
