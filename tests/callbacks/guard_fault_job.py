@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_qk import CollapseGuard
+from lightning_qk.callbacks.guard import _healthy, _watch
 from lightning_qk.callbacks.guard.guard import CollapseGuard as Guard
-from lightning_qk.callbacks.guard.guard import _healthy, _watch
 from lightning_qk.guard.detector import CollapseDetector
 
 PLACES = [

@@ -22,7 +22,7 @@ from lightning_qk import (
     UpdateCap,
 )
 from lightning_qk.callbacks import _self_check
-from lightning_qk.callbacks.guard.guard import _watch
+from lightning_qk.callbacks.guard import _watch
 from lightning_qk.callbacks.interventions import qk_clip
 from lightning_qk.callbacks.monitors import probes, spectrum
 from lightning_qk.interventions import auxiliary, update_cap

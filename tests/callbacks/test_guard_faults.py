@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lightning_qk import CollapseGuard, QKClip
+from lightning_qk.callbacks.guard import _healthy, _rate, _remedy, _watch
+from lightning_qk.callbacks.guard import guard as module
 from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME
-from lightning_qk.callbacks.guard.guard import _healthy, _rate, _remedy, _watch
-from lightning_qk.callbacks.guard.guard import guard as module
 from lightning_qk.guard.detector import CollapseDetector
 
 STEPS = 12
