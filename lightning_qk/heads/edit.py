@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.elements import ParameterPlan
-from lightning_qk.heads.linear import AffinePlan
-from lightning_qk.heads.plan import LayerPlan, Side
+from lightning_qk.heads.layer import LayerPlan, Side
+from lightning_qk.heads.module_as_matrix import is_plain
+from lightning_qk.heads.projection import AffinePlan
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sharding import is_dtensor
 from lightning_qk.heads.sources import BarePlan, LatentPlan
-from lightning_qk.heads.stored import is_plain
 
 
 class StoredRows(NamedTuple):

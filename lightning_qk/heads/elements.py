@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.affine import Affine
-from lightning_qk.heads.errors import UnreadLayer, alive
+from lightning_qk.heads.dry_run import Trial
+from lightning_qk.heads.projections import Affine, UnreadLayer
 from lightning_qk.heads.running import Bench, Loose
-from lightning_qk.heads.sharding import is_dtensor, whole
-from lightning_qk.heads.trials import Trial
+from lightning_qk.heads.sharding import alive, is_dtensor, whole
 
 Reading = Callable[[Trial, dict[int, Tensor]], Tensor]
 """One side of a product for a call and for parameters by id, in float64."""

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.class_names import is_named
-from lightning_qk.heads.probing import gives_back
+from lightning_qk.architecture.origin import is_named
+from lightning_qk.heads.dry_run import gives_back
 from lightning_qk.heads.sizes import Sizes
 from lightning_qk.heads.sources import Bare, Child, Constant, Latent, Source
 

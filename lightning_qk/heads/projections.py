@@ -1,10 +1,23 @@
 """The query and key weights of one attention layer, split into heads."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_qk.functional.rotary import Rotary
+
+
+class Affine(NamedTuple):
+    """``x -> weight @ x + bias``.
+
+    Attributes:
+        weight: shape ``(out, in)``: a view of the live parameter where it is stored in this form.
+        bias: shape ``(out,)``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,3 +100,15 @@ class HeadProjections:
     def width(self) -> tuple[int, int]:
         """d_query and d_key."""
         return self.query.shape[2], self.key.shape[2]
+
+
+class UnreadLayer(Exception):
+    """One attention layer cannot be read; the message is the reason, as a clause that ends a sentence."""
+
+
+class InaccessibleWeights(UnreadLayer):
+    """The layout is known, but this process cannot reach the values; the message says how to mend it."""
+
+
+class NotTokenAttention(UnreadLayer):
+    """Its products run over the tokens: it attends over channels, so that its softmax is none over tokens."""

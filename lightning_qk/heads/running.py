@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.affine import AffineMap
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer, alive
-from lightning_qk.heads.linear import affine_plan
+from lightning_qk.architecture.products import Following, Product
+from lightning_qk.heads.dry_run import Trial, shadow
 from lightning_qk.heads.norms import is_norm
-from lightning_qk.heads.probing import shadow
-from lightning_qk.heads.products import Following, Product
-from lightning_qk.heads.sharding import check_access, is_dtensor, whole
-from lightning_qk.heads.trials import Trial
+from lightning_qk.heads.projection import AffineMap, affine_plan
+from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 
 Emission = Callable[["Emitter", tuple[int, ...]], Tensor]
 """What an emitter gives: shape (..., rows) for its shape."""

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qk.architecture.class_names import is_named
-from lightning_qk.heads.errors import UnreadLayer
+from lightning_qk.architecture.origin import is_named
+from lightning_qk.heads.projections import UnreadLayer
 
 _D_HEAD = (
     "head_dim",

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.affine import Affine, AffineMap
-from lightning_qk.heads.errors import UnreadLayer, alive
-from lightning_qk.heads.linear import affine_plan
 from lightning_qk.heads.norms import NormPlan, plan_norm
-from lightning_qk.heads.sharding import check_access, is_dtensor, whole
+from lightning_qk.heads.projection import AffineMap, affine_plan
+from lightning_qk.heads.projections import Affine, UnreadLayer
+from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 
 
 class Source(Protocol):

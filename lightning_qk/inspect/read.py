@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.functional.spectrum import Support
-from lightning_qk.heads.borrowing import key_lender
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import Site, attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
 from lightning_qk.heads.position import ADDED_TO_LOGITS
-from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.heads.projections import HeadProjections, UnreadLayer
+from lightning_qk.heads.sites import Site, attention_sites, key_lender
 from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
 from lightning_qk.inspect.sources import Checkpoint

@@ -11,7 +11,7 @@ from lightning_qk.capture.captured import PRODUCTS
 from lightning_qk.capture.fronts import behind
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.verify import verified_reading
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
 
 _TRIED = "could not be tried"
 # transformers' own, which are read as their sources say or tried at the first call.

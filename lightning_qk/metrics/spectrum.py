@@ -17,10 +17,9 @@ from lightning_qk.functional.spectrum import (
     qk_singular_core,
     support_size,
 )
-from lightning_qk.heads.batch import layer_batches
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.reader import ProjectionReader, layer_batches
 from lightning_qk.metrics.eigenvalues import Cores, solve
 
 MOMENT_STATISTICS = (*MOMENTS, "propagation", "localization")

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from lightning_qk.functional.checks import floating, number
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.heads.batch import group_layers, read_together, stack
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import ProjectionReader, kept_reader
+from lightning_qk.heads.reader import ProjectionReader, group_layers, kept_reader, read_together, stack
 from lightning_qk.regularizers import closed_form
 from lightning_qk.regularizers.closed_form import head_penalties, penalties_and_gradients
 

@@ -16,15 +16,14 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.compiled import is_compiled
 from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import Site, attention_sites
-from lightning_qk.heads.findings import Finding, settle
+from lightning_qk.heads.dry_run import Trial, recorded_trials, shadow
+from lightning_qk.heads.facts import Finding, settle
+from lightning_qk.heads.inferred_layout import find_rows
+from lightning_qk.heads.layer import LayerPlan, Side
 from lightning_qk.heads.layouts import fitting_layouts
-from lightning_qk.heads.plan import LayerPlan, Side
-from lightning_qk.heads.probing import shadow
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.search import find_rows
-from lightning_qk.heads.trials import Trial, recorded_trials
+from lightning_qk.heads.sites import Site, attention_sites
 from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
 
 # Tensors that are kept of one call of a layer.

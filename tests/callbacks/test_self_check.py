@@ -159,7 +159,7 @@ def test_a_layer_of_ones_own_is_penalized(kind: str) -> None:
 def test_a_layer_that_differs_is_left_out_and_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lightning_qk.heads import plan
+    from lightning_qk.heads import layer as plan
 
     right = plan.LayerPlan.read
 

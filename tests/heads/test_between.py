@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_qk import head_projections, verify
-from lightning_qk.heads.between import attends_over_channels
 from lightning_qk.heads.edit import head_editors
-from lightning_qk.heads.errors import NotTokenAttention
+from lightning_qk.heads.facts import attends_over_channels
+from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import ProjectionReader
 
 

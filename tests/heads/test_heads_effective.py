@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_qk.heads.effective import EffectivePlan
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.linear import AffinePlan, affine_plan
+from lightning_qk.heads.module_as_matrix import EffectivePlan
+from lightning_qk.heads.projection import AffinePlan, affine_plan
+from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 
 
 class LowRank(nn.Linear):

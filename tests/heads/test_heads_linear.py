@@ -4,8 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.linear import affine_plan
+from lightning_qk.heads.projection import affine_plan
+from lightning_qk.heads.projections import UnreadLayer
 
 
 class OwnLinear(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import transformers as tf
 from heads_zoo import BERT, GPT2, GQA, T5, VIT
 
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
 from lightning_qk.heads.reader import ProjectionReader, head_projections
 
 SWIN = {

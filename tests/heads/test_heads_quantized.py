@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.linear import affine_plan
+from lightning_qk.heads.projection import affine_plan
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.regularizers.locater import LocaterPenalty, Settings
 

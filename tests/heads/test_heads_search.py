@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.inferred_layout import find_rows
+from lightning_qk.heads.layer import LayerPlan
+from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.reader import unread
-from lightning_qk.heads.search import find_rows
+from lightning_qk.heads.sites import attention_sites
 
 WIDTH, HEADS, D_HEAD = 24, 4, 6
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader, head_projections
+from lightning_qk.heads.sites import attention_sites
 from lightning_qk.interventions.qk_clip import clip_qk
 from lightning_qk.verification import Status, verify
 

@@ -12,7 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "heads"))
 import heads_zoo as zoo
 
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.verification import Status, verify
 

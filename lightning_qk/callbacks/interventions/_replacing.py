@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks.interventions._steering import Patterns, Remedy, chosen_sites
 from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.heads.find import Site
+from lightning_qk.heads.sites import Site
 
 
 class ReplacingRemedy(Remedy):

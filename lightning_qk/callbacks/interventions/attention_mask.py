@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_qk.callbacks.interventions._steering import Patterns, PenaltyRemedy, chosen_sites
 from lightning_qk.callbacks.monitors._base import shorten
-from lightning_qk.heads.find import Site
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import Site
 from lightning_qk.heads.sizes import head_count
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_qk.callbacks.interventions._replacing import ReplacingRemedy, cross_names, layer_names
 from lightning_qk.callbacks.interventions._steering import Patterns
 from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.heads.find import Site
+from lightning_qk.heads.sites import Site
 from lightning_qk.interventions.hard_attention import HardRetrieval
 
 

@@ -31,9 +31,8 @@ from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional.max_logits import max_logits
 from lightning_qk.heads.edit import HeadEditor
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import attention_sites, local_heads
 from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.interventions.qk_clip import (
     apply_clip,

@@ -10,7 +10,7 @@ from lightning_qk.callbacks._trainer import is_logged_step
 from lightning_qk.callbacks.interventions._replacing import ReplacingRemedy, cross_names, layer_names
 from lightning_qk.callbacks.interventions._steering import Patterns
 from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.heads.find import Site
+from lightning_qk.heads.sites import Site
 from lightning_qk.interventions.soft_cap import SoftCapped, check_cap
 
 

@@ -5,10 +5,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import attention_sites
 
 Patterns = str | Sequence[str] | None
 

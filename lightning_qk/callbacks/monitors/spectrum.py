@@ -13,7 +13,7 @@ from lightning_qk.callbacks._self_check import self_check_of
 from lightning_qk.callbacks.monitors._base import Monitor, flat_values, shorten
 from lightning_qk.callbacks.monitors._watched import WatchedReader
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerPlan
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
 from lightning_qk.loggers.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.origin import is_known
-from lightning_qk.heads.affine import AffineMap
-from lightning_qk.heads.composed import Composed, Part
+from lightning_qk.architecture.products import Product
+from lightning_qk.heads.dry_run import Trial, input_arguments, own_random_numbers, recorded_trials, trials
 from lightning_qk.heads.elements import Elements, ElementSearch, ParameterPlan
-from lightning_qk.heads.errors import NotTokenAttention, UnreadLayer
 from lightning_qk.heads.norms import plan_norm
-from lightning_qk.heads.probing import own_random_numbers
-from lightning_qk.heads.products import Product
+from lightning_qk.heads.projection import AffineMap, Composed, Part
+from lightning_qk.heads.projections import NotTokenAttention, UnreadLayer
 from lightning_qk.heads.running import Bench, Emission, Emitter, Loose, Seen, constant, random
 from lightning_qk.heads.sharding import whole
-from lightning_qk.heads.trials import Trial, input_arguments, recorded_trials, trials
 
 # Rows are numbered by digits to this base, small enough that half precision keeps them apart.
 _BASE = 32

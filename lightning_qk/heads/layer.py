@@ -11,34 +11,43 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.adapted import AdaptedPlan, adapter_around
-from lightning_qk.heads.affine import Affine, AffineMap
-from lightning_qk.heads.between import CHANNELS, attends_over_channels, configured_clip
-from lightning_qk.heads.borrowing import key_lender
-from lightning_qk.heads.constants import Constants
-from lightning_qk.heads.errors import InaccessibleWeights, NotTokenAttention, UnreadLayer, alive
-from lightning_qk.heads.factors import Factor, learnt_factors
-from lightning_qk.heads.find import Site
-from lightning_qk.heads.findings import Finding, finding_of
-from lightning_qk.heads.folding import feeding_norm, fold_input_norm
+from lightning_qk.heads.dry_run import Trial, input_arguments
+from lightning_qk.heads.facts import (
+    CHANNELS,
+    Constants,
+    Factor,
+    Finding,
+    attends_over_channels,
+    configured_clip,
+    finding_of,
+    learnt_factors,
+)
+from lightning_qk.heads.inferred_layout import Found, find_rows, rows_at
 from lightning_qk.heads.layouts import Layout, added_to_queries, borrows_keys, fitting_layouts, unsupported
-from lightning_qk.heads.norms import NormPlan
-from lightning_qk.heads.position import NONE, RELATIVE_BIAS, find_position
-from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.qk_norm import (
+from lightning_qk.heads.norms import (
+    NormPlan,
     Rows,
+    feeding_norm,
+    fold_input_norm,
     fold_qk_norm,
     is_before_projections,
     is_behind_rotation,
     plan_norm_of,
     plan_qk_norm,
 )
-from lightning_qk.heads.rotary import find_rotation
-from lightning_qk.heads.search import Found, find_rows, rows_at
-from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened, whole
+from lightning_qk.heads.position import NONE, RELATIVE_BIAS, find_position, find_rotation
+from lightning_qk.heads.projection import AdaptedPlan, AffineMap, adapter_around
+from lightning_qk.heads.projections import (
+    Affine,
+    HeadProjections,
+    InaccessibleWeights,
+    NotTokenAttention,
+    UnreadLayer,
+)
+from lightning_qk.heads.sharding import alive, flat_root, flat_unit, unflattened, whole
+from lightning_qk.heads.sites import Site, key_lender
 from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_scaling, uneven_sizes
 from lightning_qk.heads.sources import LatentPlan
-from lightning_qk.heads.trials import Trial, input_arguments
 
 _BY_RUNNING = "found by running"
 """What stands for the layout's name where a run told it."""
