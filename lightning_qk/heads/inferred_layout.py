@@ -8,6 +8,7 @@ large, in more than one token, and with its other parameters varied: what stands
 seen in that.
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,22 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.products import Product
+from lightning_qk.heads.composition import Composition, Part, composed
 from lightning_qk.heads.dry_run import Trial, input_arguments, own_random_numbers, recorded_trials, trials
-from lightning_qk.heads.elements import Elements, ElementSearch, ParameterPlan
 from lightning_qk.heads.norms import plan_norm
-from lightning_qk.heads.projection import AffineMap, Composed, Part
+from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import NotTokenAttention, UnreadLayer
-from lightning_qk.heads.running import Bench, Emission, Emitter, Loose, Seen, constant, random
+from lightning_qk.heads.running import (
+    Bench,
+    Elements,
+    ElementSearch,
+    Emission,
+    Emitter,
+    Loose,
+    Seen,
+    constant,
+    random,
+)
 from lightning_qk.heads.sharding import whole
 
 # Rows are numbered by digits to this base, small enough that half precision keeps them apart.
@@ -36,7 +47,7 @@ class FoundSide(NamedTuple):
     """Where the queries or the keys of a layer come from.
 
     Attributes:
-        affine: the projection.
+        projection: makes them.
         rows: which of its rows they are, shape ``(heads, d_head)``.
         norm: a norm that they pass by on their way to the product, or None.
         given: name of the argument that the projection maps.
@@ -44,7 +55,7 @@ class FoundSide(NamedTuple):
         shared: how many coordinates, the last ones of each head, all heads have in common.
     """
 
-    affine: AffineMap
+    projection: Projection
     rows: Tensor
     norm: nn.Module | None
     given: str
@@ -309,7 +320,7 @@ class _Search:
         is_decided = (
             not self.is_strict
             or self.trial.is_recorded
-            or query.affine.columns != key.affine.columns
+            or query.projection.columns != key.projection.columns
             or len(input_arguments(self.bench.module)) <= 1
         )
         complete = not any(run.failed for run in self.runs)
@@ -488,20 +499,21 @@ class _Search:
         def drawn(shape: Sequence[int]) -> Tensor:
             return torch.randn(tuple(shape), generator=generator)
 
-        weights: list[tuple[int, ParameterPlan, Tensor, Tensor | None]] = []
+        weights: list[tuple[int, Projection, Tensor, Tensor | None]] = []
         shift = torch.Generator().manual_seed(seed + 100)
         for first, plan in self.elements.plans.values():
-            weight = plan.stored()[0]
+            stored = plan.stored
+            assert stored is not None  # as of every parameter
+            assert stored.weight is not None
+            weight, stride = stored.weight, stored.stride
             values = drawn(weight.shape) / plan.columns**0.5
             if shifted is not None:
                 own = shifted[(shifted >= first) & (shifted < first + plan.rows)] - first
-                blocks = values.view(-1, plan.columns, plan.stride)
-                blocks[own // plan.stride, :, own % plan.stride] += torch.randn(
-                    len(own), plan.columns, generator=shift
-                )
+                blocks = values.view(-1, plan.columns, stride)
+                blocks[own // stride, :, own % stride] += torch.randn(len(own), plan.columns, generator=shift)
             if factors is not None:
-                own_factors = factors[first : first + plan.rows].view(-1, 1, plan.stride)
-                values = (values.view(-1, plan.columns, plan.stride) * own_factors).view(values.shape)
+                own_factors = factors[first : first + plan.rows].view(-1, 1, stride)
+                values = (values.view(-1, plan.columns, stride) * own_factors).view(values.shape)
             given[id(weight)] = values.to(weight)
             weights.append((first, plan, given[id(weight)], None))
         biases = torch.cat(
@@ -907,11 +919,11 @@ class _Search:
         direct = None if others else self._sources.get(first)
         if direct is not None:
             return FoundSide(first.plan, numbers - first.first, norm, direct, normed=False)
-        composed = self._compose(numbers.flatten(), given, depth=3)
+        whole_map = composed(self._compose(numbers.flatten(), given, depth=3))
         if len(given) != 1:
             raise UnreadLayer(f"its {what} are made of several inputs ({', '.join(sorted(given)) or 'none'})")
         rows = torch.arange(numbers.numel()).view(numbers.shape)
-        return FoundSide(composed, rows, norm, given.pop(), composed.normed, _common(numbers))
+        return FoundSide(whole_map, rows, norm, given.pop(), whole_map.normed, _common(numbers))
 
     def _bare_side(self, numbers: Tensor, norm: nn.Module | None, what: str) -> FoundSide:
         """A side that bare parameters make; its input is the one whose tokens explain it."""
@@ -922,16 +934,15 @@ class _Search:
             places = ((flat >= first) & (flat < first + plan.rows)).nonzero()[:, 0]
             if len(places):
                 parts.append(Part(places, plan, flat[places] - first))
-        columns = {part.affine.columns for part in parts}
+        columns = {part.projection.columns for part in parts}
         names = [name for name, own in self.trial.given.items() if own.shape[-1] in columns]
         given = self._bare_source(numbers, names)
         if given is None:
             raise UnreadLayer(f"its {what} are made of none of its inputs, or of several")
         if len(parts) == 1:
-            return FoundSide(parts[0].affine, parts[0].rows.view(numbers.shape), norm, given)
-        composed = Composed(parts)
+            return FoundSide(parts[0].projection, parts[0].rows.view(numbers.shape), norm, given)
         return FoundSide(
-            composed, torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers)
+            composed(parts), torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers)
         )
 
     def _bare_source(self, numbers: Tensor, names: list[str]) -> str | None:
@@ -959,7 +970,7 @@ class _Search:
         """The projections that rows belong to."""
         return [emitter for emitter in self.bench.emitters.values() if bool(emitter.owns(numbers).any())]
 
-    def _compose(self, numbers: Tensor, given: set[str], depth: int) -> Composed:
+    def _compose(self, numbers: Tensor, given: set[str], depth: int) -> list[Part]:
         """What gives some rows, back to the layer's inputs, whose names are added to ``given``."""
         made: list[Part] = []
         for emitter in self._owners(numbers):
@@ -976,7 +987,7 @@ class _Search:
                     f"its projection {emitter.plan.name!r} maps something else than the layer's input"
                 )
             self._links[emitter] = features
-            source = self._compose(features.rows, given, depth - 1)
+            source = Composition(self._compose(features.rows, given, depth - 1))
             between = self._norm_of(features.rows)
             norm = None if between is None else plan_norm(between, (emitter.plan.columns,))
             if between is not None and norm is None:
@@ -984,8 +995,10 @@ class _Search:
                     f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which "
                     "is no RMSNorm or LayerNorm"
                 )
-            made.append(Part(places, emitter.plan, rows, source, norm, features.factor))
-        return Composed(made)
+            made.append(
+                Part(places, emitter.plan, rows, source, norm, functools.partial(float, features.factor))
+            )
+        return made
 
     def _normed(self, numbers: Tensor) -> tuple[nn.Module, float] | None:
         """The norm that is given some rows, and the factor on them there."""

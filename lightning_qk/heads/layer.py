@@ -36,7 +36,7 @@ from lightning_qk.heads.norms import (
     plan_qk_norm,
 )
 from lightning_qk.heads.position import NONE, RELATIVE_BIAS, find_position, find_rotation
-from lightning_qk.heads.projection import AdaptedPlan, AffineMap, adapter_around
+from lightning_qk.heads.projection import Projection, adapter_around, with_adapter
 from lightning_qk.heads.projections import (
     Affine,
     HeadProjections,
@@ -47,7 +47,6 @@ from lightning_qk.heads.projections import (
 from lightning_qk.heads.sharding import alive, flat_root, flat_unit, unflattened, whole
 from lightning_qk.heads.sites import Site, key_lender
 from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_scaling, uneven_sizes
-from lightning_qk.heads.sources import LatentPlan
 
 _BY_RUNNING = "found by running"
 """What stands for the layout's name where a run told it."""
@@ -56,7 +55,7 @@ _BY_RUNNING = "found by running"
 class Side(NamedTuple):
     """Query or key of one layer: where its rows lie, and what to fold into them."""
 
-    affine: AffineMap
+    projection: Projection
     pick: Callable[[Tensor, Sizes], Tensor]
     qk_norm: NormPlan | None
     factor: Factor | None = None
@@ -67,7 +66,7 @@ class Side(NamedTuple):
 
         None where the layout's order needs a copy.
         """
-        rows = self.pick(self.affine.as_rows(parameter), sizes)
+        rows = self.pick(self.projection.as_rows(parameter), sizes)
         shares = rows.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
         return rows if shares else None
 
@@ -202,7 +201,7 @@ class LayerPlan:
         self.sizes = Sizes(heads, len(found.key.rows), d_head, found.key.shared)
         self.query, self.key = (
             Side(
-                own.affine,
+                own.projection,
                 rows_at(own.rows),
                 None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
             )
@@ -230,13 +229,13 @@ class LayerPlan:
         """Plan by a layout."""
         module, source = site.module, lender or site.module
         self.layout = layout.name
-        query = layout.query.plan(module)
-        key = query if layout.key == layout.query else layout.key.plan(module, lender)
+        query = layout.query.projection(module)
+        key = query if layout.key == layout.query else layout.key.projection(module, lender)
         around = adapter_around(module, site.ancestors)
         if around is not None:
             fused = query is key
-            query = AdaptedPlan(query, around)
-            key = query if fused else AdaptedPlan(key, around)
+            query = with_adapter(query, around)
+            key = query if fused else with_adapter(key, around)
         self.sizes = _sizes(site, layout, query, key)
         inner = [*layout.query.inner_norms(module), *layout.key.inner_norms(source)]
         factors = learnt_factors(module)
@@ -250,7 +249,7 @@ class LayerPlan:
         self.query = Side(query, layout.order.query, norms[0], factors.get("query"), added)
         self.key = Side(key, layout.order.key, norms[1], factors.get("key"))
         cosine = any(factor.normalizes for factor in factors.values())
-        within = any(isinstance(plan, LatentPlan) and plan.normed for plan in (query, key))
+        within = query.normed or key.normed
         behind = any(side.qk_norm is not None for side in (self.query, self.key))
         self.normalizes = cosine or behind or layout.normalizes
         self.qk_norm = within or self.normalizes
@@ -269,7 +268,7 @@ class LayerPlan:
             inner: norms that are part of the projections.
             fold_norm: look for the norm that feeds the layer.
         """
-        query, key = self.query.affine, self.key.affine
+        query, key = self.query.projection, self.key.projection
         self._layer = weakref.ref(site.module)
         behind = [side.qk_norm for side in (self.query, self.key) if side.qk_norm is not None]
         self._gain_behind = bool(behind) and is_behind_rotation(site.module, behind[0])
@@ -301,14 +300,20 @@ class LayerPlan:
     def _told(self) -> tuple[Any, ...]:
         picked = [
             (
-                side.affine.name,
-                side.affine.rows,
-                side.pick(torch.arange(side.affine.rows), self.sizes).tolist(),
+                side.projection.name,
+                side.projection.rows,
+                side.pick(torch.arange(side.projection.rows), self.sizes).tolist(),
             )
             for side in (self.query, self.key)
         ]
         kinds = [
-            (type(side.affine), type(side.qk_norm), type(side.factor)) for side in (self.query, self.key)
+            (
+                side.projection.as_matrix,
+                side.projection.stored is None,
+                side.qk_norm is None,
+                side.factor is None,
+            )
+            for side in (self.query, self.key)
         ]
         facts = (self.layout, self.scaling, self.clip, self.position, self.is_capped, self.obstacle)
         return (self.sizes, self.width, self.self_attention, picked, kinds, facts)
@@ -347,7 +352,7 @@ class LayerPlan:
     def route(self) -> str:
         """How the weights were found, see :attr:`HeadProjections.route`."""
         found = "inferred" if self.layout == _BY_RUNNING else "table"
-        runs = self.query.affine.as_matrix or self.key.affine.as_matrix
+        runs = self.query.projection.as_matrix or self.key.projection.as_matrix
         return f"{found}, as a matrix" if runs else found
 
     @property
@@ -362,13 +367,13 @@ class LayerPlan:
 
     def is_sharded(self) -> bool:
         """Whether reading gathers weights from other processes now; FSDP2 shards and gathers as training goes."""
-        parts = [self.query.affine.is_sharded(), self.key.affine.is_sharded()]
+        parts = [self.query.projection.is_sharded(), self.key.projection.is_sharded()]
         return self.is_flat or any(parts) or any(norm.is_sharded() for norm in self.norms)
 
     def is_view(self) -> bool:
         """Whether reading takes no memory for the weights: they are views of what is stored."""
         sides = (self.query, self.key)
-        return not self.norms and all(side.affine.is_view() and side.factor is None for side in sides)
+        return not self.norms and all(side.projection.is_view() and side.factor is None for side in sides)
 
     @property
     def numel(self) -> int:
@@ -389,7 +394,7 @@ class LayerPlan:
         modules: list[nn.Module] = [] if self._feeding is None else [self._feeding.module]
         found: list[nn.Parameter] = []
         for own in (self.query, self.key) if side is None else (self._side(side),):
-            found += own.affine.weight_parameters()
+            found += own.projection.weight_parameters()
             if own.qk_norm is not None:
                 modules.append(own.qk_norm.module)
             if own.factor is not None:
@@ -409,7 +414,7 @@ class LayerPlan:
             made: gradients of parameters that have none yet; one that is missing is made and put there.
         """
         own = self._side(side)
-        weight = own.affine.plain_weight()
+        weight = own.projection.plain_weight()
         folded = (self._feeding, own.qk_norm, own.factor)
         if weight is None or any(part is not None for part in folded):
             return None
@@ -429,8 +434,8 @@ class LayerPlan:
         Collective where weights are sharded. Differentiable, but for flat parameters outside of
         :meth:`gathered`, of which copies are given.
         """
-        from_query = self.query.affine.read()
-        from_key = from_query if self.key.affine is self.query.affine else self.key.affine.read()
+        from_query = self.query.projection.read()
+        from_key = from_query if self.key.projection is self.query.projection else self.key.projection.read()
         query, key = self._split(self.query, from_query), self._split(self.key, from_key)
         if self._feeding is not None:
             norm = self._feeding.read()
@@ -486,13 +491,13 @@ class LayerPlan:
         return Rows(weight, bias)
 
 
-def _sizes(site: Site, layout: Layout, query: AffineMap, key: AffineMap) -> Sizes:
+def _sizes(site: Site, layout: Layout, query: Projection, key: Projection) -> Sizes:
     """The head counts and width that explain the rows of a layout."""
     wanted = layout.order.blocks(1, 1)
     if all(wanted):
         return head_sizes(site.module, site.config, (query.rows, key.rows), layout.order.blocks)
     if any(wanted):
-        shared = key.shared if isinstance(key, LatentPlan) else 0
+        shared = key.shared
         return expanded_sizes(site.module, site.config, query.rows, key.rows, shared)
     return uneven_sizes(site.module, site.config, query.rows)
 
@@ -512,7 +517,7 @@ def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
     )
 
 
-def _like(affine: AffineMap) -> Tensor:
+def _like(affine: Projection) -> Tensor:
     """A tensor of the device and type that a map's input has."""
     return next(parameter for parameter in affine.module.parameters() if parameter.is_floating_point())
 

@@ -46,7 +46,7 @@ class _Way(NamedTuple):
     is_wide: bool
 
 
-class EffectivePlan:
+class ModuleMatrix:
     """How a module is read that is affine in its input, whatever it is made of.
 
     Whether it is affine is tried once, on a copy whose parameters are varied, so that an adapter that starts at
@@ -57,8 +57,6 @@ class EffectivePlan:
     The weight is float32 at least, and differentiable in all parameters that the module's own output is
     differentiable in. The module is referred to weakly, and neither its hooks nor its dropout take part.
     """
-
-    as_matrix = True
 
     def __init__(self, module: nn.Module, name: str) -> None:
         """Find out how a module is read.
@@ -82,44 +80,15 @@ class EffectivePlan:
                 own.rpartition(".")[2].startswith("bias") for own, _ in module.named_parameters()
             )
 
-    @property
-    def module(self) -> nn.Module:
-        """The projection."""
-        return alive(self._module)
-
     def read(self) -> Affine:
         """The map as it is now, whole and differentiable; collective where a weight is sharded."""
-        module = self.module
+        module = alive(self._module)
         with full_precision(_device(module)):
             affine = closed_form(module) if self._closed(module) else None
             if affine is not None:
                 return _widened(affine)
             affine = self._run(module)
         return affine if self._has_bias else affine._replace(bias=None)
-
-    def plain_weight(self) -> nn.Parameter | None:
-        """None: the weight is not stored as it is read."""
-        return None
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the weight may depend on, those of adapters that do not take part now included."""
-        return [
-            parameter
-            for name, parameter in self.module.named_parameters()
-            if not name.rpartition(".")[2].startswith("bias") and "parametrizations.bias." not in name
-        ]
-
-    def is_sharded(self) -> bool:
-        """Whether reading gathers."""
-        return any(is_dtensor(parameter) for parameter in self.module.parameters())
-
-    def is_view(self) -> bool:
-        """False: every :meth:`read` makes the weight anew."""
-        return False
-
-    def as_rows(self, weight: Tensor) -> Tensor:
-        """The tensor itself: what is read has the form (out, in)."""
-        return weight
 
     def _closed(self, module: nn.Module) -> bool:
         """Whether the shorter way is right for the adapters that take part now; found out once for each set."""
@@ -177,14 +146,16 @@ class EffectivePlan:
         names = {id(tensor): place for place, tensor in enumerate((*module.parameters(), *buffers))}
 
         def convert(tensor: Tensor) -> Tensor:
-            if id(tensor) not in names and tensor.numel() <= _SMALL and not is_dtensor(tensor):
+            place = names.get(id(tensor))
+            is_buffer = not isinstance(tensor, nn.Parameter) and not is_dtensor(tensor)
+            if is_buffer and tensor.numel() <= _SMALL:
                 # A forward may count in its buffers.
                 tensor = tensor.clone()
             if not is_plain(tensor):
                 return tensor
             plain = at_least_float32(whole(tensor)) if is_wide else whole(tensor)
-            if vary and id(tensor) in names and (tensor.requires_grad or tensor.numel() <= _SMALL):
-                return _varied(plain, names[id(tensor)])
+            if vary and place is not None and (tensor.requires_grad or tensor.numel() <= _SMALL):
+                return _varied(plain, place)
             # Of its own, since layers cast their biases in place.
             return plain.view_as(plain) if plain is tensor else plain
 

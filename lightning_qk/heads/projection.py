@@ -1,9 +1,9 @@
-"""An affine map, and what a way to read one from a module looks like."""
+"""One affine map of a layer's input, read live from wherever its weights are kept."""
 
 import functools
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,147 +12,162 @@ from torch.nn.utils import parametrize
 
 from lightning_qk.architecture.origin import is_named
 from lightning_qk.heads.dry_run import make_weights, own_random_numbers, shadow, weight_hooks
-from lightning_qk.heads.module_as_matrix import EffectivePlan, is_plain
-from lightning_qk.heads.norms import Norm, NormPlan
+from lightning_qk.heads.module_as_matrix import ModuleMatrix, is_plain
 from lightning_qk.heads.projections import Affine, InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 
 
-class AffineMap(Protocol):
-    """How one projection is read: found out once, its values taken anew by every :meth:`read`.
+class StoredWeight:
+    """A parameter that is the weight of an affine map, and the parameter that is its bias.
+
+    The weight's elements are seen as ``(blocks, columns, stride)`` with the input in the middle: ``(out, in)`` has
+    stride 1, ``(in, ...)`` has one block. Rows run over blocks first.
+
+    Args:
+        owner: the module that holds the parameter; it is referred to weakly.
+        name: of the parameter.
+        columns: width of the input.
+        stride: see above.
+        bias: name of the bias in the same module.
+        places: which elements of the bias belong to the rows: a slice, or a tensor with -1 for none.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        columns: int,
+        stride: int = 1,
+        bias: str | None = None,
+        places: slice | Tensor = slice(None),
+    ) -> None:
+        self._owner = self._bias_owner = weakref.ref(owner)
+        self.name, self.columns, self.stride = name, columns, stride
+        self._bias, self.places = bias, places
+
+    def add_bias(self, owner: nn.Module, name: str, places: Tensor) -> None:
+        """Set the bias, which another module may hold."""
+        self._bias_owner, self._bias, self.places = weakref.ref(owner), name, places
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The parameter; None while a parametrization or a hook makes the weight from others."""
+        return alive(self._owner)._parameters.get(self.name)
+
+    @property
+    def bias(self) -> Any:
+        """The bias's parameter, whole; None without."""
+        return None if self._bias is None else getattr(alive(self._bias_owner), self._bias, None)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of the map are not rows of the parameter."""
+        return self.stride != 1
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as ``(out, in)``: a view, unless rows lie in several blocks."""
+        if self.stride == 1:
+            return weight if weight.dim() == 2 else weight.reshape(-1, self.columns)
+        if weight.numel() == self.columns * self.stride:
+            return weight.reshape(self.columns, -1).T
+        return weight.reshape(-1, self.columns, self.stride).transpose(1, 2).flatten(0, 1)
+
+    def read(self) -> Affine:
+        """Weight and bias as they are now, whole and differentiable."""
+        weight, bias = getattr(alive(self._owner), self.name), self.bias
+        if bias is None:
+            return Affine(self.as_rows(whole(weight)), None)
+        flat = whole(bias).flatten()
+        if isinstance(self.places, slice):
+            return Affine(self.as_rows(whole(weight)), flat[self.places])
+        places = self.places.to(flat.device)
+        added = flat[places.clamp_min(0)]
+        if bool((places < 0).any()):
+            added = torch.where(places < 0, torch.zeros_like(added), added)
+        return Affine(self.as_rows(whole(weight)), added)
+
+
+class Projection:
+    """An affine map of a layer's input. Resolved once; :meth:`read` takes nothing but live tensors.
+
+    Modules are referred to weakly. It is made by one of the functions below: by what holds the weights.
 
     Attributes:
-        name: of the projection in its layer.
-        rows: width of its output.
-        columns: width of its input.
-        as_matrix: its values come from running a module as a linear map, rather than from a stored weight.
+        name: in the layer.
+        rows: width of the output.
+        columns: width of the input.
+        stored: the parameter that is the weight; None where the weight is computed.
+        is_submodule: a submodule of the layer applies the map.
+        as_matrix: reading runs a module as a linear map.
+        normed: a norm is part of the map.
+        tensors: everything that is read.
+        expansion: the map from a latent to the first rows, where there is a latent; None without.
+        shared: number of rows, the last ones, that bypass the latent.
     """
 
-    name: str
-    rows: int
-    columns: int
-
-    @property
-    def as_matrix(self) -> bool:
-        """Whether reading runs a module."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The projection."""
-
-    def read(self) -> Affine:
-        """The map as it is now, whole and differentiable; collective where the weight is sharded."""
-
-    def plain_weight(self) -> nn.Parameter | None:
-        """The parameter itself, where it is stored whole and :meth:`read` gives it as it is."""
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the weight may depend on."""
-
-    def is_sharded(self) -> bool:
-        """Whether reading gathers."""
-
-    def is_view(self) -> bool:
-        """Whether :meth:`read` takes no memory for the weight, but gives a view of what is stored."""
-
-    def as_rows(self, weight: Tensor) -> Tensor:
-        """A tensor of the stored weight's shape, seen as (out, in)."""
-
-
-class AffinePlan:
-    """How one projection with a weight of its own is read, which takes no memory.
-
-    Made once, since telling how a weight is stored can take a run of the module. The module is referred to
-    weakly, and its weight and bias are taken anew by every :meth:`read`.
-    """
-
-    as_matrix = False
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        rows: int,
+        columns: int,
+        read: Callable[[], Affine],
+        weights: Callable[[], Iterable[nn.Parameter]],
+        *,
+        tensors: Callable[[], Iterable[Tensor]] | None = None,
+        stored: StoredWeight | None = None,
+        is_submodule: bool = False,
+        as_matrix: bool = False,
+        normed: bool = False,
+        expansion: "Projection | None" = None,
+        shared: int = 0,
+    ) -> None:
+        self.name, self.rows, self.columns = name, rows, columns
+        self.read = read
         self._module = weakref.ref(module)
-        self.transposed = False
-        weight, bias = self._live(module)
-        self.transposed = _transposed(module, weight, bias, name)
-        rows, columns = weight.shape[::-1] if self.transposed else weight.shape
-        self.rows: int = rows
-        self.columns: int = columns
+        self._weights, self.tensors = weights, tensors or weights
+        self.stored, self.is_submodule = stored, is_submodule
+        self.as_matrix, self.normed = as_matrix, normed
+        self.expansion, self.shared = expansion, shared
 
     @property
     def module(self) -> nn.Module:
-        """The projection."""
+        """The module that applies the map, or that holds its parameters."""
         return alive(self._module)
 
-    def read(self) -> Affine:
-        """The map as it is now, whole and differentiable; collective where the weight is sharded."""
-        weight, bias = self._live(self.module)
-        weight = whole(weight)
-        return Affine(weight.T if self.transposed else weight, None if bias is None else whole(bias))
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the weight may depend on, those of inactive adapters included."""
+        return list(self._weights())
 
     def plain_weight(self) -> nn.Parameter | None:
         """The parameter itself, where it is stored whole and :meth:`read` gives it as it is."""
-        weight = self.module._parameters.get("weight")
+        weight = None if self.stored is None else self.stored.weight
         return None if weight is None or is_dtensor(weight) else weight
 
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the weight depends on: itself, or what a parametrization makes it from."""
-        return [
-            parameter
-            for name, parameter in self.module.named_parameters()
-            if not name.startswith(("bias", "parametrizations.bias."))
-        ]
-
     def is_sharded(self) -> bool:
-        """Whether reading gathers."""
-        return any(is_dtensor(parameter) for parameter in self.module.parameters())
+        """Whether reading gathers (collective)."""
+        return any(is_dtensor(tensor) for tensor in self.tensors())
 
     def is_view(self) -> bool:
-        """Whether :meth:`read` gives a view of what is stored."""
-        return self.plain_weight() is not None
+        """Whether reading takes no memory for the weight: it is a view of what is stored."""
+        weight = self.plain_weight()
+        if weight is None or self.stored is None:
+            return False
+        return self.stored.stride in (1, weight.numel() // self.columns)
 
     def as_rows(self, weight: Tensor) -> Tensor:
-        """A tensor of the stored weight's shape, seen as (out, in)."""
-        if weight.dim() > 2:
-            weight = weight.flatten(1)
-        return weight.T if self.transposed else weight
-
-    def _live(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        name, kind = self.name, type(module).__name__
-        held = [child for child in module._modules if child != "parametrizations"]
-        if held:
-            raise UnreadLayer(
-                f"its projection {name!r} is a {kind} that wraps {', '.join(held)}, not a plain linear map"
-            )
-        weight, bias = _made(module)
-        if isinstance(weight, Tensor):
-            check_access(weight, f"its projection {name!r}")
-            weight = self._as_matrix(module, weight)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
-            shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-            raise UnreadLayer(
-                f"its projection {name!r} is a {kind} whose weight has shape {shape}, not (out, in)"
-            )
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise UnreadLayer(f"its projection {name!r} is a {kind} with a quantized weight ({weight.dtype})")
-        if not is_plain(weight):
-            raise UnreadLayer(
-                f"the weight of its projection {name!r} is a {type(weight).__name__}, not a plain tensor"
-            )
-        return weight, bias
-
-    def _as_matrix(self, module: nn.Module, weight: Tensor) -> Tensor:
-        """A convolution's weight as (out, in), where it takes each token alone."""
-        return weight.flatten(1) if weight.dim() > 2 and _is_pointwise(module) else weight
+        """A tensor of the stored weight's shape, as ``(out, in)``."""
+        return weight if self.stored is None else self.stored.as_rows(weight)
 
 
-def affine_plan(module: nn.Module, name: str) -> AffineMap:
-    """Find out how to read the affine map that a projection applies.
+def projection_of(module: nn.Module, name: str) -> Projection:
+    """The affine map that a module applies to each token.
 
     Weights that are kept as they are, those of ``nn.Linear``, transformers' ``Conv1D``, convolutions over single
     tokens and modules of a model's own that multiply by their 2-D ``weight``, are read as views, with
     parametrizations applied and DTensors gathered. Everything else that is affine in its input and takes each
-    token alone, such as a linear layer with an adapter, a quantized one or a chain of several, is read by
-    :class:`~lightning_qk.heads.effective.EffectivePlan`, which runs it on a copy.
+    token alone, such as a linear layer with an adapter, a quantized one or a chain of several, is run as a linear
+    map on a copy (:mod:`~lightning_qk.heads.module_as_matrix`).
 
     Args:
         module: the projection.
@@ -162,20 +177,216 @@ def affine_plan(module: nn.Module, name: str) -> AffineMap:
         UnreadLayer: the module is not affine in its input.
         InaccessibleWeights: its values are out of this process's reach.
     """
-    # What torch.compile makes of a module has the module inside.
+    # torch.compile wraps the module.
     module = module._modules.get("_orig_mod") or module
     try:
-        return AffinePlan(module, name)
+        return _linear(module, name)
     except InaccessibleWeights:
         raise
     except UnreadLayer as plain:
         try:
-            return EffectivePlan(module, name)
+            return _as_matrix(module, name)
         except InaccessibleWeights:
             raise
         except UnreadLayer as reason:
             # A single module says more by what is wrong with its weight.
             raise (reason if any(True for _ in module.children()) else plain) from None
+
+
+def _linear(module: nn.Module, name: str) -> Projection:
+    """A module that multiplies by a weight of its own.
+
+    Raises:
+        UnreadLayer: it does something else.
+    """
+    weight, bias = _own_weight(module, name)
+    transposed = _transposed(module, weight, bias, name)
+    rows, columns = weight.shape[::-1] if transposed else weight.shape
+    stored = StoredWeight(module, "weight", columns, rows if transposed else 1, "bias")
+    reference = weakref.ref(module)
+
+    def read() -> Affine:
+        weight, bias = _own_weight(alive(reference), name)
+        weight = whole(weight)
+        return Affine(weight.T if transposed else weight, None if bias is None else whole(bias))
+
+    return Projection(
+        name,
+        module,
+        rows,
+        columns,
+        read,
+        functools.partial(_weights, reference),
+        tensors=lambda: alive(reference).parameters(),
+        stored=stored,
+        is_submodule=True,
+    )
+
+
+def _as_matrix(module: nn.Module, name: str) -> Projection:
+    """Any module that is affine in its input, read by running it.
+
+    Raises:
+        UnreadLayer: it is not affine.
+    """
+    matrix, reference = ModuleMatrix(module, name), weakref.ref(module)
+    return Projection(
+        name,
+        module,
+        matrix.rows,
+        matrix.columns,
+        matrix.read,
+        functools.partial(_weights, reference),
+        tensors=lambda: alive(reference).parameters(),
+        is_submodule=True,
+        as_matrix=True,
+    )
+
+
+def parameter_projection(
+    owner: nn.Module,
+    name: str,
+    *,
+    columns: int | None = None,
+    stride: int | None = None,
+    path: str = "",
+    bias: str | None = None,
+    part: int = 0,
+) -> Projection:
+    """A bare parameter, see :class:`StoredWeight`.
+
+    Args:
+        owner: holds the parameter.
+        name: of the parameter.
+        columns: width of the input; None for that of ``(out, in)``.
+        stride: 1 for ``(out, in)``, None for ``(in, ...)``.
+        path: qualified name in the layer, for messages.
+        bias: name of the parameter that is added.
+        part: which part of the bias, of as many numbers as there are rows.
+
+    Raises:
+        InaccessibleWeights: its values are out of this process's reach.
+    """
+    weight: Any = getattr(owner, name)
+    check_access(weight, f"its parameter {name!r}")
+    columns = columns or (weight.shape[1] if stride == 1 else weight.shape[0])
+    rows = weight.numel() // columns
+    stored = StoredWeight(owner, name, columns, stride or rows, bias, slice(part * rows, (part + 1) * rows))
+
+    reference = weakref.ref(owner)
+
+    def weights() -> list[nn.Parameter]:
+        return [getattr(alive(reference), name)]
+
+    return Projection(path or name, owner, rows, columns, stored.read, weights, stored=stored)
+
+
+def constant_projection(owner: nn.Module, name: str) -> Projection:
+    """A parameter that is cut into heads as it is, whatever the input: a bias, with weights that are zero."""
+    reference = weakref.ref(owner)
+    width = getattr(owner, name).shape[-1]
+
+    def read() -> Affine:
+        stored = whole(getattr(alive(reference), name)).flatten()
+        return Affine(stored.new_zeros(width, width), stored)
+
+    return Projection(
+        name, owner, width, width, read, list, tensors=lambda: [getattr(alive(reference), name)]
+    )
+
+
+def adapter_around(module: nn.Module, ancestors: Sequence[nn.Module]) -> nn.Module | None:
+    """The adapter that has a whole layer as its base, as PEFT's for torch's MultiheadAttention; None without."""
+    if not ancestors or ancestors[0]._modules.get("base_layer") is not module:
+        return None
+    return ancestors[0] if hasattr(ancestors[0], "active_adapters") else None
+
+
+def with_adapter(base: Projection, adapter: nn.Module) -> Projection:
+    """A fused projection of a layer plus the products of low rank of the adapter around the layer.
+
+    Raises:
+        UnreadLayer: the adapter does something else than to add such products.
+    """
+    reference = weakref.ref(adapter)
+    for parameter in adapter.parameters():
+        check_access(parameter, f"the adapter of its {base.name!r}")
+
+    def added(name: str) -> Tensor:
+        layer: Any = alive(reference)
+        down, up = (whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
+        with torch.autocast(down.device.type, enabled=False):
+            return layer.scaling[name] * (up @ down)
+
+    def read() -> Affine:
+        layer: Any = alive(reference)
+        weight, bias = base.read()
+        disabled, merged = bool(layer.disable_adapters), tuple(layer.merged_adapters)
+        if merged:
+            # They are in the weight; the next forward takes them out again where they are disabled.
+            products = [-added(name) for name in merged if disabled]
+        else:
+            active = (name for name in layer.active_adapters if name in layer.lora_A and not disabled)
+            products = [added(name) for name in active]
+        for product in products:
+            weight = weight + product
+        return Affine(weight, bias)
+
+    def weights() -> list[nn.Parameter]:
+        layer: Any = alive(reference)
+        own = [parameter for side in (layer.lora_A, layer.lora_B) for parameter in side.parameters()]
+        return base.weight_parameters() + own
+
+    layer: Any = adapter
+    names = [*layer.lora_A] if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) else []
+    plain = bool(names) and not getattr(layer, "lora_variant", None)
+    if not plain or any(added(name).shape != (base.rows, base.columns) for name in names):
+        raise UnreadLayer(
+            f"an adapter is around it ({type(adapter).__name__}) that does more than add a product of low "
+            f"rank to its {base.name!r}"
+        )
+    return Projection(
+        base.name, base.module, base.rows, base.columns, read, weights, as_matrix=base.as_matrix
+    )
+
+
+def _weights(reference: "weakref.ref[nn.Module]") -> Iterator[nn.Parameter]:
+    """The parameters of a module but for biases."""
+    for name, parameter in alive(reference).named_parameters():
+        own = name.rpartition(".")[2].startswith("bias") and "parametrizations.weight." not in name
+        if not own and "parametrizations.bias." not in name:
+            yield parameter
+
+
+def _own_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight, ``(out, in)`` or ``(in, out)``, and bias of a single module.
+
+    Raises:
+        UnreadLayer: it has no such weight.
+    """
+    kind = type(module).__name__
+    held = [child for child in module._modules if child != "parametrizations"]
+    if held:
+        raise UnreadLayer(
+            f"its projection {name!r} is a {kind} that wraps {', '.join(held)}, not a plain linear map"
+        )
+    weight, bias = _made(module)
+    if isinstance(weight, Tensor):
+        check_access(weight, f"its projection {name!r}")
+        # A convolution's, where it takes each token alone.
+        weight = weight.flatten(1) if weight.dim() > 2 and _is_pointwise(module) else weight
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        raise UnreadLayer(
+            f"its projection {name!r} is a {kind} whose weight has shape {shape}, not (out, in)"
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise UnreadLayer(f"its projection {name!r} is a {kind} with a quantized weight ({weight.dtype})")
+    if not is_plain(weight):
+        raise UnreadLayer(
+            f"the weight of its projection {name!r} is a {type(weight).__name__}, not a plain tensor"
+        )
+    return weight, bias
 
 
 def _made(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -263,215 +474,3 @@ def _maps_by(module: nn.Module, matrix: Tensor, bias: Tensor | None, tokens: Ten
         and got.shape == want.shape
         and bool((got - want).abs().max() <= tolerance * want.abs().max())
     )
-
-
-def adapter_around(module: nn.Module, ancestors: Sequence[nn.Module]) -> nn.Module | None:
-    """The adapter that a layer is the base of, or None."""
-    if not ancestors or ancestors[0]._modules.get("base_layer") is not module:
-        return None
-    return ancestors[0] if hasattr(ancestors[0], "active_adapters") else None
-
-
-class AdaptedPlan:
-    """A fused projection of a layer with a product of low rank beside it, see :class:`AffineMap`."""
-
-    def __init__(self, plan: AffineMap, adapter: nn.Module) -> None:
-        """Find out how the two are read.
-
-        Raises:
-            UnreadLayer: the adapter does something else than to add a product of low rank.
-        """
-        self.name, self.rows, self.columns = plan.name, plan.rows, plan.columns
-        self._plan = plan
-        self._adapter = weakref.ref(adapter)
-        layer: Any = adapter
-        for parameter in adapter.parameters():
-            check_access(parameter, f"the adapter of its {plan.name!r}")
-        names = [*layer.lora_A] if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) else []
-        plain = bool(names) and not getattr(layer, "lora_variant", None)
-        if not plain or any(self._added(name).shape != (self.rows, self.columns) for name in names):
-            raise UnreadLayer(
-                f"an adapter is around it ({type(adapter).__name__}) that does more than add a product of low "
-                f"rank to its {plan.name!r}"
-            )
-
-    @property
-    def module(self) -> nn.Module:
-        """The layer that holds the projection."""
-        return self._plan.module
-
-    @property
-    def as_matrix(self) -> bool:
-        """Whether reading runs a module."""
-        return self._plan.as_matrix
-
-    def read(self) -> Affine:
-        """The map as it is now, with the adapters that take part now."""
-        layer: Any = alive(self._adapter)
-        weight, bias = self._plan.read()
-        disabled, merged = bool(layer.disable_adapters), tuple(layer.merged_adapters)
-        if merged:
-            # They are in the weight; the next forward takes them out again where they are disabled.
-            added = [-self._added(name) for name in merged if disabled]
-        else:
-            added = [
-                self._added(name) for name in layer.active_adapters if name in layer.lora_A and not disabled
-            ]
-        for product in added:
-            weight = weight + product
-        return Affine(weight, bias)
-
-    def plain_weight(self) -> nn.Parameter | None:
-        """None: the weight is a sum."""
-        return None
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """Those of the base and of all adapters."""
-        layer: Any = alive(self._adapter)
-        own = [parameter for side in (layer.lora_A, layer.lora_B) for parameter in side.parameters()]
-        return self._plan.weight_parameters() + own
-
-    def is_sharded(self) -> bool:
-        """Whether reading gathers."""
-        return self._plan.is_sharded() or any(is_dtensor(own) for own in self.weight_parameters())
-
-    def is_view(self) -> bool:
-        """False: the sum takes memory."""
-        return False
-
-    def as_rows(self, weight: Tensor) -> Tensor:
-        """The tensor itself: what is read has the form (out, in)."""
-        return weight
-
-    def _added(self, name: str) -> Tensor:
-        layer: Any = alive(self._adapter)
-        down, up = (whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
-        with torch.autocast(down.device.type, enabled=False):
-            return layer.scaling[name] * (up @ down)
-
-
-class Part(NamedTuple):
-    """Some rows of a composition.
-
-    Attributes:
-        places: which of the composition's rows they are.
-        affine: the projection that makes them.
-        rows: which of its rows they are.
-        source: what it maps; None for the layer's input.
-        norm: what stands between the two.
-        factor: on the source, behind the norm.
-    """
-
-    places: Tensor
-    affine: AffineMap
-    rows: Tensor
-    source: "Composed | None" = None
-    norm: NormPlan | None = None
-    factor: float = 1.0
-
-
-class Composed:
-    """Rows of several projections, some of which map what others give: see :class:`AffineMap`.
-
-    As in a latent that is expanded behind a norm: the norm's gain is folded in (and the removal of the mean),
-    the normalization itself stays out, and so does what is added behind it.
-    """
-
-    def __init__(self, parts: list[Part]) -> None:
-        """Put parts together.
-
-        Raises:
-            UnreadLayer: they map inputs of several widths.
-        """
-        self.parts = parts
-        widths = {part.affine.columns if part.source is None else part.source.columns for part in self.parts}
-        if len(widths) != 1:
-            raise UnreadLayer("its q or k is made of inputs of several widths")
-        self.name = " + ".join(part.affine.name for part in self.parts)
-        self.rows: int = sum(len(part.rows) for part in parts)
-        self.columns: int = widths.pop()
-        self.normed: bool = any(
-            part.norm is not None or (part.source is not None and part.source.normed) for part in self.parts
-        )
-
-    @property
-    def module(self) -> nn.Module:
-        """The projection of the first rows."""
-        return self.parts[0].affine.module
-
-    @property
-    def as_matrix(self) -> bool:
-        """Whether reading runs a module."""
-        inner = [part.source for part in self.parts if part.source is not None]
-        return any(affine.as_matrix for affine in (*inner, *(part.affine for part in self.parts)))
-
-    def read(self) -> Affine:
-        """The composition as it is now."""
-        made = [_read_part(part) for part in self.parts]
-        dtype = functools.reduce(torch.promote_types, (own.weight.dtype for own in made))
-        places = torch.cat([part.places for part in self.parts]).argsort()
-        weight = torch.cat([own.weight.to(dtype) for own in made])[places.to(made[0].weight.device)]
-        if all(own.bias is None for own in made):
-            return Affine(weight, None)
-        biases = [own.weight.new_zeros(len(own.weight)) if own.bias is None else own.bias for own in made]
-        bias = torch.cat([own.to(dtype) for own in biases])[places.to(biases[0].device)]
-        return Affine(weight, bias)
-
-    def plain_weight(self) -> nn.Parameter | None:
-        """None: the weight is put together."""
-        return None
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """Those of all projections and of the norms between them."""
-        found: list[nn.Parameter] = []
-        for part in self.parts:
-            found += part.affine.weight_parameters()
-            if part.source is not None:
-                found += part.source.weight_parameters()
-            if part.norm is not None:
-                found += part.norm.module.parameters()
-        return found
-
-    def is_sharded(self) -> bool:
-        """Whether reading gathers."""
-        return any(
-            part.affine.is_sharded()
-            or (part.source is not None and part.source.is_sharded())
-            or (part.norm is not None and part.norm.is_sharded())
-            for part in self.parts
-        )
-
-    def is_view(self) -> bool:
-        """False: what is put together takes memory."""
-        return False
-
-    def as_rows(self, weight: Tensor) -> Tensor:
-        """Nothing is stored as it is read."""
-        return weight
-
-
-def _read_part(part: Part) -> Affine:
-    weight, bias = part.affine.read()
-    rows = part.rows.to(weight.device)
-    weight, bias = weight[rows], None if bias is None else bias[rows]
-    if part.source is None:
-        return Affine(weight, bias)
-    below = part.source.read()
-    if part.norm is not None:
-        below, bias = _gained(below, part.norm.read()), None
-    dtype = torch.promote_types(weight.dtype, below.weight.dtype)
-    weight = part.factor * weight.to(dtype)
-    if below.bias is not None:
-        shift = weight @ below.bias.to(dtype)
-        bias = shift if bias is None else bias + shift
-    return Affine(weight @ below.weight.to(dtype), bias)
-
-
-def _gained(affine: Affine, norm: Norm) -> Affine:
-    """An affine map with a norm's gain, and its removal of the mean, behind it."""
-    weight, bias = (None if values is None else values.to(norm.gain.dtype) for values in affine)
-    assert weight is not None
-    if norm.centered:
-        weight = weight - weight.mean(0, keepdim=True)
-        bias = None if bias is None else bias - bias.mean()
-    return Affine(weight * norm.gain[:, None], None if bias is None else bias * norm.gain)

@@ -129,7 +129,7 @@ def _is_cross(name: str, module: nn.Module, ancestors: tuple[nn.Module, ...]) ->
     return any(_CROSS.search(text) for text in (*near, *(type(owner).__name__ for owner in owners)))
 
 
-_LISTS = (nn.ModuleList, nn.Sequential)
+_BLOCK_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 class Block(NamedTuple):
@@ -193,7 +193,7 @@ def _block_of(site: Site, own: list[str]) -> tuple[str, nn.Module] | None:
     for depth, module in enumerate(site.ancestors[:-1]):
         if _is_model(module):
             break
-        if isinstance(site.ancestors[depth + 1], _LISTS) and not isinstance(module, _LISTS):
+        if isinstance(site.ancestors[depth + 1], _BLOCK_LISTS) and not isinstance(module, _BLOCK_LISTS):
             candidates.append((".".join(parts[: len(parts) - 1 - depth]), module))
     for name, module in reversed(candidates):
         if sum(other.startswith(f"{name}.") for other in own) <= 1:

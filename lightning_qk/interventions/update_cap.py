@@ -331,7 +331,7 @@ def _check_writable(name: str, stored: StoredRows) -> None:
 
 
 def _matrix(stored: StoredRows) -> Tensor:
-    return stored.affine.as_rows(stored.weight.detach())
+    return stored.projection.as_rows(stored.weight.detach())
 
 
 def _rows(stored: StoredRows) -> Tensor:

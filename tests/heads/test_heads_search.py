@@ -35,8 +35,8 @@ def test_the_entries_name_what_a_run_finds(name):
             continue  # the keys come with the call
         found = find_rows(site.module, site.config)
         # As stored: norms on q and k are compared by name below.
-        by_name = [side.pick(side.affine.read().weight, plan.sizes) for side in (plan.query, plan.key)]
-        by_run = [side.affine.read().weight[side.rows] for side in (found.query, found.key)]
+        by_name = [side.pick(side.projection.read().weight, plan.sizes) for side in (plan.query, plan.key)]
+        by_run = [side.projection.read().weight[side.rows] for side in (found.query, found.key)]
         want = _forms(*by_name, plan.scaling)
         got = _forms(*by_run, plan.scaling if found.scaling is None else found.scaling)
         torch.testing.assert_close(got, want.to(got), rtol=1e-5, atol=1e-7)
