@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.layer import LayerPlan, Side
+from lightning_qk.heads.layer import LayerReader, Side
 from lightning_qk.heads.module_as_matrix import is_plain
 from lightning_qk.heads.projection import Projection, StoredWeight
 from lightning_qk.heads.reader import ProjectionReader
@@ -59,7 +59,7 @@ class HeadEditor:
             latent attention): they are left as they are in the keys.
     """
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerReader) -> None:
         self._plan = plan
         self.name = plan.name
         self.heads, self.kv_heads = plan.sizes.heads, plan.sizes.kv_heads
@@ -199,7 +199,7 @@ def head_editors(
 
 
 def _editor(
-    plan: LayerPlan, lenders: dict[str, str], holders: "Counter[int]", *, trained: bool
+    plan: LayerReader, lenders: dict[str, str], holders: "Counter[int]", *, trained: bool
 ) -> HeadEditor:
     if plan.is_flat:
         raise _Uneditable("which FSDP flattens: use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)")

@@ -5,17 +5,22 @@ import math
 import operator
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.source_code import names_in, uses_interface
 from lightning_qk.heads.dry_run import Trial, own_random_numbers, trials
-from lightning_qk.heads.layouts import Layout
-from lightning_qk.heads.projections import UnreadLayer
+from lightning_qk.heads.layouts import KnownLayout, unsupported
+from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.running import Bench, constant
+from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened
+from lightning_qk.heads.sites import AttentionLayer, kv_source
 
 
 class Finding(NamedTuple):
@@ -30,7 +35,7 @@ class Finding(NamedTuple):
     """
 
     ways: tuple[Trial, ...] = ()
-    layout: Layout | None = None
+    layout: KnownLayout | None = None
     added: tuple[str, ...] = ()
     reason: str | None = None
     self_attention: bool | None = None
@@ -254,3 +259,76 @@ def learnt_factors(module: nn.Module) -> dict[str, Factor]:
         if parameter is not None and parameter.numel() > 1:
             found[factor.side] = factor
     return found
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What is known of a layer before its weights are looked for. It has no weights and is not kept.
+
+    Attributes:
+        layer: in its model.
+        finding: what its real call has shown.
+        trusts_names: the names of its children tell a layout, since its class is a known library's.
+        kv_source: the layer whose keys it uses instead of its own.
+        key_layer: its qualified name.
+        unit: the FSDP unit that flattens the weights.
+        root: the outermost of all units, where it is known to be.
+    """
+
+    layer: AttentionLayer
+    finding: Finding
+    trusts_names: bool
+    kv_source: nn.Module | None
+    key_layer: str | None
+    unit: "weakref.ref[nn.Module] | None"
+    root: "weakref.ref[nn.Module] | None"
+
+
+def describe(
+    layer: AttentionLayer, wrappers: tuple[nn.Module, ...] = (), finding: Finding | None = None
+) -> LayerFacts:
+    """What is known of a layer from its class, its names and its earlier calls; nothing is run.
+
+    Args:
+        layer: in its model.
+        wrappers: modules around the model that the layer was found in, nearest first.
+        finding: what its real call has shown; None for what is known of it.
+
+    Raises:
+        UnreadLayer: it is known that it cannot be read.
+    """
+    module = layer.module
+    finding = finding or finding_of(module) or Finding()
+    trusts_names = is_known(module) and not finding.ways
+    reason = finding.reason or (unsupported(module) if trusts_names else None)
+    if reason is not None:
+        raise UnreadLayer(reason)
+    chain = (module, *layer.ancestors, *wrappers)
+    # The outermost unit of a part of a model need not be the root: the root has to be seen to be one.
+    unit, root = flat_unit(chain), flat_root(chain)
+    source = kv_source(layer)
+    if source is not None and unit is not None:
+        raise InaccessibleWeights(
+            f"its keys are those of {source.name}, which FSDP keeps flat in a unit of its own: use FSDP2 "
+            "(ModelParallelStrategy, see configs/fsdp2.yaml)"
+        )
+    return LayerFacts(
+        layer,
+        finding,
+        trusts_names,
+        None if source is None else source.module,
+        None if source is None else source.name,
+        None if unit is None else weakref.ref(unit),
+        weakref.ref(root) if root is not None and root is chain[-1] else None,
+    )
+
+
+def gathered(
+    unit: "weakref.ref[nn.Module] | None", root: "weakref.ref[nn.Module] | None", *, grads: bool = False
+) -> AbstractContextManager[None]:
+    """Within this block the flat parameters of an FSDP unit are whole; with ``grads`` their gradients too."""
+    if unit is None:
+        return nullcontext()
+    own = unit()
+    assert own is not None  # it contains the layer, whose modules are alive
+    return unflattened(own, None if root is None else root(), grads=grads)

@@ -940,7 +940,9 @@ class _Search:
         if given is None:
             raise UnreadLayer(f"its {what} are made of none of its inputs, or of several")
         if len(parts) == 1:
-            return FoundSide(parts[0].projection, parts[0].rows.view(numbers.shape), norm, given)
+            (part,) = parts
+            assert isinstance(part.rows, Tensor)  # as made above
+            return FoundSide(part.projection, part.rows.view(numbers.shape), norm, given)
         return FoundSide(
             composed(parts), torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers)
         )

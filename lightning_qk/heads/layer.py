@@ -1,32 +1,33 @@
-"""How one attention layer is read: found out once, so that reading it again takes nothing but live tensors."""
+"""How one attention layer is read: where its weights lie is located once; reading takes live tensors alone."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.origin import is_known
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.dry_run import Trial, input_arguments
+from lightning_qk.heads.dry_run import input_arguments
 from lightning_qk.heads.facts import (
     CHANNELS,
     Constants,
     Factor,
     Finding,
+    LayerFacts,
     attends_over_channels,
     configured_clip,
+    describe,
     finding_of,
+    gathered,
     learnt_factors,
 )
 from lightning_qk.heads.inferred_layout import Found, find_rows, rows_at
-from lightning_qk.heads.layouts import Layout, added_to_queries, borrows_keys, fitting_layouts, unsupported
+from lightning_qk.heads.layouts import KnownLayout, added_to_queries, borrows_keys, fitting_layouts
 from lightning_qk.heads.norms import (
     NormPlan,
-    Rows,
     feeding_norm,
     fold_input_norm,
     fold_qk_norm,
@@ -35,7 +36,7 @@ from lightning_qk.heads.norms import (
     plan_norm_of,
     plan_qk_norm,
 )
-from lightning_qk.heads.position import NONE, RELATIVE_BIAS, find_position, find_rotation
+from lightning_qk.heads.position import NONE, RELATIVE_BIAS, Rotation, find_position, find_rotation
 from lightning_qk.heads.projection import Projection, adapter_around, with_adapter
 from lightning_qk.heads.projections import (
     Affine,
@@ -44,12 +45,12 @@ from lightning_qk.heads.projections import (
     NotTokenAttention,
     UnreadLayer,
 )
-from lightning_qk.heads.sharding import alive, flat_root, flat_unit, unflattened, whole
-from lightning_qk.heads.sites import Site, key_lender
+from lightning_qk.heads.sharding import alive, whole
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_scaling, uneven_sizes
 
 _BY_RUNNING = "found by running"
-"""What stands for the layout's name where a run told it."""
+"""Name of layouts that were inferred by running a layer."""
 
 
 class Side(NamedTuple):
@@ -71,10 +72,230 @@ class Side(NamedTuple):
         return rows if shares else None
 
 
-class LayerPlan:
-    """What is known of one attention layer without its weights' values, and how to read those.
+@dataclass(frozen=True)
+class Layout:
+    """Where the weights of one layer lie, and what stands between them and the softmax.
 
-    Modules are referred to weakly, so that a plan can be kept beside a model without keeping it alive.
+    Attributes:
+        name: of the table's entry.
+        query: the query side.
+        key: the key side.
+        sizes: head counts and width of a head.
+        scaling: the softmax scale.
+        normalizes: queries or keys are normalized behind their projections.
+        crosses: queries and keys are known to come from different inputs.
+        is_decided: whether that is known; False where nothing but a call tells.
+        inner_norms: norms that are part of the projections.
+        clip: the bound that q and k are clamped to behind the projections, or None.
+        obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
+        is_capped: large logits are bounded, of a layer that was run.
+        is_added_to: something besides ``q · k`` is added to the logits, of a layer that was run.
+        is_turned: queries and keys change with the token's place, of a layer that was run.
+    """
+
+    name: str
+    query: Side
+    key: Side
+    sizes: Sizes
+    scaling: float
+    normalizes: bool = False
+    crosses: bool = False
+    is_decided: bool = True
+    inner_norms: tuple[nn.Module, ...] = ()
+    clip: float | None = None
+    obstacle: str | None = None
+    is_capped: bool = False
+    is_added_to: bool = False
+    is_turned: bool = False
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether a norm stands between the layer's input and the dot product."""
+        return self.normalizes or self.query.projection.normed or self.key.projection.normed
+
+
+def layer_reader(
+    layer: AttentionLayer,
+    fold_norm: bool = False,
+    wrappers: tuple[nn.Module, ...] = (),
+    *,
+    finding: Finding | None = None,
+) -> "LayerReader":
+    """Find out how a layer is read.
+
+    Args:
+        layer: in its model.
+        fold_norm: look for the norm that feeds it.
+        wrappers: modules around the model that the layer was found in, nearest first.
+        finding: what its real call has shown; None for what is known of it.
+
+    Raises:
+        UnreadLayer: it cannot be read.
+    """
+    facts = describe(layer, wrappers, finding)
+    with gathered(facts.unit, facts.root):
+        return compile_reader(facts, locate(facts), fold_norm)
+
+
+def locate(facts: LayerFacts) -> Layout:
+    """Where a layer's weights lie: by the table where its class is known, else by running it alone.
+
+    The first entry of the table that fits is taken, tentative ones only if they explain the layer's sizes.
+
+    Raises:
+        UnreadLayer: neither tells.
+    """
+    layer, finding = facts.layer, facts.finding
+    module = layer.module
+    if finding.layout is not None:
+        return _by_table(facts, finding.layout)
+    if not facts.trusts_names:
+        return _by_running(facts)
+    if attends_over_channels(module, layer.config):
+        raise NotTokenAttention(CHANNELS)
+    first: UnreadLayer | None = None
+    for known in fitting_layouts(module, facts.kv_source):
+        try:
+            return replace(_by_table(facts, known), clip=configured_clip(module, layer.config))
+        except UnreadLayer as reason:  # noqa: PERF203
+            first = first or reason
+            if not known.tentative:
+                break
+    if isinstance(first, InaccessibleWeights):
+        raise first
+    try:
+        found = None if facts.kv_source is not None else find_rows(module, layer.config)
+    except InaccessibleWeights:
+        raise
+    except UnreadLayer as reason:
+        found = None
+        if first is None:
+            first = UnreadLayer(_why_run(module, reason))
+    # What contradicts the layer's own sizes counts only if it runs to its end so.
+    if found is None or (first is not None and not found.complete):
+        assert first is not None  # the layer that lends keys is found by an entry of the table
+        raise first
+    return _inferred(facts, found)
+
+
+def _by_running(facts: LayerFacts) -> Layout:
+    module = facts.layer.module
+    if borrows_keys(module):
+        raise UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
+    try:
+        return _inferred(facts, find_rows(module, facts.layer.config, ways=facts.finding.ways))
+    except (InaccessibleWeights, NotTokenAttention):
+        raise
+    except UnreadLayer as reason:
+        raise UnreadLayer(_why_run(module, reason)) from None
+
+
+def _inferred(facts: LayerFacts, found: Found) -> Layout:
+    """The layout that a run of the layer alone shows."""
+    heads, d_head = found.query.rows.shape
+    query, key = (
+        Side(
+            own.projection,
+            rows_at(own.rows),
+            None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
+        )
+        for side, own in (("query", found.query), ("key", found.key))
+    )
+    return Layout(
+        _BY_RUNNING,
+        query,
+        key,
+        Sizes(heads, len(found.key.rows), d_head, found.key.shared),
+        softmax_scaling(facts.layer.module, d_head) if found.scaling is None else found.scaling,
+        normalizes=any(own.norm is not None or own.normed for own in (found.query, found.key)),
+        # Of several inputs of one width only a call tells whether they are the same.
+        crosses=found.crosses and found.is_decided,
+        is_decided=found.is_decided,
+        clip=found.clip,
+        obstacle=None
+        if found.is_exclusive
+        else (
+            "which make more than queries and keys (values that are the keys, say), or of which a run of the "
+            "layer alone does not tell: give queries and keys projections of their own"
+        ),
+        is_capped=found.is_capped,
+        is_added_to=found.is_added_to,
+        is_turned=found.is_turned,
+    )
+
+
+def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
+    """The layout that an entry of the table says.
+
+    Raises:
+        UnreadLayer: it does not go with what the layer has.
+    """
+    layer, module = facts.layer, facts.layer.module
+    source = facts.kv_source or module
+    query = known.query.projection(module)
+    key = query if known.key == known.query else known.key.projection(module, facts.kv_source)
+    around = adapter_around(module, layer.ancestors)
+    if around is not None:
+        fused = query is key
+        query = with_adapter(query, around)
+        key = query if fused else with_adapter(key, around)
+    sizes = _sizes(layer, known, query, key)
+    inner = [*known.query.inner_norms(module), *known.key.inner_norms(source)]
+    factors = learnt_factors(module)
+    norms = (
+        plan_qk_norm(module, "query", sizes, inner),
+        plan_qk_norm(source, "key", sizes, inner),
+    )
+    if norms[0] is not None and is_before_projections(module, norms[0], query.columns):
+        norms = None, None
+    added = (*added_to_queries(module), *facts.finding.added)
+    cosine = any(factor.normalizes for factor in factors.values())
+    if factors:
+        scaling = 1.0 / sizes.d_head if cosine else 1.0
+    else:
+        scaling = softmax_scaling(module, sizes.d_head)
+    return Layout(
+        known.name,
+        Side(query, known.order.query, norms[0], factors.get("query"), added),
+        Side(key, known.order.key, norms[1], factors.get("key")),
+        sizes,
+        scaling,
+        normalizes=cosine or known.normalizes or any(norm is not None for norm in norms),
+        crosses=known.crosses,
+        is_decided=facts.finding.layout is None or len(input_arguments(module)) <= 1,
+        inner_norms=tuple(inner),
+    )
+
+
+def compile_reader(facts: LayerFacts, layout: Layout, fold_norm: bool = False) -> "LayerReader":
+    """A reader of a layer whose weights were located; ``fold_norm`` looks for the norm that feeds it."""
+    layer, sizes, finding = facts.layer, layout.sizes, facts.finding
+    query, key = layout.query.projection, layout.key.projection
+    self_attention = not layout.crosses and not layer.is_cross
+    if finding.self_attention is not None:
+        self_attention = finding.self_attention
+    self_attention = self_attention and query.columns == key.columns
+    behind = [side.qk_norm for side in (layout.query, layout.key) if side.qk_norm is not None]
+    where = (layer.module, layer.ancestors)
+    feeding = None
+    if fold_norm and self_attention and facts.key_layer is None:
+        known = [*layout.inner_norms, *(norm.module for norm in behind)]
+        feeding = feeding_norm(*where, query.columns, _like(query), known)
+    # Of what all keys share there is one a token.
+    heads = 1 if sizes.shared else sizes.kv_heads
+    rotation = find_rotation(*where, layer.config, sizes.d_head, heads=heads, is_cross=layer.is_cross)
+    position = find_position(*where, layer.config, rotation, is_cross=layer.is_cross)
+    # What a run shows weighs more than names that say nothing.
+    if position == NONE and layout.is_added_to:
+        position = RELATIVE_BIAS
+    elif position == NONE and layout.is_turned:
+        position = None
+    gain_behind = bool(behind) and is_behind_rotation(layer.module, behind[0])
+    return LayerReader(facts, layout, self_attention, feeding, rotation, position, gain_behind)
+
+
+class LayerReader:
+    """Reads one layer; it is kept beside a model, refers to modules weakly and holds no weights.
 
     Attributes:
         name: qualified name.
@@ -87,7 +308,6 @@ class LayerPlan:
         normalizes: it acts on the very vectors that are multiplied, and not on a latent within the projections:
             a factor on those weights is lost.
         self_attention: queries and keys come from the same tokens.
-        norm_folded: the norm that feeds the layer is part of what is read.
         key_layer: qualified name of the layer whose keys are used, None for own ones.
         is_decided: whether `self_attention` is known. False where the layer's forward takes queries and keys as
             arguments of their own, and nothing but a call tells whether they are the same tensor: taken for
@@ -95,202 +315,38 @@ class LayerPlan:
         clip: the bound that q and k are clamped to behind the projections, or None: the form is that without it.
         obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
         is_capped: a layer of no known class bounds its large logits.
+        gain_behind_rotation: the gain of the norm of queries and keys acts on what was rotated.
     """
 
     def __init__(
         self,
-        site: Site,
-        fold_norm: bool,
-        wrappers: tuple[nn.Module, ...] = (),
-        *,
-        finding: Finding | None = None,
+        facts: LayerFacts,
+        layout: Layout,
+        self_attention: bool,
+        feeding: NormPlan | None,
+        rotation: Rotation,
+        position: str | None,
+        gain_behind_rotation: bool,
     ) -> None:
-        """Find out how a layer is read.
-
-        Args:
-            site: the layer where it stands.
-            fold_norm: look for the norm that feeds it.
-            wrappers: modules around the model that the site was found in, nearest first.
-            finding: what its real call has shown; None for what is known of it.
-
-        Raises:
-            UnreadLayer: it cannot be read.
-        """
-        chain = (site.module, *site.ancestors, *wrappers)
-        self._finding = finding or finding_of(site.module) or Finding()
-        ways, layout = self._finding.ways, self._finding.layout
-        trusts_names = is_known(site.module) and not ways
-        reason = self._finding.reason
-        if reason is None and trusts_names:
-            reason = unsupported(site.module)
-        if reason is not None:
-            raise UnreadLayer(reason)
-        self.name = site.name
-        unit = flat_unit(chain)
-        self._unit = None if unit is None else weakref.ref(unit)
-        # The outermost unit of a part of a model need not be the root: the root has to be seen to be one.
-        root = flat_root(chain)
-        self._root = weakref.ref(root) if root is not None and root is chain[-1] else None
-        lender = key_lender(site)
-        if lender is not None and unit is not None:
-            raise InaccessibleWeights(
-                f"its keys are those of {lender.name}, which FSDP keeps flat in a unit of its own: use FSDP2 "
-                "(ModelParallelStrategy, see configs/fsdp2.yaml)"
-            )
-        self.key_layer = None if lender is None else lender.name
-        self.is_decided = True
-        self.clip: float | None = None
-        self.obstacle: str | None = None
-        self.is_capped = False
-        self.position: str | None = None
-        self._constants = Constants(site.module)
-        with self.gathered():
-            if layout is not None:
-                self._plan(site, layout, None if lender is None else lender.module, fold_norm)
-                self.is_decided = len(input_arguments(site.module)) <= 1
-            elif not trusts_names:
-                self._run(site, fold_norm, ways)
-            else:
-                self._choose(site, None if lender is None else lender.module, fold_norm)
-
-    def _run(self, site: Site, fold_norm: bool, ways: Sequence[Trial]) -> None:
-        """Plan by what a run tells, whatever the names of its children say."""
-        if borrows_keys(site.module):
-            raise UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
-        try:
-            found = find_rows(site.module, site.config, ways=ways)
-        except (InaccessibleWeights, NotTokenAttention):
-            raise
-        except UnreadLayer as reason:
-            raise UnreadLayer(_why_run(site.module, reason)) from None
-        self._plan_found(site, found, fold_norm)
-
-    def _choose(self, site: Site, lender: nn.Module | None, fold_norm: bool) -> None:
-        """Plan by the first layout that fits, and goes with the sizes where that has to tell."""
-        if attends_over_channels(site.module, site.config):
-            raise NotTokenAttention(CHANNELS)
-        self.clip = configured_clip(site.module, site.config)
-        first: UnreadLayer | None = None
-        for layout in fitting_layouts(site.module, lender):
-            try:
-                return self._plan(site, layout, lender, fold_norm)
-            except UnreadLayer as reason:  # noqa: PERF203
-                first = first or reason
-                if not layout.tentative:
-                    break
-        if isinstance(first, InaccessibleWeights):
-            raise first
-        try:
-            found = None if lender is not None else find_rows(site.module, site.config)
-        except InaccessibleWeights:
-            raise
-        except UnreadLayer as reason:
-            found = None
-            if first is None:
-                first = UnreadLayer(_why_run(site.module, reason))
-        # What contradicts the layer's own sizes counts only if it runs to its end so.
-        if found is None or (first is not None and not found.complete):
-            assert first is not None  # a lender is found by a layout
-            raise first
-        self._plan_found(site, found, fold_norm)
-
-    def _plan_found(self, site: Site, found: Found, fold_norm: bool) -> None:
-        """Plan by what a run of the layer alone has told."""
-        self.layout = _BY_RUNNING
-        heads, d_head = found.query.rows.shape
-        self.sizes = Sizes(heads, len(found.key.rows), d_head, found.key.shared)
-        self.query, self.key = (
-            Side(
-                own.projection,
-                rows_at(own.rows),
-                None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
-            )
-            for side, own in (("query", found.query), ("key", found.key))
-        )
-        self.qk_norm = any(own.norm is not None or own.normed for own in (found.query, found.key))
-        self.normalizes = self.qk_norm
-        self.scaling = softmax_scaling(site.module, d_head) if found.scaling is None else found.scaling
-        self.is_decided, self.clip = found.is_decided, found.clip
-        # Of several inputs of one width only a call tells whether they are the same.
-        self._place(site, found.crosses and found.is_decided, [], fold_norm)
-        self.is_capped = found.is_capped
-        if not found.is_exclusive:
-            self.obstacle = (
-                "which make more than queries and keys (values that are the keys, say), or of which a run of the "
-                "layer alone does not tell: give queries and keys projections of their own"
-            )
-        # What a run shows weighs more than names that say nothing.
-        if self.position == NONE and found.is_added_to:
-            self.position = RELATIVE_BIAS
-        elif self.position == NONE and found.is_turned:
-            self.position = None
-
-    def _plan(self, site: Site, layout: Layout, lender: nn.Module | None, fold_norm: bool) -> None:
-        """Plan by a layout."""
-        module, source = site.module, lender or site.module
-        self.layout = layout.name
-        query = layout.query.projection(module)
-        key = query if layout.key == layout.query else layout.key.projection(module, lender)
-        around = adapter_around(module, site.ancestors)
-        if around is not None:
-            fused = query is key
-            query = with_adapter(query, around)
-            key = query if fused else with_adapter(key, around)
-        self.sizes = _sizes(site, layout, query, key)
-        inner = [*layout.query.inner_norms(module), *layout.key.inner_norms(source)]
-        factors = learnt_factors(module)
-        norms = (
-            plan_qk_norm(module, "query", self.sizes, inner),
-            plan_qk_norm(source, "key", self.sizes, inner),
-        )
-        if norms[0] is not None and is_before_projections(module, norms[0], query.columns):
-            norms = None, None
-        added = (*added_to_queries(module), *self._finding.added)
-        self.query = Side(query, layout.order.query, norms[0], factors.get("query"), added)
-        self.key = Side(key, layout.order.key, norms[1], factors.get("key"))
-        cosine = any(factor.normalizes for factor in factors.values())
-        within = query.normed or key.normed
-        behind = any(side.qk_norm is not None for side in (self.query, self.key))
-        self.normalizes = cosine or behind or layout.normalizes
-        self.qk_norm = within or self.normalizes
-        if factors:
-            self.scaling = 1.0 / self.sizes.d_head if cosine else 1.0
-        else:
-            self.scaling = softmax_scaling(module, self.sizes.d_head)
-        self._place(site, layout.crosses, inner, fold_norm)
-
-    def _place(self, site: Site, crosses: bool, inner: list[nn.Module], fold_norm: bool) -> None:
-        """Find out what comes to the two sides, and what positions do.
-
-        Args:
-            site: the layer.
-            crosses: it is known to take queries and keys from different inputs.
-            inner: norms that are part of the projections.
-            fold_norm: look for the norm that feeds the layer.
-        """
-        query, key = self.query.projection, self.key.projection
-        self._layer = weakref.ref(site.module)
-        behind = [side.qk_norm for side in (self.query, self.key) if side.qk_norm is not None]
-        self._gain_behind = bool(behind) and is_behind_rotation(site.module, behind[0])
-        self.width = query.columns, key.columns
-        self.self_attention = not crosses and not site.is_cross and query.columns == key.columns
-        if self._finding.self_attention is not None:
-            self.self_attention = self._finding.self_attention and query.columns == key.columns
-        self._feeding: NormPlan | None = None
-        if fold_norm and self.self_attention and self.key_layer is None:
-            known = [*inner, *(norm.module for norm in behind)]
-            self._feeding = feeding_norm(site.module, site.ancestors, query.columns, _like(query), known)
-        where = (site.module, site.ancestors, site.config)
-        # Of what all keys share there is one a token.
-        heads = 1 if self.sizes.shared else self.sizes.kv_heads
-        self._rotation = find_rotation(*where, self.sizes.d_head, heads=heads, is_cross=site.is_cross)
-        self.position = find_position(*where, self._rotation, is_cross=site.is_cross)
+        self.name, self.key_layer = facts.layer.name, facts.key_layer
+        self._layer = weakref.ref(facts.layer.module)
+        self._unit, self._root = facts.unit, facts.root
+        self._constants = Constants(facts.layer.module)
+        self.layout, self.query, self.key = layout.name, layout.query, layout.key
+        self.sizes, self.scaling = layout.sizes, layout.scaling
+        self.width = layout.query.projection.columns, layout.key.projection.columns
+        self.qk_norm, self.normalizes = layout.qk_norm, layout.normalizes
+        self.is_decided, self.is_capped = layout.is_decided, layout.is_capped
+        self.clip, self.obstacle = layout.clip, layout.obstacle
+        self.self_attention, self.position = self_attention, position
+        self._feeding, self._rotation = feeding, rotation
+        self.gain_behind_rotation = gain_behind_rotation
 
     def is_current(self) -> bool:
-        """Whether the numbers that the layer keeps beside its parameters are those that it was planned with."""
+        """Whether the numbers that the layer keeps beside its parameters are those that it was compiled with."""
         return self._constants.are_kept()
 
-    def reads_as(self, other: "LayerPlan") -> bool:
+    def reads_as(self, other: "LayerReader") -> bool:
         """Whether another plan of the layer says the same; both are then taken to be current."""
         if self._told() != other._told():
             return False
@@ -321,17 +377,12 @@ class LayerPlan:
     @property
     def rotary(self) -> Rotary | None:
         """The layer's rotation as it is now; None too where a gain comes behind it."""
-        if self._gain_behind:
+        if self.gain_behind_rotation:
             return None
         rotary = self._rotation.read()
         if rotary is not None and 2 * rotary.inv_freq.numel() == self.sizes.shared:
             return rotary._replace(start=self.sizes.d_head - self.sizes.shared)
         return rotary
-
-    @property
-    def gain_behind_rotation(self) -> bool:
-        """Whether the gain of the norm of queries and keys acts on what was rotated."""
-        return self._gain_behind
 
     @property
     def module(self) -> nn.Module:
@@ -383,11 +434,7 @@ class LayerPlan:
 
     def gathered(self, *, grads: bool = False) -> AbstractContextManager[None]:
         """Within this block flat parameters are whole; with ``grads`` their gradients too, to be changed."""
-        if self._unit is None:
-            return nullcontext()
-        unit = self._unit()
-        assert unit is not None  # it contains the layer, whose modules are alive
-        return unflattened(unit, None if self._root is None else self._root(), grads=grads)
+        return gathered(self._unit, self._root, grads=grads)
 
     def parameters(self, side: str | None = None) -> list[nn.Parameter]:
         """The parameters that the weights of query and key (or of one, by name) depend on, each once."""
@@ -478,7 +525,7 @@ class LayerPlan:
                 key_bias=None if head.key_bias is None else head.key_bias.clone(),
             )
 
-    def _split(self, side: Side, affine: Affine) -> Rows:
+    def _split(self, side: Side, affine: Affine) -> Affine:
         weight = side.pick(affine.weight, self.sizes)
         bias = None if affine.bias is None else side.pick(affine.bias, self.sizes)
         if side.factor is not None:
@@ -488,18 +535,18 @@ class LayerPlan:
         for name in side.added:
             numbers = whole(getattr(alive(self._layer), name)).reshape(weight.shape[:2])
             bias = numbers if bias is None else bias + numbers
-        return Rows(weight, bias)
+        return Affine(weight, bias)
 
 
-def _sizes(site: Site, layout: Layout, query: Projection, key: Projection) -> Sizes:
+def _sizes(layer: AttentionLayer, layout: KnownLayout, query: Projection, key: Projection) -> Sizes:
     """The head counts and width that explain the rows of a layout."""
     wanted = layout.order.blocks(1, 1)
     if all(wanted):
-        return head_sizes(site.module, site.config, (query.rows, key.rows), layout.order.blocks)
+        return head_sizes(layer.module, layer.config, (query.rows, key.rows), layout.order.blocks)
     if any(wanted):
         shared = key.shared
-        return expanded_sizes(site.module, site.config, query.rows, key.rows, shared)
-    return uneven_sizes(site.module, site.config, query.rows)
+        return expanded_sizes(layer.module, layer.config, query.rows, key.rows, shared)
+    return uneven_sizes(layer.module, layer.config, query.rows)
 
 
 def _why_run(module: nn.Module, reason: UnreadLayer) -> str:

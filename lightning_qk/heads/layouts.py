@@ -289,7 +289,7 @@ UNEVEN = Order(
 )
 
 
-class Layout(NamedTuple):
+class KnownLayout(NamedTuple):
     """One way to keep the query and key weights.
 
     Attributes:
@@ -313,12 +313,12 @@ class Layout(NamedTuple):
     normalizes: bool = False
 
 
-def _of(name: str, query: str, key: str, order: Order, **options: object) -> Layout:
+def _of(name: str, query: str, key: str, order: Order, **options: object) -> KnownLayout:
     """A layout whose weights are children's."""
-    return Layout(name, Child(query), Child(key), order, **options)  # type: ignore[arg-type]
+    return KnownLayout(name, Child(query), Child(key), order, **options)  # type: ignore[arg-type]
 
 
-def _fused(name: str, child: str, order: Order, **options: object) -> Layout:
+def _fused(name: str, child: str, order: Order, **options: object) -> KnownLayout:
     return _of(name, child, child, order, **options)
 
 
@@ -382,9 +382,9 @@ _LATENT_KEY = Latent(
 _IN_PROJ = Bare("in_proj_weight", "in_proj_bias")
 
 # The first that fits is used.
-LAYOUTS: tuple[Layout, ...] = (
-    *(Layout("latent", query, _LATENT_KEY, EXPANDED) for query in _LATENT_QUERIES),
-    Layout("latent query", _LATENT_QUERIES[1], Child("kv_proj"), SEPARATE),
+LAYOUTS: tuple[KnownLayout, ...] = (
+    *(KnownLayout("latent", query, _LATENT_KEY, EXPANDED) for query in _LATENT_QUERIES),
+    KnownLayout("latent query", _LATENT_QUERIES[1], Child("kv_proj"), SEPARATE),
     _of("[q,gate] per head + key", "q_proj", "k_proj", GATED, when=_gates_by_query, tentative=True),
     *(_of("separate", query, key, SEPARATE) for query, key in _SEPARATE_NAMES),
     _of("query + [K|V]", "q_attn", "c_attn", QUERY_AND_KEY_VALUE),
@@ -402,7 +402,7 @@ LAYOUTS: tuple[Layout, ...] = (
     # Two inputs attend to each other by one product.
     _of("separate", "vision_proj", "text_proj", SEPARATE, crosses=True),
     # A query that is learnt itself.
-    Layout("key", Constant("cls_token"), Child("k_proj"), SEPARATE, crosses=True),
+    KnownLayout("key", Constant("cls_token"), Child("k_proj"), SEPARATE, crosses=True),
     _fused("4 × [Q|V|K]", "qkv_proj", PARTITIONED, when=_class_is("CodeGenAttention")),
     _fused("[Q|K|V]", "qkv_proj", CONTIGUOUS),
     _fused("[Q|K|V]", "Wqkv", CONTIGUOUS),
@@ -410,18 +410,18 @@ LAYOUTS: tuple[Layout, ...] = (
     _fused("[Q|K|V]", "att_proj", CONTIGUOUS),
     _fused("[Q|K|V]", "qkv_linear", CONTIGUOUS),
     # Parameters of the layer itself: torch's MultiheadAttention and XLNet.
-    Layout("[Q|K|V]", _IN_PROJ, _IN_PROJ, CONTIGUOUS),
-    Layout(
+    KnownLayout("[Q|K|V]", _IN_PROJ, _IN_PROJ, CONTIGUOUS),
+    KnownLayout(
         "separate",
         Bare("q_proj_weight", "in_proj_bias"),
         Bare("k_proj_weight", "in_proj_bias", part=1),
         SEPARATE,
     ),
-    Layout("separate", Bare("q", transposed=True), Bare("k", transposed=True), SEPARATE),
+    KnownLayout("separate", Bare("q", transposed=True), Bare("k", transposed=True), SEPARATE),
 )
 
 
-def fitting_layouts(module: nn.Module, kv_source: nn.Module | None = None) -> Iterator[Layout]:
+def fitting_layouts(module: nn.Module, kv_source: nn.Module | None = None) -> Iterator[KnownLayout]:
     """The layouts of an attention layer, by the names of its children and parameters, best first.
 
     Args:
@@ -438,7 +438,7 @@ def fitting_layouts(module: nn.Module, kv_source: nn.Module | None = None) -> It
             yield layout
 
 
-def find_layout(module: nn.Module) -> Layout | None:
+def find_layout(module: nn.Module) -> KnownLayout | None:
     """The layout of an attention layer, or None where no entry fits."""
     return next(fitting_layouts(module), None)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.dry_run import Stop, Through, run_copy
-from lightning_qk.heads.projections import UnreadLayer
+from lightning_qk.heads.projections import Affine, UnreadLayer
 from lightning_qk.heads.sharding import alive, is_dtensor, whole, whole_module
 from lightning_qk.heads.sizes import Sizes
 
@@ -168,17 +168,6 @@ _NORM_OF = {
 }
 
 
-class Rows(NamedTuple):
-    """Weight ``(heads, d_head, d_in)`` and bias ``(heads, d_head)`` or None of one side of a layer."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> "Rows":
-        """In another type."""
-        return Rows(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-
 def qk_norm(module: nn.Module, side: str, inner: Collection[nn.Module] = ()) -> nn.Module | None:
     """The norm that a layer applies to its queries or keys.
 
@@ -277,7 +266,7 @@ def is_behind_rotation(module: nn.Module, plan: NormPlan) -> bool:
     return bool(rotations and own) and min(own) > min(rotations)
 
 
-def fold_qk_norm(plan: NormPlan, rows: Rows) -> Rows:
+def fold_qk_norm(plan: NormPlan, rows: Affine) -> Affine:
     """Fold the gain of a layer's query or key norm into the weights of that side.
 
     The normalization itself, one positive number a token (and head), stays out, and so does a LayerNorm's
@@ -294,7 +283,7 @@ def fold_qk_norm(plan: NormPlan, rows: Rows) -> Rows:
             values = values - values.mean((0, 1) if full_width else 1, keepdim=True)
         return values * gain.view(*gain.shape, *(1,) * (values.dim() - 2))
 
-    return Rows(fold(rows.weight), None if rows.bias is None else fold(rows.bias))
+    return Affine(fold(rows.weight), None if rows.bias is None else fold(rows.bias))
 
 
 _OF_VALUES = re.compile(r"^(v|value)_?\w*(norm|ln)$", re.IGNORECASE)
@@ -397,7 +386,7 @@ def _run(
     return target.reached, markers
 
 
-def fold_input_norm(norm: Norm, rows: Rows) -> Rows:
+def fold_input_norm(norm: Norm, rows: Affine) -> Affine:
     """Fold the gain, centering and offset of a norm into the map that it feeds.
 
     Args:
@@ -415,4 +404,4 @@ def fold_input_norm(norm: Norm, rows: Rows) -> Rows:
     weight = weight * norm.gain
     if norm.centered:
         weight = weight - weight.mean(-1, keepdim=True)
-    return Rows(weight, bias)
+    return Affine(weight, bias)

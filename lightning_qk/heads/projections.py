@@ -1,23 +1,28 @@
-"""The query and key weights of one attention layer, split into heads."""
+"""What is read of an attention layer: its query and key weights, split into heads, or why there are none."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_qk.functional.rotary import Rotary
 
 
 class Affine(NamedTuple):
-    """``x -> weight @ x + bias``.
+    """``x -> weight @ x + bias``, of all rows or with the rows cut into heads.
 
     Attributes:
-        weight: shape ``(out, in)``: a view of the live parameter where it is stored in this form.
-        bias: shape ``(out,)``, or None.
+        weight: shape ``(out, in)`` or ``(heads, d_head, in)``: a view of the live parameter where it is stored so.
+        bias: shape ``(out,)`` or ``(heads, d_head)``, or None.
     """
 
     weight: Tensor
     bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Affine":
+        """In another type."""
+        return Affine(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.layer import LayerPlan, identity
+from lightning_qk.heads.layer import LayerReader, identity, layer_reader
 from lightning_qk.heads.projections import HeadProjections, InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.sites import attention_sites
 
@@ -39,7 +39,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         ValueError: the model contains no attention, or none that can be read, and not ``allow_empty``.
     """
 
-    layers: dict[str, LayerPlan]
+    layers: dict[str, LayerReader]
     unread: dict[str, str]
     refusals: dict[str, UnreadLayer]
 
@@ -111,7 +111,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             if name not in sites:
                 continue
             try:
-                plan = LayerPlan(sites[name], self.fold_norm, self._wrappers(self.model))
+                plan = layer_reader(sites[name], self.fold_norm, self._wrappers(self.model))
             except UnreadLayer as reason:
                 self.layers.pop(name)
                 self._refuse(name, reason)
@@ -157,7 +157,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         inaccessible = None
         for site in attention_sites(model):
             try:
-                self.layers[site.name] = LayerPlan(site, self.fold_norm, wrappers)
+                self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
             except UnreadLayer as reason:  # noqa: PERF203
                 self._refuse(site.name, reason)
                 if isinstance(reason, InaccessibleWeights):
@@ -266,7 +266,7 @@ def unread(model: nn.Module) -> dict[str, str]:
     reasons = {}
     for site in attention_sites(model):
         try:
-            LayerPlan(site, fold_norm=False)
+            layer_reader(site, fold_norm=False)
         except UnreadLayer as reason:  # noqa: PERF203
             reasons[site.name] = str(reason)
     return reasons

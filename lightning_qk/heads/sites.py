@@ -21,7 +21,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.Para
 _CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention|decoder)", re.IGNORECASE)
 
 
-class Site(NamedTuple):
+class AttentionLayer(NamedTuple):
     """One attention layer where it stands.
 
     Attributes:
@@ -39,7 +39,7 @@ class Site(NamedTuple):
     is_cross: bool
 
 
-def attention_sites(model: nn.Module) -> Iterator[Site]:
+def attention_sites(model: nn.Module) -> Iterator[AttentionLayer]:
     """Yield every attention layer in module order, shared ones once.
 
     A layer is a module that fits a layout and has an attention-like class name or calls transformers' attention
@@ -64,7 +64,7 @@ def attention_sites(model: nn.Module) -> Iterator[Site]:
     for name, module in modules.items():
         if name in found:
             ancestors = tuple(modules[parent] for parent in _parents(name))
-            yield Site(
+            yield AttentionLayer(
                 name, module, ancestors, _config(module, ancestors), _is_cross(name, module, ancestors)
             )
 
@@ -185,7 +185,7 @@ def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
     return blocks, without
 
 
-def _block_of(site: Site, own: list[str]) -> tuple[str, nn.Module] | None:
+def _block_of(site: AttentionLayer, own: list[str]) -> tuple[str, nn.Module] | None:
     """The block of one attention layer, by the names of all layers of self-attention."""
     parts = site.name.split(".")
     # Of the ancestors, nearest first: those that are elements of a list.
@@ -211,14 +211,14 @@ def _is_model(module: nn.Module) -> bool:
 _KIND = ("layer_type", "use_rope")
 
 
-class Lender(NamedTuple):
+class KVSource(NamedTuple):
     """The layer whose keys another one uses: its qualified name and itself."""
 
     name: str
     module: nn.Module
 
 
-def key_lender(site: Site) -> Lender | None:
+def kv_source(site: AttentionLayer) -> KVSource | None:
     """Find the earlier layer whose keys a layer uses; None where it has its own.
 
     It is the one whose index the layer holds, else the last one before it that is of its kind, has keys and,
@@ -241,7 +241,7 @@ def key_lender(site: Site) -> Lender | None:
         for earlier in [own] if isinstance(own, int) else range(index - 1, -1, -1):
             found = _attention(ancestor[earlier], path)
             if found is not None and _lends(found, module):
-                return Lender(".".join([*parts[:place], str(earlier), *parts[place + 1 :]]), found)
+                return KVSource(".".join([*parts[:place], str(earlier), *parts[place + 1 :]]), found)
     raise UnreadLayer("it uses the keys of an earlier layer, which is not part of the module that was passed")
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
 from lightning_qk.heads.inferred_layout import find_rows
-from lightning_qk.heads.layer import LayerPlan
+from lightning_qk.heads.layer import layer_reader
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.reader import unread
 from lightning_qk.heads.sites import attention_sites
@@ -30,7 +30,7 @@ def test_the_entries_name_what_a_run_finds(name):
     model = build(name)
     seen = 0
     for site in attention_sites(model):
-        plan = LayerPlan(site, fold_norm=False)
+        plan = layer_reader(site, fold_norm=False)
         if getattr(plan, "key_layer", None) is not None:
             continue  # the keys come with the call
         found = find_rows(site.module, site.config)
