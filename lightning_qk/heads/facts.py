@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_qk.architecture.dry_run import own_random_numbers
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.source_code import names_in, uses_interface
-from lightning_qk.heads.dry_run import Trial, own_random_numbers, trials
+from lightning_qk.heads.dry_run import Trial, trials
 from lightning_qk.heads.layouts import KnownLayout, unsupported
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.running import Bench, constant

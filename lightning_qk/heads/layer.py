@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import alive
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.dry_run import input_arguments
 from lightning_qk.heads.facts import (
@@ -45,7 +46,7 @@ from lightning_qk.heads.projections import (
     NotTokenAttention,
     UnreadLayer,
 )
-from lightning_qk.heads.sharding import alive, whole
+from lightning_qk.heads.sharding import whole
 from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_scaling, uneven_sizes
 

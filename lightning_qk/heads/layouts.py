@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import alive, gives_back
 from lightning_qk.architecture.origin import is_named
 from lightning_qk.heads.composition import latent
-from lightning_qk.heads.dry_run import gives_back
 from lightning_qk.heads.norms import NormPlan, plan_norm
 from lightning_qk.heads.projection import (
     Projection,
@@ -26,7 +26,6 @@ from lightning_qk.heads.projection import (
     projection_of,
 )
 from lightning_qk.heads.projections import UnreadLayer
-from lightning_qk.heads.sharding import alive
 from lightning_qk.heads.sizes import Sizes
 
 

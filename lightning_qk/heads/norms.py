@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.dry_run import Stop, Through, run_copy
+from lightning_qk.architecture.dry_run import Stop, Through, alive, run_copy
 from lightning_qk.heads.projections import Affine, UnreadLayer
-from lightning_qk.heads.sharding import alive, is_dtensor, whole, whole_module
+from lightning_qk.heads.sharding import is_dtensor, whole, whole_module
 from lightning_qk.heads.sizes import Sizes
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.

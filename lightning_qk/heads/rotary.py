@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import Stop, Through, copy_with
 from lightning_qk.architecture.source_code import names_in
-from lightning_qk.heads.dry_run import Stop, Through, copy_with
 
 _HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal|position(al)?_?encoder", re.IGNORECASE)
 TAKES_ANGLES = re.compile(

@@ -6,7 +6,6 @@ time of a block. Gathering is collective: every process must read the same layer
 """
 
 import sys
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -110,18 +109,3 @@ def unflattened(unit: nn.Module, root: nn.Module | None, *, grads: bool = False)
     # Entered and left by its own statement: the context belongs to one unit and never nests.
     with fsdp.summon_full_params(unit, recurse=False, writeback=grads, with_grads=grads):
         yield
-
-
-def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
-    """The module that a plan refers to weakly.
-
-    Raises:
-        RuntimeError: it is gone.
-    """
-    module = reference()
-    if module is None:
-        raise RuntimeError(
-            "expected the modules of the model that was read first, got one that is gone: keep a reference to the "
-            "model, and call refresh() on the reader after replacing modules"
-        )
-    return module

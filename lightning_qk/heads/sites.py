@@ -2,16 +2,21 @@
 
 import re
 import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import own_random_numbers
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.source_code import calls_sdpa, names_softmax, uses_interface
-from lightning_qk.heads.inferred_layout import reaches_product
+from lightning_qk.heads.dry_run import trials
 from lightning_qk.heads.layouts import borrows_keys, find_layout
 from lightning_qk.heads.projections import UnreadLayer
+from lightning_qk.heads.row_numbers import SIDES, varied_values
+from lightning_qk.heads.running import Bench, random
 from lightning_qk.heads.sharding import is_dtensor
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
@@ -106,6 +111,56 @@ def _takes_softmax(module: nn.Module) -> bool:
         return False
     free = [child for child in module.modules() if not any(True for _ in child.parameters())]
     return any(names_softmax(own) for own in (module, *free))
+
+
+_REACHES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[int], bool]]" = weakref.WeakKeyDictionary()
+# Larger modules are networks, and no layers.
+_MOST_PROJECTIONS = 24
+
+
+def reaches_product(module: nn.Module) -> bool:
+    """Whether a module, run alone, takes a softmax of a product both sides of which its projections change.
+
+    Found out once for each module and what it contains.
+    """
+    parts = [id(own) for own in module.modules()]
+    known = _REACHES.get(module)
+    if known is None or known[0] != parts:
+        known = _REACHES[module] = parts, _reaches_product(module)
+    return known[1]
+
+
+def _reaches_product(module: nn.Module) -> bool:
+    try:
+        bench = Bench(module)
+        bench.check_access()
+    except UnreadLayer:
+        return False
+    if len(bench.emitters) + len(bench.loose) < 2 or len(bench.emitters) > _MOST_PROJECTIONS:
+        return False
+    for own in (bench, Bench(module, is_bare=True)):
+        device = own.device()
+        with torch.no_grad(), own_random_numbers(device):
+            for place, trial in enumerate(trials(module, None, own.widths()[:3], device)):
+                if place >= 12:
+                    break
+                # Of bare parameters other values than their own, as they may be zero.
+                given = [
+                    {
+                        id(loose.parameter): scale * varied_values(loose.parameter, place)
+                        for loose in own.loose
+                    }
+                    for place, scale in ((0, 1.0), (1, 2.0))
+                ]
+                seen = [
+                    own.run(trial, random(seed, 1.0), given[seed] if not own.emitters else None)
+                    for seed in (0, 1)
+                ]
+                for first, second in zip(*(run.products for run in seen), strict=False):
+                    sides = [(getattr(first, side), getattr(second, side)) for side in SIDES]
+                    if all(a.shape == b.shape and not torch.equal(a, b) for a, b in sides):
+                        return True
+    return False
 
 
 def _config(module: nn.Module, ancestors: tuple[nn.Module, ...]) -> Any:
