@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.layer import LayerReader, Side
+from lightning_qk.heads.facts import Side
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.module_as_matrix import is_plain
 from lightning_qk.heads.projection import Projection, StoredWeight
 from lightning_qk.heads.reader import ProjectionReader
@@ -45,7 +46,7 @@ class _Uneditable(Exception):
     """Weights cannot be multiplied; the message says what they are and the way out, as a clause."""
 
 
-class HeadEditor:
+class HeadScaler:
     """Multiplies queries and keys of one layer.
 
     Attributes:
@@ -164,9 +165,9 @@ class HeadEditor:
         return StoredRows(projection, places)
 
 
-def head_editors(
+def head_scalers(
     reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
-) -> dict[str, HeadEditor]:
+) -> dict[str, HeadScaler]:
     """Editors of some layers.
 
     Args:
@@ -200,7 +201,7 @@ def head_editors(
 
 def _editor(
     plan: LayerReader, lenders: dict[str, str], holders: "Counter[int]", *, trained: bool
-) -> HeadEditor:
+) -> HeadScaler:
     if plan.is_flat:
         raise _Uneditable("which FSDP flattens: use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)")
     other = plan.key_layer or lenders.get(plan.name)
@@ -208,7 +209,7 @@ def _editor(
         raise _Uneditable(f"whose keys are those of {other} too: train without it")
     if getattr(plan.module, "bias_k", None) is not None:
         raise _Uneditable("with a learnt key beside the projections: use add_bias_kv=False")
-    editor = HeadEditor(plan)
+    editor = HeadScaler(plan)
     for parameter in editor.parameters():
         if holders[id(parameter)] > 1:
             raise _Uneditable("that another module shares: untie them")

@@ -1,4 +1,4 @@
-"""What running models has shown of single layers, so that every reader of them plans by it."""
+"""What is known of one attention layer: its facts before its weights are looked for, and their layout."""
 
 import inspect
 import math
@@ -18,10 +18,13 @@ from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.source_code import names_in, uses_interface
 from lightning_qk.heads.dry_run import Trial, trials
 from lightning_qk.heads.layouts import KnownLayout, unsupported
+from lightning_qk.heads.norms import NormPlan
+from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.running import Bench, constant
 from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened
 from lightning_qk.heads.sites import AttentionLayer, kv_source
+from lightning_qk.heads.sizes import Sizes
 
 
 class Finding(NamedTuple):
@@ -333,3 +336,64 @@ def gathered(
     own = unit()
     assert own is not None  # it contains the layer, whose modules are alive
     return unflattened(own, None if root is None else root(), grads=grads)
+
+
+class Side(NamedTuple):
+    """Query or key of one layer: where its rows lie, and what to fold into them."""
+
+    projection: Projection
+    pick: Callable[[Tensor, Sizes], Tensor]
+    qk_norm: NormPlan | None
+    factor: Factor | None = None
+    added: tuple[str, ...] = ()
+
+    def view(self, parameter: Tensor, sizes: Sizes) -> Tensor | None:
+        """The part of a tensor of the weight's shape that belongs to this side, (heads, d_head, d_in), as a view.
+
+        None where the layout's order needs a copy.
+        """
+        rows = self.pick(self.projection.as_rows(parameter), sizes)
+        shares = rows.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        return rows if shares else None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the weights of one layer lie, and what stands between them and the softmax.
+
+    Attributes:
+        name: of the table's entry.
+        query: the query side.
+        key: the key side.
+        sizes: head counts and width of a head.
+        scaling: the softmax scale.
+        normalizes: queries or keys are normalized behind their projections.
+        crosses: queries and keys are known to come from different inputs.
+        is_decided: whether that is known; False where nothing but a call tells.
+        inner_norms: norms that are part of the projections.
+        clip: the bound that q and k are clamped to behind the projections, or None.
+        obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
+        is_capped: large logits are bounded, of a layer that was run.
+        is_added_to: something besides ``q · k`` is added to the logits, of a layer that was run.
+        is_turned: queries and keys change with the token's place, of a layer that was run.
+    """
+
+    name: str
+    query: Side
+    key: Side
+    sizes: Sizes
+    scaling: float
+    normalizes: bool = False
+    crosses: bool = False
+    is_decided: bool = True
+    inner_norms: tuple[nn.Module, ...] = ()
+    clip: float | None = None
+    obstacle: str | None = None
+    is_capped: bool = False
+    is_added_to: bool = False
+    is_turned: bool = False
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether a norm stands between the layer's input and the dot product."""
+        return self.normalizes or self.query.projection.normed or self.key.projection.normed

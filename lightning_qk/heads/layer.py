@@ -1,10 +1,9 @@
 """How one attention layer is read: where its weights lie is located once; reading takes live tensors alone."""
 
 import weakref
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,13 @@ from lightning_qk.heads.dry_run import input_arguments
 from lightning_qk.heads.facts import (
     CHANNELS,
     Constants,
-    Factor,
     Finding,
     LayerFacts,
+    Layout,
+    Side,
     attends_over_channels,
     configured_clip,
     describe,
-    finding_of,
     gathered,
     learnt_factors,
 )
@@ -30,7 +29,7 @@ from lightning_qk.heads.layouts import KnownLayout, added_to_queries, borrows_ke
 from lightning_qk.heads.norms import (
     NormPlan,
     feeding_norm,
-    fold_input_norm,
+    fold_layer_norm,
     fold_qk_norm,
     is_before_projections,
     is_behind_rotation,
@@ -52,67 +51,6 @@ from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_
 
 _BY_RUNNING = "found by running"
 """Name of layouts that were inferred by running a layer."""
-
-
-class Side(NamedTuple):
-    """Query or key of one layer: where its rows lie, and what to fold into them."""
-
-    projection: Projection
-    pick: Callable[[Tensor, Sizes], Tensor]
-    qk_norm: NormPlan | None
-    factor: Factor | None = None
-    added: tuple[str, ...] = ()
-
-    def view(self, parameter: Tensor, sizes: Sizes) -> Tensor | None:
-        """The part of a tensor of the weight's shape that belongs to this side, (heads, d_head, d_in), as a view.
-
-        None where the layout's order needs a copy.
-        """
-        rows = self.pick(self.projection.as_rows(parameter), sizes)
-        shares = rows.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-        return rows if shares else None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the weights of one layer lie, and what stands between them and the softmax.
-
-    Attributes:
-        name: of the table's entry.
-        query: the query side.
-        key: the key side.
-        sizes: head counts and width of a head.
-        scaling: the softmax scale.
-        normalizes: queries or keys are normalized behind their projections.
-        crosses: queries and keys are known to come from different inputs.
-        is_decided: whether that is known; False where nothing but a call tells.
-        inner_norms: norms that are part of the projections.
-        clip: the bound that q and k are clamped to behind the projections, or None.
-        obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
-        is_capped: large logits are bounded, of a layer that was run.
-        is_added_to: something besides ``q · k`` is added to the logits, of a layer that was run.
-        is_turned: queries and keys change with the token's place, of a layer that was run.
-    """
-
-    name: str
-    query: Side
-    key: Side
-    sizes: Sizes
-    scaling: float
-    normalizes: bool = False
-    crosses: bool = False
-    is_decided: bool = True
-    inner_norms: tuple[nn.Module, ...] = ()
-    clip: float | None = None
-    obstacle: str | None = None
-    is_capped: bool = False
-    is_added_to: bool = False
-    is_turned: bool = False
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether a norm stands between the layer's input and the dot product."""
-        return self.normalizes or self.query.projection.normed or self.key.projection.normed
 
 
 def layer_reader(
@@ -487,7 +425,7 @@ class LayerReader:
         query, key = self._split(self.query, from_query), self._split(self.key, from_key)
         if self._feeding is not None:
             norm = self._feeding.read()
-            query, key = fold_input_norm(norm, query), fold_input_norm(norm, key)
+            query, key = fold_layer_norm(norm, query), fold_layer_norm(norm, key)
         if self.query.qk_norm is not None:
             query = fold_qk_norm(self.query.qk_norm, query)
         if self.key.qk_norm is not None:
@@ -568,17 +506,3 @@ def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
 def _like(affine: Projection) -> Tensor:
     """A tensor of the device and type that a map's input has."""
     return next(parameter for parameter in affine.module.parameters() if parameter.is_floating_point())
-
-
-def identity(model: nn.Module) -> Iterator[int]:
-    """What tells whether a model has the same modules, of the same classes, as before."""
-    stack: list[nn.Module | None] = [model]
-    while stack:
-        module = stack.pop()
-        if module is not None:
-            yield id(module)
-            yield id(type(module))
-            finding = finding_of(module)
-            if finding is not None:
-                yield id(finding)
-            stack.extend(module._modules.values())

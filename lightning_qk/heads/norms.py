@@ -386,7 +386,7 @@ def _run(
     return target.reached, markers
 
 
-def fold_input_norm(norm: Norm, rows: Affine) -> Affine:
+def fold_layer_norm(norm: Norm, rows: Affine) -> Affine:
     """Fold the gain, centering and offset of a norm into the map that it feeds.
 
     Args:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.layer import LayerReader, identity, layer_reader
+from lightning_qk.heads.facts import finding_of
+from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.projections import HeadProjections, InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.sites import attention_sites
 
@@ -95,7 +96,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             ValueError: nothing can be read any more.
         """
         model = self.model
-        if self._identity == list(identity(model)):
+        if self._identity == list(_identity(model)):
             return self._renew()
         self._plan(model)
         return True
@@ -151,7 +152,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         return self.layers[name].is_sharded()
 
     def _plan(self, model: nn.Module) -> None:
-        self._identity = list(identity(model))
+        self._identity = list(_identity(model))
         self.layers, self.unread, self.refusals = {}, {}, {}
         wrappers = self._wrappers(model)
         inaccessible = None
@@ -195,6 +196,20 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             return ()
         parts = path.split(".")
         return tuple(root.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
+
+
+def _identity(model: nn.Module) -> Iterator[int]:
+    """What tells whether a model has the same modules, of the same classes, as before."""
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is not None:
+            yield id(module)
+            yield id(type(module))
+            finding = finding_of(module)
+            if finding is not None:
+                yield id(finding)
+            stack.extend(module._modules.values())
 
 
 _READERS: "weakref.WeakKeyDictionary[nn.Module, ProjectionReader]" = weakref.WeakKeyDictionary()

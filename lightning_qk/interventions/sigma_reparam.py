@@ -11,7 +11,7 @@ from lightning_qk.architecture.origin import is_named
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.functional.power import leading_singular
 from lightning_qk.functional.precision import at_least_float32
-from lightning_qk.heads.edit import head_editors
+from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers
 
@@ -117,7 +117,7 @@ def add_sigma_reparam(
     # Of every row of a projection, which part it belongs to.
     parts: dict[nn.Module, Tensor] = {}
     transposed: dict[nn.Module, bool] = {}
-    for name, editor in head_editors(reader, names, trained=trained).items():
+    for name, editor in head_scalers(reader, names, trained=trained).items():
         for stored in (editor.query, editor.key):
             projection, weight = stored.projection, stored.weight
             if reader.is_sharded(name) or not projection.is_submodule or weight.dim() != 2:

@@ -18,9 +18,9 @@ from lightning_qk.capture.compiled import is_compiled
 from lightning_qk.capture.copies import hook_after, hook_before
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.heads.dry_run import Trial, recorded_trials
-from lightning_qk.heads.facts import Finding, settle
+from lightning_qk.heads.facts import Finding, Side, settle
 from lightning_qk.heads.inferred_layout import find_rows
-from lightning_qk.heads.layer import LayerReader, Side, layer_reader
+from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.layouts import fitting_layouts
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
