@@ -275,6 +275,7 @@ class LayerFacts:
         trusts_names: the names of its children tell a layout, since its class is a known library's.
         kv_source: the layer whose keys it uses instead of its own.
         key_layer: its qualified name.
+        clip: the bound that its forward clamps q and k to, by its configuration.
         unit: the FSDP unit that flattens the weights.
         root: the outermost of all units, where it is known to be.
     """
@@ -284,6 +285,7 @@ class LayerFacts:
     trusts_names: bool
     kv_source: nn.Module | None
     key_layer: str | None
+    clip: float | None
     unit: "weakref.ref[nn.Module] | None"
     root: "weakref.ref[nn.Module] | None"
 
@@ -322,6 +324,7 @@ def describe(
         trusts_names,
         None if source is None else source.module,
         None if source is None else source.name,
+        configured_clip(module, layer.config),
         None if unit is None else weakref.ref(unit),
         weakref.ref(root) if root is not None and root is chain[-1] else None,
     )

@@ -19,7 +19,6 @@ from lightning_qk.heads.facts import (
     Layout,
     Side,
     attends_over_channels,
-    configured_clip,
     describe,
     gathered,
     learnt_factors,
@@ -47,7 +46,7 @@ from lightning_qk.heads.projections import (
 )
 from lightning_qk.heads.sharding import whole
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.sizes import Sizes, expanded_sizes, head_sizes, softmax_scaling, uneven_sizes
+from lightning_qk.heads.sizes import Sizes, layer_sizes, softmax_scaling
 
 _BY_RUNNING = "found by running"
 """Name of layouts that were inferred by running a layer."""
@@ -95,7 +94,7 @@ def locate(facts: LayerFacts) -> Layout:
     first: UnreadLayer | None = None
     for known in fitting_layouts(module, facts.kv_source):
         try:
-            return replace(_by_table(facts, known), clip=configured_clip(module, layer.config))
+            return replace(_by_table(facts, known), clip=facts.clip)
         except UnreadLayer as reason:  # noqa: PERF203
             first = first or reason
             if not known.tentative:
@@ -178,7 +177,7 @@ def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
         fused = query is key
         query = with_adapter(query, around)
         key = query if fused else with_adapter(key, around)
-    sizes = _sizes(layer, known, query, key)
+    sizes = layer_sizes(module, layer.config, (query.rows, key.rows), known.order.blocks, key.shared)
     inner = [*known.query.inner_norms(module), *known.key.inner_norms(source)]
     factors = learnt_factors(module)
     norms = (
@@ -475,17 +474,6 @@ class LayerReader:
             numbers = whole(getattr(alive(self._layer), name)).reshape(weight.shape[:2])
             bias = numbers if bias is None else bias + numbers
         return Affine(weight, bias)
-
-
-def _sizes(layer: AttentionLayer, layout: KnownLayout, query: Projection, key: Projection) -> Sizes:
-    """The head counts and width that explain the rows of a layout."""
-    wanted = layout.order.blocks(1, 1)
-    if all(wanted):
-        return head_sizes(layer.module, layer.config, (query.rows, key.rows), layout.order.blocks)
-    if any(wanted):
-        shared = key.shared
-        return expanded_sizes(layer.module, layer.config, query.rows, key.rows, shared)
-    return uneven_sizes(layer.module, layer.config, query.rows)
 
 
 def _why_run(module: nn.Module, reason: UnreadLayer) -> str:

@@ -81,7 +81,32 @@ def _of_layer(module: nn.Module, config: Any) -> Any:
         return config
 
 
-def expanded_sizes(module: nn.Module, config: Any, query_rows: int, key_rows: int, shared: int) -> Sizes:
+def layer_sizes(
+    module: nn.Module,
+    config: Any,
+    rows: tuple[int, int],
+    blocks: Callable[[int, int], tuple[int, int]],
+    shared: int = 0,
+) -> Sizes:
+    """The head counts and width that explain the rows of a layer's projections.
+
+    Args:
+        module: the attention layer.
+        config: the nearest configuration, or None.
+        rows: of the projections that hold the queries and the keys.
+        blocks: see :class:`~lightning_qk.heads.layouts.Order`; 0 where values of any width lie among them.
+        shared: how many rows, the last ones, all keys have in common.
+
+    Raises:
+        UnreadLayer: no head count is known, or it does not explain the rows.
+    """
+    wanted = blocks(1, 1)
+    if all(wanted):
+        return head_sizes(module, config, rows, blocks)
+    return _expanded(module, config, *rows, shared) if any(wanted) else _uneven(module, config, rows[0])
+
+
+def _expanded(module: nn.Module, config: Any, query_rows: int, key_rows: int, shared: int) -> Sizes:
     """The sizes of a layer whose keys and values are expanded together, with values of any width.
 
     Args:
@@ -106,7 +131,7 @@ def expanded_sizes(module: nn.Module, config: Any, query_rows: int, key_rows: in
     return Sizes(heads, heads, width, shared)
 
 
-def uneven_sizes(module: nn.Module, config: Any, rows: int) -> Sizes:
+def _uneven(module: nn.Module, config: Any, rows: int) -> Sizes:
     """The sizes of a layer that keeps q, k and values of any width together for each head.
 
     Raises:
