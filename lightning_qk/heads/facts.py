@@ -362,7 +362,7 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the weights of one layer lie, and what stands between them and the softmax.
+    """Where the weights of one layer are, and what is between them and the softmax.
 
     Attributes:
         name: of the table's entry.
@@ -398,5 +398,5 @@ class Layout:
 
     @property
     def qk_norm(self) -> bool:
-        """Whether a norm stands between the layer's input and the dot product."""
+        """Whether a norm is between the layer's input and the dot product."""
         return self.normalizes or self.query.projection.normed or self.key.projection.normed

@@ -1,8 +1,8 @@
 """Infer where the weights of a layer lie without names: run the layer alone and follow numbers.
 
-:mod:`~lightning_qk.heads.row_numbers` tells which rows reach q and k. What was found is then compared with what
+:mod:`~lightning_qk.heads.row_numbers` finds which rows reach q and k. What was found is then compared with what
 the layer makes of random numbers, small and large, in more than one token, and with its other parameters varied:
-what stands between projection and product is seen in that.
+that shows what is between projection and product.
 """
 
 import math
@@ -41,14 +41,14 @@ _LARGE = 1e3
 
 
 class Found(NamedTuple):
-    """What a run tells of an attention layer.
+    """What a run shows of an attention layer.
 
     Attributes:
         query: side of the queries.
         key: side of the keys, each once: ``(kv_heads, d_head)``; once for each head where heads that share one
             do not follow each other.
         scaling: the factor on ``q · k`` as the projections give them (behind a norm: as the norms do), or None
-            where it cannot be told.
+            where it is unknown.
         complete: the layer ran to its end.
         is_decided: whether queries and keys come from the same tokens is known; False where only a call tells,
             since the layer's forward takes several inputs.
@@ -188,7 +188,7 @@ class _Inference(RowFollower):
         self.is_strict = is_strict
 
     def read(self) -> Found:
-        """What this way to call the layer tells.
+        """What this way to call the layer shows.
 
         Raises:
             NoProduct: it comes to no softmax of a product.
@@ -330,7 +330,7 @@ class _Inference(RowFollower):
         return self._bound(ways), is_turned, self._is_capped(ways, scaling)
 
     def _check_norms(self) -> None:
-        """Refuse what is called a norm and stands before the projections, but depends on its input's length."""
+        """Refuse what is called a norm and precedes the projections, but depends on its input's length."""
         for passed in self.runs[0].passed:
             if (self.trial.name_of(passed.given) is not None) and not passed.is_scale_free():
                 raise _Rejected(
@@ -450,7 +450,7 @@ class _Inference(RowFollower):
                 )
 
     def _check_parameters(self, ways: list[_Way], scaling: float) -> None:
-        """Refuse layers whose other parameters change queries, keys or the factor on their products."""
+        """Refuse layers in which other parameters change queries, keys or the factor on their products."""
         own = set() if self.elements is None else self.own_parameters()
         loose = [other for other in self.bench.loose if id(other.parameter) not in own]
         culprit = None

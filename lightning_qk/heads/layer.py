@@ -1,4 +1,4 @@
-"""How one attention layer is read: where its weights lie is located once; reading takes live tensors alone."""
+"""Plan for reading one attention layer: located and compiled once, then read from live parameters."""
 
 import weakref
 from contextlib import AbstractContextManager
@@ -81,7 +81,7 @@ def locate(facts: LayerFacts) -> Layout:
     The first entry of the table that fits is taken, tentative ones only if they explain the layer's sizes.
 
     Raises:
-        UnreadLayer: neither tells.
+        UnreadLayer: neither finds them.
     """
     layer, finding = facts.layer, facts.finding
     module = layer.module
@@ -242,7 +242,7 @@ class LayerReader:
         scaling: the softmax scale.
         layout: the layout's name.
         position: what positions do to the logits.
-        qk_norm: a norm stands between projection and dot product.
+        qk_norm: a norm is between projection and dot product.
         normalizes: it acts on the very vectors that are multiplied, and not on a latent within the projections:
             a factor on those weights is lost.
         self_attention: queries and keys come from the same tokens.

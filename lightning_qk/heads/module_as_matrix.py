@@ -47,10 +47,10 @@ class _Way(NamedTuple):
 
 
 class ModuleMatrix:
-    """How a module is read that is affine in its input, whatever it is made of.
+    """Reads any module that is affine in its input.
 
     Whether it is affine is tried once, on a copy whose parameters are varied, so that an adapter that starts at
-    zero is seen. The values are taken anew by every :meth:`read`: adapters may be switched, disabled or merged.
+    zero is seen. The values are live in every :meth:`read`: adapters may be switched, disabled or merged.
     For adapters of low rank and for quantized weights a shorter way is taken where it was seen to give what the
     module gives.
 

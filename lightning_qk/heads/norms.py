@@ -1,4 +1,4 @@
-"""What a normalization layer does, found by running it: gain, offset, and whether it removes the mean."""
+"""Norms: what one does (found by running it), which act on queries and keys, and which one feeds a layer."""
 
 import inspect
 import re
@@ -34,14 +34,14 @@ class Norm(NamedTuple):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module looks like a normalization; `plan_norm` tells for certain."""
+    """Whether a module looks like a normalization; `plan_norm` decides."""
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) or "norm" in type(module).__name__.lower()
 
 
 class NormPlan:
     """How one norm is read; made once, since telling what a norm does takes runs of it and compares numbers.
 
-    The module is referred to weakly, and its parameters are taken anew by every :meth:`read`, which neither
+    The module is referred to weakly, and its parameters are read live by every :meth:`read`, which neither
     compares nor waits for the device.
 
     Attributes:
@@ -332,7 +332,7 @@ def feeding_norm(
         module: the attention layer.
         ancestors: the modules that contain it, nearest first.
         width: d_model.
-        like: tells the device and type of the input.
+        like: has the device and type of the input.
         known: norms of the layer that come behind its projections or are part of them.
 
     Returns:

@@ -1,8 +1,12 @@
-"""What positions do to the logits of an attention layer, told from the layer and the modules around it.
+"""What positions do to the logits of an attention layer: how it rotates queries and keys, and what it adds.
 
-Facts are asked for, and no names of models: whether the layer calls a rotary function
-(:mod:`lightning_qk.heads.rotary`), which tables and projections of relative positions it has, which arguments its
-forward takes, and which tables the modules around it share among their layers. What these do not tell is None.
+No names of models are asked for, but facts: whether the layer calls a rotary function, which tables and projections
+of relative positions it has, which arguments its forward takes, and which tables the modules around it share among
+their layers. What follows from none of these is None.
+
+A rotation is found by running the model's own rotary function (:mod:`lightning_qk.heads.rotary`) with unit vectors
+in the place of queries and keys, at several positions: it is a matrix, and between two positions a rotation, from
+which pairs, frequencies and scale are taken.
 """
 
 import inspect
@@ -175,7 +179,7 @@ class Rotation:
     Attributes:
         kind: ``"rotary"``, ``"rotary (2-D)"`` (by coordinates in an image or a video), or None where the
             layer does not rotate.
-        is_known: whether that could be told.
+        is_known: whether that could be found out.
     """
 
     def __init__(
@@ -281,7 +285,7 @@ def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int, heads: int)
 
 
 def _blind_call(layer: Layer, *, is_given: bool) -> Call | None:
-    """Run a layer whose angles are not known.
+    """Run a layer on unknown angles.
 
     Where no module around it could make any, it may be given none at all.
     """
@@ -306,7 +310,7 @@ def _kind_by_name(layer: Layer, holder: nn.Module | None) -> str:
 ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT, NONE = "alibi", "relative bias", "relative product", "none"
 
 ADDED_TO_LOGITS = frozenset({ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT})
-"""Positions that stand beside ``q · k`` in the logits: of those, query and key weights are the content part."""
+"""Positions that are added to ``q · k`` in the logits: of those, query and key weights are the content part."""
 
 # What layers have whose logits contain products with embeddings of relative positions: Transformer-XL's u and v
 # or their projections, Shaw's table, decomposed ones of images, DeBERTa's kinds of attention.

@@ -1,4 +1,4 @@
-"""Read the query and key weights of every attention layer of a model, per head."""
+"""Read the query and key weights of every attention layer of a model, per head, and batch layers of one shape."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -199,7 +199,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
 
 
 def _identity(model: nn.Module) -> Iterator[int]:
-    """What tells whether a model has the same modules, of the same classes, as before."""
+    """Changes when modules of a model, or their classes, change."""
     stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()

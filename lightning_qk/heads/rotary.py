@@ -1,4 +1,8 @@
-"""What a model gives its attention layers for the angles of positions."""
+"""Run an attention layer up to its call of a rotary function, with the angles that its model gives it.
+
+The forward runs on a copy whose projections give zeros, with the angles that the model's own rotary module gives for
+one position.
+"""
 
 import inspect
 import re
@@ -36,7 +40,7 @@ class Angles:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> "Angles":
-        """Whatever is made of unknown angles is not known."""
+        """Results of unknown angles are unknown."""
         return self
 
 
@@ -178,7 +182,7 @@ def tokens_for(d_head: int) -> int:
     """How many tokens layers are run on.
 
     At least one for each coordinate of a head; more than an image has axes, and hardly a number of heads or a
-    width, so that tokens are told from other dimensions.
+    width, so that tokens are distinguished from other dimensions.
     """
     return max(d_head + 1 + d_head % 2, 5)
 

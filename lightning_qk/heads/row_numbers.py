@@ -1,7 +1,7 @@
 """Follows the numbers of rows through a layer: which row of which projection each feature of q and k is.
 
 The layer runs on a copy in which every projection gives numbers of our choice in the place of its output, one for
-each of its rows. At the product whose softmax is taken these numbers tell which row of which projection each
+each of its rows. At the product whose softmax is taken these numbers show which row of which projection each
 feature of q and k is, for all ways to split, order and repeat them. Norms are passed by, rotations are given the
 angle zero.
 """
@@ -340,7 +340,7 @@ class RowFollower:
         return FoundSide(whole_map, rows, norm, given.pop(), whole_map.normed, _common(numbers))
 
     def _bare_side(self, numbers: Tensor, norm: nn.Module | None, what: str) -> FoundSide:
-        """A side that bare parameters make; its input is the one whose tokens explain it."""
+        """A side that bare parameters make; its input is the one that explains it."""
         assert self.elements is not None
         flat = numbers.flatten()
         parts = []
@@ -489,7 +489,7 @@ def _digits(size: int) -> int:
 def head_pairs(query: Tensor, key: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Rows of every head's queries and keys.
 
-    Heads are told by the rows that they are made of, wherever they stand among batch and tokens.
+    Heads are distinguished by their rows, wherever they are among batch and tokens.
     """
     try:
         batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
@@ -530,7 +530,7 @@ def _common(numbers: Tensor) -> int:
 
 
 def _features(emitter: Emitter, runs: list[Seen]) -> Numbers | None:
-    """The rows that a projection's input is made of, (columns,); None where it is made otherwise."""
+    """The rows that a projection's input consists of, (columns,); None where it consists of something else."""
     if any(emitter not in run.sources for run in runs):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Run one attention layer alone, its projections giving numbers of our choice, its parameters as we set them."""
+"""Run one attention layer alone: its projections give numbers of our choice, its parameters are as we set them."""
 
 import functools
 import weakref
@@ -21,7 +21,7 @@ Emission = Callable[["Emitter", tuple[int, ...]], Tensor]
 
 
 class Emitter(nn.Module):
-    """Stands for a projection: gives what it is told to, and keeps what it is given and what it gave."""
+    """Replaces a projection: gives numbers of our choice, and keeps its inputs and outputs."""
 
     def __init__(self, plan: Projection, first: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Passed(NamedTuple):
         given: its input.
         args: what else it got by position.
         kwargs: what else it got by name.
-        gave: what stands for its output.
+        gave: what replaces its output.
     """
 
     norm: nn.Module
@@ -116,7 +116,7 @@ class Seen(NamedTuple):
 
 
 class Loose(NamedTuple):
-    """A parameter, or a buffer, that no emitter stands for.
+    """A parameter, or a buffer, that no emitter replaces.
 
     Attributes:
         owner: the module that holds it.
@@ -138,11 +138,11 @@ class Loose(NamedTuple):
 
 
 class Bench:
-    """The modules in a layer, and what stands for them.
+    """The modules in a layer, and what replaces them in a run.
 
     Attributes:
         emitters: projections.
-        stand_ins: what stands for projections and norms.
+        stand_ins: what replaces projections and norms.
         norms: norms alone.
         loose: parameters that are part of neither.
         buffers: floating-point buffers that are part of neither.
@@ -154,7 +154,7 @@ class Bench:
 
         Args:
             module: the layer.
-            is_bare: no module stands for a projection: all are run, with weights of our choice.
+            is_bare: no projection is replaced: all are run, with weights of our choice.
         """
         self.module = module
         self.emitters: dict[nn.Module, Emitter] = {}
@@ -189,7 +189,7 @@ class Bench:
         return [width for width in dict.fromkeys(found) if width > 1]
 
     def run(self, trial: Trial, emission: Emission, given: Mapping[int, Tensor] | None = None) -> Seen:
-        """Run the layer on a copy, its projections giving what they are told to.
+        """Run the layer on a copy, its projections giving the emission.
 
         Args:
             trial: how it is called.
@@ -257,7 +257,7 @@ class Bench:
             self._add(child, f"{path}.{name}")
 
     def check_access(self) -> None:
-        """Make sure that the values of parameters that nothing stands for are within reach.
+        """Make sure that the values of parameters that nothing replaces are within reach.
 
         Raises:
             InaccessibleWeights: they are not.
@@ -327,7 +327,7 @@ class ElementSearch:
     """Finds which elements of bare parameters each feature of q and k is made with, one parameter at a time.
 
     Given an input whose tokens are all one unit vector, a feature of ``x @ W``, ``F.linear(x, W[:d])``,
-    ``einsum("bnd,dhe->bhne", x, W)`` or any other product is one element of ``W``, told by its number.
+    ``einsum("bnd,dhe->bhne", x, W)`` or any other product is one element of ``W``, known by its number.
 
     Attributes:
         plans: those that were met, with the number of their first row.

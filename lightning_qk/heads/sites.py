@@ -1,4 +1,4 @@
-"""Find the attention layers of a model and what surrounds each of them."""
+"""Find the attention layers of a model, their blocks, the layers whose keys they reuse, and local heads."""
 
 import re
 import sys
@@ -27,7 +27,7 @@ _CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention|decoder)", re.IGNOR
 
 
 class AttentionLayer(NamedTuple):
-    """One attention layer where it stands.
+    """One attention layer in its model.
 
     Attributes:
         name: qualified name in the model.
@@ -188,7 +188,7 @@ _BLOCK_LISTS = (nn.ModuleList, nn.Sequential)
 
 
 class Block(NamedTuple):
-    """One block where it stands.
+    """One block in its model.
 
     Attributes:
         module: the block.
@@ -267,14 +267,14 @@ _KIND = ("layer_type", "use_rope")
 
 
 class KVSource(NamedTuple):
-    """The layer whose keys another one uses: its qualified name and itself."""
+    """The layer whose keys a KV-sharing layer reuses: its qualified name and itself."""
 
     name: str
     module: nn.Module
 
 
 def kv_source(site: AttentionLayer) -> KVSource | None:
-    """Find the earlier layer whose keys a layer uses; None where it has its own.
+    """Finds the layer whose keys a KV-sharing layer reuses; None for a layer with keys of its own.
 
     It is the one whose index the layer holds, else the last one before it that is of its kind, has keys and,
     where layers say so (``store_full_length_kv``), stores them.

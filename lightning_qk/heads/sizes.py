@@ -1,4 +1,4 @@
-"""How many heads a layer has, how wide they are, and the factor on their dot products.
+"""Number and width of a layer's heads, and the factor on their dot products.
 
 Taken from the layer's own attributes first and from the nearest configuration second: attention classes of
 transformers use many names for the same number, and a good third keep no head count at all.
