@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_qk.callbacks._guarded import GuardedHooks
 from lightning_qk.callbacks._trainer import Callback, describe_error, say
-from lightning_qk.heads.findings import forget_changed
+from lightning_qk.heads.facts import forget_changed
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.verification import SelfCheck as Check
 from lightning_qk.verification import Status, Verified, summary

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.architecture.class_names import is_named
+from lightning_qk.architecture.origin import is_named
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.patches import Stand, stand_in
 from lightning_qk.capture.softmax import SEVERAL

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.class_names import is_named
+from lightning_qk.architecture.origin import is_named
 from lightning_qk.inspect.errors import BadInput
 from lightning_qk.inspect.matching import listed
 from lightning_qk.inspect.patterns import first_matches

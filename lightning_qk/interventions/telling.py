@@ -11,14 +11,14 @@ from lightning_qk.capture.captured import PRODUCTS
 from lightning_qk.capture.fronts import behind
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.verify import verified_reading
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 
 _TRIED = "could not be tried"
 # transformers' own, which are read as their sources say or tried at the first call.
 _LIBRARY = "transformers."
 
 
-def untellable(plan: LayerPlan, config: Any = None) -> str | None:
+def untellable(plan: LayerReader, config: Any = None) -> str | None:
     """Why ``q · k`` of a layer's calls will not be told, as a clause about the layer.
 
     Only what is certain: a layer that takes its softmax itself with positions added to the logits, and one whose
@@ -43,7 +43,7 @@ def untellable(plan: LayerPlan, config: Any = None) -> str | None:
     )
 
 
-def _of_function(plan: LayerPlan, module: nn.Module, config: Any) -> str | None:
+def _of_function(plan: LayerReader, module: nn.Module, config: Any) -> str | None:
     name = getattr(config, "_attn_implementation", None)
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
     if not isinstance(name, str) or registry is None or name not in registry.valid_keys():

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.heads.blocks import find_blocks
+from lightning_qk.heads.sites import find_blocks
 
 
 class Probe:

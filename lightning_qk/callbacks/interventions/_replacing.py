@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks.interventions._steering import Patterns, Remedy, chosen_sites
 from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.heads.find import Site
+from lightning_qk.heads.sites import AttentionLayer
 
 
 class ReplacingRemedy(Remedy):
@@ -18,7 +18,9 @@ class ReplacingRemedy(Remedy):
         super().__init__(modules, name)
 
     @abstractmethod
-    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
+    def make(
+        self, sites: Sequence[AttentionLayer], pl_module: LightningModule
+    ) -> tuple[AttentionSteering, str]:
         """What steers the layers, and what it does in words."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -33,11 +35,11 @@ class ReplacingRemedy(Remedy):
     on_predict_start = on_fit_start
 
 
-def layer_names(sites: Sequence[Site]) -> dict[Any, str]:
+def layer_names(sites: Sequence[AttentionLayer]) -> dict[Any, str]:
     """Module to name."""
     return {site.module: site.name for site in sites}
 
 
-def cross_names(sites: Sequence[Site]) -> frozenset[str]:
+def cross_names(sites: Sequence[AttentionLayer]) -> frozenset[str]:
     """Names of the layers of cross-attention."""
     return frozenset(site.name for site in sites if site.is_cross)

@@ -20,7 +20,7 @@ from lightning_qk.callbacks._trainer import (
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.callbacks.monitors._base import shorten
 from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.heads.find import Site, attention_sites
+from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.interventions.auxiliary import AttentionPenalty, Auxiliary, Measure
 from lightning_qk.loggers.loggers import describe_config
 
@@ -32,7 +32,7 @@ def kept_patterns(modules: Patterns) -> str | list[str] | None:
     return modules if modules is None or isinstance(modules, str) else list(modules)
 
 
-def chosen_sites(model: nn.Module, modules: Patterns) -> list[Site]:
+def chosen_sites(model: nn.Module, modules: Patterns) -> list[AttentionLayer]:
     """Attention layers whose names match some pattern.
 
     Raises:
@@ -205,7 +205,7 @@ class PenaltyRemedy(Remedy):
             )
         super().setup(trainer, pl_module, stage)
 
-    def penalize(self, sites: Sequence[Site], measure: Measure, pl_module: LightningModule) -> None:
+    def penalize(self, sites: Sequence[AttentionLayer], measure: Measure, pl_module: LightningModule) -> None:
         """Install a penalty on layers, off until the first batch."""
         penalty = AttentionPenalty(
             {site.module: site.name for site in sites},

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_qk.callbacks.interventions._steering import Patterns, PenaltyRemedy, chosen_sites
 from lightning_qk.callbacks.monitors._base import shorten
-from lightning_qk.heads.find import Site
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import head_count
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates
 
@@ -79,7 +79,7 @@ class DifferentiableAttentionMask(PenaltyRemedy):
         """Forget the fit before."""
         super().begin()
         self._gates: dict[str, OffsetGates] = {}
-        self._sites: list[Site] = []
+        self._sites: list[AttentionLayer] = []
 
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
@@ -185,7 +185,7 @@ class DifferentiableAttentionMask(PenaltyRemedy):
         """Names of what is logged."""
         return ("l1", "open")
 
-    def _make(self, site: Site, heads: int | None) -> OffsetGates:
+    def _make(self, site: AttentionLayer, heads: int | None) -> OffsetGates:
         heads = head_count(site.module) if heads is None else heads
         length = self.max_length or getattr(site.config, "max_position_embeddings", None)
         if heads is None or not isinstance(length, int):

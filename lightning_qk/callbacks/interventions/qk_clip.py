@@ -30,10 +30,9 @@ from lightning_qk.capture.generation import CachedCalls
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional.max_logits import max_logits
-from lightning_qk.heads.edit import HeadEditor
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.local import local_heads
+from lightning_qk.heads.edit import HeadScaler
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import attention_sites, local_heads
 from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.interventions.qk_clip import (
     apply_clip,
@@ -135,7 +134,7 @@ class QKClip(StatefulIntervention):
         # Found at the start: what processes reduce has one form for the whole fit, whatever becomes of a layer.
         self._heads: dict[str, int] = {}
         # Of the layers that are still clipped.
-        self._editors: dict[str, HeadEditor] = {}
+        self._editors: dict[str, HeadScaler] = {}
         self._labels: dict[str, str] = {}
         # Of the calls since the last step.
         self._largest: dict[str, Tensor] = {}

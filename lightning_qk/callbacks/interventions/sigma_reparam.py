@@ -22,7 +22,7 @@ from lightning_qk.callbacks.interventions._base import (
     check_when,
     refuse_frozen,
 )
-from lightning_qk.heads.edit import head_editors
+from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader, find_attention
 from lightning_qk.interventions.layers import matching_layers
 from lightning_qk.interventions.sigma_reparam import (
@@ -126,7 +126,7 @@ class SigmaReparam(Intervention):
             return
         if self._is_fit:
             reader = ProjectionReader(pl_module)
-            editors = head_editors(reader, matching_layers(reader, self.modules), trained=False)
+            editors = head_scalers(reader, matching_layers(reader, self.modules), trained=False)
             refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
         add_sigma_reparam(
             pl_module,

@@ -23,9 +23,9 @@ from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional.attention import AttentionSums
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.sums import MeanSums
-from lightning_qk.heads.errors import NotTokenAttention
-from lightning_qk.heads.local import local_heads
+from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.heads.sites import local_heads
 from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord

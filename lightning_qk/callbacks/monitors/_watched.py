@@ -5,10 +5,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import layer_reader
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import attention_sites
 
 Patterns = str | Sequence[str] | None
 
@@ -87,7 +87,7 @@ class WatchedReader(ProjectionReader):
         wrappers = self._wrappers(model)
         for site in attention_sites(model):
             try:
-                self.layers[site.name] = LayerPlan(site, self.fold_norm, wrappers)
+                self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
             except UnreadLayer as reason:  # noqa: PERF203
                 self.unread[site.name] = str(reason)
             except Exception as error:

@@ -16,8 +16,8 @@ from lightning_qk.callbacks.monitors._watched import matches, matching
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.hidden import HIDDEN_MEANS, HIDDEN_STATISTICS, hidden_sums
-from lightning_qk.heads.blocks import find_blocks
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.heads.sites import find_blocks
 from lightning_qk.metrics.hidden import HiddenStatistics
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE

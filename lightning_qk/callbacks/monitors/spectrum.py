@@ -13,7 +13,7 @@ from lightning_qk.callbacks._self_check import self_check_of
 from lightning_qk.callbacks.monitors._base import Monitor, flat_values, shorten
 from lightning_qk.callbacks.monitors._watched import WatchedReader
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
 from lightning_qk.loggers.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
@@ -255,7 +255,7 @@ class QKSpectrumMonitor(Monitor):
             unread="whose weights can be read",
         )
 
-    def _note_positions(self, layers: Mapping[str, LayerPlan]) -> None:
+    def _note_positions(self, layers: Mapping[str, LayerReader]) -> None:
         """Say once where positions do something to the logits that the spectra do not show."""
         own = {name: layer for name, layer in layers.items() if layer.self_attention}
         for position in sorted(ADDED_TO_LOGITS):

@@ -6,21 +6,20 @@ it makes of zero.
 """
 
 import copy
+import sys
 import warnings
 import weakref
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_qk.architecture.dry_run import alive, own_random_numbers, shadow
 from lightning_qk.functional.precision import at_least_float32, full_precision
-from lightning_qk.heads.affine import Affine
-from lightning_qk.heads.errors import UnreadLayer, alive
-from lightning_qk.heads.probing import own_random_numbers, shadow
+from lightning_qk.heads.projections import Affine, UnreadLayer
 from lightning_qk.heads.sharding import check_access, is_dtensor, whole
-from lightning_qk.heads.stored import adapter_state, closed_form, is_plain
 
 # Unit vectors that a module is run on at a time.
 _BLOCK = 1024
@@ -47,19 +46,17 @@ class _Way(NamedTuple):
     is_wide: bool
 
 
-class EffectivePlan:
-    """How a module is read that is affine in its input, whatever it is made of.
+class ModuleMatrix:
+    """Reads any module that is affine in its input.
 
     Whether it is affine is tried once, on a copy whose parameters are varied, so that an adapter that starts at
-    zero is seen. The values are taken anew by every :meth:`read`: adapters may be switched, disabled or merged.
+    zero is seen. The values are live in every :meth:`read`: adapters may be switched, disabled or merged.
     For adapters of low rank and for quantized weights a shorter way is taken where it was seen to give what the
     module gives.
 
     The weight is float32 at least, and differentiable in all parameters that the module's own output is
     differentiable in. The module is referred to weakly, and neither its hooks nor its dropout take part.
     """
-
-    as_matrix = True
 
     def __init__(self, module: nn.Module, name: str) -> None:
         """Find out how a module is read.
@@ -83,44 +80,15 @@ class EffectivePlan:
                 own.rpartition(".")[2].startswith("bias") for own, _ in module.named_parameters()
             )
 
-    @property
-    def module(self) -> nn.Module:
-        """The projection."""
-        return alive(self._module)
-
     def read(self) -> Affine:
         """The map as it is now, whole and differentiable; collective where a weight is sharded."""
-        module = self.module
+        module = alive(self._module)
         with full_precision(_device(module)):
             affine = closed_form(module) if self._closed(module) else None
             if affine is not None:
                 return _widened(affine)
             affine = self._run(module)
         return affine if self._has_bias else affine._replace(bias=None)
-
-    def plain_weight(self) -> nn.Parameter | None:
-        """None: the weight is not stored as it is read."""
-        return None
-
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the weight may depend on, those of adapters that do not take part now included."""
-        return [
-            parameter
-            for name, parameter in self.module.named_parameters()
-            if not name.rpartition(".")[2].startswith("bias") and "parametrizations.bias." not in name
-        ]
-
-    def is_sharded(self) -> bool:
-        """Whether reading gathers."""
-        return any(is_dtensor(parameter) for parameter in self.module.parameters())
-
-    def is_view(self) -> bool:
-        """False: every :meth:`read` makes the weight anew."""
-        return False
-
-    def as_rows(self, weight: Tensor) -> Tensor:
-        """The tensor itself: what is read has the form (out, in)."""
-        return weight
 
     def _closed(self, module: nn.Module) -> bool:
         """Whether the shorter way is right for the adapters that take part now; found out once for each set."""
@@ -180,7 +148,12 @@ class EffectivePlan:
 
         def convert(tensor: Tensor) -> Tensor:
             place = names.get(id(tensor))
+<<<<<<< HEAD:lightning_qk/heads/effective.py
             if id(tensor) not in parameters and tensor.numel() <= _SMALL and not is_dtensor(tensor):
+=======
+            is_buffer = not isinstance(tensor, nn.Parameter) and not is_dtensor(tensor)
+            if is_buffer and tensor.numel() <= _SMALL:
+>>>>>>> house/heads:lightning_qk/heads/module_as_matrix.py
                 # A forward may count in its buffers.
                 tensor = tensor.clone()
             if not is_plain(tensor):
@@ -332,3 +305,104 @@ def _unit_vectors(width: int, dtype: torch.dtype, device: torch.device) -> Tenso
     if eye is None:
         eye = _IDENTITIES[key] = torch.eye(width, dtype=dtype, device=device)
     return eye
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds the numbers that it stands for: neither quantized nor of a class of its own."""
+    known = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)
+    return known and tensor.is_floating_point() and tensor.element_size() > 1
+
+
+def adapter_state(module: nn.Module) -> Hashable:
+    """What decides which of a module's adapters take part now; the same for ever where it has none."""
+    return tuple(
+        (
+            bool(getattr(layer, "disable_adapters", False)),
+            tuple(getattr(layer, "merged_adapters", ())),
+            tuple(getattr(layer, "active_adapters", ())),
+        )
+        for layer in module.modules()
+        if hasattr(layer, "active_adapters")
+    )
+
+
+def closed_form(module: nn.Module) -> Affine | None:
+    """The map of a module with adapters of low rank, or with a quantized weight, from what it stores.
+
+    For PEFT's LoRA, rsLoRA and DoRA layers ``W = W_0 + s B A``, and with DoRA's magnitudes m
+    ``m / ‖W_0 + s B A‖ (W_0 + s B A)``, row by row, whose norm is a constant to the gradient as it is in the
+    layer's own forward. Gathers DTensors.
+
+    Returns:
+        The map in the widest type that takes part, differentiable; None where the module is nothing of the kind.
+    """
+    base: Any = module._modules.get("base_layer")
+    if base is None:
+        weight = stored_weight(module)
+        return None if weight is None else Affine(weight, _bias(module))
+    layer: Any = module
+    disabled, merged = getattr(layer, "disable_adapters", False), getattr(layer, "merged", False)
+    if disabled and merged:
+        # The next forward takes the adapters out of the weights again.
+        return None
+    if not all(isinstance(getattr(layer, name, None), nn.ModuleDict) for name in ("lora_A", "lora_B")):
+        return None
+    weight = stored_weight(base)
+    if weight is None:
+        return None
+    if getattr(layer, "fan_in_fan_out", False):
+        weight = weight.T
+    bias = _bias(base)
+    if disabled or merged:
+        return Affine(weight, bias)
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        down, up, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        added, shift = scaling * (whole(up.weight) @ whole(down.weight)), _bias(up)
+        weight = weight + added
+        if name in (getattr(layer, "lora_magnitude_vector", None) or ()):
+            magnitude = whole(layer.lora_magnitude_vector[name].weight)
+            factor = magnitude / weight.detach().norm(dim=1)
+            weight = factor[:, None] * weight
+            shift = None if shift is None else factor * shift
+        if shift is not None:
+            bias = scaling * shift if bias is None else bias + scaling * shift
+    return Affine(weight, bias)
+
+
+def stored_weight(module: nn.Module) -> Tensor | None:
+    """The ``weight`` of a module as plain numbers, in the shape in which it is kept; None where there is none."""
+    weight: Any = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or isinstance(getattr(module, "parametrizations", None), nn.Module):
+        return None
+    if is_plain(weight):
+        return whole(weight) if weight.dim() == 2 else None
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        library, state = _bitsandbytes(), getattr(weight, "quant_state", None)
+        # In evaluation mode codes may be packed for the processor, in another order.
+        if library is None or getattr(state, "packing_format_for_cpu", False):
+            return None
+        return library.dequantize_4bit(weight.data, state)
+    if kind == "Int8Params":
+        # The codes and the scale of each row move from the parameter to the module's state at its first run.
+        state = getattr(module, "state", None)
+        for holder in (state, weight):
+            codes, scales = getattr(holder, "CB", None), getattr(holder, "SCB", None)
+            if codes is not None and scales is not None:
+                return codes.float() * (scales.float() / 127.0)[:, None]
+        return None
+    if weight.dim() == 2 and weight.is_floating_point() and hasattr(type(weight), "dequantize"):
+        plain = weight.dequantize()
+        return plain if type(plain) is Tensor and plain.shape == weight.shape else None
+    return None
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    return whole(bias) if isinstance(bias, Tensor) else None
+
+
+def _bitsandbytes() -> Any:
+    return getattr(sys.modules.get("bitsandbytes"), "functional", None)

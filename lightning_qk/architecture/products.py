@@ -4,6 +4,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -79,9 +80,9 @@ class Following(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name.startswith("exp") and found:
             self._exponentials.append((out, behind))
-        outputs = list(_tensors(out))
+        outputs = list(tensors_in(out))
         if outputs:
-            self.made.append((name, list(_tensors((args, kwargs))), outputs, args, kwargs))
+            self.made.append((name, list(tensors_in((args, kwargs))), outputs, args, kwargs))
         return out
 
     def _unshifted(self, logits: Tensor) -> Tensor:
@@ -180,14 +181,15 @@ def _dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return dim if isinstance(dim, int) else -1
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
 
 
 def _operands(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -245,3 +247,53 @@ def _einsum_operands(equation: str, left: Tensor, right: Tensor) -> tuple[Tensor
         for tensor, side, labels in ((left, first, own[0]), (right, second, own[1]))
     )
     return query, key
+
+
+def softmax_factor(first: Product, second: Product) -> tuple[float | None, bool]:
+    """The factor of two products' logits on the change of the products, and whether keys are on the left."""
+    if first.logits is None or second.logits is None:
+        return first.scaling, False
+    assert first.dots is not None  # where there are logits
+    assert second.dots is not None
+    if first.logits.shape != second.logits.shape or first.dots.shape != second.dots.shape:
+        return None, False
+    change = second.dots.double() - first.dots.double()
+    before, after = (own.logits.double().movedim(own.dim, -1) for own in (first, second))  # type: ignore[union-attr]
+    # What is masked is some large negative number.
+    kept = before.isfinite() & after.isfinite() & (before > -1e3) & (after > -1e3)
+    outcome = after - before
+    tolerance = 1e-3 if first.logits.dtype in (torch.float32, torch.float64) else 3e-2
+    for is_left, axis in ((False, change), (True, change.mT)):
+        own, own_kept = outcome, kept
+        if own.shape[-1] > axis.shape[-1]:
+            # Learnt sinks stand behind the logits.
+            own, own_kept = own[..., : axis.shape[-1]], own_kept[..., : axis.shape[-1]]
+        if own.numel() != axis.numel():
+            continue
+        factor = _proportion(axis.flatten()[own_kept.flatten()], own.flatten()[own_kept.flatten()], tolerance)
+        if factor is not None:
+            return factor, is_left != first.keys_first
+    # In another order of heads and tokens, which their sums tell.
+    canonical = [product.query.double() @ product.key.double().mT for product in (first, second)]
+    change = canonical[1] - canonical[0]
+    if not bool(kept.all()) or change.numel() != outcome.numel():
+        return None, False
+    for is_left, axis in ((False, change), (True, change.mT)):
+        sums, wanted = (part.abs().sum(-1).flatten().sort().values for part in (axis, outcome))
+        if sums.shape != wanted.shape:
+            continue
+        factor = _proportion(sums, wanted, tolerance)
+        if factor is not None:
+            ordered = axis.flatten().sort().values, outcome.flatten().sort().values
+            signed = _proportion(*ordered, tolerance)
+            return signed, is_left
+    return None, False
+
+
+def _proportion(change: Tensor, outcome: Tensor, tolerance: float) -> float | None:
+    """The number other than 0 that makes one change the other; None where there is none."""
+    if not change.numel() or not float(change.abs().max()) > 0:
+        return None
+    factor = float(change @ outcome / change.square().sum())
+    left = float((outcome - factor * change).abs().max())
+    return factor if factor and left <= tolerance * float(outcome.abs().max()) else None

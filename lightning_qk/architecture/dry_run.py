@@ -17,7 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.errors import alive
+
+def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
+    """The module that a plan refers to weakly.
+
+    Raises:
+        RuntimeError: it is gone.
+    """
+    module = reference()
+    if module is None:
+        raise RuntimeError(
+            "expected the modules of the model that was read first, got one that is gone: keep a reference to the "
+            "model, and call refresh() on the reader after replacing modules"
+        )
+    return module
 
 
 class Stop(Exception):

@@ -42,6 +42,36 @@ class Trial(NamedTuple):
         first = [named.pop(name) for name in self.positional]
         return module(*first, *self.rest, **named)
 
+    def first_names(self) -> dict[str, str]:
+        """For each input the first that is the same tensor."""
+        return {
+            name: next(other for other, own in self.given.items() if own is tensor)
+            for name, tensor in self.given.items()
+        }
+
+    def drawn(self, seed: int) -> "Trial":
+        """The same call on other inputs: random ones with a mean of either sign, which a forward may ask."""
+        generator = torch.Generator().manual_seed(seed)
+        shift, firsts = 0.5 if seed % 2 else -0.5, self.first_names()
+        values = {
+            name: (torch.randn(own.shape, generator=generator) + shift).to(own)
+            for name, own in self.given.items()
+            if firsts[name] == name
+        }
+        return self._replace(given={name: values[first] for name, first in firsts.items()})
+
+    def name_of(self, tensor: Tensor) -> str | None:
+        """The argument whose tokens a tensor holds, as they are; None for none."""
+        tokens = tensor.flatten(0, -2)
+        for name, given in self.given.items():
+            for known in (given, given.movedim(1, -1)):
+                if known.shape[-1] != tokens.shape[-1]:
+                    continue
+                known = known.flatten(0, -2)
+                if bool((tokens[:, None] == known[None]).all(-1).any(1).all()):
+                    return name
+        return None
+
 
 _INPUTS = frozenset(
     {
