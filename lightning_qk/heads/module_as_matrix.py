@@ -148,12 +148,7 @@ class ModuleMatrix:
 
         def convert(tensor: Tensor) -> Tensor:
             place = names.get(id(tensor))
-<<<<<<< HEAD:lightning_qk/heads/effective.py
             if id(tensor) not in parameters and tensor.numel() <= _SMALL and not is_dtensor(tensor):
-=======
-            is_buffer = not isinstance(tensor, nn.Parameter) and not is_dtensor(tensor)
-            if is_buffer and tensor.numel() <= _SMALL:
->>>>>>> house/heads:lightning_qk/heads/module_as_matrix.py
                 # A forward may count in its buffers.
                 tensor = tensor.clone()
             if not is_plain(tensor):
