@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qk.architecture.class_names import is_named
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.patches import Stand, stand_in
-from lightning_qk.capture.softmax import SEVERAL
+from lightning_qk.capture.softmax import takes_several
 
 
 class _Thread(threading.local):
@@ -84,7 +83,7 @@ class CachedCalls:
 
     def has(self, name: str, call: CapturedCall) -> bool:
         """Whether this call is one; to be asked of every call of a layer of self-attention."""
-        if call.implementation == "softmax" and any(is_named(call.module, own) for own in SEVERAL):
+        if takes_several(call):
             return False
         n, m = call.lengths
         more = max(m - n, 0)

@@ -25,7 +25,7 @@ from lightning_qk.architecture.class_names import is_named
 from lightning_qk.architecture.source_code import uses_interface
 from lightning_qk.capture import listeners
 from lightning_qk.capture.call import is_recomputation
-from lightning_qk.capture.captured import FunctionCall, SoftmaxCall
+from lightning_qk.capture.captured import CapturedCall, FunctionCall, SoftmaxCall
 from lightning_qk.capture.multihead import read_functional
 from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.traces import Trace, Traces, far_down
@@ -33,6 +33,15 @@ from lightning_qk.capture.traces import Trace, Traces, far_down
 # Layers that cut the attention of the same heads into several softmaxes: streams of tokens, or global and local
 # ones. Each row is a whole one, and all are pooled.
 SEVERAL = ("ProphetNetNgramSelfAttention", "PegasusXGlobalLocalAttention", "XLNetRelativeAttention")
+
+
+def takes_several(call: CapturedCall) -> bool:
+    """Whether a call is one of several softmaxes of the same heads."""
+    return call.implementation == SoftmaxCall.implementation and any(
+        is_named(call.module, name) for name in SEVERAL
+    )
+
+
 # Layers whose rows are no attention of whole rows, though they look so.
 _REFUSED = {
     "LSHSelfAttention": "it sorts tokens into buckets by hashing, and no row sees its keys in one softmax",
