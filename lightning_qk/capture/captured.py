@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import attention_logits
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.verify import attention_logits
 from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, ProductLogits
 from lightning_qk.heads.sizes import head_count
 
@@ -197,6 +197,21 @@ class FunctionCall(CapturedCall):
     ) -> ProductLogits:
         """``scaling q·k`` of the visible pairs, without what is added to it."""
         return self.logits(self_attention=self_attention).products()
+
+
+Arguments = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]]
+"""Query, key, value and mask of four axes as ``"sdpa"`` takes them, and the options."""
+
+
+def sdpa_call(module: nn.Module, found: Arguments | str, inputs: tuple[Tensor, ...] = ()) -> FunctionCall:
+    """A call of scaled_dot_product_attention.
+
+    Raises:
+        UnsupportedCallError: ``found`` is the reason why there are no arguments.
+    """
+    if isinstance(found, str):
+        raise UnsupportedCallError(found)
+    return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1], inputs=inputs))
 
 
 class SoftmaxCall(CapturedCall):

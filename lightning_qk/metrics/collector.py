@@ -6,10 +6,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.capture.softmax import takes_several
+from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.attention import POSITION_STATISTICS
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention, kept_reader
@@ -186,7 +186,7 @@ class AttentionCollector:
         self._cached_calls = cached_calls
         self._retry = retry
         self._shapes: dict[str, tuple[int, int]] = {}
-        self._fewest_extra_keys: dict[str, int] = {}
+        self._calls_with_cache = CachedCalls()
         self.know(layers)
         self._capture = AttentionCapture(
             {module: name for name, module in self.modules.items()},
@@ -217,9 +217,9 @@ class AttentionCollector:
         return self._capture.problems
 
     @property
-    def heard(self) -> set[str]:
+    def seen(self) -> set[str]:
         """Layers with at least one measured call."""
-        return self._capture.heard
+        return self._capture.seen
 
     @property
     def enabled(self) -> bool:
@@ -260,7 +260,7 @@ class AttentionCollector:
         """
         own, self._measure = self._measure, measure or self._measure
         was_installed = self._is_installed
-        self.heard.clear()
+        self.seen.clear()
         try:
             self.install()
             self.enabled = True
@@ -276,14 +276,14 @@ class AttentionCollector:
 
     def silent(self) -> list[str]:
         """Layers of which no call was captured, and no reason is known."""
-        seen = self.heard | self.left_out.keys() | self.cached
+        seen = self.seen | self.left_out.keys() | self.cached
         return [name for name in self.modules if name not in seen]
 
     # Calls
 
     def _take(self, name: str, call: CapturedCall) -> None:
         is_self = self.self_attention.get(name)
-        if not self._cached_calls and is_self and self._has_cache(name, call):
+        if not self._cached_calls and is_self and self._calls_with_cache.has(name, call):
             self._leave_call_out(name)
         elif self._cross_attention or is_self is not False:
             self._measure_call(name, call)
@@ -291,18 +291,6 @@ class AttentionCollector:
     def _leave_call_out(self, name: str) -> None:
         self.cached.add(name)
         self.pool.left_out_calls.add(name)
-
-    def _has_cache(self, name: str, call: CapturedCall) -> bool:
-        """Whether a call of self-attention has keys of tokens before its queries.
-
-        Learnt keys and prefixes do not count: every call of a layer has as many of them.
-        """
-        if takes_several(call):
-            return False
-        n, m = call.lengths
-        extra = max(m - n, 0)
-        fewest = self._fewest_extra_keys[name] = min(extra, self._fewest_extra_keys.get(name, extra))
-        return extra > fewest
 
     def _measure_call(self, name: str, call: CapturedCall) -> None:
         pool, measure = self.pool, self._measure

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import attention_of, rows_at, weighted_values
 from lightning_qk.probes.run import (

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention, attention_of, entropy, is_causal, rows_at
 from lightning_qk.probes._output import read_output

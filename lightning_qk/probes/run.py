@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention
 

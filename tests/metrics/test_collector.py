@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.functional.attention import attention_sums, finish
 from lightning_qk.metrics import AttentionCollector, AttentionStatistics, Maxima, SumAccumulator
 from lightning_qk.metrics.collector import LayerFacts

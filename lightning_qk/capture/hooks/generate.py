@@ -1,4 +1,4 @@
-"""Tell the forwards of transformers' ``generate``, and calls with a cache of keys, from others."""
+"""Tells the forwards within transformers' ``generate``, and calls with a cache of keys, from others."""
 
 import functools
 import sys
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.patches import Stand, stand_in
-from lightning_qk.capture.softmax import takes_several
+from lightning_qk.capture.hooks.patch import Patch, patch
+from lightning_qk.capture.hooks.softmax import takes_several
 
 
 class _Thread(threading.local):
@@ -24,21 +24,19 @@ _thread = _Thread()
 
 
 def is_running() -> bool:
-    """Whether this thread is inside a ``generate`` at which somebody stands."""
+    """Whether this thread is inside a patched ``generate``."""
     return _thread.depth > 0
 
 
-def stand_at_generate(model: nn.Module | None) -> Iterator[Callable[[], None]]:
-    """Stand before ``generate`` of transformers' models.
-
-    A method of this name in any other class is none of them: it may well be what a loss is made of.
+def patch_generate(model: nn.Module | None) -> Iterator[Callable[[], None]]:
+    """Patch ``generate`` of transformers' models; a method of this name in other classes may be part of a loss.
 
     Args:
-        model: its modules' own methods are known too, which some models have in the place of transformers'; None:
-            transformers' alone.
+        model: whose modules' own methods are patched too, which some models have in place of transformers';
+            None: transformers' alone.
 
     Yields:
-        What puts back one of the replaced methods.
+        Functions that undo one patch each.
     """
     generation = sys.modules.get("transformers.generation.utils")
     modeling = sys.modules.get("transformers.modeling_utils")
@@ -54,13 +52,13 @@ def stand_at_generate(model: nn.Module | None) -> Iterator[Callable[[], None]]:
                 if isinstance(vars(base).get("generate"), types.FunctionType)
             )
     for kind in kinds:
-        yield stand_in(kind, "generate", _tap)
+        yield patch(kind, "generate", _tap)
 
 
-def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
+def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
     @functools.wraps(function)
     def tapped_generate(*args: Any, **kwargs: Any) -> Any:
-        if not stand.active or torch.compiler.is_compiling():
+        if not own.active or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         _thread.depth += 1
         try:
@@ -72,20 +70,19 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
 
 
 class CachedCalls:
-    """Tells the calls of self-attention that have keys of tokens before their queries, from a cache.
+    """Finds calls of self-attention that have keys of tokens before their queries, from a cache.
 
-    Learnt keys and prefixes, of which every call of a layer has as many, are none.
+    Learnt keys and prefixes do not count: every call of a layer has as many of them.
     """
 
     def __init__(self) -> None:
-        # The least number of keys beyond the queries that calls of a layer had.
-        self._least: dict[str, int] = {}
+        self._fewest: dict[str, int] = {}  # keys beyond the queries, over the calls of a layer
 
     def has(self, name: str, call: CapturedCall) -> bool:
-        """Whether this call is one; to be asked of every call of a layer of self-attention."""
+        """Whether this call has a cache; needs to see every call of a layer of self-attention."""
         if takes_several(call):
             return False
         n, m = call.lengths
-        more = max(m - n, 0)
-        least = self._least[name] = min(more, self._least.get(name, more))
-        return more > least
+        extra = max(m - n, 0)
+        fewest = self._fewest[name] = min(extra, self._fewest.get(name, extra))
+        return extra > fewest
