@@ -6,7 +6,9 @@ the softmax of layers that compute attention themselves. While nothing is captur
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -22,7 +24,90 @@ from lightning_qk.capture.hooks.sdpa import patch_sdpa
 Listener = Callable[[str, CapturedCall], None]
 
 
-class AttentionCapture:
+class Capture(ABC):
+    """What captures have in common: they are installed, enabled and removed, and keep what goes wrong.
+
+    Attributes:
+        problems: name → why it cannot be captured any more. Whatever goes wrong in reading or in the listener
+            is kept here: the model's forward never fails for it.
+        seen: names of what was handed on at least once.
+    """
+
+    _what: str
+
+    def __init__(self, model: nn.Module | None, generated: Callable[[str], None] | None) -> None:
+        self._model = model
+        self._generated = generated
+        self._enabled = False
+        self._undo: list[Callable[[], None]] | None = None
+        self.problems: dict[str, str] = {}
+        self.seen: set[str] = set()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is handed on."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = bool(value)
+        self._switched()
+
+    @abstractmethod
+    def _switched(self) -> None: ...
+
+    @abstractmethod
+    def _install(self, undo: list[Callable[[], None]]) -> None:
+        """Patch and hook; what undoes it is added to ``undo`` step by step."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Take this capture out of those that are handed anything."""
+
+    def install(self) -> None:
+        """Patch and hook the places where the model is seen."""
+        with registry.lock:
+            if self._undo is not None:
+                return
+            self._undo = []
+            try:
+                self._install(self._undo)
+            except BaseException:
+                self.remove()
+                raise
+
+    def remove(self) -> None:
+        """Leave everything as it was before :meth:`install`."""
+        with registry.lock:
+            self.enabled = False
+            self._discard()
+            undo, self._undo = self._undo, None
+            for one in reversed(undo or []):
+                one()
+
+    def _label(self, modules: Iterable[nn.Module], undo: list[Callable[[], None]]) -> None:
+        for module in modules:
+            compiled.label(module)
+            undo.append(functools.partial(compiled.unlabel, module))
+
+    def _is_generated(self, name: str) -> bool:
+        """Whether a forward within ``generate`` is left out."""
+        if self._generated is None or not generate.is_running():
+            return False
+        self._generated(name)
+        return True
+
+    @contextmanager
+    def _keeping_problems(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except UnsupportedCallError as error:
+            self.problems[name] = str(error)
+        except Exception as error:
+            self.problems[name] = f"its {self._what} could not be read ({type(error).__name__}: {error})"
+
+
+class AttentionCapture(Capture):
     """Hands the attention calls of some modules to a listener, while enabled.
 
     Use :meth:`install` once the network is built, :attr:`enabled` to switch, and :meth:`remove` when done.
@@ -43,10 +128,11 @@ class AttentionCapture:
             None: they are handed on as all others.
 
     Attributes:
-        problems: name → why its calls cannot be used. Whatever goes wrong in reading a call or in the listener
-            is kept here, and the module is not captured any more: the model's forward never fails for it.
+        problems: name → why its calls are not captured any more.
         seen: names of the modules with at least one call that was handed on.
     """
+
+    _what = "attention call"
 
     def __init__(
         self,
@@ -58,44 +144,23 @@ class AttentionCapture:
         operands: bool = False,
         generated: Callable[[str], None] | None = None,
     ) -> None:
+        super().__init__(model, generated)
         # By identity: modules compare so, and a wrapper such as FSDP changes a module's class, not the object.
         self._names = {id(module): name for module, name in names.items()}
         self._modules = list(names)  # keeps the ids valid
         self._listener = listener
-        self._model = model
         self._eager = eager
-        self._generated = generated
         self.operands = operands
-        self._enabled = False
-        self._undo: list[Callable[[], None]] | None = None
         self._implementations: dict[str, str] = {}
         self._unreadable: dict[str, str] = {}
-        self.problems: dict[str, str] = {}
-        self.seen: set[str] = set()
 
-    @property
-    def enabled(self) -> bool:
-        """Whether calls are handed on."""
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._enabled = bool(value)
-        if value:
+    def _switched(self) -> None:
+        if self._enabled:
             compiled.forget_entered()
         registry.refresh()
 
-    def install(self) -> None:
-        """Patch the places where the modules call their attention."""
-        with registry.lock:
-            if self._undo is not None:
-                return
-            self._undo = []
-            try:
-                self._install(self._undo)
-            except BaseException:
-                self.remove()
-                raise
+    def _discard(self) -> None:
+        registry.discard(self)
 
     def _install(self, undo: list[Callable[[], None]]) -> None:
         if not self._eager:
@@ -116,19 +181,8 @@ class AttentionCapture:
             undo.extend(patch_sdpa(others, self._model))
             registry.count_sdpa(1)
             undo.append(lambda: registry.count_sdpa(-1))
-        for module in self._modules:
-            compiled.label(module)
-            undo.append(functools.partial(compiled.unlabel, module))
+        self._label(self._modules, undo)
         registry.add(self)
-
-    def remove(self) -> None:
-        """Leave everything as it was before :meth:`install`."""
-        with registry.lock:
-            self.enabled = False
-            registry.discard(self)
-            undo, self._undo = self._undo, None
-            for one in reversed(undo or []):
-                one()
 
     def wants(self, module: nn.Module) -> bool:
         """Whether a call of this module is handed on now."""
@@ -143,27 +197,21 @@ class AttentionCapture:
     ) -> None:
         """Hand one call to the listener; arguments as for :func:`lightning_qk.capture.registry.deliver`."""
         name = self._names[id(module)]
-        if self._generated is not None and generate.is_running():
-            self._generated(name)
+        if self._is_generated(name) or (may_observe and name in self._unreadable):
             return
-        if may_observe and name in self._unreadable:
-            return
-        try:
-            call = read()
-            before = self._implementations.setdefault(name, call.implementation)
-            if call.implementation != before:
-                raise UnsupportedCallError(
-                    f"its attention implementation changed from {before!r} to {call.implementation!r} during "
-                    "training: keep one from the start to have it measured"
-                )
-            self._listener(name, call)
-        except UnsupportedCallError as error:
-            if may_observe and isinstance(error, UnreadableFunctionError):
+        with self._keeping_problems(name):
+            try:
+                call = read()
+                before = self._implementations.setdefault(name, call.implementation)
+                if call.implementation != before:
+                    raise UnsupportedCallError(
+                        f"its attention implementation changed from {before!r} to {call.implementation!r} during "
+                        "training: keep one from the start to have it measured"
+                    )
+                self._listener(name, call)
+                self.seen.add(name)
+            except UnreadableFunctionError as error:
+                if not may_observe:
+                    raise
                 self._unreadable[name] = str(error)
                 self._implementations.pop(name)
-            else:
-                self.problems[name] = str(error)
-        except Exception as error:
-            self.problems[name] = f"its attention call could not be read ({type(error).__name__}: {error})"
-        else:
-            self.seen.add(name)

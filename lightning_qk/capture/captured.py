@@ -1,4 +1,4 @@
-"""One captured attention call: what every listener gets, however it was captured."""
+"""A captured attention call, in one form wherever it was captured."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ _FIT = 1e-2
 
 
 class AttentionOutput(NamedTuple):
-    """What the output of a call is made of.
+    """Logits and values of a call.
 
     Attributes:
         logits: of the call.
@@ -41,12 +41,22 @@ class CapturedCall(ABC):
         module: the attention layer.
         implementation: name in the model's config: ``"eager"``, ``"sdpa"``, ...; ``"softmax"`` for attention that
             a layer computes itself.
+        d_head: width of the queries and keys.
+        lengths: number of queries and of keys.
+        operands: queries ``(..., n, d)`` and keys ``(..., m, d)`` whose products the logits are; None if not kept.
+        inputs: what the layer projects to query and key, where the call itself knows it.
+        value: what was passed as the value; None where it is not seen.
         self_attention: whether queries and keys are the same tokens; None where unknown.
         heads: how many heads the call has; None where unknown.
     """
 
     module: nn.Module
     implementation: str
+    d_head: int
+    lengths: tuple[int, int]
+    operands: tuple[Tensor, Tensor] | None
+    inputs: tuple[Tensor, ...] = ()
+    value: Any = None
     self_attention: bool | None = None
     heads: int | None = None
 
@@ -58,35 +68,12 @@ class CapturedCall(ABC):
 
     @property
     @abstractmethod
-    def d_head(self) -> int:
-        """Width of what is multiplied."""
-
-    @property
-    @abstractmethod
-    def lengths(self) -> tuple[int, int]:
-        """Number of queries and of keys."""
-
-    @property
-    @abstractmethod
-    def operands(self) -> tuple[Tensor, Tensor] | None:
-        """Queries ``(..., n, d)`` and keys ``(..., m, d)`` whose products the logits are; None if not kept."""
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the layer projects to query and key, where the call itself knows it."""
-        return ()
-
-    @property
     def scaling(self) -> float | None:
-        """The factor on the products, where the call says it."""
-        return None
-
-    @property
-    def value(self) -> Any:
-        """What was passed as the value; None where it is not seen."""
-        return None
+        """The factor on the products; None where it is not certain."""
 
     @abstractmethod
+    def _logits(self, self_attention: bool | None, heads: int | None) -> AttentionLogits: ...
+
     def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> AttentionLogits:
         """The logits of the call, without gradients.
 
@@ -96,11 +83,13 @@ class CapturedCall(ABC):
                 None: as the call knows.
 
         Raises:
-            UnsupportedCallError: the softmax of the call cannot be told.
+            UnsupportedCallError: the softmax of the call cannot be reconstructed.
         """
+        own = self.self_attention if self_attention is None else self_attention
+        return self._logits(own, self.heads if heads is None else heads)
 
     def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
-        """The logits, and the values that the output is made of; argument and errors as of :meth:`logits`."""
+        """The logits and values of the call's output, without gradients; arguments as for :meth:`logits`."""
         raise UnsupportedCallError(
             "it takes its softmax in its own forward, where logits are seen but not queries, keys and values: "
             "AttentionMonitor measures what follows from logits alone"
@@ -123,7 +112,7 @@ class CapturedCall(ABC):
                 logits of a softmax are products only where positions add nothing.
 
         Raises:
-            UnsupportedCallError: the products of the call cannot be told.
+            UnsupportedCallError: the products of the call cannot be reconstructed.
         """
 
 
@@ -135,29 +124,14 @@ class FunctionCall(CapturedCall):
     """
 
     def __init__(self, call: AttentionCall) -> None:
+        self._call = call
         self.module = call.module
         self.implementation = call.implementation
-        self._call = call
-
-    @property
-    def d_head(self) -> int:
-        """Width of what is multiplied."""
-        return int(self._call.query.shape[-1])
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Number of queries and of keys."""
-        return self._call.query.shape[-2], self._call.key.shape[-2]
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """Queries ``(batch, heads, n, d_head)`` and keys ``(batch, kv_heads, m, d_head)``."""
-        return self._call.query, self._call.key
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the layer projects to query and key, where whoever captured the call has it."""
-        return self._call.inputs
+        self.d_head = int(call.query.shape[-1])
+        self.lengths = call.query.shape[-2], call.key.shape[-2]
+        self.operands = call.query, call.key
+        self.inputs = call.inputs
+        self.value = call.value
 
     @property
     def scaling(self) -> float | None:
@@ -165,18 +139,11 @@ class FunctionCall(CapturedCall):
         given = self._call.options.get("scaling")
         return self.d_head**-0.5 if given is None else given
 
-    @property
-    def value(self) -> Any:
-        """What was passed as the value."""
-        return self._call.value
-
-    def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> ProductLogits:
-        """The logits of the call, without gradients."""
-        own = self.self_attention if self_attention is None else self_attention
-        return attention_logits(self._call, self_attention=own)[0].detach()
+    def _logits(self, self_attention: bool | None, heads: int | None) -> ProductLogits:
+        return attention_logits(self._call, self_attention=self_attention)[0].detach()
 
     def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
-        """The logits, and the values that the output is made of."""
+        """The logits and values of the call's output, without gradients."""
         own = self.self_attention if self_attention is None else self_attention
         logits, value = attention_logits(self._call, self_attention=own)
         m = logits.shape[3]
@@ -194,9 +161,10 @@ class FunctionCall(CapturedCall):
         self_attention: bool | None = None,
         heads: int | None = None,
         position: str | None = None,
-    ) -> ProductLogits:
+    ) -> AttentionLogits:
         """``scaling q·k`` of the visible pairs, without what is added to it."""
-        return self.logits(self_attention=self_attention).products()
+        own = self.self_attention if self_attention is None else self_attention
+        return self._logits(own, heads).products()
 
 
 Arguments = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]]
@@ -241,39 +209,21 @@ class SoftmaxCall(CapturedCall):
     ) -> None:
         self.module = module
         self.tensor = tensor
-        self._d_head = d_head
+        self.d_head = d_head
         self.relative = relative
         self._sinks = sinks
-        self._operands = operands
-
-    @property
-    def d_head(self) -> int:
-        """Width of what is multiplied."""
-        return self._d_head
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Number of queries and of keys."""
-        n, m = self.tensor.shape[-2:]
-        return n, m - self._sinks
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor] | None:
-        """Queries and keys as the layer multiplied them; None unless the capture asked for them."""
-        return self._operands
+        self.operands = operands
+        self.lengths = tensor.shape[-2], tensor.shape[-1] - sinks
 
     @property
     def scaling(self) -> float | None:
         """The factor that explains the logits by the operands, where one does."""
-        if self._operands is None:
+        if self.operands is None:
             return None
-        return _fitted_scaling(self.tensor[..., : self.lengths[1]], self._operands)
+        return _fitted_scaling(self.tensor[..., : self.lengths[1]], self.operands)
 
-    def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> AttentionLogits:
-        """The logits of the call."""
-        if self_attention is None:
-            self_attention = self.self_attention
-        logits, sinks = self.by_head(self.heads if heads is None else heads), None
+    def _logits(self, self_attention: bool | None, heads: int | None) -> AttentionLogits:
+        logits, sinks = self.by_head(heads), None
         if self._sinks:
             logits, sinks = logits[..., : -self._sinks], logits[..., -1]
         return AttentionLogits.given(

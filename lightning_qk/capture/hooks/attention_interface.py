@@ -17,7 +17,6 @@ from lightning_qk.capture import registry
 from lightning_qk.capture.call import read_call
 from lightning_qk.capture.captured import FunctionCall
 from lightning_qk.capture.hooks import compiled
-from lightning_qk.capture.hooks.compiled import Source
 from lightning_qk.capture.hooks.patch import Patch, patch
 from lightning_qk.capture.hooks.softmax import observed, suspended
 from lightning_qk.capture.registry import STATE
@@ -113,7 +112,7 @@ def _traced(function: Callable[..., Any], name: str, *args: Any, **kwargs: Any) 
 
 @torch.compiler.assume_constant_result
 def _number(function: Callable[..., Any], name: str) -> int:
-    return Source.of(function, name).number
+    return compiled.source_number(function, name)
 
 
 @torch.compiler.assume_constant_result

@@ -14,7 +14,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ _lock = threading.RLock()
 
 
 def label(module: nn.Module) -> None:
-    """Let compiled graphs tell this module from others, until :func:`unlabel`."""
+    """Identify this module in compiled graphs, until :func:`unlabel`."""
     with _lock:
         handle = vars(module).get(_HANDLE)
         if handle is None:
@@ -98,42 +98,32 @@ def unlabel(module: nn.Module) -> None:
             handle.leave_copies()
 
 
-class Source:
-    """An attention function as graphs name it: by a number, which stays the same for the process.
+class Source(NamedTuple):
+    """An attention function, which graphs name by a number that stays the same for the process.
 
     Attributes:
-        function: as the listener gets it; None where the arguments mean what the implementation's name says.
+        function: as a capture gets it; None where the arguments mean what the implementation's name says.
         implementation: its name.
-        number: what stands for both in a graph.
-        parameters: names of its arguments, by position.
     """
 
-    _known: ClassVar[list["Source"]] = []
-    _numbers: ClassVar[dict[tuple[Any, str], int]] = {}
+    function: Callable[..., Any] | None
+    implementation: str
 
-    def __init__(self, function: Callable[..., Any] | None, implementation: str, number: int) -> None:
-        self.function = function
-        self.implementation = implementation
-        self.number = number
 
-    @classmethod
-    def of(cls, function: Callable[..., Any] | None, implementation: str) -> "Source":
-        """The one for this function and name."""
-        with _lock:
-            number = cls._numbers.get((function, implementation))
-            if number is None:
-                number = cls._numbers[(function, implementation)] = len(cls._known)
-                cls._known.append(cls(function, implementation, number))
-            return cls._known[number]
+_sources: list[Source] = []
 
-    @classmethod
-    def numbered(cls, number: int) -> "Source":
-        """The one of this number."""
-        return cls._known[number]
+
+def source_number(function: Callable[..., Any] | None, implementation: str) -> int:
+    """The number of a :class:`Source` in graphs."""
+    source = Source(function, implementation)
+    with _lock:
+        if source not in _sources:
+            _sources.append(source)
+        return _sources.index(source)
 
 
 def identity(module: nn.Module) -> Tensor | None:
-    """The tensor that tells the module in a graph, or None where nobody asked for it. Traced."""
+    """The tensor that identifies the module in a graph; None where it is not captured. Traced."""
     handle = getattr(module, _HANDLE, None)
     return None if handle is None else handle.identity
 
@@ -143,7 +133,7 @@ def emit(module: Tensor | None, number: int, args: Iterable[Any], kwargs: Mappin
 
     Args:
         module: from :func:`identity`; None for the module that was entered last.
-        number: of the :class:`Source`.
+        number: from :func:`source_number`.
         args: query, key, value, mask and so on, by position, the module left out.
         kwargs: the rest.
     """
@@ -183,12 +173,12 @@ def emit_arguments(module: Tensor | None, number: int, found: Arguments | str) -
 
 
 def emit_problem(module: Tensor | None, reason: str) -> None:
-    """Say from within the graph why a call cannot be read. Traced."""
+    """Hand the reason out of the graph why a call cannot be read. Traced."""
     torch.ops.lightning_qk.call(ORDER, module, "!" + reason, [], [], [])
 
 
 def enter(module: Tensor | None) -> None:
-    """Calls without a module are this one's until :func:`leave`; None: nobody's. Traced."""
+    """Calls without a module belong to this one until :func:`leave`; None: to none. Traced."""
     torch.ops.lightning_qk.enter(ORDER, module)
 
 
@@ -206,7 +196,7 @@ _stack = _Stack()
 
 
 def entered() -> tuple[bool, nn.Module | None]:
-    """Whether a graph is running a module that was entered, and which; None where calls are nobody's."""
+    """Whether a graph is running an entered module, and which; None where calls belong to none."""
     if not _stack.numbers:
         return False, None
     number = _stack.numbers[-1]
@@ -243,7 +233,7 @@ def _call(
         return
     layer = entered()[1] if module is None else _modules.get(int(module))
     if layer is not None:
-        # The tensors may be buffers that the graph writes to next: what is kept must be the listener's own.
+        # The tensors may be buffers that the graph writes to next: a listener must copy what it keeps.
         registry.deliver(layer, lambda: _read(layer, form, tensors, floats, ints))
 
 
@@ -253,7 +243,7 @@ def _read(
     if form.startswith("!"):
         raise UnsupportedCallError(form[1:])
     number, *words = form.split(";")
-    source = Source.numbered(int(number))
+    source = _sources[int(number)]
     values = {"t": iter(tensors), "f": iter(floats), "i": iter(ints)}
     constants = {"N": None, "T": True, "F": False}
     args: list[Any] = [module]
@@ -277,7 +267,7 @@ def _read(
 
 
 def module_of(identity: Tensor) -> nn.Module | None:
-    """The module that a tensor from :func:`identity` tells, or None where it is gone or nobody asks for it."""
+    """The module of a tensor from :func:`identity`; None where it is gone or not captured any more."""
     return _modules.get(int(identity))
 
 
@@ -286,7 +276,7 @@ def _nothing(*args: Any) -> None:
 
 
 def implement(library: torch.library.Library, name: str, function: Callable[..., None]) -> None:
-    """Say what an operator does that hands tensors out of a graph; its first argument is :data:`ORDER`."""
+    """Implement an operator that hands tensors out of a graph; its first argument is :data:`ORDER`."""
     library.impl(name, function, "CompositeExplicitAutograd")
     # No gradient passes through them, and the version of the tensor is not counted, which a checkpoint would see.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
@@ -298,14 +288,13 @@ for _name, _function in (("call", _call), ("enter", _enter), ("leave", _leave)):
 
 
 def drop_graphs(model: nn.Module | None) -> None:
-    """Make torch.compile trace a model anew where it did so before anybody listened.
+    """Drop graphs that were made before a capture was installed: they do not notice that a function was patched.
 
-    Graphs do not notice that a function was replaced. Every graph of the process is dropped
-    (`torch.compiler.reset`), since there is no public way to drop those of one model; it is compiled again at
-    its next call.
+    Every graph of the process is dropped (`torch.compiler.reset`), since there is no public way to drop those of
+    one model; it is compiled again at its next call.
 
     Args:
-        model: what is going to be listened to; None: whatever was compiled in this process.
+        model: what is going to be captured; None: whatever was compiled in this process.
     """
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     if dynamo is None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lightning_qk.capture import registry
 from lightning_qk.capture.captured import Arguments, FunctionCall, sdpa_call
 from lightning_qk.capture.hooks import compiled
-from lightning_qk.capture.hooks.compiled import Source
 from lightning_qk.capture.hooks.patch import Patch, patch
 from lightning_qk.capture.registry import STATE
 
@@ -30,7 +29,7 @@ def patch_multihead(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]
 
 
 def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
-    source = Source.of(None, "sdpa").number
+    source = compiled.source_number(None, "sdpa")
 
     @functools.wraps(function)
     def tapped(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,6 @@ from lightning_qk.architecture.source_code import (
 from lightning_qk.capture import registry
 from lightning_qk.capture.captured import Arguments, sdpa_call
 from lightning_qk.capture.hooks import compiled
-from lightning_qk.capture.hooks.compiled import Source
 from lightning_qk.capture.hooks.modules import Wrapped
 from lightning_qk.capture.hooks.patch import Patch, patch
 from lightning_qk.capture.hooks.softmax import observed
@@ -79,7 +78,7 @@ def _defines_forward(kind: type) -> type:
 
 
 def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
-    source = Source.of(None, "sdpa").number
+    source = compiled.source_number(None, "sdpa")
 
     @functools.wraps(function)
     def tapped(*args: Any, **kwargs: Any) -> Any:
