@@ -255,11 +255,10 @@ class SoftmaxCall(CapturedCall):
         Columns of sinks stay behind those of the keys.
 
         Args:
-            heads: how many heads the layer has; None where the weights do not say: the
-                layer's attributes are asked.
+            heads: how many heads the layer has; None: as its attributes say.
 
         Raises:
-            UnsupportedCallError: the axes cannot be told apart.
+            UnsupportedCallError: the axis of the heads is not certain.
         """
         logits = self.tensor
         if hasattr(logits, "to_local"):
@@ -320,7 +319,7 @@ def _query_offset(logits: Tensor, self_attention: bool | None) -> int | None:
 def _fitted_scaling(logits: Tensor, operands: tuple[Tensor, Tensor]) -> float | None:
     """The factor between the products of queries and keys and the logits; None where it is not certain.
 
-    What is alike in a row is no matter to the softmax, and what is alike in all sequences is positions'.
+    A constant of a row does not change the softmax, and what is the same in all sequences comes from positions.
     """
     query, key = operands
     try:

@@ -6,6 +6,7 @@ The implementations of transformers have the conventions of their sources; for o
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,10 @@ class VisibleKeys(NamedTuple):
     is_causal: bool = False
     sliding_window: int | None = None
     query_offset: int | None = None
+
+
+_See = Callable[[AttentionCall, int | None], VisibleKeys]
+"""Call and window → which keys are seen."""
 
 
 def visible_keys(call: AttentionCall, convention: ArgumentConvention) -> VisibleKeys:
@@ -140,7 +145,7 @@ def soft_cap(call: AttentionCall) -> float | None:
 
 
 def sliding_window(call: AttentionCall) -> int | None:
-    """The window that the function is told of, or that its module names."""
+    """The window by the function's arguments, or by its module's attribute."""
     if "sliding_window" in call.options:
         window = call.options["sliding_window"]
     else:
@@ -171,6 +176,12 @@ def _refuse(call: AttentionCall, expected: str, remedy: str) -> UnsupportedCallE
 
 def _lengths(call: AttentionCall) -> tuple[int, int]:
     return call.query.shape[2], call.key.shape[2]
+
+
+def _is_causal(call: AttentionCall) -> bool:
+    """By the flag, else by the module."""
+    asked = call.options.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if asked is None else asked)
 
 
 def _check(call: AttentionCall, mask: Tensor, n: int, m: int) -> Tensor:
@@ -222,17 +233,10 @@ def _sdpa(call: AttentionCall, window: int | None) -> VisibleKeys:
     n, m = _lengths(call)
     mask = call.attention_mask
     if mask is None:
-        asked = call.options.get("is_causal")
-        is_causal = bool(getattr(call.module, "is_causal", True) if asked is None else asked) and n > 1
+        is_causal = _is_causal(call) and n > 1
         # A causal call whose keys are more than its queries sees the first ones: an empty static cache.
         m = min(n, m) if is_causal else m
-        return _visible(
-            call,
-            m,
-            is_causal=is_causal,
-            window=window,
-            offset=0 if is_causal else None,
-        )
+        return _visible(call, m, is_causal=is_causal, window=window, offset=0 if is_causal else None)
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise _refuse(
             call,
@@ -274,9 +278,7 @@ def _flash(call: AttentionCall, window: int | None) -> VisibleKeys:
     sides. Padding is taken out before anything else.
     """
     n, m = _lengths(call)
-    mask, options = call.attention_mask, call.options
-    asked = options.get("is_causal")
-    is_causal = bool(getattr(call.module, "is_causal", True) if asked is None else asked)
+    mask, is_causal = call.attention_mask, _is_causal(call)
     _refuse_chunks(call, m)
     if window is not None and window >= m:
         window = None
@@ -361,18 +363,10 @@ def _causal_from_start(call: AttentionCall, window: int | None) -> VisibleKeys:
     return _visible(call, m, is_causal=True, window=window, offset=0)
 
 
-def _causal_to_end(call: AttentionCall, window: int | None) -> VisibleKeys:
-    """Whatever mask there is, the last query sees all keys and the others fewer."""
-    n, m = _lengths(call)
-    return _visible(call, m, is_causal=True, window=window, offset=m - n)
-
-
-def _masked_causal(call: AttentionCall, window: int | None) -> VisibleKeys:
-    """A mask of padding, and causality of the function's own."""
-    n, m = _lengths(call)
+def _masked(call: AttentionCall, window: int | None) -> VisibleKeys:
+    """A mask of four dimensions, added or of what to keep."""
     mask = call.attention_mask
-    kind = _added if isinstance(mask, Tensor) and mask.is_floating_point() else _kept
-    return kind(call, window)._replace(is_causal=True, query_offset=m - n)
+    return (_added if isinstance(mask, Tensor) and mask.is_floating_point() else _kept)(call, window)
 
 
 def _padding(call: AttentionCall, window: int | None) -> VisibleKeys:
@@ -382,22 +376,16 @@ def _padding(call: AttentionCall, window: int | None) -> VisibleKeys:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != call.query.shape[0]:
         raise _refuse(call, "a padding mask (batch, m)", "pass one")
     mask = _check(call, mask[:, None, None, :m].bool(), n, m)
-    return _visible(
-        call,
-        m,
-        mask=mask,
-        window=window,
-        offset=m - n if window is not None else None,
-    )
+    return _visible(call, m, mask=mask, window=window, offset=None if window is None else m - n)
 
 
-def _padding_causal(call: AttentionCall, window: int | None) -> VisibleKeys:
-    """Ones of a mask (batch, m) are kept, and causality is of the function's own."""
+def _causal(see: _See, call: AttentionCall, window: int | None) -> VisibleKeys:
+    """With causality of the function's own, aligned to the last query and key."""
     n, m = _lengths(call)
-    return _padding(call, window)._replace(is_causal=True, query_offset=m - n)
+    return see(call, window)._replace(is_causal=True, query_offset=m - n)
 
 
-_VISIBILITY: dict[str, Callable[[AttentionCall, int | None], VisibleKeys]] = {
+_VISIBILITY: dict[str, _See] = {
     "added": _added,
     "sdpa": _sdpa,
     "kept": _kept,
@@ -405,16 +393,16 @@ _VISIBILITY: dict[str, Callable[[AttentionCall, int | None], VisibleKeys]] = {
     "flash": _flash,
     "nothing hidden": _nothing_hidden,
     "causal from start": _causal_from_start,
-    "causal to end": _causal_to_end,
-    "masked, causal": _masked_causal,
+    "causal to end": partial(_causal, _nothing_hidden),
+    "masked, causal": partial(_causal, _masked),
     "padding": _padding,
-    "padding, causal": _padding_causal,
+    "padding, causal": partial(_causal, _padding),
 }
 _WITHOUT_MASK = ("nothing hidden", "causal from start", "causal to end")
 
 
 def candidates(call: AttentionCall) -> Iterator[ArgumentConvention]:
-    """Readings worth trying for a function of unknown meaning, the likeliest first."""
+    """Conventions worth trying for a function of unknown meaning, the likeliest first."""
     mask = call.attention_mask
     kinds: tuple[str, ...]
     if mask is None:

@@ -65,7 +65,7 @@ class HiddenCapture(Capture):
     Attributes:
         problems: name → why its states are not captured any more.
         seen: names of what was handed on at least once.
-        unmasked: names whose mask could not be told, so that all tokens count.
+        unmasked: names whose mask is not known, so that all tokens count.
     """
 
     _what = "hidden states"
@@ -86,7 +86,7 @@ class HiddenCapture(Capture):
         self._names = {(id(module), OUTPUT): name for module, name in outputs.items()}
         self._names |= {(id(module), INPUT): name for module, name in inputs.items()}
         self._first = list(inputs)
-        # Those that take a mask: of others nothing can be told.
+        # Those that take a mask.
         self._models = {
             id(block): [owner for owner in owners if "attention_mask" in _parameters(owner)]
             for block, owners in models.items()

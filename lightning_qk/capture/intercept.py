@@ -37,14 +37,15 @@ class AttentionInterceptor:
         wrap: makes a call: see :data:`Wrap`. It returns what the attention function would, the output
             ``(batch, n, heads, d_value)`` first.
         replaces: whether the wrapper exchanges the function. Only one may for each module.
-        model: what the modules are part of; compiled anew if it was compiled before.
+        model: what the modules are part of; compiled again if it was compiled before.
         idle: makes the calls of a module that is left alone; None: as they are.
 
     Attributes:
         spare: called once with the name of a module whose call could not be intercepted, and why, as a clause
             about it: its calls are left as they are then, this one and all that follow. None: an error is raised.
         left: names of these modules.
-        reached: names of the modules whose calls came by.
+        reached: names of the modules with a call that was intercepted.
+        modules: module → name.
 
     Raises:
         ValueError: a module that does not look its function up there, or one that is replaced already; during
@@ -64,33 +65,28 @@ class AttentionInterceptor:
         self._idle = idle
         self.spare: Callable[[str, str], None] | None = None
         self.left: set[str] = set()
-        self._modules = dict(names)
+        self.modules = dict(names)
         self._names = {id(module): name for module, name in names.items()}
         self._wrap = wrap
         self._model = model
-        self._give_back: Callable[[], None] | None = None
+        self._undo: Callable[[], None] | None = None
         self.replaces = replaces
         self.reached: set[str] = set()
 
-    @property
-    def modules(self) -> dict[nn.Module, str]:
-        """Module to name."""
-        return dict(self._modules)
-
     def install(self) -> None:
         """Start to intercept."""
-        if self._give_back is not None:
+        if self._undo is not None:
             return
-        registry.add_interceptor(self, self._modules)
+        registry.add_interceptor(self, self.modules)
         compiled.drop_graphs(self._model)
-        self._give_back = patch_interface()
+        self._undo = patch_interface()
 
     def remove(self) -> None:
         """Leave everything as it was before :meth:`install`."""
         registry.discard_interceptor(self)
-        give_back, self._give_back = self._give_back, None
-        if give_back is not None:
-            give_back()
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
             compiled.drop_graphs(self._model)
 
     def __enter__(self) -> "AttentionInterceptor":
@@ -123,29 +119,33 @@ class AttentionInterceptor:
         name = self._names[id(module)]
         if self.spare is None:
             raise ValueError(f"{name} cannot be intercepted: {reason}")
-        if name not in self.left:
+        self._leave(name, reason)
+
+    def tolerates(self, name: str, error: Exception) -> bool:
+        """Leave a module alone whose call raised; False where the error is to be raised instead."""
+        if self.spare is None or isinstance(error, _STOP):
+            return False
+        self._leave(name, f"its attention call failed ({type(error).__name__}: {error})")
+        return True
+
+    def _leave(self, name: str, reason: str) -> None:
+        if name not in self.left and self.spare is not None:
             self.left.add(name)
             self.spare(name, reason)
 
-    def tolerates(self, name: str, error: Exception) -> bool:
-        """Whether an error leads to a module being left alone, as it does then, and need not be raised."""
-        if self.spare is None or isinstance(error, _STOP):
-            return False
-        if name not in self.left:
-            self.left.add(name)
-            self.spare(name, f"its attention call failed ({type(error).__name__}: {error})")
-        return True
-
 
 def check_interface(names: Mapping[nn.Module, str]) -> None:
-    """Refuse layers whose calls do not come by.
+    """Refuse layers whose calls cannot be intercepted.
 
     Raises:
         ValueError: naming them.
     """
-    outside = {name: type(module).__name__ for module, name in names.items() if not uses_interface(module)}
-    if "transformers.modeling_utils" not in sys.modules:
-        outside = {name: type(module).__name__ for module, name in names.items()}
+    has_interface = "transformers.modeling_utils" in sys.modules
+    outside = {
+        name: type(module).__name__
+        for module, name in names.items()
+        if not (has_interface and uses_interface(module))
+    }
     if outside:
         kinds = ", ".join(sorted(set(outside.values())))
         more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""

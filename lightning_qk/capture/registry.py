@@ -125,7 +125,7 @@ def deliver(module: nn.Module, read: Callable[[], CapturedCall], *, may_observe:
     Args:
         module: the attention layer.
         read: makes the call, or raises why it cannot be read, which the capture keeps as the layer's problem.
-        may_observe: the function's softmax will be observed where its arguments do not tell what it computes.
+        may_observe: the function's softmax will be observed where its arguments do not determine what it computes.
     """
     if is_recomputation():
         return
@@ -153,7 +153,7 @@ def unreadable_reason(module: nn.Module) -> str | None:
 
 
 def delivered() -> int:
-    """How many calls this thread has delivered: tells whether something inside a call was captured."""
+    """How many calls this thread has delivered: shows whether something inside a call was captured."""
     return _thread.delivered
 
 

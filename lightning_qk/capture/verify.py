@@ -218,7 +218,7 @@ def _trial(call: AttentionCall) -> AttentionCall:
 def _left_padded(mask: Any) -> Any:
     """The mask with the first quarter of the first sequence hidden, as padding is.
 
-    A mask that hides nothing, or no more than causality does, would not tell whether the function heeds it.
+    A mask that hides nothing, or no more than causality does, would not show whether the function uses it.
     """
     if isinstance(mask, Tensor) and mask.dim() in (2, 4):
         hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0

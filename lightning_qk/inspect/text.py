@@ -151,7 +151,7 @@ def measure(
         length: tokens in a sequence; fewer where the model takes fewer.
         batches: how many, at most.
         batch_size: sequences in each.
-        progress: told of every batch.
+        progress: called after every batch.
 
     Raises:
         BadInput: no tokenizer, no text, or a model that does not run on tokens.
@@ -210,7 +210,7 @@ def text_blocks(model: nn.Module, tokenizer: Any, source: str, length: int, coun
     """The beginning of a text as sequences of tokens, of shape ``(count, length)`` or less.
 
     Args:
-        model: which tells the most tokens that it takes, and how many there are.
+        model: with its longest sequence and vocabulary in its config.
         tokenizer: from :func:`tokenizer_of`.
         source: a file, or ``"stdlib"``.
         length: tokens in a sequence; fewer where the model takes fewer.
@@ -241,7 +241,7 @@ def _longest(config: Any) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 8:
-            # RoBERTa and its kin count from the padding token on.
+            # RoBERTa and similar models count from the padding token on.
             return value - 2 if value % 64 == 2 else value
     return None
 

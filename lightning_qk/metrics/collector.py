@@ -135,7 +135,7 @@ class AttentionCollector:
         measure: gets the name of a layer and a call that knows the layer's :class:`LayerFacts`; see
             :data:`Measure`. None where every :meth:`run` is given its own.
         modules: layer name → module; None: all attention layers of the model.
-        layers: layer name → its facts, such as ``ProjectionReader.layers``; None: as the model's weights tell.
+        layers: layer name → its facts, such as ``ProjectionReader.layers``; None: by the model's weights.
         cross_attention: whether calls of cross-attention are measured.
         cached_calls: whether calls within transformers' ``generate``, and those of self-attention with keys of
             earlier tokens from a cache, are measured.
@@ -198,7 +198,7 @@ class AttentionCollector:
         self._is_installed = False
 
     def know(self, layers: Mapping[str, _Facts]) -> list[str]:
-        """Take facts of layers; returns the names of those whose facts are others than before."""
+        """Take facts of layers; returns the names of those whose facts have changed."""
         changed = []
         for name, layer in layers.items():
             before = self.heads.get(name), self.self_attention.get(name)
@@ -332,7 +332,7 @@ class AttentionCollector:
                 f"its attention was called with {before[0]} heads of width {before[1]} and then with {shape[0]} "
                 f"of width {shape[1]}, which cannot be pooled: give each of the two a module of its own"
             )
-        # Processes agree on what only calls tell before it is relied on.
+        # Processes agree on what only calls show before it is used.
         heads = self.heads.get(name) or self.heads_of_calls.setdefault(name, count)
         if count == heads:
             return heads, None

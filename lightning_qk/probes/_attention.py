@@ -182,7 +182,7 @@ def _softmax(chunk: Chunk, shown: Tensor) -> Tensor:
     top = logits.amax(-1, keepdim=True)
     if chunk.sinks is not None:
         top = torch.maximum(top, chunk.sinks[..., None])
-    # A row that sees nothing has no maximum. NaN stays NaN: it is to be seen.
+    # A row that sees nothing has no maximum. NaN stays NaN, to be visible.
     top = torch.where(top == -torch.inf, 0.0, top)
     weights = (logits - top).exp()
     total = weights.sum(-1, keepdim=True)

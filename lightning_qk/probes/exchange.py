@@ -37,11 +37,11 @@ def exchangeability(
     keep: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    r"""Relative change of what each head says when the context's tokens change places.
+    r"""Relative change of each head's output when the context's tokens change places.
 
     The last ``rows`` tokens of each sequence ask, and stay; the tokens before them are permuted, while positions
-    stay where they are. A head that takes its context as a set says the same: 0. With the outputs o of the head at
-    the asking rows, attention times values before the output projection, and o′ after the permutation, the
+    stay where they are. A head that takes its context as a set does not change: 0. With the outputs o of the head
+    at the asking rows, attention times values before the output projection, and o′ after the permutation, the
     change is :math:`\lVert o' - o \rVert / \lVert o \rVert`, mean over permutations and sequences; it may be
     greater than 1. After arXiv 2212.14852 [S: exchangeability of the context; R: this form].
 
@@ -57,7 +57,7 @@ def exchangeability(
         permutations: how many to draw for each sequence.
         rows: how many tokens ask. Of a model that is causal each sees those before it.
         of: ``"output"`` as above, or ``"attention"``: the total variation between the rows' attention before and
-            after, each token's followed to where it went, in [0, 1]. It needs no values and says nothing of them.
+            after, each token's followed to where it went, in [0, 1]. It needs no values.
         keep: tokens that stay in any case, boolean ``(batch, tokens)``: special ones, say. Padding always stays.
         generator: where permutations are drawn from; None: the same ones at every call.
 
@@ -66,8 +66,8 @@ def exchangeability(
 
     Raises:
         TypeError: the batch is no mapping.
-        ValueError: an encoder-decoder, a batch without tokens, no attention that can be heard, or an argument out
-            of range.
+        ValueError: an encoder-decoder, a batch without tokens, no attention that can be captured, or an argument
+            out of range.
     """
     if permutations < 1 or rows < 1:
         raise ValueError(f"expected permutations and rows of at least 1, got {permutations} and {rows}")
@@ -147,5 +147,5 @@ def _change(before: Tensor, after: Tensor, source: Tensor, of: str) -> Tensor:
         return (back - before).abs().sum(-1).mean(-1) / 2
     size = before.square().sum((-2, -1)).sqrt()
     change = (after - before).square().sum((-2, -1)).sqrt()
-    # A head that says nothing before and after has not changed.
+    # A head with an output of zero before and after has not changed.
     return torch.where(change == 0, 0.0, change / size)

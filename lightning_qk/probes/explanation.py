@@ -1,4 +1,4 @@
-"""Whether attention tells which tokens matter."""
+"""Whether attention shows which tokens matter."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -43,7 +43,7 @@ def attention_as_explanation(
     Some tokens of each sequence are sampled. The attention that a head gives to each, mean over the rows that see
     it, is compared by Kendall's τ_b with the effect of masking it: the total variation between the model's output
     distributions before and after (of a model without a head, the relative change of its last hidden states).
-    1: what a head attends to is what matters; 0: attention tells nothing. After arXiv 2211.07714 [S: the
+    1: what a head attends to is what matters; 0: attention shows nothing. After arXiv 2211.07714 [S: the
     comparison of attention with the effect of masking; R: this form].
 
     Costs ``tokens`` + 1 forward passes of the batch. The model is run in evaluation mode without gradients and
@@ -69,7 +69,7 @@ def attention_as_explanation(
     Raises:
         TypeError: the batch is no mapping.
         ValueError: an encoder-decoder, a batch without tokens, a model that takes no attention mask (without
-            ``mask_token_id``), no attention that can be heard, or an argument out of range.
+            ``mask_token_id``), no attention that can be captured, or an argument out of range.
     """
     if tokens < 2:
         raise ValueError(f"expected tokens to be at least 2, since one has no rank, got {tokens}")

@@ -60,7 +60,7 @@ def parallel_context_entropy(
 
     The last ``rows`` tokens of each sequence ask; the tokens before them are the context. Once it is encoded
     whole, and once it is cut into parts of equal length, up to one token, that do not see each other and each
-    begin at the first position; the asking tokens then see all of it and stand behind the longest part. After
+    begin at the first position; the asking tokens then see all of it and come after the longest part. After
     arXiv 2412.16545 [S: the entropy of the query grows with the number of parts, and goes with the loss of
     quality, r ≈ 0.95].
 
@@ -83,8 +83,8 @@ def parallel_context_entropy(
 
     Raises:
         TypeError: the batch is no mapping.
-        ValueError: the model cannot be told what its tokens see and where they stand, or is not the same when
-            it is told; a sequence has fewer context tokens than parts; or an argument is out of range.
+        ValueError: the model takes no mask of four axes and positions, or its output changes when they are
+            given; a sequence has fewer context tokens than parts; or an argument is out of range.
     """
     if parts < 1 or rows < 1:
         raise ValueError(f"expected parts and rows of at least 1, got {parts} and {rows}")
@@ -176,11 +176,11 @@ def _entropies(
             )
         found.setdefault(layer, []).append(entropy(rows_at(attention, asking)).mean((0, 2)))
 
-    told = {
+    given = {
         "attention_mask": _additive(visible, _dtype(collector.model)),
         "position_ids": plan.place + offset,
     }
-    collector.run({**batch, **told}, measure)
+    collector.run({**batch, **given}, measure)
     return {layer: torch.stack(calls).mean(0) for layer, calls in found.items()}
 
 
@@ -218,7 +218,7 @@ def _checked_positions(model: nn.Module, batch: Mapping[str, Any], valid: Tensor
     collector = AttentionCollector(model, eager=True)
     output = collector.run(one, lambda layer, call: causal.append(is_causal(attention_of(call))))
     if not causal:
-        return 0, False  # no layer is heard: the result says so
+        return 0, False  # no layer is captured, which the result reports
     own = read_output(model, output, ones, "all")
     plan = _plan(ones, 1, 1)._replace(asks=torch.zeros_like(ones))
     mask = _additive(_visible(plan, causal[0]), _dtype(model))
@@ -241,7 +241,7 @@ def _checked_positions(model: nn.Module, batch: Mapping[str, Any], valid: Tensor
 
 
 def _offsets(model: nn.Module) -> list[int]:
-    """Where positions may begin: RoBERTa and its kin number them from behind their padding."""
+    """Where positions may begin: RoBERTa and similar models number them from behind their padding."""
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     return [0] if not isinstance(padding, int) or padding < 0 else [0, padding + 1]
 

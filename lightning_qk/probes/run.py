@@ -26,8 +26,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random generators are restored at the end.
 
     What was compiled runs eagerly, and its graphs stay for those who train. Not inference mode, in which
-    Lightning validates: what is kept for later, such as a reader's plan, would be made of tensors that no
-    gradient can pass.
+    Lightning validates: what is kept for later, such as a reader's plan, would hold tensors without
+    gradients.
     """
     training = [module for module in model.modules() if module.training]
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
@@ -139,7 +139,7 @@ def last_tokens(valid: Tensor, rows: int) -> Tensor:
 
 
 def check_marks(marks: Tensor | None, shape: Sequence[int], name: str) -> None:
-    """Check what a user said of each token.
+    """Check a user's marks of tokens.
 
     Raises:
         ValueError: no boolean tensor of a value for each token.

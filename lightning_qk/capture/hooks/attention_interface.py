@@ -140,7 +140,7 @@ def _emit(source: int, parameters: tuple[str, ...], args: tuple[Any, ...], kwarg
 def _deliver(
     function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[nn.Module | None, str | None]:
-    """Deliver a call; the module, and why its function's softmax has to be observed."""
+    """Deliver a call; returns the module, and why its function's softmax has to be observed."""
     module = args[0] if args else kwargs.get("module")
     if not isinstance(module, nn.Module) or not registry.is_watched(module):
         return None, None

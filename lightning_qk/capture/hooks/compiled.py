@@ -25,7 +25,7 @@ from lightning_qk.capture.captured import Arguments, FunctionCall
 
 _HANDLE = "_lightning_qk_handle"
 
-# On the CPU, whatever the model's device: reading a layer's number then never waits for a GPU, and a listening
+# On the CPU, whatever the model's device: reading a layer's number then never waits for a GPU, and a capturing
 # graph is kept out of CUDA graphs, which could not call back into Python.
 with torch.inference_mode(False):
     ORDER = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -332,7 +332,7 @@ def is_compiled(model: nn.Module) -> bool:
 
         return any(_debug_get_cache_entry_list(code) for code in codes)
     except Exception:
-        return True  # this version of torch does not say
+        return True  # unknown in this version of torch
 
 
 def _codes(function: Any) -> Iterator[types.CodeType]:

@@ -1,14 +1,14 @@
 """Observe the softmax inside the forward of layers that compute attention themselves.
 
 Such a layer multiplies queries by keys, changes the products in ways of its own (scale, bias, mask) and calls a
-softmax. While the forward of a watched layer runs and somebody listens, a mode of torch sees each of its calls
+softmax. While the forward of a watched layer runs during a capture, a mode of torch sees each of its calls
 of torch's functions, from Python, before they are carried out; it changes none of them. It follows the products
 of two computed tensors through what keeps rows and keys apart, up to a softmax over the keys: this gets the
 logits, so that the statistics are those of the model's own softmax. A router's or a pooling's softmax is over no
-such product, and a product whose rows were cut up or put together anew is followed no further: what comes of
-it is no whole row of attention any more.
+such product, and a product whose rows were cut up or recombined is followed no further: the result
+holds no whole rows of attention.
 
-Attention functions of the interface are observed in the same way where their arguments do not tell what they
+Attention functions of the interface are observed in the same way where their arguments do not determine what they
 compute.
 """
 
@@ -58,7 +58,7 @@ class _Frame:
         reason: why its function is observed; None for a forward.
         before: how many calls had been delivered when it began.
         print: shape and some elements of the last softmax's logits.
-        untraced: what is said of the first softmax that is not over the keys of whole rows.
+        untraced: description of the first softmax that is not over the keys of whole rows.
         waiting: what is delivered at the end, if nothing was until then, and the version of its logits.
         failed: it is not looked at any more.
     """
@@ -89,11 +89,11 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
 
     Args:
         module: the layer.
-        reason: that of an attention function which is observed since its arguments do not tell what it computes;
-            the layer's problem if nothing is seen in it. None for the layer's forward.
+        reason: why an attention function is observed: its arguments do not determine what it computes. It is the
+            layer's problem if nothing is seen in it. None for the layer's forward.
 
-    Nothing is observed where an outer call was heard already, where nobody wants the layer, and in layers with
-    parts that would notice: fused ones of torch, and compiled ones.
+    Nothing is observed where an outer call was captured already, where no capture wants the layer, and in layers
+    with parts that would notice: fused ones of torch, and compiled ones.
     """
     frames = _thread.frames
     if (
@@ -182,15 +182,15 @@ class _Observer(TorchFunctionMode):
         return result
 
     def _safely(self, frame: _Frame, look: Callable[..., Any], *args: Any) -> Any:
-        """What goes wrong in looking on is the layer's problem, and none of the model's."""
+        """An error in observing is the layer's problem, and not raised in the model."""
         try:
             return look(*args)
         except Exception as error:
             frame.failed = True
-            said = (
+            reason = (
                 f"its forward could not be observed ({type(error).__name__}: {error}): it has no statistics"
             )
-            registry.deliver_problem(frame.module, said)
+            registry.deliver_problem(frame.module, reason)
             return None
 
     def _look(self, frame: _Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -259,7 +259,7 @@ def _deliver(frame: _Frame, logits: Tensor, trace: Trace) -> None:
 
 
 def _sample(logits: Tensor) -> Tensor:
-    """A few elements, to tell tensors apart."""
+    """A few elements, by which tensors are compared."""
     with torch.no_grad():
         rows = logits.reshape(-1) if logits.is_contiguous() else logits[(0,) * (logits.dim() - 1)]
         return rows[:: max(1, rows.numel() // 64)].clone()
