@@ -6,6 +6,7 @@ the softmax of layers that compute attention themselves. While nothing is captur
 """
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ class Capture(ABC):
         self._undo: list[Callable[[], None]] | None = None
         self.problems: dict[str, str] = {}
         self.seen: set[str] = set()
+
+    @property
+    def heard(self) -> set[str]:
+        """The old name of :attr:`seen`."""
+        warnings.warn(f"{type(self).__name__}.heard is seen now", DeprecationWarning, stacklevel=2)
+        return self.seen
 
     @property
     def enabled(self) -> bool:
