@@ -35,13 +35,13 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One head. Numbers are means over query rows unless said otherwise; NaN is unknown.
+    """One head. Numbers are means over query rows where nothing else is stated; NaN is unknown.
 
     Attributes:
         layer: label of the layer.
         head: index in the layer.
         kind: one of ``lightning_qk.probes.head_classes.KINDS``.
-        reason: the sentence of numbers that says why.
+        reason: why, with the number that decided.
         entropy_normalized: entropy over the log of the number of keys, in [0, 1].
         max_prob: largest probability of a row.
         logit_std: standard deviation of a row's logits.
@@ -81,7 +81,7 @@ class HeadRow:
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What each head is: positional, semantic, sink, diffuse, dead or saturated, and the numbers that say so.
+    """What each head is: positional, semantic, sink, diffuse, dead or saturated, and the numbers by which.
 
     The rules and their order: :class:`~lightning_qk.probes.head_classes.HeadThresholds`. Classes describe, they do
     not prove, and depend on the data that the heads were measured on.
@@ -111,7 +111,7 @@ class HeadReport:
         *,
         thresholds: HeadThresholds | None = None,
     ) -> "HeadReport":
-        """Run a few batches and class every head that is heard.
+        """Run a few batches and class every head whose attention is captured.
 
         One forward pass a batch, in evaluation mode without gradients; the model is left as it was. A batch of
         several hundred tokens is enough for the classes, more make the numbers steadier.
@@ -123,19 +123,19 @@ class HeadReport:
 
         Raises:
             TypeError: a batch is neither.
-            ValueError: no batch, or no attention that can be heard.
+            ValueError: no batch, or no attention that can be captured.
         """
-        values, hearing = measure_heads(model, batches)
-        cross = {name for name, own in hearing.self_attention.items() if not own}
+        values, collector = measure_heads(model, batches)
+        cross = {name for name, own in collector.self_attention.items() if not own}
         labels = layer_labels(list(values), cross=cross)
         rows = _rows({labels[name]: numbers for name, numbers in values.items()}, thresholds)
-        return cls(rows, thresholds or HeadThresholds(), dict(hearing.left_out))
+        return cls(rows, thresholds or HeadThresholds(), dict(collector.left_out))
 
     @classmethod
     def from_history(cls, record: RunRecord, *, thresholds: HeadThresholds | None = None) -> "HeadReport":
         """Class every head by the newest numbers of QKSpectrumMonitor, AttentionMonitor and PositionMonitor.
 
-        They know less than a run of the model tells: of a head's values nothing, so that it is dead where its
+        They know less than a run of the model shows: nothing of a head's values, so that it is dead where its
         W_QK is. Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks.interventions._steering import Patterns, Remedy, chosen_sites
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.sites import AttentionLayer
 
 
@@ -18,9 +18,7 @@ class ReplacingRemedy(Remedy):
         super().__init__(modules, name)
 
     @abstractmethod
-    def make(
-        self, sites: Sequence[AttentionLayer], pl_module: LightningModule
-    ) -> tuple[AttentionSteering, str]:
+    def make(self, sites: Sequence[AttentionLayer], pl_module: LightningModule) -> tuple[AttentionInterceptor, str]:
         """What steers the layers, and what it does in words."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,7 +19,7 @@ from lightning_qk.callbacks._trainer import (
 )
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.callbacks.monitors._base import shorten
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.interventions.auxiliary import AttentionPenalty, Auxiliary, Measure
 from lightning_qk.loggers.loggers import describe_config
@@ -72,7 +72,7 @@ class Remedy(Intervention):
         """Forget the fit before."""
         super().begin()
         self._modules: dict[str, nn.Module] = {}
-        self._steering: AttentionSteering | None = None
+        self._steering: AttentionInterceptor | None = None
         self._names: list[str] = []
         self._was_missed = False
 
@@ -109,7 +109,7 @@ class Remedy(Intervention):
             title = type(self).__name__ if self.name is None else f"{type(self).__name__} {self.name}"
             describe_config(trainer, {title: self.settings()})
 
-    def steer(self, steering: AttentionSteering, names: Sequence[str], what: str) -> None:
+    def steer(self, steering: AttentionInterceptor, names: Sequence[str], what: str) -> None:
         """Install, and say so."""
         steering.spare = self._spare
         steering.install()

@@ -25,10 +25,10 @@ from lightning_qk.callbacks.interventions._base import (
     refuse_frozen,
 )
 from lightning_qk.callbacks.monitors._base import shorten
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.generation import CachedCalls
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.max_logits import max_logits
 from lightning_qk.heads.edit import HeadScaler
 from lightning_qk.heads.reader import ProjectionReader

@@ -16,10 +16,10 @@ from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable, PerLaye
 from lightning_qk.callbacks.monitors._losses import Losses, lost_reason
 from lightning_qk.callbacks.monitors._pool import SumsPool
 from lightning_qk.callbacks.monitors._watched import Patterns, WatchedReader, matches
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.generation import CachedCalls
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.attention import AttentionSums
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.sums import MeanSums
@@ -434,7 +434,7 @@ class CaptureMonitor(Monitor):
     def _name_missing(self) -> None:
         capture = self._capture
         assert capture is not None  # _listen_to
-        seen = capture.heard | self._told | self._cached
+        seen = capture.seen | self._told | self._cached
         missing = [name for name in self._modules if name not in seen]
         if missing:
             kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))

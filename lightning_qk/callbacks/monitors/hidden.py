@@ -334,7 +334,7 @@ class HiddenStateMonitor(Monitor):
                 f"{len(self._ever_generated)} of {len(self._names)} layers were also run by generate, which is "
                 "not measured; cached_calls=True measures it too"
             )
-        seen = capture.heard | self._told | self._ever_generated
+        seen = capture.seen | self._told | self._ever_generated
         missing = [name for name in self._names if name not in seen]
         if missing:
             self.note(

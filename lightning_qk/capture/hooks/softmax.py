@@ -1,14 +1,14 @@
 """Observe the softmax inside the forward of layers that compute attention themselves.
 
 Such a layer multiplies queries by keys, changes the products in ways of its own (scale, bias, mask) and calls a
-softmax. While the forward of a watched layer runs and somebody listens, a mode of torch sees each of its calls
+softmax. While the forward of a watched layer runs during a capture, a mode of torch sees each of its calls
 of torch's functions, from Python, before they are carried out; it changes none of them. It follows the products
 of two computed tensors through what keeps rows and keys apart, up to a softmax over the keys: this gets the
 logits, so that the statistics are those of the model's own softmax. A router's or a pooling's softmax is over no
-such product, and a product whose rows were cut up or put together anew is followed no further: what comes of
-it is no whole row of attention any more.
+such product, and a product whose rows were cut up or recombined is followed no further: the result
+holds no whole rows of attention.
 
-Attention functions of the interface are observed in the same way where their arguments do not tell what they
+Attention functions of the interface are observed in the same way where their arguments do not determine what they
 compute.
 """
 
@@ -23,16 +23,24 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from lightning_qk.architecture.origin import is_named
 from lightning_qk.architecture.source_code import uses_interface
-from lightning_qk.capture import listeners
-from lightning_qk.capture.call import is_recomputation
-from lightning_qk.capture.captured import FunctionCall, SoftmaxCall
-from lightning_qk.capture.multihead import read_functional
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.traces import Trace, Traces, far_down
+from lightning_qk.capture import registry
+from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
+from lightning_qk.capture.captured import CapturedCall, SoftmaxCall, sdpa_call
+from lightning_qk.capture.hooks.multihead import read_functional
+from lightning_qk.capture.hooks.traces import Trace, Traces, far_down
 
 # Layers that cut the attention of the same heads into several softmaxes: streams of tokens, or global and local
 # ones. Each row is a whole one, and all are pooled.
 SEVERAL = ("ProphetNetNgramSelfAttention", "PegasusXGlobalLocalAttention", "XLNetRelativeAttention")
+
+
+def takes_several(call: CapturedCall) -> bool:
+    """Whether a call is one of several softmaxes of the same heads."""
+    return call.implementation == SoftmaxCall.implementation and any(
+        is_named(call.module, name) for name in SEVERAL
+    )
+
+
 # Layers whose rows are no attention of whole rows, though they look so.
 _REFUSED = {
     "LSHSelfAttention": "it sorts tokens into buckets by hashing, and no row sees its keys in one softmax",
@@ -50,7 +58,7 @@ class _Frame:
         reason: why its function is observed; None for a forward.
         before: how many calls had been delivered when it began.
         print: shape and some elements of the last softmax's logits.
-        untraced: what is said of the first softmax that is not over the keys of whole rows.
+        untraced: description of the first softmax that is not over the keys of whole rows.
         waiting: what is delivered at the end, if nothing was until then, and the version of its logits.
         failed: it is not looked at any more.
     """
@@ -58,7 +66,7 @@ class _Frame:
     def __init__(self, module: nn.Module, reason: str | None) -> None:
         self.module = module
         self.reason = reason
-        self.before = listeners.delivered()
+        self.before = registry.delivered()
         self.print: tuple[Any, ...] | None = None
         self.untraced: str | None = None
         self.waiting: tuple[SoftmaxCall, int] | None = None
@@ -81,23 +89,23 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
 
     Args:
         module: the layer.
-        reason: that of an attention function which is observed since its arguments do not tell what it computes;
-            the layer's problem if nothing is seen in it. None for the layer's forward.
+        reason: why an attention function is observed: its arguments do not determine what it computes. It is the
+            layer's problem if nothing is seen in it. None for the layer's forward.
 
-    Nothing is observed where an outer call was heard already, where nobody wants the layer, and in layers with
-    parts that would notice: fused ones of torch, and compiled ones.
+    Nothing is observed where an outer call was captured already, where no capture wants the layer, and in layers
+    with parts that would notice: fused ones of torch, and compiled ones.
     """
     frames = _thread.frames
     if (
-        not listeners.is_free()
+        not registry.is_free()
         or is_recomputation()
-        or not listeners.is_watched(module)
+        or not registry.is_watched(module)
         or (reason is None and frames and frames[-1].module is module)
         or any(_would_notice(part) for part in module.modules())
     ):
         yield
         if reason is not None:
-            _deliver_problem(module, reason)
+            registry.deliver_problem(module, reason)
         return
     frame = _Frame(module, reason)
     frames.append(frame)
@@ -109,14 +117,16 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
             yield
     finally:
         frames.pop()
-    if listeners.delivered() > frame.before:
+    if registry.delivered() > frame.before:
         return
     if frame.waiting is not None:
         _deliver_late(module, *frame.waiting)
     elif reason is not None:
-        _deliver_problem(module, reason)
+        registry.deliver_problem(module, reason)
     elif frame.untraced is not None and not frame.waits:
-        _deliver_problem(module, f"its forward takes a softmax {frame.untraced}: it has no statistics")
+        registry.deliver_problem(
+            module, f"its forward takes a softmax {frame.untraced}: it has no statistics"
+        )
 
 
 @contextmanager
@@ -146,14 +156,7 @@ def _deliver_late(module: nn.Module, call: SoftmaxCall, version: int) -> None:
             )
         return call
 
-    listeners.deliver(module, read)
-
-
-def _deliver_problem(module: nn.Module, reason: str) -> None:
-    def read() -> SoftmaxCall:
-        raise UnsupportedCallError(reason)
-
-    listeners.deliver(module, read)
+    registry.deliver(module, read)
 
 
 class _Observer(TorchFunctionMode):
@@ -166,12 +169,12 @@ class _Observer(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frames = _thread.frames
-        if not frames or frames[-1].failed or not listeners.is_free():
+        if not frames or frames[-1].failed or not registry.is_free():
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         trace = self._safely(frames[-1], self._look, frames[-1], name, args, kwargs)
         if name == _FUNCTIONAL:
-            with listeners.silence():  # it may call scaled_dot_product_attention
+            with registry.mute():  # it may call scaled_dot_product_attention
                 return function(*args, **kwargs)
         result = function(*args, **kwargs)
         if trace is not None:
@@ -179,15 +182,15 @@ class _Observer(TorchFunctionMode):
         return result
 
     def _safely(self, frame: _Frame, look: Callable[..., Any], *args: Any) -> Any:
-        """What goes wrong in looking on is the layer's problem, and none of the model's."""
+        """An error in observing is the layer's problem, and not raised in the model."""
         try:
             return look(*args)
         except Exception as error:
             frame.failed = True
-            said = (
+            reason = (
                 f"its forward could not be observed ({type(error).__name__}: {error}): it has no statistics"
             )
-            _deliver_problem(frame.module, said)
+            registry.deliver_problem(frame.module, reason)
             return None
 
     def _look(self, frame: _Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,7 +200,7 @@ class _Observer(TorchFunctionMode):
         if name == "logsumexp":
             self._softmax(frame, args, kwargs)  # probabilities are exp(logits - logsumexp)
         if name == _FUNCTIONAL:
-            _hear_functional(frame.module, args, kwargs)
+            registry.deliver(frame.module, lambda: sdpa_call(frame.module, read_functional(*args, **kwargs)))
             return None
         return self._traces.before(name, args, kwargs)
 
@@ -214,7 +217,7 @@ class _Observer(TorchFunctionMode):
             if frame.untraced is None and logits.dim() > 2 and (is_last or isinstance(trace, Trace)):
                 frame.untraced = _untraced(tuple(logits.shape), None if is_last else dim)
             return
-        _hear(frame, logits, trace)
+        _deliver(frame, logits, trace)
 
 
 def _untraced(shape: tuple[int, ...], axis: Any) -> str:
@@ -226,7 +229,7 @@ def _untraced(shape: tuple[int, ...], axis: Any) -> str:
     )
 
 
-def _hear(frame: _Frame, logits: Tensor, trace: Trace) -> None:
+def _deliver(frame: _Frame, logits: Tensor, trace: Trace) -> None:
     logits = logits.detach()
     before = frame.print
     frame.print = tuple(logits.shape), _sample(logits)
@@ -252,21 +255,11 @@ def _hear(frame: _Frame, logits: Tensor, trace: Trace) -> None:
             )
         return call
 
-    listeners.deliver(frame.module, read)
+    registry.deliver(frame.module, read)
 
 
 def _sample(logits: Tensor) -> Tensor:
-    """A few elements, to tell tensors apart."""
+    """A few elements, by which tensors are compared."""
     with torch.no_grad():
         rows = logits.reshape(-1) if logits.is_contiguous() else logits[(0,) * (logits.dim() - 1)]
         return rows[:: max(1, rows.numel() // 64)].clone()
-
-
-def _hear_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    def read() -> FunctionCall:
-        found = read_functional(*args, **kwargs)
-        if isinstance(found, str):
-            raise UnsupportedCallError(found)
-        return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1]))
-
-    listeners.deliver(module, read)

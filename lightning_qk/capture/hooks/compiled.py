@@ -1,9 +1,9 @@
 """Attention calls inside graphs of torch.compile: operators that hand tensors out of the graph.
 
-Whether somebody listens is a guard, so that a compiled model has one graph that listens and one that is as if
-nobody ever did. The listening graph calls operators that claim to change a small tensor, which keeps them, and
-their order, through functionalization, dead-code elimination and checkpointing. The layer is told by a tensor
-that hangs on the module, which is an input of the graph: layers that share one compiled graph keep sharing it.
+Whether calls are captured is a guard, so that a compiled model has one graph that captures and one that does
+not. The former calls operators that claim to change a small tensor, which keeps them, and their order, through
+functionalization, dead-code elimination and checkpointing. A tensor in an attribute of the module, an input of the
+graph, identifies the layer: layers that share one compiled graph keep sharing it.
 
 In the graph, :func:`emit` flattens a call into a string, tensors and numbers; outside, it is put together again.
 """
@@ -14,19 +14,18 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture import listeners
-from lightning_qk.capture.call import is_recomputation, read_call
-from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture import registry
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation, read_call
+from lightning_qk.capture.captured import Arguments, FunctionCall
 
 _HANDLE = "_lightning_qk_handle"
 
-# On the CPU, whatever the model's device: reading a layer's number then never waits for a GPU, and a listening
+# On the CPU, whatever the model's device: reading a layer's number then never waits for a GPU, and a capturing
 # graph is kept out of CUDA graphs, which could not call back into Python.
 with torch.inference_mode(False):
     ORDER = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -35,7 +34,7 @@ with torch.inference_mode(False):
 _library = torch.library.Library("lightning_qk", "DEF")
 graph_tags = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _library.define(
-    "hear(Tensor(a!) order, Tensor? module, str form, Tensor[] tensors, float[] floats, SymInt[] ints) -> ()",
+    "call(Tensor(a!) order, Tensor? module, str form, Tensor[] tensors, float[] floats, SymInt[] ints) -> ()",
     tags=graph_tags,
 )
 _library.define("enter(Tensor(a!) order, Tensor? module) -> ()", tags=graph_tags)
@@ -76,7 +75,7 @@ _lock = threading.RLock()
 
 
 def label(module: nn.Module) -> None:
-    """Let compiled graphs tell this module from others, until :func:`unlabel`."""
+    """Identify this module in compiled graphs, until :func:`unlabel`."""
     with _lock:
         handle = vars(module).get(_HANDLE)
         if handle is None:
@@ -99,42 +98,32 @@ def unlabel(module: nn.Module) -> None:
             handle.leave_copies()
 
 
-class Source:
-    """An attention function as graphs name it: by a number, which stays the same for the process.
+class Source(NamedTuple):
+    """An attention function, which graphs name by a number that stays the same for the process.
 
     Attributes:
-        function: as the listener gets it; None where the arguments mean what the implementation's name says.
+        function: as a capture gets it; None where the arguments mean what the implementation's name says.
         implementation: its name.
-        number: what stands for both in a graph.
-        parameters: names of its arguments, by position.
     """
 
-    _known: ClassVar[list["Source"]] = []
-    _numbers: ClassVar[dict[tuple[Any, str], int]] = {}
+    function: Callable[..., Any] | None
+    implementation: str
 
-    def __init__(self, function: Callable[..., Any] | None, implementation: str, number: int) -> None:
-        self.function = function
-        self.implementation = implementation
-        self.number = number
 
-    @classmethod
-    def of(cls, function: Callable[..., Any] | None, implementation: str) -> "Source":
-        """The one for this function and name."""
-        with _lock:
-            number = cls._numbers.get((function, implementation))
-            if number is None:
-                number = cls._numbers[(function, implementation)] = len(cls._known)
-                cls._known.append(cls(function, implementation, number))
-            return cls._known[number]
+_sources: list[Source] = []
 
-    @classmethod
-    def numbered(cls, number: int) -> "Source":
-        """The one of this number."""
-        return cls._known[number]
+
+def source_number(function: Callable[..., Any] | None, implementation: str) -> int:
+    """The number of a :class:`Source` in graphs."""
+    source = Source(function, implementation)
+    with _lock:
+        if source not in _sources:
+            _sources.append(source)
+        return _sources.index(source)
 
 
 def identity(module: nn.Module) -> Tensor | None:
-    """The tensor that tells the module in a graph, or None where nobody asked for it. Traced."""
+    """The tensor that identifies the module in a graph; None where it is not captured. Traced."""
     handle = getattr(module, _HANDLE, None)
     return None if handle is None else handle.identity
 
@@ -144,7 +133,7 @@ def emit(module: Tensor | None, number: int, args: Iterable[Any], kwargs: Mappin
 
     Args:
         module: from :func:`identity`; None for the module that was entered last.
-        number: of the :class:`Source`.
+        number: from :func:`source_number`.
         args: query, key, value, mask and so on, by position, the module left out.
         kwargs: the rest.
     """
@@ -172,16 +161,24 @@ def emit(module: Tensor | None, number: int, args: Iterable[Any], kwargs: Mappin
             ints.append(value)
         elif name == "" or name == "attention_mask":
             form += f";{name}=x"
-    torch.ops.lightning_qk.hear(ORDER, module, form, tensors, floats, ints)
+    torch.ops.lightning_qk.call(ORDER, module, form, tensors, floats, ints)
+
+
+def emit_arguments(module: Tensor | None, number: int, found: Arguments | str) -> None:
+    """Hand arguments out of the graph, or the reason why they cannot be read. Traced."""
+    if isinstance(found, str):
+        emit_problem(module, found)
+    else:
+        emit(module, number, found[0], found[1])
 
 
 def emit_problem(module: Tensor | None, reason: str) -> None:
-    """Say from within the graph why a call cannot be read. Traced."""
-    torch.ops.lightning_qk.hear(ORDER, module, "!" + reason, [], [], [])
+    """Hand the reason out of the graph why a call cannot be read. Traced."""
+    torch.ops.lightning_qk.call(ORDER, module, "!" + reason, [], [], [])
 
 
 def enter(module: Tensor | None) -> None:
-    """Calls without a module are this one's until :func:`leave`; None: nobody's. Traced."""
+    """Calls without a module belong to this one until :func:`leave`; None: to none. Traced."""
     torch.ops.lightning_qk.enter(ORDER, module)
 
 
@@ -199,7 +196,7 @@ _stack = _Stack()
 
 
 def entered() -> tuple[bool, nn.Module | None]:
-    """Whether a graph is running a module that was entered, and which; None where calls are nobody's."""
+    """Whether a graph is running an entered module, and which; None where calls belong to none."""
     if not _stack.numbers:
         return False, None
     number = _stack.numbers[-1]
@@ -224,7 +221,7 @@ def _leave(order: Tensor) -> None:
 
 
 @torch.compiler.disable
-def _hear(
+def _call(
     order: Tensor,
     module: Tensor | None,
     form: str,
@@ -236,8 +233,8 @@ def _hear(
         return
     layer = entered()[1] if module is None else _modules.get(int(module))
     if layer is not None:
-        # The tensors may be buffers that the graph writes to next: what is kept must be the listener's own.
-        listeners.deliver(layer, lambda: _read(layer, form, tensors, floats, ints))
+        # The tensors may be buffers that the graph writes to next: a listener must copy what it keeps.
+        registry.deliver(layer, lambda: _read(layer, form, tensors, floats, ints))
 
 
 def _read(
@@ -246,7 +243,7 @@ def _read(
     if form.startswith("!"):
         raise UnsupportedCallError(form[1:])
     number, *words = form.split(";")
-    source = Source.numbered(int(number))
+    source = _sources[int(number)]
     values = {"t": iter(tensors), "f": iter(floats), "i": iter(ints)}
     constants = {"N": None, "T": True, "F": False}
     args: list[Any] = [module]
@@ -270,7 +267,7 @@ def _read(
 
 
 def module_of(identity: Tensor) -> nn.Module | None:
-    """The module that a tensor from :func:`identity` tells, or None where it is gone or nobody asks for it."""
+    """The module of a tensor from :func:`identity`; None where it is gone or not captured any more."""
     return _modules.get(int(identity))
 
 
@@ -279,26 +276,25 @@ def _nothing(*args: Any) -> None:
 
 
 def implement(library: torch.library.Library, name: str, function: Callable[..., None]) -> None:
-    """Say what an operator does that hands tensors out of a graph; its first argument is :data:`ORDER`."""
+    """Implement an operator that hands tensors out of a graph; its first argument is :data:`ORDER`."""
     library.impl(name, function, "CompositeExplicitAutograd")
     # No gradient passes through them, and the version of the tensor is not counted, which a checkpoint would see.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"lightning_qk::{name}", _nothing, lib=library)
 
 
-for _name, _function in (("hear", _hear), ("enter", _enter), ("leave", _leave)):
+for _name, _function in (("call", _call), ("enter", _enter), ("leave", _leave)):
     implement(_library, _name, _function)
 
 
 def drop_graphs(model: nn.Module | None) -> None:
-    """Make torch.compile trace a model anew where it did so before anybody listened.
+    """Drop graphs that were made before a capture was installed: they do not notice that a function was patched.
 
-    Graphs do not notice that a function was replaced. Every graph of the process is dropped
-    (`torch.compiler.reset`), since there is no public way to drop those of one model; it is compiled again at
-    its next call.
+    Every graph of the process is dropped (`torch.compiler.reset`), since there is no public way to drop those of
+    one model; it is compiled again at its next call.
 
     Args:
-        model: what is going to be listened to; None: whatever was compiled in this process.
+        model: what is going to be captured; None: whatever was compiled in this process.
     """
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     if dynamo is None:
@@ -336,7 +332,7 @@ def is_compiled(model: nn.Module) -> bool:
 
         return any(_debug_get_cache_entry_list(code) for code in codes)
     except Exception:
-        return True  # this version of torch does not say
+        return True  # unknown in this version of torch
 
 
 def _codes(function: Any) -> Iterator[types.CodeType]:

@@ -1,6 +1,6 @@
 """Hooks and wrappers on modules that copies of the modules do not take along.
 
-A deep copy made while somebody listens, such as an average of the weights, gets what hangs on its original. Hooks
+A deep copy made during a capture, such as an average of the weights, gets what is attached to its original. Hooks
 are copied as ones that do nothing and go away at the copy's first forward, or when the originals do. In a pickle,
 a function of the standard library that does nothing takes their place, so that it loads without this package.
 """

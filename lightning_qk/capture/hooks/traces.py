@@ -1,7 +1,7 @@
 """Follow products of queries and keys through what a layer does to them before its softmax.
 
-Told by the names of torch's functions: what gives each product a new value in its place keeps rows and keys apart,
-and so does what moves or merges the axes before them. Whatever is not known to do so ends the way.
+By the names of torch's functions: elementwise ones keep rows and keys apart, and so do those that move or merge
+the axes before them. Any other function ends the trace.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_qk.capture.listeners import STATE
+from lightning_qk.capture.registry import STATE
 from lightning_qk.functional.logits import MASKED_BELOW
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "baddbmm_", "einsum"}
@@ -57,7 +57,7 @@ class Trace(NamedTuple):
         d_head: width of what was multiplied.
         relative: something was subtracted that depends on the products themselves.
         sinks: how many columns behind the keys are none.
-        hidden: where a mask was added that is not far enough down to be told from the sum, of the tensor's shape.
+        hidden: where a mask was added that is too small to show in the sum; of the tensor's shape.
         operands: queries ``(..., n, d)`` and keys ``(..., m, d)``, where a capture wants them.
     """
 
@@ -82,7 +82,7 @@ class _Maximum(NamedTuple):
 class Traces:
     """What is known of the tensors that came of products, while they live.
 
-    To be told of each function before it is called, and again after.
+    :meth:`before` gets each function before it is called, and :meth:`after` its result.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class Traces:
 
         Args:
             name: of the function.
-            trace: what :meth:`before` said.
+            trace: from :meth:`before`.
             args: of the call.
             kwargs: of the call.
             result: what it returned.
@@ -165,7 +165,7 @@ class Traces:
 
 
 def _masked(trace: Trace, added: Any, result: Tensor) -> Trace:
-    """After a sum: remember where a mask of two values hid keys, unless the sum itself tells."""
+    """After a sum: remember where a mask of two values hid keys, unless the sum itself shows it."""
     if (
         not isinstance(added, Tensor)
         or not added.is_floating_point()
@@ -273,7 +273,7 @@ def _kept(
 def _moved(
     name: str, trace: Trace, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Trace | None:
-    """After axes were moved: rows and keys stand last, in this order or in the other."""
+    """After axes were moved: rows and keys come last, in this order or in the other."""
     axes = torch.empty(tuple(range(2, source.dim() + 2)), device="meta")
     with torch._C.DisableTorchFunction():
         moved = getattr(torch.Tensor, name)(axes, *args[1:], **kwargs)
