@@ -30,6 +30,7 @@ class HiddenStatistics(Metric):
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
+    statistics = HIDDEN_MEANS
 
     total: Tensor
     weight: Tensor

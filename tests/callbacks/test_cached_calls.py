@@ -339,8 +339,8 @@ def test_penalties_are_those_of_the_job_without_generation(name):
     callback, alone = PENALTIES[name](), PENALTIES[name]()
     job, plain = (steer("with gradients", way, own) for way, own in (("generate", callback), ("none", alone)))
     assert job.said
-    assert len(callback.account.curves) == 2
-    assert str(callback.account.state_dict()) == str(alone.account.state_dict())
+    assert len(callback.event_log.curves) == 2
+    assert str(callback.event_log.state_dict()) == str(alone.event_log.state_dict())
     for a, b in zip(job.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -180,7 +180,7 @@ def test_one_reading_that_fails_is_one_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(CollapseDetector, "observe", fail)
     guard = CollapseGuard(every_n_steps=1)
     _, own = train(guard, tmp_path)
-    assert guard.account.curves.steps == [step for step in range(STEPS) if step != 4]
+    assert guard.event_log.curves.steps == [step for step in range(STEPS) if step != 4]
     assert own == []
 
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
-from lightning_qk.callbacks.monitors._base import RECORD_NAME, REPORT_NAME
+from lightning_qk.callbacks.monitors._report import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import attention_statistics, qk_moments
 from lightning_qk.record.history import RunRecord
 

@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_qk.functional.attention import AttentionSums
+from lightning_qk.functional.hidden import HiddenSums
 from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
+
+Sums = AttentionSums | MeanSums | HiddenSums
 
 # How the parts of additive forms are pooled; the others are added.
 _MAXIMUM = "maximum"
@@ -29,21 +33,26 @@ class SumsPool:
         self.lost: dict[str, str] = {}
         self.left_out_calls: set[str] = set()
 
-    def add(
-        self, name: str, sums: AttentionSums | MeanSums, *, heads: int, where: slice | None = None
-    ) -> None:
+    def add(self, name: str, sums: Sums, *, heads: int = 1, where: slice | None = None) -> None:
         """Add one call.
 
         Args:
             name: the layer.
-            sums: of the call's heads, each part of shape ``(..., batch, heads)``.
+            sums: of the call's heads, each part of shape ``(..., batch, heads)``; hidden states are without heads.
             heads: how many the layer has in all.
             where: which of them the call had, where other processes compute the rest; None for all.
         """
         pooled: dict[str, Tensor] = {}
         for part, value in sums._asdict().items():
             is_maximum = part == _MAXIMUM
-            over = value.amax(1, keepdim=True) if is_maximum else value.sum(1, keepdim=True)
+            if is_maximum:
+                over = (
+                    value.amax(1, keepdim=True)
+                    if value.shape[1]
+                    else value.new_full((len(value), 1), -torch.inf)
+                )
+            else:
+                over = value.sum(1, keepdim=True)
             pooled[part] = (
                 over if where is None else _place(over, heads, where, -torch.inf if is_maximum else 0.0)
             )
@@ -69,9 +78,10 @@ class SumsPool:
         self.lost = {}
         self.left_out_calls = set()
 
-    def into(self, metric: HeadMeans) -> None:
+    def into(self, metric: Metric) -> None:
         """Update a metric with what is pooled."""
-        metric.update({name: [sums] for name, sums in self._sums.items()})
+        takes_calls = isinstance(metric, HeadMeans)
+        metric.update({name: [sums] if takes_calls else sums for name, sums in self._sums.items()})
 
 
 def _place(part: Tensor, heads: int, where: slice, empty: float) -> Tensor:

@@ -1,14 +1,14 @@
 """Callback: where attention goes while a model trains."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
-from lightning_qk.callbacks.monitors._captured import CaptureMonitor, Measured
+from lightning_qk.callbacks.monitors._base import at_least
+from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions, Measured
 from lightning_qk.callbacks.monitors._pool import SumsPool
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import POSITION_STATISTICS, STATISTICS, attention_sums
@@ -54,29 +54,10 @@ class AttentionMonitor(CaptureMonitor):
     check is not.
 
     Args:
-        every_n_steps: measure at every n-th optimizer step; None follows the trainer's
-            ``log_every_n_steps``.
+        every_n_steps: measure at every n-th optimizer step; None follows the trainer's ``log_every_n_steps``.
         rows: query rows to sample in each sequence, without bias; None for all of them. Maxima over sampled
             rows are lower bounds.
-        seed: of the monitor's own random generator; torch's global one is never touched.
-        every_n_eval_batches: in validation and test loops, measure the first batch of each dataloader and every
-            n-th after it; 0 for never.
-        per_layer: names of statistics to log for each layer; None for entropy and max_logit; True for all of them,
-            in evaluation loops too; False for none.
-        per_head: also log one scalar a head.
-        figures_every: draw figures at every n-th measurement and at the end; 0 for never.
-        report: write the report at the end.
-        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
-            for all of them.
-        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
-            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
-        cached_calls: also measure calls within transformers' ``generate``, and calls of self-attention with keys
-            of earlier tokens from a cache. By default they are left out, and named once: statistics are those of
-            the loss's own forwards.
-
-    Raises:
-        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
-            cannot be watched.
+        options: see :class:`~lightning_qk.callbacks.monitors.CaptureMonitor`.
     """
 
     statistics = STATISTICS
@@ -95,58 +76,24 @@ class AttentionMonitor(CaptureMonitor):
     figure_statistics = ("entropy_normalized", "distance", "sink_first")
     subject = "attention logits"
     witness = "entropy"
-    presence = "max_logit"
 
-    fit_state = {"_measured": int}  # noqa: RUF012 (never changed)
-    running_state = {  # noqa: RUF012 (never changed)
-        "_profile_pool": SumsPool,
-        "_profile_generator": torch.Generator,
-    }
+    record_field = "attention"
 
-    _measured: int
-    _profile_pool: SumsPool
-    _profile_generator: torch.Generator
+    live = ("_profile_pool", "_profile_generator")
 
     def __init__(
-        self,
-        every_n_steps: int | None = None,
-        *,
-        rows: int | None = 64,
-        seed: int = 0,
-        every_n_eval_batches: int = 10,
-        per_layer: bool | str | Sequence[str] | None = None,
-        per_head: bool = False,
-        figures_every: int = 10,
-        report: bool = True,
-        modules: str | Sequence[str] | None = None,
-        on_unreadable: Literal["warn", "raise"] = "warn",
-        cached_calls: bool = False,
+        self, every_n_steps: int | None = None, *, rows: int | None = 64, **options: Unpack[CaptureOptions]
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            seed=seed,
-            every_n_eval_batches=every_n_eval_batches,
-            per_layer=per_layer,
-            per_head=per_head,
-            figures_every=figures_every,
-            report=report,
-            modules=modules,
-            on_unreadable=on_unreadable,
-            cached_calls=cached_calls,
-        )
-        if rows is not None and rows < 1:
-            raise ValueError(f"expected rows to be at least 1, or None for all rows, got {rows}")
+        super().__init__(every_n_steps, **options)
+        at_least(1, rows=rows)
         self.rows = rows
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        return {
-            "every_n_steps": self.every_n_steps,
-            "rows": self.rows,
-            "seed": self.seed,
-            "every_n_eval_batches": self.every_n_eval_batches,
-            "cached_calls": self.cached_calls,
-        }
+    def begin_listening(self) -> None:
+        """Nothing was heard yet."""
+        super().begin_listening()
+        self._measured = 0
+        self._profile_pool = SumsPool()
+        self._profile_generator = torch.Generator()
 
     def measure_call(self, name: str, call: CapturedCall) -> Measured:
         """All statistics of sampled rows."""
@@ -158,8 +105,6 @@ class AttentionMonitor(CaptureMonitor):
         """As every monitor of attention."""
         super().find_layers(trainer, pl_module)
         self._profile_generator.manual_seed(self.seed + trainer.global_rank)
-        self._measured = 0
-        self._profile_pool.reset()
 
     def _hear(self, name: str, call: CapturedCall) -> None:
         super()._hear(name, call)
@@ -192,7 +137,6 @@ class AttentionMonitor(CaptureMonitor):
 
     def _measure_profile(self, trainer: Trainer, pl_module: LightningModule) -> None:
         history = self.history
-        assert history is not None  # super().measure
 
         def pooled() -> HeadMeans:
             heads = dict(zip(self.labels, history.heads, strict=True))
@@ -214,8 +158,8 @@ class AttentionMonitor(CaptureMonitor):
     def has_value(self, name: str, flat: Tensor) -> Tensor:
         """Positions mean nothing between two sequences."""
         has = super().has_value(name, flat)
-        if self.history is not None and name in POSITION_STATISTICS:
-            for (layer, _), part in zip(self.labels.items(), self.history.split(has), strict=True):
+        if name in POSITION_STATISTICS and self.history.layers:
+            for layer, part in zip(self.labels, self.history.split(has), strict=True):
                 part.fill_(self._self_attention.get(layer, True))
         return has
 
@@ -229,7 +173,7 @@ class AttentionMonitor(CaptureMonitor):
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""
-        record.attention = self.history
+        super().contribute(record)
         if len(self._snapshots):
             record.snapshots["linear_profile"] = self._snapshots
         if self.rows is not None:
