@@ -1,5 +1,6 @@
 """One captured attention call: what every listener gets, however it was captured."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import attention_logits
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.verify import attention_logits
 from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, ProductLogits
 from lightning_qk.heads.sizes import head_count
 
@@ -40,10 +41,20 @@ class CapturedCall(ABC):
         module: the attention layer.
         implementation: name in the model's config: ``"eager"``, ``"sdpa"``, ...; ``"softmax"`` for attention that
             a layer computes itself.
+        self_attention: whether queries and keys are the same tokens; None where unknown.
+        heads: how many heads the call has; None where unknown.
     """
 
     module: nn.Module
     implementation: str
+    self_attention: bool | None = None
+    heads: int | None = None
+
+    def known(self, *, self_attention: bool | None, heads: int | None) -> "CapturedCall":
+        """A copy of the call that knows these facts of its layer."""
+        call = copy.copy(self)
+        call.self_attention, call.heads = self_attention, heads
+        return call
 
     @property
     @abstractmethod
@@ -76,19 +87,19 @@ class CapturedCall(ABC):
         return None
 
     @abstractmethod
-    def logits(self, *, self_attention: bool | None, heads: int | None = None) -> AttentionLogits:
+    def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> AttentionLogits:
         """The logits of the call, without gradients.
 
         Args:
-            self_attention: whether queries and keys are the same tokens; None where unknown.
-            heads: how many heads the call has, where that is known: the logits of a softmax may hold heads and
-                batch in one axis.
+            self_attention: whether queries and keys are the same tokens; None: as the call knows.
+            heads: how many heads the call has: the logits of a softmax may hold heads and batch in one axis.
+                None: as the call knows.
 
         Raises:
             UnsupportedCallError: the softmax of the call cannot be told.
         """
 
-    def output(self, *, self_attention: bool | None) -> AttentionOutput:
+    def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
         """The logits, and the values that the output is made of; argument and errors as of :meth:`logits`."""
         raise UnsupportedCallError(
             "it takes its softmax in its own forward, where logits are seen but not queries, keys and values: "
@@ -97,7 +108,11 @@ class CapturedCall(ABC):
 
     @abstractmethod
     def products(
-        self, *, self_attention: bool | None, heads: int | None = None, position: str | None = None
+        self,
+        *,
+        self_attention: bool | None = None,
+        heads: int | None = None,
+        position: str | None = None,
     ) -> AttentionLogits:
         """``scaling q·k`` of the visible pairs, without what is added to it.
 
@@ -155,13 +170,15 @@ class FunctionCall(CapturedCall):
         """What was passed as the value."""
         return self._call.value
 
-    def logits(self, *, self_attention: bool | None, heads: int | None = None) -> ProductLogits:
+    def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> ProductLogits:
         """The logits of the call, without gradients."""
-        return attention_logits(self._call, self_attention=self_attention)[0].detach()
+        own = self.self_attention if self_attention is None else self_attention
+        return attention_logits(self._call, self_attention=own)[0].detach()
 
-    def output(self, *, self_attention: bool | None) -> AttentionOutput:
+    def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
         """The logits, and the values that the output is made of."""
-        logits, value = attention_logits(self._call, self_attention=self_attention)
+        own = self.self_attention if self_attention is None else self_attention
+        logits, value = attention_logits(self._call, self_attention=own)
         m = logits.shape[3]
         if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[2] != m:
             form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -172,10 +189,29 @@ class FunctionCall(CapturedCall):
         return AttentionOutput(logits.detach(), value.detach())
 
     def products(
-        self, *, self_attention: bool | None, heads: int | None = None, position: str | None = None
+        self,
+        *,
+        self_attention: bool | None = None,
+        heads: int | None = None,
+        position: str | None = None,
     ) -> ProductLogits:
         """``scaling q·k`` of the visible pairs, without what is added to it."""
         return self.logits(self_attention=self_attention).products()
+
+
+Arguments = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]]
+"""Query, key, value and mask of four axes as ``"sdpa"`` takes them, and the options."""
+
+
+def sdpa_call(module: nn.Module, found: Arguments | str, inputs: tuple[Tensor, ...] = ()) -> FunctionCall:
+    """A call of scaled_dot_product_attention.
+
+    Raises:
+        UnsupportedCallError: ``found`` is the reason why there are no arguments.
+    """
+    if isinstance(found, str):
+        raise UnsupportedCallError(found)
+    return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1], inputs=inputs))
 
 
 class SoftmaxCall(CapturedCall):
@@ -233,9 +269,11 @@ class SoftmaxCall(CapturedCall):
             return None
         return _fitted_scaling(self.tensor[..., : self.lengths[1]], self._operands)
 
-    def logits(self, *, self_attention: bool | None, heads: int | None = None) -> AttentionLogits:
+    def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> AttentionLogits:
         """The logits of the call."""
-        logits, sinks = self.by_head(heads), None
+        if self_attention is None:
+            self_attention = self.self_attention
+        logits, sinks = self.by_head(self.heads if heads is None else heads), None
         if self._sinks:
             logits, sinks = logits[..., : -self._sinks], logits[..., -1]
         return AttentionLogits.given(
@@ -247,7 +285,11 @@ class SoftmaxCall(CapturedCall):
         )
 
     def products(
-        self, *, self_attention: bool | None, heads: int | None = None, position: str | None = None
+        self,
+        *,
+        self_attention: bool | None = None,
+        heads: int | None = None,
+        position: str | None = None,
     ) -> AttentionLogits:
         """The logits, where nothing is added to the products."""
         if self.relative or position not in PRODUCTS:

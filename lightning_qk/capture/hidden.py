@@ -3,7 +3,7 @@
 Forward hooks stand at the blocks, and at the Hugging Face models around them for the mask of the tokens. They
 return nothing and look at one boolean while nobody listens. Inside a graph of torch.compile they are traced: the
 boolean is a guard, so that a graph has one version that listens, and an operator hands the tensors out
-(:mod:`lightning_qk.capture.compiled`).
+(:mod:`lightning_qk.capture.hooks.compiled`).
 """
 
 import functools
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture import compiled, generation, listeners
+from lightning_qk.capture import registry
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
-from lightning_qk.capture.copies import hook_after, hook_before
+from lightning_qk.capture.hooks import compiled, generate
+from lightning_qk.capture.hooks.modules import hook_after, hook_before
 
 HiddenListener = Callable[[str, Tensor, Tensor | None], None]
 
@@ -25,7 +26,7 @@ OUTPUT, INPUT, MASK, TOKENS = "output", "input", "mask", "tokens"
 
 _library = torch.library.Library("lightning_qk", "FRAGMENT")
 _library.define(
-    "hear_hidden(Tensor(a!) order, Tensor? module, str kind, Tensor? tensor) -> ()", tags=compiled.graph_tags
+    "hidden(Tensor(a!) order, Tensor? module, str kind, Tensor? tensor) -> ()", tags=compiled.graph_tags
 )
 
 
@@ -33,7 +34,7 @@ class _State:
     """Read by every hook, and guarded by compiled graphs."""
 
     def __init__(self) -> None:
-        self.listening = False
+        self.capturing = False
 
 
 STATE = _State()
@@ -72,7 +73,7 @@ class HiddenCapture:
 
     Attributes:
         problems: name → why its states cannot be used; it is not listened to any more then.
-        heard: names of what was handed on at least once.
+        seen: names of what was handed on at least once.
         unmasked: names whose mask could not be told, so that all tokens count.
     """
 
@@ -100,12 +101,12 @@ class HiddenCapture:
         self._model = model
         self._generated = generated
         self._enabled = False
-        self._give_back: list[Callable[[], None]] | None = None
+        self._undo: list[Callable[[], None]] | None = None
         self._given: dict[int, _Given] = {}
         self._sizes: dict[int, tuple[int, ...]] = {}
         self._entered: set[int] = set()
         self.problems: dict[str, str] = {}
-        self.heard: set[str] = set()
+        self.seen: set[str] = set()
         self.unmasked: set[str] = set()
 
     @property
@@ -120,19 +121,19 @@ class HiddenCapture:
         self._given.clear()
         self._sizes.clear()
         self._entered.clear()
-        with listeners.lock:
-            STATE.listening = any(capture.enabled for capture in _captures)
+        with registry.lock:
+            STATE.capturing = any(capture.enabled for capture in _captures)
 
     def install(self) -> None:
         """Hook the blocks and the models around them."""
         global _captures
-        with listeners.lock:
-            if self._give_back is not None:
+        with registry.lock:
+            if self._undo is not None:
                 return
             compiled.drop_graphs(self._model)
             owners = {id(owner): owner for part in self._models.values() for owner in part}
-            give_back: list[Callable[[], None]] = []
-            self._give_back = give_back
+            undo: list[Callable[[], None]] = []
+            self._undo = undo
             wanted = [
                 *((module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
                 *((module, INPUT) for module in self._first),
@@ -140,12 +141,12 @@ class HiddenCapture:
             ]
             try:
                 if self._generated is not None:
-                    give_back.extend(generation.stand_at_generate(self._model))
+                    undo.extend(generate.patch_generate(self._model))
                 for module, kind in wanted:
-                    give_back.append(_hook(module, kind))
+                    undo.append(_hook(module, kind))
                 for module in (*self._blocks, *owners.values()):
                     compiled.label(module)
-                    give_back.append(functools.partial(compiled.unlabel, module))
+                    undo.append(functools.partial(compiled.unlabel, module))
                 _captures = (*_captures, self)
                 self.enabled = self._enabled
             except BaseException:
@@ -155,25 +156,25 @@ class HiddenCapture:
     def remove(self) -> None:
         """Leave everything as it was before :meth:`install`."""
         global _captures
-        with listeners.lock:
+        with registry.lock:
             self.enabled = False
             _captures = tuple(other for other in _captures if other is not self)
-            give_back, self._give_back = self._give_back, None
-            for one in reversed(give_back or []):
+            undo, self._undo = self._undo, None
+            for one in reversed(undo or []):
                 one()
 
-    def hear(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+    def receive(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         """Take what one hook hands on."""
         if not self._enabled:
             return
         if kind == TOKENS:
             self._sizes[id(module)] = () if tensor is None else tuple(tensor.shape[:2])
         elif kind == MASK:
-            self._hear_mask(module, tensor)
+            self._receive_mask(module, tensor)
         else:
-            self._hear_states(module, kind, tensor)
+            self._receive_states(module, kind, tensor)
 
-    def _hear_mask(self, module: nn.Module, tensor: Tensor | None) -> None:
+    def _receive_mask(self, module: nn.Module, tensor: Tensor | None) -> None:
         if tensor is None:
             given = _Given()
         elif tensor.dim() == 2:
@@ -186,11 +187,11 @@ class HiddenCapture:
             if any(owner is module for owner in owners):
                 self._entered.discard(block)
 
-    def _hear_states(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+    def _receive_states(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         name = self._names.get((id(module), kind))
         if name is None or name in self.problems:
             return
-        if self._generated is not None and generation.is_running():
+        if self._generated is not None and generate.is_running():
             self._generated(name)
             return
         if kind == INPUT and self._models.get(id(module)):
@@ -205,7 +206,7 @@ class HiddenCapture:
         except Exception as error:
             self.problems[name] = f"its hidden states could not be read ({type(error).__name__}: {error})"
         else:
-            self.heard.add(name)
+            self.seen.add(name)
 
     def _read(self, module: nn.Module, name: str, tensor: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if tensor is None:
@@ -265,13 +266,13 @@ def _hook(module: nn.Module, kind: str) -> Callable[[], None]:
         known = _hooked[key] = _Hooked(handle)
     known.users += 1
 
-    def give_back() -> None:
+    def undo() -> None:
         known.users -= 1
         if known.users == 0:
             del _hooked[key]
             known.handle.remove()
 
-    return give_back
+    return undo
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
@@ -283,12 +284,12 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
 
 
 def _after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if STATE.listening:
+    if STATE.capturing:
         _hand_on(module, OUTPUT, _first_states(output))
 
 
 def _before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if STATE.listening:
+    if STATE.capturing:
         given = kwargs.get("hidden_states")
         if given is None:
             given = _first_states(args)
@@ -300,7 +301,7 @@ def _before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _before_model(
     names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    if STATE.listening:
+    if STATE.capturing:
         tokens = None
         for name in ("input_ids", "inputs_embeds"):
             value = _argument(name, names, args, kwargs)
@@ -340,7 +341,7 @@ def _hand_on(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
     if torch.compiler.is_dynamo_compiling():
         identity = compiled.identity(module)
         if identity is not None:
-            torch.ops.lightning_qk.hear_hidden(compiled.ORDER, identity, kind, tensor)
+            torch.ops.lightning_qk.hidden(compiled.ORDER, identity, kind, tensor)
     elif not torch.compiler.is_compiling():
         _deliver(module, kind, tensor)
 
@@ -351,14 +352,14 @@ def _deliver(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         return
     with torch.no_grad():
         for capture in _captures:
-            capture.hear(module, kind, tensor)
+            capture.receive(module, kind, tensor)
 
 
 @torch.compiler.disable
-def _hear(order: Tensor, module: Tensor | None, kind: str, tensor: Tensor | None) -> None:
+def _emit(order: Tensor, module: Tensor | None, kind: str, tensor: Tensor | None) -> None:
     owner = None if module is None else compiled.module_of(module)
     if owner is not None:
         _deliver(owner, kind, tensor)
 
 
-compiled.implement(_library, "hear_hidden", _hear)
+compiled.implement(_library, "hidden", _emit)

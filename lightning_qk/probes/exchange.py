@@ -6,10 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.probes._attention import Attention, rows_at, weighted_values
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.probes._attention import attention_of, rows_at, weighted_values
 from lightning_qk.probes.run import (
-    Hearing,
     check_marks,
     last_tokens,
     over_tokens,
@@ -17,6 +18,7 @@ from lightning_qk.probes.run import (
     prepared,
     quiet,
     refuse_encoder_decoder,
+    results,
     tokens_name,
     valid_tokens,
 )
@@ -83,36 +85,37 @@ def exchangeability(
     generator = own_generator(generator)
     is_moved = movable.sum(1) > 1
 
-    def say(heard: Attention) -> Tensor:
-        """What heads say, ``(batch, heads, rows, width)``."""
-        over_tokens(heard, valid.shape)
-        attention = rows_at(heard, asking)
+    def output(call: CapturedCall) -> Tensor:
+        """Output of the asking rows, or their attention, ``(batch, heads, rows, width)``."""
+        attention = attention_of(call)
+        over_tokens(attention, valid.shape)
+        probabilities = rows_at(attention, asking)
         if of == "attention":
-            return attention
-        if heard.value is None:
+            return probabilities
+        if attention.value is None:
             raise UnsupportedCallError(
                 "its values are not known, only its softmax: ask for of='attention', which needs none"
             )
-        return weighted_values(attention, heard.value)
+        return weighted_values(probabilities, attention.value)
 
-    def run(hearing: Hearing, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        said: dict[str, list[Tensor]] = {}
-        hearing.run(batch, lambda layer, heard: said.setdefault(layer, []).append(say(heard)))
-        return said
+    def run(batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        outputs: dict[str, list[Tensor]] = {}
+        collector.run(batch, lambda layer, call: outputs.setdefault(layer, []).append(output(call)))
+        return outputs
 
     changes: dict[str, list[Tensor]] = {}
     with quiet(model):
-        hearing = Hearing(model)
-        before = run(hearing, batch)
+        collector = AttentionCollector(model, eager=True)
+        before = run(batch)
         for _ in range(permutations):
             source = _permutation(movable, generator)
-            after = run(hearing, _permuted(batch, source))
+            after = run(_permuted(batch, source))
             for layer, calls in after.items():
                 pairs = zip(before[layer], calls, strict=True)
                 change = torch.stack([_change(old, new, source, of) for old, new in pairs]).mean(0)
                 change[~is_moved.to(change.device)] = torch.nan
                 changes.setdefault(layer, []).append(change)
-    return hearing.result({layer: torch.cat(all_of_it).nanmean(0) for layer, all_of_it in changes.items()})
+    return results(collector, {layer: torch.cat(each).nanmean(0) for layer, each in changes.items()})
 
 
 def _permutation(movable: Tensor, generator: torch.Generator) -> Tensor:

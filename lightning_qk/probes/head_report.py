@@ -125,11 +125,11 @@ class HeadReport:
             TypeError: a batch is neither.
             ValueError: no batch, or no attention that can be heard.
         """
-        values, hearing = measure_heads(model, batches)
-        cross = {name for name, own in hearing.self_attention.items() if not own}
+        values, collector = measure_heads(model, batches)
+        cross = {name for name, own in collector.self_attention.items() if not own}
         labels = layer_labels(list(values), cross=cross)
         rows = _rows({labels[name]: numbers for name, numbers in values.items()}, thresholds)
-        return cls(rows, thresholds or HeadThresholds(), dict(hearing.left_out))
+        return cls(rows, thresholds or HeadThresholds(), dict(collector.left_out))
 
     @classmethod
     def from_history(cls, record: RunRecord, *, thresholds: HeadThresholds | None = None) -> "HeadReport":

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.compiled import is_compiled
-from lightning_qk.capture.copies import hook_after, hook_before
-from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.hooks.compiled import is_compiled
+from lightning_qk.capture.hooks.modules import hook_after, hook_before
 from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.heads.findings import Finding, settle

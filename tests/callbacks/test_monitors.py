@@ -124,8 +124,8 @@ def test_validation_is_not_training(tmp_path):
         L.seed_everything(2, verbose=False)
         _, attention = callbacks = monitors(**kwargs)
         calls = []
-        hear = attention._hear
-        attention._hear = lambda name, call: (calls.append(name), hear(name, call))
+        hear = attention.measure_call
+        attention.measure_call = lambda name, call: calls.append(name) or hear(name, call)
         models.trainer(callbacks, max_steps=4, val_check_interval=2, num_sanity_val_steps=2).fit(
             models.Job(), models.tokens(), models.tokens()
         )

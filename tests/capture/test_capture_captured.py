@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 
 HEADS, N = 3, 12
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor
+from lightning_qk.capture.call import AttentionCall
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.copies import Hook, hook_after, hook_before
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import AttentionCall
+from lightning_qk.capture.hooks.modules import Hook, hook_after, hook_before
 from lightning_qk.heads.reader import ProjectionReader, find_attention
 from lightning_qk.verification.check import SelfCheck
 

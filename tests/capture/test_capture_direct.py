@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported_under_a
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qk import AttentionMonitor, QKSpectrumMonitor
-from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads.reader import find_attention
 

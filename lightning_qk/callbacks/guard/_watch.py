@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lightning_qk.callbacks._ranks import total
 from lightning_qk.callbacks._trainer import logging_step, say
 from lightning_qk.callbacks.monitors import AttentionMonitor, Monitor, QKSpectrumMonitor
-from lightning_qk.capture import generation
-from lightning_qk.capture.copies import hook_before
+from lightning_qk.capture.hooks import generate
+from lightning_qk.capture.hooks.modules import hook_before
 from lightning_qk.guard.reading import Place
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.record.history import History, RunRecord
@@ -115,7 +115,7 @@ class HiddenCosine:
         if not self._give_back:
             for name, module in self.modules.items():
                 self._give_back.append(hook_before(module, self._hook(name)).remove)
-            self._give_back.extend(generation.stand_at_generate(self._model))
+            self._give_back.extend(generate.patch_generate(self._model))
 
     def stop(self) -> None:
         """Leave the layers as they were."""
@@ -126,7 +126,7 @@ class HiddenCosine:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # It is no training: a teacher, or a generation within the step.
-            if not torch.is_grad_enabled() or generation.is_running():
+            if not torch.is_grad_enabled() or generate.is_running():
                 return
             try:
                 given = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))

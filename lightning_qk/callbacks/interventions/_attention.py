@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
 from lightning_qk.callbacks._trainer import DeepSpeedStrategy, logging_step, shorten
 from lightning_qk.callbacks.interventions._base import Intervention
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.find import Site
 from lightning_qk.interventions.auxiliary import AttentionPenalty, Auxiliary, Measure
 
@@ -38,7 +38,7 @@ class AttentionIntervention(Intervention):
     def begin(self) -> None:
         """Forget the fit before."""
         super().begin()
-        self._steering: AttentionSteering | None = None
+        self._steering: AttentionInterceptor | None = None
         self._modules: dict[str, nn.Module] = {}
         self._names: list[str] = []
         self._was_missed = False
@@ -71,7 +71,7 @@ class AttentionIntervention(Intervention):
                 f"named {self.name!r}: pass each its own name="
             )
 
-    def steer(self, steering: AttentionSteering, names: Sequence[str], what: str) -> None:
+    def steer(self, steering: AttentionInterceptor, names: Sequence[str], what: str) -> None:
         """Install, and say so."""
         steering.spare = self._spare
         steering.install()
@@ -121,7 +121,7 @@ class Replacement(AttentionIntervention):
     """Base of the callbacks that replace attention in training, validation, test and prediction alike."""
 
     @abstractmethod
-    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
+    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionInterceptor, str]:
         """What replaces the layers' attention, and what it does in words."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks.interventions._attention import Replacement, cross_names, layer_names
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.find import Site
 from lightning_qk.interventions.hard_attention import HardRetrieval
 
@@ -37,7 +37,7 @@ class HardAttention(Replacement):
     def __init__(self, *, modules: Patterns = None, name: str | None = None) -> None:
         super().__init__(modules, name)
 
-    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
+    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionInterceptor, str]:
         """Hard attention."""
         for site in sites:
             if isinstance(getattr(site.module, "sinks", None), Tensor):

@@ -14,10 +14,10 @@ from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
 from lightning_qk.callbacks._trainer import logging_step, projection_reader, refuse_deepspeed, shorten
 from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.generation import CachedCalls
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.max_logits import max_logits
 from lightning_qk.heads.edit import HeadEditor
 from lightning_qk.heads.find import attention_sites

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._trainer import is_logged_step
 from lightning_qk.callbacks.interventions._attention import Replacement, cross_names, layer_names
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.find import Site
 from lightning_qk.interventions.soft_cap import SoftCapped, check_cap
 
@@ -44,7 +44,7 @@ class SoftCap(Replacement):
         check_cap(cap)
         self.cap = float(cap)
 
-    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
+    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionInterceptor, str]:
         """Capped attention."""
         capped = SoftCapped(layer_names(sites), self.cap, cross=cross_names(sites), model=pl_module)
         return capped.steering, f"logits are capped at {self.cap:g}"

@@ -3,28 +3,21 @@
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_qk.callbacks._layers import WatchedReader, matches
 from lightning_qk.callbacks._trainer import logging_step, shorten
 from lightning_qk.callbacks.monitors._base import MonitorOptions
 from lightning_qk.callbacks.monitors._keys import without_errors
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor
-from lightning_qk.callbacks.monitors._pool import SumsPool
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.generation import CachedCalls
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.functional.attention import AttentionSums
-from lightning_qk.functional.logits import AttentionLogits
-from lightning_qk.functional.sums import MeanSums
 from lightning_qk.heads.errors import NotTokenAttention
-from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.loggers.loggers import log_scalars
+from lightning_qk.metrics.collector import AttentionCollector, SumAccumulator
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.states import NO_VALUE
 
@@ -38,20 +31,6 @@ class CaptureOptions(MonitorOptions, total=False):
     seed: int
     every_n_eval_batches: int
     cached_calls: bool
-
-
-class Measured(NamedTuple):
-    """What one call comes to.
-
-    Attributes:
-        sums: additive statistics of its heads.
-        heads: how many the call has.
-        d_head: width of what is multiplied.
-    """
-
-    sums: AttentionSums | MeanSums
-    heads: int
-    d_head: int
 
 
 class CaptureMonitor(ListeningMonitor):
@@ -74,7 +53,7 @@ class CaptureMonitor(ListeningMonitor):
     is_of_self_attention: bool = False
     """Whether it measures nothing of cross-attention."""
 
-    live = ("_reader", "_modules", "_evaluation")
+    live = ("_reader", "_collector", "_evaluation")
 
     def __init__(
         self,
@@ -98,37 +77,23 @@ class CaptureMonitor(ListeningMonitor):
         """Nothing was heard yet of the layers that are found next."""
         super().begin_listening()
         self._reader: WatchedReader | None = None
-        self._modules: dict[str, nn.Module] = {}
-        self._evaluation: dict[int, SumsPool] = {}
+        self._collector: AttentionCollector | None = None
+        self._evaluation: dict[int, SumAccumulator] = {}
         # Known before the first call wherever the weights can be read; of the others once processes have agreed.
         self._heads: dict[str, int] = {}
-        # Of layers with weights that do not tell, as this process sees them.
-        self._heads_of_calls: dict[str, int] = {}
         self._self_attention: dict[str, bool] = {}
-        self._shapes: dict[str, tuple[int, int]] = {}
         # Layers whose calls have other numbers of heads on other processes.
         self._apart: set[str] = set()
-        self._cached_calls = CachedCalls()
 
     # What a subclass says
 
     @abstractmethod
-    def measure_call(self, name: str, call: CapturedCall) -> Measured | None:
-        """Additive statistics of one call; None where the layer has none of these.
+    def measure_call(self, name: str, call: CapturedCall) -> Any:
+        """Additive statistics of one call, parts ``(..., batch, heads)``; None where the layer has none of these.
 
         Raises:
             UnsupportedCallError: the call cannot be measured.
         """
-
-    def logits_of(self, name: str, call: CapturedCall) -> AttentionLogits:
-        """The logits of a call.
-
-        Raises:
-            UnsupportedCallError: they cannot be told.
-        """
-        return call.logits(
-            self_attention=self._self_attention.get(name), heads=self._heads_here(name, call.module)
-        )
 
     @abstractmethod
     def metric(self, heads: dict[str, int]) -> HeadMeans:
@@ -155,90 +120,37 @@ class CaptureMonitor(ListeningMonitor):
         ):
             return
         self.begin_listening()
-        self._modules = {name: module for name, module in found.items() if matches(name, self.modules)}
-        self._names = tuple(self._modules)
+        modules = {name: module for name, module in found.items() if matches(name, self.modules)}
+        self._names = tuple(modules)
         # Where the weights cannot be read, calls can still be captured.
         reader = self._reader = WatchedReader(pl_module, self.modules, root=trainer.strategy.model)
-        self._take_facts(reader)
-        capture = AttentionCapture(
-            {module: name for name, module in self._modules.items()},
-            self._take,
-            model=pl_module,
-            generated=None if self.cached_calls else self.leave_call_out,
+        self._collector = AttentionCollector(
+            pl_module,
+            self.measure_call,
+            modules=modules,
+            layers=reader.layers,
+            cached_calls=self.cached_calls,
+            retry=True,
         )
-        self.listen(trainer, capture)
-        self._leave_out_channels(reader)
+        self._take_facts(self._collector, reader)
+        self.listen(trainer, self._collector)
 
-    def _take_facts(self, reader: WatchedReader) -> None:
-        """Take what the weights say of the layers' heads and inputs."""
-        self._heads = {name: layer.heads for name, layer in reader.layers.items()}
+    def _take_facts(self, collector: AttentionCollector, reader: WatchedReader) -> list[str]:
+        """Take what the weights say of heads and inputs; names of the layers of which it is new."""
+        changed = collector.know(reader.layers)
+        self._heads |= {name: layer.heads for name, layer in reader.layers.items()}
         self._self_attention = {name: layer.self_attention for name, layer in reader.layers.items()}
-
-    def _leave_out_channels(self, reader: WatchedReader) -> None:
-        """Leave layers out whose softmax is none over tokens."""
+        # Their softmax is none over tokens.
         for name, refusal in reader.refusals.items():
-            if isinstance(refusal, NotTokenAttention) and name in self._modules:
-                self.problems.setdefault(name, str(refusal))
+            if isinstance(refusal, NotTokenAttention) and name in collector.modules:
+                collector.left_out.setdefault(name, str(refusal))
+        return changed
 
     def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with what the layers' calls have shown; what was measured by other facts does not count."""
-        reader = self._reader
-        if self.idle or reader is None or self._capture is None or not reader.refresh():
-            return
-        heads, is_self = dict(self._heads), dict(self._self_attention)
-        self._take_facts(reader)
-        self._leave_out_channels(reader)
-        changed = [
-            name
-            for name in self._modules
-            if heads.get(name) != self._heads.get(name, heads.get(name))
-            or is_self.get(name) != self._self_attention.get(name, is_self.get(name))
-        ]
-        self._heads = {**heads, **self._heads}
-        self._step_pool.leave_out(changed)
-
-    def _take(self, name: str, call: CapturedCall) -> None:
-        is_self = self._self_attention.get(name, False)
-        if not self.cached_calls and is_self and self._cached_calls.has(name, call):
-            self.leave_call_out(name)
-        else:
-            self._hear(name, call)
-
-    def _hear(self, name: str, call: CapturedCall) -> None:
-        def add(pool: SumsPool) -> None:
-            found = self.measure_call(name, call)
-            if found is not None:
-                heads, where = self._check_shape(name, call.module, found)
-                pool.add(name, found.sums, heads=heads, where=where)
-
-        self.add_call(name, add)
-
-    def _heads_here(self, name: str, module: nn.Module) -> int | None:
-        """How many of a layer's heads this process computes; None where its weights do not say."""
-        heads = self._heads.get(name)
-        where = None if heads is None else local_heads(module, heads)
-        return heads if where is None else where.stop - where.start
-
-    def _check_shape(self, name: str, module: nn.Module, found: Measured) -> tuple[int, slice | None]:
-        """How many heads the layer has, and which of them this call had (None: all)."""
-        shape = found.heads, found.d_head
-        before = self._shapes.setdefault(name, shape)
-        if shape != before:
-            raise UnsupportedCallError(
-                f"its attention was called with {before[0]} heads of width {before[1]} and then with {shape[0]} "
-                f"of width {shape[1]}, which cannot be pooled: give each of the two a module of its own"
-            )
-        # Processes agree on what only calls tell before it is relied on.
-        heads = self._heads.get(name) or self._heads_of_calls.setdefault(name, shape[0])
-        if shape[0] == heads:
-            return heads, None
-        where = local_heads(module, heads)
-        if where is None or where.stop - where.start != shape[0]:
-            raise UnsupportedCallError(
-                f"its weights have {heads} heads and its attention was called with {shape[0]}: check how the "
-                "layer splits its heads"
-            )
-        return heads, where
+        reader, collector = self._reader, self._collector
+        if not self.idle and reader is not None and collector is not None and reader.refresh():
+            self._step_pool.leave_out(self._take_facts(collector, reader))
 
     def known_layers(self) -> dict[str, int]:
         """Of all layers of which heads are known by now."""
@@ -262,7 +174,8 @@ class CaptureMonitor(ListeningMonitor):
 
     def facts_of_calls(self, name: str) -> Sequence[int]:
         """Most and, negated, fewest heads of a layer that only its calls tell."""
-        return self._heads_of_calls.get(name, -1), -self._heads_of_calls.get(name, _MANY)
+        seen = {} if self._collector is None else self._collector.heads_of_calls
+        return seen.get(name, -1), -seen.get(name, _MANY)
 
     def learn(self, name: str, facts: Sequence[int]) -> str | None:
         """Take the heads of the calls, where they are the same on every process."""
@@ -277,7 +190,8 @@ class CaptureMonitor(ListeningMonitor):
         """Name the layers that were not captured, and those of which calls were left out."""
         missing = [name for name in self._names if name not in seen]
         if missing:
-            kinds = ", ".join(sorted({type(self._modules[name]).__name__ for name in missing}))
+            modules = {} if self._collector is None else self._collector.modules
+            kinds = ", ".join(sorted({type(modules[name]).__name__ for name in missing if name in modules}))
             self.note(
                 f"no attention call of {len(missing)} of {len(self._names)} layers was seen "
                 f"({shorten(missing)}; class {kinds}): such a layer was not run, or computes its softmax "
@@ -315,7 +229,7 @@ class CaptureMonitor(ListeningMonitor):
         """Listen, when the batch is to be measured."""
         if self._capture is None or not self._measures_evaluation(trainer):
             return
-        self._pool = self._evaluation.setdefault(dataloader_idx, SumsPool())
+        self.pool_into(self._evaluation.setdefault(dataloader_idx, SumAccumulator()))
         self._capture.enabled = trainer.fast_dev_run or batch_idx % self.every_n_eval_batches == 0  # type: ignore[attr-defined]
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -345,7 +259,7 @@ class CaptureMonitor(ListeningMonitor):
         # Over all dataloaders and not those that this rank saw: every rank makes the same collective calls.
         for index in range(dataloaders):
             suffix = f"/dataloader_idx_{index}" if dataloaders > 1 else ""
-            pool = self._evaluation.get(index, SumsPool())
+            pool = self._evaluation.get(index, SumAccumulator())
             values = self.together(trainer, partial(self.compute, trainer, pl_module, pool))
             if values is not None:
                 # Where it fails here, no process goes on with the next dataloader.

@@ -1,7 +1,7 @@
 """What the monitors that listen to a running model share: the capture, its pool, which layers are left out."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,8 @@ from torch import Tensor
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
 from lightning_qk.callbacks.monitors._base import Monitor, flat_values
-from lightning_qk.callbacks.monitors._pool import SumsPool
-from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.metrics.collector import AttentionCollector, SumAccumulator
 from lightning_qk.record.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NOT_FINITE
 
 
@@ -32,9 +30,9 @@ class ListeningMonitor(Monitor):
     def begin(self) -> None:
         """Nothing was heard yet."""
         super().begin()
-        self._capture: AttentionCapture | HiddenCapture | None = None
+        self._capture: AttentionCollector | HiddenCapture | None = None
         self._generator = torch.Generator()
-        self._step_pool = SumsPool()
+        self._step_pool = SumAccumulator()
         # Where calls are added up now: the step's pool, or that of an evaluation's dataloader.
         self._pool = self._step_pool
         self.begin_listening()
@@ -80,6 +78,10 @@ class ListeningMonitor(Monitor):
         """State of the heads of a layer that are empty when all is well; None where there is no such layer."""
         return None
 
+    def fill(self, metric: Any, pool: SumAccumulator) -> None:
+        """Add what was pooled to a metric."""
+        pool.into(metric)
+
     def adjust(self, metric: Any, values: dict[str, Tensor]) -> None:
         """Change values in place, before anything is logged."""
 
@@ -88,9 +90,11 @@ class ListeningMonitor(Monitor):
     @property
     def problems(self) -> dict[str, str]:
         """Layer → why its calls cannot be measured, as this process knows it."""
+        if isinstance(self._capture, AttentionCollector):
+            return self._capture.left_out
         return {} if self._capture is None else self._capture.problems
 
-    def listen(self, trainer: Trainer, capture: AttentionCapture | HiddenCapture) -> None:
+    def listen(self, trainer: Trainer, capture: AttentionCollector | HiddenCapture) -> None:
         """Hook the model, switched off until a batch is to be measured."""
         self._step_pool.reset()
         self._generator.manual_seed(self.seed + trainer.global_rank)
@@ -103,9 +107,15 @@ class ListeningMonitor(Monitor):
         if capture is not None:
             capture.remove()
 
+    def pool_into(self, pool: SumAccumulator) -> None:
+        """Add calls up there from now on."""
+        self._pool = pool
+        if isinstance(self._capture, AttentionCollector):
+            self._capture.pool = pool
+
     def begin_batch(self, is_due: bool) -> None:
         """Listen during batches of a logged step."""
-        self._pool = self._step_pool
+        self.pool_into(self._step_pool)
         if self._capture is not None:
             self._capture.enabled = is_due
 
@@ -114,24 +124,6 @@ class ListeningMonitor(Monitor):
         if self._capture is not None:
             self._capture.enabled = False
 
-    def leave_call_out(self, name: str) -> None:
-        """A call of a layer that is not to be measured, such as one of generation."""
-        self._generated.add(name)
-        self._pool.left_out_calls.add(name)
-
-    def add_call(self, name: str, add: Callable[[SumsPool], None]) -> None:
-        """Add a call to the pool; where that fails for a reason that may pass, this measurement is lost."""
-        pool = self._pool
-        if name in pool.lost:
-            return
-        try:
-            add(pool)
-        except UnsupportedCallError:
-            raise
-        except Exception as error:
-            # It says nothing of the layer's calls: memory that ran out, say.
-            pool.lost[name] = f"measuring it failed ({type(error).__name__}: {error})"
-
     # Measuring
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
@@ -139,13 +131,14 @@ class ListeningMonitor(Monitor):
         return self.compute(trainer, pl_module, self._step_pool)
 
     def compute(
-        self, trainer: Trainer, pl_module: LightningModule, pool: SumsPool
+        self, trainer: Trainer, pl_module: LightningModule, pool: SumAccumulator
     ) -> dict[str, Tensor] | None:
         """Statistics of what was pooled, reduced over ranks; a collective call. The pool is empty then."""
         try:
             left_out = self._agree_on_layers(trainer, pool)
-            heard = set() if self._capture is None else self._capture.heard
-            self.attempt(lambda: self.name_missing(heard | self._told | self._generated), "naming layers")
+            self._generated |= pool.left_out_calls
+            seen = set() if self._capture is None else self._capture.seen
+            self.attempt(lambda: self.name_missing(seen | self._told | self._generated), "naming layers")
             heads = self.known_layers()
             return self._reduce(trainer, pl_module, pool, left_out, heads) if heads else None
         finally:
@@ -155,7 +148,7 @@ class ListeningMonitor(Monitor):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        pool: SumsPool,
+        pool: SumAccumulator,
         left_out: set[str],
         heads: dict[str, int],
     ) -> dict[str, Tensor]:
@@ -165,7 +158,7 @@ class ListeningMonitor(Monitor):
             self.remember_known(heads)
             metric = self.metric(heads).to(pl_module.device)
             pool.leave_out(left_out)
-            pool.into(metric)
+            self.fill(metric, pool)
             return metric
 
         metric = alone(all_or_none(trainer, pooled))
@@ -194,7 +187,7 @@ class ListeningMonitor(Monitor):
             part[(count == 0) & (part == KNOWN)] = state
         return states
 
-    def _agree_on_layers(self, trainer: Trainer, pool: SumsPool) -> set[str]:
+    def _agree_on_layers(self, trainer: Trainer, pool: SumAccumulator) -> set[str]:
         """Names of the layers that are left out this time, the same on every process; a collective call."""
         problems = self.problems
         for name in self._names:

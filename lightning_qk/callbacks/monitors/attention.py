@@ -1,6 +1,7 @@
 """Callback: where attention goes while a model trains."""
 
-from typing import Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -8,17 +9,19 @@ from torch import Tensor
 
 from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
 from lightning_qk.callbacks.monitors._base import at_least
-from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions, Measured
-from lightning_qk.callbacks.monitors._pool import SumsPool
+from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.attention import POSITION_STATISTICS, STATISTICS, attention_sums
+from lightning_qk.functional.attention import POSITION_STATISTICS, STATISTICS, AttentionSums, attention_sums
+from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
+from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord
 
 # The report's curve over positions is measured on few rows of few sequences, at few steps: the first ones, in
 # doubling distance, and every tenth. It is not logged.
+_PROFILE = "profile"
 _PROFILE_ROWS, _PROFILE_SEQUENCES, _PROFILE_EVERY = 16, 4, 10
 
 
@@ -79,7 +82,7 @@ class AttentionMonitor(CaptureMonitor):
 
     record_field = "attention"
 
-    live = ("_profile_pool", "_profile_generator")
+    live = ("_profile_generator",)
 
     def __init__(
         self, every_n_steps: int | None = None, *, rows: int | None = 64, **options: Unpack[CaptureOptions]
@@ -92,32 +95,27 @@ class AttentionMonitor(CaptureMonitor):
         """Nothing was heard yet."""
         super().begin_listening()
         self._measured = 0
-        self._profile_pool = SumsPool()
         self._profile_generator = torch.Generator()
 
-    def measure_call(self, name: str, call: CapturedCall) -> Measured:
-        """All statistics of sampled rows."""
-        logits = self.logits_of(name, call)
+    def measure_call(self, name: str, call: CapturedCall) -> AttentionSums | dict[str, Any]:
+        """All statistics of sampled rows, and the report's curves where they are due."""
+        logits = call.logits()
         sums = attention_sums(logits, rows=self.rows, generator=self._generator)
-        return Measured(sums, logits.shape[1], call.d_head)
+        if self._pool is self._step_pool and self._profile_is_due():
+            what = "measuring the report's curves over positions"
+            profile = self.attempt(lambda: self._profile(logits), what)
+            if profile is not None:
+                return {"": sums, _PROFILE: profile}
+        return sums
 
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As every monitor of attention."""
         super().find_layers(trainer, pl_module)
         self._profile_generator.manual_seed(self.seed + trainer.global_rank)
 
-    def _hear(self, name: str, call: CapturedCall) -> None:
-        super()._hear(name, call)
-        if self._pool is self._step_pool and self._profile_is_due():
-            self.attempt(
-                lambda: self._add_profile(name, call), "measuring the report's curves over positions"
-            )
-
-    def _add_profile(self, name: str, call: CapturedCall) -> None:
-        few = self.logits_of(name, call).sequences(slice(_PROFILE_SEQUENCES))
-        sums = profile_sums(few, rows=_PROFILE_ROWS, generator=self._profile_generator)
-        heads, where = self._check_shape(name, call.module, Measured(sums, sums.total.shape[2], call.d_head))
-        self._profile_pool.add(name, sums, heads=heads, where=where)
+    def _profile(self, logits: AttentionLogits) -> MeanSums:
+        few = logits.sequences(slice(_PROFILE_SEQUENCES))
+        return profile_sums(few, rows=_PROFILE_ROWS, generator=self._profile_generator)
 
     def _profile_is_due(self) -> bool:
         count = self._measured
@@ -127,22 +125,23 @@ class AttentionMonitor(CaptureMonitor):
         """Statistics of all heads, and the report's curves where they are due; a collective call."""
         is_due = self._profile_is_due()
         self._measured += 1
-        try:
-            values = super().measure(trainer, pl_module)
-            if values is not None and is_due:
-                self._measure_profile(trainer, pl_module)
-        finally:
-            self._profile_pool.reset()
+        sums, lost = self._step_pool.sums(_PROFILE), set(self._step_pool.lost)
+        values = super().measure(trainer, pl_module)
+        if values is not None and is_due:
+            left_out = self._told | lost
+            kept = {name: [one] for name, one in sums.items() if name not in left_out}
+            self._measure_profile(trainer, pl_module, kept)
         return values
 
-    def _measure_profile(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _measure_profile(
+        self, trainer: Trainer, pl_module: LightningModule, sums: Mapping[str, Sequence[MeanSums]]
+    ) -> None:
         history = self.history
 
         def pooled() -> HeadMeans:
             heads = dict(zip(self.labels, history.heads, strict=True))
             metric = HeadMeans(heads, [str(part) for part in range(PROFILE_BINS)]).to(pl_module.device)
-            self._profile_pool.leave_out(self._told | self._profile_pool.lost.keys())
-            self._profile_pool.into(metric)
+            metric.update(sums)
             return metric
 
         metric = alone(all_or_none(trainer, pooled))
@@ -165,11 +164,8 @@ class AttentionMonitor(CaptureMonitor):
 
     def adjust(self, metric: HeadMeans, values: dict[str, Tensor]) -> None:
         """Positions mean nothing between two sequences."""
-        for statistic in POSITION_STATISTICS:
-            for key in (statistic, f"{statistic}_se"):
-                for name, part in metric.split(values[key]).items():
-                    if not self._self_attention.get(name, True):
-                        part.fill_(torch.nan)
+        if self._collector is not None:
+            self._collector.blank_positions(metric, values)
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""

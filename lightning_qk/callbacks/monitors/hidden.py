@@ -13,11 +13,12 @@ from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.monitors._base import OnUnreadable, at_least
 from lightning_qk.callbacks.monitors._keys import PerLayer
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor
-from lightning_qk.callbacks.monitors._pool import SumsPool
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.blocks import find_blocks
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.hidden import HiddenStatistics
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import NO_VALUE
@@ -151,18 +152,27 @@ class HiddenStateMonitor(ListeningMonitor):
             inputs=inputs,
             models={block.module: block.models for block in blocks.values()},
             model=pl_module,
-            generated=None if self.cached_calls else self.leave_call_out,
+            generated=None if self.cached_calls else self._leave_call_out,
         )
         self.listen(trainer, capture)
 
+    def _leave_call_out(self, name: str) -> None:
+        self._pool.left_out_calls.add(name)
+
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
-        def add(pool: SumsPool) -> None:
-            few = hidden_sums(
+        pool = self._pool
+        if name in pool.lost or not len(states):
+            return
+        try:
+            sums = hidden_sums(
                 states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
             )
-            pool.add(name, few)
-
-        self.add_call(name, add)
+            pool.add(name, sums)
+        except UnsupportedCallError:
+            raise
+        except Exception as error:
+            # It says nothing of the block: memory that ran out, say. This measurement is lost.
+            pool.lost[name] = f"measuring it failed ({type(error).__name__}: {error})"
 
     def known_layers(self) -> dict[str, int]:
         """Each has one value."""
@@ -171,6 +181,10 @@ class HiddenStateMonitor(ListeningMonitor):
     def metric(self, heads: dict[str, int]) -> HiddenStatistics:
         """Means and maxima."""
         return HiddenStatistics(list(heads))
+
+    def fill(self, metric: HiddenStatistics, pool: SumAccumulator) -> None:
+        """Add what was pooled; every rank takes part."""
+        metric.update(pool.sums())
 
     def name_missing(self, seen: Collection[str]) -> None:
         """Name the blocks that were not heard, and those of which calls or masks are not known."""

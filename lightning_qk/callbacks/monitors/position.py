@@ -5,9 +5,9 @@ from typing import Unpack
 import torch
 
 from lightning_qk.callbacks.monitors._base import at_least
-from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions, Measured
+from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
@@ -71,12 +71,11 @@ class PositionMonitor(CaptureMonitor):
         self.sequences = sequences
         self.length = length
 
-    def measure_call(self, name: str, call: CapturedCall) -> Measured | None:
+    def measure_call(self, name: str, call: CapturedCall) -> MeanSums | None:
         """The share of some sequences; nothing of cross-attention."""
-        own = self._self_attention.get(name)
-        if own is False:
+        if call.self_attention is False:
             return None
-        logits = self.logits_of(name, call).some_sequences(self.sequences, self._generator)
+        logits = call.logits().some_sequences(self.sequences, self._generator)
         logits = logits.crop_tokens(self.length, self._generator)
         if logits.query_offset is None:
             raise UnsupportedCallError(
@@ -85,11 +84,7 @@ class PositionMonitor(CaptureMonitor):
         share = positional_share(logits)[None, None]
         # Every sequence counts the same; tokens of padding, whose logits do not vary, not at all.
         weight = (share.isfinite() | ~logits.finite_heads()) * logits.shape[0]
-        return Measured(
-            MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share)),
-            logits.shape[1],
-            call.d_head,
-        )
+        return MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share))
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means over the sequences that were drawn."""

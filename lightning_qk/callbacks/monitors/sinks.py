@@ -3,9 +3,10 @@
 from typing import Unpack
 
 from lightning_qk.callbacks.monitors._base import at_least
-from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions, Measured
+from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
+from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
 
 
@@ -59,15 +60,13 @@ class SinkMonitor(CaptureMonitor):
         self.rows = rows
         self.sequences = sequences
 
-    def measure_call(self, name: str, call: CapturedCall) -> Measured:
+    def measure_call(self, name: str, call: CapturedCall) -> MeanSums:
         """All statistics of some rows of some sequences."""
-        logits, value = call.output(self_attention=self._self_attention.get(name))
-        heads = logits.shape[1]
+        logits, value = call.output()
         if self.sequences is not None and self.sequences < len(value):
             drawn = logits.draw(self.sequences, self._generator)
             logits, value = logits.sequences(drawn), value[drawn]
-        sums = sink_sums(logits, value=value, rows=self.rows, generator=self._generator)
-        return Measured(sums, heads, call.d_head)
+        return sink_sums(logits, value=value, rows=self.rows, generator=self._generator)
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means over sequences, rows and keys."""

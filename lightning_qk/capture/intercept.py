@@ -1,4 +1,4 @@
-"""Stand at attention calls and change them, or add to what comes of them."""
+"""Interception of attention calls: change them, or add to their output."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -9,10 +9,11 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lightning_qk.architecture.source_code import uses_interface
-from lightning_qk.capture import compiled, fronts
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.interface import stand_at_interface
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture import registry
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.hooks import compiled
+from lightning_qk.capture.hooks.attention_interface import patch_interface
+from lightning_qk.capture.registry import Run
 
 # By which torch ends the recomputation of a checkpoint early: no error.
 _STOP: tuple[type[BaseException], ...] = tuple(
@@ -23,13 +24,13 @@ Wrap = Callable[[str, AttentionCall, Run], Any]
 """``wrap(name, call, run) -> output``: makes the call, or one changed by ``call._replace``, with ``run``."""
 
 
-class AttentionSteering:
+class AttentionInterceptor:
     """Lets a wrapper make the attention calls of some modules.
 
     For modules that look their attention function up in transformers' AttentionInterface. What is installed
     last comes last, next to the function, but one that replaces the function comes before all that do not,
     so that those see what is computed in the end; so do monitors. A graph of torch.compile is interrupted at
-    each steered call.
+    each intercepted call.
 
     Args:
         names: the attention modules, and the name of each.
@@ -40,7 +41,7 @@ class AttentionSteering:
         idle: makes the calls of a module that is left alone; None: as they are.
 
     Attributes:
-        spare: called once with the name of a module whose call could not be steered, and why, as a clause
+        spare: called once with the name of a module whose call could not be intercepted, and why, as a clause
             about it: its calls are left as they are then, this one and all that follow. None: an error is raised.
         left: names of these modules.
         reached: names of the modules whose calls came by.
@@ -77,22 +78,22 @@ class AttentionSteering:
         return dict(self._modules)
 
     def install(self) -> None:
-        """Start to steer."""
+        """Start to intercept."""
         if self._give_back is not None:
             return
-        fronts.add(self, self._modules)
+        registry.add_interceptor(self, self._modules)
         compiled.drop_graphs(self._model)
-        self._give_back = stand_at_interface()
+        self._give_back = patch_interface()
 
     def remove(self) -> None:
         """Leave everything as it was before :meth:`install`."""
-        fronts.discard(self)
+        registry.discard_interceptor(self)
         give_back, self._give_back = self._give_back, None
         if give_back is not None:
             give_back()
             compiled.drop_graphs(self._model)
 
-    def __enter__(self) -> "AttentionSteering":
+    def __enter__(self) -> "AttentionInterceptor":
         self.install()
         return self
 
@@ -100,10 +101,10 @@ class AttentionSteering:
         self.remove()
 
     def wants(self, module: nn.Module) -> bool:
-        """Whether calls of this module are to be steered."""
+        """Whether calls of this module are intercepted."""
         return id(module) in self._names
 
-    def steer(self, call: AttentionCall, run: Run) -> Any:
+    def intercept(self, call: AttentionCall, run: Run) -> Any:
         """Let the wrapper make one call."""
         name = self._names[id(call.module)]
         self.reached.add(name)
@@ -118,10 +119,10 @@ class AttentionSteering:
         return run(call) if self._idle is None else self._idle(name, call, run)
 
     def refuse(self, module: nn.Module, reason: str) -> None:
-        """A call of this module cannot be steered: leave the module alone, or raise where nobody is to be told."""
+        """A call of this module cannot be intercepted: leave the module alone, or raise without :attr:`spare`."""
         name = self._names[id(module)]
         if self.spare is None:
-            raise ValueError(f"{name} cannot be steered: {reason}")
+            raise ValueError(f"{name} cannot be intercepted: {reason}")
         if name not in self.left:
             self.left.add(name)
             self.spare(name, reason)

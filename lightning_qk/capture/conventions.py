@@ -1,7 +1,7 @@
-"""What an attention function makes of its mask, its flags and its other arguments.
+"""Argument conventions: what attention functions mean by their mask, flags and other arguments.
 
-A reading is one way to understand a call. The implementations of transformers are read as their sources say;
-for other functions :mod:`lightning_qk.capture.verify` tries the readings that :func:`candidates` lists.
+The implementations of transformers have the conventions of their sources; for other functions
+:mod:`lightning_qk.capture.verify` tries those that :func:`candidates` lists.
 """
 
 import itertools
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.masks import block_mask_function, packed_function, padded_function
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, MaskFunction, ProductLogits
 
 
-class Reading(NamedTuple):
-    """One way to understand a call.
+class ArgumentConvention(NamedTuple):
+    """What the arguments of an attention function mean.
 
     Attributes:
         visibility: which keys are seen, a key of :data:`_VISIBILITY`.
@@ -36,14 +36,14 @@ class Reading(NamedTuple):
     window: bool = False
 
 
-EAGER = Reading("added")
+EAGER = ArgumentConvention("added")
 # transformers' function ignores what torch's does not know; a soft cap it refuses.
-SDPA = Reading("sdpa", softcap=False, sinks=False)
-FLEX = Reading("flex")
-FLASH = Reading("flash", window=True)
+SDPA = ArgumentConvention("sdpa", softcap=False, sinks=False)
+FLEX = ArgumentConvention("flex")
+FLASH = ArgumentConvention("flash", window=True)
 
 
-class Scope(NamedTuple):
+class VisibleKeys(NamedTuple):
     """Which keys each query sees.
 
     Attributes:
@@ -65,40 +65,35 @@ class Scope(NamedTuple):
     query_offset: int | None = None
 
 
-def scope(call: AttentionCall, reading: Reading) -> Scope:
+def visible_keys(call: AttentionCall, convention: ArgumentConvention) -> VisibleKeys:
     """Which keys the queries of a call see.
 
     Raises:
-        UnsupportedCallError: the mask is not of a form that the reading knows.
+        UnsupportedCallError: the mask is not of a form that the convention knows.
     """
-    return _VISIBILITY[reading.visibility](call, sliding_window(call) if reading.window else None)
+    return _VISIBILITY[convention.visibility](call, sliding_window(call) if convention.window else None)
 
 
 def read_logits(
-    call: AttentionCall, reading: Reading, *, self_attention: bool | None
+    call: AttentionCall, convention: ArgumentConvention, *, self_attention: bool | None
 ) -> tuple[ProductLogits, Tensor]:
-    """The logits of a call by one way to understand it, with gradients, and the value of their keys.
-
-    Args:
-        call: the call.
-        reading: how to understand it.
-        self_attention: whether queries and keys are the same tokens; None where unknown.
+    """The logits of a call by a convention, with gradients, and the value of their keys.
 
     Raises:
-        UnsupportedCallError: the mask is not of a form that the reading knows.
+        UnsupportedCallError: the mask is not of a form that the convention knows.
     """
-    seen = scope(call, reading)
+    seen = visible_keys(call, convention)
     options = call.options
-    bias = options.get("position_bias") if reading.bias else None
-    sinks = learnt_sinks(call, module=reading.visibility != "flex") if reading.sinks else None
+    bias = options.get("position_bias") if convention.bias else None
+    sinks = learnt_sinks(call, module=convention.visibility != "flex") if convention.sinks else None
     logits = AttentionLogits.of(
         seen.query,
         seen.key,
         mask=seen.mask,
         is_causal=seen.is_causal,
-        scaling=options.get("scaling") if reading.scaling else None,
+        scaling=options.get("scaling") if convention.scaling else None,
         sliding_window=seen.sliding_window,
-        softcap=soft_cap(call) if reading.softcap else None,
+        softcap=soft_cap(call) if convention.softcap else None,
         bias=bias[..., : seen.key.shape[2]] if isinstance(bias, Tensor) else None,
         sinks=sinks,
         query_offset=position_offset(seen, self_attention),
@@ -107,7 +102,7 @@ def read_logits(
     return logits, seen.value
 
 
-def position_offset(seen: Scope, self_attention: bool | None) -> int:
+def position_offset(seen: VisibleKeys, self_attention: bool | None) -> int:
     """Place of the first query among the keys."""
     if seen.query_offset is not None:
         return seen.query_offset
@@ -191,7 +186,7 @@ def _check(call: AttentionCall, mask: Tensor, n: int, m: int) -> Tensor:
     return mask
 
 
-def _scope(
+def _visible(
     call: AttentionCall,
     m: int,
     *,
@@ -199,15 +194,15 @@ def _scope(
     is_causal: bool = False,
     window: int | None = None,
     offset: int | None = None,
-) -> Scope:
+) -> VisibleKeys:
     """Of the first m keys."""
     key = call.key[:, :, :m]
     # A call whose function is not tried may lack values.
     value = call.value[:, :, :m] if isinstance(call.value, Tensor) else call.value
-    return Scope(call.query, key, value, mask, is_causal, window, offset)
+    return VisibleKeys(call.query, key, value, mask, is_causal, window, offset)
 
 
-def _added(call: AttentionCall, window: int | None) -> Scope:
+def _added(call: AttentionCall, window: int | None) -> VisibleKeys:
     """A floating mask added to the logits, wider than the keys at times; without one, all keys are seen."""
     n, m = _lengths(call)
     mask = call.attention_mask
@@ -219,10 +214,10 @@ def _added(call: AttentionCall, window: int | None) -> Scope:
                 'pass the model a mask of two dimensions (batch, m), or load it with attn_implementation="sdpa"',
             )
         mask = _check(call, mask[..., :m], n, m)
-    return _scope(call, m, mask=mask, window=window)
+    return _visible(call, m, mask=mask, window=window)
 
 
-def _sdpa(call: AttentionCall, window: int | None) -> Scope:
+def _sdpa(call: AttentionCall, window: int | None) -> VisibleKeys:
     """A boolean mask of what to keep or an additive one; without one, the flag, else the module decides."""
     n, m = _lengths(call)
     mask = call.attention_mask
@@ -231,7 +226,7 @@ def _sdpa(call: AttentionCall, window: int | None) -> Scope:
         is_causal = bool(getattr(call.module, "is_causal", True) if asked is None else asked) and n > 1
         # A causal call whose keys are more than its queries sees the first ones: an empty static cache.
         m = min(n, m) if is_causal else m
-        return _scope(
+        return _visible(
             call,
             m,
             is_causal=is_causal,
@@ -244,24 +239,24 @@ def _sdpa(call: AttentionCall, window: int | None) -> Scope:
             "a boolean mask (True = keep) or an additive floating one",
             "convert a mask of zeros and ones with .bool()",
         )
-    return _scope(call, m, mask=_check(call, mask, n, m), window=window)
+    return _visible(call, m, mask=_check(call, mask, n, m), window=window)
 
 
-def _kept(call: AttentionCall, window: int | None) -> Scope:
+def _kept(call: AttentionCall, window: int | None) -> VisibleKeys:
     """Ones (or True) of a mask of four dimensions are kept."""
     n, m = _lengths(call)
     mask = call.attention_mask
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.is_floating_point():
         raise _refuse(call, "a mask of zeros and ones", "pass a boolean mask")
-    return _scope(call, m, mask=_check(call, mask.bool()[..., :m], n, m), window=window)
+    return _visible(call, m, mask=_check(call, mask.bool()[..., :m], n, m), window=window)
 
 
-def _flex(call: AttentionCall, window: int | None) -> Scope:
+def _flex(call: AttentionCall, window: int | None) -> VisibleKeys:
     """A BlockMask, or a tensor added to the logits of which the first head counts; without one, no mask."""
     n, m = _lengths(call)
     mask = call.attention_mask
     if mask is None:
-        return _scope(call, m)
+        return _visible(call, m)
     if isinstance(mask, Tensor):
         return _added(call._replace(attention_mask=mask[:, :1] if mask.dim() == 4 else mask), None)
     if not is_block_mask(mask):
@@ -269,10 +264,10 @@ def _flex(call: AttentionCall, window: int | None) -> Scope:
     blocks = tuple(mask.shape[-2:])
     if blocks[0] < n or blocks[1] < m:
         raise _refuse(call, f"a BlockMask of at least {(n, m)}", f"build it for these lengths, not {blocks}")
-    return _scope(call, m, mask=block_mask_function(mask))
+    return _visible(call, m, mask=block_mask_function(mask))
 
 
-def _flash(call: AttentionCall, window: int | None) -> Scope:
+def _flash(call: AttentionCall, window: int | None) -> VisibleKeys:
     """A padding mask of two dimensions or none; windows by argument; packed sequences by their positions.
 
     Causality is aligned to the last query and the last key. A window shows fewer than so many places to both
@@ -294,7 +289,7 @@ def _flash(call: AttentionCall, window: int | None) -> Scope:
             raise _refuse(call, f"a padding mask of {(call.query.shape[0], m)}", "pass the mask of all keys")
         m = mask.shape[1]  # a static cache is longer
         keep = mask.bool()
-        return _scope(call, m, mask=padded_function(keep, n, is_causal=is_causal, sliding_window=window))
+        return _visible(call, m, mask=padded_function(keep, n, is_causal=is_causal, sliding_window=window))
     starts = _packing(call)
     if starts is not None:
         query, key, value = (
@@ -304,14 +299,14 @@ def _flash(call: AttentionCall, window: int | None) -> Scope:
         packed = packed_function(
             *starts, query.shape[2], key.shape[2], is_causal=is_causal, sliding_window=window
         )
-        return Scope(query, key, value, mask=packed, query_offset=0)
+        return VisibleKeys(query, key, value, mask=packed, query_offset=0)
     if not is_causal and window is None:
-        return _scope(call, m)
+        return _visible(call, m)
     if is_causal and _is_top_left():
         is_causal, offset = n > 1, 0
     else:
         offset = m - n
-    return _scope(call, m, is_causal=is_causal, window=window, offset=offset)
+    return _visible(call, m, is_causal=is_causal, window=window, offset=offset)
 
 
 def _is_top_left() -> bool:
@@ -354,25 +349,25 @@ def _refuse_chunks(call: AttentionCall, m: int) -> None:
         )
 
 
-def _nothing_hidden(call: AttentionCall, window: int | None) -> Scope:
+def _nothing_hidden(call: AttentionCall, window: int | None) -> VisibleKeys:
     """Whatever mask there is, all keys are seen."""
     n, m = _lengths(call)
-    return _scope(call, m, window=window, offset=m - n if window is not None else None)
+    return _visible(call, m, window=window, offset=m - n if window is not None else None)
 
 
-def _causal_from_start(call: AttentionCall, window: int | None) -> Scope:
+def _causal_from_start(call: AttentionCall, window: int | None) -> VisibleKeys:
     """Whatever mask there is, query i sees the keys up to i."""
     m = min(_lengths(call))
-    return _scope(call, m, is_causal=True, window=window, offset=0)
+    return _visible(call, m, is_causal=True, window=window, offset=0)
 
 
-def _causal_to_end(call: AttentionCall, window: int | None) -> Scope:
+def _causal_to_end(call: AttentionCall, window: int | None) -> VisibleKeys:
     """Whatever mask there is, the last query sees all keys and the others fewer."""
     n, m = _lengths(call)
-    return _scope(call, m, is_causal=True, window=window, offset=m - n)
+    return _visible(call, m, is_causal=True, window=window, offset=m - n)
 
 
-def _masked_causal(call: AttentionCall, window: int | None) -> Scope:
+def _masked_causal(call: AttentionCall, window: int | None) -> VisibleKeys:
     """A mask of padding, and causality of the function's own."""
     n, m = _lengths(call)
     mask = call.attention_mask
@@ -380,14 +375,14 @@ def _masked_causal(call: AttentionCall, window: int | None) -> Scope:
     return kind(call, window)._replace(is_causal=True, query_offset=m - n)
 
 
-def _padding(call: AttentionCall, window: int | None) -> Scope:
+def _padding(call: AttentionCall, window: int | None) -> VisibleKeys:
     """Ones of a mask (batch, m) are kept."""
     n, m = _lengths(call)
     mask = call.attention_mask
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != call.query.shape[0]:
         raise _refuse(call, "a padding mask (batch, m)", "pass one")
     mask = _check(call, mask[:, None, None, :m].bool(), n, m)
-    return _scope(
+    return _visible(
         call,
         m,
         mask=mask,
@@ -396,13 +391,13 @@ def _padding(call: AttentionCall, window: int | None) -> Scope:
     )
 
 
-def _padding_causal(call: AttentionCall, window: int | None) -> Scope:
+def _padding_causal(call: AttentionCall, window: int | None) -> VisibleKeys:
     """Ones of a mask (batch, m) are kept, and causality is of the function's own."""
     n, m = _lengths(call)
     return _padding(call, window)._replace(is_causal=True, query_offset=m - n)
 
 
-_VISIBILITY: dict[str, Callable[[AttentionCall, int | None], Scope]] = {
+_VISIBILITY: dict[str, Callable[[AttentionCall, int | None], VisibleKeys]] = {
     "added": _added,
     "sdpa": _sdpa,
     "kept": _kept,
@@ -418,7 +413,7 @@ _VISIBILITY: dict[str, Callable[[AttentionCall, int | None], Scope]] = {
 _WITHOUT_MASK = ("nothing hidden", "causal from start", "causal to end")
 
 
-def candidates(call: AttentionCall) -> Iterator[Reading]:
+def candidates(call: AttentionCall) -> Iterator[ArgumentConvention]:
     """Readings worth trying for a function of unknown meaning, the likeliest first."""
     mask = call.attention_mask
     kinds: tuple[str, ...]
@@ -450,4 +445,4 @@ def candidates(call: AttentionCall) -> Iterator[Reading]:
     for kind in kinds:
         windows = (False,) if not has_window else (True, False) if kind == "flash" else (False, True)
         for chosen in itertools.product(*choices, windows):
-            yield Reading(kind, *chosen)
+            yield ArgumentConvention(kind, *chosen)

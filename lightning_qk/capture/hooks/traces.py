@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_qk.capture.listeners import STATE
+from lightning_qk.capture.registry import STATE
 from lightning_qk.functional.logits import MASKED_BELOW
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "baddbmm_", "einsum"}

@@ -23,16 +23,24 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from lightning_qk.architecture.class_names import is_named
 from lightning_qk.architecture.source_code import uses_interface
-from lightning_qk.capture import listeners
-from lightning_qk.capture.call import is_recomputation
-from lightning_qk.capture.captured import FunctionCall, SoftmaxCall
-from lightning_qk.capture.multihead import read_functional
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.traces import Trace, Traces, far_down
+from lightning_qk.capture import registry
+from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
+from lightning_qk.capture.captured import CapturedCall, SoftmaxCall, sdpa_call
+from lightning_qk.capture.hooks.multihead import read_functional
+from lightning_qk.capture.hooks.traces import Trace, Traces, far_down
 
 # Layers that cut the attention of the same heads into several softmaxes: streams of tokens, or global and local
 # ones. Each row is a whole one, and all are pooled.
 SEVERAL = ("ProphetNetNgramSelfAttention", "PegasusXGlobalLocalAttention", "XLNetRelativeAttention")
+
+
+def takes_several(call: CapturedCall) -> bool:
+    """Whether a call is one of several softmaxes of the same heads."""
+    return call.implementation == SoftmaxCall.implementation and any(
+        is_named(call.module, name) for name in SEVERAL
+    )
+
+
 # Layers whose rows are no attention of whole rows, though they look so.
 _REFUSED = {
     "LSHSelfAttention": "it sorts tokens into buckets by hashing, and no row sees its keys in one softmax",
@@ -58,7 +66,7 @@ class _Frame:
     def __init__(self, module: nn.Module, reason: str | None) -> None:
         self.module = module
         self.reason = reason
-        self.before = listeners.delivered()
+        self.before = registry.delivered()
         self.print: tuple[Any, ...] | None = None
         self.untraced: str | None = None
         self.waiting: tuple[SoftmaxCall, int] | None = None
@@ -89,15 +97,15 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
     """
     frames = _thread.frames
     if (
-        not listeners.is_free()
+        not registry.is_free()
         or is_recomputation()
-        or not listeners.is_watched(module)
+        or not registry.is_watched(module)
         or (reason is None and frames and frames[-1].module is module)
         or any(_would_notice(part) for part in module.modules())
     ):
         yield
         if reason is not None:
-            _deliver_problem(module, reason)
+            registry.deliver_problem(module, reason)
         return
     frame = _Frame(module, reason)
     frames.append(frame)
@@ -109,14 +117,16 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
             yield
     finally:
         frames.pop()
-    if listeners.delivered() > frame.before:
+    if registry.delivered() > frame.before:
         return
     if frame.waiting is not None:
         _deliver_late(module, *frame.waiting)
     elif reason is not None:
-        _deliver_problem(module, reason)
+        registry.deliver_problem(module, reason)
     elif frame.untraced is not None and not frame.waits:
-        _deliver_problem(module, f"its forward takes a softmax {frame.untraced}: it has no statistics")
+        registry.deliver_problem(
+            module, f"its forward takes a softmax {frame.untraced}: it has no statistics"
+        )
 
 
 @contextmanager
@@ -146,14 +156,7 @@ def _deliver_late(module: nn.Module, call: SoftmaxCall, version: int) -> None:
             )
         return call
 
-    listeners.deliver(module, read)
-
-
-def _deliver_problem(module: nn.Module, reason: str) -> None:
-    def read() -> SoftmaxCall:
-        raise UnsupportedCallError(reason)
-
-    listeners.deliver(module, read)
+    registry.deliver(module, read)
 
 
 class _Observer(TorchFunctionMode):
@@ -166,12 +169,12 @@ class _Observer(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         frames = _thread.frames
-        if not frames or frames[-1].failed or not listeners.is_free():
+        if not frames or frames[-1].failed or not registry.is_free():
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         trace = self._safely(frames[-1], self._look, frames[-1], name, args, kwargs)
         if name == _FUNCTIONAL:
-            with listeners.silence():  # it may call scaled_dot_product_attention
+            with registry.mute():  # it may call scaled_dot_product_attention
                 return function(*args, **kwargs)
         result = function(*args, **kwargs)
         if trace is not None:
@@ -187,7 +190,7 @@ class _Observer(TorchFunctionMode):
             said = (
                 f"its forward could not be observed ({type(error).__name__}: {error}): it has no statistics"
             )
-            _deliver_problem(frame.module, said)
+            registry.deliver_problem(frame.module, said)
             return None
 
     def _look(self, frame: _Frame, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,7 +200,7 @@ class _Observer(TorchFunctionMode):
         if name == "logsumexp":
             self._softmax(frame, args, kwargs)  # probabilities are exp(logits - logsumexp)
         if name == _FUNCTIONAL:
-            _hear_functional(frame.module, args, kwargs)
+            registry.deliver(frame.module, lambda: sdpa_call(frame.module, read_functional(*args, **kwargs)))
             return None
         return self._traces.before(name, args, kwargs)
 
@@ -214,7 +217,7 @@ class _Observer(TorchFunctionMode):
             if frame.untraced is None and logits.dim() > 2 and (is_last or isinstance(trace, Trace)):
                 frame.untraced = _untraced(tuple(logits.shape), None if is_last else dim)
             return
-        _hear(frame, logits, trace)
+        _deliver(frame, logits, trace)
 
 
 def _untraced(shape: tuple[int, ...], axis: Any) -> str:
@@ -226,7 +229,7 @@ def _untraced(shape: tuple[int, ...], axis: Any) -> str:
     )
 
 
-def _hear(frame: _Frame, logits: Tensor, trace: Trace) -> None:
+def _deliver(frame: _Frame, logits: Tensor, trace: Trace) -> None:
     logits = logits.detach()
     before = frame.print
     frame.print = tuple(logits.shape), _sample(logits)
@@ -252,7 +255,7 @@ def _hear(frame: _Frame, logits: Tensor, trace: Trace) -> None:
             )
         return call
 
-    listeners.deliver(frame.module, read)
+    registry.deliver(frame.module, read)
 
 
 def _sample(logits: Tensor) -> Tensor:
@@ -260,13 +263,3 @@ def _sample(logits: Tensor) -> Tensor:
     with torch.no_grad():
         rows = logits.reshape(-1) if logits.is_contiguous() else logits[(0,) * (logits.dim() - 1)]
         return rows[:: max(1, rows.numel() // 64)].clone()
-
-
-def _hear_functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    def read() -> FunctionCall:
-        found = read_functional(*args, **kwargs)
-        if isinstance(found, str):
-            raise UnsupportedCallError(found)
-        return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1]))
-
-    listeners.deliver(module, read)

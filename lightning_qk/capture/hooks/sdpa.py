@@ -1,4 +1,4 @@
-"""Listen at scaled_dot_product_attention, and at softmax, for models that call them themselves."""
+"""Patches scaled_dot_product_attention, and the forward of layers that compute attention themselves."""
 
 import functools
 import sys
@@ -15,27 +15,27 @@ from lightning_qk.architecture.source_code import (
     own_classes,
     uses_interface,
 )
-from lightning_qk.capture import compiled, listeners
-from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.compiled import Source
-from lightning_qk.capture.copies import Wrapped
-from lightning_qk.capture.listeners import STATE
-from lightning_qk.capture.patches import Stand, stand_in
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.softmax import observed
+from lightning_qk.capture import registry
+from lightning_qk.capture.captured import Arguments, sdpa_call
+from lightning_qk.capture.hooks import compiled
+from lightning_qk.capture.hooks.compiled import Source
+from lightning_qk.capture.hooks.modules import Wrapped
+from lightning_qk.capture.hooks.patch import Patch, patch
+from lightning_qk.capture.hooks.softmax import observed
+from lightning_qk.capture.registry import STATE
 
 NAME = "scaled_dot_product_attention"
 
 
-def stand_at_sdpa(modules: Iterable[nn.Module], model: nn.Module | None) -> Iterator[Callable[[], None]]:
-    """Replace the function wherever these modules find it: in torch, in their files, in their attributes.
+def patch_sdpa(modules: Iterable[nn.Module], model: nn.Module | None) -> Iterator[Callable[[], None]]:
+    """Patch the function wherever these modules find it: in torch, in their files, in their attributes.
 
     Args:
         modules: the attention layers.
         model: the network around them, whose files are searched too; None where it is not known.
 
     Yields:
-        What puts back one of the replaced names.
+        Functions that undo one patch each.
     """
     layers = list(modules)
     around = [] if model is None else list(model.modules())
@@ -49,25 +49,25 @@ def stand_at_sdpa(modules: Iterable[nn.Module], model: nn.Module | None) -> Iter
         if file is not None:
             files[id(file)] = file
     files.pop(id(vars(torch.nn.functional)), None)
-    yield stand_in(torch.nn.functional, NAME, _tap)
+    yield patch(torch.nn.functional, NAME, _tap)
     for space in files.values():
         for name, value in list(space.items()):
             if _original(value) is function:
-                yield stand_in(space, name, _tap)
+                yield patch(space, name, _tap)
     for module in {id(module): module for module in (*layers, *around)}.values():
         for name, value in list(vars(module).items()):
             if _original(value) is function:
-                yield stand_in(vars(module), name, _tap_attribute)
-    unheard = {
+                yield patch(vars(module), name, _tap_attribute)
+    unobservable = {
         _defines_forward(type(module))
         for module in layers
         if calls_softmax(module) and not calls_sdpa(module) and not uses_interface(module)
     }
     for kind in {_defines_forward(type(module)) for module in layers} - {nn.Module}:
-        yield stand_in(kind, "forward", functools.partial(_tap_forward, unheard=kind in unheard))
+        yield patch(kind, "forward", functools.partial(_tap_forward, unobservable=kind in unobservable))
     for module in layers:
         if "forward" in vars(module) and not hasattr(module.forward, "_torchdynamo_orig_callable"):
-            yield stand_in(module, "forward", functools.partial(_tap_own_forward, module))
+            yield patch(module, "forward", functools.partial(_tap_own_forward, module))
 
 
 def _original(value: Any) -> Any:
@@ -78,21 +78,17 @@ def _defines_forward(kind: type) -> type:
     return next(base for base in kind.__mro__ if "forward" in vars(base))
 
 
-def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
+def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
     source = Source.of(None, "sdpa").number
 
     @functools.wraps(function)
     def tapped(*args: Any, **kwargs: Any) -> Any:
-        if stand.active and STATE.listening:
+        if own.active and STATE.capturing:
             if torch.compiler.is_dynamo_compiling():
-                read = read_sdpa(*args, **kwargs)
-                if isinstance(read, str):
-                    compiled.emit_problem(None, read)
-                else:
-                    compiled.emit(None, source, read[0], read[1])
-            elif listeners.is_free():
-                _hear(args, kwargs)
-                with listeners.silence():  # the name may have been replaced twice
+                compiled.emit_arguments(None, source, read_sdpa(*args, **kwargs))
+            elif registry.is_free():
+                _deliver(args, kwargs)
+                with registry.mute():  # the name may have been patched twice
                     return function(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -100,28 +96,23 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
     return tapped
 
 
-def _tap_attribute(function: Callable[..., Any], stand: Stand) -> Wrapped:
-    return Wrapped(_tap(function, stand), function)
+def _tap_attribute(function: Callable[..., Any], own: Patch) -> Wrapped:
+    return Wrapped(_tap(function, own), function)
 
 
-def _tap_forward(function: Callable[..., Any], stand: Stand, *, unheard: bool) -> Callable[..., Any]:
-    """A class's forward.
-
-    Args:
-        function: the original.
-        stand: see there.
-        unheard: its softmax is its own and nobody hears it inside a graph.
-    """
+def _tap_forward(function: Callable[..., Any], own: Patch, *, unobservable: bool) -> Callable[..., Any]:
+    """A class's forward; ``unobservable``: its softmax is its own and cannot be observed inside a graph."""
 
     @functools.wraps(function)
     def tapped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if stand.active and STATE.listening:
+        if own.active and STATE.capturing:
             if not torch.compiler.is_dynamo_compiling():
-                return _observe(function, self, args, kwargs)
+                with observed(self):
+                    return function(self, *args, **kwargs)
             # Without a graph, whose call it is can be read from the stack.
             module = compiled.identity(self)
             if module is not None:
-                if unheard:
+                if unobservable:
                     compiled.emit_problem(module, _IN_A_GRAPH)
                 compiled.enter(module)
                 output = function(self, *args, **kwargs)
@@ -132,11 +123,11 @@ def _tap_forward(function: Callable[..., Any], stand: Stand, *, unheard: bool) -
     return tapped_forward
 
 
-def _tap_own_forward(module: nn.Module, function: Callable[..., Any], stand: Stand) -> Wrapped:
-    # Somebody gave the module a forward of its own, as accelerate does, around its class's.
+def _tap_own_forward(module: nn.Module, function: Callable[..., Any], own: Patch) -> Wrapped:
+    # Such as accelerate gives a module, around its class's.
     @functools.wraps(function)
     def tapped_forward(*args: Any, **kwargs: Any) -> Any:
-        if stand.active and STATE.listening and not torch.compiler.is_dynamo_compiling():
+        if own.active and STATE.capturing and not torch.compiler.is_dynamo_compiling():
             with observed(module):
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
@@ -150,39 +141,24 @@ _IN_A_GRAPH = (
 )
 
 
-def _observe(
-    function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    with observed(module):
-        return function(module, *args, **kwargs)
-
-
 @torch.compiler.disable
-def _hear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _deliver(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # A function of torch that a graph did not trace through may call it from within the graph.
     is_entered, module = compiled.entered()
     if not is_entered:
         module = _caller()
-    if module is None:
-        return
-
-    def read() -> FunctionCall:
-        found = read_sdpa(*args, **kwargs)
-        if isinstance(found, str):
-            raise UnsupportedCallError(found)
-        return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1]))
-
-    listeners.deliver(module, read)
+    if module is not None:
+        registry.deliver(module, lambda: sdpa_call(module, read_sdpa(*args, **kwargs)))
 
 
 def _caller() -> nn.Module | None:
-    """The innermost module that somebody watches and that one of the running methods belongs to."""
+    """The innermost watched module that one of the running methods belongs to."""
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount:
             owner = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(owner, nn.Module) and listeners.is_watched(owner):
+            if isinstance(owner, nn.Module) and registry.is_watched(owner):
                 return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
@@ -198,14 +174,14 @@ def read_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
     **unknown: Any,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]] | str:
+) -> Arguments | str:
     """Arguments of the function as attention with a batch and heads. Traced by torch.compile.
 
     The last three axes are heads, tokens and features, as in torch's documentation, and all before them the
     batch; a tensor of three axes is a batch of one head, one of two a single sequence.
 
     Returns:
-        Query, key, value and mask of four axes, and the options; or why that cannot be had.
+        The arguments, or why that cannot be had.
     """
     if query.is_nested or key.is_nested:
         return "scaled_dot_product_attention gets nested tensors, which are not captured: pad the sequences"

@@ -1,9 +1,9 @@
 """Attention calls inside graphs of torch.compile: operators that hand tensors out of the graph.
 
-Whether somebody listens is a guard, so that a compiled model has one graph that listens and one that is as if
-nobody ever did. The listening graph calls operators that claim to change a small tensor, which keeps them, and
-their order, through functionalization, dead-code elimination and checkpointing. The layer is told by a tensor
-that hangs on the module, which is an input of the graph: layers that share one compiled graph keep sharing it.
+Whether calls are captured is a guard, so that a compiled model has one graph that captures and one that does
+not. The former calls operators that claim to change a small tensor, which keeps them, and their order, through
+functionalization, dead-code elimination and checkpointing. A tensor in an attribute of the module, an input of the
+graph, identifies the layer: layers that share one compiled graph keep sharing it.
 
 In the graph, :func:`emit` flattens a call into a string, tensors and numbers; outside, it is put together again.
 """
@@ -19,10 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture import listeners
-from lightning_qk.capture.call import is_recomputation, read_call
-from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture import registry
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation, read_call
+from lightning_qk.capture.captured import Arguments, FunctionCall
 
 _HANDLE = "_lightning_qk_handle"
 
@@ -35,7 +34,7 @@ with torch.inference_mode(False):
 _library = torch.library.Library("lightning_qk", "DEF")
 graph_tags = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _library.define(
-    "hear(Tensor(a!) order, Tensor? module, str form, Tensor[] tensors, float[] floats, SymInt[] ints) -> ()",
+    "call(Tensor(a!) order, Tensor? module, str form, Tensor[] tensors, float[] floats, SymInt[] ints) -> ()",
     tags=graph_tags,
 )
 _library.define("enter(Tensor(a!) order, Tensor? module) -> ()", tags=graph_tags)
@@ -172,12 +171,20 @@ def emit(module: Tensor | None, number: int, args: Iterable[Any], kwargs: Mappin
             ints.append(value)
         elif name == "" or name == "attention_mask":
             form += f";{name}=x"
-    torch.ops.lightning_qk.hear(ORDER, module, form, tensors, floats, ints)
+    torch.ops.lightning_qk.call(ORDER, module, form, tensors, floats, ints)
+
+
+def emit_arguments(module: Tensor | None, number: int, found: Arguments | str) -> None:
+    """Hand arguments out of the graph, or the reason why they cannot be read. Traced."""
+    if isinstance(found, str):
+        emit_problem(module, found)
+    else:
+        emit(module, number, found[0], found[1])
 
 
 def emit_problem(module: Tensor | None, reason: str) -> None:
     """Say from within the graph why a call cannot be read. Traced."""
-    torch.ops.lightning_qk.hear(ORDER, module, "!" + reason, [], [], [])
+    torch.ops.lightning_qk.call(ORDER, module, "!" + reason, [], [], [])
 
 
 def enter(module: Tensor | None) -> None:
@@ -224,7 +231,7 @@ def _leave(order: Tensor) -> None:
 
 
 @torch.compiler.disable
-def _hear(
+def _call(
     order: Tensor,
     module: Tensor | None,
     form: str,
@@ -237,7 +244,7 @@ def _hear(
     layer = entered()[1] if module is None else _modules.get(int(module))
     if layer is not None:
         # The tensors may be buffers that the graph writes to next: what is kept must be the listener's own.
-        listeners.deliver(layer, lambda: _read(layer, form, tensors, floats, ints))
+        registry.deliver(layer, lambda: _read(layer, form, tensors, floats, ints))
 
 
 def _read(
@@ -286,7 +293,7 @@ def implement(library: torch.library.Library, name: str, function: Callable[...,
     torch.library.register_fake(f"lightning_qk::{name}", _nothing, lib=library)
 
 
-for _name, _function in (("hear", _hear), ("enter", _enter), ("leave", _leave)):
+for _name, _function in (("call", _call), ("enter", _enter), ("leave", _leave)):
     implement(_library, _name, _function)
 
 

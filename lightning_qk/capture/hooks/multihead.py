@@ -1,4 +1,4 @@
-"""Listen at torch.nn.MultiheadAttention, and at the encoder layer that computes it in one fused operator."""
+"""Patches torch.nn.MultiheadAttention, and the encoder layer that computes it in one fused operator."""
 
 import functools
 import inspect
@@ -10,53 +10,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_qk.capture import compiled, listeners
-from lightning_qk.capture.call import is_recomputation
-from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.compiled import Source
-from lightning_qk.capture.listeners import STATE
-from lightning_qk.capture.patches import Stand, stand_in
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture import registry
+from lightning_qk.capture.captured import Arguments, FunctionCall, sdpa_call
+from lightning_qk.capture.hooks import compiled
+from lightning_qk.capture.hooks.compiled import Source
+from lightning_qk.capture.hooks.patch import Patch, patch
+from lightning_qk.capture.registry import STATE
 
 
-def stand_at_multihead(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
-    """Stand in front of the forward of these nn.MultiheadAttention.
-
-    Yields:
-        What puts back one of the replaced methods.
-    """
+def patch_multihead(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Patch the forward of these nn.MultiheadAttention; yields functions that undo one patch each."""
     kinds: set[type] = {nn.MultiheadAttention}
     for module in modules:
         if hasattr(module, "linear_Q"):  # quantization's subclass computes on its own
             kinds.add(next(base for base in type(module).__mro__ if "forward" in vars(base)))
     for kind in kinds:
-        yield stand_in(kind, "forward", _tap)
-    yield stand_in(nn.TransformerEncoderLayer, "forward", _tap_encoder_layer)
+        yield patch(kind, "forward", _tap)
+    yield patch(nn.TransformerEncoderLayer, "forward", _tap_encoder_layer)
 
 
-def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
+def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
     source = Source.of(None, "sdpa").number
 
     @functools.wraps(function)
     def tapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if stand.active and STATE.listening:
+        if own.active and STATE.capturing:
             if torch.compiler.is_dynamo_compiling():
                 module = compiled.identity(self)
                 if module is not None:
                     # Not under no_grad: DDP splits graphs, and what turns gradients on again would be lost.
-                    read = read_multihead(self, *args, **kwargs)
-                    if isinstance(read, str):
-                        compiled.emit_problem(module, read)
-                    else:
-                        compiled.emit(module, source, read[0], read[1])
-                if STATE.direct:
+                    compiled.emit_arguments(module, source, read_multihead(self, *args, **kwargs))
+                if STATE.sdpa:
                     compiled.enter(None)
                     output = function(self, *args, **kwargs)
                     compiled.leave()
                     return output
-            elif listeners.is_free():
-                _hear(self, args, kwargs)
-                with listeners.silence():
+            elif registry.is_free():
+                _deliver(self, args, kwargs)
+                with registry.mute():
                     return function(self, *args, **kwargs)
         return function(self, *args, **kwargs)
 
@@ -64,46 +55,35 @@ def _tap(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
 
 
 @torch.compiler.disable
-def _hear(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _deliver(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     def read() -> FunctionCall:
-        found = read_multihead(module, *args, **kwargs)
-        if isinstance(found, str):
-            raise UnsupportedCallError(found)
-        call = AttentionCall(module, *found[0], "sdpa", found[1], inputs=_inputs(args, kwargs))
-        return FunctionCall(call)
+        query = args[0] if args else kwargs["query"]
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        return sdpa_call(module, read_multihead(module, *args, **kwargs), inputs=(query, key))
 
-    if listeners.is_watched(module):
-        listeners.deliver(module, read)
+    if registry.is_watched(module):
+        registry.deliver(module, read)
 
 
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What the module makes queries and keys of, as its forward was called."""
-    query = args[0] if args else kwargs["query"]
-    key = args[1] if len(args) > 1 else kwargs["key"]
-    return query, key
-
-
-def _tap_encoder_layer(function: Callable[..., Any], stand: Stand) -> Callable[..., Any]:
+def _tap_encoder_layer(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
     # In evaluation without gradients the layer may run as one operator, without its attention's forward.
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def tapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not (stand.active and STATE.listening) or self.training or torch.compiler.is_compiling():
+        if not (own.active and STATE.capturing) or self.training or torch.compiler.is_compiling():
             return function(self, *args, **kwargs)
-        before = listeners.delivered()
+        before = registry.delivered()
         output = function(self, *args, **kwargs)
-        if listeners.delivered() == before and listeners.is_watched(self.self_attn):
-            _hear_fused(self, signature.bind(self, *args, **kwargs).arguments)
+        if registry.delivered() == before and registry.is_watched(self.self_attn):
+            _deliver_fused(self, signature.bind(self, *args, **kwargs).arguments)
         return output
 
     return tapped
 
 
 @torch.compiler.disable
-def _hear_fused(layer: Any, arguments: dict[str, Any]) -> None:
-    if is_recomputation():
-        return
+def _deliver_fused(layer: Any, arguments: dict[str, Any]) -> None:
     attention = layer.self_attn
 
     def read() -> FunctionCall:
@@ -116,12 +96,9 @@ def _hear_fused(layer: Any, arguments: dict[str, Any]) -> None:
         if layer.norm_first:
             source = layer.norm1(source)
         found = read_multihead(attention, source, source, source, padding, attn_mask=mask)
-        if isinstance(found, str):
-            raise UnsupportedCallError(found)
-        call = AttentionCall(attention, *found[0], "sdpa", found[1], inputs=(source, source))
-        return FunctionCall(call)
+        return sdpa_call(attention, found, inputs=(source, source))
 
-    listeners.deliver(attention, read)
+    registry.deliver(attention, read)
 
 
 def read_multihead(
@@ -135,12 +112,11 @@ def read_multihead(
     average_attn_weights: bool = True,
     is_causal: bool = False,
     **unknown: Any,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]] | str:
+) -> Arguments | str:
     """Arguments of the module's forward as attention over its projected heads. Traced by torch.compile.
 
     Returns:
-        Query, key and value ``(batch, heads, tokens, d_head)``, a mask of four axes (boolean, True where the
-        key is seen, or additive), and the options; or why that cannot be had.
+        The arguments, or why that cannot be had.
     """
     if query.is_nested or key.is_nested:
         return "nn.MultiheadAttention gets nested tensors, which are not captured: pad the sequences"
@@ -174,9 +150,7 @@ def read_multihead(
     return (q, k, v, _merge(attn_mask, key_padding_mask, q.dtype)), options
 
 
-def read_functional(
-    *args: Any, **kwargs: Any
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]] | str:
+def read_functional(*args: Any, **kwargs: Any) -> Arguments | str:
     """As :func:`read_multihead`, of a call of torch.nn.functional.multi_head_attention_forward."""
     given = _FUNCTIONAL.bind(*args, **kwargs)
     given.apply_defaults()
