@@ -9,18 +9,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_qk._packages import either
-from lightning_qk.callbacks._event_log import EventLog
 from lightning_qk.callbacks._ranks import all_or_none, from_zero, total
-from lightning_qk.callbacks._trainer import is_logged_step, logging_step, run_directory, say
+from lightning_qk.callbacks._trainer import is_logged_step, logging_step
 from lightning_qk.callbacks.callback import EDITS, JUDGES, Callback, check_lightning
-from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckpoint
+from lightning_qk.callbacks.guard._acting import Acting
 from lightning_qk.callbacks.guard._pending import Pending, StepLosses, in_words
-from lightning_qk.callbacks.guard._rate import RateLimit
-from lightning_qk.callbacks.guard._remedy import Dormant
 from lightning_qk.callbacks.guard._watch import COSINE, ReadingSource
 from lightning_qk.callbacks.interventions.locater import LocAteR
 from lightning_qk.callbacks.interventions.qk_clip import QKClip
-from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
+from lightning_qk.guard.detector import Sensitivity, Verdict
 from lightning_qk.guard.reading import Reading
 from lightning_qk.loggers.loggers import describe_config, log_alert, log_scalars
 from lightning_qk.record.history import RunRecord
@@ -40,7 +37,7 @@ def _for_remedies(hook: str) -> Any:
     return forward
 
 
-class CollapseGuard(Callback):
+class CollapseGuard(Acting):
     r"""Warns before a run collapses, says where and why, and does something about it where asked.
 
     At its steps it looks at the largest logits and the normalized entropy of every head, the squared norms of
@@ -150,13 +147,7 @@ class CollapseGuard(Callback):
     def begin(self) -> None:
         """As for a new run."""
         super().begin()
-        self.detector = CollapseDetector(self.sensitivity)
         self.verdicts: list[Verdict] = []
-        self.rolled_back_to: int | None = None
-        self.event_log = EventLog()
-        self._remedy = Dormant(self._remedies, self._say_once)
-        self._rate = RateLimit()
-        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window, keeps_replaced=self.rollback)
         self._watch: ReadingSource | None = None
         self._losses = StepLosses()
         self._pending: Pending | None = None
@@ -166,8 +157,6 @@ class CollapseGuard(Callback):
         self._trouble: str | None = None
         self._lost = 0
         self._gave_up = False
-        self._cannot_save = False
-        self._said: set[str] = set()
 
     @property
     def remedies(self) -> list[Any]:
@@ -204,7 +193,8 @@ class CollapseGuard(Callback):
                     f"{type(callback).__name__}: take it out of the trainer's callbacks"
                 )
         if stage == "fit":
-            self._rate.detach()
+            if self._rate.optimizers:  # of a fit before that did not end well
+                self._try(self._rate.detach, "learning rates could not be left")
             self.begin_fit(trainer, pl_module)
         self._remedy.check("setup", trainer, pl_module, stage)
         if stage == "fit":
@@ -230,14 +220,6 @@ class CollapseGuard(Callback):
         if self.lr_factor < 1:
             self._try(lambda: self._attach_rate(trainer), "learning rates cannot be multiplied")
 
-    def _attach_rate(self, trainer: Trainer) -> None:
-        """On all ranks or on none: weights would come to differ with the rates."""
-        try:
-            all_or_none(trainer, lambda: self._rate.attach(trainer.optimizers))
-        except Exception:
-            self._rate.detach()
-            raise
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
         gone = self._healthy.begin(trainer, self._folder(trainer))
@@ -251,15 +233,6 @@ class CollapseGuard(Callback):
             self._confirm(trainer, at_once=True)
         self._remedy.call("on_train_start", trainer, pl_module)
         self._remedy.agree(trainer, pl_module)
-
-    def _folder(self, trainer: Trainer) -> str:
-        try:
-            return run_directory(trainer)
-        except Exception as error:
-            self._say_once(
-                f"the run's folder is not known ({in_words(error)}): {trainer.default_root_dir} is taken"
-            )
-            return str(trainer.default_root_dir)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -372,21 +345,12 @@ class CollapseGuard(Callback):
         pending = state_dict.get("pending")
         self._pending = None if pending is None else Pending.from_state_dict(pending)
 
-    # Nothing of this ends or changes a training
-
     def _attempt(self, action: Callable[[], object]) -> None:
         """Do a part of a reading; where it fails, the reading is lost, on all ranks."""
         try:
             action()
         except Exception as error:
             self._trouble = self._trouble or in_words(error)
-
-    def _try(self, action: Callable[[], object], otherwise: str) -> None:
-        """Do something that is no part of a reading; say once where it fails."""
-        try:
-            action()
-        except Exception as error:
-            self._say_once(f"{otherwise} ({in_words(error)}); training goes on", otherwise)
 
     def _lose(self, reason: str) -> None:
         """A reading that failed, on all ranks: the next is tried, and after a few in a row no more."""
@@ -484,41 +448,6 @@ class CollapseGuard(Callback):
         reading = Reading(pending.step, pending.losses, dict(pending.values), dict(pending.places))
         return "verdict", self.detector.observe(reading)
 
-    # Files
-
-    def _keep(self, trainer: Trainer, step: int, is_healthy: bool) -> None:
-        """Confirm or drop the checkpoint that waits for it; write the next where due."""
-        if not is_healthy:
-            self._healthy.doubt(trainer)
-            return
-        self._confirm(trainer)
-        last = self._healthy.step
-        if (
-            self.checkpoint_every > 0
-            and not self._healthy.is_waiting
-            and (last is None or step - last >= self.checkpoint_every)
-        ):
-            self._save(trainer, step)
-
-    def _save(self, trainer: Trainer, step: int) -> None:
-        """A full disk is no reason to end a run."""
-        if not self._cannot_save:
-            self._with_files(lambda: self._healthy.save(trainer, step))
-
-    def _confirm(self, trainer: Trainer, at_once: bool = False) -> None:
-        self._with_files(lambda: self._healthy.confirm(trainer, at_once=at_once))
-
-    def _with_files(self, action: Callable[[], object]) -> None:
-        """What fails here fails on all ranks."""
-        try:
-            action()
-        except Exception as error:
-            if not self._cannot_save:
-                self._cannot_save = True
-                self._say(f"it keeps no more checkpoints ({in_words(error)}); training goes on")
-
-    # Acting
-
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         done = []
         if self.action == "stop":
@@ -538,53 +467,6 @@ class CollapseGuard(Callback):
             is_sent = False
         if not is_sent:
             self._say(sentence)
-
-    def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Roll back, lower the rate and wake the remedy; what was done, in words."""
-        done = []
-        went_back = self.rollback and self.rolled_back_to is None and self._restored(trainer)
-        if went_back:
-            self.rolled_back_to = step = self._healthy.step
-            where = "where training started" if step is None or step < 0 else f"at step {step}"
-            done.append(f"weights and optimizer are back {where}")
-        # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
-        if self.lr_factor < 1 and self._rate.factor == 1 and self._tightened(trainer, went_back):
-            done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
-        if self._remedy.wake(trainer, pl_module):
-            names = [type(callback).__name__ for callback in self._remedy.awake]
-            done.append(f"{' and '.join(names)} set in")
-        if done:
-            self.detector.restart()
-        return done
-
-    def _tightened(self, trainer: Trainer, went_back: bool) -> bool:
-        """On all ranks or on none."""
-        if not self._rate.optimizers:
-            return False  # they could not be attached to
-        before: dict[str, Any] | None = None
-
-        def tighten() -> None:
-            nonlocal before
-            before = self._rate.state_dict()
-            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
-
-        try:
-            all_or_none(trainer, tighten)
-            return True
-        except Exception as error:
-            if before is not None:
-                self._rate.load_state_dict(before)
-            self._say_once(f"learning rates cannot be multiplied ({in_words(error)}); training goes on")
-            return False
-
-    def _restored(self, trainer: Trainer) -> bool:
-        try:
-            return self._healthy.restore(trainer)
-        except Exception as error:
-            self._say(
-                f"it could not go back to {CHECKPOINT_NAME} ({in_words(error)}); training goes on from where it is"
-            )
-            return False
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, has_ended: bool) -> None:
         step = verdict.step
@@ -609,14 +491,6 @@ class CollapseGuard(Callback):
             *(() if has_ended else (share,)),
         ):
             self._try(action, "its numbers could not be logged")
-
-    def _say_once(self, sentence: str, kind: str | None = None) -> None:
-        if (kind or sentence) not in self._said:
-            self._said.add(kind or sentence)
-            self._say(sentence)
-
-    def _say(self, sentence: str) -> None:
-        say(f"{type(self).__name__}: {sentence}")
 
 
 _MAX_LOST = 3
