@@ -91,22 +91,6 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Circles of files within one room that are still to be opened.
 CIRCLES = {
     frozenset({"record.record_file", "record.history"}),
-    frozenset(
-        {
-            "callbacks._account",
-            "callbacks._order",
-            "callbacks.guard._remedy",
-            "callbacks.guard._watch",
-            "callbacks.guard.guard",
-            "callbacks.interventions._base",
-            "callbacks.interventions.locater",
-            "callbacks.interventions.qk_clip",
-            "callbacks.monitors._base",
-            "callbacks.monitors._captured",
-            "callbacks.monitors.attention",
-            "callbacks.monitors.spectrum",
-        }
-    ),
 }
 
 

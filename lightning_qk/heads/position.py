@@ -1,8 +1,8 @@
 """What positions do to the logits of an attention layer: how it rotates queries and keys, and what it adds.
 
-No names of models are asked for, but facts: whether the layer calls a rotary function, which tables and projections
-of relative positions it has, which arguments its forward takes, and which tables the modules around it share among
-their layers. What follows from none of these is None.
+No names of models are asked for, but facts: whether the layer calls a rotary function, which tables and
+projections of relative positions it has, which arguments its forward takes, and which tables the modules around it
+share among their layers. What follows from none of these is None.
 
 A rotation is found by running the model's own rotary function (:mod:`lightning_qk.heads.rotary`) with unit vectors
 in the place of queries and keys, at several positions: it is a matrix, and between two positions a rotation, from

@@ -1,7 +1,7 @@
 """Run an attention layer up to its call of a rotary function, with the angles that its model gives it.
 
-The forward runs on a copy whose projections give zeros, with the angles that the model's own rotary module gives for
-one position.
+The forward runs on a copy whose projections give zeros, with the angles that the model's own rotary module gives
+for one position.
 """
 
 import inspect

@@ -11,8 +11,8 @@ from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.attention import POSITION_STATISTICS
-from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention, kept_reader
+from lightning_qk.heads.sites import local_heads
 from lightning_qk.metrics.means import HeadMeans
 
 _MAXIMUM = "maximum"

@@ -1,23 +1,15 @@
-"""What a callback that steers leaves in the report: curves of what it did, and sentences on single events."""
+"""What an intervention or a guard leaves in the report: curves of what it did, and sentences on single events."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 
 from lightning_qk.record.history import History, RunRecord
 
 
-class Contributor(Protocol):
-    """What adds something to a run's record."""
-
-    def contribute(self, record: RunRecord) -> None:
-        """Add it."""
-
-
-class Account:
+class EventLog:
     """Curves and events of one callback, bounded however long the run.
 
     Attributes:
@@ -30,18 +22,18 @@ class Account:
     def __init__(self) -> None:
         self.curves = History(["run"], [1])
         self.events: list[tuple[int, str]] = []
-        self._untold = 0
+        self._left_out = 0
 
-    def draw(self, step: int, values: Mapping[str, float]) -> None:
+    def add_points(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each curve."""
         self.curves.append(step, {name: torch.tensor([float(value)]) for name, value in values.items()})
 
-    def tell(self, step: int, sentence: str) -> None:
+    def add_event(self, step: int, sentence: str) -> None:
         """Add an event."""
         if len(self.events) < self.MAX_EVENTS:
             self.events.append((step, sentence))
         else:
-            self._untold += 1
+            self._left_out += 1
 
     def contribute(self, record: RunRecord) -> None:
         """Add curves and events to a run's record."""
@@ -54,31 +46,17 @@ class Account:
                 steps, values = zip(*points, strict=True)
                 record.scalars[name] = (list(steps), list(values))
         record.events += self.events
-        if self._untold:
-            record.events.append((self.events[-1][0], f"{self._untold} more events of this kind followed"))
+        if self._left_out:
+            record.events.append((self.events[-1][0], f"{self._left_out} more events of this kind followed"))
         record.events.sort(key=lambda event: event[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and plain values."""
-        return {"curves": self.curves.state_dict(), "events": list(self.events), "untold": self._untold}
+        return {"curves": self.curves.state_dict(), "events": list(self.events), "untold": self._left_out}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint was; nothing where it was written by a version without accounts."""
+        """Go on where a checkpoint was; nothing where a version without event logs wrote it."""
         if state:
             self.curves = History.from_state_dict(state["curves"])
             self.events = [(int(step), str(sentence)) for step, sentence in state["events"]]
-            self._untold = state["untold"]
-
-
-def contributors(callbacks: Iterable[Callback]) -> Iterator[Contributor]:
-    """Of callbacks that steer, and of those that another one wakes: what has something to add to a record."""
-    from lightning_qk.callbacks.guard.guard import CollapseGuard
-    from lightning_qk.callbacks.interventions.locater import LocAteR
-
-    for callback in callbacks:
-        if isinstance(callback, CollapseGuard):
-            yield from contributors(callback.remedies)
-        if isinstance(callback, LocAteR):
-            yield callback
-        elif isinstance(account := getattr(callback, "account", None), Account):
-            yield account
+            self._left_out = state["untold"]

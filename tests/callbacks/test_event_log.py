@@ -1,5 +1,6 @@
 """What callbacks that steer leave in the run's record and report."""
 
+import lightning as L
 import models
 import pytest
 import torch
@@ -14,20 +15,20 @@ from lightning_qk import (
     SigmaReparam,
     UpdateCap,
 )
-from lightning_qk.callbacks._account import Account, contributors
+from lightning_qk.callbacks._event_log import EventLog
 from lightning_qk.record.history import RunRecord
 
 RECORD, REPORT = "lightning_qk_record.safetensors", "lightning_qk_report.html"
 
 
 def test_curves_and_events_are_bounded():
-    account = Account()
+    account = EventLog()
     for step in range(1000):
-        account.draw(step, {"a": step, "b": float("nan") if step else 2.0})
-        account.tell(step, f"event {step}")
+        account.add_points(step, {"a": step, "b": float("nan") if step else 2.0})
+        account.add_event(step, f"event {step}")
     record = RunRecord(events=[(500, "another's")])
     account.contribute(record)
-    assert len(record.events) == Account.MAX_EVENTS + 2
+    assert len(record.events) == EventLog.MAX_EVENTS + 2
     assert record.events[-1] == (500, "another's")
     assert record.events[-2] == (99, "900 more events of this kind followed")
     steps, values = record.scalars["a"]
@@ -37,11 +38,11 @@ def test_curves_and_events_are_bounded():
 
 
 def test_goes_on_after_a_checkpoint():
-    account, other = Account(), Account()
-    account.draw(3, {"a": 1.0})
-    account.tell(3, "an event")
+    account, other = EventLog(), EventLog()
+    account.add_points(3, {"a": 1.0})
+    account.add_event(3, "an event")
     other.load_state_dict(account.state_dict())
-    other.draw(4, {"a": 2.0})
+    other.add_points(4, {"a": 2.0})
     other.load_state_dict({})  # of an older version: nothing to go on with, nothing lost
     record = RunRecord()
     other.contribute(record)
@@ -83,17 +84,17 @@ def test_the_first_clip_of_a_layer_is_told_once_also_over_a_resume(tmp_path):
     clip = QKClip(1e-3)
     trainer = models.trainer([clip], max_steps=3, log_every_n_steps=1, default_root_dir=tmp_path)
     trainer.fit(models.Job(models.gpt2()), models.tokens())
-    layers = [sentence.split()[2] for _, sentence in clip.account.events]
+    layers = [sentence.split()[2] for _, sentence in clip.event_log.events]
     assert sorted(layers) == ["layer_00", "layer_01"]
-    assert {step for step, _ in clip.account.events} == {0}
+    assert {step for step, _ in clip.event_log.events} == {0}
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     resumed = QKClip(1e-3)
     trainer = models.trainer([resumed], max_steps=6, log_every_n_steps=1, default_root_dir=tmp_path)
     trainer.fit(
         models.Job(models.gpt2()), models.tokens(), ckpt_path=tmp_path / "run.ckpt", weights_only=False
     )
-    assert resumed.account.events == clip.account.events
-    assert resumed.account.curves.steps == list(range(6))
+    assert resumed.event_log.events == clip.event_log.events
+    assert resumed.event_log.curves.steps == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -130,12 +131,16 @@ def test_every_remedy_has_its_curve(tmp_path, callback, curve):
             assert values[-1] == pytest.approx(float(logged), rel=1e-5)
 
 
-def test_callbacks_of_others_are_left_alone():
-    class Foreign:
-        account = "savings"
+def test_callbacks_of_others_are_left_alone(tmp_path):
+    class Foreign(L.Callback):
+        event_log = "savings"
         remedies = 3
 
         def contribute(self, record):
             raise AssertionError
 
-    assert list(contributors([Foreign()])) == []
+    monitor = AttentionMonitor(1, figures_every=0)
+    trainer = models.trainer([Foreign(), monitor], max_steps=1, default_root_dir=tmp_path)
+    trainer.fit(models.Job(models.gpt2()), models.tokens())
+    assert (tmp_path / REPORT).exists()
+    assert monitor.notes == []
