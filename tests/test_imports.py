@@ -90,7 +90,6 @@ FLOORS = [
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Circles of files within one room that are still to be opened.
 CIRCLES = {
-    frozenset({"record.record_file", "record.history"}),
     frozenset(
         {
             "callbacks._account",

@@ -16,7 +16,15 @@ from lightning_qk.heads.reader import kept_reader
 from lightning_qk.probes._attention import Attention, row_parts, weighted_values
 from lightning_qk.probes.run import Hearing, prepared, quiet
 
-_OF_ATTENTION = ("entropy_normalized", "max_prob", "logit_std", "sink_first", "sink_rate")
+_OF_ATTENTION = (
+    "entropy",
+    "entropy_normalized",
+    "max_prob",
+    "max_abs_logit",
+    "logit_std",
+    "sink_first",
+    "sink_rate",
+)
 # A key counts for the top when it is seen by this share of the rows that see the most-seen key, as for sink_rate.
 _MIN_SEEN = 0.25
 # Relative positions at which propagation is predicted: midpoints of ten equal parts of [0, 1], as the monitors do.

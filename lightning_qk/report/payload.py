@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lightning_qk.functional.circle_law import circle_law_radius, circle_law_share
 from lightning_qk.functional.propagation import signal_propagation_probability
-from lightning_qk.record.head_health import HeadHealth
 from lightning_qk.record.history import History, LayerShape, RunRecord
-from lightning_qk.record.packing import Pack
 from lightning_qk.record.statistics import describe, spans_decades
+from lightning_qk.record.verdicts import HeadHealth
+from lightning_qk.report.packing import Pack
 from lightning_qk.report.texts import MEANING
 
 # Shown whenever they were recorded, in this order; of each group the first that was.
@@ -87,7 +87,7 @@ class Payload(NamedTuple):
     """What the page carries.
 
     Attributes:
-        text: the data, as :class:`~lightning_qk.record.packing.Pack` writes them.
+        text: the data, as :class:`~lightning_qk.report.packing.Pack` writes them.
         notes: what was left out for the page's size, in sentences.
     """
 

@@ -4,12 +4,11 @@ from collections import Counter
 from typing import Any
 
 from lightning_qk._version import __version__
-from lightning_qk.record.head_health import HEAD_VERDICTS, HeadHealth, extreme_heads
-from lightning_qk.record.health import layer_health
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.statistics import describe
+from lightning_qk.record.verdicts import VERDICTS, HeadHealth, extreme_heads, layer_health
 from lightning_qk.report.payload import PRIMARY, shown_statistics
-from lightning_qk.report.texts import MEANING, PAPERS, VERDICT_MEANING
+from lightning_qk.report.texts import MEANING, PAPERS
 
 # How many rows of heads the tables have, at first and in all.
 _FIRST_ROWS, _MAX_ROWS = 10, 100
@@ -64,7 +63,9 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         "lead": _lead(record),
         "info": record.info,
         "summary": _summary(heads),
-        "verdicts": [(v, counts[v], VERDICT_MEANING[v]) for v in HEAD_VERDICTS if counts[v]],
+        "verdicts": [
+            (verdict, counts[verdict], words) for verdict, words in VERDICTS.items() if counts[verdict]
+        ],
         "worst": worst[:_MAX_ROWS],
         "extremes": extreme_heads(record) if len(worst) < _FIRST_ROWS else [],
         "more": max(len(worst) - _MAX_ROWS, 0),

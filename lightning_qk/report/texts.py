@@ -130,16 +130,3 @@ MEANING = {
     "sink_output": ("How much of a head's output lies in the span of the sinks' values.", ""),
 }
 """Statistic → what it means, and when to worry."""
-
-
-VERDICT_MEANING = {
-    "non-finite": "weights, logits or statistics are NaN or infinite",
-    "saturated": "logits above 100, or weights that let next to no signal pass",
-    "growing": "logits grew by half or more over the last third of the run",
-    "sharp": "nearly one key a query; common in single heads, a warning when many are",
-    "uniform": "looks everywhere alike, as in a fresh model",
-    "sink": "much attention goes to the first key; common in language models",
-    "no data": "nothing was measured",
-    "ok": "nothing stands out",
-}
-"""Verdict on a head → what it says."""
