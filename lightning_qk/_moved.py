@@ -48,7 +48,7 @@ MOVED = {
     "lightning_qk.logging.record_file": "lightning_qk.record.record_file",
     "lightning_qk.logging.report": "lightning_qk.report.report",
     "lightning_qk.logging.report_sections": "lightning_qk.report.sections",
-    "lightning_qk.logging.report_texts": "lightning_qk.report.texts",
+    "lightning_qk.logging.report_texts": "lightning_qk.report.sections",
     "lightning_qk.logging.snapshots": "lightning_qk.record.snapshots",
     "lightning_qk.logging.states": "lightning_qk.record.states",
     "lightning_qk.logging.statistics": "lightning_qk.record.statistics",

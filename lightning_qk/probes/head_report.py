@@ -225,10 +225,9 @@ def _rows(values: Mapping[str, Mapping[str, Tensor]], thresholds: HeadThresholds
     rows = []
     for label, numbers in values.items():
         names = [name for name in (*NUMBERS, *HELPERS) if name in numbers]
-        for head, values in enumerate(
-            zip(*(numbers[name].reshape(-1).tolist() for name in names), strict=True)
-        ):
-            known = dict(zip(names, values, strict=True))
+        table = torch.stack([numbers[name].reshape(-1).double().cpu() for name in names]).T.tolist()
+        for head, row in enumerate(table):
+            known = dict(zip(names, row, strict=True))
             kind, reason = classify(known, thresholds)
             own = {name: known[name] for name in NUMBERS if name in known}
             rows.append(HeadRow(label, head, kind, reason, **own))

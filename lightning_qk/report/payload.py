@@ -10,44 +10,10 @@ from torch import Tensor
 from lightning_qk.functional.circle_law import circle_law_radius, circle_law_share
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.record.history import History, LayerShape, RunRecord
-from lightning_qk.record.statistics import describe, spans_decades
+from lightning_qk.record.statistics import describe, drawn_statistics
 from lightning_qk.record.verdicts import HeadHealth
 from lightning_qk.report.packing import Pack
-from lightning_qk.report.texts import MEANING
 
-# Shown whenever they were recorded, in this order; of each group the first that was.
-PRIMARY: dict[str, tuple[tuple[str, ...], ...]] = {
-    "spectrum": (
-        ("sym_var", "eig_var"),
-        ("eig_mean",),
-        ("spectral_radius",),
-        ("singular_max",),
-        ("asymmetry",),
-        ("localization",),
-        ("propagation",),
-    ),
-    "attention": (
-        ("entropy_normalized", "entropy"),
-        ("max_abs_logit", "max_logit"),
-        ("sink_first",),
-        ("linear_share",),
-        ("distance",),
-    ),
-    "sinks": (("sink_output",),),
-    "position": (("positional_share",),),
-    "hidden": (
-        ("rank_residual_relative",),
-        ("cosine_abs", "cosine"),
-        ("effective_rank",),
-        ("activation_max",),
-    ),
-}
-# Shown where there is room for them.
-SECONDARY: dict[str, tuple[str, ...]] = {
-    "spectrum": ("eig_var", "concentration", "sigma_1", "effective_rank", "logit_bound", "update_ratio"),
-    "attention": ("logit_std", "max_prob", "participation", "sink_rate", "diagonal", "entropy"),
-    "sinks": ("sink_number", "sink_share", "waiver_rate", "waiver_mass"),
-}
 # The curve of predicted propagation has as many points as that of the measured one, between which it is smooth.
 THETA = (torch.arange(20) + 0.5) / 20
 # At so many distances from zero the share of a random head's eigenvalues is given.
@@ -153,21 +119,18 @@ def evenly(count: int, limit: int) -> list[int]:
 
 def shown_statistics(name: str, history: History, *, secondary: bool = True) -> list[str]:
     """Statistics of a history that the page draws, of those that have a finite value at any step."""
-    has = {
+    has = [
         s for s in history.statistics if any(bool(v.isfinite().any()) for v in reversed(history.values[s]))
-    }
-    primary = [next((s for s in group if s in has), None) for group in PRIMARY.get(name, ())]
-    found = [s for s in primary if s is not None]
-    return found + [s for s in SECONDARY.get(name, ()) if secondary and s in has and s not in found]
+    ]
+    return drawn_statistics(name, has, with_room=secondary)
 
 
 def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any]:
     index = evenly(len(history), cut.points)
     statistics = []
     for statistic in shown_statistics(name, history, secondary=cut.secondary):
-        style = describe(statistic)
+        style = describe(statistic, name)
         series = history.series(statistic)[index]
-        meaning, worry = MEANING.get(statistic, ("", ""))
         statistics.append(
             {
                 "name": statistic,
@@ -176,9 +139,9 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
                 "share": style.share,
                 "signed": style.signed,
                 "peak": style.peak,
-                "decades": not style.share and spans_decades(series),
-                "meaning": meaning,
-                "worry": worry,
+                "decades": not style.share and _spans_decades(series),
+                "meaning": style.meaning,
+                "worry": style.worry,
                 # Heads before steps: what a head's history needs stands together.
                 "values": pack.add(series.T),
             }
@@ -189,6 +152,12 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
         "steps": [history.steps[i] for i in index],
         "statistics": statistics,
     }
+
+
+def _spans_decades(values: Tensor, ratio: float = 100.0) -> bool:
+    """Whether positive values lie so far apart that a logarithmic scale is wanted."""
+    values = values[values.isfinite()]
+    return bool(values.numel()) and bool(values.min() > 0) and bool(values.max() > ratio * values.min())
 
 
 def _shape(record: RunRecord, label: str) -> LayerShape | None:
