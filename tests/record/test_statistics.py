@@ -24,6 +24,7 @@ from lightning_qk.record.statistics import (
     logged_extremes,
     of_key,
 )
+from lightning_qk.record.verdicts import VERDICTS
 
 MONITORS = [
     QKSpectrumMonitor(offsets=(0, 16), singular=True),
@@ -88,6 +89,7 @@ def test_scalars_of_interventions_have_a_meaning() -> None:
 
 def test_the_docs_name_statistics_of_the_registry() -> None:
     text = (ROOT / "docs" / "numbers.md").read_text()
+    assert set(re.findall(r"^\| \*(.+?)\* \|", text, re.M)) == set(VERDICTS)
     names = {one.name for one in STATISTICS.values()}
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     assert rows

@@ -16,6 +16,7 @@ from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 # The report's curve over positions is measured on few rows of few sequences, at few steps: the first ones, in
 # doubling distance, and every tenth. It is not logged.
@@ -80,19 +81,9 @@ class AttentionMonitor(CaptureMonitor):
     """
 
     statistics = STATISTICS
-    layer_statistics = ("entropy", "max_logit")
-    extremes = {  # noqa: RUF012 (never changed)
-        "entropy": ("min", "max"),
-        "entropy_normalized": ("min", "max"),
-        "max_logit": ("max",),
-        "max_abs_logit": ("max",),
-        "query_norm": ("max",),
-        "key_norm": ("max",),
-        "sink_first": ("max",),
-        "sink_rate": ("max",),
-        "linear_share": ("min",),
-    }
-    figure_statistics = ("entropy_normalized", "distance", "sink_first")
+    layer_statistics = logged_by_layer("attn", STATISTICS)
+    extremes = logged_extremes("attn", STATISTICS)
+    figure_statistics = logged_as_heatmap("attn", STATISTICS)
     subject = "attention logits"
     witness = "entropy"
     presence = "max_logit"

@@ -21,6 +21,7 @@ from lightning_qk.heads.reader import find_attention
 from lightning_qk.metrics.hidden import HiddenStatistics
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 _EMBEDDING = "the input of "
 """In front of the name of a stack's first block."""
@@ -71,18 +72,9 @@ class HiddenStateMonitor(Monitor):
 
     group = "hidden"
     statistics = HIDDEN_STATISTICS
-    layer_statistics = ("rank_residual_relative",)
-    extremes = {  # noqa: RUF012 (never changed)
-        "rank_residual": ("min",),
-        "rank_residual_relative": ("min",),
-        "cosine": ("max",),
-        "cosine_abs": ("max",),
-        "effective_rank": ("min",),
-        "token_norm": ("max",),
-        "activation_max": ("max",),
-        "massive_count": ("max",),
-    }
-    figure_statistics = ()
+    layer_statistics = logged_by_layer("hidden", HIDDEN_STATISTICS)
+    extremes = logged_extremes("hidden", HIDDEN_STATISTICS)
+    figure_statistics = logged_as_heatmap("hidden", HIDDEN_STATISTICS)
     subject = "hidden states"
     witness = "token_norm"
     has_heads = False

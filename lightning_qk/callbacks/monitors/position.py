@@ -12,6 +12,7 @@ from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 POSITION = "positional_share"
 
@@ -64,10 +65,10 @@ class PositionMonitor(CaptureMonitor):
     """
 
     statistics = (POSITION,)
-    layer_statistics = ()
-    extremes = {POSITION: ("min", "max")}  # noqa: RUF012 (never changed)
+    layer_statistics = logged_by_layer("attn", (POSITION,))
+    extremes = logged_extremes("attn", (POSITION,))
     curve_statistics = (POSITION,)
-    figure_statistics = (POSITION,)
+    figure_statistics = logged_as_heatmap("attn", (POSITION,))
     subject = "attention logits"
     witness = POSITION
     presence = POSITION

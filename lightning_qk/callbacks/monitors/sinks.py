@@ -8,6 +8,7 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 
 class SinkMonitor(CaptureMonitor):
@@ -58,10 +59,10 @@ class SinkMonitor(CaptureMonitor):
     """
 
     statistics = SINK_STATISTICS
-    layer_statistics = ()
-    extremes = {"sink_output": ("max",), "waiver_mass": ("max",)}  # noqa: RUF012 (never changed)
+    layer_statistics = logged_by_layer("attn", SINK_STATISTICS)
+    extremes = logged_extremes("attn", SINK_STATISTICS)
     curve_statistics = ("sink_number", "sink_output", "waiver_mass")
-    figure_statistics = ("sink_output", "waiver_mass")
+    figure_statistics = logged_as_heatmap("attn", SINK_STATISTICS)
     subject = "attention probabilities or values"
     witness = "waiver_mass"
     presence = "sink_number"
