@@ -31,7 +31,7 @@ NUMBERS = (
     "eig_var",
     "propagation",
 )
-"""What a report tells of a head; any of them may be NaN."""
+"""Numbers of a head in a report; any of them may be NaN."""
 
 HELPERS = ("entropy", "max_abs_logit")
 """What classing uses besides, where it is known."""

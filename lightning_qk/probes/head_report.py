@@ -136,8 +136,8 @@ class HeadReport:
     def from_history(cls, record: RunRecord, *, thresholds: HeadThresholds | None = None) -> "HeadReport":
         """Class every head by the newest numbers of QKSpectrumMonitor, AttentionMonitor and PositionMonitor.
 
-        They know less than a run of the model tells: of a head's values nothing, so that it is dead where its
-        W_QK is. Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
+        They know less than a run of the model: nothing of a head's values, so that it is dead where its W_QK is.
+        Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
 
         Args:
             record: of a run, or what :meth:`~lightning_qk.record.history.RunRecord.load` read.

@@ -66,7 +66,7 @@ class History:
         Args:
             step: the logger's step.
             values: statistic → float tensor of shape ``(sum(heads),)``; NaN where a head has no value.
-            states: why, one of :mod:`lightning_qk.record.states` a head, shape ``(sum(heads),)``; None: not told.
+            states: why, one of :mod:`lightning_qk.record.states` a head, shape ``(sum(heads),)``; None: unknown.
 
         Raises:
             ValueError: a tensor does not have one value a head. Nothing was recorded then.
@@ -249,7 +249,7 @@ class RunRecord:
         snapshots: what is kept of a few steps only: ``"eigenvalues"``, complex ``(heads, d_head)``, and
             ``"linear_profile"``, the measured linear share by relative position of the key, ``(heads, bins)``.
         shapes: layer label → its widths and its softmax scale.
-        points: step → what it is called, where steps stand for something else, such as models side by side.
+        points: step → what it is called, where steps are something else, such as models side by side.
         scalars: name → (steps, values) of run-level curves, such as ``locater/penalty``.
         events: (step, sentence) of what happened in the run: alarms, and what was done about them.
         info: facts about the run to print: model, parameters, versions.

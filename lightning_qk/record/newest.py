@@ -13,14 +13,14 @@ class Newest:
         values: statistic → values of the heads; empty where nothing is known.
         states: one a head, see :mod:`lightning_qk.record.states`; None where unknown.
         missing: why it has no numbers, or why they are not of the newest step; empty where neither holds.
-        are_told: whether states tell a fault from a head without values by design.
+        explains_nan: whether a NaN is known to be a fault or a value that does not exist by design.
         logits: its heads' largest logits at all kept steps, ``(points, heads)``; None where not recorded.
     """
 
     def __init__(self, history: History | None, label: str) -> None:
         self.values: dict[str, Tensor] = {}
         self.states: Tensor | None = None
-        self.missing, self.are_told, self.logits, self.heads = "", False, None, 0
+        self.missing, self.explains_nan, self.logits, self.heads = "", False, None, 0
         if history is None or label not in history.layers:
             return
         place, reason = history.layers.index(label), history.reasons.get(label, "")
@@ -33,7 +33,7 @@ class Newest:
         self.values = {
             name: history.split(flat[index])[place].double() for name, flat in history.values.items()
         }
-        self.are_told = states is not None or _is_cross(history, place)
+        self.explains_nan = states is not None or _is_cross(history, place)
         self.missing = ""
         if "max_abs_logit" in history.values:
             self.logits = history.split(history.series("max_abs_logit"))[place]

@@ -1,8 +1,8 @@
 """Why a head has no number: four cases that are not the same.
 
 At each measured step a head is in one of these states. A head that has no value because of what it is (eigenvalues
-of cross-attention), one that did not run, one that ran on nothing that counts, and one that is not finite are told
-apart by how much was measured of them, and not by the NaN that all of them leave.
+of cross-attention), one that did not run, one that ran on nothing that counts, and one that is not finite are
+distinguished by how much was measured of them, not by the NaN that all of them leave.
 """
 
 from collections.abc import Sequence

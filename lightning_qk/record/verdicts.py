@@ -99,7 +99,7 @@ def is_sink(
     """Whether a key takes much attention, and more than uniform causal attention would give the first one.
 
     Uniform causal attention over n tokens gives the first key H_n / n, where log(n!) / n is the mean logarithm of
-    the number of visible keys, which entropy over normalized entropy tells. Derived.
+    the number of visible keys, which is about entropy over normalized entropy. Derived.
 
     Args:
         share: attention to the key.
@@ -323,8 +323,8 @@ class _Layer:
     def _broken(self) -> dict[int, tuple[str, str]]:
         """Head → what of it is not finite, and how.
 
-        NaN alone means that a head has no value. States tell; where a record of an earlier version has none, it is
-        a fault where a statistic is unknown of some heads of a layer, or beside others that are known.
+        NaN alone means that a head has no value. States say which; where an older record has none, it is a
+        fault where a statistic is unknown of some heads of a layer, or beside others that are known.
         """
         found: dict[int, tuple[str, str]] = {}
 
@@ -340,9 +340,9 @@ class _Layer:
             if newest.states is not None:
                 note(newest.states == NOT_FINITE, subject, "hold NaN")
         norm, logits = self.spectrum.values.get("frobenius_sq"), self.attention.values.get("max_abs_logit")
-        if norm is not None and not self.spectrum.are_told:
+        if norm is not None and not self.spectrum.explains_nan:
             note(norm.isnan(), "weights", "hold NaN")
-        if logits is not None and not self.attention.are_told:
+        if logits is not None and not self.attention.explains_nan:
             known = torch.stack([~value.isnan() for value in self.attention.values.values()]).any(dim=0)
             note(logits.isnan() & (known | (~logits.isnan()).any()), "logits", "hold NaN")
         return found

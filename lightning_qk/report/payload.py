@@ -62,7 +62,7 @@ class Payload(NamedTuple):
 
 
 def make_payload(record: RunRecord, heads: list[HeadHealth], budget: int) -> Payload:
-    """The largest cut of a record whose text is no longer than a budget.
+    """The largest cut of a record that fits into a budget.
 
     Args:
         record: the run.
@@ -161,7 +161,7 @@ def _spans_decades(values: Tensor, ratio: float = 100.0) -> bool:
 
 
 def _shape(record: RunRecord, label: str) -> LayerShape | None:
-    """Widths of a layer; for records that do not say, found from the spectrum's moments where these tell."""
+    """Widths of a layer; where a record lacks them, found from the spectrum's moments if possible."""
     if label in record.shapes:
         return record.shapes[label]
     history = record.spectrum
@@ -171,7 +171,7 @@ def _shape(record: RunRecord, label: str) -> LayerShape | None:
         return None
     layer = history.layers.index(label)
     trace, mean = (history.split(history.values[name][-1].double())[layer] for name in ("trace", "eig_mean"))
-    # The mean is trace / n. n is d_model, unless the support is the head, whose width the eigenvalues tell.
+    # The mean is trace / n. n is d_model, or the width of the head, which is the number of eigenvalues.
     ratio = float((trace / mean)[mean != 0].nanmedian())
     d_head = record.eigenvalues[label].shape[-1]
     if not math.isfinite(ratio) or round(ratio) <= d_head:
