@@ -89,13 +89,7 @@ def to_png(figure: "Figure", dpi: int = 130) -> bytes:
 
 
 def _figure(
-    width: float,
-    height: float,
-    *,
-    left: float,
-    right: float,
-    bottom: float,
-    top: float,
+    width: float, height: float, *, left: float, right: float, bottom: float, top: float
 ) -> tuple["Figure", Any]:
     """A figure whose axes are ``width`` × ``height`` inches, with the given margins around them."""
     from matplotlib.figure import Figure

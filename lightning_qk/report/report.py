@@ -63,11 +63,7 @@ def _render(record: RunRecord) -> str:
     bare = template.render(**content, payload="-", plotly=library, script=script, notes=record.notes)
     payload = make_payload(record, heads, MAX_BYTES - len(bare.encode()) - 1000)
     return template.render(
-        **content,
-        payload=payload.text,
-        plotly=library,
-        script=script,
-        notes=[*record.notes, *payload.notes],
+        **content, payload=payload.text, plotly=library, script=script, notes=[*record.notes, *payload.notes]
     )
 
 

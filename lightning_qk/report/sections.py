@@ -109,11 +109,7 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
 
 def _lead(record: RunRecord) -> str:
     parts = []
-    names = (
-        ("weights", record.spectrum),
-        ("attention", record.attention),
-        ("hidden states", record.hidden),
-    )
+    names = (("weights", record.spectrum), ("attention", record.attention), ("hidden states", record.hidden))
     for name, history in names:
         if history is not None and len(history):
             steps, heads = len(history), sum(history.heads)
@@ -142,12 +138,7 @@ def _summary(heads: list[HeadHealth]) -> str:
 
 
 def _maps(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, str]]:
-    titles = {
-        "spectrum": "the weights",
-        "attention": "attention",
-        "sinks": "sinks",
-        "position": "positions",
-    }
+    titles = {"spectrum": "the weights", "attention": "attention", "sinks": "sinks", "position": "positions"}
     found = [
         {"name": name, "title": titles.get(name, name)}
         for name in record.histories
