@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from lightning_qk.record.history import History, LayerShape, RunRecord
     from lightning_qk.record.parquet import write_history
     from lightning_qk.record.snapshots import Snapshots
-    from lightning_qk.record.statistics import Statistic, describe
-    from lightning_qk.record.verdicts import HeadHealth, LayerHealth, head_health, layer_health
+    from lightning_qk.record.statistics import STATISTICS, Statistic, describe
+    from lightning_qk.record.verdicts import VERDICTS, HeadHealth, LayerHealth, head_health, layer_health
 
 __all__ = [
+    "STATISTICS",
+    "VERDICTS",
     "HeadHealth",
     "History",
     "LayerHealth",
@@ -37,7 +39,7 @@ __getattr__, __dir__ = lazy(
         "history": ["History", "LayerShape", "RunRecord"],
         "parquet": ["write_history"],
         "snapshots": ["Snapshots"],
-        "statistics": ["Statistic", "describe"],
-        "verdicts": ["HeadHealth", "LayerHealth", "head_health", "layer_health"],
+        "statistics": ["STATISTICS", "Statistic", "describe"],
+        "verdicts": ["VERDICTS", "HeadHealth", "LayerHealth", "head_health", "layer_health"],
     },
 )
