@@ -88,10 +88,8 @@ FLOORS = [
 ]
 """Rooms of the package from the ground up: each imports from lower floors alone."""
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-# Circles of files within one room that are still to be opened.
-CIRCLES = {
-    frozenset({"record.record_file", "record.history"}),
-}
+CIRCLES: set[frozenset[str]] = set()
+"""Circles of files within one room that are still to be opened."""
 
 
 def imported() -> list[tuple[str, str]]:

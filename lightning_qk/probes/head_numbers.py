@@ -18,7 +18,15 @@ from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention, attention_of, row_parts, weighted_values
 from lightning_qk.probes.run import prepared, quiet, results
 
-_OF_ATTENTION = ("entropy_normalized", "max_prob", "logit_std", "sink_first", "sink_rate")
+_OF_ATTENTION = (
+    "entropy",
+    "entropy_normalized",
+    "max_prob",
+    "max_abs_logit",
+    "logit_std",
+    "sink_first",
+    "sink_rate",
+)
 # A key counts for the top when it is seen by this share of the rows that see the most-seen key, as for sink_rate.
 _MIN_SEEN = 0.25
 # Relative positions at which propagation is predicted: midpoints of ten equal parts of [0, 1], as the monitors do.

@@ -3,10 +3,11 @@
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_qk.callbacks._layers import WatchedReader, matches
 from lightning_qk.callbacks._trainer import logging_step, shorten

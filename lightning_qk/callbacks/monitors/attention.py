@@ -1,11 +1,12 @@
 """Callback: where attention goes while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
 from lightning_qk.callbacks.monitors._base import at_least
@@ -18,6 +19,7 @@ from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 # The report's curve over positions is measured on few rows of few sequences, at few steps: the first ones, in
 # doubling distance, and every tenth. It is not logged.
@@ -64,19 +66,9 @@ class AttentionMonitor(CaptureMonitor):
     """
 
     statistics = STATISTICS
-    layer_statistics = ("entropy", "max_logit")
-    extremes = {  # noqa: RUF012 (never changed)
-        "entropy": ("min", "max"),
-        "entropy_normalized": ("min", "max"),
-        "max_logit": ("max",),
-        "max_abs_logit": ("max",),
-        "query_norm": ("max",),
-        "key_norm": ("max",),
-        "sink_first": ("max",),
-        "sink_rate": ("max",),
-        "linear_share": ("min",),
-    }
-    figure_statistics = ("entropy_normalized", "distance", "sink_first")
+    layer_statistics = logged_by_layer("attn", STATISTICS)
+    extremes = logged_extremes("attn", STATISTICS)
+    figure_statistics = logged_as_heatmap("attn", STATISTICS)
     subject = "attention logits"
     witness = "entropy"
 

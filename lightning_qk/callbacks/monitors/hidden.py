@@ -1,11 +1,12 @@
 """Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.callbacks._layers import Patterns, matches, matching
@@ -22,6 +23,7 @@ from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.hidden import HiddenStatistics
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import NO_VALUE
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 _EMBEDDING = "the input of "
 """In front of the name of a stack's first block."""
@@ -72,17 +74,9 @@ class HiddenStateMonitor(ListeningMonitor):
 
     group = "hidden"
     statistics = HIDDEN_STATISTICS
-    layer_statistics = ("rank_residual_relative",)
-    extremes = {  # noqa: RUF012 (never changed)
-        "rank_residual": ("min",),
-        "rank_residual_relative": ("min",),
-        "cosine": ("max",),
-        "cosine_abs": ("max",),
-        "effective_rank": ("min",),
-        "token_norm": ("max",),
-        "activation_max": ("max",),
-        "massive_count": ("max",),
-    }
+    layer_statistics = logged_by_layer("hidden", HIDDEN_STATISTICS)
+    extremes = logged_extremes("hidden", HIDDEN_STATISTICS)
+    figure_statistics = logged_as_heatmap("hidden", HIDDEN_STATISTICS)
     record_field = "hidden"
     subject = "hidden states"
     witness = "token_norm"

@@ -1,8 +1,7 @@
 """Callback: how positional the attention of heads is while a model trains."""
 
-from typing import Unpack
-
 import torch
+from typing_extensions import Unpack
 
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
@@ -11,6 +10,7 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 POSITION = "positional_share"
 
@@ -45,9 +45,10 @@ class PositionMonitor(CaptureMonitor):
     """
 
     statistics = (POSITION,)
-    extremes = {POSITION: ("min", "max")}  # noqa: RUF012 (never changed)
+    layer_statistics = logged_by_layer("attn", (POSITION,))
+    extremes = logged_extremes("attn", (POSITION,))
     curve_statistics = (POSITION,)
-    figure_statistics = (POSITION,)
+    figure_statistics = logged_as_heatmap("attn", (POSITION,))
     record_field = "position"
     subject = "attention logits"
     witness = POSITION

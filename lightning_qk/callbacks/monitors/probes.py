@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from lightning_qk.callbacks._layers import Patterns, matches, matching
 from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_states

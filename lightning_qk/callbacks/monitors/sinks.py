@@ -1,6 +1,6 @@
 """Callback: attention sinks, and what they do to the output of heads while a model trains."""
 
-from typing import Unpack
+from typing_extensions import Unpack
 
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
@@ -8,6 +8,7 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
 from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 
 class SinkMonitor(CaptureMonitor):
@@ -40,9 +41,10 @@ class SinkMonitor(CaptureMonitor):
     """
 
     statistics = SINK_STATISTICS
-    extremes = {"sink_output": ("max",), "waiver_mass": ("max",)}  # noqa: RUF012 (never changed)
+    layer_statistics = logged_by_layer("attn", SINK_STATISTICS)
+    extremes = logged_extremes("attn", SINK_STATISTICS)
     curve_statistics = ("sink_number", "sink_output", "waiver_mass")
-    figure_statistics = ("sink_output", "waiver_mass")
+    figure_statistics = logged_as_heatmap("attn", SINK_STATISTICS)
     record_field = "sinks"
     subject = "attention probabilities or values"
     witness = "waiver_mass"

@@ -1,11 +1,12 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_qk.callbacks._layers import WatchedReader
 from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
@@ -28,6 +29,7 @@ from lightning_qk.metrics.spectrum import (
 )
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.states import KNOWN, LEFT_OUT, NO_VALUE, NOT_FINITE
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 _ADDED = {
     ALIBI: "linear biases (ALiBi)",
@@ -94,17 +96,9 @@ class QKSpectrumMonitor(Monitor):
 
     group = "qk"
     statistics: tuple[str, ...] = SPECTRUM_STATISTICS
-    layer_statistics: tuple[str, ...] = ("eig_var",)
-    extremes = {  # noqa: RUF012 (never changed)
-        "eig_mean": ("min", "max"),
-        "eig_var": ("min", "max"),
-        "sym_var": ("max",),
-        "localization": ("min", "max"),
-        "spectral_radius": ("max",),
-        "singular_max": ("max",),
-        **dict.fromkeys(SINGULAR_STATISTICS, ("max",)),
-    }
-    figure_statistics = ("eig_mean", "sym_var", "asymmetry")
+    layer_statistics: tuple[str, ...] = logged_by_layer("qk", SPECTRUM_STATISTICS)
+    extremes = logged_extremes("qk", (*SPECTRUM_STATISTICS, *SINGULAR_STATISTICS))
+    figure_statistics = logged_as_heatmap("qk", SPECTRUM_STATISTICS)
     witness = "trace"
     subject = "query and key weights"
 

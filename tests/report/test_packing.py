@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from packed import unpack
 
-from lightning_qk.record.packing import Pack
+from lightning_qk.report.packing import Pack
 
 
 def test_numbers_survive() -> None:
