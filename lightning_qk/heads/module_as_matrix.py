@@ -144,11 +144,11 @@ class ModuleMatrix:
             module = copy.deepcopy(module)
         buffers = [own for own in module.buffers() if own.is_floating_point()]
         names = {id(tensor): place for place, tensor in enumerate((*module.parameters(), *buffers))}
+        parameters = {id(tensor) for tensor in module.parameters()}
 
         def convert(tensor: Tensor) -> Tensor:
             place = names.get(id(tensor))
-            is_buffer = not isinstance(tensor, nn.Parameter) and not is_dtensor(tensor)
-            if is_buffer and tensor.numel() <= _SMALL:
+            if id(tensor) not in parameters and tensor.numel() <= _SMALL and not is_dtensor(tensor):
                 # A forward may count in its buffers.
                 tensor = tensor.clone()
             if not is_plain(tensor):

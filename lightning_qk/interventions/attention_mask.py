@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.readings import soft_cap
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.conventions import soft_cap
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.capture.registry import Run
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
 from lightning_qk.interventions.auxiliary import Auxiliary, Penalty
 from lightning_qk.interventions.replaced import EXTRA, Replacements, dense_logits, weighted
@@ -156,7 +156,7 @@ class GatedAttention(Auxiliary):
         super().__init__(weight, len(names))
         self._gates = {id(module): gates[name] for module, name in names.items()}
         self._replacements = Replacements(self._compute, self._softmax)
-        self.steering = AttentionSteering(
+        self.steering = AttentionInterceptor(
             names, self._wrap, replaces=True, model=model, idle=self._without_gates
         )
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import attention_logits
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.record import AttentionCall
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.call import AttentionCall
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.capture.registry import Run
+from lightning_qk.capture.verify import attention_logits
 from lightning_qk.functional.logits import ProductLogits
 
 
@@ -86,7 +86,7 @@ class AttentionPenalty(Auxiliary):
         measure: the penalty of one call, or None where it has none.
         weight: its coefficient.
         cross: names of the layers whose keys are other tokens than the queries.
-        model: what the modules are part of; see :class:`~lightning_qk.capture.steering.AttentionSteering`.
+        model: what the modules are part of; see :class:`~lightning_qk.capture.intercept.AttentionInterceptor`.
 
     Raises:
         ValueError: a layer whose call does not pass through transformers' interface, or cannot be read.
@@ -104,7 +104,7 @@ class AttentionPenalty(Auxiliary):
         super().__init__(weight, len(names))
         self._measure = measure
         self._cross = cross
-        self.steering = AttentionSteering(names, self._wrap, model=model)
+        self.steering = AttentionInterceptor(names, self._wrap, model=model)
 
     def __enter__(self) -> "AttentionPenalty":
         self.steering.install()

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.readings import soft_cap
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.conventions import soft_cap
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.capture.registry import Run
 from lightning_qk.functional.hard_attention import hard_attention
 from lightning_qk.functional.logits import ProductLogits
 from lightning_qk.interventions.replaced import Replacements
@@ -39,7 +39,7 @@ class HardRetrieval:
     ) -> None:
         self._cross = cross
         self._replacements = Replacements(_compute, _no_softmax)
-        self.steering = AttentionSteering(names, self._wrap, replaces=True, model=model)
+        self.steering = AttentionInterceptor(names, self._wrap, replaces=True, model=model)
 
     def __enter__(self) -> "HardRetrieval":
         self.steering.install()

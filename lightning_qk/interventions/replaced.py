@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import OWN_SOFTMAX, attention_logits
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.verify import OWN_SOFTMAX, attention_logits
 from lightning_qk.functional.logits import ProductLogits
 
 Compute = Callable[[nn.Module, ProductLogits, Tensor, float, Any], Tensor]

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.readings import soft_cap
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.conventions import soft_cap
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.capture.registry import Run
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
 from lightning_qk.interventions.replaced import Replacements, dense_logits, weighted
 
@@ -103,7 +103,7 @@ class SoftCapped:
         self.cap = float(cap)
         self._cross = cross
         self._replacements = Replacements(self._compute, self._softmax)
-        self.steering = AttentionSteering(names, self._wrap, replaces=True, model=model)
+        self.steering = AttentionInterceptor(names, self._wrap, replaces=True, model=model)
 
     def __enter__(self) -> "SoftCapped":
         self.steering.install()

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from lightning_qk.architecture.source_code import calls_sdpa, uses_interface
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.captured import PRODUCTS
-from lightning_qk.capture.fronts import behind
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.verify import verified_reading
+from lightning_qk.capture.registry import without_interceptors
+from lightning_qk.capture.verify import verified_convention
 from lightning_qk.heads.layer import LayerReader
 
 _TRIED = "could not be tried"
@@ -48,7 +48,7 @@ def _of_function(plan: LayerReader, module: nn.Module, config: Any) -> str | Non
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
     if not isinstance(name, str) or registry is None or name not in registry.valid_keys():
         return None
-    function = behind(registry[name])
+    function = without_interceptors(registry[name])
     if getattr(function, "__module__", _LIBRARY).startswith(_LIBRARY):
         return None
     like = next((own for own in module.parameters() if own.is_floating_point()), torch.empty(0))
@@ -60,7 +60,7 @@ def _of_function(plan: LayerReader, module: nn.Module, config: Any) -> str | Non
     options = {"scaling": plan.scaling, "dropout": 0.0}
     call = AttentionCall(module, query, key, torch.zeros_like(key), None, name, options, function)
     try:
-        verified_reading(call)
+        verified_convention(call)
     except UnsupportedCallError as error:
         return None if _TRIED in str(error) else str(error)
     except Exception:

@@ -60,7 +60,7 @@ class QKSpectrum(Metric):
     Args:
         heads: layer name → number of query heads, in the model's order.
         support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
-        offsets: how many positions keys stand before their query; negative: after it.
+        offsets: how many positions keys are before their query; negative: after it.
         eigenvalues: solve the eigenproblems in :meth:`update`. False leaves ``spectral_radius`` and
             ``singular_max`` out, and :attr:`cores` to solve elsewhere
             (:class:`~lightning_qk.metrics.eigenvalues.EigenvalueWorker`).

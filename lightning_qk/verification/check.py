@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_qk.architecture.dry_run import shadow
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.compiled import is_compiled
-from lightning_qk.capture.copies import hook_after, hook_before
-from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.hooks.compiled import is_compiled
+from lightning_qk.capture.hooks.modules import hook_after, hook_before
 from lightning_qk.heads.dry_run import Trial, recorded_trials
 from lightning_qk.heads.facts import Finding, Side, settle
 from lightning_qk.heads.inferred_layout import find_rows
