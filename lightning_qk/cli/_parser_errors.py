@@ -2,7 +2,6 @@
 
 import re
 import sys
-from typing import Any
 
 from lightning_qk.cli._arguments import did_you_mean
 
@@ -85,9 +84,9 @@ def _plain_types(types: list[str]) -> list[str]:
 
 
 def _init_args(class_path: str) -> list[str]:
-    import inspect
     from importlib import import_module
 
+    from lightning_qk.callbacks.callback import arguments
+
     module, _, name = class_path.rpartition(".")
-    found: Any = getattr(import_module(module), name)
-    return [option for option in inspect.signature(found).parameters if option != "self"]
+    return arguments(getattr(import_module(module), name))
