@@ -48,6 +48,9 @@ class Auxiliary:
         enabled: whether calls get a penalty.
     """
 
+    steering: AttentionInterceptor
+    """What stands before the layers' attention, set by whatever installs the penalties."""
+
     def __init__(self, weight: float, layers: int) -> None:
         self.weight = weight
         self.scale: float | Tensor = 1.0

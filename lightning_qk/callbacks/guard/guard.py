@@ -97,7 +97,7 @@ class CollapseGuard(Acting):
         ValueError: an argument is out of range, or a remedy cannot be done exactly.
     """
 
-    live = ("_watch",)
+    live: tuple[str, ...] = ("_watch",)
 
     def __init__(
         self,

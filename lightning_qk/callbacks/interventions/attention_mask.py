@@ -54,7 +54,7 @@ class DifferentiableAttentionMask(PenaltyIntervention):
 
     logged = ("l1", "open")
 
-    live = ("_sites",)
+    live: tuple[str, ...] = ("_sites",)
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class AttentionPrior(PenaltyIntervention):
 
     logged = ("kl",)
 
-    live = ("_function", "_target")
+    live: tuple[str, ...] = ("_function", "_target")
 
     def __init__(
         self,

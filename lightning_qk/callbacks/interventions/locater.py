@@ -83,7 +83,7 @@ class LocAteR(Intervention):
             the gradients.
     """
 
-    live = ("_penalty", "_aims", "_newest")
+    live: tuple[str, ...] = ("_penalty", "_aims", "_newest")
 
     def __init__(
         self,

@@ -83,7 +83,7 @@ class QKClip(Intervention):
             processes, which is said once.
     """
 
-    live = ("_reading", "_editors", "_largest", "_cached_calls")
+    live: tuple[str, ...] = ("_reading", "_editors", "_largest", "_cached_calls")
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ class SpectrumScaling(Intervention):
             Where it turns out in a fit's later validation, that one is of the weights as they are, which is said.
     """
 
-    live = ("_scaler",)
+    live: tuple[str, ...] = ("_scaler",)
 
     def __init__(
         self,

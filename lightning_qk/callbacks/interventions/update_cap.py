@@ -45,7 +45,7 @@ class UpdateCap(Intervention):
             not be capped on one process, is left as it is from then on, on all processes, which is said once.
     """
 
-    live = ("_ends", "_capper", "_factors", "_ratios")
+    live: tuple[str, ...] = ("_ends", "_capper", "_factors", "_ratios")
 
     def __init__(
         self,

@@ -114,7 +114,7 @@ class Monitor(Watching):
     has_heads: bool = True
     """Whether layers have heads to be named; without, each has one value."""
 
-    live = ("_pictures",)
+    live: tuple[str, ...] = ("_pictures",)
 
     def __init__(
         self,

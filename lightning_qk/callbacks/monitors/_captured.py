@@ -54,7 +54,7 @@ class CaptureMonitor(ListeningMonitor):
     is_of_self_attention: bool = False
     """Whether it measures nothing of cross-attention."""
 
-    live = ("_reader", "_collector", "_evaluation")
+    live: tuple[str, ...] = ("_reader", "_collector", "_evaluation")
 
     def __init__(
         self,

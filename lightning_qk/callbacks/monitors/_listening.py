@@ -23,7 +23,7 @@ class ListeningMonitor(Monitor):
     one over all of it.
     """
 
-    live = ("_capture", "_generator", "_step_pool", "_pool")
+    live: tuple[str, ...] = ("_capture", "_generator", "_step_pool", "_pool")
 
     seed: int
 

@@ -74,7 +74,7 @@ class AttentionMonitor(CaptureMonitor):
 
     record_field = "attention"
 
-    live = ("_profile_generator",)
+    live: tuple[str, ...] = ("_profile_generator",)
 
     def __init__(
         self, every_n_steps: int | None = None, *, rows: int | None = 64, **options: Unpack[CaptureOptions]

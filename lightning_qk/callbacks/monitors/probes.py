@@ -116,7 +116,7 @@ class AttentionProbes(Monitor):
     witness = ""  # a head may have no value when all is well
     subject = ""
 
-    live = ("_recorder", "_is_probed")
+    live: tuple[str, ...] = ("_recorder", "_is_probed")
 
     def __init__(
         self,
