@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -97,7 +97,7 @@ class CollapseGuard(Acting):
         ValueError: an argument is out of range, or a remedy cannot be done exactly.
     """
 
-    live: tuple[str, ...] = ("_watch",)
+    live: ClassVar[tuple[str, ...]] = ("_watch",)
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -104,7 +104,7 @@ class QKSpectrumMonitor(Monitor):
 
     record_field = "spectrum"
 
-    live: tuple[str, ...] = ("_reader", "_layers", "_cores", "_worker", "_unshared", "_late_values")
+    live: ClassVar[tuple[str, ...]] = ("_reader", "_layers", "_cores", "_worker", "_unshared", "_late_values")
 
     def __init__(
         self,
