@@ -65,6 +65,8 @@ class Callback(lightning.pytorch.Callback):
     def begin(self) -> None:
         """Give everything that belongs to one fit its first value; a subclass adds its own."""
         self._fit = None
+        # Whether there was no fit since.
+        self._is_fresh = True
 
     def begin_fit(self, trainer: Any, pl_module: nn.Module) -> bool:
         """Begin, unless the same trainer, with steps behind it, fits the same module again; for ``setup``.
@@ -76,8 +78,9 @@ class Callback(lightning.pytorch.Callback):
         """
         before, model = self.running()
         begins = not (trainer.global_step > 0 and before is trainer and model is pl_module)
-        if begins:
+        if begins and not self._is_fresh:
             self.begin()
+        self._is_fresh = False
         self._fit = weakref.ref(trainer), weakref.ref(pl_module)
         return begins
 
