@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
 
 SHELLS = ("bash", "zsh", "fish")
 _JOBS = ("fit", "validate", "test", "predict")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_qk._printable import printable
 from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -222,8 +222,8 @@ def _inputs(model: "nn.Module", ids: "Tensor | None", title: str) -> dict[str, A
     if batch is None:
         why = "none is known for its forward" if error is None else f"its forward raises: {one_line(error)}"
         raise BadInput(
-            f"expected a model that runs on text, images or sound, got {title} ({type(model).__name__}; {why}): "
-            "call lightning_qk.verify(model, batch) with a batch of its own"
+            f"expected a model that runs on text, images or sound, got {title} ({type(model).__name__}; "
+            f"{why}): call lightning_qk.verify(model, batch) with a batch of its own"
         )
     return batch
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_qk._printable import printable
 from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
-    from lightning_qk.inspect.conditions import Condition
+    from lightning_qk.inspect.export import Condition
     from lightning_qk.inspect.read import Reading
     from lightning_qk.inspect.sources import Checkpoint
 
@@ -82,8 +82,8 @@ def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
     series = len(options.checkpoints) == 1
     if options.html is not None and not series and not options.compare:
         raise BadInput(
-            "expected one checkpoint, or one folder of them, with --html, got several: add --compare to see them "
-            "side by side"
+            "expected one checkpoint, or one folder of them, with --html, got several: add --compare to see "
+            "them side by side"
         )
     if [str(options.json), str(options.csv)].count("-") > 1:
         raise BadInput("expected standard output for one of --json and --csv, got it for both: name a file")
@@ -194,8 +194,15 @@ def _parser(prog: str) -> OneLineParser:
 
 def _run(options: argparse.Namespace, prog: str) -> int:
     # Before the rest, lest a misspelling take seconds to be told.
-    from lightning_qk.inspect.conditions import parse_condition
-    from lightning_qk.inspect.export import as_csv, as_json, check_targets, difference, write_html, write_text
+    from lightning_qk.inspect.export import (
+        as_csv,
+        as_json,
+        check_targets,
+        difference,
+        parse_condition,
+        write_html,
+        write_text,
+    )
 
     conditions = [parse_condition(text) for text in options.fail_on]
     check_targets([options.json, options.csv, options.html])
@@ -272,8 +279,7 @@ def naming(target: str) -> Iterator[None]:
     except Exception as error:
         raise BadInput(
             f"expected a checkpoint that can be read, got {target} ({type(error).__name__}: "
-            f"{one_line(error)}): save it "
-            "again, or report this with what --traceback shows"
+            f"{one_line(error)}): save it again, or report this with what --traceback shows"
         ) from error
 
 
@@ -326,7 +332,7 @@ def _pairs(sources: "list[list[Reading]]") -> "list[tuple[Reading, Reading]]":
 
 def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> list[str]:
     """The conditions that hold, as sentences."""
-    from lightning_qk.inspect.conditions import check_condition, logged_values
+    from lightning_qk.inspect.export import check_condition, logged_values
     from lightning_qk.record.health import format_value
 
     lines: list[str] = []

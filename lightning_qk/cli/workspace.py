@@ -56,8 +56,8 @@ def parser(prog: str) -> OneLineParser:
     """
     own = OneLineParser(
         prog=prog,
-        description="Make a workspace in a W&B project: charts of attention's health first, heatmaps, layers, "
-        "then the rest of what the callbacks log. Whatever else the project logs follows below them.",
+        description="Make a workspace in a W&B project: charts of attention's health first, heatmaps, "
+        "layers, then the rest of what the callbacks log. Whatever else the project logs follows below them.",
         epilog=f"example: {prog} my-team/my-project; needs the package wandb-workspaces, "
         'pip install "lightning-qk[wandb]", and `wandb login` to save',
     )

@@ -13,9 +13,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_qk.data.labels import encode_labels, label_names, stratified_split
-from lightning_qk.data.packing import block_dataset, pack, token_stream
-from lightning_qk.data.sources import check_files, looks_like_file, read_dataset, read_files, require_column
+from lightning_qk.data.collate import block_dataset, pack, token_stream
+from lightning_qk.data.sources import (
+    check_files,
+    encode_labels,
+    label_names,
+    looks_like_file,
+    read_dataset,
+    read_files,
+    require_column,
+    stratified_split,
+)
 from lightning_qk.data.tokenizers import end_token, load_tokenizer, word_tokenizer
 from lightning_qk.tasks import TEXT_TASKS, check_task
 

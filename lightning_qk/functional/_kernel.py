@@ -75,8 +75,8 @@ def kernel_rows(source: AttentionLogits, used: Tensor, index: Tensor | None) -> 
         reason = (str(error).strip() or "no message").splitlines()[-1]
         warnings.warn(
             f"attention statistics on {device} go on without their Triton kernel, slower and with the same "
-            f"results, since it could not be run ({type(error).__name__}: {reason}): "
-            "triton >= 3.2 and a C compiler are what it takes",
+            f"results, since it could not be run ({type(error).__name__}: {reason}): triton >= 3.2 and a C "
+            "compiler are what it takes",
             stacklevel=2,
         )
         return None

@@ -72,8 +72,8 @@ def flags(value: Any, name: str) -> Tensor:
     known = tensor.dtype == torch.bool or tensor.device.type != "cpu"
     if not known and not bool(((tensor == 0) | (tensor == 1)).all()):
         raise ValueError(
-            f"expected {name} to be boolean or 0 and 1, got other numbers of {tensor.dtype}: of an additive mask "
-            "pass mask == 0"
+            f"expected {name} to be boolean or 0 and 1, got other numbers of {tensor.dtype}: of an additive "
+            "mask pass mask == 0"
         )
     return tensor
 

@@ -94,8 +94,8 @@ def prior_divergence(
         prior = _broadcast_prior(prior, logits.shape)
     elif not callable(prior):
         raise KindError(
-            f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}: pass "
-            "uniform_prior, say"
+            f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}: "
+            "pass uniform_prior, say"
         )
     _check_reduction(reduction)
     return _reduce(*_rows(_Divergence(prior), logits), reduction)
@@ -152,8 +152,8 @@ def _broadcast_prior(prior: Tensor, full: tuple[int, ...]) -> Tensor:
     shape = (1,) * (4 - prior.dim()) + tuple(prior.shape)
     if prior.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
         raise ValueError(
-            f"expected a prior that broadcasts to (batch, heads, n, m) = {full}, got {tuple(prior.shape)}: one a "
-            "sequence, (batch, n, m), becomes prior[:, None]"
+            f"expected a prior that broadcasts to (batch, heads, n, m) = {full}, got {tuple(prior.shape)}: "
+            "one a sequence, (batch, n, m), becomes prior[:, None]"
         )
     return prior.reshape(shape).expand(-1, -1, full[2], full[3])
 
@@ -244,6 +244,6 @@ def _check_function(given: object, softmax: Softmax) -> None:
     if shape is None or len(shape) > 4 or any(have not in (1, want) for have, want in sizes):
         got = type(given).__name__ if shape is None else f"shape {shape}"
         raise ValueError(
-            f"expected the prior's function to return a tensor that broadcasts to (batch, heads, rows, keys) = "
-            f"{full}, got {got}: index with the four tensors together"
+            "expected the prior's function to return a tensor that broadcasts to (batch, heads, rows, keys) "
+            f"= {full}, got {got}: index with the four tensors together"
         )

@@ -237,15 +237,15 @@ def _check(
         raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
     if states.dim() != 3:
         raise ValueError(
-            f"expected floating hidden states (batch, n, d), got {states.dtype} of shape {tuple(states.shape)}: "
-            "give them one axis for the tokens and one for the features"
+            f"expected floating hidden states (batch, n, d), got {states.dtype} of shape "
+            f"{tuple(states.shape)}: give them one axis for the tokens and one for the features"
         )
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if dense(mask, "mask").shape != states.shape[:2]:
         raise ValueError(
-            f"expected a mask of shape (batch, n) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}: pass one "
-            "entry a token, such as the batch's attention_mask"
+            f"expected a mask of shape (batch, n) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}: pass "
+            "one entry a token, such as the batch's attention_mask"
         )
     return flags(mask, "mask").to(device=states.device, dtype=torch.bool)
 

@@ -630,9 +630,9 @@ class ProductLogits(AttentionLogits):
         if shape is None or visible.dtype != torch.bool or len(padded) != 4 or not fits:
             got = type(visible).__name__ if shape is None else f"{visible.dtype} of shape {shape}"
             raise ValueError(
-                "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, rows, "
-                f"keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors together, as in "
-                "document[batch, query]"
+                "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, "
+                f"rows, keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors "
+                "together, as in document[batch, query]"
             )
         return visible.reshape(padded).expand(-1, -1, rows, width)
 
@@ -768,8 +768,8 @@ def _checked(
     batch, heads, n, d_head = query.shape
     if not heads or not d_head:
         raise ValueError(
-            f"expected at least one head and a d_head of at least 1, got shape {tuple(query.shape)}: "
-            "pass the tensors as the attention function receives them"
+            f"expected at least one head and a d_head of at least 1, got shape {tuple(query.shape)}: pass "
+            "the tensors as the attention function receives them"
         )
     one_device(query=query, key=key, bias=bias, mask=mask if isinstance(mask, Tensor) else None, sinks=sinks)
     boolean(is_causal, "is_causal")
@@ -843,8 +843,8 @@ def _given(
         query_offset = integer(query_offset, "query_offset")
     if logits.dim() != 4:
         raise ValueError(
-            "expected floating logits (batch, heads, n, m), got "
-            f"{logits.dtype} of shape {tuple(logits.shape)}: give each head an axis of its own"
+            f"expected floating logits (batch, heads, n, m), got {logits.dtype} of shape "
+            f"{tuple(logits.shape)}: give each head an axis of its own"
         )
     batch, heads, n, m = logits.shape
     check_query_mask(query_mask, batch, n)
@@ -939,8 +939,8 @@ def check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
         return
     if dense(query_mask, "query_mask").shape != (batch, n):
         raise ValueError(
-            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass one "
-            "entry a query"
+            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass "
+            "one entry a query"
         )
     flags(query_mask, "query_mask")
 

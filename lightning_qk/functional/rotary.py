@@ -48,9 +48,9 @@ def rotate(matrix: Tensor, rotary: Rotary, offset: Tensor) -> Tensor:
     stop = rotary.start + 2 * pairs
     if stop > d_head:
         raise ValueError(
-            f"expected a rotation of at most d_head = {d_head} coordinates, got one of those from {rotary.start} "
-            f"to {stop} (two for each of {pairs} frequencies): pass the rotation of the layer that the head "
-            "belongs to"
+            f"expected a rotation of at most d_head = {d_head} coordinates, got one of those from "
+            f"{rotary.start} to {stop} (two for each of {pairs} frequencies): pass the rotation of the layer "
+            "that the head belongs to"
         )
     before, rotated, after = matrix.split([rotary.start, 2 * pairs, d_head - stop], dim=-2)
     if rotary.interleaved:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._rows import Selection, eligible_keys, probabilities
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.checks import boolean, floating, number, one_device
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
 from lightning_qk.functional.precision import at_least_float32, full_precision, norms
-from lightning_qk.functional.sums import MeanSums
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.guard.reading import Reading
-from lightning_qk.guard.running import Window, median_and_error, sure
+from lightning_qk.guard.reading import Reading, Window, median_and_error, sure
 
 _TINY = 1e-12
 _TREND = math.log(1.1)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.class_names import is_named
-from lightning_qk.inspect.errors import BadInput
-from lightning_qk.inspect.matching import listed
-from lightning_qk.inspect.patterns import first_matches
+from lightning_qk.inspect.documents import BadInput, first_matches
+from lightning_qk.inspect.matching import Load, Weights, listed
 from lightning_qk.inspect.storage import Get, Storage
-from lightning_qk.inspect.weights import Load, Weights
 
 _ROOT = "base_model.model."
 _DOWN, _UP, _UP_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
@@ -77,8 +75,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_ALPHA
         ):
             raise BadInput(
-                f"expected finite numbers for lora_alpha and alpha_pattern in {where}, got one that is none for "
-                f"{name!r}: correct its adapter_config.json"
+                f"expected finite numbers for lora_alpha and alpha_pattern in {where}, got one that is none "
+                f"for {name!r}: correct its adapter_config.json"
             )
     for name in _REFUSED:
         if config.get(name):
@@ -90,8 +88,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     if isinstance(start, str) and not start.lower().startswith(_HARMLESS_STARTS):
         raise BadInput(
             f"expected an adapter to the base's own weights, got {where} with "
-            f"init_lora_weights={_short(start)}, which "
-            "changes them first: merge it and pass the merged model"
+            f"init_lora_weights={_short(start)}, which changes them first: merge it and pass the merged model"
         )
 
 
@@ -160,14 +157,14 @@ class AdaptedWeights:
             raise BadInput(
                 f"expected an adapter to this base, got {where} with {len(strange)} "
                 f"tensor{'s' * (len(strange) > 1)} that a {type(model).__name__} does not have a place for "
-                f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass "
-                f"the merged model"
+                f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass the "
+                "merged model"
             )
         for module, path in self._low_rank.items():
             if path + _UP not in storage.files:
                 raise BadInput(
-                    f"expected both factors of {module!r} in {where}, got no {path + _UP}: save or download the "
-                    "adapter again"
+                    f"expected both factors of {module!r} in {where}, got no {path + _UP}: save or download "
+                    "the adapter again"
                 )
         known = set(self._low_rank.values())
         halves = [
@@ -178,8 +175,7 @@ class AdaptedWeights:
         if halves:
             raise BadInput(
                 f"expected both factors of each product in {where}, got no first one beside "
-                f"{listed(halves)}: save or "
-                "download the adapter again"
+                f"{listed(halves)}: save or download the adapter again"
             )
         given = config.get("alpha_pattern") or {}
         paths = {module: path.removeprefix(_ROOT) for module, path in self._low_rank.items()}
@@ -244,8 +240,8 @@ class AdaptedWeights:
             )
         if self._heads:
             notes.append(
-                f"{len(self._heads)} tensors of modules that the adapter's task added beside the network are not "
-                f"read ({listed(self._heads)})"
+                f"{len(self._heads)} tensors of modules that the adapter's task added beside the network are "
+                f"not read ({listed(self._heads)})"
             )
         return notes
 
@@ -254,8 +250,8 @@ class AdaptedWeights:
         if value.shape != shape or not value.is_floating_point():
             raise BadInput(
                 f"expected {name!r} of shape {tuple(shape)} as numbers in {self._where}, got "
-                f"{tuple(value.shape)} as "
-                f"{str(value.dtype).removeprefix('torch.')}: pass the right base with --base"
+                f"{tuple(value.shape)} as {str(value.dtype).removeprefix('torch.')}: pass the right base "
+                "with --base"
             )
         return value.float()
 
@@ -265,8 +261,7 @@ class AdaptedWeights:
         if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0] or not len(down):
             raise BadInput(
                 f"expected two matrices of one rank for {module!r} in {self._where}, got shapes "
-                f"{tuple(down.shape)} "
-                f"and {tuple(up.shape)}: save or download the adapter again"
+                f"{tuple(down.shape)} and {tuple(up.shape)}: save or download the adapter again"
             )
         if not (down.is_floating_point() and up.is_floating_point()):
             raise BadInput(
@@ -316,8 +311,7 @@ class AdaptedWeights:
                 if len(size) != len(weight):
                     raise BadInput(
                         f"expected {len(weight)} magnitudes of {module!r} in {self._where}, got {len(size)}: "
-                        f"pass the "
-                        "right base with --base"
+                        "pass the right base with --base"
                     )
                 return size / weight.norm(dim=1)
         return None

@@ -6,15 +6,16 @@ renames, splits, joins and transposes when it loads; its own rules for that are 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.inspect.errors import BadInput, one_line
-from lightning_qk.inspect.storage import Get
+from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.storage import Get, Storage
 
 # What compiling and sharding put between the parts of a name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
@@ -134,23 +135,20 @@ class Matching:
         origin = self._origin(names)
         if origin is None:
             raise BadInput(
-                f"expected the weights {names[0]!r} in {self._where}, got no such tensor: the checkpoint "
-                "is incomplete, "
-                "or its configuration is that of another model"
+                f"expected the weights {names[0]!r} in {self._where}, got no such tensor: the checkpoint is "
+                "incomplete, or its configuration is that of another model"
             )
         value = self._converted(names, origin, get)
         if not value.is_floating_point() or value.element_size() < 2:
             raise BadInput(
                 f"expected weights that are kept as numbers, got {names[0]!r} in {self._where} as "
-                f"{str(value.dtype).removeprefix('torch.')}: quantized checkpoints are not read; "
-                "dequantize it and save "
-                "it again"
+                f"{str(value.dtype).removeprefix('torch.')}: quantized checkpoints are not read; dequantize "
+                "it and save it again"
             )
         if value.shape != shape:
             raise BadInput(
-                f"expected {names[0]!r} of shape {tuple(shape)}, got {tuple(value.shape)} in "
-                f"{self._where}: its "
-                "configuration is that of another model"
+                f"expected {names[0]!r} of shape {tuple(shape)}, got {tuple(value.shape)} in {self._where}: "
+                "its configuration is that of another model"
             )
         return _aligned(value if value.dtype == torch.float64 else value.float())
 
@@ -184,10 +182,8 @@ class Matching:
         if absent and present:
             raise BadInput(
                 f"expected {present + len(absent)} attention layers, as the configuration says, in "
-                f"{self._where}, got "
-                f"{present} (no tensor of {listed(absent)}): copy the rest, or correct the number of "
-                f"layers in the "
-                "configuration"
+                f"{self._where}, got {present} (no tensor of {listed(absent)}): copy the rest, or correct "
+                "the number of layers in the configuration"
             )
 
     def notes(self, layers: Collection[str]) -> list[str]:
@@ -206,24 +202,23 @@ class Matching:
             )
         if self.collisions:
             notes.append(
-                f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, such as "
-                f"{self.collisions[0][0]}, not {self.collisions[0][1]}"
+                f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, "
+                f"such as {self.collisions[0][0]}, not {self.collisions[0][1]}"
             )
         deeper, unknown = self._of_attention(layers)
         if deeper:
             notes.append(
                 f"{self._where} is deeper than its configuration: {len(deeper)} attention "
                 f"layer{'s' * (len(deeper) > 1)} that it holds ({listed(deeper)}) "
-                f"{'are' if len(deeper) > 1 else 'is'} "
-                f"not read, only the {len(layers)} of the configuration"
+                f"{'are' if len(deeper) > 1 else 'is'} not read, only the {len(layers)} of the configuration"
                 + ("" if self._expects(deeper) else "; correct its number of layers to read all")
             )
         if unknown:
             notes.append(
                 f"{len(unknown)} tensor{'s' * (len(unknown) > 1)} of attention in {self._where} "
                 f"{'belong' if len(unknown) > 1 else 'belongs'} to no parameter of a "
-                f"{type(self._model).__name__} and "
-                f"{'are' if len(unknown) > 1 else 'is'} not in these numbers ({listed(unknown)})"
+                f"{type(self._model).__name__} and {'are' if len(unknown) > 1 else 'is'} not in these "
+                f"numbers ({listed(unknown)})"
             )
         return notes
 
@@ -283,8 +278,8 @@ class Matching:
         except Exception as error:
             raise BadInput(
                 f"expected tensors that transformers can make {names[0]!r} of, got {self._where} "
-                f"({one_line(error)}): "
-                "the checkpoint is incomplete, or its configuration is that of another model"
+                f"({one_line(error)}): the checkpoint is incomplete, or its configuration is that of another "
+                "model"
             ) from error
         for name in names:
             if name in made:
@@ -458,3 +453,66 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
         for name in names:
             ties[name] += [other for other in names if other != name]
     return ties
+
+
+Load = Callable[[list[str], torch.Size], Tensor]
+"""The values of a parameter, given all its names and its shape; float32 at least."""
+
+
+class Weights(Protocol):
+    """Weights that are read one parameter at a time."""
+
+    def reading(self) -> AbstractContextManager[Load]:
+        """Within this block weights can be read; files are closed at its end."""
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a parameter."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter, of which nothing is read; None where it tells none."""
+
+    def check_depth(self, layers: Collection[str]) -> None:
+        """Refuse a checkpoint that lacks some of a model's attention layers wholly; see :class:`Matching`."""
+
+    def notes(self, layers: Collection[str]) -> list[str]:
+        """What a reader has to know of tensors that were not read, given the names of the attention layers.
+
+        It is asked for after the layers were read.
+        """
+
+
+class StoredWeights:
+    """Weights as files hold them."""
+
+    def __init__(
+        self, storage: Storage, model: nn.Module, *, within: bool | None = False, prefix: str | None = None
+    ) -> None:
+        """Match a checkpoint's tensors with a skeleton's parameters; see :class:`Matching`.
+
+        Raises:
+            BadInput: the checkpoint holds nothing of the model.
+        """
+        self._storage = storage
+        self._matching = Matching(model, storage.files, storage.where, within=within, prefix=prefix)
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a parameter."""
+        return self._matching.has(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter, of which nothing is read; None where it tells none."""
+        return self._matching.shape(name, self._storage.shape)
+
+    def check_depth(self, layers: Collection[str]) -> None:
+        """Refuse a checkpoint that lacks some of a model's attention layers wholly."""
+        self._matching.check_depth(layers)
+
+    def notes(self, layers: Collection[str]) -> list[str]:
+        """What a reader has to know of tensors that were not read."""
+        return self._matching.notes(layers)
+
+    @contextmanager
+    def reading(self) -> Iterator[Load]:
+        """Within this block weights can be read; files are closed at its end."""
+        with self._storage.reading() as get:
+            yield lambda names, shape: self._matching.load(names, get, shape)

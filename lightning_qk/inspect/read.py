@@ -16,10 +16,10 @@ from lightning_qk.heads.find import Site, attention_sites
 from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.position import ADDED_TO_LOGITS
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
 from lightning_qk.inspect.sources import Checkpoint
-from lightning_qk.inspect.weights import Weights
 from lightning_qk.metrics.eigenvalues import EigenvalueWorker
 from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, MOMENT_STATISTICS, QKSpectrum, extreme_values
 from lightning_qk.record.history import History, LayerShape, RunRecord
@@ -124,8 +124,7 @@ def _check_shapes(site: Site, weights: Weights) -> None:
         if there is not None and there != tuple(parameter.shape):
             raise BadInput(
                 f"expected {name!r} of shape {tuple(parameter.shape)}, got {there}: the checkpoint's "
-                f"configuration is "
-                "that of another model"
+                "configuration is that of another model"
             )
 
 
@@ -297,8 +296,7 @@ def _reading(
             name, reason = next(iter(unread.items()))
             raise BadInput(
                 f"expected attention layers that can be read, got {len(unread)} in {checkpoint.title} "
-                f"({kind}), none of "
-                f"which is: of {name or kind}, {reason}"
+                f"({kind}), none of which is: of {name or kind}, {reason}"
             )
         raise BadInput(
             f"expected a model with attention layers, got {checkpoint.title} ({kind}), which has none"
@@ -309,9 +307,8 @@ def _reading(
     notes += [f"{name} is not read: {reason}" for name, reason in unread.items()]
     if facts["positions"] & ADDED_TO_LOGITS:
         notes.append(
-            "positions are added to the logits "
-            f"({', '.join(sorted(facts['positions'] & ADDED_TO_LOGITS))}): these are "
-            "the spectra of the content part, q · k"
+            f"positions are added to the logits ({', '.join(sorted(facts['positions'] & ADDED_TO_LOGITS))}): "
+            "these are the spectra of the content part, q · k"
         )
     reading = Reading(
         title=checkpoint.title,
@@ -422,7 +419,6 @@ def check_same_layers(first: Reading, other: Reading) -> None:
         return
     raise BadInput(
         f"expected models with the same layers and heads, got {len(first.labels)} layers of "
-        f"{sorted(set(first.heads))} heads "
-        f"in {first.title} and {len(other.labels)} of {sorted(set(other.heads))} in {other.title}: "
-        "inspect them one by one"
+        f"{sorted(set(first.heads))} heads in {first.title} and {len(other.labels)} of "
+        f"{sorted(set(other.heads))} in {other.title}: inspect them one by one"
     )

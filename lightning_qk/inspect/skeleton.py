@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_qk.architecture.class_names import is_named
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,11 +31,7 @@ _PATTERN = 4099
 
 
 def build_skeleton(
-    config: "PreTrainedConfig",
-    *,
-    trust: bool = False,
-    tensors: int | None = None,
-    size: int | None = None,
+    config: "PreTrainedConfig", *, trust: bool = False, tensors: int | None = None, size: int | None = None
 ) -> "PreTrainedModel":
     """Build the model that a configuration describes, without memory for its parameters.
 
@@ -168,9 +164,8 @@ class _Budget:
         self._count += 1
         if self._most is not None and self._count > self._most:
             raise BadInput(
-                f"expected a model of about as many parameters as the checkpoint has tensors, got one "
-                f"of more than "
-                f"{self._most}: its configuration is that of another model"
+                "expected a model of about as many parameters as the checkpoint has tensors, got one of more "
+                f"than {self._most}: its configuration is that of another model"
             )
         if parameter.numel() > self._largest:
             raise BadInput(

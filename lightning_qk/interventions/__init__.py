@@ -16,13 +16,7 @@ if TYPE_CHECKING:
     )
     from lightning_qk.interventions.update_cap import cap_updates
 
-__all__ = [
-    "add_sigma_reparam",
-    "cap_updates",
-    "clip_qk",
-    "plain_state_dict",
-    "remove_sigma_reparam",
-]
+__all__ = ["add_sigma_reparam", "cap_updates", "clip_qk", "plain_state_dict", "remove_sigma_reparam"]
 
 __getattr__, __dir__ = lazy(
     __name__,

@@ -50,8 +50,8 @@ def clip_qk(
     unknown = [name for name in max_logits if name not in reader.layers]
     if unknown:
         raise ValueError(
-            f"expected names of attention layers such as {next(iter(reader))!r}, got {unknown[0]!r}: take those "
-            "of head_projections(model)"
+            f"expected names of attention layers such as {next(iter(reader))!r}, got {unknown[0]!r}: take "
+            "those of head_projections(model)"
         )
     editors = clip_editors(reader, max_logits)
     factors = {}
@@ -96,10 +96,7 @@ def apply_clip(editor: HeadEditor, gamma: Tensor, alpha: float) -> None:
 
 
 def clip_editors(
-    reader: ProjectionReader,
-    names: Iterable[str],
-    *,
-    trained: bool = True,
+    reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
 ) -> dict[str, HeadEditor]:
     """What scales the given layers' heads.
 
@@ -116,29 +113,26 @@ def clip_editors(
         plan = reader.layers[name]
         if plan.normalizes:
             raise ValueError(
-                "expected logits that scale with the query and key weights, got a norm of queries or keys behind "
-                f"them in {name}, which takes every scale out again and bounds the logits: drop QK-Clip, or leave "
-                "the layer out with modules="
+                "expected logits that scale with the query and key weights, got a norm of queries or keys "
+                f"behind them in {name}, which takes every scale out again and bounds the logits: drop "
+                "QK-Clip, or leave the layer out with modules="
             )
         if plan.is_capped:
             raise ValueError(
-                f"expected logits that are q · k, got {name}, which bounds them by a function of its own, behind "
-                "which their size is not told: leave the layer out with modules="
+                f"expected logits that are q · k, got {name}, which bounds them by a function of its own, "
+                "behind which their size is not told: leave the layer out with modules="
             )
         if plan.position == "relative product":
             raise ValueError(
                 "expected logits that are q · k and what does not depend on them, got products of q with "
-                f"embeddings of positions in {name}, which would be scaled by another power: leave the layer out "
-                "with modules="
+                f"embeddings of positions in {name}, which would be scaled by another power: leave the layer "
+                "out with modules="
             )
     return head_editors(reader, names, trained=trained)
 
 
 def clippable_layers(
-    reader: ProjectionReader,
-    modules: str | Sequence[str] | None = None,
-    *,
-    trained: bool = True,
+    reader: ProjectionReader, modules: str | Sequence[str] | None = None, *, trained: bool = True
 ) -> dict[str, HeadEditor]:
     """What scales the heads of the layers that patterns match, see :func:`clip_editors`."""
     return clip_editors(reader, matching_layers(reader, modules), trained=trained)

@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 
 from lightning_qk.architecture.class_names import is_named
 from lightning_qk.capture.call import is_recomputation
-from lightning_qk.functional.power import leading_singular
 from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.singular import leading_singular
 from lightning_qk.heads.edit import head_editors
 from lightning_qk.heads.linear import AffinePlan
 from lightning_qk.heads.reader import ProjectionReader

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qk.functional.power import starting_subspace, subspace_iteration
 from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.singular import starting_subspace, subspace_iteration
 from lightning_qk.heads.edit import HeadEditor, StoredRows, head_editors
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_qk.functional.sums import MeanSums
+from lightning_qk.functional.attention import MeanSums
 
 
 class HeadMeans(Metric):

@@ -96,8 +96,8 @@ def locater_penalty(
         alone = [projections.layers[name] for name in names if projections.is_sharded(name)]
         if torch.is_grad_enabled() and any(layer.is_flat for layer in alone):
             raise ValueError(
-                "expected weights that are whole or DTensors in a loss, got parameters that FSDP flattens: use "
-                "the callback LocAteR, or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+                "expected weights that are whole or DTensors in a loss, got parameters that FSDP flattens: "
+                "use the callback LocAteR, or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
             )
     sharded = {layer.name for layer in alone}
     totals = [
@@ -278,8 +278,8 @@ class Settings(NamedTuple):
         if aim is None or tuple(aim.shape) not in ((), (heads,)):
             got = "none" if aim is None else f"shape {tuple(aim.shape)}"
             raise ValueError(
-                f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a head for "
-                "every layer that is penalized"
+                f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a "
+                "head for every layer that is penalized"
             )
         return aim.to(query).expand(heads)
 
@@ -485,8 +485,8 @@ def select_layers(
     """
     if not isinstance(projections, Mapping):
         raise TypeError(
-            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass the "
-            "model or what head_projections returned for it"
+            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass "
+            "the model or what head_projections returned for it"
         )
     if not projections:
         raise ValueError(
@@ -507,8 +507,8 @@ def select_layers(
             reason = left_out(layers[matched[0]], cross_attention)
             more = f" (and {len(matched) - 1} more)" if len(matched) > 1 else ""
             raise ValueError(
-                f"expected at least one attention layer whose spectrum can be penalized, got {matched[0]}{more}, "
-                f"{reason}: {_way_out(layers, matched, cross_attention)}"
+                "expected at least one attention layer whose spectrum can be penalized, got "
+                f"{matched[0]}{more}, {reason}: {_way_out(layers, matched, cross_attention)}"
             )
         unread = projections.unread if isinstance(projections, ProjectionReader) else {}
         unread = {name: reason for name, reason in unread.items() if _matches(name, patterns)}

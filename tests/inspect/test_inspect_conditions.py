@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_qk.functional.regimes import head_regimes, layer_regime
-from lightning_qk.inspect.conditions import check_condition, logged_values, parse_condition
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.export import check_condition, logged_values, parse_condition
 from lightning_qk.inspect.read import Reading
 
 

@@ -5,8 +5,8 @@ import torch
 
 from lightning_qk.callbacks.monitors._pool import SumsPool
 from lightning_qk.functional import sink_statistics
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
-from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
 
 

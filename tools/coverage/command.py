@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_qk._printable import printable
 from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
 from tools.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
 from tools.coverage.workers import Outcome, run_each
 
@@ -39,9 +39,8 @@ def _run(args: Sequence[str], prog: str) -> int:
 
     if options.jobs < 1 or not 0 < options.timeout < float("inf") or not 256 <= options.memory < 2**40:
         raise BadInput(
-            f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "
-            f"{options.jobs} --timeout "
-            f"{options.timeout:g} --memory {options.memory}; correct them"
+            f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs {options.jobs} "
+            f"--timeout {options.timeout:g} --memory {options.memory}; correct them"
         )
     check_targets([options.output, options.json])
     # Before the rest, lest a misspelling take seconds to be told.
@@ -68,8 +67,8 @@ def _run(args: Sequence[str], prog: str) -> int:
 def _parser(prog: str) -> OneLineParser:
     parser = OneLineParser(
         prog=prog,
-        description="Build every model type of the installed transformers at toy size, read its weights, capture "
-        "its attention, compare both with its own forward, and print and write what was verified.",
+        description="Build every model type of the installed transformers at toy size, read its weights, "
+        "capture its attention, compare both with its own forward, and print and write what was verified.",
         epilog=f"example: {prog} llama bert t5; exit status: 0 where types were named or the bars are met, "
         "else 1; 2 for a wrong line",
     )

@@ -107,10 +107,7 @@ CONFIG_OVERRIDES: dict[str, dict[str, Any]] = {
 """Model type → path of a field in the configuration → its value, or a function of the recipe."""
 
 INPUTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "blt_local_decoder": {
-        "inputs_embeds": ("float", 2, 12, 128),
-        "patch_embeds": ("float", 2, 6, 256),
-    },
+    "blt_local_decoder": {"inputs_embeds": ("float", 2, 12, 128), "patch_embeds": ("float", 2, 6, 256)},
     "blt_local_encoder": {
         "input_ids": ("int", 90, 2, 12),
         "patch_ids": ("int", 5, 2, 12),
@@ -127,10 +124,7 @@ INPUTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "visual_feats": ("float", 2, 5, 256),
         "visual_pos": ("float", 2, 5, 4),
     },
-    "molmo2_adapter": {
-        "image_features": ("float", 2, 12, 288),
-        "pooled_patches_idx": ("int", 24, 6, 4),
-    },
+    "molmo2_adapter": {"image_features": ("float", 2, 12, 288), "pooled_patches_idx": ("int", 24, 6, 4)},
     "moshi_depth": {"input_ids": ("int", 90, 2, 8), "last_hidden_state": ("float", 2, 1, 128)},
     "muse_glimmer_assistant": {
         "noise_embeds": ("float", 2, 16, 416),

@@ -171,10 +171,10 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         "|---|---|---|---|",
         f"| all | {totals.types} | | |",
         f"| with softmax attention | {totals.attention} | | {totals.layers} ({totals.layers_ran} ran) |",
-        f"| weights verified | {totals.weights} | {_share(totals.weights, totals.attention)} "
-        f"| {totals.layers_weights} |",
-        f"| statistics verified | {totals.statistics} | {_share(totals.statistics, totals.attention)} "
-        f"| {totals.layers_statistics} |",
+        f"| weights verified | {totals.weights} | {_share(totals.weights, totals.attention)} | "
+        f"{totals.layers_weights} |",
+        f"| statistics verified | {totals.statistics} | {_share(totals.statistics, totals.attention)} | "
+        f"{totals.layers_statistics} |",
         *(
             f"| weights read by: {route} | {sum(route in row.routes for row in attention)} | | {count} |"
             for route, count in sorted(sum((Counter(row.routes) for row in attention), Counter()).items())
@@ -224,8 +224,8 @@ def versions() -> str:
     import transformers
 
     return (
-        f"transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, CPU."
+        f"transformers {transformers.__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}, CPU."
     )
 
 

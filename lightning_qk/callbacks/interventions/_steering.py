@@ -21,7 +21,7 @@ from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.callbacks.monitors._base import shorten
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.heads.find import Site, attention_sites
-from lightning_qk.interventions.auxiliary import AttentionPenalty, Auxiliary, Measure
+from lightning_qk.interventions.penalties import AttentionPenalty, Auxiliary, Measure
 from lightning_qk.loggers.loggers import describe_config
 
 Patterns = str | Sequence[str] | None

@@ -9,7 +9,7 @@ from lightning_qk.callbacks.interventions._replacing import ReplacingRemedy, cro
 from lightning_qk.callbacks.interventions._steering import Patterns
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.heads.find import Site
-from lightning_qk.interventions.hard_attention import HardRetrieval
+from lightning_qk.interventions.replaced_attention import HardRetrieval
 
 
 class HardAttention(ReplacingRemedy):
@@ -18,7 +18,7 @@ class HardAttention(ReplacingRemedy):
     In training and evaluation, by gather: see :func:`~lightning_qk.functional.hard_attention`. Dropout of
     attention weights is not applied. Monitors leave these layers out, since there is no softmax in the forward
     pass. When the trainer is done the model is as it was: use
-    :class:`~lightning_qk.interventions.hard_attention.HardRetrieval` to run it elsewhere.
+    :class:`~lightning_qk.interventions.replaced_attention.HardRetrieval` to run it elsewhere.
 
     Source: hard retrieval, arXiv 2009.14658 [S].
 

@@ -11,7 +11,7 @@ from lightning_qk.callbacks.interventions._replacing import ReplacingRemedy, cro
 from lightning_qk.callbacks.interventions._steering import Patterns
 from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.heads.find import Site
-from lightning_qk.interventions.soft_cap import SoftCapped, check_cap
+from lightning_qk.interventions.replaced_attention import SoftCapped, check_cap
 
 
 class SoftCap(ReplacingRemedy):
@@ -20,7 +20,7 @@ class SoftCap(ReplacingRemedy):
     Gemma 2's soft cap for any model that calls its attention through transformers' interface. flex_attention
     takes the cap itself; in the place of sdpa, flash and eager functions stands an own one with the same masks,
     biases, sinks and dropout, which takes the memory of eager attention, n × m for each head. When the trainer
-    is done the model is as it was: use :class:`~lightning_qk.interventions.soft_cap.SoftCapped` to run it
+    is done the model is as it was: :class:`~lightning_qk.interventions.replaced_attention.SoftCapped` runs it
     capped elsewhere. Monitors measure the capped logits.
 
     Logged key: ``soft_cap/cap``.

@@ -20,9 +20,8 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.generation import CachedCalls
 from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.functional.attention import AttentionSums
+from lightning_qk.functional.attention import AttentionSums, MeanSums
 from lightning_qk.functional.logits import AttentionLogits
-from lightning_qk.functional.sums import MeanSums
 from lightning_qk.heads.errors import NotTokenAttention
 from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import find_attention

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.attention import AttentionSums
-from lightning_qk.functional.sums import MeanSums
+from lightning_qk.functional.attention import AttentionSums, MeanSums
 from lightning_qk.metrics.means import HeadMeans
 
 # How the parts of additive forms are pooled; the others are added.

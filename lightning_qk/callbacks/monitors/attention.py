@@ -12,7 +12,7 @@ from lightning_qk.callbacks.monitors._captured import CaptureMonitor, Measured
 from lightning_qk.callbacks.monitors._pool import SumsPool
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import POSITION_STATISTICS, STATISTICS, attention_sums
-from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
+from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord

@@ -8,8 +8,8 @@ import torch
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, Measured
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.position import positional_share
-from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord
 
