@@ -44,7 +44,7 @@ class OneLineParser(argparse.ArgumentParser):
         Raises:
             BadInput: it is wrong.
         """
-        # A misspelt option is told before what is missing, since what follows it is often meant as its value.
+        # A misspelt option is reported before missing ones, since what follows it is often meant as its value.
         known = self.option_names()
         for arg in args:
             word = arg.split("=")[0]

@@ -47,7 +47,7 @@ def resolve(given: str) -> str:
             jsonargparse takes too, is passed on.
 
     Raises:
-        NoSuchConfig: it is none of these.
+        NoSuchConfig: no such file or config.
     """
     path = Path(given)
     if path.is_file():

@@ -227,7 +227,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    What the user can mend is told in one line. ``--traceback``, or ``LIGHTNING_QK_TRACEBACK=1`` in the
+    Errors that the user can correct take one line. ``--traceback``, or ``LIGHTNING_QK_TRACEBACK=1`` in the
     environment, shows where it comes from.
 
     Args:

@@ -193,7 +193,7 @@ def _parser(prog: str) -> OneLineParser:
 
 
 def _run(options: argparse.Namespace, prog: str) -> int:
-    # Before the rest, lest a misspelling take seconds to be told.
+    # Before slow imports, so that a misspelling is reported at once.
     from lightning_qk.inspect.export import (
         as_csv,
         as_json,

@@ -44,7 +44,7 @@ class TextDataModule(pl.LightningDataModule):
     ``sequence_classification`` each row is one text, padded to the longest of its batch.
 
     The result is kept on disk under a key of everything that it depends on, so that a second run does not
-    tokenize again. After :meth:`setup`, ``tokenizer`` and ``label_names`` tell a model what it has to fit.
+    tokenize again. After :meth:`setup`, ``tokenizer`` and ``label_names`` describe what a model has to fit.
 
     Args:
         source: ``"stdlib"``: the Python standard library (for classification: functions, labelled by their

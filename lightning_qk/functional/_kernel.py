@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
 
 def kernel_rows(source: AttentionLogits, used: Tensor, index: Tensor | None) -> Collected | None:
     """The rows of a call by a kernel; None where no kernel fits: on the CPU, without triton, in float64, with a
-    mask that is a function, or of logits that are at hand. If the kernel cannot be built, a warning says why,
+    mask that is a function, or of given logits. If the kernel cannot be built, a warning says why,
     once, and None is returned.
 
     Args:

@@ -27,7 +27,7 @@ MEAN_STATISTICS = (*ROW_STATISTICS, "query_norm", "sink_rate", "key_norm")
 """Statistics that are means, with a standard error when rows are sampled."""
 
 POSITION_STATISTICS = ("distance", "distance_spread", "diagonal")
-"""Statistics that need to know where a row's query stands among the keys."""
+"""Statistics that need the position of a row's query among the keys."""
 
 STATISTICS = (*MEAN_STATISTICS, *EXTREMES)
 
@@ -39,7 +39,7 @@ class AttentionSums(NamedTuple):
 
     Attributes:
         total: weighted sums, shape ``(len(MEAN_STATISTICS), batch, heads)``.
-        weight: number of rows that each sum stands for (of sequences for ``sink_rate``, of keys for
+        weight: number of rows in each sum (of sequences for ``sink_rate``, of keys for
             ``key_norm``), same shape.
         variance: sampling variance of ``total``, same shape; 0 where every row was used.
         maximum: shape ``(len(EXTREMES), batch, heads)``; −inf for a sequence without valid rows.
@@ -140,12 +140,12 @@ def logit_statistics(
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """The statistics of :func:`attention_statistics`, from the very logits that a softmax gets.
+    """The statistics of :func:`attention_statistics`, from the logits that a softmax gets.
 
     Without queries and keys, query_norm and key_norm are NaN.
 
-    For attention whose logits are more than a scaled ``q · k``, or are at hand anyway: what is added to them,
-    masks included, is in them. A key is hidden from a row where the logit is −9000 or below, as of the masks that
+    For attention whose logits are more than a scaled ``q · k``: whatever is added to them, masks included, is part
+    of them. A key is hidden from a row where the logit is −9000 or below, as of the masks that
     :func:`attention_statistics` adds: −inf, the smallest number of a dtype, −1e4 and −1e9 hide; −100 does not, and
     its key counts among the row's visible ones with a probability that is as good as 0.
 

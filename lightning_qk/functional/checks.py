@@ -42,7 +42,7 @@ def dense(value: Any, name: str) -> Tensor:
 def floating(value: Any, name: str) -> Tensor:
     """A dense tensor of float16, bfloat16, float32 or float64.
 
-    Eight-bit floats are refused: what they stand for is theirs times a scale that is kept elsewhere.
+    Eight-bit floats are refused: their values have to be multiplied by a scale that is stored elsewhere.
 
     Raises:
         KindError: as :func:`dense`, or another dtype.

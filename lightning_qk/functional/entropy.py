@@ -33,7 +33,7 @@ def attention_entropy(
     r"""Mean entropy of attention rows, differentiable, in memory linear in the sequence length.
 
     ``H_i = −Σ_j p_ij log p_ij`` over the visible keys, in nats; its gradient by the logits is
-    ``∂H_i/∂ω_ij = −p_ij (log p_ij + H_i)`` (standard). The backward pass computes the logits anew, some rows at
+    ``∂H_i/∂ω_ij = −p_ij (log p_ij + H_i)`` (standard). The backward pass computes the logits again, some rows at
     a time. A learnt sink is one more outcome, as in :func:`attention_statistics`.
 
     Args:
@@ -68,7 +68,7 @@ def prior_divergence(
     For row i ``Σ_j π_ij (log π_ij − log p_ij)``, in nats, where π is the prior over the visible keys, divided by
     its sum there: a prior may be unnormalized, and mass on hidden keys counts as none. Rows without mass on a
     visible key are left out. The gradient by the logits is ``p_ij − π_ij``; the backward pass computes the
-    logits anew, some rows at a time. A learnt sink takes probability and has no prior.
+    logits again, some rows at a time. A learnt sink takes probability and has no prior.
 
     Source: grounding priors, arXiv 2205.12616 [S]; the form is our own.
 

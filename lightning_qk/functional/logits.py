@@ -114,8 +114,7 @@ class Counted(NamedTuple):
 
     Attributes:
         rows: rows that see a key and are no padding, boolean ``(batch, n)``.
-        keys: keys that some row sees, boolean ``(batch, m)``; None where no mask says so: keys that nobody sees
-            hold numbers like all others.
+        keys: keys that some row sees, boolean ``(batch, m)``; None without a mask: unseen keys are finite too.
     """
 
     rows: Tensor
@@ -125,8 +124,8 @@ class Counted(NamedTuple):
 class AttentionLogits(ABC):
     """One attention call, checked: the argument of every function of attention.
 
-    It is made of queries and keys by :meth:`of`, or of logits that are at hand by :meth:`given`. Functions that
-    take ``query, key, **options`` make the first of them; they all take one of these in place of the query too.
+    Made from queries and keys by :meth:`of`, or from logits by :meth:`given`. Functions that take ``query, key,
+    **options`` call the first; all of them accept such an object in place of the query too.
 
     Attributes:
         query_offset: position of the first query on the axis of the keys; None where queries have no place there.
@@ -192,18 +191,23 @@ class AttentionLogits(ABC):
 
     @property
     @abstractmethod
+    def _values(self) -> Tensor:
+        """The tensor whose device and dtype count."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the chunks."""
+        return self._values.dtype
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Of the chunks."""
+        return self._values.device
 
     @property
-    @abstractmethod
     def result_dtype(self) -> torch.dtype:
         """Of statistics: float64 where the call is, else float32."""
+        return torch.float64 if self._values.dtype == torch.float64 else torch.float32
 
     @abstractmethod
     def counted(self) -> Counted:
@@ -301,7 +305,7 @@ class AttentionLogits(ABC):
 def as_logits(
     query: Tensor | AttentionLogits, key: Tensor | None, options: AttentionOptions
 ) -> AttentionLogits:
-    """The call that a function of attention was given, as one object or as its parts.
+    """The call given to a function of attention, as one object or as its parts.
 
     Raises:
         KindError: neither of the two, or both.
@@ -343,7 +347,7 @@ def as_products(
 def as_output(
     query: Tensor | AttentionLogits, key: Tensor | None, value: Tensor | None, options: AttentionOptions
 ) -> tuple[ProductLogits, Tensor]:
-    """As :func:`as_products`, with the values that the output is made of.
+    """As :func:`as_products`, with the values of the output.
 
     Raises:
         ValueError: also no values ``(batch, kv_heads, m, d_value)``.
@@ -383,19 +387,8 @@ class ProductLogits(AttentionLogits):
         return (*self.query.shape[:3], self.key.shape[2])
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the chunks."""
-        return self.key.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the chunks."""
-        return self.key.device
-
-    @property
-    def result_dtype(self) -> torch.dtype:
-        """Of statistics: float64 where the call is, else float32."""
-        return torch.float64 if self.key.dtype == torch.float64 else torch.float32
+    def _values(self) -> Tensor:
+        return self.key
 
     def counted(self) -> Counted:
         """Rows and keys that count."""
@@ -520,7 +513,7 @@ class ProductLogits(AttentionLogits):
         if isinstance(mask, Tensor):
             mask = take(mask)
         elif mask is not None:
-            mask = _moved(mask, tokens.start)
+            mask = _renumbered(mask, start=tokens.start)
         return self.replace(
             query=self.query[:, :, tokens],
             key=self.key[:, :, tokens],
@@ -658,14 +651,13 @@ class GivenLogits(AttentionLogits):
         return batch, heads, n, m
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the chunks."""
-        return torch.float64 if self.wide or self.logits.dtype == torch.float64 else torch.float32
+    def _values(self) -> Tensor:
+        return self.logits
 
     @property
-    def device(self) -> torch.device:
+    def dtype(self) -> torch.dtype:
         """Of the chunks."""
-        return self.logits.device
+        return torch.float64 if self.wide else self.result_dtype
 
     def in_range(self) -> GivenLogits:
         """The same in a precision whose range the logits do not leave."""
@@ -676,11 +668,6 @@ class GivenLogits(AttentionLogits):
         if self.device.type == "cpu":
             return self if bool(fits.all()) else self.replace(wide=True)
         return self.replace(fits=fits)
-
-    @property
-    def result_dtype(self) -> torch.dtype:
-        """Of statistics: float64 where the logits are, else float32."""
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
 
     def counted(self) -> Counted:
         """Rows that count, found when the logits were checked."""
@@ -863,7 +850,7 @@ def _given(
     if logits.numel() == 0:
         none = torch.zeros(batch, n, dtype=torch.bool, device=logits.device)
         return GivenLogits(logits, none, query_offset, own, relative, sinks)
-    # Not "> bound", so that NaN is no mask: it is to be seen in the statistics.
+    # Not "> bound", so that NaN is not hidden: it has to show in the statistics.
     top = logits.amax((1, 3))
     valid = ~(top <= MASKED_BELOW)
     if own and query_offset is not None and query_offset >= 0 and query_offset + n <= m:
@@ -906,12 +893,10 @@ def hide(x: Tensor, shown: Tensor) -> Tensor:
     return x.add_((shown - 1) * _FAR[x.dtype])
 
 
-def _renumbered(mask: MaskFunction, index: Tensor) -> MaskFunction:
-    return lambda sequence, head, query, key: mask(index[sequence], head, query, key)
-
-
-def _moved(mask: MaskFunction, start: int) -> MaskFunction:
-    return lambda sequence, head, query, key: mask(sequence, head, query + start, key + start)
+def _renumbered(mask: MaskFunction, sequences: Tensor | None = None, start: int = 0) -> MaskFunction:
+    return lambda sequence, head, query, key: mask(
+        sequence if sequences is None else sequences[sequence], head, query + start, key + start
+    )
 
 
 def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Tensor:
@@ -934,7 +919,7 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
 
 
 def check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
-    """Raise unless a query mask is None or has one flag a query."""
+    """Raises unless a query mask is None or has one flag a query."""
     if query_mask is None:
         return
     if dense(query_mask, "query_mask").shape != (batch, n):

@@ -92,7 +92,7 @@ class _Pairs(NamedTuple):
     """Sums over the visible pairs of valid rows, in float64; offsets are counted from −(m − 1) to n − 1.
 
     The normal equations of f, once each row's constant is eliminated, are ``(diag(counts) − Σ_i u_i u_iᵀ / n_i) f
-    = target`` where u_i tells which offsets row i sees.
+    = target`` where u_i marks the offsets that row i sees.
     """
 
     total: Tensor  # (groups, heads): squares of logits around their row's mean; a group is fitted together

@@ -124,7 +124,7 @@ def exact_signal_propagation_probability(
         theta: relative positions in [0, 1], a number or shape ``(positions,)``.
         query: ``W_q``, shape ``(heads, d_head, d_model)``; the softmax scale belongs to one of the two. For steps
             of covariance ``Σ = L Lᵀ`` give ``W_q L`` and ``W_k L``.
-        key: ``W_k``, likewise.
+        key: ``W_k``, the same shape.
         length: T; None is the limit of many tokens.
 
     Returns:

@@ -136,7 +136,7 @@ def entropy_floor(sigma: Tensor | float, n: int, *, norm: FloorNorm = "euclidean
 
 
 def _bound(sigma: object) -> float:
-    # An infinite bound is none, and its floor is 0.
+    # Without a bound (infinity) the floor is 0.
     found = math.inf if sigma == math.inf else number(sigma, "sigma")
     if found < 0:
         raise ValueError(

@@ -75,7 +75,7 @@ def sink_statistics(
     share of an effect of the position in an analysis of variance, without the bias of few sequences: by chance it
     is about 0, and may be below. It compares the sequences of one call, so that it is NaN for a single one, and
     where no key or every key is a waiver. Positions count from the first key that is seen, so that padding on the
-    left does not shift them. What always stands at one place, such as a first token that is the same in every
+    left does not shift them. What is always at one place, such as a first token that is the same in every
     sequence, is both position and feature, and counts as position.
 
     Args:

@@ -88,7 +88,7 @@ class Finding(NamedTuple):
 
 NOTHING = Finding(0.0, "")
 _LEAST = 3
-"""Readings before anything is said of a level: one number that is far out tells nothing."""
+"""Readings before a level is judged: a single outlier is no evidence."""
 
 
 class LossWatch:
@@ -322,9 +322,9 @@ class EntropyCollapse(Detector):
 class RankCollapse(Detector):
     """Tokens that grow alike.
 
-    Early in training they are alike and the loss falls all the same, so that the loss has to stand still; unless
-    they were apart at first and nothing tells them apart any more. Where they were the same from the start, as a
-    decoder's queries are, the loss has to stand still too.
+    Early in training tokens are alike while the loss falls, so that an alarm also needs a loss that stands still;
+    unless tokens were apart at first and have become identical. Tokens that were identical from the start, as a
+    decoder's queries are, need a loss that stands still too.
     """
 
     name = "rank"

@@ -1,4 +1,4 @@
-"""What a detector is shown at one step."""
+"""The numbers of one step that detectors read, and running statistics of the newest."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ class Reading:
         step: the optimizer step.
         losses: training loss of each optimizer step since the last reading, oldest first.
         values: statistic → one number a place, on the CPU; NaN where a place has none.
-        places: statistic's group (what stands before the ``/``) → where its numbers were taken.
+        places: statistic's group (the part before the ``/``) → where its numbers were taken.
     """
 
     step: int

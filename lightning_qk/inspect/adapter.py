@@ -52,7 +52,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse adapters that are not read.
 
     Raises:
-        BadInput: it is none of LoRA, of a variant that is not a product of low rank beside the base's weights, or
+        BadInput: no LoRA adapter, a variant that is not a product of low rank beside the base's weights, or
             a field is of a wrong kind.
     """
     kind = config.get("peft_type")
@@ -224,15 +224,15 @@ class AdaptedWeights:
             yield adapted
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape that the checkpoint has of a parameter, of which nothing is read; None where it tells none."""
+        """The shape that the checkpoint has of a parameter, without reading it; None where unknown."""
         return self._storage.shape(self._replaced[name]) if name in self._replaced else self._base.shape(name)
 
     def check_depth(self, layers: Collection[str]) -> None:
-        """Refuse a base that lacks some of a model's attention layers wholly."""
+        """Raises BadInput for a base that has some of these attention layers and nothing of others."""
         self._base.check_depth(layers)
 
     def notes(self, layers: Collection[str]) -> list[str]:
-        """What a reader has to know of tensors that were not read, and of an adapter that changes no attention."""
+        """Notes on tensors that were not read, and on an adapter that changes no attention."""
         notes = self._base.notes(layers)
         if not self._used:
             notes.append(

@@ -237,7 +237,7 @@ def parse_condition(text: str) -> Condition:
     """Read a condition.
 
     Raises:
-        BadInput: it is none.
+        BadInput: it is no condition.
     """
     found = _CONDITION.match(text)
     try:
@@ -259,7 +259,7 @@ def logged_values(reading: Reading) -> dict[str, float]:
 
     ``qk/eig_var/mean``, ``/min`` and ``/max`` over all heads; ``qk/layer_03/eig_var``, the mean over the layer's
     heads; ``qk/layer_03/head_05/eig_var``; likewise ``attn/…``. Statistics that a layer cannot have are left out;
-    a number that is not finite where there should be one is NaN or infinite in what is made of it.
+    a number that is not finite where there should be one is NaN or infinite in its aggregates.
     """
     out: dict[str, float] = {}
     for group, statistics in (("qk", reading.values), ("attn", reading.attention)):

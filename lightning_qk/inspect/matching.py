@@ -36,6 +36,29 @@ _ALIGNMENT = 64
 """Bytes: torch's own tensors begin at a multiple of it."""
 
 
+Load = Callable[[list[str], torch.Size], Tensor]
+"""The values of a parameter, given all its names and its shape; float32 at least."""
+
+
+class Weights(Protocol):
+    """Weights that are read one parameter at a time."""
+
+    def reading(self) -> AbstractContextManager[Load]:
+        """Within this block weights can be read; files are closed at its end."""
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a parameter."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter, without reading it; None where unknown."""
+
+    def check_depth(self, layers: Collection[str]) -> None:
+        """Raises BadInput for a checkpoint that has some of these attention layers and nothing of others."""
+
+    def notes(self, layers: Collection[str]) -> list[str]:
+        """Notes on tensors that were not read, given the attention layers' names; call it after reading them."""
+
+
 class Origin(NamedTuple):
     """Where a parameter's values are.
 
@@ -50,8 +73,8 @@ class Origin(NamedTuple):
     converter: Any = None
 
 
-class Matching:
-    """The parameters of a skeleton and the tensors of a checkpoint.
+class StoredWeights:
+    """The weights of a skeleton in the tensors of a checkpoint; a :class:`Weights`.
 
     Attributes:
         origins: parameter name → where its values are.
@@ -62,9 +85,8 @@ class Matching:
 
     def __init__(
         self,
+        storage: Storage,
         model: nn.Module,
-        keys: Iterable[str],
-        where: str,
         *,
         within: bool | None = False,
         prefix: str | None = None,
@@ -72,9 +94,8 @@ class Matching:
         """Match names.
 
         Args:
+            storage: the checkpoint's tensors.
             model: the skeleton.
-            keys: names of the checkpoint's tensors.
-            where: what to call the checkpoint in messages.
             within: the model is a part of the module that was saved, whose names it has in memory; None where it
                 may be either.
             prefix: only tensors whose names begin with it and a dot, without it.
@@ -82,10 +103,11 @@ class Matching:
         Raises:
             BadInput: the checkpoint holds nothing of the model, or nothing below the prefix.
         """
+        self._storage = storage
         self._model = model
-        self._where = where
+        self._where = where = storage.where
         named = model.state_dict()
-        stored = list(keys)
+        stored = list(storage.files)
         below = {key: key for key in stored} if prefix is None else _below(stored, prefix, where)
         self.prefix = prefix or ""
         self.others: list[str] = []
@@ -121,7 +143,13 @@ class Matching:
         """Whether the checkpoint holds the values of a parameter."""
         return self._origin([name]) is not None
 
-    def load(self, names: list[str], get: Get, shape: torch.Size) -> Tensor:
+    @contextmanager
+    def reading(self) -> Iterator[Load]:
+        """Within this block weights can be read; files are closed at its end."""
+        with self._storage.reading() as get:
+            yield lambda names, shape: self._load(names, get, shape)
+
+    def _load(self, names: list[str], get: Get, shape: torch.Size) -> Tensor:
         """The values of a parameter as a model would load them, in float32 at least.
 
         Args:
@@ -152,25 +180,17 @@ class Matching:
             )
         return _aligned(value if value.dtype == torch.float64 else value.float())
 
-    def shape(self, name: str, stored: Callable[[str], tuple[int, ...] | None]) -> tuple[int, ...] | None:
-        """The shape that the checkpoint has of a parameter; None where it tells none, or the tensor is converted.
-
-        Args:
-            name: of the parameter.
-            stored: gives the shape of a tensor of the checkpoint.
-        """
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter; None where unknown, or the tensor is converted."""
         origin = self._origin([name])
-        return None if origin is None or origin.converter is not None else stored(origin.sources[0][0])
+        return (
+            None
+            if origin is None or origin.converter is not None
+            else self._storage.shape(origin.sources[0][0])
+        )
 
     def check_depth(self, layers: Collection[str]) -> None:
-        """Refuse a checkpoint that has some of the attention layers and nothing of others.
-
-        Args:
-            layers: names of the model's attention layers.
-
-        Raises:
-            BadInput: of a layer with parameters no tensor is there.
-        """
+        """Raises BadInput for a checkpoint that has some of these attention layers and nothing of others."""
         absent, present = [], 0
         for layer in layers:
             start = f"{layer}." if layer else ""
@@ -187,11 +207,7 @@ class Matching:
             )
 
     def notes(self, layers: Collection[str]) -> list[str]:
-        """What a reader has to know of tensors that are not read.
-
-        Args:
-            layers: names of the model's attention layers.
-        """
+        """Notes on tensors that are not read, given the names of the attention layers."""
         notes = []
         if self.others:
             choose = " or ".join(f"--prefix {prefix}" for prefix in self.others[:_NAMED])
@@ -453,66 +469,3 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
         for name in names:
             ties[name] += [other for other in names if other != name]
     return ties
-
-
-Load = Callable[[list[str], torch.Size], Tensor]
-"""The values of a parameter, given all its names and its shape; float32 at least."""
-
-
-class Weights(Protocol):
-    """Weights that are read one parameter at a time."""
-
-    def reading(self) -> AbstractContextManager[Load]:
-        """Within this block weights can be read; files are closed at its end."""
-
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a parameter."""
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape that the checkpoint has of a parameter, of which nothing is read; None where it tells none."""
-
-    def check_depth(self, layers: Collection[str]) -> None:
-        """Refuse a checkpoint that lacks some of a model's attention layers wholly; see :class:`Matching`."""
-
-    def notes(self, layers: Collection[str]) -> list[str]:
-        """What a reader has to know of tensors that were not read, given the names of the attention layers.
-
-        It is asked for after the layers were read.
-        """
-
-
-class StoredWeights:
-    """Weights as files hold them."""
-
-    def __init__(
-        self, storage: Storage, model: nn.Module, *, within: bool | None = False, prefix: str | None = None
-    ) -> None:
-        """Match a checkpoint's tensors with a skeleton's parameters; see :class:`Matching`.
-
-        Raises:
-            BadInput: the checkpoint holds nothing of the model.
-        """
-        self._storage = storage
-        self._matching = Matching(model, storage.files, storage.where, within=within, prefix=prefix)
-
-    def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a parameter."""
-        return self._matching.has(name)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape that the checkpoint has of a parameter, of which nothing is read; None where it tells none."""
-        return self._matching.shape(name, self._storage.shape)
-
-    def check_depth(self, layers: Collection[str]) -> None:
-        """Refuse a checkpoint that lacks some of a model's attention layers wholly."""
-        self._matching.check_depth(layers)
-
-    def notes(self, layers: Collection[str]) -> list[str]:
-        """What a reader has to know of tensors that were not read."""
-        return self._matching.notes(layers)
-
-    @contextmanager
-    def reading(self) -> Iterator[Load]:
-        """Within this block weights can be read; files are closed at its end."""
-        with self._storage.reading() as get:
-            yield lambda names, shape: self._matching.load(names, get, shape)

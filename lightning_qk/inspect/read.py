@@ -93,7 +93,7 @@ def iterate_layers(
         fold_norm: see :func:`~lightning_qk.head_projections`.
 
     Yields:
-        The layer where it stands, how it is read, and its projections in float32 at least; or the reason why it
+        The layer and its place, how it is read, and its projections in float32 at least; or the reason why it
         cannot be read, and None.
 
     Raises:
@@ -101,7 +101,7 @@ def iterate_layers(
     """
     for site in list(attention_sites(model)):
         _check_shapes(site, weights)
-        with _standing_in(model, site, fold_norm) as placed:
+        with _stand_ins(model, site, fold_norm) as placed:
             try:
                 plan = LayerPlan(site, fold_norm)
             except UnreadLayer as reason:
@@ -129,14 +129,14 @@ def _check_shapes(site: Site, weights: Weights) -> None:
 
 
 @contextmanager
-def _standing_in(model: nn.Module, site: Site, fold_norm: bool) -> Iterator[Placed]:
+def _stand_ins(model: nn.Module, site: Site, fold_norm: bool) -> Iterator[Placed]:
     modules = [site.module]
     with suppress(UnreadLayer):  # the plan says so
         lender = key_lender(site)
         if lender is not None:
             modules.append(lender.module)
     if fold_norm:
-        # Norms stand beside the layer; what else is there has nothing to do with it.
+        # Norms are siblings of the layer; other siblings do not matter.
         modules += [
             child
             for owner in site.ancestors[:3]
@@ -198,7 +198,7 @@ def read_checkpoint(
         fold_norm: fold the gain of the norm that feeds a layer into its weights.
         eigenvalues: solve the eigenproblems; False leaves ``spectral_radius`` and ``singular_max`` out.
         trust: run code that comes with the model.
-        progress: told of every layer.
+        progress: called after every layer.
 
     Returns:
         What was read, the skeleton and the weights.
@@ -212,7 +212,7 @@ def read_checkpoint(
 
 @contextmanager
 def _naming(checkpoint: Checkpoint) -> Iterator[None]:
-    """What is wrong with a checkpoint is told with what it is called."""
+    """Adds the checkpoint's name to errors that lack it."""
     try:
         yield
     except BadInput as error:

@@ -227,8 +227,7 @@ class Placed:
         return self._homes.keys()
 
     def names_of(self, tensor: Tensor) -> list[str]:
-        """The qualified names of a tensor that stands in: several where it is shared, none where it "
-        "does not."""
+        """Qualified names of a stand-in: several where it is shared, none for other tensors."""
         return [name for name, (home, own) in self._homes.items() if home[own] is tensor]
 
     def shape(self, name: str) -> torch.Size:
@@ -269,13 +268,12 @@ class Placed:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether nobody has to run a module to know what it does."""
+    """Whether a module's function is known without running it."""
     return type(module).forward is nn.Linear.forward or is_named(module, "Conv1D")
 
 
 def _stand_in(tensor: Tensor, *, plain: bool) -> Tensor:
-    """Numbers around one for vectors, mixed ones for matrices; none at all, and no memory, where nobody "
-    "looks."""
+    """Numbers around one for vectors, mixed ones for matrices; uninitialized memory where they are not used."""
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     if plain and tensor.dim() == 2:

@@ -1,5 +1,4 @@
-"""Open what can be inspected: folders, models on the hub, Lightning's checkpoints, adapters, series of "
-"them."""
+"""Open what can be inspected: folders, models on the hub, Lightning's checkpoints, adapters, series of them."""
 
 import difflib
 import re
@@ -34,7 +33,7 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _STEP = re.compile(r"(?:checkpoint|step|global_step|iter)[-_=]?(\d+)", re.IGNORECASE)
 _LARGEST_STEP = 2**53
 _MOST_ADAPTERS = 4
-"""So many adapters may lie on each other."""
+"""Adapters on adapters, at most."""
 # Where hyperparameters of a LightningModule say what model it holds.
 _MODEL_HINT = re.compile(r"model|pretrained|backbone|checkpoint", re.IGNORECASE)
 
@@ -129,7 +128,7 @@ def _place(name: str) -> Path:
     """
     try:
         path = Path(name).expanduser()
-        with suppress(PermissionError):  # is told when it is opened
+        with suppress(PermissionError):  # reported when it is opened
             path.exists()
     except (RuntimeError, OSError, ValueError) as error:
         shown = name if len(name) <= 100 else f"{name[:100]}…"
@@ -201,7 +200,7 @@ def _of_something_else(config: Path) -> bool:
     try:
         fields = read_json(config, "a configuration")
     except BadInput:
-        return False  # a damaged one is told when it is opened
+        return False  # a damaged one is reported when it is opened
     return not {"model_type", "architectures"} & fields.keys()
 
 
@@ -250,12 +249,12 @@ def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None =
         _check_plain(given, where)
         storage = folder_storage(fetch, where, trust=options.trust)
     else:
-        # What the files hold decides how much is made of the configuration.
+        # The files bound what a configuration may ask for.
         _check_plain(_fields(fetch, where), where)
         try:
             storage = folder_storage(fetch, where, trust=options.trust)
         except BadInput:
-            _config(fetch, where, options, hub=hub, tensors=0)  # what is wrong with it is told first
+            _config(fetch, where, options, hub=hub, tensors=0)  # its own error comes first
             raise
     config = given or _config(fetch, where, options, hub=hub, tensors=len(storage.files))
     _check_plain(config, where)
@@ -477,7 +476,7 @@ def _config_of(
 
 
 def _check_text(text: str, tensors: int, path: Path) -> None:
-    """Refuse a checkpoint.s configuration that is no JSON object, or asks for more than the checkpoint holds."""
+    """Raises BadInput for a configuration that is no JSON object, or asks for more than the checkpoint holds."""
     try:
         fields = parse_json(text)
     except ValueError as error:

@@ -52,7 +52,7 @@ class Storage:
         self._shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
 
     def path(self, name: str) -> Path | None:
-        """The file of a tensor, None where it is not at hand; nothing is downloaded."""
+        """The file of a tensor, None where it is not available; nothing is downloaded."""
         if isinstance(self.files, _Shards):
             return self.files.at_hand(name)
         return self.files[name]
@@ -61,7 +61,7 @@ class Storage:
         """The shape of a tensor as its file tells it, which reads none of its values.
 
         Returns:
-            The shape; None where the file is not at hand, is damaged, or holds no such tensor.
+            The shape; None where the file is not available, is damaged, or holds no such tensor.
         """
         path = self.path(name)
         if path is None:
@@ -69,12 +69,12 @@ class Storage:
         if path not in self._shapes:
             try:
                 self._shapes[path] = _shapes(path, trust=self._trust)
-            except BadInput:  # is told when the tensor is read, if it ever is
+            except BadInput:  # reported when the tensor is read, if it ever is
                 self._shapes[path] = {}
         return self._shapes[path].get(name)
 
     def size(self) -> int | None:
-        """Bytes of all files together; None where one of them is not at hand."""
+        """Bytes of all files together; None where one of them is not available."""
         paths = {self.path(name) for name in self.files}
         try:
             return (

@@ -1,7 +1,9 @@
 """A differentiable attention mask that learns which offsets between query and key each head needs."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from lightning_qk.interventions.replaced_attention import (
     visible_keys,
     weighted,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # A closed key's logit may exceed every open one's: its exponential is only ever needed for the gates' gradient.
 _MOST_ABOVE = 30.0
@@ -80,7 +85,7 @@ def gated_attention(
     *,
     dropout: float = 0.0,
     training: bool = True,
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     """Softmax attention in which each pair's exponential is multiplied by a gate; takes eager attention's memory.
 
@@ -99,7 +104,7 @@ def gated_attention(
     Returns:
         ``(batch, heads, n, d_value)``.
     """
-    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
+    logits, value = as_output(query, key, value, options)
     if gates is None:
         raise TypeError("expected gates of 0 or 1, got None: pass gates=")
     x, visible = dense_logits(logits)

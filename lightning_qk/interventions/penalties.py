@@ -5,8 +5,10 @@ back the penalty gets one too, a constant. So it counts once for each backward p
 computes the call twice, and not at all without a gradient.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,11 @@ from lightning_qk.functional.entropy import (
     uniform_prior,
     window_prior,
 )
-from lightning_qk.functional.logits import AttentionLogits, ProductLogits
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.interventions.layers import Steered
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Penalty(NamedTuple):
@@ -162,7 +167,7 @@ def prior_penalty(
     prior: Tensor | PriorFunction | None = None,
     *,
     heads: Sequence[int] | None = None,
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     """Mean of ``KL(prior ‖ attention)`` over rows, then over heads; a differentiable scalar, streamed.
 
@@ -239,7 +244,7 @@ def entropy_band(
     high: float = 1.0,
     *,
     per: Per = "head",
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> Band:
     """How far normalized entropy is outside of a band: ``max(0, low − H) + max(0, H − high)``, averaged.
 

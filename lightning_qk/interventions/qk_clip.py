@@ -41,8 +41,8 @@ def clip_qk(
         Qualified layer name → γ of each key head, ``(kv_heads,)``: 1 where nothing was changed.
 
     Raises:
-        ValueError: a layer that the model has not, whose weights are no plain trainable parameters of its own
-            (adapters, quantization, parametrizations, FSDP's first version, sharing), or in which a norm stands
+        ValueError: a layer that the model lacks, weights that are not plain trainable parameters of the layer
+            (adapters, quantization, parametrizations, FSDP's first version, sharing), or a layer with a norm
             between the projections and the products; shapes that do not fit; tau or alpha out of range.
     """
     check_clip(tau, alpha)
@@ -98,15 +98,10 @@ def apply_clip(editor: HeadEditor, gamma: Tensor, alpha: float) -> None:
 def clip_editors(
     reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
 ) -> dict[str, HeadEditor]:
-    """What scales the given layers' heads.
-
-    Args:
-        reader: of the model.
-        names: the layers.
-        trained: frozen weights are refused.
+    """What scales the heads of the named layers; with ``trained``, frozen weights are refused.
 
     Raises:
-        ValueError: one of them cannot be clipped exactly.
+        ValueError: a layer that cannot be clipped exactly.
     """
     names = list(names)
     for name in names:
@@ -139,11 +134,7 @@ def clippable_layers(
 
 
 def check_clip(tau: float, alpha: float) -> None:
-    """Check the numbers.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+    """Raises ValueError unless ``tau`` is finite and above 0 and ``alpha`` in [0, 1]."""
     if not math.isfinite(tau) or tau <= 0:
         raise ValueError(f"expected a finite tau above 0, got {tau}: Kimi K2 uses 100")
     if not 0 <= alpha <= 1:

@@ -3,10 +3,12 @@
 Hard, soft-capped.
 """
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from lightning_qk.capture.steering import AttentionSteering, Wrap
 from lightning_qk.functional.hard_attention import hard_attention
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
 from lightning_qk.interventions.layers import Steered
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Compute = Callable[[nn.Module, ProductLogits, Tensor, float, Any], Tensor]
 """``compute(module, logits, value, dropout, extra)``: output ``(batch, heads, n, d_value)`` of one call."""
@@ -124,7 +129,7 @@ def soft_capped_attention(
     *,
     dropout: float = 0.0,
     training: bool = True,
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     """Softmax attention over ``cap · tanh(logits / cap)``; takes the memory of eager attention.
 
@@ -146,7 +151,7 @@ def soft_capped_attention(
         ValueError: a cap that is not positive and finite, or shapes that do not fit.
     """
     check_cap(cap)
-    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
+    logits, value = as_output(query, key, value, options)
     x, visible = dense_logits(logits.replace(softcap=float(cap)))
     sinks = logits.sinks
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -90,11 +90,11 @@ def add_sigma_reparam(
     it computed before. Queries and keys have one γ each, also where one weight holds both; the rows of values
     in it stay plain. In latent attention it is what expands the latents that is reparametrized.
 
-    To be called before an optimizer is made: ``weight`` of such a projection is no parameter any more, but made
+    Call it before an optimizer is created: ``weight`` of such a projection is no longer a parameter, but computed
     from ``parametrizations.weight.original`` and ``…weight.0.gain``. State dicts have these keys, and the
     buffers ``u``, ``v`` and ``part``, instead of ``weight``. A plain state dict can be loaded all the same (γ is
     then σ₁), and :func:`plain_state_dict` makes one. Each training forward is one power iteration; under
-    gradient checkpointing the recomputation is none.
+    gradient checkpointing the recomputation does not iterate.
 
     Args:
         model: any module that contains Hugging Face transformers; its weights are whole and plain.
@@ -139,7 +139,7 @@ def add_sigma_reparam(
 
 
 def remove_sigma_reparam(model: nn.Module) -> list[str]:
-    """Make plain weights again that equal those that act; optimizers have to be made anew.
+    """Turn the weights that act into plain ones; create optimizers again afterwards.
 
     Args:
         model: one that :func:`add_sigma_reparam` was called on; others are left as they are.

@@ -77,7 +77,7 @@ class SpectrumScaler:
 
     @torch.no_grad()
     def apply(self) -> dict[str, Tensor]:
-        """Scale, unless it is scaled already; the factors."""
+        """Scale unless already scaled, and return the factors."""
         if self._saved:
             return self.factors
         # All of them first, so that nothing is scaled where one cannot be.
@@ -90,7 +90,7 @@ class SpectrumScaler:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the weights the very values back that they had."""
+        """Restore the values of the weights bit by bit."""
         saved, self._saved = self._saved, []
         for parameter, values in saved:
             parameter.copy_(values)
@@ -154,11 +154,7 @@ def spectrum_scaling(
 
 
 def check_scaling(gamma: float, eps: float, statistic: str) -> None:
-    """Check the arguments.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+    """Raises ValueError where an argument is out of range."""
     if not math.isfinite(gamma) or gamma <= 0:
         raise ValueError(f"expected a finite gamma above 0, got {gamma}")
     if not math.isfinite(eps) or eps < 0:

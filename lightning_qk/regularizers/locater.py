@@ -43,7 +43,7 @@ def locater_penalty(
     enough loss the variance form shrinks the mean with the scale, and the target form holds it.
 
     Both forms are ours (derived): the paper's coefficient and the way it holds the mean are not stated in
-    the text at hand. The plain ``tr W_QK²`` would be unbounded below for a non-symmetric ``W_QK``.
+    the text read. The plain ``tr W_QK²`` would be unbounded below for a non-symmetric ``W_QK``.
 
     Add ``weight * locater_penalty(model)`` to a loss, or use the callback
     :class:`~lightning_qk.LocAteR`, whose gradient is the same.
@@ -51,7 +51,7 @@ def locater_penalty(
     With adapters (PEFT) the penalty is on the weights that act, and its gradient reaches the adapters'
     trainable parameters; a frozen weight beneath them, quantized or not, gets none.
 
-    The model's layers are looked for at the first call and after its modules change; from then on a call
+    The model's layers are searched at the first call and after its modules change; from then on a call
     takes the live weights and does not wait for the device. Sharded weights (FSDP2, tensor parallel) are
     gathered one layer at a time, in a collective call, and the gradient is put on the local shard; it has no
     second derivative then.

@@ -43,7 +43,7 @@ def _run(args: Sequence[str], prog: str) -> int:
             f"--timeout {options.timeout:g} --memory {options.memory}; correct them"
         )
     check_targets([options.output, options.json])
-    # Before the rest, lest a misspelling take seconds to be told.
+    # Before slow imports, so that a misspelling is reported at once.
     from tools.coverage.catalogue import model_types
 
     known = model_types()

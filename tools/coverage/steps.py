@@ -1,4 +1,4 @@
-"""Steps from an operand of attention back to what it was made of, where each is known exactly.
+"""Steps from an operand of attention back to its origin, where each is known exactly.
 
 An operand may be a part of what a layer projected (one sequence of a packed batch), or contain more than it
 (further keys behind its own), or be a multiple of it: by one number, by one positive number a token, or by a

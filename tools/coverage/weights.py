@@ -402,7 +402,7 @@ def _isometry(expected: Tensor, received: Tensor) -> float | None:
     """The number by which the received are, at each position, an orthogonal map of the expected, or None."""
     want, got = expected, received
     if _factor(want.square().sum((0, 2, 3)), got.square().sum((0, 2, 3))) is None:
-        return None  # lengths alone tell most wrong arrangements
+        return None  # lengths alone rule out most wrong arrangements
     batch, n, heads, _ = want.shape
     if n * (batch * heads) ** 2 > _MAX_PAIRS:
         want, got = want[:, :_SOME], got[:, :_SOME]
@@ -418,7 +418,7 @@ def _is_normalized(expected: Tensor, received: Tensor) -> bool:
     received, the part of y − offset across u must vanish for all tokens.
     """
     want, got = (values.permute(2, 0, 1, 3).flatten(1, 2) for values in (expected, received))
-    # One head tells most wrong arrangements, at a fraction of the work.
+    # One head rules out most wrong arrangements, at a fraction of the work.
     return _is_norm_of(want[:1], got[:1]) and (len(want) == 1 or _is_norm_of(want, got))
 
 
