@@ -11,12 +11,7 @@ from lightning_qk.inspect.documents import BadInput
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'this'?"``, or an empty string where nothing is near.
-
-    Args:
-        word: what was given.
-        choices: what there is.
-    """
+    """``"; did you mean 'this'?"``, or an empty string where nothing is near."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -25,11 +20,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse's, which raises one sentence instead of printing the usage and ending the program."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise :class:`~lightning_qk.inspect.documents.BadInput`.
-
-        Args:
-            message: argparse's.
-        """
+        """Raise :class:`~lightning_qk.inspect.documents.BadInput`."""
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             message = f"expected {missing}, got none"
@@ -37,9 +28,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
         """Parse a command line.
-
-        Args:
-            args: what follows the command's name.
 
         Raises:
             BadInput: it is wrong.
@@ -63,6 +51,23 @@ class OneLineParser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
 
+def flag(group: argparse._ActionsContainer, name: str, text: str) -> None:
+    """Add an option without a value."""
+    group.add_argument(name, action="store_true", help=text)
+
+
+def add_opening(group: argparse._ActionsContainer) -> None:
+    """Add the options that say how a checkpoint is opened."""
+    for name, metavar, text in (
+        ("--base", "CHECKPOINT", "base of an adapter; default: the one that it names"),
+        ("--config", "NAME", "folder or name on the hub with the configuration, where a file holds none"),
+        ("--prefix", "NAME", "of the tensors' names, where a file holds several networks, such as teacher"),
+        ("--revision", None, "of a model on the hub"),
+    ):
+        group.add_argument(name, metavar=metavar, help=text)
+    flag(group, "--trust", "run code that a checkpoint brings: only for files whose origin you know")
+
+
 # How jsonargparse says that a key does not exist: on the command line, in a config, in a class's init_args.
 _UNKNOWN_KEY = re.compile(
     r"(?:unrecognized arguments: (?P<dashes>-*)|does not accept option '|Option '|Key ')(?P<key>[\w.-]+)",
@@ -78,13 +83,7 @@ _GIVEN = re.compile(r"(?:Got value|Given value): (?P<value>.*)")
 
 
 def explain(error: Exception, command: str, prog: str) -> str:
-    """One sentence.
-
-    Args:
-        error: ``argparse.ArgumentError``, as jsonargparse raises it.
-        command: the trainer's command.
-        prog: name of the program.
-    """
+    """One sentence."""
     text = str(getattr(error, "message", None) or error)
     path, key, attribute = (pattern.search(text) for pattern in (_CLASS_PATH, _UNKNOWN_KEY, _NO_ATTRIBUTE))
     see = f"; see {prog} {command} --help"

@@ -5,16 +5,7 @@ from pathlib import Path
 
 from lightning_qk.cli import _configs
 from lightning_qk.cli._arguments import did_you_mean
-
-
-class NoSuchConfig(ValueError):
-    """A config that is neither a file nor one of the package's.
-
-    Attributes:
-        status: the exit status of a command that is given it.
-    """
-
-    status = 2
+from lightning_qk.inspect.documents import BadInput
 
 
 def folder() -> Path:
@@ -30,11 +21,7 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> str:
-    """What a config is for: the first sentence of the comment on top of it.
-
-    Args:
-        name: one of :func:`names`.
-    """
+    """What a config is for: the first sentence of the comment on top of it."""
     with (folder() / f"{name}.yaml").open(encoding="utf-8") as file:
         return file.readline().lstrip("# ").split(". ")[0].rstrip(".:\n")
 
@@ -47,7 +34,7 @@ def resolve(given: str) -> str:
             jsonargparse takes too, is passed on.
 
     Raises:
-        NoSuchConfig: no such file or config.
+        BadInput: no such file or config.
     """
     path = Path(given)
     if path.is_file():
@@ -59,9 +46,9 @@ def resolve(given: str) -> str:
     if name in names():
         return str(folder() / f"{name}.yaml")
     if path.is_dir():
-        raise NoSuchConfig(f"expected a config file, got the folder {given}: name a file in it")
+        raise BadInput(f"expected a config file, got the folder {given}: name a file in it")
     hint = did_you_mean(given, _near(path)) or "; correct it"
-    raise NoSuchConfig(
+    raise BadInput(
         f"expected a config file or one of the package's ({', '.join(names())}), got no such file: {given}{hint}"
     )
 
@@ -70,11 +57,9 @@ def _check_text(path: Path) -> None:
     try:
         path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise NoSuchConfig(
-            f"expected a config in UTF-8, got another kind of file: {path}; correct it"
-        ) from None
+        raise BadInput(f"expected a config in UTF-8, got another kind of file: {path}; correct it") from None
     except OSError as error:
-        raise NoSuchConfig(
+        raise BadInput(
             f"expected a config that may be read, got {path} ({error.strerror}); mend its permissions"
         ) from None
 
@@ -91,11 +76,8 @@ def _near(path: Path) -> list[str]:
 def resolve_arguments(args: Sequence[str]) -> list[str]:
     """The command line with the values of ``--config`` and ``-c`` as paths.
 
-    Args:
-        args: of one of the trainer's commands.
-
     Raises:
-        NoSuchConfig: there is no such config.
+        BadInput: there is no such config.
     """
     out = list(args)
     for place, arg in enumerate(out):
@@ -143,12 +125,7 @@ _EXAMPLES = {
 
 
 def job_help(command: str, prog: str) -> str:
-    """The help of a command.
-
-    Args:
-        command: one of the trainer's commands.
-        prog: name of the program.
-    """
+    """The help of a command."""
     whole = f"{prog} {command}"
     general = [
         ("-c, --config CONFIG", "a YAML file or one of the package's configs; later ones are laid over it"),

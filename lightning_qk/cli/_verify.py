@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import OneLineParser
+from lightning_qk.cli._arguments import OneLineParser, add_opening
 from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -66,10 +66,6 @@ class Layer(NamedTuple):
 def run(args: Sequence[str], prog: str) -> int:
     """Run the command.
 
-    Args:
-        args: what follows the command's name.
-        prog: the program's name.
-
     Returns:
         The exit status: 0, 1 where a layer is not verified, or 130 where it was interrupted.
 
@@ -104,11 +100,7 @@ def run(args: Sequence[str], prog: str) -> int:
 
 
 def parser(prog: str) -> OneLineParser:
-    """The options of the command.
-
-    Args:
-        prog: the program's name.
-    """
+    """The options of the command."""
     own = OneLineParser(
         prog=prog,
         description=_DESCRIPTION,
@@ -135,23 +127,7 @@ def parser(prog: str) -> OneLineParser:
     own.add_argument(
         "--json", type=Path, metavar="FILE", help="all that was found, as JSON; - for standard output"
     )
-    own.add_argument(
-        "--base", metavar="CHECKPOINT", help="base of an adapter; default: the one that it names"
-    )
-    own.add_argument(
-        "--config",
-        metavar="NAME",
-        help="folder or name on the hub with the configuration, for a file without",
-    )
-    own.add_argument(
-        "--prefix", metavar="NAME", help="of the tensors' names, where a file has several networks"
-    )
-    own.add_argument("--revision", help="of a model on the hub")
-    own.add_argument(
-        "--trust",
-        action="store_true",
-        help="run code that a checkpoint brings: only for files whose origin you know",
-    )
+    add_opening(own)
     return own
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import OneLineParser
+from lightning_qk.cli._arguments import OneLineParser, add_opening, flag
 from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
@@ -48,10 +48,6 @@ examples:
 
 def run(args: Sequence[str], prog: str) -> int:
     """Run the command.
-
-    Args:
-        args: what follows the command's name.
-        prog: the program's name.
 
     Returns:
         The exit status: 0, 1 where a condition of ``--fail-on`` holds, or 130 where it was interrupted.
@@ -107,23 +103,15 @@ def _parser(prog: str) -> OneLineParser:
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="folder, file or name on the hub"
     )
     shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--per-head", action="store_true", help="one line a head instead of one a layer")
-    shown.add_argument(
+    flag(shown, "--per-head", "one line a head instead of one a layer")
+    flag(
+        shown,
         "--compare",
-        action="store_true",
-        help="what each further checkpoint has more of than the first, layer by layer; of one folder of "
+        "what each further checkpoint has more of than the first, layer by layer; of one folder of "
         "checkpoints, the newest than the oldest",
     )
-    shown.add_argument(
-        "--moments-only",
-        action="store_true",
-        help="leave out eigenvalues and singular values, which take the longest",
-    )
-    shown.add_argument(
-        "--fold-norm",
-        action="store_true",
-        help="multiply the weights by the gain of the norm that feeds the layer",
-    )
+    flag(shown, "--moments-only", "leave out eigenvalues and singular values, which take the longest")
+    flag(shown, "--fold-norm", "multiply the weights by the gain of the norm that feeds the layer")
     shown.add_argument(
         "--support",
         choices=("model", "head"),
@@ -165,30 +153,8 @@ def _parser(prog: str) -> OneLineParser:
         "--batches", type=int, default=4, metavar="N", help="batches of 4 sequences (default: 4)"
     )
     opened = parser.add_argument_group("how it is opened")
-    opened.add_argument(
-        "--base", metavar="CHECKPOINT", help="base of an adapter; default: the one that it names"
-    )
-    opened.add_argument(
-        "--config",
-        metavar="NAME",
-        help="folder or name on the hub with the configuration, where a file holds none",
-    )
-    opened.add_argument(
-        "--prefix",
-        metavar="NAME",
-        help="of the tensors' names, where a file holds several networks, such as teacher",
-    )
-    opened.add_argument("--revision", help="of a model on the hub")
-    opened.add_argument(
-        "--series",
-        action="store_true",
-        help="read the checkpoints in a folder that also holds a model itself",
-    )
-    opened.add_argument(
-        "--trust",
-        action="store_true",
-        help="run code that a checkpoint brings: only for files whose origin you know",
-    )
+    add_opening(opened)
+    flag(opened, "--series", "read the checkpoints in a folder that also holds a model itself")
     return parser
 
 

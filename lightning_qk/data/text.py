@@ -190,11 +190,7 @@ class TextDataModule(pl.LightningDataModule):
         self._entry()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the data that :meth:`prepare_data` left; Lightning calls it on every process.
-
-        Args:
-            stage: makes no difference.
-        """
+        """Open the data that :meth:`prepare_data` left; Lightning calls it on every process."""
         self._follow_the_model()
         if self._splits is not None:
             return

@@ -94,12 +94,10 @@ def attention_statistics(
     max_prob.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         rows: how many query rows to sample in each sequence; None for all.
-        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``,
-            means over all rows of the batch.
+        per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
         generator: where sampled rows are drawn from; None is torch's global generator.
         options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
@@ -160,7 +158,7 @@ def logit_statistics(
         sinks: learnt extra logit in the softmax's denominator, broadcastable to ``(batch, heads, n)``.
         relative: each row's logits are known up to a constant (its maximum was subtracted, say): max_logit and
             max_abs_logit are NaN then. The others do not depend on it.
-        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``.
+        per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
         generator: where sampled rows are drawn from; None is torch's global generator.
 
     Returns:
@@ -341,13 +339,11 @@ def attention_on_keys(
     marked tokens count like all others unless ``query_mask`` leaves them out.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself,
-            with ``marked=``.
+        query: ``(batch, heads, n, d_head)``; or an :class:`AttentionLogits` and ``marked=``.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         marked: the keys in question, boolean, ``(batch, m)`` or ``(m,)``.
         rows: how many query rows to sample in each sequence; None for all.
-        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``.
+        per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
         generator: where sampled rows are drawn from; None is torch's global generator.
         options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 

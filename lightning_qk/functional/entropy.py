@@ -37,8 +37,7 @@ def attention_entropy(
     a time. A learnt sink is one more outcome, as in :func:`attention_statistics`.
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         normalized: divide by ``log n_i``, of the number of visible keys (and the sink); rows with one outcome
             are left out.
@@ -73,8 +72,7 @@ def prior_divergence(
     Source: grounding priors, arXiv 2205.12616 [S]; the form is our own.
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: ``(batch, kv_heads, m, d_head)``.
         prior: masses of at least 0 (a negative one makes its row NaN): a tensor that broadcasts to ``(batch,
             heads, n, m)``, of any dtype, or a function of index tensors that is evaluated on some rows at a

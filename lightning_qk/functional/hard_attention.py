@@ -40,8 +40,7 @@ def hard_attention(
     Source: hard retrieval, arXiv 2009.14658 [S].
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself, with ``value=``.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: ``(batch, kv_heads, m, d_head)``.
         value: ``(batch, kv_heads, m, d_value)``.
         positional: ``mask``, ``scaling`` and ``training`` by place, deprecated.

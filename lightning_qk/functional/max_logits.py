@@ -42,8 +42,7 @@ def max_logits(
     bound is larger.
 
     Args:
-        query: after rotary encoding and norms, shape ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` by itself: given logits count as products.
+        query: ``(batch, heads, n, d_head)``; or an :class:`AttentionLogits`: given logits count as products.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         above: None for the exact maximum of every head. Else a head whose maximum is at most this may be given
             a number between the two instead: what is larger than ``above`` is exact.

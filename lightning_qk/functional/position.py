@@ -47,8 +47,7 @@ def positional_share(
     well, since the row's own place is one of its constants.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         per_sequence: fit f to each sequence and return ``(batch, heads)``, instead of one f for all sequences.
         options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`. A bias is part of

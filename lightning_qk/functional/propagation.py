@@ -247,8 +247,7 @@ def linear_share_profile(
     fewer are left out. After Bao et al. 2024; this form is derived.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         bins: into how many equal parts θ falls.
         rows: how many query rows to sample in each sequence; None for all.

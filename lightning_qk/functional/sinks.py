@@ -79,9 +79,7 @@ def sink_statistics(
     sequence, is both position and feature, and counts as position.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself,
-            with ``value=``.
+        query: ``(batch, heads, n, d_head)``; or an :class:`AttentionLogits` and ``value=``.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         value: shape ``(batch, value_heads, m, d_value)``; ``value_heads`` divides ``heads``.
         rows: how many query rows to sample in each sequence; None for all. Which keys are sinks is decided by

@@ -81,7 +81,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lightning-qk {__version__}\n"
 
 
-@pytest.mark.parametrize("module", ["lightning_qk", "lightning_qk.cli.command"])
+@pytest.mark.parametrize("module", ["lightning_qk", "lightning_qk.cli"])
 def test_python_runs_the_command(module: str) -> None:
     """Where no ``lightning-qk`` is on the path, as in notebooks and containers."""
     done = [

@@ -18,10 +18,6 @@ from tools.coverage.workers import Outcome, run_each
 def run(args: Sequence[str], prog: str) -> int:
     """Run the command.
 
-    Args:
-        args: what follows the command's name.
-        prog: the program's name.
-
     Returns:
         The exit status: 0 where the bars are met or types were named, 1 where they are missed, 2 for a wrong line.
     """

@@ -31,13 +31,7 @@ class Earlier(NamedTuple):
 
 
 def earlier(node: Node | None, width: int, *, with_gain: bool = False) -> Iterator[Earlier]:
-    """What an operand was made of, nearest first, without those that are only views or copies of later ones.
-
-    Args:
-        node: the operand's.
-        width: of a head.
-        with_gain: step over products with vectors of that width, too.
-    """
+    """What an operand was made of, nearest first, without those that are only views or copies of later ones."""
     todo = [] if node is None else [(Earlier(node, 1.0, None), False)]
     seen: set[int] = set()
     while todo and len(seen) < _MOST:

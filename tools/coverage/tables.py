@@ -53,13 +53,7 @@ class Row(NamedTuple):
 
 
 def row_of(model_type: str, result: Mapping[str, Any] | None, problem: str | None) -> Row:
-    """Sum up one type.
-
-    Args:
-        model_type: its name.
-        result: of :func:`~tools.coverage.check.check_type`, or None.
-        problem: why there is no result.
-    """
+    """Sum up one type."""
     if result is None:
         return Row(model_type, "attention", why=f"the check did not end: {problem}")
     if result["not_built"] is not None:

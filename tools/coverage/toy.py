@@ -88,11 +88,6 @@ _TOP_K = re.compile(
 def shrunk(config: Any, recipe: Recipe, model_type: str) -> Any:
     """Make a configuration small, in place, with its parts.
 
-    Args:
-        config: of transformers.
-        recipe: how small.
-        model_type: whose overrides to apply.
-
     Returns:
         The configuration.
     """

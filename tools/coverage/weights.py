@@ -60,10 +60,6 @@ class _Match(NamedTuple):
 def verify_weights(read: HeadProjections, events: list[Event]) -> Verdict:
     """Compare one layer's projections with the attentions that ran inside of it.
 
-    Args:
-        read: of the layer.
-        events: the layer's own, at least one.
-
     Returns:
         Verified if every product of some attention is explained; else the failure that came nearest.
     """

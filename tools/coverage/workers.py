@@ -53,13 +53,6 @@ def run_each(
 ) -> Iterator[Outcome]:
     """Call a function on each name in a forked process.
 
-    Args:
-        function: returns something that JSON can hold.
-        names: of what to run, in this order.
-        jobs: how many processes run at a time.
-        timeout: seconds after which one is killed.
-        memory: MiB that one may have in memory.
-
     Yields:
         One outcome a name, as they end.
     """
