@@ -205,7 +205,7 @@ def _inputs(model: "nn.Module", ids: "Tensor | None", title: str) -> dict[str, A
 
 
 def _described(batch: dict[str, Any], text: str) -> str:
-    """What the model was run on."""
+    """The model's inputs in words."""
     shapes = {name: tuple(value.shape) for name, value in batch.items() if hasattr(value, "shape")}
     shown = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
     return f"{shown} ({text})" if "input_ids" in shapes else shown
@@ -310,7 +310,7 @@ def _print(title: str, facts: dict[str, str], layers: Sequence[Layer]) -> None:
 
 
 def _verdict(layer: Layer) -> str:
-    """One or two words: what is wrong goes first."""
+    """One or two words, the worst first."""
     from lightning_qk.verification.check import Status
 
     if layer.ok:

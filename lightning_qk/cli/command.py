@@ -310,7 +310,7 @@ def _one_line(text: str) -> str:
 
 
 def _can_be_mended(error: Exception) -> bool:
-    """Whether an error speaks of the user's input rather than of a fault in a program."""
+    """Whether an error is about the user's input rather than a fault in a program."""
     modules = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     names = {kind.__name__ for kind in type(error).__mro__}
     return (
@@ -335,5 +335,5 @@ def _mend(error: Exception) -> str:
     return text
 
 
-# What a class of ours says about its arguments.
+# Our own messages about arguments.
 _OUR_REASON = re.compile(r"^\s*-? ?(?P<reason>expected [^\n]+)$", re.MULTILINE)

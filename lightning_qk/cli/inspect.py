@@ -62,7 +62,7 @@ def run(args: Sequence[str], prog: str) -> int:
         print(f"{prog}: interrupted; nothing is written", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Who read the output has seen enough.
+        # The reader of the pipe has closed it.
         sys.stderr.close()
         return 0
     except BadInput:
@@ -194,7 +194,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what libraries say of models that are trained or run."""
+    """Silences warnings of libraries about models that are trained or run."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -233,7 +233,7 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
 
 @contextmanager
 def naming(target: str) -> Iterator[None]:
-    """What a damaged or hostile checkpoint brings about unforeseen is told in a sentence that names it."""
+    """Turns unforeseen errors of a damaged or hostile checkpoint into one sentence that names it."""
     try:
         yield
     except (BadInput, OSError):
@@ -283,7 +283,7 @@ def _read(checkpoint: "Checkpoint", options: argparse.Namespace, progress: Any, 
 
 
 def _pairs(sources: "list[list[Reading]]") -> "list[tuple[Reading, Reading]]":
-    """What is compared with what."""
+    """Pairs of readings to compare."""
     from lightning_qk.inspect.read import check_same_layers
 
     readings = sources[0] if len(sources) == 1 else [source[-1] for source in sources]

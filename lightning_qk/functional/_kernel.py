@@ -14,13 +14,13 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.
 _MAX_D_HEAD = 256
 # Float32 holds squares of logits between these. Beyond them, and for what keys receive in half precisions beyond
-# the last, where the logits' own rounding decides, numbers become NaN: to look at the size would be to wait.
+# the last, where the logits' own rounding decides, numbers become NaN: checking the size would synchronize.
 _SMALLEST, _LARGEST, _LARGEST_HALF = 1e-15, 1e18, 1e5
 _broken: set[torch.device] = set()
 
 
 class Collected(NamedTuple):
-    """What the rows of a call come to, before it is averaged.
+    """Statistics of the rows of a call, before averaging.
 
     Attributes:
         values: each statistic of each row, shape ``(len(ROW_STATISTICS), batch, heads, rows)``.
@@ -105,7 +105,7 @@ def blocks(dtype: torch.dtype, d_head: int, device: torch.device) -> tuple[Block
     wide = d_head > 128
     if dtype == torch.float32:  # without tensor cores: small tiles, for the registers of the products
         return Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 1) if wide else Blocks(32, 32, 8, 2)
-    # A100, H100, B200 and their kin have 160 KiB of shared memory and more, other GPUs 64 to 99 KiB.
+    # A100, H100, B200 and the like have 160 KiB of shared memory and more, other GPUs 64 to 99 KiB.
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     if capability not in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)):
         return (Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)) if wide else (Blocks(64, 64, 4, 2),) * 2

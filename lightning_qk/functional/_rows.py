@@ -11,7 +11,7 @@ _MIN_SEEN = 0.25
 
 
 class Selection:
-    """The rows of a call that are measured; padding holds 0 from here on, whatever it held.
+    """The rows of a call that are measured; padding is set to 0.
 
     Args:
         logits: the call.
@@ -48,15 +48,15 @@ class Selection:
 
     @property
     def count(self) -> int:
-        """How many rows of each sequence are looked at."""
+        """Number of selected rows of each sequence."""
         return self.used.shape[1]
 
     def part(self, rows: slice) -> slice | Tensor:
-        """Some of the rows that are looked at, as :meth:`AttentionLogits.chunk` takes them."""
+        """Some of the selected rows, as :meth:`AttentionLogits.chunk` takes them."""
         return rows if self.index is None else self.index[:, rows]
 
     def weights(self) -> Tensor:
-        """Of how many rows of its sequence each row that is looked at stands for one, ``(batch, 1)``."""
+        """Number of valid rows for each selected row of its sequence, ``(batch, 1)``."""
         return self.valid.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
 
 

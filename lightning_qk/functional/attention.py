@@ -245,7 +245,7 @@ def _pool(
     query_norm: Tensor | None = None,
     key_norm: tuple[Tensor, Tensor] | None = None,
 ) -> AttentionSums:
-    """Sums over the rows, each of them standing for population / sampled rows of its sequence.
+    """Sums over the rows, each weighted by population / sampled rows of its sequence.
 
     Args:
         rows: what was collected of the rows that were looked at.
@@ -268,14 +268,14 @@ def _pool(
     row_total, row_weight = values.sum(-1), here.sum(-1)
     centre = row_total / row_weight.clamp_min(1)
     squares = (here * (values - centre[..., None]).square()).sum(-1)
-    # Variance of an estimated total: N² (1 − R/N) s² / R. One sampled row of many says nothing about spread.
+    # Variance of an estimated total: N² (1 − R/N) s² / R. One sampled row has no variance.
     spread = squares / (sampled - 1)[:, None]
     finite_population = population.square() * (1 - sampled / population.clamp_min(1)) / sampled.clamp_min(1)
     variance = torch.where((sampled < population)[:, None], finite_population[:, None] * spread, 0.0)
 
     rate, rate_variance = _sink_rate(received, received_sq, seen, (sampled < population)[:, None])
     has_rows = (sampled > 0)[:, None].expand_as(rate).to(dtype)
-    # All keys are looked at, so that their mean has no sampling variance.
+    # All keys are used, so that their mean has no sampling variance.
     key_total, key_number = (torch.zeros_like(rate),) * 2 if key_norm is None else key_norm
     return AttentionSums(
         total=torch.stack([*(row_total * scale), rate * has_rows, key_total.to(dtype) * has_rows]),

@@ -65,7 +65,7 @@ def hidden_statistics(
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    r"""How far the tokens of a layer are from being one, and how large its largest numbers are.
+    r"""Collapse of rank, alignment of tokens and massive activations of a layer's hidden states.
 
     Args:
         states: hidden states, shape ``(batch, n, d)``, any floating dtype.

@@ -32,7 +32,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
 # model comes near: softmax of a pair this far down is 0 in every precision.
 MASKED_BELOW = -9e3
-# What hidden keys are pushed down by, in float32 and in float64: far more than any logit of a call in range (see
+# Subtracted from hidden keys, in float32 and in float64: far more than any logit of a call in range (see
 # AttentionLogits.in_range), and finite, so that its product with 0 is 0.
 _FAR = {torch.float32: 1e30, torch.float64: 1e300}
 # Logits whose squares, and sums of them, have all their digits.
@@ -77,7 +77,7 @@ class Chunk(NamedTuple):
 
 
 class AttentionOptions(TypedDict, total=False):
-    """What belongs to an attention call beside its query and key; everything may be left out.
+    """Options of an attention call beside its query and key, all optional.
 
     Attributes:
         mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating and
@@ -219,7 +219,7 @@ class AttentionLogits(ABC):
 
     @abstractmethod
     def without_padding(self, counted: Counted) -> Self:
-        """The same call with zeros in place of what does not count, which may hold anything, NaN included."""
+        """The same call with zeros in place of padding, which may hold anything, NaN included."""
 
     @abstractmethod
     def in_range(self) -> Self:
@@ -244,7 +244,7 @@ class AttentionLogits(ABC):
 
     @abstractmethod
     def finite_heads(self) -> Tensor:
-        """Heads of which no token that counts has a number that is not finite, boolean ``(heads,)``."""
+        """Heads that are finite in all tokens that count, boolean ``(heads,)``."""
 
     @abstractmethod
     def sequences(self, index: slice | Tensor) -> Self:
@@ -423,7 +423,7 @@ class ProductLogits(AttentionLogits):
 
     @property
     def every_row_counts(self) -> bool:
-        """No row can be padding or see nothing; known without a look at the device."""
+        """No row can be padding or see no key; known without synchronizing the device."""
         every = self.query_mask is None and self.mask is None and self.sliding_window is None
         return every and (self.query_offset >= 0 or not self.is_causal)
 
@@ -487,7 +487,7 @@ class ProductLogits(AttentionLogits):
         batch = self.shape[0]
 
         def take(tensor: Tensor | None) -> Tensor | None:
-            # What is the same for all sequences has one entry.
+            # A tensor shared by all sequences has one entry.
             return tensor if tensor is None or (tensor.shape[0] == 1 < batch) else tensor[index]
 
         mask = self.mask

@@ -75,7 +75,7 @@ class Sensitivity:
 
 
 class Finding(NamedTuple):
-    """What a detector makes of a reading.
+    """The score of one detector, and its reason.
 
     Attributes:
         score: 1 and more is an alarm.
@@ -263,7 +263,7 @@ class LogitGrowth(Detector):
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
         """The finding of the newest numbers and their trend."""
-        # NaN alone is a head that no row was seen of.
+        # NaN alone is a head without measured rows.
         if bool(values.isinf().any()):
             index = int(values.isinf().nonzero()[0])
             return Finding(math.inf, f"the logits of {reading.place(self.statistic, index)} are not finite")
@@ -322,7 +322,7 @@ class EntropyCollapse(_OfLayers):
 
 
 class RankCollapse(Detector):
-    """Tokens that grow alike.
+    """Tokens that become alike.
 
     Early in training tokens are alike while the loss falls, so that an alarm also needs a loss that stands still;
     unless tokens were apart at first and have become identical. Tokens that were identical from the start, as a

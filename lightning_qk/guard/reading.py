@@ -108,12 +108,12 @@ class Window:
         return {"rows": list(self._rows)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the rows of a checkpoint."""
+        """Restore the rows of a checkpoint."""
         self._rows = deque(state["rows"], maxlen=self.size)
 
 
 def sure(slope: Tensor, error: Tensor, sigmas: float = 2.0) -> Tensor:
-    """What remains of a slope's size when its error is taken off; 0 where the error is larger.
+    """The slope, shrunk by some standard errors; 0 where they are larger.
 
     Args:
         slope: any shape.

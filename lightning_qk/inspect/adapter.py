@@ -18,7 +18,7 @@ _DOWN, _UP, _UP_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _EMBEDDED = ".lora_embedding"
 _LARGEST_ALPHA = 1e30
-# What makes the weights depend on the input, or the adapter something else than a product of low rank.
+# Fields that make weights depend on the input, or the adapter no product of low rank.
 _REFUSED = (
     "layer_replication",
     "use_qalora",
@@ -32,7 +32,7 @@ _REFUSED = (
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 
 
-# What PEFT takes where a configuration does not say.
+# PEFT's default.
 _ALPHA = 8.0
 # Fields that are read here, and what they have to be.
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -49,7 +49,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse adapters that are not read.
+    """Raises for adapters that cannot be read.
 
     Raises:
         BadInput: no LoRA adapter, a variant that is not a product of low rank beside the base's weights, or
@@ -190,7 +190,7 @@ class AdaptedWeights:
         return path.partition(".")[0] in saved and not any(part.isdigit() for part in path.split("."))
 
     def _is_embedding(self, path: str, own: Any, modules: Mapping[str, Any]) -> bool:
-        """Whether a tensor is of an embedding, in which no attention is."""
+        """Whether a tensor belongs to an embedding."""
         parts = path.split(".")
         found = (own(".".join(parts[:count]), modules) for count in range(len(parts) - 1, 0, -1))
         return isinstance(modules.get(next((name for name in found if name), "")), nn.Embedding)
@@ -303,7 +303,7 @@ class AdaptedWeights:
         return bias + shift
 
     def _factor(self, module: str, weight: Tensor, get: Get) -> Tensor | None:
-        """What DoRA multiplies rows by."""
+        """DoRA's factor of each row, or None."""
         prefix = self._low_rank[module]
         for suffix in _MAGNITUDES:
             if prefix + suffix in self._storage.files:
@@ -323,7 +323,7 @@ class AdaptedWeights:
 
 
 def _part_of(path: str) -> tuple[str | None, str]:
-    """The module that a tensor of low rank belongs to, and which part of it it is; None and "" for others."""
+    """The module of a low-rank tensor, and its part of it; None and "" for other tensors."""
     for part in (_DOWN, _UP, _UP_BIAS, *_MAGNITUDES):
         if path.endswith(part):
             return path.removesuffix(part), part

@@ -1,4 +1,4 @@
-"""JSON files that come with a checkpoint: limits first, then their kind."""
+"""Errors of user input, JSON files and patterns that come with a checkpoint, read within limits."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from typing import Any
 _LARGEST = 2**26
 """Bytes of a JSON file; the index of a model of 10⁵ tensors has 10⁷."""
 _DEEPEST = 64
-# What a configuration's class makes one object, or one entry of a list, of each.
+# Fields that count modules or list entries of a model.
 _COUNTED = re.compile(r"(?:^|_)(?:n_)?(?:layers?|depths?|blocks?|stages?|hidden_layers|experts|groups)$")
 _FEWEST = 256
 """So many layers are allowed whatever the number of tensors: several layers can share one."""
@@ -73,7 +73,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def check_counts(fields: Mapping[str, Any], tensors: int, where: str) -> None:
-    """Refuse a configuration that asks for more than a checkpoint can hold, before anything is made of it.
+    """Raises for a configuration that asks for more than a checkpoint can hold, before anything is built.
 
     Args:
         fields: the configuration as plain data.
@@ -109,7 +109,7 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 class BadInput(ValueError):
-    """Something that the caller can mend: a checkpoint, an option or a target that is not what was expected.
+    """An error that the caller can correct: a checkpoint, option or target that is not what was expected.
 
     Attributes:
         status: the exit status of a command that is given it.
@@ -134,7 +134,7 @@ def one_line(error: BaseException) -> str:
 
 _SECONDS = 5.0
 _LONGEST = 1000
-# What backtracks nowhere but over the dots before it.
+# Patterns without backtracking.
 _PLAIN = re.compile(r"^\^?(?:[A-Za-z0-9_-]|\\?\.)+\$?$")
 _MATCH = """
 import json, re, sys

@@ -25,7 +25,7 @@ from lightning_qk.record.atomic_write import whole_file
 
 
 def check_targets(paths: Sequence[Path | None]) -> None:
-    """Refuse files that cannot be written, before anything is read.
+    """Raises for files that cannot be written, before anything is read.
 
     Raises:
         BadInput: a target is a folder, or its folder cannot be written to.
@@ -140,7 +140,7 @@ def _number(value: float) -> float | None:
 
 
 def difference(first: Reading, other: Reading) -> dict[str, Any]:
-    """What one model has more of than another, by key, as plain data."""
+    """Difference of two models by key, as plain data."""
     before, after = logged_values(first), logged_values(other)
     return {
         "checkpoint": other.title,
@@ -284,7 +284,7 @@ def logged_values(reading: Reading) -> dict[str, float]:
 
 
 def check_condition(condition: Condition, values: Mapping[str, float]) -> float | None:
-    """The number that a condition holds of, or None where it does not hold.
+    """The number for which a condition holds, or None where it does not.
 
     Raises:
         BadInput: there is no such number.

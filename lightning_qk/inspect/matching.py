@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from lightning_qk.inspect.documents import BadInput, one_line
 from lightning_qk.inspect.storage import Get, Storage
 
-# What compiling and sharding put between the parts of a name.
+# Parts that compiling and sharding insert into names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 
-# Different prefixes that are looked at: those of one network differ by what its class puts before its names.
+# Prefixes that are tried: those of one network differ by what its class puts before its names.
 _MOST_NETWORKS = 64
-# How networks are called that follow another one.
+# Names of networks that are copies of another one.
 _COPY = re.compile(
     r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])"
 )
 _NUMBER = re.compile(r"\d+")
-# Tensors of attention that no weights are: constants that older versions of transformers saved too.
+# Constants of attention, not weights, that older versions of transformers also saved.
 _CONSTANTS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids|relative_position_index)$")
 _NAMED = 4
 """Names that a message lists; others are counted."""
@@ -315,7 +315,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """The same where memory that torch would give begins; a mapped file has tensors anywhere.
+    """The same tensor at an aligned address, as torch allocates it; a mapped file has tensors anywhere.
 
     Products of the same numbers differ in the last bit where they begin elsewhere, and two checkpoints with the
     same weights must not.

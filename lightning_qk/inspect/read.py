@@ -85,7 +85,7 @@ class Reading:
 def iterate_layers(
     model: nn.Module, weights: Weights, *, fold_norm: bool = False
 ) -> Iterator[tuple[Site, LayerPlan | str, HeadProjections | None]]:
-    """Read the attention layers of a skeleton, each with its own weights in place for the time of its turn.
+    """Read the attention layers of a skeleton one by one, each with its own weights in place.
 
     Args:
         model: from :func:`~lightning_qk.inspect.skeleton.build_skeleton`.
@@ -410,7 +410,7 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
 
 
 def check_same_layers(first: Reading, other: Reading) -> None:
-    """Refuse to set readings beside each other whose layers or heads differ.
+    """Raises unless two readings have the same layers and heads.
 
     Raises:
         BadInput: they differ.

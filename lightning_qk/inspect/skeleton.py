@@ -21,10 +21,10 @@ from lightning_qk.inspect.documents import BadInput, one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Numbers from which on a tensor that a constructor makes is not worth its memory.
+# Elements above which a constructor's tensor goes to the meta device.
 _LARGE = 2**22
 _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
-# Ranges are computed with, which numbers on the meta device would stop: they are real up to a larger size.
+# Constructors compute with ranges: these are real up to a larger size.
 _LARGE_RANGE = 2**25
 # Length of the pattern that stand-ins repeat: prime, so that no row of a matrix is like another.
 _PATTERN = 4099
@@ -96,7 +96,7 @@ def _class_of(config: "PreTrainedConfig", name: str) -> Any:
 
 
 def _plain_attention(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Without an implementation whose library may not be there: nothing is computed by it."""
+    """Eager in place of an implementation that needs a library: attention is not run."""
     wanted = getattr(config, "_attn_implementation", None)
     if wanted not in (None, "eager", "sdpa"):
         config._attn_implementation = "eager"
@@ -143,7 +143,7 @@ def _length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
 
 
 class _Budget:
-    """How large a model may be beside its checkpoint.
+    """Bounds on the size of a model, given its checkpoint.
 
     Layers may share tensors, constants need not be saved, and classes make what a checkpoint of another
     task lacks:
@@ -176,7 +176,7 @@ class _Budget:
 
 @contextmanager
 def _without_memory(budget: _Budget) -> Iterator[None]:
-    """Modules that are made in this block keep their parameters on the meta device, initialized or not."""
+    """Modules constructed in this block have their parameters on the meta device."""
     register = nn.Module.register_parameter
 
     def register_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -197,7 +197,7 @@ def _without_memory(budget: _Budget) -> Iterator[None]:
 
 
 class Placed:
-    """Tensors in the places of a skeleton's own, for the time of a block.
+    """Stand-ins for a skeleton's tensors, until taken back.
 
     Attributes:
         names: of the parameters and buffers that have a stand-in.

@@ -34,7 +34,7 @@ _STEP = re.compile(r"(?:checkpoint|step|global_step|iter)[-_=]?(\d+)", re.IGNORE
 _LARGEST_STEP = 2**53
 _MOST_ADAPTERS = 4
 """Adapters on adapters, at most."""
-# Where hyperparameters of a LightningModule say what model it holds.
+# Hyperparameters of a LightningModule that may name its model.
 _MODEL_HINT = re.compile(r"model|pretrained|backbone|checkpoint", re.IGNORECASE)
 
 
@@ -89,7 +89,7 @@ class Checkpoint:
 
 
 def open_source(target: str, options: Options) -> list[Checkpoint]:
-    """Open what a name stands for.
+    """Open a checkpoint or a series of them.
 
     Args:
         target: a folder that ``save_pretrained`` wrote, a PEFT adapter's folder, a checkpoint of Lightning or
@@ -121,7 +121,7 @@ def open_source(target: str, options: Options) -> list[Checkpoint]:
 
 
 def _place(name: str) -> Path:
-    """The path that a name may be.
+    """A name as a path.
 
     Raises:
         BadInput: no path has such a name.
@@ -196,7 +196,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
 
 
 def _of_something_else(config: Path) -> bool:
-    """Whether a config.json is no model's, such as that of a pooling layer of sentence-transformers."""
+    """Whether a config.json belongs to no model, but to a pooling layer of sentence-transformers, say."""
     try:
         fields = read_json(config, "a configuration")
     except BadInput:

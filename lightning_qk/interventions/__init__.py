@@ -1,4 +1,4 @@
-"""What changes attention or its weights while a model trains, without Lightning.
+"""Changes of attention and its weights while a model trains, without Lightning.
 
 May import functional, architecture, heads and capture.
 """

@@ -23,7 +23,7 @@ from lightning_qk.interventions.replaced_attention import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# A closed key's logit may exceed every open one's: its exponential is only ever needed for the gates' gradient.
+# A closed key's logit may exceed every open one's: its exponential is needed for the gates' gradient only.
 _MOST_ABOVE = 30.0
 
 
@@ -112,7 +112,7 @@ def gated_attention(
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     shown = torch.ones_like(x, dtype=torch.bool) if visible is None else visible.expand_as(x)
     is_open = _open_keys(gates, shown)
-    # Rows that lost every key keep the gates' gradient out.
+    # Rows with all keys closed get no gradient of the gates.
     factor = torch.where(is_open & (gates.detach() <= 0.5), 1.0, gates.to(x.dtype))
     low = torch.finfo(x.dtype).min
     top = x.detach().masked_fill(~is_open, low).amax(-1, keepdim=True)
@@ -173,7 +173,7 @@ class GatedAttention(Auxiliary, Replaced):
         return run(self._exchanged(name, call, {EXTRA: drawn}))
 
     def _without_gates(self, name: str, call: AttentionCall, run: Run) -> Any:
-        """A layer that is left alone: its gates get a gradient of zeros, since DDP waits for one of each."""
+        """Calls of a layer without gates: its gates get zero gradients, since DDP waits for every parameter."""
         output = run(call)
         first = output[0] if isinstance(output, tuple) else output
         if not (call.module.training and torch.is_grad_enabled() and first.requires_grad):

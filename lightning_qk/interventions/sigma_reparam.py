@@ -50,11 +50,11 @@ class SigmaParametrization(nn.Module):
         self.register_buffer("v", found["v"])
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that acts."""
+        """The effective weight."""
         return _effective(weight, self.gain, self.u.clone(), self.v.clone(), self.part)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What to store so that a weight acts: itself, with γ at its σ₁."""
+        """The tensor to store for an effective weight: the weight itself, with γ at its σ₁."""
         for name, value in _decompose(weight, self.part).items():
             getattr(self, name).data.copy_(value)
         return weight
@@ -201,7 +201,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_rest(module: nn.Module, parts: dict[nn.Module, Tensor], transposed: dict[nn.Module, bool]) -> None:
-    """A part for all of a linear map that is in none yet."""
+    """One part for all rows of a linear map that have none yet."""
     is_conv = is_named(module, "Conv1D")
     weight = module._parameters.get("weight")
     if not (is_conv or isinstance(module, nn.Linear)) or weight is None or weight.dim() != 2:
@@ -222,7 +222,7 @@ def _parametrize(module: nn.Module, part: Tensor) -> None:
 
 
 def _iterate(module: nn.Module, inputs: object) -> None:
-    # The recomputation of a checkpoint has to find what its forward found.
+    # The recomputation of a checkpoint has to use the weights of its forward.
     if module.training and is_sigma_reparametrized(module) and not _is_recomputed():
         held: Any = module.parametrizations
         if held["weight"].original.requires_grad:
@@ -267,7 +267,7 @@ def _decompose(weight: Tensor, part: Tensor) -> dict[str, Tensor]:
             left[number, places], right[number] = u, v
         else:
             left[number], right[number, places] = u, v
-    # As the forward computes it, so that the first weight is the very same.
+    # As the forward computes it, so that the first weight is bit-identical.
     return {"gain": _sigma(weight.detach(), left, right), "u": left, "v": right}
 
 

@@ -195,7 +195,7 @@ class UpdateCapper:
             self._before[key] = _rows(stored)
 
     def _try(self, key: tuple[str, str], action: Callable[[], None]) -> None:
-        """Do something for a matrix whose layer is not in doubt; where it fails, it is from then on."""
+        """Runs an action for a matrix, unless its layer has failed before; a failure is noted."""
         if key[0] in self._doubts:
             return
         try:
@@ -207,7 +207,7 @@ class UpdateCapper:
 
     @torch.no_grad()
     def cap(self) -> dict[tuple[str, str], Capped]:
-        """Scale what was done to the weights since :meth:`remember`; nothing waits for the device.
+        """Scale the updates since :meth:`remember`, without synchronizing the device.
 
         Everything that may fail is done before :attr:`agree` is asked, and what is written after it.
         """
@@ -217,7 +217,7 @@ class UpdateCapper:
         subspaces: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
         def cap_one(key: tuple[str, str], stored: StoredRows) -> None:
-            # What is written takes the place of what was remembered, and no more memory.
+            # The new rows replace the remembered ones: no more memory.
             self.newest[key], subspaces[key], written[key] = self._capped(key, stored, remembered.pop(key))
 
         for key in list(remembered):
@@ -236,7 +236,7 @@ class UpdateCapper:
     def _capped(
         self, key: tuple[str, str], stored: StoredRows, before: Tensor
     ) -> tuple[Capped, tuple[Tensor, Tensor], Tensor]:
-        """What is done to a matrix, what estimates go on from, and its rows then; nothing is changed."""
+        """The cap of one matrix, the subspaces of the next estimate, and the capped rows; nothing is changed."""
         after = _rows(stored)
         wide = at_least_float32(before)
         update = at_least_float32(after) - wide
@@ -311,7 +311,7 @@ def _text(error: Exception) -> str:
 
 
 def _start(weight: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-    """Subspaces for the first estimates, which have no earlier ones to start from."""
+    """Subspaces of the first estimates."""
     start = starting_subspace(weight.shape[1], _VECTORS, device=weight.device, dtype=weight.dtype)
     return subspace_iteration(weight, start, 20)[1], subspace_iteration(update, start, 20)[1]
 

@@ -143,7 +143,7 @@ class LocaterPenalty:
         self.names = self._select()
 
     def refresh(self) -> bool:
-        """Look for the layers again if modules of the model were replaced; whether they were.
+        """Find the layers again after modules of the model were replaced; whether they were.
 
         Raises:
             ValueError: nothing is left that can be read, or that the patterns match.
@@ -154,7 +154,7 @@ class LocaterPenalty:
         return True
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Of the layers that are chosen, penalize these alone; all until modules are replaced."""
+        """Restrict the penalty to some of the chosen layers, until modules are replaced."""
         self.names = [name for name in self._select() if name in names]
 
     def means(self, support: Support) -> dict[str, Tensor]:
@@ -313,7 +313,7 @@ def _sum(totals: list[Tensor]) -> Tensor:
 
 
 class _Shares:
-    """What is to be added to the gradients of parameters; nothing is changed before :meth:`add`."""
+    """Gradients to add to those of parameters; nothing is changed before :meth:`add`."""
 
     def __init__(self) -> None:
         self._made: dict[nn.Parameter, Tensor] = {}
@@ -331,7 +331,7 @@ class _Shares:
         gradients: Sequence[Tensor | None],
         wanted: Collection[int],
     ) -> None:
-        """Share gradients of stacked projections, (layers, ...) for query and key, out to the parameters."""
+        """Split gradients of stacked projections, (layers, ...) for query and key, into those of parameters."""
         for side, stacked in zip(("query", "key"), gradients, strict=True):
             if stacked is None:
                 continue
@@ -369,7 +369,7 @@ def _gradients(
     wanted: Collection[int],
     shares: _Shares,
 ) -> list[Tensor]:
-    """Penalties of layers, their gradients shared out; a function, so that nothing gathered outlives it."""
+    """Penalties of layers, gradients put into ``shares``; a function, so that gathered weights are freed."""
     with torch.enable_grad():
         heads = {name: layer.read() for name, layer in layers.items()}
     totals = []
@@ -398,7 +398,7 @@ def _wants(layer: LayerPlan, side: str, wanted: Collection[int]) -> bool:
     """Whether the weight of one side of a layer depends on a wanted parameter."""
     parameters = layer.parameters(side)
     if layer.is_flat:
-        # FSDP gives a parameter that has no gradient on any process none to add to.
+        # FSDP has no gradient for a parameter that has none on any process.
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
     return any(id(parameter) in wanted for parameter in parameters)
 
@@ -406,7 +406,7 @@ def _wants(layer: LayerPlan, side: str, wanted: Collection[int]) -> bool:
 def _pulled(
     layer: LayerPlan, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
 ) -> list[tuple[nn.Parameter, Tensor]]:
-    """What a projection's gradient means for the parameters; of sharded ones, for the local shard."""
+    """Gradients of the parameters from that of a projection; of sharded ones, for the local shard."""
     if not projection.requires_grad:
         # A merged or disabled adapter takes no part.
         return []
@@ -478,7 +478,7 @@ def select_layers(
     modules: str | Sequence[str] | None = None,
     cross_attention: bool = False,
 ) -> list[str]:
-    """Names of the layers that a penalty is on, by name pattern and kind; nothing is gathered.
+    """Names of the penalized layers, by name pattern and kind; nothing is gathered.
 
     Raises:
         ValueError: nothing is left.

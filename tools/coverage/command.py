@@ -84,7 +84,7 @@ def _parser(prog: str) -> OneLineParser:
 
 
 def _measure(types: Sequence[str], jobs: int, timeout: float, memory: int) -> list[Outcome]:
-    """Check the types, each in its own process, with a bar where somebody looks on."""
+    """Check the types, each in its own process, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

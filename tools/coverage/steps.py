@@ -17,7 +17,7 @@ _MOST = 200
 
 
 class Earlier(NamedTuple):
-    """A tensor that an operand was made of.
+    """A tensor from which an operand was computed.
 
     Attributes:
         node: the tensor and what it was made by in turn.
@@ -31,7 +31,7 @@ class Earlier(NamedTuple):
 
 
 def earlier(node: Node | None, width: int, *, with_gain: bool = False) -> Iterator[Earlier]:
-    """What an operand was made of, nearest first, without those that are only views or copies of later ones."""
+    """Tensors from which an operand was computed, nearest first, without views or copies of later ones."""
     todo = [] if node is None else [(Earlier(node, 1.0, None), False)]
     seen: set[int] = set()
     while todo and len(seen) < _MOST:

@@ -1,4 +1,4 @@
-"""What the outcomes of all types add up to, as a page of Markdown and as a table in the terminal."""
+"""Outcomes of all types as a page of Markdown and as a table in the terminal."""
 
 import platform
 import textwrap
@@ -43,12 +43,12 @@ class Row(NamedTuple):
 
     @property
     def weights_verified(self) -> bool:
-        """Of every layer that ran, and some did."""
+        """Whether some layer ran and all that ran are verified."""
         return self.ran > 0 and self.weights == self.ran
 
     @property
     def statistics_verified(self) -> bool:
-        """Of every layer that ran, and some did."""
+        """Whether some layer ran and all that ran are verified."""
         return self.ran > 0 and self.statistics == self.ran
 
 
@@ -224,7 +224,7 @@ def versions() -> str:
 
 
 def reasons_text(row: Row) -> str:
-    """Why a type is not verified, or not wholly, in a line."""
+    """Reasons why a type is not (wholly) verified, in a line."""
     parts = [row.why] if row.why else []
     for (kind, what, why), count in row.reasons.items():
         times = f"{count} × " if count > 1 else ""
@@ -235,7 +235,7 @@ def reasons_text(row: Row) -> str:
 
 
 def print_summary(rows: Sequence[Row], *, named: bool) -> None:
-    """What to see in the terminal: every type that was asked for by name, else those that are not verified."""
+    """Print every type that was named, else those that are not verified."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

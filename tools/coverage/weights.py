@@ -85,7 +85,7 @@ def verify_weights(read: HeadProjections, events: list[Event]) -> Verdict:
 
 
 def _sides(product: Product) -> set[tuple[int, int]]:
-    """What query and key were made by; empty where that is not known."""
+    """Tensors from which query and key were computed; empty where unknown."""
     if product.query_node is None or product.key_node is None:
         return set()
     return {(id(product.query_node), id(product.key_node))}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 
 class Outcome(NamedTuple):
-    """What came of one name.
+    """The outcome of one name.
 
     Attributes:
         name: what the function was called with.
