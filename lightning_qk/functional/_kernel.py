@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, ProductLogits
+from lightning_qk.functional.chunks import MASKED_BELOW
+from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.

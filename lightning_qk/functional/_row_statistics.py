@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._kernel import Collected
-from lightning_qk.functional.logits import AttentionLogits, Chunk, hide
+from lightning_qk.functional.chunks import Chunk, hide
+from lightning_qk.functional.logits import AttentionLogits
 
 ROW_STATISTICS = (
     "entropy",

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.logits import AttentionLogits, Chunk, check_rows, hide, sample_rows, take_rows
+from lightning_qk.functional.chunks import Chunk, check_rows, hide, sample_rows, take_rows
+from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.precision import norms
 
 # A key's mean over rows counts when it is seen by at least this share of the rows that see the most-seen key.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional.checks import boolean, dense, flags, floating, generator_of, integer
-from lightning_qk.functional.logits import CHUNK_ELEMENTS, sample_rows
+from lightning_qk.functional.chunks import sample_rows
+from lightning_qk.functional.logits import CHUNK_ELEMENTS
 from lightning_qk.functional.precision import are_safe, at_least_float32, full_precision, norms, scaled
 from lightning_qk.functional.singular import effective_rank
 

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional.checks import number
-from lightning_qk.functional.logits import (
-    AttentionLogits,
-    AttentionOptions,
-    MaskFunction,
-    ProductLogits,
-    as_logits,
-)
+from lightning_qk.functional.chunks import MaskFunction
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_logits
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_qk.functional.checks import boolean
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, Chunk, as_logits
+from lightning_qk.functional.chunks import Chunk
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.functional.logits import sample_rows
+from lightning_qk.functional.chunks import sample_rows
 from lightning_qk.functional.ranks import kendall_tau
 from lightning_qk.probes._attention import Attention, is_causal, received
 from lightning_qk.probes._output import Where, change, read_output
