@@ -176,16 +176,18 @@ class EffectivePlan:
             module = copy.deepcopy(module)
         buffers = [own for own in module.buffers() if own.is_floating_point()]
         names = {id(tensor): place for place, tensor in enumerate((*module.parameters(), *buffers))}
+        parameters = {id(tensor) for tensor in module.parameters()}
 
         def convert(tensor: Tensor) -> Tensor:
-            if id(tensor) not in names and tensor.numel() <= _SMALL and not is_dtensor(tensor):
+            place = names.get(id(tensor))
+            if id(tensor) not in parameters and tensor.numel() <= _SMALL and not is_dtensor(tensor):
                 # A forward may count in its buffers.
                 tensor = tensor.clone()
             if not is_plain(tensor):
                 return tensor
             plain = at_least_float32(whole(tensor)) if is_wide else whole(tensor)
-            if vary and id(tensor) in names and (tensor.requires_grad or tensor.numel() <= _SMALL):
-                return _varied(plain, names[id(tensor)])
+            if vary and place is not None and (tensor.requires_grad or tensor.numel() <= _SMALL):
+                return _varied(plain, place)
             # Of its own, since layers cast their biases in place.
             return plain.view_as(plain) if plain is tensor else plain
 

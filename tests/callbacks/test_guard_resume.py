@@ -75,8 +75,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, seed, kind, every):
     at = (4, 13, 17)
     # What goes on after each of these checkpoints is an abandoned later run for those that resume.
     whole = fit(tmp_path, seed, kind, every, save=at)
-    # A guard whose remedies edit weights comes before the monitors: it judges a step when the next begins.
-    assert whole[0].account.curves.steps == list(range(every - 1, STEPS - (kind != "quiet"), every))
+    # A guard whose remedies edit weights comes before the monitors: it judges a step when the next begins, and the
+    # last one at the end.
+    assert whole[0].account.curves.steps == list(range(every - 1, STEPS, every))
     for step in at:
         resumed = fit(tmp_path, seed, kind, every, path=tmp_path / f"own-{step}.ckpt")
         same(whole, resumed)

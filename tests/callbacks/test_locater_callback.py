@@ -325,6 +325,7 @@ def test_deepspeed_is_refused_with_the_way_out(monkeypatch):
     callback = LocAteR(1.0)
     trainer = models.trainer([callback])
     strategy = object.__new__(DeepSpeedStrategy)
+    strategy._lightning_module = models.Job()
     monkeypatch.setattr(type(trainer), "strategy", property(lambda self: strategy))
     with pytest.raises(ValueError, match=r"got DeepSpeed.*locater_penalty\(self\) to the loss.*FSDP2"):
         callback.setup(trainer, models.Job(), "fit")

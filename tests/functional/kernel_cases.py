@@ -27,9 +27,9 @@ def shapes(request, monkeypatch):
     """Every call runs the kernel, in small blocks, so that a short sequence has whole blocks and parts of them."""
     chosen = getattr(request, "param", SQUARE)
 
-    def kernel_rows(source, used, index, *, every):
+    def kernel_rows(source, used, index):
         assert _kernel.fits(source)
-        return _kernel.launch(source, used, index, every=every, shapes=chosen)
+        return _kernel.launch(source, used, index, every=source.every_row_counts, shapes=chosen)
 
     monkeypatch.setattr(localization, "kernel_rows", kernel_rows)
 

@@ -6,6 +6,8 @@ from torch import nn
 from lightning_qk.heads.find import attention_sites
 from lightning_qk.heads.reader import find_attention, head_projections, unread
 
+pytestmark = pytest.mark.usefixtures("code_of_a_library")
+
 
 class Projections(nn.Module):
     """Has the children of attention; what it does depends on its subclass.

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_qk.heads.reader import head_projections, unread
 
+pytestmark = pytest.mark.usefixtures("code_of_a_library")
+
 PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"}
 
 

@@ -5,6 +5,8 @@ from torch import nn
 
 from lightning_qk.heads.reader import head_projections
 
+pytestmark = pytest.mark.usefixtures("code_of_a_library")
+
 
 class NormedAttention(nn.Module):
     """q and k of 2 heads, normalized per head or over the whole width; it stands for a class of transformers."""

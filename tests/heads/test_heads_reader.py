@@ -209,7 +209,9 @@ def test_parametrized_weights_are_the_effective_ones():
 
 
 def test_a_model_without_attention():
-    with pytest.raises(ValueError, match=r"expected .* attention, found none in Sequential: pass"):
+    with pytest.raises(
+        ValueError, match=r"expected .* attention, found none in Sequential: build the network"
+    ):
         head_projections(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
     assert unread(nn.Linear(2, 2)) == {}
 

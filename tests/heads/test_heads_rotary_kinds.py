@@ -14,6 +14,8 @@ from lightning_qk.functional import qk_eigenvalues
 from lightning_qk.functional.rotary import rotate_between
 from lightning_qk.heads.reader import ProjectionReader, head_projections
 
+pytestmark = pytest.mark.usefixtures("code_of_a_library")
+
 TOKENS = 9
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 LLAMA3 = {
