@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
+from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.architecture.source_code import calls_sdpa, uses_interface
 from lightning_qk.capture.captured import PRODUCTS
 from lightning_qk.capture.fronts import behind
@@ -46,31 +46,15 @@ def matching_layers(reader: ProjectionReader, modules: str | Sequence[str] | Non
     Raises:
         ValueError: the patterns match none, or none that can be read.
     """
-    names = [name for name in reader if _matches(name, modules)]
-    unread = matching_unread(reader, modules)
-    if not names and unread:
-        first = next(iter(unread))
-        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-        raise ValueError(
-            f"expected query and key weights that can be read in the layers of modules={modules!r}, got "
-            f"{first}{more}, of which they cannot: {unread[first]}; choose other layers with modules="
-        )
+    names = [name for name in reader if matches(name, modules)]
     if not names:
-        raise ValueError(
-            f"expected modules={modules!r} to match at least one attention layer, but it matches none of "
-            f"{len(reader)} ({', '.join(list(reader)[:3])}, ...): use * for any part of a name"
-        )
+        raise no_match(reader, matching_unread(reader, modules), modules)
     return names
 
 
 def matching_unread(reader: ProjectionReader, modules: str | Sequence[str] | None) -> dict[str, str]:
     """The layers that patterns match and that cannot be read, each with the reason."""
-    return {name: reason for name, reason in reader.unread.items() if _matches(name, modules)}
-
-
-def _matches(name: str, modules: str | Sequence[str] | None) -> bool:
-    patterns = [modules] if isinstance(modules, str) else modules
-    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+    return {name: reason for name, reason in reader.unread.items() if matches(name, modules)}
 
 
 def no_products(plan: LayerPlan, config: Any = None) -> str | None:

@@ -1,12 +1,12 @@
 """LocAteR: localized attention regularization, a penalty on the scale of QK-eigenspectra."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.functional.checks import floating, number
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.spectrum import Support, support_size
@@ -492,17 +492,16 @@ def select_layers(
         raise ValueError(
             "expected at least one layer, got an empty mapping: pass what head_projections returned"
         )
-    patterns = [modules] if isinstance(modules, str) else modules
     layers: Mapping[str, LayerPlan | HeadProjections] = projections
     if isinstance(projections, ProjectionReader):
         layers = projections.layers
     chosen = [
         name
         for name, layer in layers.items()
-        if _matches(name, patterns) and left_out(layer, cross_attention) is None
+        if matches(name, modules) and left_out(layer, cross_attention) is None
     ]
     if not chosen:
-        matched = [name for name in layers if _matches(name, patterns)]
+        matched = [name for name in layers if matches(name, modules)]
         if matched:
             reason = left_out(layers[matched[0]], cross_attention)
             more = f" (and {len(matched) - 1} more)" if len(matched) > 1 else ""
@@ -511,19 +510,8 @@ def select_layers(
                 f"{matched[0]}{more}, {reason}: {_way_out(layers, matched, cross_attention)}"
             )
         unread = projections.unread if isinstance(projections, ProjectionReader) else {}
-        unread = {name: reason for name, reason in unread.items() if _matches(name, patterns)}
-        if unread:
-            first = next(iter(unread))
-            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-            raise ValueError(
-                f"expected query and key weights that can be read in the layers of modules={modules!r}, got "
-                f"{first}{more}, of which they cannot: {unread[first]}; choose other layers with modules="
-            )
-        names = ", ".join(list(projections)[:3])
-        raise ValueError(
-            f"expected modules={modules!r} to match at least one attention layer, but it matches none of "
-            f"{len(projections)} ({names}, ...): use * for any part of a name"
-        )
+        unread = {name: reason for name, reason in unread.items() if matches(name, modules)}
+        raise no_match(projections, unread, modules)
     return chosen
 
 
@@ -544,7 +532,3 @@ def _way_out(
     if not cross_attention and any(left_out(layers[name], True) is None for name in matched):
         return "pass cross_attention=True to penalize it all the same"
     return "the penalty needs queries and keys of one space"
-
-
-def _matches(name: str, patterns: Sequence[str] | None) -> bool:
-    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -367,9 +367,7 @@ def test_a_layer_that_was_read_wrongly_is_left_out_of_the_next_fit_until_it_chan
     for callback in (QKClip(1.0), LocAteR(1.0)):
         with pytest.warns(UserWarning, match=rf"{name} is (not clipped|left out): its queries are not"):
             fit([callback], job, max_steps=1)
-    with pytest.raises(
-        ValueError, match="expected query and key weights that can be read in"
-    ):
+    with pytest.raises(ValueError, match="expected query and key weights that can be read in"):
         fit([UpdateCap(1e-4, modules="*.1.self_attn")], job, max_steps=1)
     hook.remove()
     job.get_submodule(name).is_mended = True
