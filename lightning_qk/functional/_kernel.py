@@ -123,14 +123,9 @@ def launch(
     every: bool,
     shapes: tuple[Blocks, Blocks] | None = None,
 ) -> Collected:
-    """Run the kernels, whatever the device; the arguments are those of :func:`kernel_rows`.
+    """Run the kernels on any device, with the arguments of :func:`kernel_rows`.
 
-    Args:
-        source: a call that :func:`fits`.
-        used: rows that count, ``(batch, rows)``.
-        index: which rows these are; None for all.
-        every: ``used`` is known to be all True.
-        shapes: instead of those of :func:`blocks`.
+    ``every``: ``used`` is known to be all True; ``shapes``: in place of those of :func:`blocks`.
     """
     from lightning_qk.functional import _triton
 

@@ -115,12 +115,7 @@ def softmax_rows(logits: ProductLogits, rows: slice, buffer: Tensor) -> Softmax:
 
 
 def row_values(logits: ProductLogits, valid: Tensor, measure: RowMeasure) -> tuple[Tensor, Tensor]:
-    """A measure of every row, differentiable.
-
-    Args:
-        logits: the call, checked; tensors as they came.
-        valid: rows that count, ``(batch, n)``.
-        measure: what is computed.
+    """A measure of every row, differentiable; ``valid``: rows that count, ``(batch, n)``.
 
     Returns:
         Values ``(batch, heads, n)``, 0 where a row has none, and which rows have one, boolean of that shape.

@@ -140,33 +140,26 @@ def logit_statistics(
 ) -> dict[str, Tensor]:
     """The statistics of :func:`attention_statistics`, from the logits that a softmax gets.
 
-    Without queries and keys, query_norm and key_norm are NaN.
-
     For attention whose logits are more than a scaled ``q · k``: whatever is added to them, masks included, is part
-    of them. A key is hidden from a row where the logit is −9000 or below, as of the masks that
-    :func:`attention_statistics` adds: −inf, the smallest number of a dtype, −1e4 and −1e9 hide; −100 does not, and
-    its key counts among the row's visible ones with a probability that is as good as 0.
+    of them. Without queries and keys, query_norm and key_norm are NaN.
 
     Args:
-        logits: shape ``(batch, heads, n, m)``, floating; the last axis is the softmax's.
-        rows: how many query rows to sample in each sequence; None for all.
+        logits: ``(batch, heads, n, m)``, as for :meth:`AttentionLogits.given`, like ``query_mask``,
+            ``query_offset``, ``self_attention``, ``relative`` and ``sinks``.
+        rows: as in :func:`attention_statistics`, like ``per_sequence`` and ``generator``.
         query_mask: rows to count, boolean ``(batch, n)``.
-        query_offset: position of the first query on the axis of the keys; None where queries have no place
-            among the keys: distance, distance_spread and diagonal are NaN then.
-        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding
-            and its own row is left out. None: when ``n == m``.
-        sinks: learnt extra logit in the softmax's denominator, broadcastable to ``(batch, heads, n)``.
-        relative: each row's logits are known up to a constant (its maximum was subtracted, say): max_logit and
-            max_abs_logit are NaN then. The others do not depend on it.
+        query_offset: position of the first query; None: distance, distance_spread and diagonal are NaN.
+        self_attention: queries and keys are the same tokens; None: when ``n == m``.
+        sinks: learnt extra logits, broadcastable to ``(batch, heads, n)``.
+        relative: rows are known up to a constant: max_logit and max_abs_logit are NaN.
         per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
-        generator: where sampled rows are drawn from; None is torch's global generator.
+        generator: where sampled rows are drawn from.
 
     Returns:
         As :func:`attention_statistics`, in float32 at least.
 
     Raises:
-        ValueError: no floating tensor of four axes, ``query_mask`` or ``sinks`` of another shape, or ``rows``
-            below 1.
+        ValueError: as both.
     """
     given = AttentionLogits.given(
         logits,
@@ -247,12 +240,8 @@ def _pool(
 ) -> AttentionSums:
     """Sums over the rows, each weighted by population / sampled rows of its sequence.
 
-    Args:
-        rows: what was collected of the rows that were looked at.
-        valid: rows that count, ``(batch, n)``.
-        used: which of those looked at count, ``(batch, rows)``.
-        query_norm: of these rows, ``(batch, heads, rows)``; None where there are no queries.
-        key_norm: sum over the keys and their number, ``(batch, heads)``; None where there are no keys.
+    ``valid``: rows that count, ``(batch, n)``; ``used``: the same of the selected rows. ``query_norm``, ``(batch,
+    heads, rows)``, and ``key_norm``, sum and number ``(batch, heads)``, are None without queries and keys.
     """
     values, counted, maximum, received, received_sq, seen = rows
     dtype, device = values.dtype, values.device

@@ -147,13 +147,13 @@ def hidden_sums(
     """The additive form of :func:`hidden_statistics`, for accumulation; same arguments, and one more.
 
     Args:
-        states: see :func:`hidden_statistics`.
-        mask: likewise.
-        tokens: likewise.
-        sequences: how many of the batch to look at, drawn without replacement; None for all. Each then stands for
+        states: this, ``mask``, ``tokens`` and ``generator`` as in :func:`hidden_statistics`.
+        mask: tokens that count.
+        tokens: sample size.
+        sequences: how many of the batch to measure, drawn without replacement; None for all. Each then weighs
             ``batch / sequences``, so that sums over calls estimate those of all sequences without bias; maxima
             are lower bounds.
-        generator: likewise.
+        generator: of the samples.
 
     Raises:
         ValueError: as :func:`hidden_statistics`, or ``sequences`` below 1.

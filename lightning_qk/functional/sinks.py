@@ -167,7 +167,7 @@ def sink_sums(
 
 
 class _Received:
-    """One pass over the rows: what each key receives, and what each row puts out.
+    """One pass over the rows: the attention that each key receives, and the output of each row.
 
     The outputs are as large as the queries, so that no second pass is needed once the sinks are known.
 
@@ -213,13 +213,7 @@ class _Received:
 
 
 def _explained(output: Tensor, value: Tensor, is_sink: Tensor) -> Tensor:
-    """``‖O P‖²`` for the span of the values that are marked, ``(batch, heads)`` in float64.
-
-    Args:
-        output: ``(batch, heads, rows, d_value)``.
-        value: ``(batch, value_heads, m, d_value)``.
-        is_sink: ``(batch, heads, m)``.
-    """
+    """``‖O P‖²`` for the span of the values that are marked, ``(batch, heads)`` in float64."""
     batch, heads, _, d_value = output.shape
     most = int(is_sink.sum(-1).amax()) if is_sink.numel() else 0
     if most == 0:
@@ -258,12 +252,7 @@ def _is_small(value: Tensor, seen: Tensor) -> Tensor:
 def _position_effect(indicator: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Covariance between sequences at the same position, and variance, of each sequence's share in both.
 
-    Args:
-        indicator: 0 or 1 of each key, ``(batch, heads, m)``.
-        seen: keys that are there, ``(batch, m)``.
-
-    Returns:
-        Two of ``(batch, heads)``; 0 where there is nothing to compare.
+    Both ``(batch, heads)``, of an indicator ``(batch, heads, m)``; 0 where there is nothing to compare.
     """
     batch, _, m = indicator.shape
     keys = seen.sum()
