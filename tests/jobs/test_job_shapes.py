@@ -394,7 +394,8 @@ def test_no_false_word_in_table_and_notes(name, variant, runs):
             continue
         dense = dense_attention(last[layer], layer not in cross)
         entropy = float(dense["entropy_normalized"].mean())
-        assert row.entropy_normalized == pytest.approx(entropy, rel=1e-4)
+        # In half precision the oracle's own logits are rounded.
+        assert row.entropy_normalized == pytest.approx(entropy, rel=1e-2 if variant == "half" else 1e-4)
         assert (row.verdict == "uniform") == (entropy > 0.98), watched.words
         assert row.verdict in ("ok", "sink", "uniform"), watched.words
     if ever == set(attention_layers(alone.job)) and name != "layerdrop":
