@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_divergence import KV, PADDED, B, D, H, LargestTensor, N, causal
+from test_entropy import KV, PADDED, B, D, H, LargestTensor, N, causal
 
 from lightning_qk.functional import hard_attention
 from lightning_qk.functional import logits as module
