@@ -1,12 +1,13 @@
 """Which attention layers of a model an intervention acts on, and the calls that it changes."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from typing_extensions import Self
 
 from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.architecture.source_code import calls_sdpa, uses_interface
@@ -17,6 +18,9 @@ from lightning_qk.capture.steering import AttentionSteering
 from lightning_qk.capture.verify import verified_reading
 from lightning_qk.heads.plan import LayerPlan
 from lightning_qk.heads.reader import ProjectionReader
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _TRIED = "could not be tried"
 # transformers' own functions are known from their sources, or tried at the first call.
