@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from wandb_reader import read_wandb_run
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, TextDataModule, TransformerModule
-from lightning_qk.callbacks.monitors._base import REPORT_NAME
+from lightning_qk.callbacks.monitors._report import REPORT_NAME
 
 
 def encoder() -> Path:

@@ -79,8 +79,8 @@ FLOORS = [
     {"architecture"},
     {"heads"},
     {"capture"},
-    {"metrics", "regularizers", "interventions", "verification", "record"},
-    {"probes", "report"},
+    {"metrics", "regularizers", "interventions", "record"},
+    {"probes", "verification", "report"},
     {"loggers"},
     {"data", "module"},
     {"callbacks", "inspect"},
@@ -88,26 +88,8 @@ FLOORS = [
 ]
 """Rooms of the package from the ground up: each imports from lower floors alone."""
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-# Circles of files within one room that are still to be opened.
-CIRCLES = {
-    frozenset({"record.record_file", "record.history"}),
-    frozenset(
-        {
-            "callbacks._account",
-            "callbacks._order",
-            "callbacks.guard._remedy",
-            "callbacks.guard._watch",
-            "callbacks.guard.guard",
-            "callbacks.interventions._base",
-            "callbacks.interventions.locater",
-            "callbacks.interventions.qk_clip",
-            "callbacks.monitors._base",
-            "callbacks.monitors._captured",
-            "callbacks.monitors.attention",
-            "callbacks.monitors.spectrum",
-        }
-    ),
-}
+CIRCLES: set[frozenset[str]] = set()
+"""Circles of files within one room that are still to be opened."""
 
 
 def imported() -> list[tuple[str, str]]:

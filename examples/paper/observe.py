@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional.attention import attention_sums
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.metrics.attention import AttentionStatistics

@@ -14,8 +14,8 @@ from asymptotics import STARTS, Task, normal_points, solve
 from common import Clock, Options, figure, in_parallel, interval, options, read, save, write
 from torch import Tensor, nn
 
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional import positional_share
 from lightning_qk.heads.reader import find_attention
 

@@ -1,4 +1,4 @@
-"""What source code and names tell of a model: functions that a class calls, where it comes from, labels.
+"""What code tells of a model: functions that a class calls, its library, products that a run takes, labels.
 
 Imports torch alone.
 """

@@ -1,4 +1,4 @@
-"""Whose classes modules are: names tell only where the code that gave them their meaning is known."""
+"""Which library a module's class comes from: names tell a layout only where the code behind them is known."""
 
 import functools
 import os
@@ -26,6 +26,11 @@ _HARMLESS = frozenset(
     | {"__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "__annotate_func__"}
     | {"extra_repr", "reset_parameters", "_reset_parameters"}
 )
+
+
+def is_named(module: nn.Module, name: str) -> bool:
+    """Whether a module's class or one of its bases has a name: FSDP2 gives modules a class derived from theirs."""
+    return any(base.__name__ == name for base in type(module).__mro__)
 
 
 def is_known(module: nn.Module) -> bool:

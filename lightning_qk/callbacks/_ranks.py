@@ -124,6 +124,25 @@ def finish_with(finish: Callable[[Exception | None], None], action: Callable[[],
     return result
 
 
+def all_agree(trainer: Trainer, is_well: bool) -> bool:
+    """Whether all is well on every process; a collective call."""
+    if not is_distributed(trainer):
+        return is_well
+    return bool(trainer.strategy.reduce_boolean_decision(is_well, all=True))
+
+
+def from_zero(trainer: Trainer, value: Any) -> Any:
+    """What rank zero has, on all ranks; a collective call."""
+    return trainer.strategy.broadcast(value) if is_distributed(trainer) else value
+
+
+def total(trainer: Trainer, values: Tensor) -> Tensor:
+    """Sum over ranks, in place; a collective call. The shape is the same on all of them."""
+    if is_distributed(trainer):
+        torch.distributed.all_reduce(values)
+    return values
+
+
 def alone(metric: Metric) -> Metric:
     """Keep a metric from reducing its states when it is computed: :func:`reduce_states` does it."""
     metric.sync_on_compute = False

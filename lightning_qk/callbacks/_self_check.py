@@ -1,6 +1,6 @@
 """One check of a fit's model, shared by all callbacks: is what is read of it what its attention computes with?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_qk.callbacks._guarded import GuardedHooks
-from lightning_qk.callbacks._trainer import Callback, describe_error, say
-from lightning_qk.heads.findings import forget_changed
+from lightning_qk.callbacks._trainer import describe_error, say, shorten
+from lightning_qk.callbacks.callback import Callback
+from lightning_qk.heads.facts import forget_changed
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.record.history import RunRecord
 from lightning_qk.verification import SelfCheck as Check
 from lightning_qk.verification import Status, Verified, summary
 
@@ -19,12 +21,6 @@ from lightning_qk.verification import Status, Verified, summary
 _BATCHES = 4
 # By how much one process may know more than another: the worst word counts.
 _RANKING = (Status.UNCHECKED, Status.VERIFIED, Status.REREAD, Status.DIFFERS)
-
-
-def shorten(names: Sequence[str]) -> str:
-    """The first three of a list, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 class SelfCheck(GuardedHooks, Callback):
@@ -113,6 +109,11 @@ class SelfCheck(GuardedHooks, Callback):
         self._remove()
         self._check = None
         trainer.callbacks = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add what was found, in one line."""
+        if self.lines:
+            record.info["Weights as read"] = self.lines[0]
 
     def hook_failed(self, hook: str, error: Exception) -> None:
         """Go on without a check."""

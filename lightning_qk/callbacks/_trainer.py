@@ -3,8 +3,8 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
 
-import lightning.pytorch
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_qk._packages import either, is_lightning, loaded_package
+from lightning_qk._packages import either
 from lightning_qk._version import __version__
 from lightning_qk.heads.reader import ProjectionReader
 
@@ -20,42 +20,6 @@ from lightning_qk.heads.reader import ProjectionReader
 DeepSpeedStrategy = either("DeepSpeedStrategy")
 FSDPStrategy = either("FSDPStrategy")
 ModelParallelStrategy = either("ModelParallelStrategy")
-
-
-class Callback(lightning.pytorch.Callback):
-    """Base of all callbacks here: a callback of ``lightning``, and of ``pytorch_lightning`` once that is imported.
-
-    Trainers call hooks by name, whatever a callback's class is. The class is asked for by a trainer that is given
-    one callback without a list, and by a LightningCLI.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        join_packages()
-
-
-def join_packages() -> None:
-    """Make the callbacks those of ``pytorch_lightning`` too, where this process has imported it."""
-    other = loaded_package("pytorch_lightning")
-    if other is not None and not issubclass(Callback, other.Callback):
-        Callback.__bases__ = (lightning.pytorch.Callback, other.Callback)
-
-
-join_packages()
-
-
-def check_lightning(trainer: object, name: str) -> None:
-    """Refuse what is no Trainer of ``lightning`` or ``pytorch_lightning``.
-
-    Raises:
-        TypeError: it is none.
-    """
-    join_packages()
-    if not is_lightning(trainer, "Trainer"):
-        raise TypeError(
-            f"expected {name} in a Trainer of lightning.pytorch or pytorch_lightning, got "
-            f"{type(trainer).__module__}.{type(trainer).__qualname__}: pass the callback to such a Trainer"
-        )
 
 
 def refuse_deepspeed(trainer: Trainer, name: str) -> None:
@@ -69,6 +33,12 @@ def refuse_deepspeed(trainer: Trainer, name: str) -> None:
             f"expected a strategy whose optimizer steps the parameters themselves for {name}, got DeepSpeed, "
             "which steps copies of its own: use DDP or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
         )
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def say(sentence: str) -> None:

@@ -1,29 +1,48 @@
-"""What the call of an attention function means: its logits."""
+"""The call of an attention function, as it was made."""
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-
-from lightning_qk.capture.readings import (
-    EAGER,
-    FLASH,
-    FLEX,
-    SDPA,
-    Reading,
-    read_logits,
-)
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.verify import verified_reading
-from lightning_qk.functional.logits import ProductLogits
-
-OWN_SOFTMAX = "_lightning_qk_softmax"
-"""Attribute of an attention function that says what softmax it takes: ``tell(call)`` gives the logits, with
-gradients, and the values."""
+from torch import Tensor, nn
 
 _POSITIONAL = ("module", "query", "key", "value", "attention_mask")
+
+
+class UnsupportedCallError(Exception):
+    """An attention call whose softmax cannot be reconstructed; the message says why and what to do."""
+
+
+class UnreadableFunctionError(UnsupportedCallError):
+    """The attention function computes something else of its arguments; its own softmax may yet be observed."""
+
+
+class AttentionCall(NamedTuple):
+    """What an attention function was called with.
+
+    Attributes:
+        module: the attention layer.
+        query: after rotary encoding and norms, shape ``(batch, heads, n, d_head)``.
+        key: shape ``(batch, kv_heads, m, d_head)``.
+        value: shape ``(batch, kv_heads, m, d_value)``.
+        attention_mask: as the implementation takes it; its meaning depends on ``implementation``.
+        implementation: name in the model's config: ``"eager"``, ``"sdpa"``, ...
+        options: the other arguments (``scaling``, ``dropout``, ``is_causal``, ``softcap``, ...).
+        function: what was called, by which the meaning of the arguments can be found out; None where only the
+            implementation's name is known.
+        inputs: what the layer projects to query and key, where the hook has it: torch's MultiheadAttention.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_mask: Any
+    implementation: str
+    options: Mapping[str, Any]
+    function: Callable[..., Any] | None = None
+    inputs: tuple[Tensor, ...] = ()
 
 
 def read_call(
@@ -46,59 +65,6 @@ def read_call(
     return AttentionCall(
         module, query, key, value, named.pop("attention_mask", None), implementation, named, function
     )
-
-
-def attention_logits(call: AttentionCall, *, self_attention: bool | None) -> tuple[ProductLogits, Any]:
-    """The logits of a call, with tensors that gradients flow through, and the value of their keys.
-
-    transformers' own sdpa and flex functions are read as their sources say. Any other function, models' own eager
-    ones and flash attention among them, is called once more at the first call of each module to find out what
-    it computes: see :mod:`lightning_qk.capture.verify`.
-
-    Args:
-        call: what the attention function received.
-        self_attention: whether queries and keys are the same tokens; None where unknown.
-
-    Raises:
-        UnsupportedCallError: the function's softmax cannot be reconstructed.
-    """
-    tell = getattr(call.function, OWN_SOFTMAX, None)
-    if tell is not None:
-        logits, value = tell(call)
-        n, m = logits.shape[2:]
-        return logits.replace(self_attention=n == m if self_attention is None else self_attention), value
-    return read_logits(call, _reading(call), self_attention=self_attention)
-
-
-def _reading(call: AttentionCall) -> Reading:
-    name = call.implementation
-    if name.startswith("paged|") or any(
-        call.options.get(key) is not None for key in ("cache", "block_table")
-    ):
-        raise UnsupportedCallError(
-            f"attention implementation {name!r} takes its keys from a paged cache: generate without continuous "
-            'batching, or load the model with attn_implementation="sdpa"'
-        )
-    if call.function is not None:
-        for known, (module, attribute) in _LIBRARY.items():
-            if call.function is getattr(sys.modules.get(module), attribute, None):
-                return known
-        return verified_reading(call)
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    if "flash" in name:
-        return FLASH
-    raise UnsupportedCallError(
-        f"attention implementation {name!r} is not known and its function not at hand: load the model with "
-        'attn_implementation="sdpa" or "eager"'
-    )
-
-
-_LIBRARY = {
-    SDPA: ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
-    FLEX: ("transformers.integrations.flex_attention", "flex_attention_forward"),
-}
-_BY_NAME = {"eager": EAGER, "sdpa": SDPA, "flex_attention": FLEX}
 
 
 def is_recomputation() -> bool:

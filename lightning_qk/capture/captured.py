@@ -1,5 +1,6 @@
-"""One captured attention call: what every listener gets, however it was captured."""
+"""A captured attention call, in one form wherever it was captured."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import attention_logits
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.verify import attention_logits
 from lightning_qk.functional.chunks import MASKED_BELOW
 from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 from lightning_qk.heads.sizes import head_count
@@ -23,7 +24,7 @@ _FIT = 1e-2
 
 
 class AttentionOutput(NamedTuple):
-    """What the output of a call is made of.
+    """Logits and values of a call.
 
     Attributes:
         logits: of the call.
@@ -41,56 +42,55 @@ class CapturedCall(ABC):
         module: the attention layer.
         implementation: name in the model's config: ``"eager"``, ``"sdpa"``, ...; ``"softmax"`` for attention that
             a layer computes itself.
+        d_head: width of the queries and keys.
+        lengths: number of queries and of keys.
+        operands: queries ``(..., n, d)`` and keys ``(..., m, d)`` whose products the logits are; None if not kept.
+        inputs: what the layer projects to query and key, where the call itself knows it.
+        value: what was passed as the value; None where it is not seen.
+        self_attention: whether queries and keys are the same tokens; None where unknown.
+        heads: how many heads the call has; None where unknown.
     """
 
     module: nn.Module
     implementation: str
+    d_head: int
+    lengths: tuple[int, int]
+    operands: tuple[Tensor, Tensor] | None
+    inputs: tuple[Tensor, ...] = ()
+    value: Any = None
+    self_attention: bool | None = None
+    heads: int | None = None
+
+    def known(self, *, self_attention: bool | None, heads: int | None) -> "CapturedCall":
+        """A copy of the call that knows these facts of its layer."""
+        call = copy.copy(self)
+        call.self_attention, call.heads = self_attention, heads
+        return call
 
     @property
     @abstractmethod
-    def d_head(self) -> int:
-        """Width of what is multiplied."""
-
-    @property
-    @abstractmethod
-    def lengths(self) -> tuple[int, int]:
-        """Number of queries and of keys."""
-
-    @property
-    @abstractmethod
-    def operands(self) -> tuple[Tensor, Tensor] | None:
-        """Queries ``(..., n, d)`` and keys ``(..., m, d)`` whose products the logits are; None if not kept."""
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the layer projects to query and key, where the call itself knows it."""
-        return ()
-
-    @property
     def scaling(self) -> float | None:
-        """The factor on the products, where the call says it."""
-        return None
-
-    @property
-    def value(self) -> Any:
-        """What was passed as the value; None where it is not seen."""
-        return None
+        """The factor on the products; None where it is not certain."""
 
     @abstractmethod
-    def logits(self, *, self_attention: bool | None, heads: int | None = None) -> AttentionLogits:
+    def _logits(self, self_attention: bool | None, heads: int | None) -> AttentionLogits: ...
+
+    def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> AttentionLogits:
         """The logits of the call, without gradients.
 
         Args:
-            self_attention: whether queries and keys are the same tokens; None where unknown.
-            heads: how many heads the call has, where that is known: the logits of a softmax may hold heads and
-                batch in one axis.
+            self_attention: whether queries and keys are the same tokens; None: as the call knows.
+            heads: how many heads the call has: the logits of a softmax may hold heads and batch in one axis.
+                None: as the call knows.
 
         Raises:
-            UnsupportedCallError: the softmax of the call cannot be told.
+            UnsupportedCallError: the softmax of the call cannot be reconstructed.
         """
+        own = self.self_attention if self_attention is None else self_attention
+        return self._logits(own, self.heads if heads is None else heads)
 
-    def output(self, *, self_attention: bool | None) -> AttentionOutput:
-        """The logits, and the values that the output is made of; argument and errors as of :meth:`logits`."""
+    def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
+        """The logits and values of the call's output, without gradients; arguments as for :meth:`logits`."""
         raise UnsupportedCallError(
             "it takes its softmax in its own forward, where logits are seen but not queries, keys and values: "
             "AttentionMonitor measures what follows from logits alone"
@@ -98,7 +98,11 @@ class CapturedCall(ABC):
 
     @abstractmethod
     def products(
-        self, *, self_attention: bool | None, heads: int | None = None, position: str | None = None
+        self,
+        *,
+        self_attention: bool | None = None,
+        heads: int | None = None,
+        position: str | None = None,
     ) -> AttentionLogits:
         """``scaling q·k`` of the visible pairs, without what is added to it.
 
@@ -109,7 +113,7 @@ class CapturedCall(ABC):
                 logits of a softmax are products only where positions add nothing.
 
         Raises:
-            UnsupportedCallError: the products of the call cannot be told.
+            UnsupportedCallError: the products of the call cannot be reconstructed.
         """
 
 
@@ -121,29 +125,14 @@ class FunctionCall(CapturedCall):
     """
 
     def __init__(self, call: AttentionCall) -> None:
+        self._call = call
         self.module = call.module
         self.implementation = call.implementation
-        self._call = call
-
-    @property
-    def d_head(self) -> int:
-        """Width of what is multiplied."""
-        return int(self._call.query.shape[-1])
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Number of queries and of keys."""
-        return self._call.query.shape[-2], self._call.key.shape[-2]
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """Queries ``(batch, heads, n, d_head)`` and keys ``(batch, kv_heads, m, d_head)``."""
-        return self._call.query, self._call.key
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the layer projects to query and key, where whoever captured the call has it."""
-        return self._call.inputs
+        self.d_head = int(call.query.shape[-1])
+        self.lengths = call.query.shape[-2], call.key.shape[-2]
+        self.operands = call.query, call.key
+        self.inputs = call.inputs
+        self.value = call.value
 
     @property
     def scaling(self) -> float | None:
@@ -151,18 +140,13 @@ class FunctionCall(CapturedCall):
         given = self._call.options.get("scaling")
         return self.d_head**-0.5 if given is None else given
 
-    @property
-    def value(self) -> Any:
-        """What was passed as the value."""
-        return self._call.value
-
-    def logits(self, *, self_attention: bool | None, heads: int | None = None) -> ProductLogits:
-        """The logits of the call, without gradients."""
+    def _logits(self, self_attention: bool | None, heads: int | None) -> ProductLogits:
         return attention_logits(self._call, self_attention=self_attention)[0].detach()
 
-    def output(self, *, self_attention: bool | None) -> AttentionOutput:
-        """The logits, and the values that the output is made of."""
-        logits, value = attention_logits(self._call, self_attention=self_attention)
+    def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
+        """The logits and values of the call's output, without gradients."""
+        own = self.self_attention if self_attention is None else self_attention
+        logits, value = attention_logits(self._call, self_attention=own)
         m = logits.shape[3]
         if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[2] != m:
             form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -173,10 +157,30 @@ class FunctionCall(CapturedCall):
         return AttentionOutput(logits.detach(), value.detach())
 
     def products(
-        self, *, self_attention: bool | None, heads: int | None = None, position: str | None = None
-    ) -> ProductLogits:
+        self,
+        *,
+        self_attention: bool | None = None,
+        heads: int | None = None,
+        position: str | None = None,
+    ) -> AttentionLogits:
         """``scaling q·k`` of the visible pairs, without what is added to it."""
-        return self.logits(self_attention=self_attention).products()
+        own = self.self_attention if self_attention is None else self_attention
+        return self._logits(own, heads).products()
+
+
+Arguments = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]]
+"""Query, key, value and mask of four axes as ``"sdpa"`` takes them, and the options."""
+
+
+def sdpa_call(module: nn.Module, found: Arguments | str, inputs: tuple[Tensor, ...] = ()) -> FunctionCall:
+    """A call of scaled_dot_product_attention.
+
+    Raises:
+        UnsupportedCallError: ``found`` is the reason why there are no arguments.
+    """
+    if isinstance(found, str):
+        raise UnsupportedCallError(found)
+    return FunctionCall(AttentionCall(module, *found[0], "sdpa", found[1], inputs=inputs))
 
 
 class SoftmaxCall(CapturedCall):
@@ -206,36 +210,20 @@ class SoftmaxCall(CapturedCall):
     ) -> None:
         self.module = module
         self.tensor = tensor
-        self._d_head = d_head
+        self.d_head = d_head
         self.relative = relative
         self._sinks = sinks
-        self._operands = operands
-
-    @property
-    def d_head(self) -> int:
-        """Width of what is multiplied."""
-        return self._d_head
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Number of queries and of keys."""
-        n, m = self.tensor.shape[-2:]
-        return n, m - self._sinks
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor] | None:
-        """Queries and keys as the layer multiplied them; None unless the capture asked for them."""
-        return self._operands
+        self.operands = operands
+        self.lengths = tensor.shape[-2], tensor.shape[-1] - sinks
 
     @property
     def scaling(self) -> float | None:
         """The factor that explains the logits by the operands, where one does."""
-        if self._operands is None:
+        if self.operands is None:
             return None
-        return _fitted_scaling(self.tensor[..., : self.lengths[1]], self._operands)
+        return _fitted_scaling(self.tensor[..., : self.lengths[1]], self.operands)
 
-    def logits(self, *, self_attention: bool | None, heads: int | None = None) -> AttentionLogits:
-        """The logits of the call."""
+    def _logits(self, self_attention: bool | None, heads: int | None) -> AttentionLogits:
         logits, sinks = self.by_head(heads), None
         if self._sinks:
             logits, sinks = logits[..., : -self._sinks], logits[..., -1]
@@ -248,7 +236,11 @@ class SoftmaxCall(CapturedCall):
         )
 
     def products(
-        self, *, self_attention: bool | None, heads: int | None = None, position: str | None = None
+        self,
+        *,
+        self_attention: bool | None = None,
+        heads: int | None = None,
+        position: str | None = None,
     ) -> AttentionLogits:
         """The logits, where nothing is added to the products."""
         if self.relative or position not in PRODUCTS:
@@ -264,11 +256,10 @@ class SoftmaxCall(CapturedCall):
         Columns of sinks stay behind those of the keys.
 
         Args:
-            heads: how many heads the layer has; None where the weights do not say: the
-                layer's attributes are asked.
+            heads: how many heads the layer has; None: as its attributes say.
 
         Raises:
-            UnsupportedCallError: the axes cannot be told apart.
+            UnsupportedCallError: the axis of the heads is not certain.
         """
         logits = self.tensor
         if hasattr(logits, "to_local"):
@@ -329,7 +320,7 @@ def _query_offset(logits: Tensor, self_attention: bool | None) -> int | None:
 def _fitted_scaling(logits: Tensor, operands: tuple[Tensor, Tensor]) -> float | None:
     """The factor between the products of queries and keys and the logits; None where it is not certain.
 
-    What is alike in a row is no matter to the softmax, and what is alike in all sequences is positions'.
+    A constant of a row does not change the softmax, and what is the same in all sequences comes from positions.
     """
     query, key = operands
     try:

@@ -1,22 +1,24 @@
-"""Listen to what goes into and comes out of transformer blocks, and to which of its tokens are padding.
+"""Capture of the hidden states before and behind transformer blocks, and of which tokens are padding.
 
-Forward hooks stand at the blocks, and at the Hugging Face models around them for the mask of the tokens. They
-return nothing and look at one boolean while nobody listens. Inside a graph of torch.compile they are traced: the
-boolean is a guard, so that a graph has one version that listens, and an operator hands the tensors out
-(:mod:`lightning_qk.capture.compiled`).
+Forward hooks are put on the blocks, and on the Hugging Face models around them for the mask of the tokens. They
+return nothing and look at one boolean while nothing is captured. Inside a graph of torch.compile they are traced:
+the boolean is a guard, so that a graph has one version that captures, and an operator hands the tensors out
+(:mod:`lightning_qk.capture.hooks.compiled`).
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture import compiled, generation, listeners
+from lightning_qk.capture import registry
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
-from lightning_qk.capture.copies import hook_after, hook_before
+from lightning_qk.capture.capture import Capture
+from lightning_qk.capture.hooks import compiled, generate
+from lightning_qk.capture.hooks.modules import Handle, hook_after, hook_before
 
 HiddenListener = Callable[[str, Tensor, Tensor | None], None]
 
@@ -25,7 +27,7 @@ OUTPUT, INPUT, MASK, TOKENS = "output", "input", "mask", "tokens"
 
 _library = torch.library.Library("lightning_qk", "FRAGMENT")
 _library.define(
-    "hear_hidden(Tensor(a!) order, Tensor? module, str kind, Tensor? tensor) -> ()", tags=compiled.graph_tags
+    "hidden(Tensor(a!) order, Tensor? module, str kind, Tensor? tensor) -> ()", tags=compiled.graph_tags
 )
 
 
@@ -33,26 +35,16 @@ class _State:
     """Read by every hook, and guarded by compiled graphs."""
 
     def __init__(self) -> None:
-        self.listening = False
+        self.capturing = False
 
 
 STATE = _State()
 _captures: "tuple[HiddenCapture, ...]" = ()
+_OTHER_MASK = torch.zeros((), device="cpu")
+"""In place of a mask that is not one number a token."""
 
 
-class _Given(NamedTuple):
-    """What a model was last called with.
-
-    Attributes:
-        mask: of the tokens, its own copy; None where it got none.
-        is_other: its mask is not one number a token.
-    """
-
-    mask: Tensor | None = None
-    is_other: bool = False
-
-
-class HiddenCapture:
+class HiddenCapture(Capture):
     """Hands the hidden states of some blocks to a listener, while enabled.
 
     Use :meth:`install` once the network is built, :attr:`enabled` to switch, and :meth:`remove` when done.
@@ -71,10 +63,12 @@ class HiddenCapture:
             ``generate``. None: they are handed on as all others.
 
     Attributes:
-        problems: name → why its states cannot be used; it is not listened to any more then.
-        heard: names of what was handed on at least once.
-        unmasked: names whose mask could not be told, so that all tokens count.
+        problems: name → why its states are not captured any more.
+        seen: names of what was handed on at least once.
+        unmasked: names whose mask is not known, so that all tokens count.
     """
+
+    _what = "hidden states"
 
     def __init__(
         self,
@@ -86,126 +80,82 @@ class HiddenCapture:
         model: nn.Module | None = None,
         generated: Callable[[str], None] | None = None,
     ) -> None:
+        super().__init__(model, generated)
         inputs, models = inputs or {}, models or {}
         self._blocks = list({**outputs, **inputs})  # keeps the ids valid
         self._names = {(id(module), OUTPUT): name for module, name in outputs.items()}
         self._names |= {(id(module), INPUT): name for module, name in inputs.items()}
         self._first = list(inputs)
-        # Those that take a mask: of others nothing can be told.
+        # Those that take a mask.
         self._models = {
             id(block): [owner for owner in owners if "attention_mask" in _parameters(owner)]
             for block, owners in models.items()
         }
         self._listener = listener
-        self._model = model
-        self._generated = generated
-        self._enabled = False
-        self._give_back: list[Callable[[], None]] | None = None
-        self._given: dict[int, _Given] = {}
+        self._masks: dict[int, Tensor | None] = {}
         self._sizes: dict[int, tuple[int, ...]] = {}
         self._entered: set[int] = set()
-        self.problems: dict[str, str] = {}
-        self.heard: set[str] = set()
         self.unmasked: set[str] = set()
 
-    @property
-    def enabled(self) -> bool:
-        """Whether states are handed on."""
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._enabled = bool(value)
+    def _switched(self) -> None:
         # A mask of a batch before would be a wrong one.
-        self._given.clear()
+        self._masks.clear()
         self._sizes.clear()
         self._entered.clear()
-        with listeners.lock:
-            STATE.listening = any(capture.enabled for capture in _captures)
+        with registry.lock:
+            STATE.capturing = any(capture.enabled for capture in _captures)
 
-    def install(self) -> None:
-        """Hook the blocks and the models around them."""
+    def _install(self, undo: list[Callable[[], None]]) -> None:
         global _captures
-        with listeners.lock:
-            if self._give_back is not None:
-                return
-            compiled.drop_graphs(self._model)
-            owners = {id(owner): owner for part in self._models.values() for owner in part}
-            give_back: list[Callable[[], None]] = []
-            self._give_back = give_back
-            wanted = [
-                *((module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names),
-                *((module, INPUT) for module in self._first),
-                *((owner, MASK) for owner in owners.values()),
-            ]
-            try:
-                if self._generated is not None:
-                    give_back.extend(generation.stand_at_generate(self._model))
-                for module, kind in wanted:
-                    give_back.append(_hook(module, kind))
-                for module in (*self._blocks, *owners.values()):
-                    compiled.label(module)
-                    give_back.append(functools.partial(compiled.unlabel, module))
-                _captures = (*_captures, self)
-                self.enabled = self._enabled
-            except BaseException:
-                self.remove()
-                raise
+        compiled.drop_graphs(self._model)
+        owners = {id(owner): owner for part in self._models.values() for owner in part}
+        if self._generated is not None:
+            undo.extend(generate.patch_generate(self._model))
+        undo.extend(_hook(module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names)
+        undo.extend(_hook(module, INPUT) for module in self._first)
+        undo.extend(_hook(owner, MASK) for owner in owners.values())
+        self._label((*self._blocks, *owners.values()), undo)
+        _captures = (*_captures, self)
+        self.enabled = self._enabled
 
-    def remove(self) -> None:
-        """Leave everything as it was before :meth:`install`."""
+    def _discard(self) -> None:
         global _captures
-        with listeners.lock:
-            self.enabled = False
-            _captures = tuple(other for other in _captures if other is not self)
-            give_back, self._give_back = self._give_back, None
-            for one in reversed(give_back or []):
-                one()
+        _captures = tuple(other for other in _captures if other is not self)
 
-    def hear(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+    def receive(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         """Take what one hook hands on."""
         if not self._enabled:
             return
         if kind == TOKENS:
             self._sizes[id(module)] = () if tensor is None else tuple(tensor.shape[:2])
         elif kind == MASK:
-            self._hear_mask(module, tensor)
+            self._receive_mask(module, tensor)
         else:
-            self._hear_states(module, kind, tensor)
+            self._receive_states(module, kind, tensor)
 
-    def _hear_mask(self, module: nn.Module, tensor: Tensor | None) -> None:
-        if tensor is None:
-            given = _Given()
-        elif tensor.dim() == 2:
+    def _receive_mask(self, module: nn.Module, tensor: Tensor | None) -> None:
+        if tensor is not None and tensor.dim() == 2:
             # Its own copy: a graph may write into the memory.
-            given = _Given(tensor.detach().to(torch.bool, copy=True))
-        else:
-            given = _Given(is_other=True)
-        self._given[id(module)] = given
+            tensor = tensor.detach().to(torch.bool, copy=True)
+        elif tensor is not None:
+            tensor = _OTHER_MASK
+        self._masks[id(module)] = tensor
         for block, owners in self._models.items():
             if any(owner is module for owner in owners):
                 self._entered.discard(block)
 
-    def _hear_states(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
+    def _receive_states(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         name = self._names.get((id(module), kind))
-        if name is None or name in self.problems:
-            return
-        if self._generated is not None and generation.is_running():
-            self._generated(name)
+        if name is None or name in self.problems or self._is_generated(name):
             return
         if kind == INPUT and self._models.get(id(module)):
             if id(module) in self._entered:
                 return
             self._entered.add(id(module))
-        try:
+        with self._keeping_problems(name):
             states, mask = self._read(module, name, tensor)
             self._listener(name, states, mask)
-        except UnsupportedCallError as error:
-            self.problems[name] = str(error)
-        except Exception as error:
-            self.problems[name] = f"its hidden states could not be read ({type(error).__name__}: {error})"
-        else:
-            self.heard.add(name)
+            self.seen.add(name)
 
     def _read(self, module: nn.Module, name: str, tensor: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if tensor is None:
@@ -223,17 +173,13 @@ class HiddenCapture:
             )
         states = tensor.detach()
         size, other = tuple(states.shape[:2]), (states.shape[1], states.shape[0])
-        unclear = False
-        for owner in self._models.get(id(module), ()):
-            given = self._given.get(id(owner))
-            if given is not None and given.mask is None and not given.is_other:
-                is_turned = self._sizes.get(id(owner)) == other != size
-                return (states.transpose(0, 1) if is_turned else states), None
-            if given is not None and given.mask is not None and given.mask.shape in (size, other):
-                is_turned = tuple(given.mask.shape) != size
-                return (states.transpose(0, 1) if is_turned else states), given.mask
-            unclear = True
-        if unclear:
+        owners = self._models.get(id(module), ())
+        for owner in owners:
+            mask = self._masks.get(id(owner), _OTHER_MASK)
+            if mask is None or mask.shape in (size, other):
+                shape = self._sizes.get(id(owner)) if mask is None else tuple(mask.shape)
+                return (states.transpose(0, 1) if shape == other != size else states), mask
+        if owners:
             self.unmasked.add(name)
         return states, None
 
@@ -241,37 +187,31 @@ class HiddenCapture:
 # Hooks.
 
 
-class _Hooked:
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-        self.users = 0
-
-
-_hooked: dict[tuple[int, str], _Hooked] = {}
+_hooked: dict[tuple[int, str], tuple[Handle, list[object]]] = {}
+"""Hooks, and one object for each of their users."""
 
 
 def _hook(module: nn.Module, kind: str) -> Callable[[], None]:
-    """Hook a module once for all who ask; what is returned takes the hook away when called by the last of them."""
+    """Hook a module once for all users; returns what takes the hook away when the last of them calls theirs."""
     key = (id(module), kind)
-    known = _hooked.get(key)
-    if known is None:
+    if key not in _hooked:
         if kind == OUTPUT:
             handle = hook_after(module, _after_block)
         elif kind == INPUT:
             handle = hook_before(module, _before_block)
         else:
-            names = _parameters(module)
-            handle = hook_before(module, functools.partial(_before_model, names))
-        known = _hooked[key] = _Hooked(handle)
-    known.users += 1
+            handle = hook_before(module, functools.partial(_before_model, _parameters(module)))
+        _hooked[key] = handle, []
+    _hooked[key][1].append(key)
 
-    def give_back() -> None:
-        known.users -= 1
-        if known.users == 0:
+    def undo() -> None:
+        handle, users = _hooked[key]
+        users.pop()
+        if not users:
             del _hooked[key]
-            known.handle.remove()
+            handle.remove()
 
-    return give_back
+    return undo
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
@@ -283,12 +223,12 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
 
 
 def _after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if STATE.listening:
+    if STATE.capturing:
         _hand_on(module, OUTPUT, _first_states(output))
 
 
 def _before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if STATE.listening:
+    if STATE.capturing:
         given = kwargs.get("hidden_states")
         if given is None:
             given = _first_states(args)
@@ -300,7 +240,7 @@ def _before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _before_model(
     names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    if STATE.listening:
+    if STATE.capturing:
         tokens = None
         for name in ("input_ids", "inputs_embeds"):
             value = _argument(name, names, args, kwargs)
@@ -310,8 +250,7 @@ def _before_model(
         _hand_on(module, TOKENS, tokens)
         mask = _argument("attention_mask", names, args, kwargs)
         if mask is not None and not isinstance(mask, Tensor):
-            # A dictionary of masks, a BlockMask: a tensor without axes stands for what is no mask of tokens.
-            mask = torch.zeros((), device="cpu")
+            mask = torch.zeros((), device="cpu")  # a dictionary of masks, a BlockMask
         _hand_on(module, MASK, mask)
 
 
@@ -336,11 +275,11 @@ def _first_states(value: Any) -> Tensor | None:
 
 
 def _hand_on(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
-    """Give a tensor to all who listen. Traced by torch.compile, where it becomes an operator."""
+    """Give a tensor to all captures. Traced by torch.compile, where it becomes an operator."""
     if torch.compiler.is_dynamo_compiling():
         identity = compiled.identity(module)
         if identity is not None:
-            torch.ops.lightning_qk.hear_hidden(compiled.ORDER, identity, kind, tensor)
+            torch.ops.lightning_qk.hidden(compiled.ORDER, identity, kind, tensor)
     elif not torch.compiler.is_compiling():
         _deliver(module, kind, tensor)
 
@@ -351,14 +290,14 @@ def _deliver(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         return
     with torch.no_grad():
         for capture in _captures:
-            capture.hear(module, kind, tensor)
+            capture.receive(module, kind, tensor)
 
 
 @torch.compiler.disable
-def _hear(order: Tensor, module: Tensor | None, kind: str, tensor: Tensor | None) -> None:
+def _emit(order: Tensor, module: Tensor | None, kind: str, tensor: Tensor | None) -> None:
     owner = None if module is None else compiled.module_of(module)
     if owner is not None:
         _deliver(owner, kind, tensor)
 
 
-compiled.implement(_library, "hear_hidden", _hear)
+compiled.implement(_library, "hidden", _emit)

@@ -1,4 +1,4 @@
-"""Which pairs an attention function shows, where it is told by something else than a mask tensor.
+"""Which pairs an attention function shows, where the arguments are something else than a mask tensor.
 
 All are functions of batch, head, query and key indices, as ``attention_statistics(mask=...)`` takes them.
 """
@@ -54,7 +54,7 @@ def block_mask_function(block_mask: Any) -> MaskFunction:
 def _listed_blocks(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     """Whether a block is listed, ``(batch|1, heads|1, query blocks, key blocks)``."""
     is_used = torch.arange(indices.shape[-1], device=counts.device) < counts[..., None]
-    # What stands beyond the count is not meant: it goes into a column of its own.
+    # Entries beyond the count are unused: they go into a column of their own.
     where = torch.where(is_used, indices, blocks).long()
     out = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
     return out.scatter_(-1, where, True)[..., :blocks]
@@ -72,7 +72,7 @@ def padded_function(
 ) -> MaskFunction:
     """Attention among the tokens that a padding mask keeps, as if the others had been taken out.
 
-    Distances are counted in kept tokens and the last query stands at the last key. Padding queries see
+    Distances are counted in kept tokens and the last query is at the last key. Padding queries see
     nothing.
 
     Args:
@@ -108,7 +108,7 @@ def packed_function(
 
     Args:
         query_starts: where they begin and the last one ends, ``(sequences + 1,)``; tokens outside see nothing.
-        key_starts: the same for the keys; the last query of a sequence stands at its last key.
+        key_starts: the same for the keys; the last query of a sequence is at its last key.
         n: number of queries.
         m: number of keys.
         is_causal: a query sees the keys up to its own place.

@@ -1,12 +1,13 @@
-"""Find out by trial what an attention function computes.
+"""The logits of an attention call; what an unknown function computes is found by trial.
 
-A function that somebody registered, and each model's own eager one, may make anything of its arguments. So it
-is called once more, with the mask and the options that it got and with random queries, keys and values of the
-same shapes, and its output is compared with softmax attention by each reading of these arguments in turn. Random
-tensors tell readings apart that the model's own would not: values may all be alike, logits may be flat.
+A registered function, and each model's own eager one, may use its arguments in any way. So it is called once
+more, with its mask and options and with random queries, keys and values of the same shapes, and its output is
+compared with softmax attention by each convention in turn. Random
+tensors separate conventions that the model's own would not: values may all be alike, logits may be flat.
 """
 
 import math
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,31 +16,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.readings import (
-    Reading,
+from lightning_qk.capture.call import AttentionCall, UnreadableFunctionError, UnsupportedCallError
+from lightning_qk.capture.conventions import (
+    EAGER,
+    FLASH,
+    FLEX,
+    SDPA,
+    ArgumentConvention,
     candidates,
     mask_form,
     read_logits,
     sliding_window,
 )
-from lightning_qk.capture.record import AttentionCall, UnreadableFunctionError, UnsupportedCallError
-from lightning_qk.functional.logits import CHUNK_ELEMENTS
+from lightning_qk.functional.logits import CHUNK_ELEMENTS, ProductLogits
 from lightning_qk.functional.precision import full_precision
 
 # Largest relative error of an output row, by the coarsest precision that takes part: several times what rounding
-# does to logits of this spread. A wrong reading of one row is off by its whole length.
+# does to logits of this spread. A wrong convention of one row is off by its whole length.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}
 # Standard deviation of the random logits: attention far from uniform, and soft caps of common size are felt.
 _LOGIT_STD = 3.0
 _ROWS = 16
 _MIN_ROWS = 4
-# A reading is clearly right where its error is this many times below what is tolerated.
+# A convention is clearly right where its error is this many times below what is tolerated.
 _CLEAR = 50
 _REMEDY = 'load the model with attn_implementation="sdpa" or "eager" to have its attention measured'
 
 
 class _Known(NamedTuple):
-    reading: Reading
+    convention: ArgumentConvention
     n: int
     m: int
 
@@ -47,15 +52,71 @@ class _Known(NamedTuple):
 _known: "weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = weakref.WeakKeyDictionary()
 
 
-def verified_reading(call: AttentionCall) -> Reading:
-    """The reading of a call that agrees with what its function returns.
+OWN_SOFTMAX = "_lightning_qk_softmax"
+"""Attribute of an attention function that gives its softmax: a function of the call that returns the logits, with
+gradients, and the values."""
+
+_LIBRARY = {
+    SDPA: ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
+    FLEX: ("transformers.integrations.flex_attention", "flex_attention_forward"),
+}
+_BY_NAME = {"eager": EAGER, "sdpa": SDPA, "flex_attention": FLEX}
+
+
+def attention_logits(call: AttentionCall, *, self_attention: bool | None) -> tuple[ProductLogits, Any]:
+    """The logits of a call, with tensors that gradients flow through, and the value of their keys.
+
+    transformers' own sdpa and flex functions are read as their sources say. Any other function, models' own eager
+    ones and flash attention among them, is tried: see :func:`verified_convention`.
+
+    Args:
+        call: what the attention function received.
+        self_attention: whether queries and keys are the same tokens; None where unknown.
+
+    Raises:
+        UnsupportedCallError: the function's softmax cannot be reconstructed.
+    """
+    own = getattr(call.function, OWN_SOFTMAX, None)
+    if own is not None:
+        logits, value = own(call)
+        n, m = logits.shape[2:]
+        return logits.replace(self_attention=n == m if self_attention is None else self_attention), value
+    return read_logits(call, _convention(call), self_attention=self_attention)
+
+
+def _convention(call: AttentionCall) -> ArgumentConvention:
+    name = call.implementation
+    if name.startswith("paged|") or any(
+        call.options.get(key) is not None for key in ("cache", "block_table")
+    ):
+        raise UnsupportedCallError(
+            f"attention implementation {name!r} takes its keys from a paged cache: generate without continuous "
+            'batching, or load the model with attn_implementation="sdpa"'
+        )
+    if call.function is not None:
+        for known, (module, attribute) in _LIBRARY.items():
+            if call.function is getattr(sys.modules.get(module), attribute, None):
+                return known
+        return verified_convention(call)
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    if "flash" in name:
+        return FLASH
+    raise UnsupportedCallError(
+        f"attention implementation {name!r} is not known and its function not at hand: load the model with "
+        'attn_implementation="sdpa" or "eager"'
+    )
+
+
+def verified_convention(call: AttentionCall) -> ArgumentConvention:
+    """The convention of a call that agrees with what its function returns.
 
     The function is tried at the first call of each module, again when another kind of mask or option comes, and,
     save for models' own eager functions, again when sequences are longer than any before: a window shows
     only then. Random number generators are left as they were.
 
     Raises:
-        UnsupportedCallError: no known reading agrees, or the function cannot be tried.
+        UnsupportedCallError: no known convention agrees, or the function cannot be tried.
     """
     known = _known.setdefault(call.module, {})
     form = _form(call)
@@ -65,7 +126,7 @@ def verified_reading(call: AttentionCall) -> Reading:
         longest = (n, m) if found is None else (max(n, found.n), max(m, found.m))
         found = _Known(_find(call), *longest)
         known[form] = found
-    return found.reading
+    return found.convention
 
 
 def _form(call: AttentionCall) -> Any:
@@ -96,7 +157,7 @@ def _form(call: AttentionCall) -> Any:
     )
 
 
-def _find(call: AttentionCall) -> Reading:
+def _find(call: AttentionCall) -> ArgumentConvention:
     trial = _trial(call)
     output, tolerance = _run(trial, call)
     errors = _errors(trial, output, candidates(trial), tolerance)
@@ -114,7 +175,7 @@ def _find(call: AttentionCall) -> Reading:
         )
     # The likeliest of those that fit about as well as the best one does.
     enough = min(tolerance, max(4 * best, tolerance / _CLEAR))
-    return next(reading for error, reading in errors if error <= enough)
+    return next(convention for error, convention in errors if error <= enough)
 
 
 def _name(call: AttentionCall) -> str:
@@ -157,7 +218,7 @@ def _trial(call: AttentionCall) -> AttentionCall:
 def _left_padded(mask: Any) -> Any:
     """The mask with the first quarter of the first sequence hidden, as padding is.
 
-    A mask that hides nothing, or no more than causality does, would not tell whether the function heeds it.
+    A mask that hides nothing, or no more than causality does, would not show whether the function uses it.
     """
     if isinstance(mask, Tensor) and mask.dim() in (2, 4):
         hidden = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
@@ -199,19 +260,19 @@ def _run(trial: AttentionCall, call: AttentionCall) -> tuple[Any, float]:
 
 
 def _errors(
-    trial: AttentionCall, output: Any, readings: Iterable[Reading], tolerance: float
-) -> list[tuple[float, Reading]]:
-    """Each reading's largest relative error of a row, up to the first reading that is clearly right."""
-    errors: list[tuple[float, Reading]] = []
+    trial: AttentionCall, output: Any, conventions: Iterable[ArgumentConvention], tolerance: float
+) -> list[tuple[float, ArgumentConvention]]:
+    """Each convention's largest relative error of a row, up to the first convention that is clearly right."""
+    errors: list[tuple[float, ArgumentConvention]] = []
     layouts = _layouts(trial, output)
     if not layouts:
         return errors
-    for reading in readings:
+    for convention in conventions:
         try:
-            error = min(_row_error(trial, reading, layout) for layout in layouts)
+            error = min(_row_error(trial, convention, layout) for layout in layouts)
         except (UnsupportedCallError, ValueError):
-            continue  # a reading that does not know such a mask
-        errors.append((error, reading))
+            continue  # a convention that does not know such a mask
+        errors.append((error, convention))
         if error <= tolerance / _CLEAR:
             break
     return errors
@@ -229,10 +290,10 @@ def _layouts(trial: AttentionCall, output: Any) -> list[Tensor]:
     return [layout for layout in layouts if tuple(layout.shape) == shape]
 
 
-def _row_error(trial: AttentionCall, reading: Reading, output: Tensor) -> float:
-    """Largest relative error of some rows of the output against softmax attention by a reading."""
+def _row_error(trial: AttentionCall, convention: ArgumentConvention, output: Tensor) -> float:
+    """Largest relative error of some rows of the output against softmax attention by a convention."""
     with full_precision(trial.query.device), torch.no_grad():
-        logits, value = read_logits(trial, reading, self_attention=None)
+        logits, value = read_logits(trial, convention, self_attention=None)
         logits = logits.wide()
         valid = logits.counted().rows
         batch, heads, n, _ = logits.query.shape

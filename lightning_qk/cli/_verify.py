@@ -144,7 +144,7 @@ def _verify(options: argparse.Namespace) -> tuple[str, dict[str, str], list[Laye
     model = build_skeleton(
         checkpoint.config, trust=options.trust, tensors=checkpoint.tensors, size=checkpoint.size
     )
-    from lightning_qk.heads.find import attention_sites
+    from lightning_qk.heads.sites import attention_sites
 
     sites = [site.name for site in attention_sites(model)]
     if not sites:

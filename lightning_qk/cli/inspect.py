@@ -299,7 +299,7 @@ def _pairs(sources: "list[list[Reading]]") -> "list[tuple[Reading, Reading]]":
 def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> list[str]:
     """The conditions that hold, as sentences."""
     from lightning_qk.inspect.export import check_condition, logged_values
-    from lightning_qk.record.health import format_value
+    from lightning_qk.record.verdicts import format_value
 
     lines: list[str] = []
     for readings in sources if conditions else []:

@@ -31,7 +31,8 @@ POSITION_STATISTICS = ("distance", "distance_spread", "diagonal")
 
 STATISTICS = (*MEAN_STATISTICS, *EXTREMES)
 
-_SINK_RATE_THRESHOLD = 0.3
+SINK_ATTENTION = 0.3
+"""Attention above which Gu et al. (arXiv 2410.10781) count a key as a sink."""
 
 
 class AttentionSums(NamedTuple):
@@ -285,9 +286,9 @@ def _sink_rate(
     eligible = eligible_keys(seen)
     mean = received / seen.clamp_min(1)
     number = eligible.sum(-1).clamp_min(1)
-    rate = ((mean > _SINK_RATE_THRESHOLD) & eligible).sum(-1) / number
+    rate = ((mean > SINK_ATTENTION) & eligible).sum(-1) / number
     variance = (received_sq / seen.clamp_min(1) - mean.square()).clamp_min(1e-12) / seen.clamp_min(2)
-    above = torch.special.ndtr((mean - _SINK_RATE_THRESHOLD) / variance.sqrt())
+    above = torch.special.ndtr((mean - SINK_ATTENTION) / variance.sqrt())
     doubt = (above * (1 - above) * eligible).sum(-1) / number.square()
     return rate.to(mean.dtype), torch.where(is_sampled, doubt, torch.zeros_like(doubt)).to(mean.dtype)
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_qk._lazy import lazy
 
 if TYPE_CHECKING:
-    from lightning_qk.heads.errors import UnreadLayer
-    from lightning_qk.heads.projections import HeadProjections
+    from lightning_qk.heads.projections import HeadProjections, UnreadLayer
     from lightning_qk.heads.reader import (
         ProjectionReader,
         find_attention,
@@ -31,8 +30,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "errors": ["UnreadLayer"],
-        "projections": ["HeadProjections"],
+        "projections": ["HeadProjections", "UnreadLayer"],
         "reader": ["ProjectionReader", "find_attention", "head_projections", "kept_reader", "unread"],
     },
 )

@@ -12,42 +12,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.elements import ParameterPlan
-from lightning_qk.heads.linear import AffinePlan
-from lightning_qk.heads.plan import LayerPlan, Side
+from lightning_qk.heads.facts import Side
+from lightning_qk.heads.layer import LayerReader
+from lightning_qk.heads.module_as_matrix import is_plain
+from lightning_qk.heads.projection import Projection, StoredWeight
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sharding import is_dtensor
-from lightning_qk.heads.sources import BarePlan, LatentPlan
-from lightning_qk.heads.stored import is_plain
 
 
 class StoredRows(NamedTuple):
     """Where the queries' or keys' rows of one layer lie.
 
     Attributes:
-        affine: holds the rows, and their bias.
+        projection: holds the rows, and their bias.
         places: which of its rows they are, ``(heads, coordinates)``.
     """
 
-    affine: AffinePlan | BarePlan | ParameterPlan
+    projection: Projection
     places: Tensor
 
     @property
     def weight(self) -> nn.Parameter:
         """The parameter that holds them now."""
-        return _parameters(self.affine)[0]
+        return _parameters(self.projection)[0]
 
     @property
     def transposed(self) -> bool:
         """Whether rows of the map are columns of the parameter."""
-        return self.affine.transposed
+        return self.projection.stored is not None and self.projection.stored.transposed
 
 
 class _Uneditable(Exception):
     """Weights cannot be multiplied; the message says what they are and the way out, as a clause."""
 
 
-class HeadEditor:
+class HeadScaler:
     """Multiplies queries and keys of one layer.
 
     Attributes:
@@ -61,7 +60,7 @@ class HeadEditor:
             latent attention): they are left as they are in the keys.
     """
 
-    def __init__(self, plan: LayerPlan) -> None:
+    def __init__(self, plan: LayerReader) -> None:
         self._plan = plan
         self.name = plan.name
         self.heads, self.kv_heads = plan.sizes.heads, plan.sizes.kv_heads
@@ -81,7 +80,7 @@ class HeadEditor:
                     "whose rows several heads share that do not follow each other, so that one head cannot be "
                     "scaled alone: use as many key heads as heads, or repeat them with repeat_interleave"
                 )
-        if self.query.affine is self.key.affine and bool(
+        if self.query.projection is self.key.projection and bool(
             torch.isin(self.query.places, self.key.places).any()
         ):
             raise _Uneditable(
@@ -126,54 +125,49 @@ class HeadEditor:
                 continue
             by_row = factors.detach().reshape(len(factors), -1).expand(-1, self.d_head)
             own = by_row[:, : stored.places.shape[1]]
-            rows = torch.ones(stored.affine.rows, dtype=own.dtype, device=own.device)
+            rows = torch.ones(stored.projection.rows, dtype=own.dtype, device=own.device)
             rows[stored.places.to(own.device)] = own
-            if isinstance(stored.affine, ParameterPlan):
-                _multiply_elements(stored.affine, rows)
-                continue
-            weight, bias, start = _parameters(stored.affine)
-            _multiply(weight, rows, transposed=stored.affine.transposed)
+            weight, bias, where = _parameters(stored.projection)
+            _multiply(weight, _by_element(where, weight, rows))
             if bias is not None:
-                of_bias = rows.new_ones(bias.numel())
-                of_bias[start : start + len(rows)] = rows
-                _multiply(bias, of_bias)
+                _multiply(bias, _of_bias(where, bias, rows))
             for name in side.added:
-                _multiply(getattr(self._plan.module, name), by_row.reshape(-1))
+                added = getattr(self._plan.module, name)
+                _multiply(added, by_row.reshape(added.shape))
 
     def parameters(self, only: str | None = None) -> list[nn.Parameter]:
         """What :meth:`scale` multiplies: of both sides, or only of ``"query"`` or ``"key"``."""
         found: list[nn.Parameter] = []
         sides = {"query": (self._plan.query, self.query), "key": (self._plan.key, self.key)}
         for side, stored in sides.values() if only is None else (sides[only],):
-            weight, bias, _ = _parameters(stored.affine)
+            weight, bias, _ = _parameters(stored.projection)
             found += [weight] if bias is None else [weight, bias]
             found += [getattr(self._plan.module, name) for name in side.added]
         return list(dict.fromkeys(found))
 
     def _stored(self, side: Side) -> StoredRows:
-        affine: Any = side.affine
-        places = side.pick(torch.arange(affine.rows), self._plan.sizes)
-        if isinstance(affine, LatentPlan):
-            # Behind the norm of the latent: what expands it may be scaled, and what passes by it is shared.
-            places = places[:, : places.shape[1] - affine.shared]
-            affine = affine.expansion
-        if not isinstance(affine, AffinePlan | BarePlan | ParameterPlan):
+        projection = side.projection
+        places = side.pick(torch.arange(projection.rows), self._plan.sizes)
+        if projection.expansion is not None:
+            # Behind the norm of the latent: what expands it may be scaled, and what bypasses it is shared.
+            places = places[:, : places.shape[1] - projection.shared]
+            projection = projection.expansion
+        if projection.stored is None:
             raise _Uneditable(
-                f"which are made from several tensors ({type(affine.module).__name__} {affine.name!r}: an "
+                f"which are made from several tensors ({type(projection.module).__name__} {projection.name!r}: an "
                 "adapter, a quantized weight or a composition): merge or drop what is around the weights"
             )
-        weight, *_ = _parameters(affine)
-        if isinstance(affine, ParameterPlan):
-            shared = affine.stored()[2]
-            shared = shared[shared >= 0]
+        weight, _, stored = _parameters(projection)
+        if isinstance(stored.places, Tensor):
+            shared = stored.places[stored.places >= 0]
             if not weight.is_contiguous() or len(shared.unique()) != len(shared):
                 raise _Uneditable("that are kept out of order, or whose bias is added to several rows")
-        return StoredRows(affine, places)
+        return StoredRows(projection, places)
 
 
-def head_editors(
+def head_scalers(
     reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
-) -> dict[str, HeadEditor]:
+) -> dict[str, HeadScaler]:
     """Editors of some layers.
 
     Args:
@@ -206,8 +200,8 @@ def head_editors(
 
 
 def _editor(
-    plan: LayerPlan, lenders: dict[str, str], holders: "Counter[int]", *, trained: bool
-) -> HeadEditor:
+    plan: LayerReader, lenders: dict[str, str], holders: "Counter[int]", *, trained: bool
+) -> HeadScaler:
     if plan.is_flat:
         raise _Uneditable("which FSDP flattens: use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)")
     other = plan.key_layer or lenders.get(plan.name)
@@ -215,7 +209,7 @@ def _editor(
         raise _Uneditable(f"whose keys are those of {other} too: train without it")
     if getattr(plan.module, "bias_k", None) is not None:
         raise _Uneditable("with a learnt key beside the projections: use add_bias_kv=False")
-    editor = HeadEditor(plan)
+    editor = HeadScaler(plan)
     for parameter in editor.parameters():
         if holders[id(parameter)] > 1:
             raise _Uneditable("that another module shares: untie them")
@@ -228,53 +222,42 @@ def _editor(
     return editor
 
 
-def _parameters(
-    affine: AffinePlan | BarePlan | ParameterPlan,
-) -> tuple[nn.Parameter, nn.Parameter | None, int]:
-    """Weight, bias and where in the bias the rows begin, as they are now."""
-    if isinstance(affine, ParameterPlan):
-        return *affine.stored()[:2], 0
-    if isinstance(affine, BarePlan):
-        return affine.stored()
-    weight, bias = affine.module._parameters.get("weight"), getattr(affine.module, "bias", None)
+def _parameters(projection: Projection) -> tuple[nn.Parameter, nn.Parameter | None, StoredWeight]:
+    """Weight, bias and where in them the rows lie, as they are now."""
+    stored = projection.stored
+    assert stored is not None  # as of all that can be edited
+    weight, bias = stored.weight, stored.bias
     if weight is not None and (bias is None or isinstance(bias, nn.Parameter)):
-        return weight, bias, 0
+        return weight, bias, stored
     raise _Uneditable(
-        f"which something makes from others ({affine.name!r} has a parametrization or a hook): remove it"
+        f"which something makes from others ({projection.name!r} has a parametrization or a hook): remove it"
     )
 
 
-def _multiply(parameter: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
-    """Multiply rows, which lie in the first dimension or, transposed, in those behind it; or each element."""
-    tensor: Any = parameter.detach()
-    if tensor.numel() == rows.numel():
-        shape = tuple(tensor.shape)
-    elif transposed:
-        shape = (1, *tensor.shape[1:])
-    else:
-        shape = (len(rows), *(1,) * (tensor.dim() - 1))
-    factors = rows.view(shape)
-    tensor.mul_(_replicated(factors, tensor) if is_dtensor(tensor) else factors.to(tensor.device))
+def _by_element(stored: StoredWeight, weight: Tensor, rows: Tensor) -> Tensor:
+    """Factors of rows in a shape that broadcasts to the weight's."""
+    if stored.stride == 1 and weight.shape[0] == len(rows):
+        return rows.view(-1, *(1,) * (weight.dim() - 1))
+    if stored.stride == len(rows) and weight.shape[0] == stored.columns:
+        return rows.view(1, *weight.shape[1:])
+    return rows.view(-1, 1, stored.stride).expand(-1, stored.columns, -1).reshape(weight.shape)
 
 
-def _multiply_elements(plan: ParameterPlan, rows: Tensor) -> None:
-    """Multiply rows of a bare parameter, and what is added to them."""
-    weight, bias, places = plan.stored()
-    if is_dtensor(weight):
-        # Rows are spread over blocks of the parameter: its factors in its own shape.
-        factors = rows.view(-1, 1, plan.stride).expand(-1, plan.columns, -1).reshape(weight.shape)
-        tensor: Any = weight.detach()
-        tensor.mul_(_replicated(factors, tensor))
-    else:
-        weight.detach().view(-1, plan.columns, plan.stride).mul_(
-            rows.view(-1, 1, plan.stride).to(weight.device)
-        )
-    if bias is None:
-        return
-    mine = places >= 0
+def _of_bias(stored: StoredWeight, bias: Tensor, rows: Tensor) -> Tensor:
+    """Factors of rows in the bias's shape."""
     factors = rows.new_ones(bias.numel())
-    factors[places[mine].to(rows.device)] = rows[mine.to(rows.device)]
-    _multiply(bias, factors)
+    if isinstance(stored.places, slice):
+        factors[stored.places] = rows
+    else:
+        places = stored.places.to(rows.device)
+        factors[places[places >= 0]] = rows[places >= 0]
+    return factors.view(bias.shape)
+
+
+def _multiply(parameter: Tensor, factors: Tensor) -> None:
+    """Multiply a parameter in place by factors that broadcast to its shape."""
+    tensor: Any = parameter.detach()
+    tensor.mul_(_replicated(factors, tensor) if is_dtensor(tensor) else factors.to(tensor.device))
 
 
 def _replicated(factors: Tensor, like: Any) -> Any:

@@ -7,16 +7,197 @@ orders. To read a new model, add a line to `LAYOUTS`; head counts, norms, rotary
 
 import inspect
 import re
+import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.class_names import is_named
-from lightning_qk.heads.probing import gives_back
+from lightning_qk.architecture.dry_run import alive, gives_back
+from lightning_qk.architecture.origin import is_named
+from lightning_qk.heads.composition import latent
+from lightning_qk.heads.norms import NormPlan, plan_norm
+from lightning_qk.heads.projection import (
+    Projection,
+    constant_projection,
+    parameter_projection,
+    projection_of,
+)
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.sizes import Sizes
-from lightning_qk.heads.sources import Bare, Child, Constant, Latent, Source
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    found: Any = module
+    for part in path.split("."):
+        found = found._modules.get(part)
+        if found is None:
+            return None
+    return found
+
+
+class Source:
+    """What holds the weights of one side of a layer."""
+
+    def fits(self, module: nn.Module, kv_source: nn.Module | None = None) -> bool:
+        """Whether the layer has it.
+
+        Args:
+            module: the layer.
+            kv_source: the layer whose keys it uses instead of its own.
+        """
+        raise NotImplementedError
+
+    def projection(self, module: nn.Module, kv_source: nn.Module | None = None) -> Projection:
+        """How it is read from one layer.
+
+        Raises:
+            UnreadLayer: it cannot be.
+        """
+        raise NotImplementedError
+
+    def weight(self, module: nn.Module) -> Tensor | None:
+        """The stored tensor whose first dimension runs over heads, where there is one."""
+        return None
+
+    def inner_norms(self, module: nn.Module) -> list[nn.Module]:
+        """Norms that are part of the map."""
+        return []
+
+
+@dataclass(frozen=True)
+class Child(Source):
+    """A child that maps the layer's input.
+
+    Attributes:
+        path: of the child, dotted where it is a child's child.
+    """
+
+    path: str
+
+    def fits(self, module: nn.Module, kv_source: nn.Module | None = None) -> bool:  # noqa: D102
+        return _child(kv_source or module, self.path) is not None
+
+    def projection(self, module: nn.Module, kv_source: nn.Module | None = None) -> Projection:  # noqa: D102
+        return projection_of((kv_source or module).get_submodule(self.path), self.path)
+
+    def weight(self, module: nn.Module) -> Tensor | None:  # noqa: D102
+        return getattr(_child(module, self.path), "weight", None)
+
+
+@dataclass(frozen=True)
+class Bare(Source):
+    """A parameter of the layer itself.
+
+    Attributes:
+        name: of the parameter: ``(out, in)``, or ``(in, ...)`` with the outputs in the last dimensions.
+        bias: name of the parameter that is added, of as many numbers as there are outputs.
+        part: which of the bias's parts, each of as many numbers as there are outputs, is added.
+        transposed: stored as ``(in, ...)``.
+    """
+
+    name: str
+    bias: str | None = None
+    part: int = 0
+    transposed: bool = False
+
+    def fits(self, module: nn.Module, kv_source: nn.Module | None = None) -> bool:  # noqa: D102
+        weight = (kv_source or module)._parameters.get(self.name)
+        return weight is not None and weight.dim() == (3 if self.transposed else 2)
+
+    def projection(self, module: nn.Module, kv_source: nn.Module | None = None) -> Projection:  # noqa: D102
+        stride = None if self.transposed else 1
+        return parameter_projection(
+            kv_source or module, self.name, stride=stride, bias=self.bias, part=self.part
+        )
+
+    def weight(self, module: nn.Module) -> Tensor | None:  # noqa: D102
+        return None if self.transposed else module._parameters.get(self.name)
+
+
+@dataclass(frozen=True)
+class Constant(Source):
+    """No projection: a parameter of the layer is cut into heads as it is, whatever the input.
+
+    Attributes:
+        name: of the parameter, whose last dimension runs over all heads.
+    """
+
+    name: str
+
+    def fits(self, module: nn.Module, kv_source: nn.Module | None = None) -> bool:  # noqa: D102
+        return module._parameters.get(self.name) is not None
+
+    def projection(self, module: nn.Module, kv_source: nn.Module | None = None) -> Projection:  # noqa: D102
+        return constant_projection(module, self.name)
+
+
+@dataclass(frozen=True)
+class Latent(Source):
+    """A map through a latent of low rank, with a norm on the latent: ``up(norm(down x))``.
+
+    The norm's gain is folded in; the normalization itself, one positive number a token, stays out, and so do
+    what is added behind it: the norm's offset and the bias of ``up``.
+
+    Attributes:
+        down: the child that makes the latent.
+        norm: the child that normalizes it; the map is read without one where the layer has none.
+        up: the child that expands it.
+        shared: ``down`` has rows behind the latent, which are no part of it and bypass norm and ``up``:
+            they come last in the map's rows.
+        shared_norm: the child that normalizes those, where there is one.
+        factors: attributes of which one may hold a factor on the normalized latent.
+    """
+
+    down: str
+    norm: str
+    up: str
+    shared: bool = False
+    shared_norm: str | None = None
+    factors: tuple[str, ...] = ()
+
+    def fits(self, module: nn.Module, kv_source: nn.Module | None = None) -> bool:  # noqa: D102
+        return _child(module, self.up) is not None and _child(kv_source or module, self.down) is not None
+
+    def projection(self, module: nn.Module, kv_source: nn.Module | None = None) -> Projection:  # noqa: D102
+        source = kv_source or module
+        down, up = Child(self.down).projection(source), Child(self.up).projection(module)
+        shared = down.rows - up.columns
+        if shared < 0 or (shared > 0 and not self.shared):
+            raise UnreadLayer(
+                f"its {self.down!r} gives {down.rows} numbers, and its {self.up!r} takes {up.columns}"
+            )
+        shared_norm = self.shared_norm if shared else None
+        name = next((name for name in self.factors if hasattr(module, name)), None)
+        layer = weakref.ref(module)
+        return latent(
+            down,
+            up,
+            _norm_in(source, self.norm, up.columns),
+            None if shared_norm is None else _norm_in(source, shared_norm, shared),
+            None if name is None else lambda: float(getattr(alive(layer), name)),
+        )
+
+    def weight(self, module: nn.Module) -> Tensor | None:  # noqa: D102
+        return Child(self.up).weight(module)
+
+    def inner_norms(self, module: nn.Module) -> list[nn.Module]:  # noqa: D102
+        paths = [self.norm] if self.shared_norm is None else [self.norm, self.shared_norm]
+        return [norm for norm in (_child(module, path) for path in paths) if norm is not None]
+
+
+def _norm_in(module: nn.Module, name: str, width: int) -> NormPlan | None:
+    norm = _child(module, name)
+    if norm is None or isinstance(norm, nn.Identity):
+        return None
+    plan = plan_norm(norm, (width,))
+    if plan is None:
+        raise UnreadLayer(
+            f"the norm {name!r} in its projections is a {type(norm).__name__}, which is no RMSNorm or LayerNorm"
+        )
+    return plan
 
 
 class Order(NamedTuple):
@@ -107,7 +288,7 @@ UNEVEN = Order(
 )
 
 
-class Layout(NamedTuple):
+class KnownLayout(NamedTuple):
     """One way to keep the query and key weights.
 
     Attributes:
@@ -131,12 +312,12 @@ class Layout(NamedTuple):
     normalizes: bool = False
 
 
-def _of(name: str, query: str, key: str, order: Order, **options: object) -> Layout:
+def _of(name: str, query: str, key: str, order: Order, **options: object) -> KnownLayout:
     """A layout whose weights are children's."""
-    return Layout(name, Child(query), Child(key), order, **options)  # type: ignore[arg-type]
+    return KnownLayout(name, Child(query), Child(key), order, **options)  # type: ignore[arg-type]
 
 
-def _fused(name: str, child: str, order: Order, **options: object) -> Layout:
+def _fused(name: str, child: str, order: Order, **options: object) -> KnownLayout:
     return _of(name, child, child, order, **options)
 
 
@@ -200,9 +381,9 @@ _LATENT_KEY = Latent(
 _IN_PROJ = Bare("in_proj_weight", "in_proj_bias")
 
 # The first that fits is used.
-LAYOUTS: tuple[Layout, ...] = (
-    *(Layout("latent", query, _LATENT_KEY, EXPANDED) for query in _LATENT_QUERIES),
-    Layout("latent query", _LATENT_QUERIES[1], Child("kv_proj"), SEPARATE),
+LAYOUTS: tuple[KnownLayout, ...] = (
+    *(KnownLayout("latent", query, _LATENT_KEY, EXPANDED) for query in _LATENT_QUERIES),
+    KnownLayout("latent query", _LATENT_QUERIES[1], Child("kv_proj"), SEPARATE),
     _of("[q,gate] per head + key", "q_proj", "k_proj", GATED, when=_gates_by_query, tentative=True),
     *(_of("separate", query, key, SEPARATE) for query, key in _SEPARATE_NAMES),
     _of("query + [K|V]", "q_attn", "c_attn", QUERY_AND_KEY_VALUE),
@@ -220,7 +401,7 @@ LAYOUTS: tuple[Layout, ...] = (
     # Two inputs attend to each other by one product.
     _of("separate", "vision_proj", "text_proj", SEPARATE, crosses=True),
     # A query that is learnt itself.
-    Layout("key", Constant("cls_token"), Child("k_proj"), SEPARATE, crosses=True),
+    KnownLayout("key", Constant("cls_token"), Child("k_proj"), SEPARATE, crosses=True),
     _fused("4 × [Q|V|K]", "qkv_proj", PARTITIONED, when=_class_is("CodeGenAttention")),
     _fused("[Q|K|V]", "qkv_proj", CONTIGUOUS),
     _fused("[Q|K|V]", "Wqkv", CONTIGUOUS),
@@ -228,31 +409,35 @@ LAYOUTS: tuple[Layout, ...] = (
     _fused("[Q|K|V]", "att_proj", CONTIGUOUS),
     _fused("[Q|K|V]", "qkv_linear", CONTIGUOUS),
     # Parameters of the layer itself: torch's MultiheadAttention and XLNet.
-    Layout("[Q|K|V]", _IN_PROJ, _IN_PROJ, CONTIGUOUS),
-    Layout(
+    KnownLayout("[Q|K|V]", _IN_PROJ, _IN_PROJ, CONTIGUOUS),
+    KnownLayout(
         "separate",
         Bare("q_proj_weight", "in_proj_bias"),
         Bare("k_proj_weight", "in_proj_bias", part=1),
         SEPARATE,
     ),
-    Layout("separate", Bare("q", transposed=True), Bare("k", transposed=True), SEPARATE),
+    KnownLayout("separate", Bare("q", transposed=True), Bare("k", transposed=True), SEPARATE),
 )
 
 
-def fitting_layouts(module: nn.Module, lender: nn.Module | None = None) -> Iterator[Layout]:
+def fitting_layouts(module: nn.Module, kv_source: nn.Module | None = None) -> Iterator[KnownLayout]:
     """The layouts of an attention layer, by the names of its children and parameters, best first.
 
     Args:
         module: the layer.
-        lender: the layer whose keys it uses, where it has none of its own.
+        kv_source: the layer whose keys it uses, where it has none of its own.
     """
-    borrows = lender is None and borrows_keys(module)
+    borrows = kv_source is None and borrows_keys(module)
     for layout in LAYOUTS:
-        if layout.query.fits(module) and (borrows or layout.key.fits(module, lender)) and layout.when(module):
+        if (
+            layout.query.fits(module)
+            and (borrows or layout.key.fits(module, kv_source))
+            and layout.when(module)
+        ):
             yield layout
 
 
-def find_layout(module: nn.Module) -> Layout | None:
+def find_layout(module: nn.Module) -> KnownLayout | None:
     """The layout of an attention layer, or None where no entry fits."""
     return next(fitting_layouts(module), None)
 

@@ -1,13 +1,19 @@
-"""What a normalization layer does, found by running it: gain, offset, and whether it removes the mean."""
+"""Norms: what one does (found by running it), which act on queries and keys, and which one feeds a layer."""
 
+import inspect
+import re
 import weakref
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.errors import alive
+from lightning_qk.architecture.dry_run import Stop, Through, alive, run_copy
+from lightning_qk.heads.projections import Affine, UnreadLayer
 from lightning_qk.heads.sharding import is_dtensor, whole, whole_module
+from lightning_qk.heads.sizes import Sizes
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
 _AMPLITUDE = 64.0
@@ -28,14 +34,14 @@ class Norm(NamedTuple):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module looks like a normalization; `plan_norm` tells for certain."""
+    """Whether a module looks like a normalization; `plan_norm` decides."""
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) or "norm" in type(module).__name__.lower()
 
 
 class NormPlan:
     """How one norm is read; made once, since telling what a norm does takes runs of it and compares numbers.
 
-    The module is referred to weakly, and its parameters are taken anew by every :meth:`read`, which neither
+    The module is referred to weakly, and its parameters are read live by every :meth:`read`, which neither
     compares nor waits for the device.
 
     Attributes:
@@ -152,3 +158,250 @@ def _normalize(x: Tensor, centered: bool) -> Tensor:
     if centered:
         x = x - x.mean(-1, keepdim=True)
     return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+_NORM_OF = {
+    "query": re.compile(
+        r"^(q(?!k)|query)_?\w*(norm|ln)$|^(layer_?)?(norm|ln)_(q|query)$|^qk_?\w*norm$", re.IGNORECASE
+    ),
+    "key": re.compile(r"^(k|key)_?\w*(norm|ln)$|^(layer_?)?(norm|ln)_(k|key)$|^qk_?\w*norm$", re.IGNORECASE),
+}
+
+
+def qk_norm(module: nn.Module, side: str, inner: Collection[nn.Module] = ()) -> nn.Module | None:
+    """The norm that a layer applies to its queries or keys.
+
+    Args:
+        module: the attention layer.
+        side: ``"query"`` or ``"key"``.
+        inner: norms that are part of the projections.
+    """
+    found = None
+    for name, child in module.named_children():
+        if _NORM_OF[side].match(name) and not isinstance(child, nn.Identity) and child not in inner:
+            found = child
+    return found
+
+
+def plan_qk_norm(
+    module: nn.Module, side: str, sizes: Sizes, inner: Collection[nn.Module] = ()
+) -> NormPlan | None:
+    """Find out what the norm of a layer's queries or keys does; None where it has none.
+
+    Raises:
+        UnreadLayer: it is neither an RMSNorm nor a LayerNorm over heads or over the whole width.
+    """
+    norm = qk_norm(module, side, inner)
+    if norm is None:
+        return None
+    return plan_norm_of(norm, sizes.heads if side == "query" else sizes.kv_heads, sizes.d_head, side)
+
+
+def plan_norm_of(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPlan:
+    """Find out what a norm of queries or keys does: over each head, or over the whole width.
+
+    Raises:
+        UnreadLayer: it is neither an RMSNorm nor a LayerNorm.
+    """
+    # Per head; over all heads at once; one gain for each head, heads before or behind the tokens.
+    for shape in ((d_head,), (heads * d_head,), (1, heads, 1, d_head), (1, 1, heads, d_head)):
+        found = plan_norm(norm, shape)
+        if found is not None:
+            return found
+    what = "queries" if side == "query" else "keys"
+    raise UnreadLayer(f"the norm of its {what} is a {type(norm).__name__}, which is no RMSNorm or LayerNorm")
+
+
+class _First(nn.Module):
+    """Stands for a child: the first of them to be called keeps its input and ends the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Any = None
+
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> None:
+        self.given = x
+        raise Stop
+
+
+def is_before_projections(module: nn.Module, plan: NormPlan, width: int) -> bool:
+    """Whether a layer's norm that is named for queries or keys acts on the layer's input instead.
+
+    Told by which child the layer's forward calls first, where the norm's width alone does not tell: it is part of
+    no projection then.
+
+    Args:
+        module: the attention layer.
+        plan: the norm of its queries.
+        width: of the layer's input.
+    """
+    if plan.shape != (width,):
+        return False
+    children = {name: _First() for name, _ in module.named_children()}
+    given = torch.zeros(1, 2, width)
+    with suppress(Exception):  # `Stop`, or whatever a forward may raise that is given nothing else
+        run_copy(module, children, given)
+    return any(
+        children[name].given is given for name, child in module.named_children() if child is plan.module
+    )
+
+
+def is_behind_rotation(module: nn.Module, plan: NormPlan) -> bool:
+    """Whether a norm with a gain acts on what the layer has rotated: the gain does not pass through a rotation.
+
+    Seen from the forward's code, in which the rotary function and the norm are named in the order of their first
+    use: queries come first.
+
+    Args:
+        module: the attention layer.
+        plan: the norm of its queries, or of its keys where those have none.
+    """
+    norm = plan.module
+    if not any(True for _ in norm.parameters()):
+        return False
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = () if code is None else code.co_names
+    rotations = [place for place, name in enumerate(names) if "rotary" in name]
+    own = [place for place, name in enumerate(names) if module._modules.get(name) is norm]
+    return bool(rotations and own) and min(own) > min(rotations)
+
+
+def fold_qk_norm(plan: NormPlan, rows: Affine) -> Affine:
+    """Fold the gain of a layer's query or key norm into the weights of that side.
+
+    The normalization itself, one positive number a token (and head), stays out, and so does a LayerNorm's
+    offset: the dot product of the true q and k is not bilinear.
+    """
+    norm = plan.read()
+    heads, d_head = rows.weight.shape[:2]
+    full_width = plan.shape == (heads * d_head,)
+    gain = norm.gain.reshape(-1, d_head)
+
+    def fold(values: Tensor) -> Tensor:
+        values = values.to(gain.dtype)
+        if norm.centered:
+            values = values - values.mean((0, 1) if full_width else 1, keepdim=True)
+        return values * gain.view(*gain.shape, *(1,) * (values.dim() - 2))
+
+    return Affine(fold(rows.weight), None if rows.bias is None else fold(rows.bias))
+
+
+_OF_VALUES = re.compile(r"^(v|value)_?\w*(norm|ln)$", re.IGNORECASE)
+
+
+class _Target(nn.Module):
+    """Stands for the attention: keeps the first tensor that it is given and ends the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.reached = next(tensors, None)
+        raise Stop
+
+
+class _Marker(nn.Module):
+    """Stands for a norm, or for what is of no interest: gives new tensors by which it is recognized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.given.append(torch.zeros_like(x))
+        return self.given[-1]
+
+
+def feeding_norm(
+    module: nn.Module,
+    ancestors: Sequence[nn.Module],
+    width: int,
+    like: Tensor,
+    known: Collection[nn.Module] = (),
+) -> NormPlan | None:
+    """Find the norm whose output is exactly what the attention layer is given.
+
+    The forward of the module around the layer is run, on a copy whose norms return marked tensors and whose
+    attention records what reaches it. Neither the model nor its hooks take part. Pre-norm layers are found in
+    this way whatever their names; post-norm layers, where the norm of the previous layer feeds this one, are
+    not.
+
+    Args:
+        module: the attention layer.
+        ancestors: the modules that contain it, nearest first.
+        width: d_model.
+        like: has the device and type of the input.
+        known: norms of the layer that come behind its projections or are part of them.
+
+    Returns:
+        How to read the norm, or None where it could not be proved.
+    """
+    inner = (
+        child
+        for name, child in module.named_children()
+        if is_norm(child) and not _OF_VALUES.match(name) and child not in known
+    )
+    if any(True for _ in inner):
+        # A norm of the layer's own may come between its input and the projections.
+        return None
+    child = module
+    # A layer nests its attention at most this deep; what is beyond is the whole network.
+    for parent in ancestors[:3]:
+        if isinstance(parent, nn.ModuleList | nn.ModuleDict):
+            return None
+        given = torch.zeros(1, 2, width, device=like.device, dtype=like.dtype)
+        reached, markers = _run(parent, child, given)
+        if reached is None:
+            return None
+        for marker, norm in markers.items():
+            if any(reached is out for out in marker.given):
+                return plan_norm(norm, (width,))
+        if reached is not given:
+            return None
+        child = parent
+    return None
+
+
+def _run(
+    parent: nn.Module, child: nn.Module, given: Tensor
+) -> tuple[Tensor | None, dict[_Marker, nn.Module]]:
+    """Run the parent up to the child; the tensor that reached it, and the norm of each marker."""
+    markers: dict[_Marker, nn.Module] = {}
+    target = _Target()
+    stand_ins: dict[str, nn.Module | None] = dict(parent._modules)
+    for name, module in parent.named_children():
+        if module is child:
+            stand_ins[name] = target
+        elif isinstance(module, nn.Identity | nn.Dropout):
+            stand_ins[name] = Through()
+        else:
+            marker = stand_ins[name] = _Marker()
+            if is_norm(module):
+                markers[marker] = module
+    # A module that cannot be run alone proves nothing; what reached the target before that counts.
+    with suppress(Exception):
+        run_copy(parent, stand_ins, given)
+    return target.reached, markers
+
+
+def fold_layer_norm(norm: Norm, rows: Affine) -> Affine:
+    """Fold the gain, centering and offset of a norm into the map that it feeds.
+
+    Args:
+        norm: over the map's input, shape (d_in,).
+        rows: weight (heads, d_head, d_in) and bias (heads, d_head) or None.
+
+    Returns:
+        The map of the normalized, unscaled input, in float32 at least.
+    """
+    weight = rows.weight.to(norm.gain.dtype)
+    bias = None if rows.bias is None else rows.bias.to(norm.gain.dtype)
+    if norm.offset is not None:
+        shift = weight @ norm.offset
+        bias = shift if bias is None else bias + shift
+    weight = weight * norm.gain
+    if norm.centered:
+        weight = weight - weight.mean(-1, keepdim=True)
+    return Affine(weight, bias)

@@ -1,10 +1,28 @@
-"""The query and key weights of one attention layer, split into heads."""
+"""What is read of an attention layer: its query and key weights, split into heads, or why there are none."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_qk.functional.rotary import Rotary
+
+
+class Affine(NamedTuple):
+    """``x -> weight @ x + bias``, of all rows or with the rows cut into heads.
+
+    Attributes:
+        weight: shape ``(out, in)`` or ``(heads, d_head, in)``: a view of the live parameter where it is stored so.
+        bias: shape ``(out,)`` or ``(heads, d_head)``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Affine":
+        """In another type."""
+        return Affine(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,3 +105,15 @@ class HeadProjections:
     def width(self) -> tuple[int, int]:
         """d_query and d_key."""
         return self.query.shape[2], self.key.shape[2]
+
+
+class UnreadLayer(Exception):
+    """One attention layer cannot be read; the message is the reason, as a clause that ends a sentence."""
+
+
+class InaccessibleWeights(UnreadLayer):
+    """The layout is known, but this process cannot reach the values; the message says how to mend it."""
+
+
+class NotTokenAttention(UnreadLayer):
+    """Its products run over the tokens: it attends over channels, so that its softmax is none over tokens."""

@@ -1,159 +1,493 @@
-"""The rotation that an attention layer applies, found by running the model's own rotary function.
+"""Run an attention layer up to its call of a rotary function, with the angles that its model gives it.
 
-A layer's forward runs on a copy whose projections give zeros, up to its call of a function named for rotary
-positions, with the angles that the model's own rotary module gives for one position. That call is repeated
-with unit vectors in the place of queries and keys, at several positions: it is a matrix, and between two
-positions a rotation, from which pairs, frequencies and scale are taken. Neither models nor kinds of scaling are
-asked for by name.
+The forward runs on a copy whose projections give zeros, with the angles that the model's own rotary module gives
+for one position.
 """
 
 import inspect
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.rotary_angles import Angles, angle_sources, holds_angles
-from lightning_qk.heads.rotary_fit import Fit, remembered_fit
-from lightning_qk.heads.rotary_layer import Call, Layer, tokens_for
+from lightning_qk.architecture.dry_run import Stop, Through, copy_with
+from lightning_qk.architecture.source_code import names_in
 
-ROTARY, ROTARY_2D = "rotary", "rotary (2-D)"
+_HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal|position(al)?_?encoder", re.IGNORECASE)
+TAKES_ANGLES = re.compile(
+    r"^(rotary|rope|freqs?|sinusoidal_pos)|(^|_)position_embeddings(_k)?$|^(cos|sin)$", re.IGNORECASE
+)
+_NAMED_ATTENTION = re.compile(r"attention$|attn$", re.IGNORECASE)
+# Positions that are probed are below it, and no width is a multiple of it that is likely.
+_COUNTED = 11
 
-_MANY_AXES = re.compile(r"vision|image|pixel|patch|2d|multidim|axial|video|vjepa|vit(?![a-z])", re.IGNORECASE)
+
+class Angles:
+    """Stands for angles that are not known: may be handed on, unpacked and indexed."""
+
+    def __iter__(self) -> Iterator["Angles"]:
+        return iter((Angles(), Angles()))
+
+    def __getitem__(self, index: Any) -> "Angles":
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "Angles":
+        """Results of unknown angles are unknown."""
+        return self
 
 
-class Rotation:
-    """How a layer rotates queries and keys, kept without the frequencies' values where a buffer has them.
+class Source(NamedTuple):
+    """Where the angles of a layer come from: a module, or the layer itself (then ``own``)."""
 
-    Attributes:
-        kind: ``"rotary"``, ``"rotary (2-D)"`` (by coordinates in an image or a video), or None where the
-            layer does not rotate.
-        is_known: whether that could be told.
-    """
+    holder: nn.Module
+    layer_type: str | None
+    own: bool = False
 
-    def __init__(
-        self, kind: str | None, fit: Fit | None = None, start: int = 0, *, is_known: bool = True
-    ) -> None:
-        self.kind = kind
-        self.is_known = is_known
-        self._fit = fit
-        self._start = start
+    def at(self, position: int, tokens: int) -> Any:
+        """What the layer is given for that many tokens at one position; None where positions are no numbers.
 
-    def read(self) -> Rotary | None:
-        """The rotation as it is now.
-
-        None where the layer does not rotate, or in no way that one position in a sequence tells: by
-        coordinates in an image, say, or the layer's input in the place of its queries and keys.
+        Raises:
+            Exception: whatever the holder raises.
         """
-        fit = self._fit
-        if fit is None:
-            return None
-        holder = None if fit.holder is None else fit.holder()
-        buffer = None if holder is None else getattr(holder, fit.buffer, None)
-        # Some models exchange the buffer as sequences grow.
-        if isinstance(buffer, Tensor) and buffer.shape == fit.inv_freq.shape:
-            inv_freq = -buffer if fit.backward else buffer
-        else:
-            inv_freq = fit.inv_freq
-        return Rotary(inv_freq, fit.interleaved, self._start + fit.start, fit.scale)
+        if self.own:
+            return Angles()
+        with torch.no_grad():
+            return _run_holder(self, position, tokens)
+
+    @property
+    def buffer(self) -> str | None:
+        """The holder's 1-D buffer of frequencies for this layer."""
+        buffers = dict(self.holder.named_buffers(recurse=False))
+        for name in (f"{self.layer_type}_inv_freq", "inv_freq"):
+            if name in buffers and buffers[name].dim() == 1:
+                return name
+        return None
 
 
-NO_ROTATION = Rotation(None)
-
-
-def find_rotation(
-    module: nn.Module,
-    ancestors: Sequence[nn.Module],
-    config: Any,
-    d_head: int,
-    *,
-    heads: int = 1,
-    is_cross: bool = False,
-) -> Rotation:
-    """Find how a layer rotates its queries and keys with position.
+def angle_sources(
+    module: nn.Module, parameters: Iterable[str], ancestors: Sequence[nn.Module], config: Any
+) -> Iterator[Source]:
+    """What may give a layer its angles, the likeliest first.
 
     Args:
         module: the attention layer.
+        parameters: names of its forward's arguments.
         ancestors: the modules that contain it, nearest first.
         config: the nearest configuration, or None.
-        d_head: width of a head.
-        heads: where fewer of a token's heads are rotated, no one rotation is that of the layer.
-        is_cross: keys come from other tokens than queries.
     """
-    layer = Layer(module, config, tokens_for(d_head), is_cross)
-    if not layer.functions:
-        # A rotary module of its own may turn queries and keys itself.
-        holds = any(holds_angles(name, child) for name, child in module.named_children())
-        return Rotation(None, is_known=False) if holds else NO_ROTATION
-    try:
-        return _find(layer, ancestors, d_head, heads)
-    except Exception:  # a forward of any kind may raise anything
-        return Rotation(None, is_known=False)
-
-
-def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int, heads: int) -> Rotation:
-    many_axes = unread = None
-    for source in angle_sources(layer.module, layer.parameters, ancestors, layer.config):
-        try:
-            angles = source.at(1, layer.tokens)
-            if angles is None:
-                many_axes = many_axes or source.holder
+    takes_angles = any(TAKES_ANGLES.search(name) for name in parameters)
+    if not takes_angles:
+        held = next((child for name, child in module.named_children() if holds_angles(name, child)), module)
+        yield Source(held, None, own=True)
+    layer_types = _layer_types(module, ancestors, config)
+    for owner in (module, *ancestors):
+        for name, child in owner.named_children():
+            if child is module or not holds_angles(name, child):
                 continue
-            call = layer.call(1, angles)
-        except Exception:
-            unread = unread or source.holder
-            continue
-        if call is None or layer.is_left_out():
-            return NO_ROTATION
-        if call.before_projections or call.query.numel() < layer.tokens * heads * min(call.width, d_head):
-            return Rotation(ROTARY)
+            kinds = [name.removesuffix("_inv_freq") for name in child._buffers if name.endswith("_inv_freq")]
+            kinds = [kind for kind in kinds if not kind.endswith("original")]
+            own = [kind for kind in layer_types if kind in kinds]
+            if kinds and not own:
+                served = getattr(config, "layer_types", None) or ()
+                if layer_types and not set(kinds).isdisjoint(served):
+                    # It serves layers of other types.
+                    continue
+                own = kinds
+            given: list[str | None] = [*(own or layer_types[:1])] or [None]
+            yield from (Source(child, kind) for kind in given)
+
+
+def holds_angles(name: str, child: nn.Module) -> bool:
+    """Whether a child is named as what holds the angles of positions."""
+    if _NAMED_ATTENTION.search(type(child).__name__):
+        return False
+    return bool(_HOLDS_ANGLES.search(name) or _HOLDS_ANGLES.search(type(child).__name__))
+
+
+def _layer_types(module: nn.Module, ancestors: Sequence[nn.Module], config: Any) -> list[str]:
+    """What the layer's own kind may be called, the likeliest first."""
+    found = []
+    for owner in (module, *ancestors[:1]):
+        for name in ("rope_layer_type", "rope_type", "layer_type", "attention_type"):
+            value = getattr(owner, name, None)
+            if isinstance(value, str):
+                found.append(value)
+    index, types_ = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
+    if isinstance(index, int) and types_ is not None and index < len(types_):
+        found.append(types_[index])
+    return found
+
+
+def _run_holder(source: Source, position: int, tokens: int) -> Any:
+    holder = source.holder
+    tensors = [*holder.buffers(recurse=False), *holder.parameters(recurse=False)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    positions = torch.full((1, tokens), position, device=device)
+    if isinstance(holder, nn.Embedding):
+        return holder.weight[position].detach().expand(1, 1, tokens, -1)
+    # Without the wrapper that changes frequencies with the length of the sequence.
+    forward = inspect.unwrap(type(holder).forward)
+    names = list(inspect.signature(forward).parameters)[1:]
+    copy = copy_with(holder, {})
+    if "position_ids" in names:
+        known: dict[str, Any] = {"position_ids": positions}
+        if "layer_type" in names:
+            known["layer_type"] = source.layer_type
+        rest = [name for name in names if name not in known and _is_required(forward, name)]
+        x = torch.zeros(1, 1, 1, device=device)
         try:
-            fit = remembered_fit(layer, source, call, d_head)
-        except Exception:  # a table of angles may end before the positions that are probed
-            fit = None
-        if fit is None:
-            unread = unread or source.holder
-            continue
-        width = call.width
-        start = call.place % d_head if width < d_head else 0
-        return Rotation(ROTARY, fit, start if start + width <= d_head else d_head - width)
-    # Nobody's angles fit: whether it rotates at all.
-    holder = many_axes or unread
-    try:
-        # What takes keys from other tokens does without angles wherever it can.
-        call = _blind_call(layer, is_given=holder is not None and not layer.is_cross)
-    except Exception:
-        if holder is None:
-            raise
-    else:
-        if call is None:
-            return NO_ROTATION
-    if many_axes is not None:
-        return Rotation(ROTARY_2D)
-    return Rotation(_kind_by_name(layer, unread))
+            given = forward(copy, *(x for _ in rest), **known)
+        except Exception:
+            # Text among images and videos has three equal coordinates, which the layer chooses from.
+            given = forward(copy, *(x for _ in rest), **{**known, "position_ids": positions.expand(3, 1, -1)})
+            if any(part.dim() != 4 or part.shape[0] != 3 for part in given):
+                raise
+        parts = given if isinstance(given, tuple) else (given,)
+        # One row a token: not so where positions have several coordinates.
+        return given if all(part.dim() >= 2 and part.shape[-2] == tokens for part in parts) else None
+    if names[:1] == ["hidden_states"] and len(names) == 1:
+        # It counts tokens itself.
+        copy.__dict__.pop("cached_sequence_length", None)
+        copy.__dict__["cached_sequence_length"] = None
+        rows = _COUNTED
+        given = forward(copy, torch.zeros(1, rows, 1, device=device))
+        (axis,) = (axis for axis, size in enumerate(given.shape) if size == rows)
+        shape = list(given.shape)
+        shape[axis] = tokens
+        return given.select(axis, position).unsqueeze(axis).expand(shape)
+    return None
 
 
-def _blind_call(layer: Layer, *, is_given: bool) -> Call | None:
-    """Run a layer whose angles are not known.
+def _is_required(function: Callable[..., Any], name: str) -> bool:
+    return inspect.signature(function).parameters[name].default is inspect.Parameter.empty
 
-    Where no module around it could make any, it may be given none at all.
+
+_NAMED_ROTARY = re.compile(r"rotary|rope(?![a-z])|rotate_(quer|key)", re.IGNORECASE)
+# Arguments by which layers take tokens other than the first.
+_TAKES_TOKENS = frozenset(
+    {"query", "key", "value", "hidden_states", "query_states", "key_states", "value_states"}
+)
+_TAKES_OTHERS = frozenset({"key_value_states", "encoder_hidden_states", "cross_attention_states", "context"})
+
+
+def tokens_for(d_head: int) -> int:
+    """How many tokens layers are run on.
+
+    At least one for each coordinate of a head; more than an image has axes, and hardly a number of heads or a
+    width, so that tokens are distinguished from other dimensions.
     """
-    if not is_given:
-        with suppress(Exception):  # it may need some
-            return layer.call(1, None)
-    return layer.call(1, Angles())
+    return max(d_head + 1 + d_head % 2, 5)
 
 
-def _kind_by_name(layer: Layer, holder: nn.Module | None) -> str:
-    names = [*layer.functions, type(layer.module).__name__, type(holder).__name__]
-    if holder is not None:
-        names += inspect.signature(type(holder).forward).parameters
-        # A table of all places in a grid, where one coordinate has one row of frequencies.
-        if any(buffer.dim() > 1 for name, buffer in holder.named_buffers() if name.endswith("inv_freq")):
-            return ROTARY_2D
-    # A text model may be named for the images that it comes with.
-    many = any(_MANY_AXES.search(name) and "text" not in name.lower() for name in names)
-    return ROTARY_2D if many else ROTARY
+class _Called(Exception):
+    """The forward called a rotary function."""
+
+    def __init__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(name)
+        self.call = name, args, kwargs
+
+
+class _ByType(tuple[Any, ...]):
+    """Angles that a layer may ask for by its type, as where the model hands the angles of all types on."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, str) else super().__getitem__(index)
+
+
+class _UntilDispatch:
+    """A configuration that ends the run where attention is dispatched."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_attn_implementation":
+            raise Stop
+        return getattr(self._config, name)
+
+
+class _ModuleStub(nn.Module):
+    """Stands for a rotary module that turns queries and keys itself."""
+
+    def __init__(self, name: str, position: int) -> None:
+        super().__init__()
+        self.name = name
+        self.position = position
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Called(self.name, args, {**kwargs, "position": self.position})
+
+
+class _AtPosition:
+    """A module that turns queries and keys by counting tokens, as a function of one position for all."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Tensor, position: int) -> tuple[Tensor, ...]:
+        # A copy, for the module may keep its tables.
+        copy = copy_with(self.module, {})
+        turned = type(self.module).forward(copy, *(_behind_others(x, position) for x in args))
+        lasts = [
+            part[..., -1, :].unflatten(0, (-1, x.shape[0])) for part, x in zip(turned, args, strict=True)
+        ]
+        return tuple(last.movedim(0, -2) for last in lasts)
+
+
+def _behind_others(x: Tensor, count: int) -> Tensor:
+    """Each token of (batch, ..., n, d) as the last of a sequence of its own, (n * batch, ..., count + 1, d)."""
+    alone = x.movedim(-2, 0).flatten(0, 1).unsqueeze(-2)
+    return torch.cat([torch.zeros_like(alone)] * count + [alone], dim=-2)
+
+
+def _turns_itself(child: nn.Module) -> bool:
+    """Whether a rotary module takes a query and a key, and no positions."""
+    names = list(inspect.signature(type(child).forward).parameters)[1:]
+    return len(names) == 2 and re.match("q", names[0]) is not None and re.match("k", names[1]) is not None
+
+
+class _Zeros(nn.Module):
+    """Stands for a projection."""
+
+    def __init__(self, width: int, ran: list[bool]) -> None:
+        super().__init__()
+        self.width = width
+        self.ran = ran
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(x, Angles):
+            # A projection of positions, as in relative products: nothing is turned by them.
+            raise Stop
+        self.ran.append(True)
+        return x.new_zeros(*x.shape[:-1], self.width)
+
+
+class Call(NamedTuple):
+    """A call of a rotary function.
+
+    Attributes:
+        name: of the function.
+        args: its arguments.
+        kwargs: its arguments by name.
+        turned: where among both those stand that it turns, the query first.
+        before_projections: it turns the layer's input.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    turned: tuple[int | str, ...]
+    before_projections: bool
+
+    @property
+    def query(self) -> Tensor:
+        """The first tensor that is turned."""
+        return self.get(self.turned[0])
+
+    @property
+    def width(self) -> int:
+        """How many coordinates the function is given."""
+        return self.query.shape[-1]
+
+    @property
+    def place(self) -> int:
+        """Where the part that is turned begins in what the projection gave."""
+        return int(self.query.storage_offset())
+
+    def get(self, where: int | str) -> Tensor:
+        """An argument by its place or name."""
+        return self.args[where] if isinstance(where, int) else self.kwargs[where]
+
+
+class Layer:
+    """An attention layer that can be run up to where it rotates."""
+
+    def __init__(self, module: nn.Module, config: Any, tokens: int, is_cross: bool = False) -> None:
+        self.module = module
+        self.is_cross = is_cross or getattr(module, "is_cross_attention", None) is True
+        self.config = config
+        self.tokens = tokens
+        forward = inspect.unwrap(type(module).forward)
+        self.parameters = inspect.signature(forward).parameters
+        self.functions: dict[str, Callable[..., Any]] = {
+            name: _AtPosition(child)
+            for name, child in module.named_children()
+            if holds_angles(name, child) and _turns_itself(child)
+        }
+        self._methods: dict[str, types.FunctionType] = {}
+        self._forward = forward
+        if isinstance(forward, types.FunctionType):
+            self._collect(forward, depth=2)
+
+    def _collect(self, function: types.FunctionType, depth: int) -> None:
+        """Find the rotary functions that a function calls, or that methods which it calls do."""
+        for name in names_in(function.__code__):
+            found = function.__globals__.get(name)
+            if isinstance(found, types.FunctionType) and _is_rotary(name, found, 0):
+                self.functions.setdefault(name, found)
+                continue
+            attribute = inspect.getattr_static(type(self.module), name, None)
+            is_static = isinstance(attribute, staticmethod)
+            method = attribute.__func__ if is_static else attribute
+            if not isinstance(method, types.FunctionType) or hasattr(nn.Module, name):
+                continue
+            if _is_rotary(name, method, 0 if is_static else 1):
+                self.functions.setdefault(name, getattr(self.module, name))
+            elif depth and name not in self._methods:
+                self._methods[name] = method
+                self._collect(method, depth - 1)
+
+    def call(self, position: int, angles: Any) -> Call | None:
+        """Run to the first call of a rotary function; None where the forward does without.
+
+        Args:
+            position: that all tokens stand at.
+            angles: what the model gives the layer for it.
+
+        Raises:
+            Exception: whatever the forward raises before.
+        """
+        stubs = {name: _stub(name) for name in self.functions if name not in self.module._modules}
+        ran: list[bool] = []
+        children, width, device = self._stand_ins(ran)
+        children.update(
+            (name, _ModuleStub(name, position)) for name in self.functions if name in self.module._modules
+        )
+        space: dict[str, Any] = {**stubs, "config": _UntilDispatch(self.config)}
+        copy = copy_with(self.module, children)
+        for name, method in self._methods.items():
+            is_static = isinstance(inspect.getattr_static(type(self.module), name), staticmethod)
+            patched = _patched(method, stubs)
+            space[name] = patched if is_static else types.MethodType(patched, copy)
+        if getattr(self.module, "config", None) is None:
+            space.pop("config")
+        copy.__dict__.update(space)
+        given = torch.zeros(1, self.tokens, width, device=device)
+        known: dict[str, Any] = {}
+        for argument in list(self.parameters.values())[2:]:
+            if argument.kind not in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+                continue
+            if TAKES_ANGLES.search(argument.name) and angles is not None:
+                known[argument.name] = _ByType(angles) if isinstance(angles, tuple) else angles
+            elif argument.name in ("position_ids", "cache_position"):
+                known[argument.name] = torch.full((1, self.tokens), position, device=device)
+            elif self.is_cross and argument.name in _TAKES_OTHERS:
+                known[argument.name] = given
+            elif argument.default is argument.empty:
+                known[argument.name] = given if argument.name in _TAKES_TOKENS | _TAKES_OTHERS else None
+        try:
+            with torch.no_grad():
+                _patched(self._forward, stubs)(copy, given, **known)
+        except Stop:
+            return None
+        except _Called as called:
+            name, args, kwargs = called.call
+        else:
+            return None
+        given_all: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        turned = tuple(key for key, value in given_all if _is_blank(value))
+        return Call(name, args, kwargs, turned, before_projections=not ran)
+
+    def is_left_out(self) -> bool:
+        """Whether the model gives angles to some of its layers only, and not to this one.
+
+        The layer then does without angles, and its configuration has a list by layers, named for them, that
+        is zero, false or None where a layer gets none.
+        """
+        index = getattr(self.module, "layer_idx", None)
+        if not isinstance(index, int):
+            return False
+        lists = (
+            [
+                value
+                for name, value in vars(self.config).items()
+                if "rope" in name and isinstance(value, list | tuple) and index < len(value)
+            ]
+            if hasattr(self.config, "__dict__")
+            else []
+        )
+        if all(value[index] for value in lists):
+            return False
+        try:
+            return self.call(1, None) is None
+        except Exception:
+            return False
+
+    def _stand_ins(self, ran: list[bool]) -> tuple[dict[str, nn.Module | None], int, torch.device]:
+        children: dict[str, nn.Module | None] = dict(self.module._modules)
+        width = 0
+        device = None
+        for name, child in self.module.named_children():
+            if holds_angles(name, child):
+                children[name] = child
+                continue
+            sizes = _projection_sizes(child)
+            if sizes is not None:
+                children[name] = _Zeros(sizes[1], ran)
+                width = width or sizes[0]
+            else:
+                children[name] = Through()
+        tensor = next(iter(self.module.buffers()), next(iter(self.module.parameters()), None))
+        device = torch.device("cpu") if tensor is None else tensor.device
+        return children, width, device
+
+
+def _projection_sizes(child: nn.Module) -> tuple[int, int] | None:
+    """Widths of what a projection takes and gives; also of one that wraps or chains others."""
+    sizes = getattr(child, "in_features", None), getattr(child, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return sizes[0], sizes[1]
+    width, weight = getattr(child, "nf", None), getattr(child, "weight", None)
+    if isinstance(width, int) and isinstance(weight, Tensor):
+        return weight.shape[0], width  # Conv1D
+    inner = [found for part in child.children() if (found := _projection_sizes(part)) is not None]
+    return (inner[0][0], inner[-1][1]) if inner else None
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether it comes from a projection that gave zeros: norms may have divided by them."""
+    return (
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() >= 3
+        and value.numel() > 0
+        and not bool(value.nan_to_num().any())
+    )
+
+
+def _stub(name: str) -> Callable[..., Any]:
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        raise _Called(name, args, kwargs)
+
+    return stub
+
+
+def _patched(function: Callable[..., Any], stubs: Mapping[str, Callable[..., Any]]) -> types.FunctionType:
+    """A function that finds others under some global names."""
+    assert isinstance(function, types.FunctionType)
+    patched = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **stubs},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    patched.__kwdefaults__ = function.__kwdefaults__
+    return patched
+
+
+def _is_rotary(name: str, function: types.FunctionType, first: int) -> bool:
+    """Whether a function is named for rotary positions and takes angles beside what it turns."""
+    return (
+        _NAMED_ROTARY.search(name) is not None
+        and len(inspect.signature(function).parameters) - first >= 2
+        and re.match(r"_?(get|compute|create|build|make|precompute|init|forward)", name) is None
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qk.heads.errors import InaccessibleWeights
+from lightning_qk.heads.projections import InaccessibleWeights
 
 
 def is_dtensor(tensor: object) -> bool:

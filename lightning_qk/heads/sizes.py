@@ -1,4 +1,4 @@
-"""How many heads a layer has, how wide they are, and the factor on their dot products.
+"""Number and width of a layer's heads, and the factor on their dot products.
 
 Taken from the layer's own attributes first and from the nearest configuration second: attention classes of
 transformers use many names for the same number, and a good third keep no head count at all.
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qk.architecture.class_names import is_named
-from lightning_qk.heads.errors import UnreadLayer
+from lightning_qk.architecture.origin import is_named
+from lightning_qk.heads.projections import UnreadLayer
 
 _D_HEAD = (
     "head_dim",
@@ -81,7 +81,32 @@ def _of_layer(module: nn.Module, config: Any) -> Any:
         return config
 
 
-def expanded_sizes(module: nn.Module, config: Any, query_rows: int, key_rows: int, shared: int) -> Sizes:
+def layer_sizes(
+    module: nn.Module,
+    config: Any,
+    rows: tuple[int, int],
+    blocks: Callable[[int, int], tuple[int, int]],
+    shared: int = 0,
+) -> Sizes:
+    """The head counts and width that explain the rows of a layer's projections.
+
+    Args:
+        module: the attention layer.
+        config: the nearest configuration, or None.
+        rows: of the projections that hold the queries and the keys.
+        blocks: see :class:`~lightning_qk.heads.layouts.Order`; 0 where values of any width lie among them.
+        shared: how many rows, the last ones, all keys have in common.
+
+    Raises:
+        UnreadLayer: no head count is known, or it does not explain the rows.
+    """
+    wanted = blocks(1, 1)
+    if all(wanted):
+        return head_sizes(module, config, rows, blocks)
+    return _expanded(module, config, *rows, shared) if any(wanted) else _uneven(module, config, rows[0])
+
+
+def _expanded(module: nn.Module, config: Any, query_rows: int, key_rows: int, shared: int) -> Sizes:
     """The sizes of a layer whose keys and values are expanded together, with values of any width.
 
     Args:
@@ -106,7 +131,7 @@ def expanded_sizes(module: nn.Module, config: Any, query_rows: int, key_rows: in
     return Sizes(heads, heads, width, shared)
 
 
-def uneven_sizes(module: nn.Module, config: Any, rows: int) -> Sizes:
+def _uneven(module: nn.Module, config: Any, rows: int) -> Sizes:
     """The sizes of a layer that keeps q, k and values of any width together for each head.
 
     Raises:

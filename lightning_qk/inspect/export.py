@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lightning_qk._printable import cell
 from lightning_qk._version import __version__
-from lightning_qk.functional.regimes import layer_regime
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.inspect.table import regimes_of
 from lightning_qk.record.atomic_write import whole_file
+from lightning_qk.record.verdicts import layer_regime
 
 
 def check_targets(paths: Sequence[Path | None]) -> None:

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.functional.spectrum import Support
-from lightning_qk.heads.borrowing import key_lender
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import Site, attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.position import ADDED_TO_LOGITS
-from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.heads.projections import HeadProjections, UnreadLayer
+from lightning_qk.heads.sites import AttentionLayer, attention_sites, kv_source
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
@@ -84,7 +82,7 @@ class Reading:
 
 def iterate_layers(
     model: nn.Module, weights: Weights, *, fold_norm: bool = False
-) -> Iterator[tuple[Site, LayerPlan | str, HeadProjections | None]]:
+) -> Iterator[tuple[AttentionLayer, LayerReader | str, HeadProjections | None]]:
     """Read the attention layers of a skeleton one by one, each with its own weights in place.
 
     Args:
@@ -103,7 +101,7 @@ def iterate_layers(
         _check_shapes(site, weights)
         with _stand_ins(model, site, fold_norm) as placed:
             try:
-                plan = LayerPlan(site, fold_norm)
+                plan = layer_reader(site, fold_norm)
             except UnreadLayer as reason:
                 yield site, str(reason), None
                 continue
@@ -112,7 +110,7 @@ def iterate_layers(
                 yield site, plan, plan.read()
 
 
-def _check_shapes(site: Site, weights: Weights) -> None:
+def _check_shapes(site: AttentionLayer, weights: Weights) -> None:
     """Compare a layer's parameters with the tensors that are there before memory is taken for them.
 
     Raises:
@@ -129,10 +127,10 @@ def _check_shapes(site: Site, weights: Weights) -> None:
 
 
 @contextmanager
-def _stand_ins(model: nn.Module, site: Site, fold_norm: bool) -> Iterator[Placed]:
+def _stand_ins(model: nn.Module, site: AttentionLayer, fold_norm: bool) -> Iterator[Placed]:
     modules = [site.module]
     with suppress(UnreadLayer):  # the plan says so
-        lender = key_lender(site)
+        lender = kv_source(site)
         if lender is not None:
             modules.append(lender.module)
     if fold_norm:
@@ -151,7 +149,7 @@ def _stand_ins(model: nn.Module, site: Site, fold_norm: bool) -> Iterator[Placed
         placed.take_back()
 
 
-def _load(plan: LayerPlan, placed: Placed, weights: Weights) -> None:
+def _load(plan: LayerReader, placed: Placed, weights: Weights) -> None:
     """Put the weights that a plan reads in their places, and the biases beside them."""
     wanted = [placed.names_of(parameter) for parameter in plan.parameters()]
     first = [names for names in wanted if names]
@@ -169,7 +167,7 @@ def _load(plan: LayerPlan, placed: Placed, weights: Weights) -> None:
             placed.put(names[0], load(names, placed.shape(names[0])))
 
 
-def _own_biases(plan: LayerPlan, side: Any, placed: Placed) -> list[str]:
+def _own_biases(plan: LayerReader, side: Any, placed: Placed) -> list[str]:
     """Vectors in the layer that a side's weights are in."""
     path = plan.name if side is plan.query else plan.key_layer or plan.name
     inside = f"{path}." if path else ""
@@ -235,7 +233,7 @@ def _read_checkpoint(
     weights.check_depth(layers)
     total = len(layers)
     statistics = (*MOMENT_STATISTICS, *EXTREME_STATISTICS) if eigenvalues else MOMENT_STATISTICS
-    plans: dict[str, LayerPlan] = {}
+    plans: dict[str, LayerReader] = {}
     unread: dict[str, str] = {}
     values: dict[str, list[Tensor]] = {name: [] for name in statistics}
     spectra: dict[str, Tensor] = {}
@@ -284,7 +282,7 @@ def _read_checkpoint(
 def _reading(
     checkpoint: Checkpoint,
     model: nn.Module,
-    plans: dict[str, LayerPlan],
+    plans: dict[str, LayerReader],
     unread: dict[str, str],
     values: dict[str, list[Tensor]],
     spectra: dict[str, Tensor],
@@ -330,7 +328,7 @@ def _reading(
     return reading
 
 
-def _facts(model: nn.Module, plans: dict[str, LayerPlan], facts: dict[str, set[str]]) -> dict[str, str]:
+def _facts(model: nn.Module, plans: dict[str, LayerReader], facts: dict[str, set[str]]) -> dict[str, str]:
     def different(numbers: Iterable[int]) -> str:
         return ", ".join(map(str, dict.fromkeys(numbers)))
 

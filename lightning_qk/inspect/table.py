@@ -12,9 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_qk._printable import printable
-from lightning_qk.functional.regimes import SATURATED, UNIFORM, head_regimes, layer_regime
 from lightning_qk.inspect.read import Reading
-from lightning_qk.record.health import format_value
+from lightning_qk.record.verdicts import SATURATED, UNIFORM, format_value, head_regimes, layer_regime
 
 
 class Column(NamedTuple):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.functional.attention import POSITION_STATISTICS, attention_sums
+from lightning_qk.functional.attention import AttentionSums, MeanSums, attention_sums
 from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
 from lightning_qk.inspect.documents import BadInput, one_line
 from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.read import Reading
 from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.metrics.attention import AttentionStatistics
+from lightning_qk.metrics.collector import AttentionCollector, LayerFacts
 from lightning_qk.metrics.means import HeadMeans
 
 _ENOUGH_CHARACTERS = 40  # a token, at most, in any language
@@ -73,14 +73,16 @@ def tokenizer_of(checkpoint: Checkpoint, named: str | None) -> Any:
     name = named or checkpoint.tokenizer
     if name is None:
         raise BadInput(
-            f"expected a tokenizer for --text, got none with {checkpoint.title}: pass a folder or a name on "
-            "the hub, or 'bytes', with --tokenizer"
+            f"expected a tokenizer for --text, got none with {checkpoint.title}: pass a folder or a name "
+            "on the hub, or "
+            "'bytes', with --tokenizer"
         )
     path = Path(name).expanduser()
     if named is None and path.is_dir() and not _has_tokenizer(path):
         raise BadInput(
             f"expected a tokenizer for --text, got none in {path}: pass a folder or a name on the hub, or "
-            "'bytes', with --tokenizer"
+            "'bytes', with "
+            "--tokenizer"
         )
     try:
         return load_tokenizer(str(path) if path.exists() else name, "--tokenizer")
@@ -148,7 +150,7 @@ def measure(
         length: tokens in a sequence; fewer where the model takes fewer.
         batches: how many, at most.
         batch_size: sequences in each.
-        progress: told of every batch.
+        progress: called after every batch.
 
     Raises:
         BadInput: no tokenizer, no text, or a model that does not run on tokens.
@@ -157,7 +159,8 @@ def measure(
     if getattr(own, "main_input_name", "input_ids") != "input_ids":
         raise BadInput(
             f"expected a model of text for --text, got a {type(model).__name__} that takes "
-            f"{own.main_input_name}: leave --text out"
+            f"{own.main_input_name}: leave "
+            "--text out"
         )
     ids = text_blocks(model, tokenizer_of(checkpoint, tokenizer), source, length, batches * batch_size)
     missing = fill(model, weights)
@@ -165,39 +168,39 @@ def measure(
         reading.notes.append(
             f"{len(missing)} parameters that the checkpoint lacks are zero ({', '.join(missing[:3])})"
         )
-    metric = AttentionStatistics(dict(zip(reading.names, reading.heads, strict=True)))
-    curves = HeadMeans(metric.heads, [str(part) for part in range(PROFILE_BINS)])
-    capture = _listen(model, reading, metric, curves)
+    facts = map(LayerFacts, reading.heads, reading.self_attention)
+    collector = AttentionCollector(
+        model,
+        lambda name, call: _measure(call),
+        modules={name: model.get_submodule(name) for name in reading.names},
+        layers=dict(zip(reading.names, facts, strict=True)),
+    )
     parts = ids.split(batch_size)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), collector:
             for count, part in enumerate(parts, 1):
-                capture.enabled = True
                 model(**_arguments(model, part))
-                capture.enabled = False
                 if progress is not None:
                     progress(count, len(parts))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise BadInput(
-            f"expected a model that runs on tokens for --text, got {type(model).__name__}, which refuses "
-            f"them ({one_line(error)}): leave --text out"
+            f"expected a model that runs on tokens for --text, got {type(model).__name__}, which refuses them "
+            f"({one_line(error)}): leave --text out"
         ) from error
-    finally:
-        capture.remove()
-    reading.attention = {name: value for name, value in metric.compute().items() if not name.endswith("_se")}
+    metric = AttentionStatistics(collector.heads)
+    collector.pool.into(metric, "attention")
+    values = metric.compute()
+    collector.blank_positions(metric, values)
+    reading.attention = {name: value for name, value in values.items() if not name.endswith("_se")}
+    curves = HeadMeans(collector.heads, [str(part) for part in range(PROFILE_BINS)])
+    collector.pool.into(curves, "profile")
     profile = torch.stack(list(curves.compute().values())).reshape(PROFILE_BINS, -1).mT
     reading.profile = dict(zip(reading.labels, reading.split(profile), strict=True))
-    for name in POSITION_STATISTICS:
-        for self_attention, values in zip(
-            reading.self_attention, reading.split(reading.attention[name]), strict=True
-        ):
-            if not self_attention:
-                values.fill_(torch.nan)
     reading.facts["Text"] = f"{source}, {ids.numel()} tokens in sequences of {ids.shape[1]}"
     reading.notes += [
-        f"no attention of {name} is measured: {reason}" for name, reason in capture.problems.items()
+        f"no attention of {name} is measured: {reason}" for name, reason in collector.left_out.items()
     ]
-    silent = [name for name in reading.names if name not in capture.heard and name not in capture.problems]
+    silent = collector.silent()
     if silent:
         reading.notes.append(f"no attention call of {len(silent)} layers was seen ({', '.join(silent[:3])})")
 
@@ -206,7 +209,7 @@ def text_blocks(model: nn.Module, tokenizer: Any, source: str, length: int, coun
     """The beginning of a text as sequences of tokens, of shape ``(count, length)`` or less.
 
     Args:
-        model: which tells the most tokens that it takes, and how many there are.
+        model: with its longest sequence and vocabulary in its config.
         tokenizer: from :func:`tokenizer_of`.
         source: a file, or ``"stdlib"``.
         length: tokens in a sequence; fewer where the model takes fewer.
@@ -227,21 +230,9 @@ def text_blocks(model: nn.Module, tokenizer: Any, source: str, length: int, coun
     return ids
 
 
-def _listen(
-    model: nn.Module, reading: Reading, metric: AttentionStatistics, curves: HeadMeans
-) -> AttentionCapture:
-    modules = {name: model.get_submodule(name) for name in reading.names}
-    heads = dict(zip(reading.names, reading.heads, strict=True))
-    self_attention = dict(zip(reading.names, reading.self_attention, strict=True))
-
-    def hear(name: str, call: CapturedCall) -> None:
-        logits = call.logits(self_attention=self_attention[name], heads=heads[name])
-        metric.update({name: [attention_sums(logits)]})
-        curves.update({name: [profile_sums(logits)]})
-
-    capture = AttentionCapture({module: name for name, module in modules.items()}, hear, model=model)
-    capture.install()
-    return capture
+def _measure(call: CapturedCall) -> dict[str, AttentionSums | MeanSums]:
+    logits = call.logits()
+    return {"attention": attention_sums(logits), "profile": profile_sums(logits)}
 
 
 def _longest(config: Any) -> int | None:
@@ -249,7 +240,7 @@ def _longest(config: Any) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 8:
-            # RoBERTa and its kin count from the padding token on.
+            # RoBERTa and similar models count from the padding token on.
             return value - 2 if value % 64 == 2 else value
     return None
 

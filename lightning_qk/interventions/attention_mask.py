@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.registry import Run
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
 from lightning_qk.interventions.penalties import Auxiliary, Penalty
 from lightning_qk.interventions.replaced_attention import (

@@ -11,12 +11,12 @@ from torch import nn
 
 from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.architecture.source_code import calls_sdpa, uses_interface
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.captured import PRODUCTS
-from lightning_qk.capture.fronts import behind
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.capture.verify import verified_reading
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.capture.registry import without_interceptors
+from lightning_qk.capture.verify import verified_convention
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.reader import ProjectionReader
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _LIBRARY = "transformers."
 class Steered:
     """A context manager within which attention calls are intercepted."""
 
-    steering: AttentionSteering
+    steering: AttentionInterceptor
 
     def __enter__(self) -> Self:
         self.steering.install()
@@ -61,7 +61,7 @@ def matching_unread(reader: ProjectionReader, modules: str | Sequence[str] | Non
     return {name: reason for name, reason in reader.unread.items() if matches(name, modules)}
 
 
-def no_products(plan: LayerPlan, config: Any = None) -> str | None:
+def no_products(plan: LayerReader, config: Any = None) -> str | None:
     """Why ``q · k`` of a layer's calls cannot be measured, as a clause about the layer; None if it may be.
 
     Found before any call, so that only what is certain is named: a layer that computes its softmax itself with
@@ -83,12 +83,12 @@ def no_products(plan: LayerPlan, config: Any = None) -> str | None:
     )
 
 
-def _of_function(plan: LayerPlan, module: nn.Module, config: Any) -> str | None:
+def _of_function(plan: LayerReader, module: nn.Module, config: Any) -> str | None:
     name = getattr(config, "_attn_implementation", None)
     registry = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)
     if not isinstance(name, str) or registry is None or name not in registry.valid_keys():
         return None
-    function = behind(registry[name])
+    function = without_interceptors(registry[name])
     if getattr(function, "__module__", _LIBRARY).startswith(_LIBRARY):
         return None
     like = next((own for own in module.parameters() if own.is_floating_point()), torch.empty(0))
@@ -100,7 +100,7 @@ def _of_function(plan: LayerPlan, module: nn.Module, config: Any) -> str | None:
     options = {"scaling": plan.scaling, "dropout": 0.0}
     call = AttentionCall(module, query, key, torch.zeros_like(key), None, name, options, function)
     try:
-        verified_reading(call)
+        verified_convention(call)
     except UnsupportedCallError as error:
         return None if _TRIED in str(error) else str(error)
     except Exception:

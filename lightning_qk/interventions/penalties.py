@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import attention_logits
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.record import AttentionCall
-from lightning_qk.capture.steering import AttentionSteering
+from lightning_qk.capture.call import AttentionCall
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.capture.registry import Run
+from lightning_qk.capture.verify import attention_logits
 from lightning_qk.functional.entropy import (
     PriorFunction,
     attention_entropy,
@@ -95,7 +95,7 @@ class AttentionPenalty(Auxiliary):
         measure: the penalty of one call, or None where it has none.
         weight: its coefficient.
         cross: names of the layers whose keys are other tokens than the queries.
-        model: the model that contains the modules, see :class:`~lightning_qk.capture.steering.AttentionSteering`.
+        model: the model that contains the modules.
 
     Raises:
         ValueError: a layer whose call does not pass through transformers' interface, or cannot be read.
@@ -113,7 +113,7 @@ class AttentionPenalty(Auxiliary):
         super().__init__(weight, len(names))
         self._measure = measure
         self._cross = cross
-        self.steering = AttentionSteering(names, self._wrap, model=model)
+        self.steering = AttentionInterceptor(names, self._wrap, model=model)
 
     def _wrap(self, name: str, call: AttentionCall, run: Run) -> Any:
         output = run(call)

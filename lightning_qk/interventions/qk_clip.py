@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.edit import HeadEditor, head_editors
+from lightning_qk.heads.edit import HeadScaler, head_scalers
 from lightning_qk.heads.reader import ProjectionReader, kept_reader
 from lightning_qk.interventions.layers import matching_layers
 
@@ -84,7 +84,7 @@ def clip_factors(max_logits: Tensor, kv_heads: int, tau: float) -> Tensor:
     return torch.where(usable & (largest > tau), tau / largest, 1.0)
 
 
-def apply_clip(editor: HeadEditor, gamma: Tensor, alpha: float) -> None:
+def apply_clip(editor: HeadScaler, gamma: Tensor, alpha: float) -> None:
     """Scale one layer by γ of its key heads; nothing is touched where all are 1."""
     if bool((gamma == 1).all()):
         return
@@ -97,7 +97,7 @@ def apply_clip(editor: HeadEditor, gamma: Tensor, alpha: float) -> None:
 
 def clip_editors(
     reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
-) -> dict[str, HeadEditor]:
+) -> dict[str, HeadScaler]:
     """What scales the heads of the named layers; with ``trained``, frozen weights are refused.
 
     Raises:
@@ -123,12 +123,12 @@ def clip_editors(
                 f"embeddings of positions in {name}, which would be scaled by another power: leave the layer "
                 "out with modules="
             )
-    return head_editors(reader, names, trained=trained)
+    return head_scalers(reader, names, trained=trained)
 
 
 def clippable_layers(
     reader: ProjectionReader, modules: str | Sequence[str] | None = None, *, trained: bool = True
-) -> dict[str, HeadEditor]:
+) -> dict[str, HeadScaler]:
     """What scales the heads of the layers that patterns match, see :func:`clip_editors`."""
     return clip_editors(reader, matching_layers(reader, modules), trained=trained)
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.call import OWN_SOFTMAX, attention_logits
-from lightning_qk.capture.fronts import Run
-from lightning_qk.capture.readings import soft_cap
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.steering import AttentionSteering, Wrap
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.conventions import soft_cap
+from lightning_qk.capture.intercept import AttentionInterceptor, Wrap
+from lightning_qk.capture.registry import Run
+from lightning_qk.capture.verify import OWN_SOFTMAX, attention_logits
 from lightning_qk.functional.hard_attention import hard_attention
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
 from lightning_qk.interventions.layers import Steered
@@ -175,7 +175,7 @@ class Replaced(Steered):
     ) -> None:
         self._cross = cross
         self._replacements = Replacements(self._compute, self._softmax)
-        self.steering = AttentionSteering(names, self._wrap, replaces=True, model=model, idle=idle)
+        self.steering = AttentionInterceptor(names, self._wrap, replaces=True, model=model, idle=idle)
 
     def _wrap(self, name: str, call: AttentionCall, run: Run) -> Any:
         return run(self._exchanged(name, call, {}))

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_qk.architecture.class_names import is_named
+from lightning_qk.architecture.origin import is_named
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.singular import leading_singular
-from lightning_qk.heads.edit import head_editors
-from lightning_qk.heads.linear import AffinePlan
+from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers
 
@@ -118,17 +117,17 @@ def add_sigma_reparam(
     # Of every row of a projection, which part it belongs to.
     parts: dict[nn.Module, Tensor] = {}
     transposed: dict[nn.Module, bool] = {}
-    for name, editor in head_editors(reader, names, trained=trained).items():
+    for name, editor in head_scalers(reader, names, trained=trained).items():
         for stored in (editor.query, editor.key):
-            affine, weight = stored.affine, stored.weight
-            if reader.is_sharded(name) or not isinstance(affine, AffinePlan) or weight.dim() != 2:
+            projection, weight = stored.projection, stored.weight
+            if reader.is_sharded(name) or not projection.is_submodule or weight.dim() != 2:
                 raise ValueError(
                     f"expected whole weights of linear maps in {name}, got the {tuple(weight.shape)} weight "
-                    f"{affine.name!r}, sharded or a parameter of the layer itself: leave it out with modules="
+                    f"{projection.name!r}, sharded or a parameter of the layer itself: leave it out with modules="
                 )
-            part = parts.setdefault(affine.module, torch.full((affine.rows,), -1))
+            part = parts.setdefault(projection.module, torch.full((projection.rows,), -1))
             part[stored.places.flatten()] = int(part.max()) + 1
-            transposed[affine.module] = stored.transposed
+            transposed[projection.module] = stored.transposed
         if projections == "all":
             for module in reader.layers[name].module.modules():
                 _add_rest(module, parts, transposed)

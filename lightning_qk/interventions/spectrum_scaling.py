@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.precision import at_least_float32, full_precision
-from lightning_qk.heads.edit import HeadEditor, head_editors
+from lightning_qk.heads.edit import HeadScaler, head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers
 
@@ -65,7 +65,7 @@ class SpectrumScaler:
                     "expected logits that scale with the query weights, got a norm of queries or keys behind "
                     f"them in {name}, which takes every scale out again: leave the layer out with modules="
                 )
-        self._editors: dict[str, HeadEditor] = head_editors(self._reader, names, trained=False)
+        self._editors: dict[str, HeadScaler] = head_scalers(self._reader, names, trained=False)
         self._saved: list[tuple[nn.Parameter, Tensor]] = []
         self.factors: dict[str, Tensor] = {}
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.singular import starting_subspace, subspace_iteration
-from lightning_qk.heads.edit import HeadEditor, StoredRows, head_editors
+from lightning_qk.heads.edit import HeadScaler, StoredRows, head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers
 
@@ -84,7 +84,7 @@ class UpdateCapper:
         self.agree: Callable[[Mapping[str, str]], Mapping[str, str]] = dict
         self._doubts: dict[str, str] = {}
         self._reader = reader
-        self._editors = head_editors(reader, names, trained=trained)
+        self._editors = head_scalers(reader, names, trained=trained)
         self._rows: dict[tuple[str, str], StoredRows] = {}
         for name, editor in self._editors.items():
             self._add(name, editor)
@@ -93,7 +93,7 @@ class UpdateCapper:
         self._subspaces: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.newest: dict[tuple[str, str], Capped] = {}
 
-    def _add(self, name: str, editor: HeadEditor) -> None:
+    def _add(self, name: str, editor: HeadScaler) -> None:
         if self._reader.is_sharded(name):
             raise ValueError(
                 f"expected whole query and key weights, got those of {name}, which are sharded: use DDP, or "
@@ -145,7 +145,7 @@ class UpdateCapper:
                     if name not in self._reader.layers:
                         gone = "it is no attention layer of the model any more"
                         raise ValueError(self._reader.unread.get(name, gone))
-                    (editor,) = head_editors(self._reader, [name], trained=False).values()
+                    (editor,) = head_scalers(self._reader, [name], trained=False).values()
                     self._add(name, editor)
                     self._editors[name] = editor
                 problem = editor.problem()
@@ -326,7 +326,7 @@ def _check_writable(name: str, stored: StoredRows) -> None:
 
 
 def _matrix(stored: StoredRows) -> Tensor:
-    return stored.affine.as_rows(stored.weight.detach())
+    return stored.projection.as_rows(stored.weight.detach())
 
 
 def _rows(stored: StoredRows) -> Tensor:

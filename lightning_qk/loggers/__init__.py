@@ -10,13 +10,6 @@ from lightning_qk._lazy import lazy
 if TYPE_CHECKING:
     from lightning_qk.loggers.loggers import log_scalars
 
-__all__ = [
-    "log_scalars",
-]
+__all__ = ["log_scalars"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "loggers": ["log_scalars"],
-    },
-)
+__getattr__, __dir__ = lazy(__name__, {"loggers": ["log_scalars"]})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from lightning_qk._packages import is_lightning
+from lightning_qk.record.statistics import STATISTICS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,27 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 WANDB_STEP = "trainer/global_step"
-WANDB_SECTIONS = (
-    "qk/*",
-    "attn/*",
-    "hidden/*",
-    "probe/*",
-    "locater/*",
-    "attention_mask/*",
-    "attention_prior/*",
-    "clip/*",
-    "entropy_band/*",
-    "guard/*",
-    "sigma_reparam/*",
-    "soft_cap/*",
-    "spectrum_scaling/*",
-    "update_cap/*",
-)
+WANDB_SECTIONS = tuple(dict.fromkeys(f"{one.group}/*" for one in STATISTICS.values()))
 # W&B refuses more than 512 bins and draws 64 by default: 64 are a few kilobytes, of the megabyte that it advises
 # for a value.
 MAX_BINS = 64
-# Scalars whose largest value tells what a run went through, besides those that are named a maximum.
-_RISKS = ("guard/score", "clip/clipped_heads", "update_cap/capped")
 _MAX_FAILURES = 3
 
 _failures: "WeakKeyDictionary[Logger, int]" = WeakKeyDictionary()
@@ -294,7 +278,9 @@ def _define_wandb_summaries(logger: "Logger", keys: "Iterable[str]") -> None:
     axis = {} if is_mirror else {"step_metric": WANDB_STEP, "step_sync": True}
     for key in new:
         done.add(key)
-        extreme = "max" if key in _RISKS else key.rsplit("/", 1)[-1]
+        # A whole key in the registry is a number of the run; others end with their reduction.
+        of_run = STATISTICS.get(key)
+        extreme = "max" if of_run and "max" in of_run.extremes else key.rsplit("/", 1)[-1]
         if extreme in ("min", "max"):
             run.define_metric(_with_prefix(logger, key), summary=f"{extreme},last", **axis)
 

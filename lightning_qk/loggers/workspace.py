@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_qk.loggers.loggers import WANDB_STEP
+from lightning_qk.record.statistics import describe, of_key
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -46,114 +47,117 @@ class Group:
     is_open: bool = False
 
 
+def _chart(title: str, *keys: str) -> Chart:
+    one = of_key(keys[0])
+    return Chart(title, keys, log=one is not None and one.log, images="/heatmap/" in keys[0])
+
+
+def _layers(title: str, group: str, statistic: str) -> Chart:
+    regex = f"^{group}/[^/]*(layer|embedding)[^/]*/{statistic}$"
+    return Chart(title, regex=regex, log=describe(statistic, group).log)
+
+
 def _over_heads(prefix: str, *reductions: str) -> tuple[str, ...]:
     return tuple(f"{prefix}/{reduction}" for reduction in reductions)
-
-
-def _of_layers(group: str, statistic: str) -> str:
-    return f"^{group}/[^/]*(layer|embedding)[^/]*/{statistic}$"
 
 
 GROUPS: tuple[Group, ...] = (
     Group(
         "1 Health",
         (
-            Chart("Collapse score (alarm from 1)", ("guard/score",)),
-            Chart(
+            _chart("Collapse score (alarm from 1)", "guard/score"),
+            _chart(
                 "Scores of the detectors",
-                tuple(f"guard/{name}" for name in ("loss", "logits", "entropy", "rank", "spectrum")),
+                *(f"guard/{name}" for name in ("loss", "logits", "entropy", "rank", "spectrum")),
             ),
-            Chart(
-                "Largest logit (100: where Kimi K2 clips)",
-                ("attn/max_logit/max", "clip/max_logit/max"),
-                log=True,
-            ),
-            Chart(
+            _chart("Largest logit (100: where Kimi K2 clips)", "attn/max_logit/max", "clip/max_logit/max"),
+            _chart(
                 "Normalized entropy: least, mean, most",
-                _over_heads("attn/entropy_normalized", "min", "mean", "max"),
+                *_over_heads("attn/entropy_normalized", "min", "mean", "max"),
             ),
-            Chart(
+            _chart(
                 "Residual of rank: towards 0 is rank collapse",
-                _over_heads("hidden/rank_residual_relative", "min", "mean"),
+                *_over_heads("hidden/rank_residual_relative", "min", "mean"),
             ),
-            Chart("Spectral radius of W_QK", _over_heads("qk/spectral_radius", "mean", "max"), log=True),
+            _chart("Spectral radius of W_QK", *_over_heads("qk/spectral_radius", "mean", "max")),
         ),
         is_open=True,
     ),
     Group(
         "2 Every head",
         (
-            Chart("Normalized entropy", ("attn/heatmap/entropy_normalized",), images=True),
-            Chart("Mean distance", ("attn/heatmap/distance",), images=True),
-            Chart("Attention to the first token", ("attn/heatmap/sink_first",), images=True),
-            Chart("Spectral variance (symmetric part)", ("qk/heatmap/sym_var",), images=True),
-            Chart("Mean eigenvalue", ("qk/heatmap/eig_mean",), images=True),
-            Chart("Asymmetry", ("qk/heatmap/asymmetry",), images=True),
+            _chart("Normalized entropy", "attn/heatmap/entropy_normalized"),
+            _chart("Mean distance", "attn/heatmap/distance"),
+            _chart("Attention to the first token", "attn/heatmap/sink_first"),
+            _chart("Spectral variance (symmetric part)", "qk/heatmap/sym_var"),
+            _chart("Mean eigenvalue", "qk/heatmap/eig_mean"),
+            _chart("Asymmetry", "qk/heatmap/asymmetry"),
         ),
         is_open=True,
     ),
     Group(
         "3 Layers",
         (
-            Chart("Entropy", regex=_of_layers("attn", "entropy")),
-            Chart("Largest logit", regex=_of_layers("attn", "max_logit"), log=True),
-            Chart("Spectral variance", regex=_of_layers("qk", "eig_var")),
-            Chart("Residual of rank", regex=_of_layers("hidden", "rank_residual_relative")),
+            _layers("Entropy", "attn", "entropy"),
+            _layers("Largest logit", "attn", "max_logit"),
+            _layers("Spectral variance", "qk", "eig_var"),
+            _layers("Residual of rank", "hidden", "rank_residual_relative"),
         ),
         is_open=True,
     ),
     Group(
         "4 Where attention goes",
         (
-            Chart(
+            _chart(
                 "Entropy, training and validation",
-                ("attn/entropy_normalized/mean", "attn/val/entropy_normalized/mean"),
+                "attn/entropy_normalized/mean",
+                "attn/val/entropy_normalized/mean",
             ),
-            Chart("Mean distance", ("attn/distance/mean", "attn/val/distance/mean")),
-            Chart("Largest probability", ("attn/max_prob/mean", "attn/val/max_prob/mean")),
-            Chart("Share of pairs that pass signal", _over_heads("attn/linear_share", "min", "mean")),
-            Chart("Positional share", _over_heads("attn/positional_share", "min", "mean", "max")),
-            Chart("Norms of queries and keys", ("attn/query_norm/mean", "attn/key_norm/mean"), log=True),
+            _chart("Mean distance", "attn/distance/mean", "attn/val/distance/mean"),
+            _chart("Largest probability", "attn/max_prob/mean", "attn/val/max_prob/mean"),
+            _chart("Share of pairs that pass signal", *_over_heads("attn/linear_share", "min", "mean")),
+            _chart("Positional share", *_over_heads("attn/positional_share", "min", "mean", "max")),
+            _chart("Norms of queries and keys", "attn/query_norm/mean", "attn/key_norm/mean"),
         ),
     ),
     Group(
         "5 Spectrum of W_QK",
         (
-            Chart("Mean eigenvalue", _over_heads("qk/eig_mean", "min", "mean", "max")),
-            Chart("Spectral variance", _over_heads("qk/eig_var", "min", "mean", "max")),
-            Chart("Variance of the symmetric part", _over_heads("qk/sym_var", "mean", "max")),
-            Chart("Localization, predicted", _over_heads("qk/localization", "min", "mean", "max")),
-            Chart("Asymmetry", ("qk/asymmetry/mean",)),
-            Chart("Modulus of the eigenvalues", ("qk/eigenvalues/modulus",)),
+            _chart("Mean eigenvalue", *_over_heads("qk/eig_mean", "min", "mean", "max")),
+            _chart("Spectral variance", *_over_heads("qk/eig_var", "min", "mean", "max")),
+            _chart("Variance of the symmetric part", *_over_heads("qk/sym_var", "mean", "max")),
+            _chart("Localization, predicted", *_over_heads("qk/localization", "min", "mean", "max")),
+            _chart("Asymmetry", "qk/asymmetry/mean"),
+            _chart("Modulus of the eigenvalues", "qk/eigenvalues/modulus"),
         ),
     ),
     Group(
         "6 Sinks",
         (
-            Chart("Attention to the first token", _over_heads("attn/sink_first", "mean", "max")),
-            Chart("Share of heads with a sink", ("attn/sink_rate/mean",)),
-            Chart("What sinks write", _over_heads("attn/sink_output", "mean", "max")),
-            Chart("Waived attention", _over_heads("attn/waiver_mass", "mean", "max")),
-            Chart("What sinks write, every head", ("attn/heatmap/sink_output",), images=True),
-            Chart("Waived attention, every head", ("attn/heatmap/waiver_mass",), images=True),
+            _chart("Attention to the first token", *_over_heads("attn/sink_first", "mean", "max")),
+            _chart("Share of heads with a sink", "attn/sink_rate/mean"),
+            _chart("What sinks write", *_over_heads("attn/sink_output", "mean", "max")),
+            _chart("Waived attention", *_over_heads("attn/waiver_mass", "mean", "max")),
+            _chart("What sinks write, every head", "attn/heatmap/sink_output"),
+            _chart("Waived attention, every head", "attn/heatmap/waiver_mass"),
         ),
     ),
     Group(
         "7 Hidden states",
         (
-            Chart("Effective rank", _over_heads("hidden/effective_rank", "min", "mean")),
-            Chart("Cosine of two tokens", _over_heads("hidden/cosine_abs", "mean", "max")),
-            Chart("Largest activation", _over_heads("hidden/activation_max", "mean", "max"), log=True),
-            Chart("Massive activations", _over_heads("hidden/massive_count", "mean", "max")),
+            _chart("Effective rank", *_over_heads("hidden/effective_rank", "min", "mean")),
+            _chart("Cosine of two tokens", *_over_heads("hidden/cosine_abs", "mean", "max")),
+            _chart("Largest activation", *_over_heads("hidden/activation_max", "mean", "max")),
+            _chart("Massive activations", *_over_heads("hidden/massive_count", "mean", "max")),
         ),
     ),
     Group(
         "8 Interventions",
         (
-            Chart("LocAteR's penalty", ("locater/penalty",)),
-            Chart("LocAteR's weight", ("locater/weight",)),
-            Chart("Smallest factor of QK-Clip", ("clip/gamma/min",)),
-            Chart("Clipped heads", ("clip/clipped_heads",)),
+            _chart("LocAteR's penalty", "locater/penalty"),
+            _chart("LocAteR's weight", "locater/weight"),
+            _chart("Smallest factor of QK-Clip", "clip/gamma/min"),
+            _chart("Clipped heads", "clip/clipped_heads"),
         ),
     ),
 )

@@ -1,7 +1,6 @@
 """Per-head attention statistics as a metric."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +33,6 @@ class AttentionStatistics(HeadMeans):
         self.add_state("variance", torch.zeros_like(self.total), dist_reduce_fx="sum")
         empty = torch.full((len(EXTREMES), self.total.shape[1]), -torch.inf)
         self.add_state("maximum", empty, dist_reduce_fx="max")
-
-    def _add(self, where: slice, call: Any) -> None:
-        super()._add(where, call)
-        self.variance[:, where] += call.variance.sum(1).to(self.variance)
-        self.maximum[:, where] = torch.maximum(self.maximum[:, where], call.maximum.amax(1).to(self.maximum))
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all heads, flat, shape ``(sum(heads),)``, and ``<name>_se``.

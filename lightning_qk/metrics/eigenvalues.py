@@ -75,7 +75,7 @@ def _spectra_by_head(matrices: Tensor, bilinear: bool, name: str, failed: list[s
 
 
 class Solved(NamedTuple):
-    """Spectra, and the step whose weights they are those of.
+    """Spectra of the weights at a step.
 
     Attributes:
         step: the step.

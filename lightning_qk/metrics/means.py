@@ -1,13 +1,11 @@
 """Means of every head of a model as a metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-
-from lightning_qk.functional.attention import MeanSums
 
 
 class HeadMeans(Metric):
@@ -66,9 +64,19 @@ class HeadMeans(Metric):
                     )
                 self._add(where, call)
 
-    def _add(self, where: slice, call: MeanSums) -> None:
-        self.total[:, where] += call.total.sum(1).to(self.total)
-        self.weight[:, where] += call.weight.sum(1).to(self.weight)
+    def _add(self, where: slice, call: Any) -> None:
+        for part, value in call._asdict().items():
+            state = getattr(self, part)
+            if part != "maximum":
+                state[:, where] += value.sum(1).to(state)
+            elif value.shape[1]:
+                state[:, where] = torch.maximum(state[:, where], value.amax(1).to(state))
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget what was seen of some layers."""
+        for name in names:
+            for state in self._defaults:
+                getattr(self, state)[:, self._slices[name]] = -torch.inf if state == "maximum" else 0.0
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of one statistic by layer, each of shape ``(heads,)``."""

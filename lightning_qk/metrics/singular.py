@@ -8,10 +8,9 @@ from torch import Tensor
 
 from lightning_qk.functional.singular import effective_rank, energy_concentration, update_core
 from lightning_qk.functional.spectrum import qk_singular_core
-from lightning_qk.heads.batch import layer_batches
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.reader import ProjectionReader, layer_batches
 from lightning_qk.metrics.eigenvalues import Cores
 
 ENERGY_OF = (1, 4)
@@ -83,7 +82,7 @@ class SingularValues:
                 :func:`~lightning_qk.head_projections` returned. Sharded weights are gathered, a collective call.
         """
         found: list[Cores] = []
-        layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections] = projections
+        layers: Mapping[str, LayerReader] | Mapping[str, HeadProjections] = projections
         if isinstance(projections, ProjectionReader):
             layers = projections.layers
         for batch in layer_batches(projections, self.reading_order(layers)):

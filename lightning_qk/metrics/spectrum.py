@@ -17,10 +17,9 @@ from lightning_qk.functional.spectrum import (
     qk_singular_core,
     support_size,
 )
-from lightning_qk.heads.batch import layer_batches
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.reader import ProjectionReader, layer_batches
 from lightning_qk.metrics.eigenvalues import Cores, solve
 
 MOMENT_STATISTICS = (*MOMENTS, "propagation", "localization")
@@ -61,7 +60,7 @@ class QKSpectrum(Metric):
     Args:
         heads: layer name → number of query heads, in the model's order.
         support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
-        offsets: how many positions keys stand before their query; negative: after it.
+        offsets: how many positions keys are before their query; negative: after it.
         eigenvalues: solve the eigenproblems in :meth:`update`. False leaves ``spectral_radius`` and
             ``singular_max`` out, and :attr:`cores` to solve elsewhere
             (:class:`~lightning_qk.metrics.eigenvalues.EigenvalueWorker`).
@@ -158,7 +157,7 @@ class QKSpectrum(Metric):
         names: tuple[str, ...],
         products: Products,
         n: int,
-        layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections],
+        layers: Mapping[str, LayerReader] | Mapping[str, HeadProjections],
         rows: dict[str, Tensor],
     ) -> None:
         """Moments and cores at each offset, of the layers of a batch that rotate."""
@@ -181,13 +180,13 @@ class QKSpectrum(Metric):
         return dict(zip(self.statistics, self.total / self.updates, strict=True))
 
 
-def reading_order(layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections]) -> list[str]:
+def reading_order(layers: Mapping[str, LayerReader] | Mapping[str, HeadProjections]) -> list[str]:
     """Names in the order in which :meth:`QKSpectrum.update` reads them: self-attention first."""
     return sorted(layers, key=lambda name: not layers[name].self_attention)
 
 
 def _by_rotation(
-    names: Sequence[str], layers: Mapping[str, LayerPlan] | Mapping[str, HeadProjections]
+    names: Sequence[str], layers: Mapping[str, LayerReader] | Mapping[str, HeadProjections]
 ) -> Iterator[tuple[Rotary, list[int]]]:
     """Each rotation of some layers, and which of them it is that of; layers without one are left out."""
     found: dict[tuple[object, ...], tuple[Rotary, list[int]]] = {}

@@ -66,18 +66,13 @@ class Received(NamedTuple):
         return self.total / self.rows
 
 
-def attention_of(call: CapturedCall, *, self_attention: bool | None, heads: int | None = None) -> Attention:
+def attention_of(call: CapturedCall) -> Attention:
     """Read a captured call.
 
-    Args:
-        call: from :class:`~lightning_qk.capture.interface.AttentionCapture`.
-        self_attention: whether queries and keys are the same tokens; None where unknown.
-        heads: how many heads the layer has; None where unknown.
-
     Raises:
-        UnsupportedCallError: the softmax of the call cannot be told.
+        UnsupportedCallError: its softmax cannot be read.
     """
-    source = call.logits(self_attention=self_attention, heads=heads)
+    source = call.logits()
     batch, _, _, m = source.shape
     with full_precision(source.device):
         counted = source.counted()
@@ -188,7 +183,7 @@ def _softmax(chunk: Chunk, shown: Tensor) -> Tensor:
     top = logits.amax(-1, keepdim=True)
     if chunk.sinks is not None:
         top = torch.maximum(top, chunk.sinks[..., None])
-    # A row that sees nothing has no maximum. NaN stays NaN: it is to be seen.
+    # A row that sees nothing has no maximum. NaN stays NaN, to be visible.
     top = torch.where(top == -torch.inf, 0.0, top)
     weights = (logits - top).exp()
     total = weights.sum(-1, keepdim=True)

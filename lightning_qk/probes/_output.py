@@ -1,4 +1,4 @@
-"""What a model says, and how much that changes."""
+"""A model's output, and how much it changes."""
 
 from typing import Any, Literal, NamedTuple
 

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.probes._attention import Attention, rows_at, weighted_values
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.probes._attention import attention_of, rows_at, weighted_values
 from lightning_qk.probes.run import (
-    Hearing,
     check_marks,
     last_tokens,
     over_tokens,
@@ -17,6 +18,7 @@ from lightning_qk.probes.run import (
     prepared,
     quiet,
     refuse_encoder_decoder,
+    results,
     tokens_name,
     valid_tokens,
 )
@@ -35,11 +37,11 @@ def exchangeability(
     keep: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    r"""Relative change of what each head says when the context's tokens change places.
+    r"""Relative change of each head's output when the context's tokens change places.
 
     The last ``rows`` tokens of each sequence ask, and stay; the tokens before them are permuted, while positions
-    stay where they are. A head that takes its context as a set says the same: 0. With the outputs o of the head at
-    the asking rows, attention times values before the output projection, and o′ after the permutation, the
+    stay where they are. A head that takes its context as a set does not change: 0. With the outputs o of the head
+    at the asking rows, attention times values before the output projection, and o′ after the permutation, the
     change is :math:`\lVert o' - o \rVert / \lVert o \rVert`, mean over permutations and sequences; it may be
     greater than 1. After arXiv 2212.14852 [S: exchangeability of the context; R: this form].
 
@@ -55,7 +57,7 @@ def exchangeability(
         permutations: how many to draw for each sequence.
         rows: how many tokens ask. Of a model that is causal each sees those before it.
         of: ``"output"`` as above, or ``"attention"``: the total variation between the rows' attention before and
-            after, each token's followed to where it went, in [0, 1]. It needs no values and says nothing of them.
+            after, each token's followed to where it went, in [0, 1]. It needs no values.
         keep: tokens that stay in any case, boolean ``(batch, tokens)``: special ones, say. Padding always stays.
         generator: where permutations are drawn from; None: the same ones at every call.
 
@@ -64,8 +66,8 @@ def exchangeability(
 
     Raises:
         TypeError: the batch is no mapping.
-        ValueError: an encoder-decoder, a batch without tokens, no attention that can be heard, or an argument out
-            of range.
+        ValueError: an encoder-decoder, a batch without tokens, no attention that can be captured, or an argument
+            out of range.
     """
     if permutations < 1 or rows < 1:
         raise ValueError(f"expected permutations and rows of at least 1, got {permutations} and {rows}")
@@ -83,36 +85,37 @@ def exchangeability(
     generator = own_generator(generator)
     is_moved = movable.sum(1) > 1
 
-    def say(heard: Attention) -> Tensor:
-        """What heads say, ``(batch, heads, rows, width)``."""
-        over_tokens(heard, valid.shape)
-        attention = rows_at(heard, asking)
+    def output(call: CapturedCall) -> Tensor:
+        """Output of the asking rows, or their attention, ``(batch, heads, rows, width)``."""
+        attention = attention_of(call)
+        over_tokens(attention, valid.shape)
+        probabilities = rows_at(attention, asking)
         if of == "attention":
-            return attention
-        if heard.value is None:
+            return probabilities
+        if attention.value is None:
             raise UnsupportedCallError(
                 "its values are not known, only its softmax: ask for of='attention', which needs none"
             )
-        return weighted_values(attention, heard.value)
+        return weighted_values(probabilities, attention.value)
 
-    def run(hearing: Hearing, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        said: dict[str, list[Tensor]] = {}
-        hearing.run(batch, lambda layer, heard: said.setdefault(layer, []).append(say(heard)))
-        return said
+    def run(batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        outputs: dict[str, list[Tensor]] = {}
+        collector.run(batch, lambda layer, call: outputs.setdefault(layer, []).append(output(call)))
+        return outputs
 
     changes: dict[str, list[Tensor]] = {}
     with quiet(model):
-        hearing = Hearing(model)
-        before = run(hearing, batch)
+        collector = AttentionCollector(model, eager=True)
+        before = run(batch)
         for _ in range(permutations):
             source = _permutation(movable, generator)
-            after = run(hearing, _permuted(batch, source))
+            after = run(_permuted(batch, source))
             for layer, calls in after.items():
                 pairs = zip(before[layer], calls, strict=True)
                 change = torch.stack([_change(old, new, source, of) for old, new in pairs]).mean(0)
                 change[~is_moved.to(change.device)] = torch.nan
                 changes.setdefault(layer, []).append(change)
-    return hearing.result({layer: torch.cat(all_of_it).nanmean(0) for layer, all_of_it in changes.items()})
+    return results(collector, {layer: torch.cat(each).nanmean(0) for layer, each in changes.items()})
 
 
 def _permutation(movable: Tensor, generator: torch.Generator) -> Tensor:
@@ -144,5 +147,5 @@ def _change(before: Tensor, after: Tensor, source: Tensor, of: str) -> Tensor:
         return (back - before).abs().sum(-1).mean(-1) / 2
     size = before.square().sum((-2, -1)).sqrt()
     change = (after - before).square().sum((-2, -1)).sqrt()
-    # A head that says nothing before and after has not changed.
+    # A head with an output of zero before and after has not changed.
     return torch.where(change == 0, 0.0, change / size)

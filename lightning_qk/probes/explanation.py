@@ -1,4 +1,4 @@
-"""Whether attention tells which tokens matter."""
+"""Whether attention shows which tokens matter."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,12 +6,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.chunks import sample_rows
 from lightning_qk.functional.ranks import kendall_tau
-from lightning_qk.probes._attention import Attention, is_causal, received
+from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.probes._attention import attention_of, is_causal, received
 from lightning_qk.probes._output import Where, change, read_output
 from lightning_qk.probes.run import (
-    Hearing,
     check_marks,
     last_tokens,
     over_tokens,
@@ -20,6 +21,7 @@ from lightning_qk.probes.run import (
     prepared,
     quiet,
     refuse_encoder_decoder,
+    results,
     tokens_name,
     valid_tokens,
 )
@@ -41,7 +43,7 @@ def attention_as_explanation(
     Some tokens of each sequence are sampled. The attention that a head gives to each, mean over the rows that see
     it, is compared by Kendall's τ_b with the effect of masking it: the total variation between the model's output
     distributions before and after (of a model without a head, the relative change of its last hidden states).
-    1: what a head attends to is what matters; 0: attention tells nothing. After arXiv 2211.07714 [S: the
+    1: what a head attends to is what matters; 0: attention shows nothing. After arXiv 2211.07714 [S: the
     comparison of attention with the effect of masking; R: this form].
 
     Costs ``tokens`` + 1 forward passes of the batch. The model is run in evaluation mode without gradients and
@@ -67,7 +69,7 @@ def attention_as_explanation(
     Raises:
         TypeError: the batch is no mapping.
         ValueError: an encoder-decoder, a batch without tokens, a model that takes no attention mask (without
-            ``mask_token_id``), no attention that can be heard, or an argument out of range.
+            ``mask_token_id``), no attention that can be captured, or an argument out of range.
     """
     if tokens < 2:
         raise ValueError(f"expected tokens to be at least 2, since one has no rank, got {tokens}")
@@ -85,15 +87,16 @@ def attention_as_explanation(
     causal: list[bool] = []
     attention: dict[str, list[Tensor]] = {}
 
-    def listen(layer: str, heard: Attention) -> None:
-        over_tokens(heard, valid.shape)
+    def measure(layer: str, call: CapturedCall) -> None:
+        own = attention_of(call)
+        over_tokens(own, valid.shape)
         if not causal:
-            causal.append(is_causal(heard))
-        attention.setdefault(layer, []).append(received(heard, keep).mean)
+            causal.append(is_causal(own))
+        attention.setdefault(layer, []).append(received(own, keep).mean)
 
     with quiet(model):
-        hearing = Hearing(model)
-        output = hearing.run(batch, listen)
+        collector = AttentionCollector(model, measure, eager=True)
+        output = collector.run(batch)
         where: Where = read or ("last" if causal and causal[0] else "all")
         before = read_output(model, output, valid, where)
         may = valid if candidates is None else valid & candidates.to(valid.device)
@@ -110,7 +113,7 @@ def attention_as_explanation(
     taus = {
         layer: _agreement(torch.stack(calls).mean(0), chosen, effect) for layer, calls in attention.items()
     }
-    return hearing.result(taus)
+    return results(collector, taus)
 
 
 def _agreement(attention: Tensor, chosen: Tensor, effect: Tensor) -> Tensor:

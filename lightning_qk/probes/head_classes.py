@@ -1,11 +1,22 @@
 """Rules by which a head is classed, in a fixed order."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_qk.functional.attention import SINK_ATTENTION
+from lightning_qk.record.verdicts import (
+    COLLAPSED_ENTROPY,
+    DEAD_OUTPUT,
+    POSITIONAL_SHARE,
+    SATURATED_PROBABILITY,
+    UNIFORM_ENTROPY,
+    is_saturated,
+    is_sink,
+)
+
 KINDS = ("dead", "diffuse", "sink", "positional", "saturated", "semantic", "unknown")
-"""The classes, in the order in which they are asked for; the first that holds is the head's."""
+"""The classes, in the order in which they are tried; the first that holds is the head's."""
 
 NUMBERS = (
     "entropy_normalized",
@@ -20,24 +31,25 @@ NUMBERS = (
     "eig_var",
     "propagation",
 )
-"""What is known of a head; any of them may be NaN."""
+"""Numbers of a head in a report; any of them may be NaN."""
+
+HELPERS = ("entropy", "max_abs_logit")
+"""What classing uses besides, where it is known."""
 
 
 @dataclass(frozen=True)
 class HeadThresholds:
     """Where one class ends and another begins.
 
-    The rules are asked in the order of :data:`KINDS`, and the first that holds decides:
+    The rules are tried in the order of :data:`KINDS`, and the first that holds decides. Defaults and their sources
+    are those of all verdicts, in ``lightning_qk.record.verdicts``:
 
-    - dead: ``output`` is at most ``dead``; where it is not known, ``weight`` is. Ours.
-    - diffuse: ``entropy_normalized`` is at least ``diffuse``. Ours: attention over 1,024 keys is then as wide as
-      that spread evenly over 70 % of them.
-    - sink: ``sink_first`` or ``sink_top`` is above ``sink``, the attention from which Gu et al. 2024 (arXiv
-      2410.10781) call a key a sink [V].
-    - positional: ``positional_share`` is at least ``positional``: the offset explains more of the logits than
-      content does. Ours, after the distinction of Cui et al. 2024 (arXiv 2402.03902).
-    - saturated: ``max_prob`` is at least ``saturated``, or ``entropy_normalized`` at most ``collapsed``: content
-      alone decides on one key. Ours; the side of entropy collapse (Zhai et al. 2023, arXiv 2303.06296).
+    - dead: ``output`` is at most ``dead``; where it is not known, ``weight`` is.
+    - diffuse: ``entropy_normalized`` is above ``diffuse``.
+    - sink: ``sink_first`` or ``sink_top`` is above ``sink``, and well above what uniform attention gives.
+    - positional: ``positional_share`` is at least ``positional``.
+    - saturated: ``max_prob`` is at least ``saturated``, ``entropy_normalized`` below ``collapsed``, or the largest
+      absolute logit above 100: content alone decides on one key.
     - semantic: what is left, and ``positional_share`` is known.
     - unknown: what is left.
 
@@ -56,12 +68,12 @@ class HeadThresholds:
         ValueError: a threshold is not between 0 and 1.
     """
 
-    dead: float = 1e-3
-    diffuse: float = 0.95
-    sink: float = 0.3
-    positional: float = 0.5
-    saturated: float = 0.95
-    collapsed: float = 0.05
+    dead: float = DEAD_OUTPUT
+    diffuse: float = UNIFORM_ENTROPY
+    sink: float = SINK_ATTENTION
+    positional: float = POSITIONAL_SHARE
+    saturated: float = SATURATED_PROBABILITY
+    collapsed: float = COLLAPSED_ENTROPY
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -75,88 +87,43 @@ def classify(numbers: Mapping[str, float], thresholds: HeadThresholds | None = N
     """Class one head.
 
     Args:
-        numbers: those of :data:`NUMBERS` that are known.
+        numbers: those of :data:`NUMBERS` and :data:`HELPERS` that are known.
         thresholds: None for the defaults.
 
     Returns:
         One of :data:`KINDS`, and the sentence of numbers that says why.
     """
     limits = thresholds or HeadThresholds()
-    known = _Numbers(numbers)
-    for kind, rule in _RULES:
-        reason = rule(known, limits)
-        if reason is not None:
-            return kind, reason
+    known = dict.fromkeys((*NUMBERS, *HELPERS), math.nan) | dict(numbers)  # no comparison with NaN holds
+    output, entropy, spread = known["output"], known["entropy_normalized"], known["logit_std"]
+    first, top, position = known["sink_first"], known["sink_top"], known["positional_share"]
+    predicted = known["propagation"]
+    propagation = "" if math.isnan(predicted) else f", predicted signal propagation {predicted:.2f}"
+    if output <= limits.dead:
+        return "dead", f"its output has {output:.1e} of the norm of its layer's largest"
+    if math.isnan(output) and known["weight"] <= limits.dead:
+        return "dead", f"its W_QK has {known['weight']:.1e} of the norm of its layer's largest"
+    if entropy > limits.diffuse:
+        logits = "" if math.isnan(spread) else f", logits spread by {spread:.3g}"
+        return "diffuse", f"normalized entropy {entropy:.3f}{logits}{propagation}"
+    if is_sink(first, known["entropy"], entropy, threshold=limits.sink):
+        return "sink", f"the first key receives {first:.2f}"
+    if is_sink(top, known["entropy"], entropy, threshold=limits.sink):
+        return "sink", f"one key of a sequence receives {top:.2f}, the first {first:.2f}"
+    if position >= limits.positional:
+        return "positional", f"the offset explains {position:.2f} of its logits"
+    if is_saturated(
+        entropy,
+        known["max_prob"],
+        known["max_abs_logit"],
+        collapsed=limits.collapsed,
+        one_key=limits.saturated,
+    ):
+        return "saturated", (
+            f"one key takes {known['max_prob']:.3f}, normalized entropy {entropy:.3f}, logits spread by "
+            f"{spread:.3g}{propagation}"
+        )
+    if position < limits.positional:
+        reason = f"the offset explains {position:.2f} of its logits, normalized entropy {entropy:.3f}"
+        return "semantic", reason
     return "unknown", "the share of position in its logits is not known"
-
-
-class _Numbers:
-    """NaN for what is not known: no comparison with it holds."""
-
-    def __init__(self, numbers: Mapping[str, float]) -> None:
-        self._numbers = numbers
-
-    def __getattr__(self, name: str) -> float:
-        return self._numbers.get(name, math.nan)
-
-
-def _dead(head: _Numbers, limits: HeadThresholds) -> str | None:
-    if head.output <= limits.dead:
-        return f"its output has {head.output:.1e} of the norm of its layer's largest"
-    if math.isnan(head.output) and head.weight <= limits.dead:
-        return f"its W_QK has {head.weight:.1e} of the norm of its layer's largest"
-    return None
-
-
-def _diffuse(head: _Numbers, limits: HeadThresholds) -> str | None:
-    if head.entropy_normalized >= limits.diffuse:
-        spread = "" if math.isnan(head.logit_std) else f", logits spread by {head.logit_std:.3g}"
-        return f"normalized entropy {head.entropy_normalized:.3f}{spread}{_propagation(head)}"
-    return None
-
-
-def _sink(head: _Numbers, limits: HeadThresholds) -> str | None:
-    if head.sink_first > limits.sink:
-        return f"the first key receives {head.sink_first:.2f}"
-    if head.sink_top > limits.sink:
-        return f"one key of a sequence receives {head.sink_top:.2f}, the first {head.sink_first:.2f}"
-    return None
-
-
-def _positional(head: _Numbers, limits: HeadThresholds) -> str | None:
-    if head.positional_share >= limits.positional:
-        return f"the offset explains {head.positional_share:.2f} of its logits"
-    return None
-
-
-def _saturated(head: _Numbers, limits: HeadThresholds) -> str | None:
-    if head.max_prob >= limits.saturated or head.entropy_normalized <= limits.collapsed:
-        return (
-            f"one key takes {head.max_prob:.3f}, normalized entropy {head.entropy_normalized:.3f}, logits spread "
-            f"by {head.logit_std:.3g}{_propagation(head)}"
-        )
-    return None
-
-
-def _semantic(head: _Numbers, limits: HeadThresholds) -> str | None:
-    if head.positional_share < limits.positional:
-        return (
-            f"the offset explains {head.positional_share:.2f} of its logits, normalized entropy "
-            f"{head.entropy_normalized:.3f}"
-        )
-    return None
-
-
-def _propagation(head: _Numbers) -> str:
-    """What the weights predict, where they are known."""
-    return "" if math.isnan(head.propagation) else f", predicted signal propagation {head.propagation:.2f}"
-
-
-_RULES: tuple[tuple[str, Callable[[_Numbers, HeadThresholds], str | None]], ...] = (
-    ("dead", _dead),
-    ("diffuse", _diffuse),
-    ("sink", _sink),
-    ("positional", _positional),
-    ("saturated", _saturated),
-    ("semantic", _semantic),
-)

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import layer_labels
-from lightning_qk.probes.head_classes import KINDS, NUMBERS, HeadThresholds, classify
+from lightning_qk.probes.head_classes import HELPERS, KINDS, NUMBERS, HeadThresholds, classify
 from lightning_qk.probes.head_numbers import measure_heads, relative
 from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.verdicts import format_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,13 +36,13 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class HeadRow:
-    """One head. Numbers are means over query rows unless said otherwise; NaN is unknown.
+    """One head. Numbers are means over query rows where nothing else is stated; NaN is unknown.
 
     Attributes:
         layer: label of the layer.
         head: index in the layer.
         kind: one of ``lightning_qk.probes.head_classes.KINDS``.
-        reason: the sentence of numbers that says why.
+        reason: why, with the number that decided.
         entropy_normalized: entropy over the log of the number of keys, in [0, 1].
         max_prob: largest probability of a row.
         logit_std: standard deviation of a row's logits.
@@ -81,7 +82,7 @@ class HeadRow:
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What each head is: positional, semantic, sink, diffuse, dead or saturated, and the numbers that say so.
+    """What each head is: positional, semantic, sink, diffuse, dead or saturated, and the numbers by which.
 
     The rules and their order: :class:`~lightning_qk.probes.head_classes.HeadThresholds`. Classes describe, they do
     not prove, and depend on the data that the heads were measured on.
@@ -111,7 +112,7 @@ class HeadReport:
         *,
         thresholds: HeadThresholds | None = None,
     ) -> "HeadReport":
-        """Run a few batches and class every head that is heard.
+        """Run a few batches and class every head that is captured.
 
         One forward pass a batch, in evaluation mode without gradients; the model is left as it was. A batch of
         several hundred tokens is enough for the classes, more make the numbers steadier.
@@ -123,20 +124,20 @@ class HeadReport:
 
         Raises:
             TypeError: a batch is neither.
-            ValueError: no batch, or no attention that can be heard.
+            ValueError: no batch, or no attention that can be captured.
         """
-        values, hearing = measure_heads(model, batches)
-        cross = {name for name, own in hearing.self_attention.items() if not own}
+        values, collector = measure_heads(model, batches)
+        cross = {name for name, own in collector.self_attention.items() if not own}
         labels = layer_labels(list(values), cross=cross)
         rows = _rows({labels[name]: numbers for name, numbers in values.items()}, thresholds)
-        return cls(rows, thresholds or HeadThresholds(), dict(hearing.left_out))
+        return cls(rows, thresholds or HeadThresholds(), dict(collector.left_out))
 
     @classmethod
     def from_history(cls, record: RunRecord, *, thresholds: HeadThresholds | None = None) -> "HeadReport":
         """Class every head by the newest numbers of QKSpectrumMonitor, AttentionMonitor and PositionMonitor.
 
-        They know less than a run of the model tells: of a head's values nothing, so that it is dead where its
-        W_QK is. Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
+        They know less than a run of the model: nothing of a head's values, so that it is dead where its W_QK is.
+        Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
 
         Args:
             record: of a run, or what :meth:`~lightning_qk.record.history.RunRecord.load` read.
@@ -200,8 +201,6 @@ class HeadReport:
         from rich.table import Table
         from rich.text import Text
 
-        from lightning_qk.record.health import format_value
-
         console = console or Console()
         table = Table(title="Heads", title_justify="left", pad_edge=False)
         for title, name in _COLUMNS:
@@ -225,16 +224,14 @@ class HeadReport:
 def _rows(values: Mapping[str, Mapping[str, Tensor]], thresholds: HeadThresholds | None) -> list[HeadRow]:
     rows = []
     for label, numbers in values.items():
-        columns = {name: numbers[name].reshape(-1).tolist() for name in NUMBERS if name in numbers}
-        for head in range(_heads(columns.values())):
-            own = {name: column[head] for name, column in columns.items()}
-            kind, reason = classify(own, thresholds)
+        names = [name for name in (*NUMBERS, *HELPERS) if name in numbers]
+        table = torch.stack([numbers[name].reshape(-1).double().cpu() for name in names]).T.tolist()
+        for head, row in enumerate(table):
+            known = dict(zip(names, row, strict=True))
+            kind, reason = classify(known, thresholds)
+            own = {name: known[name] for name in NUMBERS if name in known}
             rows.append(HeadRow(label, head, kind, reason, **own))
     return rows
-
-
-def _heads(columns: Iterable[Sequence[float]]) -> int:
-    return max((len(column) for column in columns), default=0)
 
 
 def _newest(history: History | None) -> dict[str, dict[str, Tensor]]:

@@ -6,14 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.probes._attention import Attention, row_parts
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.functional.attention import MeanSums
+from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.probes._attention import Attention, attention_of, row_parts
 from lightning_qk.probes.run import (
-    Hearing,
     check_marks,
     over_tokens,
     prepared,
     quiet,
     refuse_encoder_decoder,
+    results,
 )
 
 
@@ -41,27 +44,23 @@ def irrelevant_mass(model: nn.Module, batch: Mapping[str, Any], irrelevant: Tens
     refuse_encoder_decoder(model, "attention on irrelevant tokens")
     shape = irrelevant.shape if isinstance(irrelevant, Tensor) and irrelevant.dim() == 2 else (0, 0)
     check_marks(irrelevant, shape, "irrelevant")
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
 
-    def listen(layer: str, heard: Attention) -> None:
-        over_tokens(heard, shape)
-        total, count = _mass(heard, irrelevant.to(heard.valid.device))
-        totals[layer] = totals.get(layer, 0) + total
-        counts[layer] = counts.get(layer, 0) + count
+    def measure(layer: str, call: CapturedCall) -> MeanSums:
+        attention = attention_of(call)
+        over_tokens(attention, shape)
+        return _mass(attention, irrelevant.to(attention.valid.device))
 
     with quiet(model):
-        hearing = Hearing(model)
-        hearing.run(prepared(model, batch), listen)
-    return hearing.result({layer: total / counts[layer] for layer, total in totals.items()})
+        collector = AttentionCollector(model, measure, eager=True)
+        collector.run(prepared(model, batch))
+    sums = collector.pool.sums()
+    return results(collector, {layer: own.means(per_sequence=False)[0] for layer, own in sums.items()})
 
 
-def _mass(attention: Attention, marked: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of the mass on marked keys, and how many rows, both ``(heads,)``."""
+def _mass(attention: Attention, marked: Tensor) -> MeanSums:
+    """Mass on marked keys over the rows that count, of parts ``(1, 1, heads)``."""
     heads = attention.shape[1]
-    total, count = torch.zeros(
-        2, heads, dtype=attention.source.dtype, device=attention.source.device
-    ).unbind()
+    total, count = torch.zeros(2, heads, dtype=attention.source.dtype, device=attention.source.device)
     for part in row_parts(attention, ~marked):
         width = part.probabilities.shape[-1]
         keys = marked[:, None, None, :width]
@@ -69,4 +68,4 @@ def _mass(attention: Attention, marked: Tensor) -> tuple[Tensor, Tensor]:
         mass = (part.probabilities * keys).sum(-1) * counts
         total = total + mass.sum((0, 2))
         count = count + counts.expand(-1, heads, -1).sum((0, 2))
-    return total, count
+    return MeanSums(total[None, None], count[None, None])

@@ -6,17 +6,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.probes._attention import Attention, entropy, is_causal, rows_at
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.probes._attention import Attention, attention_of, entropy, is_causal, rows_at
 from lightning_qk.probes._output import read_output
 from lightning_qk.probes.run import (
-    Hearing,
     last_tokens,
     over_tokens,
     parameters,
     prepared,
     quiet,
     refuse_encoder_decoder,
+    results,
     tokens_name,
     valid_tokens,
 )
@@ -58,7 +60,7 @@ def parallel_context_entropy(
 
     The last ``rows`` tokens of each sequence ask; the tokens before them are the context. Once it is encoded
     whole, and once it is cut into parts of equal length, up to one token, that do not see each other and each
-    begin at the first position; the asking tokens then see all of it and stand behind the longest part. After
+    begin at the first position; the asking tokens then see all of it and come after the longest part. After
     arXiv 2412.16545 [S: the entropy of the query grows with the number of parts, and goes with the loss of
     quality, r ≈ 0.95].
 
@@ -81,8 +83,8 @@ def parallel_context_entropy(
 
     Raises:
         TypeError: the batch is no mapping.
-        ValueError: the model cannot be told what its tokens see and where they stand, or is not the same when
-            it is told; a sequence has fewer context tokens than parts; or an argument is out of range.
+        ValueError: the model takes no mask of four axes and positions, or its output changes when they are
+            given; a sequence has fewer context tokens than parts; or an argument is out of range.
     """
     if parts < 1 or rows < 1:
         raise ValueError(f"expected parts and rows of at least 1, got {parts} and {rows}")
@@ -99,14 +101,14 @@ def parallel_context_entropy(
         )
     with quiet(model):
         offset, causal = _checked_positions(model, batch, valid)
-        hearing = Hearing(model)
+        collector = AttentionCollector(model, eager=True)
         entropies = []
         for count in (1, parts):
             plan = _plan(valid, count, rows)
-            entropies.append(_entropies(hearing, batch, plan, causal, offset, rows))
+            entropies.append(_entropies(collector, batch, plan, causal, offset, rows))
     whole, split = entropies
     ratio = {layer: split[layer] / whole[layer] for layer in split}
-    return ParallelContextEntropy(*(hearing.result(values) for values in (whole, split, ratio)))
+    return ParallelContextEntropy(*(results(collector, values) for values in (whole, split, ratio)))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -158,26 +160,27 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _entropies(
-    hearing: Hearing, batch: Mapping[str, Any], plan: _Plan, causal: bool, offset: int, rows: int
+    collector: AttentionCollector, batch: Mapping[str, Any], plan: _Plan, causal: bool, offset: int, rows: int
 ) -> dict[str, Tensor]:
     visible = _visible(plan, causal)
     asking = last_tokens(plan.valid, rows)
     found: dict[str, list[Tensor]] = {}
 
-    def listen(layer: str, heard: Attention) -> None:
-        over_tokens(heard, plan.valid.shape)
-        if not _sees(heard, visible):
+    def measure(layer: str, call: CapturedCall) -> None:
+        attention = attention_of(call)
+        over_tokens(attention, plan.valid.shape)
+        if not _sees(attention, visible):
             raise UnsupportedCallError(
                 "it did not see what its mask shows (a window of its own, say), so that parts of a context cannot "
                 "be kept apart"
             )
-        found.setdefault(layer, []).append(entropy(rows_at(heard, asking)).mean((0, 2)))
+        found.setdefault(layer, []).append(entropy(rows_at(attention, asking)).mean((0, 2)))
 
-    told = {
-        "attention_mask": _additive(visible, _dtype(hearing.model)),
+    given = {
+        "attention_mask": _additive(visible, _dtype(collector.model)),
         "position_ids": plan.place + offset,
     }
-    hearing.run({**batch, **told}, listen)
+    collector.run({**batch, **given}, measure)
     return {layer: torch.stack(calls).mean(0) for layer, calls in found.items()}
 
 
@@ -212,9 +215,10 @@ def _checked_positions(model: nn.Module, batch: Mapping[str, Any], valid: Tensor
     count = int(valid[longest].sum())
     ones = torch.ones(1, count, dtype=torch.bool, device=valid.device)
     causal: list[bool] = []
-    output = Hearing(model).run(one, lambda layer, heard: causal.append(is_causal(heard)))
+    collector = AttentionCollector(model, eager=True)
+    output = collector.run(one, lambda layer, call: causal.append(is_causal(attention_of(call))))
     if not causal:
-        return 0, False  # no layer is heard: the result says so
+        return 0, False  # no layer is captured, which the result reports
     own = read_output(model, output, ones, "all")
     plan = _plan(ones, 1, 1)._replace(asks=torch.zeros_like(ones))
     mask = _additive(_visible(plan, causal[0]), _dtype(model))
@@ -237,7 +241,7 @@ def _checked_positions(model: nn.Module, batch: Mapping[str, Any], valid: Tensor
 
 
 def _offsets(model: nn.Module) -> list[int]:
-    """Where positions may begin: RoBERTa and its kin number them from behind their padding."""
+    """Where positions may begin: RoBERTa and similar models number them from behind their padding."""
     padding = getattr(getattr(model, "config", None), "pad_token_id", None)
     return [0] if not isinstance(padding, int) or padding < 0 else [0, padding + 1]
 

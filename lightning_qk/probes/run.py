@@ -1,20 +1,20 @@
-"""Run a model for a probe: in evaluation mode, heard at its attention, and left as it was."""
+"""What probes share: run a model in evaluation mode, check batches, and name the layers that are left out."""
 
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import UnsupportedCallError
-from lightning_qk.heads.reader import find_attention, kept_reader
-from lightning_qk.probes._attention import Attention, attention_of
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.probes._attention import Attention
+
+_Value = TypeVar("_Value")
 
 
 class ProbeWarning(UserWarning):
@@ -26,8 +26,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random generators are restored at the end.
 
     What was compiled runs eagerly, and its graphs stay for those who train. Not inference mode, in which
-    Lightning validates: what is kept for later, such as a reader's plan, would be made of tensors that no
-    gradient can pass.
+    Lightning validates: what is kept for later, such as a reader's plan, would hold tensors without
+    gradients.
     """
     training = [module for module in model.modules() if module.training]
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
@@ -139,7 +139,7 @@ def last_tokens(valid: Tensor, rows: int) -> Tensor:
 
 
 def check_marks(marks: Tensor | None, shape: Sequence[int], name: str) -> None:
-    """Check what a user said of each token.
+    """Check a user's marks of tokens.
 
     Raises:
         ValueError: no boolean tensor of a value for each token.
@@ -159,82 +159,29 @@ def own_generator(generator: torch.Generator | None) -> torch.Generator:
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
-Listen = Callable[[str, Attention], None]
-
-
-class Hearing:
-    """Hands the attention of a model's layers to a probe.
+def results(collector: AttentionCollector, values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Values of the layers that are not left out, in the model's order; the others are named in a warning.
 
     Args:
-        model: whose layers are heard.
+        collector: which ran the model.
+        values: layer → value.
 
-    Attributes:
-        left_out: layer → why it is not part of the result.
+    Raises:
+        ValueError: no layer is left.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.left_out: dict[str, str] = {}
-        self._modules = find_attention(model)
-        try:
-            layers = kept_reader(model).layers
-        except ValueError:
-            if not self._modules:
-                raise
-            layers = {}  # no layout is known, but calls can still be captured
-        self.self_attention = {name: layer.self_attention for name, layer in layers.items()}
-        self.heads = {name: layer.heads for name, layer in layers.items()}
-
-    def run(self, batch: Mapping[str, Any], listen: Listen) -> Any:
-        """Run the model once.
-
-        Args:
-            batch: keyword arguments, see :func:`prepared`.
-            listen: called with the name of a layer and its attention. What it raises leaves the layer out.
-
-        Returns:
-            What the model returned.
-        """
-        return self.run_calls(batch, lambda name, call: listen(name, self.attention(name, call)))
-
-    def run_calls(self, batch: Mapping[str, Any], listen: Callable[[str, CapturedCall], None]) -> Any:
-        """The same for a probe that needs the call itself."""
-        names = {module: name for name, module in self._modules.items() if name not in self.left_out}
-        capture = AttentionCapture(names, listen, model=self.model, eager=True)
-        capture.install()
-        try:
-            capture.enabled = True
-            output = self.model(**batch)
-        finally:
-            capture.remove()
-        self.left_out.update(capture.problems)
-        for name in names.values():
-            if name not in capture.heard:
-                self.left_out.setdefault(name, "no attention call of it was seen")
-        return output
-
-    def attention(self, name: str, call: CapturedCall) -> Attention:
-        """The softmax of a call."""
-        return attention_of(call, self_attention=self.self_attention.get(name), heads=self.heads.get(name))
-
-    def result(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of the layers that are not left out, in the model's order; the others are named in a warning.
-
-        Raises:
-            ValueError: no layer is left.
-        """
-        out = {name: values[name] for name in self._modules if name in values and name not in self.left_out}
-        if not out:
-            name, reason = next(iter(self.left_out.items()))
-            raise ValueError(
-                f"expected attention layers of {type(self.model).__name__} that this probe can read, got none of "
-                f"{len(self._modules)} ({name}: {reason}): see the layer's reason"
-            )
-        for reason in dict.fromkeys(self.left_out.values()):
-            names = [name for name, own in self.left_out.items() if own == reason]
-            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            warnings.warn(f"{listed} left out: {reason}", ProbeWarning, stacklevel=3)
-        return out
+    left_out = collector.left_out
+    out = {name: values[name] for name in collector.modules if name in values and name not in left_out}
+    if not out:
+        name, reason = next(iter(left_out.items()))
+        raise ValueError(
+            f"expected attention layers of {type(collector.model).__name__} that this probe can read, got none of "
+            f"{len(collector.modules)} ({name}: {reason}): see the layer's reason"
+        )
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, own in left_out.items() if own == reason]
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(f"{listed} left out: {reason}", ProbeWarning, stacklevel=3)
+    return out
 
 
 def over_tokens(attention: Attention, shape: Sequence[int]) -> None:

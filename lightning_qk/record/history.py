@@ -1,18 +1,17 @@
 """What a monitor remembers of a run: per-head statistics over steps, bounded in memory."""
 
-import errno
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qk.record.atomic_write import whole_file
 from lightning_qk.record.forgotten import Forgotten
+from lightning_qk.record.record_file import read_record, write_record
 from lightning_qk.record.snapshots import Snapshots
+from lightning_qk.record.states import pack_states, unpack_states
 
 
 class History:
@@ -41,7 +40,7 @@ class History:
         self.max_points = max_points
         self.steps: list[int] = []
         self.values: dict[str, list[Tensor]] = {}
-        # One entry a step: state of each head, int8 (logging/states.py); None where a record tells of none.
+        # One entry a step: state of each head, int8 (record/states.py); None where unknown.
         self.states: list[Tensor | None] = []
         # Label → why a layer has no numbers.
         self.reasons: dict[str, str] = {}
@@ -67,7 +66,7 @@ class History:
         Args:
             step: the logger's step.
             values: statistic → float tensor of shape ``(sum(heads),)``; NaN where a head has no value.
-            states: why, one of :mod:`lightning_qk.record.states` a head, shape ``(sum(heads),)``; None: not told.
+            states: why, one of :mod:`lightning_qk.record.states` a head, shape ``(sum(heads),)``; None: unknown.
 
         Raises:
             ValueError: a tensor does not have one value a head. Nothing was recorded then.
@@ -184,7 +183,7 @@ class History:
             "values": {name: self.series(name) for name in self.values} if self.steps else {},
             "stride": self._stride,
             "seen": self._seen,
-            "states": _packed(self.states, sum(self.heads)),
+            "states": pack_states(self.states, sum(self.heads)),
             "reasons": dict(self.reasons),
         }
 
@@ -197,29 +196,9 @@ class History:
         history._stride = int(state["stride"])
         history._seen = int(state["seen"])
         # Younger than the format.
-        history.states = _unpacked(state.get("states"), len(history.steps), sum(history.heads))
+        history.states = unpack_states(state.get("states"), len(history.steps), sum(history.heads))
         history.reasons = {str(label): str(reason) for label, reason in (state.get("reasons") or {}).items()}
         return history
-
-
-_UNTOLD = -1
-
-
-def _packed(states: Sequence[Tensor | None], heads: int) -> Tensor | None:
-    """``(points, heads)``; None where no state is known."""
-    if all(one is None for one in states):
-        return None
-    untold = torch.full((heads,), _UNTOLD, dtype=torch.int8)
-    return torch.stack([untold if one is None else one for one in states])
-
-
-def _unpacked(states: Any, points: int, heads: int) -> list[Tensor | None]:
-    if not isinstance(states, Tensor) or tuple(states.shape) != (points, heads):
-        return [None] * points
-    return [None if bool((row == _UNTOLD).any()) else row.to(torch.int8).clone() for row in states]
-
-
-HISTORIES = ("spectrum", "attention", "sinks", "position", "hidden")
 
 
 class LayerShape(NamedTuple):
@@ -236,33 +215,48 @@ class LayerShape(NamedTuple):
     scaling: float
 
 
-@dataclass
+GROUPS = ("spectrum", "attention", "sinks", "position", "hidden")
+"""Histories that every record had from the start, in the order of the file and the page; others follow."""
+
+
+def _named(group: str) -> Any:
+    """A history of the record by its own name: None where there is none, and set to None to remove it."""
+
+    def get(record: "RunRecord") -> History | None:
+        return record.histories.get(group)
+
+    def put(record: "RunRecord", history: History | None) -> None:
+        kept: dict[str, History | None] = {**record.histories, group: history}
+        record.histories = {
+            name: one for name in dict.fromkeys((*GROUPS, *kept)) if (one := kept.get(name)) is not None
+        }
+
+    return property(get, put)
+
+
+@dataclass(init=False)
 class RunRecord:
-    """What the report, the health table and the figures are made from.
+    """Everything that is kept of a run: the report, the health table and the figures are made from it.
+
+    ``spectrum``, ``attention``, ``sinks``, ``position`` and ``hidden`` are those histories by name, also as
+    arguments; any other monitor adds its own to ``histories``.
 
     Attributes:
-        spectrum: history of :class:`~lightning_qk.QKSpectrumMonitor`, or None.
-        attention: history of :class:`~lightning_qk.AttentionMonitor`, or None.
-        sinks: history of :class:`~lightning_qk.SinkMonitor`, or None.
-        position: history of :class:`~lightning_qk.PositionMonitor`, or None.
-        hidden: history of :class:`~lightning_qk.HiddenStateMonitor`, one "head" a layer, or None.
+        histories: group → history of that monitor; hidden states have one "head" a layer. Groups other than those
+            named above are the prefix of the monitor's log keys.
         eigenvalues: layer label → complex eigenvalues of W_QK, shape ``(heads, d_head)``, the newest ones.
         eigenvalues_step: the step that the eigenvalues belong to.
         snapshots: what is kept of a few steps only: ``"eigenvalues"``, complex ``(heads, d_head)``, and
             ``"linear_profile"``, the measured linear share by relative position of the key, ``(heads, bins)``.
         shapes: layer label → its widths and its softmax scale.
-        points: step → what it is called, where steps stand for something else, such as models side by side.
+        points: step → what it is called, where steps are something else, such as models side by side.
         scalars: name → (steps, values) of run-level curves, such as ``locater/penalty``.
         events: (step, sentence) of what happened in the run: alarms, and what was done about them.
         info: facts about the run to print: model, parameters, versions.
         notes: sentences that a reader has to know, such as layers that were not captured.
     """
 
-    spectrum: History | None = None
-    attention: History | None = None
-    sinks: History | None = None
-    position: History | None = None
-    hidden: History | None = None
+    histories: dict[str, History] = field(default_factory=dict)
     eigenvalues: dict[str, Tensor] = field(default_factory=dict)
     eigenvalues_step: int | None = None
     snapshots: dict[str, Snapshots] = field(default_factory=dict)
@@ -273,65 +267,26 @@ class RunRecord:
     info: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def histories(self) -> dict[str, History]:
-        """Name of the field → history, of those that there are."""
-        found = {name: getattr(self, name) for name in HISTORIES}
-        return {name: history for name, history in found.items() if history is not None}
+    spectrum, attention, sinks, position, hidden = map(_named, GROUPS)
+
+    def __init__(self, **parts: Any) -> None:
+        for one in fields(self):
+            setattr(self, one.name, None if one.default_factory is MISSING else one.default_factory())
+        for name, value in parts.items():
+            if not hasattr(self, name):
+                raise TypeError(f"expected parts of a record, got {name!r}: correct it")
+            setattr(self, name, value)
 
     def save(self, path: str | Path) -> Path:
-        """Write the record as one safetensors file, from which the report can be made again.
-
-        The file appears whole or not at all.
+        """Write the record as one safetensors file, which appears whole or not at all.
 
         Raises:
             OSError: it cannot be written there.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        tensors: dict[str, Tensor] = {}
-        meta: dict[str, Any] = {
-            "eigenvalues": list(self.eigenvalues),
-            "eigenvalues_step": self.eigenvalues_step,
-            "scalars": self.scalars,
-            "events": self.events,
-            "info": self.info,
-            "notes": self.notes,
-            "shapes": self.shapes,
-            "points": self.points,
-            "snapshots": {},
-        }
-        for index, value in enumerate(self.eigenvalues.values()):
-            # A copy: layers may be views of one batched tensor, which safetensors refuses.
-            tensors[f"eigenvalues/{index}"] = torch.view_as_real(value.to("cpu", torch.complex64)).clone(
-                memory_format=torch.contiguous_format
-            )
-        for group, history in self.histories.items():
-            state = history.state_dict()
-            values, states = state.pop("values"), state.pop("states")
-            meta[group] = {**state, "statistics": list(values), "has_states": states is not None}
-            if states is not None:
-                tensors[f"states/{group}"] = states.contiguous()
-            tensors.update({f"{group}/{name}": value.contiguous() for name, value in values.items()})
-        for kind, snapshots in self.snapshots.items():
-            meta["snapshots"][kind] = {
-                "max_points": snapshots.max_points,
-                "steps": snapshots.steps,
-                "labels": [list(values) for values in snapshots.values],
-            }
-            for point, values in enumerate(snapshots.values):
-                for index, value in enumerate(values.values()):
-                    plain = torch.view_as_real(value) if value.is_complex() else value
-                    name = f"snapshots/{kind}/{point}/{index}{'/complex' if value.is_complex() else ''}"
-                    tensors[name] = plain.clone(memory_format=torch.contiguous_format)
-        path = Path(path)
-        with whole_file(path) as partial:
-            try:
-                save_file(tensors, partial, metadata={"lightning_qk": json.dumps(meta)})
-            except SafetensorError as error:  # how it tells a full disk, for one
-                raise OSError(errno.EIO, str(error), str(path)) from error
-        return path
+        state = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name in ("histories", "snapshots"):
+            state[name] = {key: value.state_dict() for key, value in state[name].items()}
+        return write_record(path, state)
 
     @classmethod
     def load(cls, path: str | Path) -> "RunRecord":
@@ -341,6 +296,8 @@ class RunRecord:
             ValueError: the file is no such record, or is damaged.
             OSError: it cannot be read.
         """
-        from lightning_qk.record.record_file import read_record
-
-        return read_record(path)
+        state = read_record(path)
+        state["histories"] = {key: History.from_state_dict(one) for key, one in state["histories"].items()}
+        state["snapshots"] = {key: Snapshots.from_state_dict(one) for key, one in state["snapshots"].items()}
+        state["shapes"] = {key: LayerShape(*one) for key, one in state["shapes"].items()}
+        return cls(**state)

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 from lightning_qk.record.atomic_write import whole_file
 from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.statistics import RUN_GROUPS
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
 HISTORY_NAME = "lightning_qk_history.parquet"
-
-_GROUPS = {"spectrum": "qk", "attention": "attn", "sinks": "attn", "position": "attn", "hidden": "hidden"}
-"""Field of the record → prefix of its log keys."""
 
 
 def write_history(record: RunRecord, path: str | Path) -> Path:
@@ -69,7 +67,9 @@ def write_history(record: RunRecord, path: str | Path) -> Path:
 def _tables(record: RunRecord, schema: "pa.Schema") -> "Iterator[pa.Table]":
     for field, history in record.histories.items():
         for statistic in history.statistics:
-            yield _of_heads(history, statistic, f"{_GROUPS[field]}/{statistic}", field != "hidden", schema)
+            yield _of_heads(
+                history, statistic, f"{RUN_GROUPS.get(field, field)}/{statistic}", field != "hidden", schema
+            )
     for key, (steps, values) in record.scalars.items():
         yield _of_run(key, steps, values, schema)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 class Snapshots:
     """Tensors of each layer at a few steps: the first, the newest, and some between.
 
-    When there are more than ``max_points``, the one goes whose neighbours are closest to each other, so that those
-    that stay are spread over the run however long it gets. Memory is bounded.
+    Of more than ``max_points``, the one with the closest neighbours is dropped, so that the rest stay spread over
+    the run. Memory is bounded.
 
     Args:
         max_points: how many steps to keep, at least 2.

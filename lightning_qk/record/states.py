@@ -1,9 +1,15 @@
-"""What it means that a head has no number: four things that are not the same.
+"""Why a head has no number: four cases that are not the same.
 
 At each measured step a head is in one of these states. A head that has no value because of what it is (eigenvalues
-of cross-attention), one that did not run, one that ran on nothing that counts, and one that is not finite are told
-apart by how much was measured of them, and not by the NaN that all of them leave.
+of cross-attention), one that did not run, one that ran on nothing that counts, and one that is not finite are
+distinguished by how much was measured of them, not by the NaN that all of them leave.
 """
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 KNOWN = 0
 """It was measured; single statistics may have no value."""
@@ -18,5 +24,30 @@ NOT_FINITE = 4
 LEFT_OUT = 5
 """It cannot be measured, for a reason that is kept beside the history."""
 
-EMPTY = (DID_NOT_RUN, NO_DATA)
-"""States that tell of the step and not of the head: numbers of an earlier step still hold."""
+EMPTY = {
+    DID_NOT_RUN: "it did not run, or its attention could not be seen",
+    NO_DATA: "it had nothing to measure: padding or generation alone, or too few tokens",
+}
+"""States that say something about the step and not about the head, in words: earlier numbers still hold."""
+
+_UNKNOWN = -1
+
+
+def are_empty(states: Tensor | None) -> bool:
+    """Whether a step says nothing about any of these heads."""
+    return states is not None and all(int(state) in EMPTY for state in states)
+
+
+def pack_states(states: Sequence[Tensor | None], heads: int) -> Tensor | None:
+    """States of all steps as ``(points, heads)`` int8, -1 where unknown; None where all are."""
+    if all(one is None for one in states):
+        return None
+    unknown = torch.full((heads,), _UNKNOWN, dtype=torch.int8)
+    return torch.stack([unknown if one is None else one for one in states])
+
+
+def unpack_states(states: Any, points: int, heads: int) -> list[Tensor | None]:
+    """What :func:`pack_states` packed; None at every step for records of versions without states."""
+    if not isinstance(states, Tensor) or tuple(states.shape) != (points, heads):
+        return [None] * points
+    return [None if bool((row == _UNKNOWN).any()) else row.to(torch.int8).clone() for row in states]

@@ -10,10 +10,9 @@ from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.functional.checks import floating, number
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.heads.batch import group_layers, read_together, stack
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import ProjectionReader, kept_reader
+from lightning_qk.heads.reader import ProjectionReader, group_layers, kept_reader, read_together, stack
 from lightning_qk.regularizers import closed_form
 from lightning_qk.regularizers.closed_form import head_penalties, penalties_and_gradients
 
@@ -91,7 +90,7 @@ def locater_penalty(
     if isinstance(projections, nn.Module):
         projections = kept_reader(projections)
     names = select_layers(projections, modules=modules, cross_attention=cross_attention)
-    alone: list[LayerPlan] = []
+    alone: list[LayerReader] = []
     if isinstance(projections, ProjectionReader):
         alone = [projections.layers[name] for name in names if projections.is_sharded(name)]
         if torch.is_grad_enabled() and any(layer.is_flat for layer in alone):
@@ -325,7 +324,7 @@ class _Shares:
 
     def put(
         self,
-        layers: Mapping[str, LayerPlan],
+        layers: Mapping[str, LayerReader],
         heads: Mapping[str, HeadProjections],
         names: Sequence[str],
         gradients: Sequence[Tensor | None],
@@ -363,7 +362,7 @@ class _Shares:
 
 
 def _gradients(
-    layers: Mapping[str, LayerPlan],
+    layers: Mapping[str, LayerReader],
     settings: Settings,
     weight: float | Tensor,
     wanted: Collection[int],
@@ -389,12 +388,12 @@ def _gradients(
 
 
 def _any_wanted(
-    layers: Mapping[str, LayerPlan], names: Sequence[str], side: str, wanted: Collection[int]
+    layers: Mapping[str, LayerReader], names: Sequence[str], side: str, wanted: Collection[int]
 ) -> bool:
     return any(_wants(layers[name], side, wanted) for name in names)
 
 
-def _wants(layer: LayerPlan, side: str, wanted: Collection[int]) -> bool:
+def _wants(layer: LayerReader, side: str, wanted: Collection[int]) -> bool:
     """Whether the weight of one side of a layer depends on a wanted parameter."""
     parameters = layer.parameters(side)
     if layer.is_flat:
@@ -404,7 +403,7 @@ def _wants(layer: LayerPlan, side: str, wanted: Collection[int]) -> bool:
 
 
 def _pulled(
-    layer: LayerPlan, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
+    layer: LayerReader, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """Gradients of the parameters from that of a projection; of sharded ones, for the local shard."""
     if not projection.requires_grad:
@@ -424,7 +423,7 @@ class _OneByOne(torch.autograd.Function):
     """The penalty of sharded layers, whose gradient is computed with its value: no layer is gathered twice."""
 
     @staticmethod
-    def forward(ctx: Any, layers: list[LayerPlan], settings: Settings, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, layers: list[LayerReader], settings: Settings, *parameters: Tensor) -> Tensor:
         wanted = {id(p) for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed}
         gradients: dict[int, Tensor] = {}
         totals = [_shares(layer, settings, wanted, gradients) for layer in layers]
@@ -439,7 +438,7 @@ class _OneByOne(torch.autograd.Function):
 
 
 def _shares(
-    layer: LayerPlan, settings: Settings, wanted: Collection[int], gradients: dict[int, Tensor]
+    layer: LayerReader, settings: Settings, wanted: Collection[int], gradients: dict[int, Tensor]
 ) -> Tensor:
     """The penalty of one layer; its gradients are added to those of the parameters, by id."""
     with torch.enable_grad():
@@ -492,7 +491,7 @@ def select_layers(
         raise ValueError(
             "expected at least one layer, got an empty mapping: pass what head_projections returned"
         )
-    layers: Mapping[str, LayerPlan | HeadProjections] = projections
+    layers: Mapping[str, LayerReader | HeadProjections] = projections
     if isinstance(projections, ProjectionReader):
         layers = projections.layers
     chosen = [
@@ -515,7 +514,7 @@ def select_layers(
     return chosen
 
 
-def left_out(layer: LayerPlan | HeadProjections, cross_attention: bool) -> str | None:
+def left_out(layer: LayerReader | HeadProjections, cross_attention: bool) -> str | None:
     """Why a layer has no penalty, as a clause about it; None where it has one."""
     if layer.self_attention:
         return None
@@ -527,7 +526,7 @@ def left_out(layer: LayerPlan | HeadProjections, cross_attention: bool) -> str |
 
 
 def _way_out(
-    layers: Mapping[str, LayerPlan | HeadProjections], matched: Sequence[str], cross_attention: bool
+    layers: Mapping[str, LayerReader | HeadProjections], matched: Sequence[str], cross_attention: bool
 ) -> str:
     if not cross_attention and any(left_out(layers[name], True) is None for name in matched):
         return "pass cross_attention=True to penalize it all the same"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _INK = "#222222"
 _QUIET = "#8a8a8a"
 _EMPTY = "#e4e4e4"
-# On a coloured cell, whose colour no theme changes.
+# Text on a coloured cell.
 _ON_BRIGHT, _ON_DARK = "#1a1a1a", "#ffffff"
 _TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE, _CELL_SIZE = 10.0, 9.0, 8.0, 6.5
 _MAX_TICKS = 16
@@ -89,13 +89,7 @@ def to_png(figure: "Figure", dpi: int = 130) -> bytes:
 
 
 def _figure(
-    width: float,
-    height: float,
-    *,
-    left: float,
-    right: float,
-    bottom: float,
-    top: float,
+    width: float, height: float, *, left: float, right: float, bottom: float, top: float
 ) -> tuple["Figure", Any]:
     """A figure whose axes are ``width`` × ``height`` inches, with the given margins around them."""
     from matplotlib.figure import Figure

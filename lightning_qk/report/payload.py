@@ -9,45 +9,11 @@ from torch import Tensor
 
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import circle_law_radius, circle_law_share
-from lightning_qk.record.head_health import HeadHealth
 from lightning_qk.record.history import History, LayerShape, RunRecord
-from lightning_qk.record.packing import Pack
-from lightning_qk.record.statistics import describe, spans_decades
-from lightning_qk.report.texts import MEANING
+from lightning_qk.record.statistics import describe, drawn_statistics
+from lightning_qk.record.verdicts import HeadHealth
+from lightning_qk.report.packing import Pack
 
-# Shown whenever they were recorded, in this order; of each group the first that was.
-PRIMARY: dict[str, tuple[tuple[str, ...], ...]] = {
-    "spectrum": (
-        ("sym_var", "eig_var"),
-        ("eig_mean",),
-        ("spectral_radius",),
-        ("singular_max",),
-        ("asymmetry",),
-        ("localization",),
-        ("propagation",),
-    ),
-    "attention": (
-        ("entropy_normalized", "entropy"),
-        ("max_abs_logit", "max_logit"),
-        ("sink_first",),
-        ("linear_share",),
-        ("distance",),
-    ),
-    "sinks": (("sink_output",),),
-    "position": (("positional_share",),),
-    "hidden": (
-        ("rank_residual_relative",),
-        ("cosine_abs", "cosine"),
-        ("effective_rank",),
-        ("activation_max",),
-    ),
-}
-# Shown where there is room for them.
-SECONDARY: dict[str, tuple[str, ...]] = {
-    "spectrum": ("eig_var", "concentration", "sigma_1", "effective_rank", "logit_bound", "update_ratio"),
-    "attention": ("logit_std", "max_prob", "participation", "sink_rate", "diagonal", "entropy"),
-    "sinks": ("sink_number", "sink_share", "waiver_rate", "waiver_mass"),
-}
 # The curve of predicted propagation has as many points as that of the measured one, between which it is smooth.
 THETA = (torch.arange(20) + 0.5) / 20
 # At so many distances from zero the share of a random head's eigenvalues is given.
@@ -87,7 +53,7 @@ class Payload(NamedTuple):
     """What the page carries.
 
     Attributes:
-        text: the data, as :class:`~lightning_qk.record.packing.Pack` writes them.
+        text: the data, as :class:`~lightning_qk.report.packing.Pack` writes them.
         notes: what was left out for the page's size, in sentences.
     """
 
@@ -96,7 +62,7 @@ class Payload(NamedTuple):
 
 
 def make_payload(record: RunRecord, heads: list[HeadHealth], budget: int) -> Payload:
-    """The largest cut of a record whose text is no longer than a budget.
+    """The largest cut of a record that fits into a budget.
 
     Args:
         record: the run.
@@ -153,21 +119,18 @@ def evenly(count: int, limit: int) -> list[int]:
 
 def shown_statistics(name: str, history: History, *, secondary: bool = True) -> list[str]:
     """Statistics of a history that the page draws, of those that have a finite value at any step."""
-    has = {
+    has = [
         s for s in history.statistics if any(bool(v.isfinite().any()) for v in reversed(history.values[s]))
-    }
-    primary = [next((s for s in group if s in has), None) for group in PRIMARY.get(name, ())]
-    found = [s for s in primary if s is not None]
-    return found + [s for s in SECONDARY.get(name, ()) if secondary and s in has and s not in found]
+    ]
+    return drawn_statistics(name, has, with_room=secondary)
 
 
 def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any]:
     index = evenly(len(history), cut.points)
     statistics = []
     for statistic in shown_statistics(name, history, secondary=cut.secondary):
-        style = describe(statistic)
+        style = describe(statistic, name)
         series = history.series(statistic)[index]
-        meaning, worry = MEANING.get(statistic, ("", ""))
         statistics.append(
             {
                 "name": statistic,
@@ -176,9 +139,9 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
                 "share": style.share,
                 "signed": style.signed,
                 "peak": style.peak,
-                "decades": not style.share and spans_decades(series),
-                "meaning": meaning,
-                "worry": worry,
+                "decades": not style.share and _spans_decades(series),
+                "meaning": style.meaning,
+                "worry": style.worry,
                 # Heads before steps: what a head's history needs stands together.
                 "values": pack.add(series.T),
             }
@@ -191,8 +154,14 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
     }
 
 
+def _spans_decades(values: Tensor, ratio: float = 100.0) -> bool:
+    """Whether positive values lie so far apart that a logarithmic scale is wanted."""
+    values = values[values.isfinite()]
+    return bool(values.numel()) and bool(values.min() > 0) and bool(values.max() > ratio * values.min())
+
+
 def _shape(record: RunRecord, label: str) -> LayerShape | None:
-    """Widths of a layer; for records that do not say, found from the spectrum's moments where these tell."""
+    """Widths of a layer; where a record lacks them, found from the spectrum's moments if possible."""
     if label in record.shapes:
         return record.shapes[label]
     history = record.spectrum
@@ -202,7 +171,7 @@ def _shape(record: RunRecord, label: str) -> LayerShape | None:
         return None
     layer = history.layers.index(label)
     trace, mean = (history.split(history.values[name][-1].double())[layer] for name in ("trace", "eig_mean"))
-    # The mean is trace / n. n is d_model, unless the support is the head, whose width the eigenvalues tell.
+    # The mean is trace / n. n is d_model, or the width of the head, which is the number of eigenvalues.
     ratio = float((trace / mean)[mean != 0].nanmedian())
     d_head = record.eigenvalues[label].shape[-1]
     if not math.isfinite(ratio) or round(ratio) <= d_head:

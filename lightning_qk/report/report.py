@@ -11,9 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning_qk.record.atomic_write import whole_file
-from lightning_qk.record.head_health import head_health
-from lightning_qk.record.health import format_value
 from lightning_qk.record.history import RunRecord
+from lightning_qk.record.verdicts import format_value, head_health
 from lightning_qk.report.payload import make_payload
 from lightning_qk.report.sections import page_content
 
@@ -64,11 +63,7 @@ def _render(record: RunRecord) -> str:
     bare = template.render(**content, payload="-", plotly=library, script=script, notes=record.notes)
     payload = make_payload(record, heads, MAX_BYTES - len(bare.encode()) - 1000)
     return template.render(
-        **content,
-        payload=payload.text,
-        plotly=library,
-        script=script,
-        notes=[*record.notes, *payload.notes],
+        **content, payload=payload.text, plotly=library, script=script, notes=[*record.notes, *payload.notes]
     )
 
 

@@ -4,12 +4,22 @@ from collections import Counter
 from typing import Any
 
 from lightning_qk._version import __version__
-from lightning_qk.record.head_health import HEAD_VERDICTS, HeadHealth, extreme_heads
-from lightning_qk.record.health import layer_health
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.statistics import describe
-from lightning_qk.report.payload import PRIMARY, shown_statistics
-from lightning_qk.report.texts import MEANING, PAPERS, VERDICT_MEANING
+from lightning_qk.record.verdicts import VERDICTS, HeadHealth, extreme_heads, layer_health
+from lightning_qk.report.payload import shown_statistics
+
+PAPERS = (
+    "Bao, Hataya, Karakida: Self-attention Networks Localize When QK-eigenspectrum Concentrates. ICML 2024",
+    "Dong, Cordonnier, Loukas: Attention is Not All You Need: Pure Attention Loses Rank Doubly Exponentially "
+    "with Depth. ICML 2021",
+    "Zhai et al.: Stabilizing Transformer Training by Preventing Attention Entropy Collapse. ICML 2023",
+    "Wortsman et al.: Small-scale Proxies for Large-scale Transformer Training Instabilities. ICLR 2024",
+    "Kimi Team: Kimi K2: Open Agentic Intelligence. 2025",
+    "Gu et al.: When Attention Sink Emerges in Language Models: An Empirical View. ICLR 2025",
+    "Sun et al.: Massive Activations in Large Language Models. 2024",
+)
+"""Papers that the page names."""
 
 # How many rows of heads the tables have, at first and in all.
 _FIRST_ROWS, _MAX_ROWS = 10, 100
@@ -64,7 +74,9 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         "lead": _lead(record),
         "info": record.info,
         "summary": _summary(heads),
-        "verdicts": [(v, counts[v], VERDICT_MEANING[v]) for v in HEAD_VERDICTS if counts[v]],
+        "verdicts": [
+            (verdict, counts[verdict], words) for verdict, words in VERDICTS.items() if counts[verdict]
+        ],
         "worst": worst[:_MAX_ROWS],
         "extremes": extreme_heads(record) if len(worst) < _FIRST_ROWS else [],
         "more": max(len(worst) - _MAX_ROWS, 0),
@@ -97,11 +109,7 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
 
 def _lead(record: RunRecord) -> str:
     parts = []
-    names = (
-        ("weights", record.spectrum),
-        ("attention", record.attention),
-        ("hidden states", record.hidden),
-    )
+    names = (("weights", record.spectrum), ("attention", record.attention), ("hidden states", record.hidden))
     for name, history in names:
         if history is not None and len(history):
             steps, heads = len(history), sum(history.heads)
@@ -130,13 +138,12 @@ def _summary(heads: list[HeadHealth]) -> str:
 
 
 def _maps(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, str]]:
-    titles = {
-        "spectrum": "the weights",
-        "attention": "attention",
-        "sinks": "sinks",
-        "position": "positions",
-    }
-    found = [{"name": name, "title": title} for name, title in titles.items() if _is_drawn(record, name)]
+    titles = {"spectrum": "the weights", "attention": "attention", "sinks": "sinks", "position": "positions"}
+    found = [
+        {"name": name, "title": titles.get(name, name)}
+        for name in record.histories
+        if name != "hidden" and _is_drawn(record, name)
+    ]
     for name, monitor in _MONITORS.items():
         if not _is_drawn(record, name):
             missing["heads"].append(f"No {name} statistics were recorded: {_advice(monitor)}.")
@@ -168,8 +175,8 @@ def _scatters(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str
         for name, history in record.histories.items()
         if history.steps
     }
-    x = next((s for s in has.get("spectrum", ()) if s in PRIMARY["spectrum"][0]), None)
-    y = next((s for s in has.get("attention", ()) if s in PRIMARY["attention"][0]), None)
+    x = next((s for s in has.get("spectrum", ()) if s in ("sym_var", "eig_var")), None)
+    y = next((s for s in has.get("attention", ()) if s in ("entropy_normalized", "entropy")), None)
     found = []
     if x and y and _shared(record):
         found.append(
@@ -252,11 +259,16 @@ def _times(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, A
             continue
         plots = []
         for statistic in shown_statistics(name, history, secondary=False):
-            style = describe(statistic)
-            meaning, worry = MEANING.get(statistic, ("", ""))
-            alt = f"Line chart of {style.title} over steps, one line a layer"
+            one = describe(statistic, name)
+            alt = f"Line chart of {one.title} over steps, one line a layer"
             plots.append(
-                {"name": statistic, "title": style.label, "meaning": meaning, "worry": worry, "alt": alt}
+                {
+                    "name": statistic,
+                    "title": one.label,
+                    "meaning": one.meaning,
+                    "worry": one.worry,
+                    "alt": alt,
+                }
             )
         if plots:
             sections.append(

@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import shadow
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.capture.call import is_recomputation
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.compiled import is_compiled
-from lightning_qk.capture.copies import hook_after, hook_before
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import Site, attention_sites
-from lightning_qk.heads.findings import Finding, settle
+from lightning_qk.capture.hooks.compiled import is_compiled
+from lightning_qk.capture.hooks.modules import hook_after, hook_before
+from lightning_qk.heads.dry_run import Trial, recorded_trials
+from lightning_qk.heads.facts import Finding, Side, settle
+from lightning_qk.heads.inferred_layout import find_rows
+from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.layouts import fitting_layouts
-from lightning_qk.heads.plan import LayerPlan, Side
-from lightning_qk.heads.probing import shadow
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.search import find_rows
-from lightning_qk.heads.trials import Trial, recorded_trials
+from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
@@ -97,7 +97,7 @@ class SelfCheck:
         self._calls: dict[str, _Call] = {name: _Call() for name in self._sites}
         self.verdicts: dict[str, Verified] = {}
         self.findings: dict[str, Finding] = {}
-        self._plans: dict[str, LayerPlan] = {}
+        self._plans: dict[str, LayerReader] = {}
         self._reasons: dict[str, str] = {}
         names = {module: name for name, module in self._sites.items()}
         self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
@@ -223,7 +223,7 @@ class SelfCheck:
         ways = tuple(recorded_trials(site.module, site.config, *kept.arguments))[:1]
         findings = [Finding(ways=ways)]
         try:
-            LayerPlan(site, fold_norm=False, finding=findings[0])
+            layer_reader(site, fold_norm=False, finding=findings[0])
         except UnreadLayer as refusal:
             self._reasons[name] = str(refusal)
             layouts = [
@@ -247,17 +247,17 @@ class SelfCheck:
                 return again._replace(status=Status.REREAD)
         return None
 
-    def _explains(self, site: Site, finding: Finding, *seen: Any) -> LayerPlan | None:
+    def _explains(self, site: AttentionLayer, finding: Finding, *seen: Any) -> LayerReader | None:
         """How a layer is read by a finding, if that explains its call."""
         try:
-            plan = LayerPlan(site, fold_norm=False, finding=finding)
+            plan = layer_reader(site, fold_norm=False, finding=finding)
             return plan if self._compare(plan, *seen).ok else None
         except (UnreadLayer, RuntimeError):  # such as a parameter of another shape than the queries
             return None
 
     def _compare(
         self,
-        plan: LayerPlan,
+        plan: LayerReader,
         call: CapturedCall,
         operands: tuple[Tensor, Tensor],
         inputs: Sequence[Tensor],
@@ -400,7 +400,7 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
     return query == key or _same_values(inputs[query], inputs[key])
 
 
-def _is_all_that_is_added(site: Site, name: str, ways: Sequence[Trial]) -> bool:
+def _is_all_that_is_added(site: AttentionLayer, name: str, ways: Sequence[Trial]) -> bool:
     """Whether running a layer tells its queries and keys once one of its parameters is zero."""
     copy = shadow(site.module)
     parameter = copy._parameters.pop(name)
@@ -413,7 +413,7 @@ def _is_all_that_is_added(site: Site, name: str, ways: Sequence[Trial]) -> bool:
     return True
 
 
-def _decided(plan: LayerPlan, is_same: bool | None) -> bool | None:
+def _decided(plan: LayerReader, is_same: bool | None) -> bool | None:
     """What a call decides on whether a layer is self-attention; None where that was known, or is not seen.
 
     Queries and keys that are made of one tensor come from the same tokens. The converse holds only of layers that
@@ -425,7 +425,7 @@ def _decided(plan: LayerPlan, is_same: bool | None) -> bool | None:
     return is_same if takes_both or (is_same and not is_known(plan.module)) else None
 
 
-def _added(plan: LayerPlan, side: Side) -> Added:
+def _added(plan: LayerReader, side: Side) -> Added:
     """What a layer's norm of queries or keys does besides what is folded into the weights."""
     if side.qk_norm is None:
         return Added()

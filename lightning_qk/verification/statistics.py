@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional.attention import attention_sums, means
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.metrics.collector import AttentionCollector, LayerFacts
 from lightning_qk.verification.model import call
 from lightning_qk.verification.trace import Event, Trace
 
@@ -34,29 +34,23 @@ class CapturedCalls:
         trace: Trace,
         heads: Mapping[str, int] | None = None,
     ) -> None:
-        names = {module: name for name, module in sites.items()}
-        self._heads = heads or {}
         self._trace = trace
         self.calls: dict[str, list[dict[str, Tensor]]] = {}
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
-        self._capture = AttentionCapture(names, self._hear, model=model)
-
-    @property
-    def problems(self) -> dict[str, str]:
-        """Name of a layer → why its calls cannot be used."""
-        return self._capture.problems
+        facts = {name: LayerFacts(count) for name, count in (heads or {}).items()}
+        self._collector = AttentionCollector(model, self._measure, modules=sites, layers=facts)
+        self.problems = self._collector.left_out
 
     def __enter__(self) -> "CapturedCalls":
-        self._capture.install()
-        self._capture.enabled = True
+        self._collector.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._capture.remove()
+        self._collector.remove()
 
-    def _hear(self, name: str, call: CapturedCall) -> None:
+    def _measure(self, name: str, call: CapturedCall) -> None:
         with self._trace.paused():
-            logits = call.logits(self_attention=None, heads=self._heads.get(name))
+            logits = call.logits()
             statistics = means(
                 attention_sums(logits), per_sequence=False, standard_errors=False, has_sinks=False
             )

@@ -7,7 +7,6 @@ import models
 import torch
 
 import lightning_qk
-from lightning_qk import LocAteR
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.record.history import RunRecord
 
@@ -83,7 +82,5 @@ def assert_same(one, other):
 
 def account(callback):
     record = RunRecord()
-    own = callback if isinstance(callback, LocAteR) else getattr(callback, "account", None)
-    if own is not None:
-        own.contribute(record)
+    callback.contribute(record)
     return record.scalars, record.events

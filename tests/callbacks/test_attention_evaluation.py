@@ -84,7 +84,7 @@ def test_neither_the_sanity_check_nor_when_switched_off(tmp_path):
     for number, arguments in enumerate(({"num_sanity_val_steps": 2, "limit_val_batches": 2}, {})):
         heard = []
         callback = monitor(every_n_eval_batches=number and 0)
-        callback._hear = lambda name, call, heard=heard: heard.append(torch.is_grad_enabled())
+        callback.measure_call = lambda name, call, heard=heard: heard.append(torch.is_grad_enabled())
         trainer = models.trainer([callback], max_steps=1, val_check_interval=10, **arguments)
         trainer.fit(Evaluated(), models.tokens(40), models.tokens(8))
         assert len(heard) == 2  # the one training step

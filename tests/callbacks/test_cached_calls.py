@@ -175,11 +175,8 @@ def shapes_of(job, **more):
     """Numbers of queries and keys of every call that is measured in one step."""
     watching = KINDS["attention"](**more)
     heard = []
-    hear = watching._hear
-    watching._hear = lambda name, call: (
-        heard.append(call.lengths),
-        hear(name, call),
-    )
+    hear = watching.measure_call
+    watching.measure_call = lambda name, call: heard.append(call.lengths) or hear(name, call)
     models.trainer([watching], max_steps=1, log_every_n_steps=1).fit(job, models.tokens(8, 9))
     return heard, watching
 
@@ -339,8 +336,8 @@ def test_penalties_are_those_of_the_job_without_generation(name):
     callback, alone = PENALTIES[name](), PENALTIES[name]()
     job, plain = (steer("with gradients", way, own) for way, own in (("generate", callback), ("none", alone)))
     assert job.said
-    assert len(callback.account.curves) == 2
-    assert str(callback.account.state_dict()) == str(alone.account.state_dict())
+    assert len(callback.event_log.curves) == 2
+    assert str(callback.event_log.state_dict()) == str(alone.event_log.state_dict())
     for a, b in zip(job.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from processes import run_script
 
-from lightning_qk.callbacks.monitors._base import REPORT_NAME
+from lightning_qk.callbacks.monitors._report import REPORT_NAME
 
 
 @pytest.fixture(scope="module")

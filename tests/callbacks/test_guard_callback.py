@@ -12,7 +12,7 @@ from guard_job import Sharpen, fit
 from processes import run_script
 
 from lightning_qk import AttentionMonitor, CollapseGuard, LocAteR, QKClip, QKSpectrumMonitor
-from lightning_qk.callbacks.guard._remedy import CHECKPOINT_NAME
+from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME
 from lightning_qk.callbacks.guard._watch import HiddenCosine
 
 
@@ -86,9 +86,9 @@ def test_the_place_in_the_list_makes_no_difference(tmp_path, action):
             trainer.fit(job, models.tokens(64))
         assert not any("could not be logged" in str(one.message) for one in said)
         assert guard.verdicts
-        assert guard.account.curves.steps == list(range(trainer.global_step))
+        assert guard.event_log.curves.steps == list(range(trainer.global_step))
         assert guard._pending is None
-        found.append((trainer.global_step, guard.verdicts, guard.account.state_dict(), weights(job)))
+        found.append((trainer.global_step, guard.verdicts, guard.event_log.state_dict(), weights(job)))
     assert found[0][:2] == found[1][:2]
     assert str(found[0][2]) == str(found[1][2])
     assert torch.equal(found[0][3], found[1][3])
@@ -247,7 +247,7 @@ def test_cosine_counts_the_tokens_that_the_mask_keeps():
 
 
 def test_the_rate_never_exceeds_the_factor_of_its_peak():
-    from lightning_qk.callbacks.guard._remedy import RateLimit
+    from lightning_qk.callbacks.guard._rate import RateLimit
 
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_qk import CollapseGuard, QKClip
-from lightning_qk.callbacks.guard import _healthy, _rate, _remedy, _watch
+from lightning_qk.callbacks.guard import _acting, _healthy, _pending, _rate, _remedy, _watch
 from lightning_qk.callbacks.guard import guard as module
 from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME
 from lightning_qk.guard.detector import CollapseDetector
@@ -51,14 +51,15 @@ def plain(tmp_path_factory):
 def inner_calls():
     """Everything that the guard's hooks call of its own parts, found by looking."""
     parts = [
-        (_watch.Watch, {"__init__"}),
+        (_watch.ReadingSource, {"__init__"}),
         (_watch.HiddenCosine, {"__init__"}),
         (_rate.RateLimit, {"__init__", "reset"}),
-        (_remedy.Dormant, {"__init__", "reset", "check", "always", "call", "agree"}),
+        (_remedy.Dormant, {"__init__", "check", "always", "call", "agree"}),
+        (_pending.StepLosses, {"__init__", "state_dict", "load_state_dict"}),
         (CollapseDetector, {"__init__", "restart"}),
         (
             _healthy.HealthyCheckpoint,
-            {"__init__", "reset", "begin", "doubt", "state_dict", "load_state_dict"},
+            {"__init__", "begin", "doubt", "state_dict", "load_state_dict"},
         ),
         (_watch.QuietAttention, {"__init__"}),
         (_watch.QuietSpectrum, {"__init__"}),
@@ -67,8 +68,9 @@ def inner_calls():
         for name, found in vars(kind).items():
             if inspect.isfunction(found) and name not in left and not name.startswith("__"):
                 yield kind, name
-    for name in ("log_scalars", "describe_config", "log_alert", "run_directory"):
+    for name in ("log_scalars", "describe_config", "log_alert"):
         yield module, name
+    yield _acting, "run_directory"
     for name in (
         "measure",
         "publish",
@@ -180,7 +182,7 @@ def test_one_reading_that_fails_is_one_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(CollapseDetector, "observe", fail)
     guard = CollapseGuard(every_n_steps=1)
     _, own = train(guard, tmp_path)
-    assert guard.account.curves.steps == [step for step in range(STEPS) if step != 4]
+    assert guard.event_log.curves.steps == [step for step in range(STEPS) if step != 4]
     assert own == []
 
 

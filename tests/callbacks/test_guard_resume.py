@@ -63,8 +63,8 @@ def fit(folder, seed, kind="quiet", every=1, path=None, save=(), steps=STEPS, ch
 def same(one, other):
     assert [v.state_dict() for v in one[0].verdicts] == [v.state_dict() for v in other[0].verdicts] != []
     assert one[0].rolled_back_to == other[0].rolled_back_to is not None
-    assert one[0].account.curves.steps == other[0].account.curves.steps
-    curves = [guard.account.curves.series("guard/score").tolist() for guard, _ in (one, other)]
+    assert one[0].event_log.curves.steps == other[0].event_log.curves.steps
+    curves = [guard.event_log.curves.series("guard/score").tolist() for guard, _ in (one, other)]
     assert curves[0] == curves[1]
     assert torch.equal(one[1], other[1])
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, seed, kind, every):
     whole = fit(tmp_path, seed, kind, every, save=at)
     # A guard whose remedies edit weights comes before the monitors: it judges a step when the next begins, and the
     # last one at the end.
-    assert whole[0].account.curves.steps == list(range(every - 1, STEPS, every))
+    assert whole[0].event_log.curves.steps == list(range(every - 1, STEPS, every))
     for step in at:
         resumed = fit(tmp_path, seed, kind, every, path=tmp_path / f"own-{step}.ckpt")
         same(whole, resumed)
@@ -119,7 +119,7 @@ def test_the_healthy_checkpoint_itself_is_one_to_resume_from(tmp_path):
     again = tmp_path / "again.ckpt"
     again.write_bytes((tmp_path / CHECKPOINT_NAME).read_bytes())
     guard, _ = fit(tmp_path, 0, path=again, steps=13)
-    assert guard.account.curves.steps == list(range(13))
+    assert guard.event_log.curves.steps == list(range(13))
 
 
 def test_a_second_fit_is_a_new_run(tmp_path):
@@ -145,5 +145,5 @@ def test_a_second_fit_is_a_new_run(tmp_path):
         assert own.verdicts == []
         assert own.rolled_back_to is None
         assert own._rate.factor == 1
-        assert own.account.curves.steps == fresh.account.curves.steps
+        assert own.event_log.curves.steps == fresh.event_log.curves.steps
         assert not own._remedy.is_awake

@@ -10,7 +10,7 @@ from test_monitors import read_csv
 from torch.utils.data import DataLoader
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor
-from lightning_qk.callbacks.monitors._base import RECORD_NAME, REPORT_NAME
+from lightning_qk.callbacks.monitors._report import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import hidden_statistics
 from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.metrics.hidden import HiddenStatistics

@@ -260,8 +260,8 @@ def test_layers_that_are_unfrozen_later_are_waited_for(name):
         assert change < 1.1e-4
     if name == "QKClip":
         assert callbacks[0].gammas["inner.network.model.layers.0.self_attn"].min() < 1
-        assert [step for step, told in callbacks[0].account.events if "layer_00" in told] == [2]
-        assert [step for step, told in callbacks[0].account.events if "layer_01" in told] == [0]
+        assert [step for step, told in callbacks[0].event_log.events if "layer_00" in told] == [2]
+        assert [step for step, told in callbacks[0].event_log.events if "layer_01" in told] == [0]
 
 
 def test_when_is_checked():

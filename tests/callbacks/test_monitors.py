@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
-from lightning_qk.callbacks.monitors._base import RECORD_NAME, REPORT_NAME
+from lightning_qk.callbacks.monitors._report import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import attention_statistics, qk_moments
 from lightning_qk.record.history import RunRecord
 
@@ -124,8 +124,8 @@ def test_validation_is_not_training(tmp_path):
         L.seed_everything(2, verbose=False)
         _, attention = callbacks = monitors(**kwargs)
         calls = []
-        hear = attention._hear
-        attention._hear = lambda name, call: (calls.append(name), hear(name, call))
+        hear = attention.measure_call
+        attention.measure_call = lambda name, call: calls.append(name) or hear(name, call)
         models.trainer(callbacks, max_steps=4, val_check_interval=2, num_sanity_val_steps=2).fit(
             models.Job(), models.tokens(), models.tokens()
         )

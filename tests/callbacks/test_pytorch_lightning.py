@@ -13,8 +13,8 @@ import torch
 import lightning_qk
 from lightning_qk import AttentionMonitor, AttentionProbes, HiddenStateMonitor, QKSpectrumMonitor
 from lightning_qk._packages import either, is_lightning
-from lightning_qk.callbacks._trainer import Callback
-from lightning_qk.callbacks.monitors._base import RECORD_NAME
+from lightning_qk.callbacks.callback import Callback
+from lightning_qk.callbacks.monitors._report import RECORD_NAME
 from lightning_qk.record.history import RunRecord
 
 pl = pytest.importorskip(

@@ -159,9 +159,9 @@ def test_a_layer_of_ones_own_is_penalized(kind: str) -> None:
 def test_a_layer_that_differs_is_left_out_and_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lightning_qk.heads import plan
+    from lightning_qk.heads import layer as plan
 
-    right = plan.LayerPlan.read
+    right = plan.LayerReader.read
 
     def wrong(self: Any) -> Any:
         import dataclasses
@@ -169,7 +169,7 @@ def test_a_layer_that_differs_is_left_out_and_named(
         own = right(self)
         return dataclasses.replace(own, query=own.query.roll(1, 1))
 
-    monkeypatch.setattr(plan.LayerPlan, "read", wrong)
+    monkeypatch.setattr(plan.LayerReader, "read", wrong)
     monitor = QKSpectrumMonitor(report=False)
     with pytest.warns(UserWarning, match="left out: its .* are not W x"):
         job, trainer = fit("key_first", monitor)

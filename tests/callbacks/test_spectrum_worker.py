@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from test_monitors import read_csv
 
 from lightning_qk import QKSpectrumMonitor, head_projections
-from lightning_qk.callbacks.monitors._base import RECORD_NAME
+from lightning_qk.callbacks.monitors._report import RECORD_NAME
 from lightning_qk.functional import qk_eigenvalues
 from lightning_qk.metrics import eigenvalues as worker_module
 from lightning_qk.record.history import RunRecord

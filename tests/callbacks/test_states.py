@@ -9,10 +9,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, PositionMonitor, QKSpectrumMonitor, SinkMonitor
-from lightning_qk.record.head_health import head_health
-from lightning_qk.record.health import layer_health
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import DID_NOT_RUN, KNOWN, NO_DATA, NO_VALUE, NOT_FINITE
+from lightning_qk.record.verdicts import head_health, layer_health
 
 ALARM = "not finite"
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.modeling_utils import AttentionInterface
 
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.interface import AttentionCapture
 from lightning_qk.functional.attention import attention_sums, means
 from lightning_qk.heads.reader import ProjectionReader, find_attention
 

@@ -9,8 +9,8 @@ from oracles import dense_attention
 from torch import nn
 from transformers.integrations.flash_attention import flash_attention_forward
 
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.functional import attention_statistics
 
 

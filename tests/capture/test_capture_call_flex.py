@@ -8,8 +8,8 @@ from oracles import dense_attention
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.functional import attention_statistics
 from lightning_qk.functional import logits as module
 from lightning_qk.functional.attention import attention_sums

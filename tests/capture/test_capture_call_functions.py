@@ -17,8 +17,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from transformers.models.llama4.modeling_llama4 import vision_eager_attention_forward
 
 from lightning_qk.capture import verify
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads.reader import find_attention
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import FunctionCall
-from lightning_qk.capture.record import AttentionCall, UnsupportedCallError
 
 HEADS, N = 3, 12
 
@@ -21,3 +22,10 @@ def test_calls_whose_values_are_not_at_hand(value):
     assert torch.equal(good.value, key)
     assert torch.equal(good.logits.query, query)
     assert good.logits.is_causal
+
+
+def test_the_old_name_of_what_was_seen():
+    capture = AttentionCapture({}, lambda name, call: None)
+    capture.seen.add("layer")
+    with pytest.warns(DeprecationWarning, match="heard is seen now"):
+        assert capture.heard == {"layer"}

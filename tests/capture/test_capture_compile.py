@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from lightning_qk import AttentionMonitor
-from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads.reader import find_attention
 

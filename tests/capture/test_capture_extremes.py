@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import SoftmaxCall
-from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional import max_logits
 
 

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.heads.blocks import find_blocks
+from lightning_qk.heads.sites import find_blocks
 
 
 class Probe:
@@ -61,7 +61,7 @@ def test_states_are_the_models_own(make, tokens):
     torch.testing.assert_close(probe.found[names[0]][0][0], states[0])
     if make is models.bert:
         torch.testing.assert_close(probe.found[names[1]][0][0], states[1])
-    assert probe.capture.heard == set(probe.found)
+    assert probe.capture.seen == set(probe.found)
     assert probe.capture.problems == {}
     assert probe.capture.unmasked == set()
     probe.capture.remove()

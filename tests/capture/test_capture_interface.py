@@ -7,7 +7,7 @@ from call_oracle import eager_maps, map_statistics, measure
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.heads.reader import find_attention, head_projections
 
 PADDING = torch.ones(2, 12, dtype=torch.long)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_qk.capture import softmax
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import FunctionCall, SoftmaxCall
-from lightning_qk.capture.interface import AttentionCapture
+from lightning_qk.capture.hooks import softmax
 from lightning_qk.heads.reader import find_attention
 
 BERT = {
@@ -218,7 +218,7 @@ def test_statistics_are_those_of_the_layers_own_softmaxes(name, side):
         warnings.simplefilter("ignore")
         model(**inputs)
     assert heard.problems == {}
-    assert heard.heard == set(layers)
+    assert heard.seen == set(layers)
     expected = FunctionCall if name == "wavlm" else SoftmaxCall
     assert all(isinstance(call, expected) for _, call, *_ in heard.calls)
     assert [layer for layer, *_ in heard.calls] == [layer for layer, _ in seen.logits]
@@ -500,4 +500,4 @@ def test_a_layer_with_parts_that_would_notice_is_not_observed():
         with Heard(model) as heard:
             got = model(x())
     assert torch.equal(want, got)
-    assert "0" not in heard.heard
+    assert "0" not in heard.seen

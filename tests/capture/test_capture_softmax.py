@@ -10,8 +10,8 @@ from call_oracle import Heard, map_statistics, padding
 from torch import Tensor, nn
 
 from lightning_qk import AttentionMonitor
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import SoftmaxCall
-from lightning_qk.capture.record import UnsupportedCallError
 
 SMALL = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT = {**SMALL, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -242,7 +242,7 @@ def test_two_attentions_of_one_layer_are_named():
 
 
 def test_trouble_in_looking_on_is_no_trouble_of_the_model(monkeypatch):
-    from lightning_qk.capture import traces
+    from lightning_qk.capture.hooks import traces
 
     def broken(*args: object) -> None:
         raise RuntimeError("broken")

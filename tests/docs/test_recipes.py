@@ -1,7 +1,7 @@
 """CONTRIBUTING: its picture, its walk and its recipes are those of the code."""
 
 import re
-from importlib.util import find_spec
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +16,10 @@ import lightning_qk
 from lightning_qk import head_projections
 from lightning_qk.functional import AttentionLogits
 from lightning_qk.heads import layouts
-from lightning_qk.record.statistics import STATISTICS, describe
+from lightning_qk.record.statistics import STATISTICS
 
 PAGE = "CONTRIBUTING.md"
 LAYOUT, STATISTIC, MONITOR = blocks(PAGE, "python")
-# The page describes the monitors' base with its collector.
-collected = pytest.mark.skipif(find_spec("lightning_qk.metrics.collector") is None, reason="no collector yet")
 
 
 def test_the_picture_has_every_package_and_no_package_below_what_it_imports():
@@ -35,7 +33,6 @@ def test_the_picture_has_every_package_and_no_package_below_what_it_imports():
         assert max(height[room] for room in below) < min(height[room] for room in above)
 
 
-@collected
 def test_every_stop_of_the_walk_is_there():
     stops = re.findall(r"^\d+\. `([\w/.]+)`: `([\w.]+)`", (ROOT / PAGE).read_text(), re.MULTILINE)
     assert 0 < len(stops) <= 12
@@ -65,16 +62,18 @@ def test_a_layout_is_one_line(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def namespace(monkeypatch: pytest.MonkeyPatch) -> dict:
+def namespace() -> Iterator[dict]:
     """What the recipe of a statistic defines; the table is as before afterwards."""
-    monkeypatch.setattr("lightning_qk.record.statistics.STATISTICS", dict(STATISTICS))
+    before = dict(STATISTICS)
     found: dict = {"__name__": "recipe"}
     exec(STATISTIC, found)
-    return found
+    yield found
+    STATISTICS.clear()
+    STATISTICS.update(before)
 
 
 def test_a_statistic_is_an_entry_and_a_function(namespace: dict):
-    assert describe("decided").share
+    assert STATISTICS["attn/decided"].share
     query, key = torch.randn(2, 2, 3, 7, 4).unbind()
     sums = namespace["decided_sums"](AttentionLogits.of(query, key, is_causal=True))
     logits = (query @ key.mT / 2).masked_fill(~torch.ones(7, 7).tril().bool(), -torch.inf)
@@ -82,7 +81,6 @@ def test_a_statistic_is_an_entry_and_a_function(namespace: dict):
     assert torch.allclose(sums.means(per_sequence=False)[0].double(), want)
 
 
-@collected
 def test_a_monitor_is_one_class(namespace: dict, tmp_path: Path):
     exec(MONITOR, namespace)
     monitor = namespace["DecisionMonitor"](1, per_layer=True, figures_every=0, report=False)

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_qk import head_projections, locater_penalty
-from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import local_heads
 from lightning_qk.metrics.spectrum import QKSpectrum
 from lightning_qk.regularizers.locater import LocaterPenalty, Settings
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_qk import head_projections, verify
-from lightning_qk.heads.between import attends_over_channels
-from lightning_qk.heads.edit import head_editors
-from lightning_qk.heads.errors import NotTokenAttention
+from lightning_qk.heads.edit import head_scalers
+from lightning_qk.heads.facts import attends_over_channels
+from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import ProjectionReader
 
 
@@ -194,7 +194,7 @@ def test_a_clamp_is_named_and_its_weights_are_not_edited():
     assert reader["layer"].clip == pytest.approx(8.0)
     assert torch.equal(reader["layer"].query, model["layer"].qkv.weight[:WIDTH].unflatten(0, (HEADS, D_HEAD)))
     with pytest.raises(ValueError, match="clamped to ±8"):
-        head_editors(reader, ["layer"])
+        head_scalers(reader, ["layer"])
 
 
 @pytest.mark.parametrize("clip", [None, 8.0])
@@ -205,10 +205,10 @@ def test_the_clamp_of_a_known_model_is_named(clip):
     for heads in head_projections(model).values():
         assert heads.clip == clip
     if clip is None:
-        head_editors(reader, reader)
+        head_scalers(reader, reader)
     else:
         with pytest.raises(ValueError, match="clamped"):
-            head_editors(reader, reader)
+            head_scalers(reader, reader)
 
 
 def _clamped(clip):

@@ -10,7 +10,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.effective import EffectivePlan
+from lightning_qk.heads.module_as_matrix import ModuleMatrix
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.regularizers.locater import LocaterPenalty, Settings
 
@@ -91,7 +91,7 @@ def test_the_short_way_has_the_gradients_of_the_run(kind):
     """The layer's own forward is the oracle, of DoRA's norm too, which takes no gradient."""
     layer = _adapted("bert", LoraConfig(r=3, target_modules=["query"], **LORA[kind])).base_model
     layer = layer.get_submodule("model.bert.encoder.layer.0.attention.self.query")
-    plan = EffectivePlan(layer, "query")
+    plan = ModuleMatrix(layer, "query")
     trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     probe = torch.randn(plan.rows, plan.columns, dtype=torch.float64)
     both = []

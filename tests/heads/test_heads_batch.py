@@ -4,7 +4,7 @@ import models
 import torch
 
 from lightning_qk import head_projections
-from lightning_qk.heads import batch as batches
+from lightning_qk.heads import reader as batches
 from lightning_qk.heads.reader import ProjectionReader
 
 

@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_qk.heads.blocks import find_blocks
+from lightning_qk.heads.sites import find_blocks
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16}
 

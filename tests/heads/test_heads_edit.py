@@ -12,7 +12,7 @@ from heads_zoo import ZOO, build, feed
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_qk.heads.edit import head_editors
+from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.qk_clip import clip_qk
 
@@ -143,7 +143,7 @@ def test_weights_that_are_no_plain_parameters_are_refused(make, reason):
     with pytest.raises(
         ValueError, match=f"expected query and key weights of model.layers.0.self_attn.*{reason}"
     ):
-        head_editors(reader, reader)
+        head_scalers(reader, reader)
 
 
 def test_one_layer_that_is_called_often_is_scaled_once():

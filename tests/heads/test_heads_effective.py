@@ -6,9 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_qk.heads.effective import EffectivePlan
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.linear import AffinePlan, affine_plan
+from lightning_qk.heads.projection import projection_of
+from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 
 
 class LowRank(nn.Linear):
@@ -67,8 +66,8 @@ def _chain(dtype=torch.float32):
 )
 def test_the_map_is_what_the_module_does(make):
     module = make()
-    plan = affine_plan(module, "q")
-    assert isinstance(plan, EffectivePlan)
+    plan = projection_of(module, "q")
+    assert plan.as_matrix
     assert not plan.is_view()
     weight, bias = plan.read()
     assert weight.shape == (plan.rows, plan.columns)
@@ -86,7 +85,7 @@ def test_the_map_is_what_the_module_does(make):
 
 def test_values_and_gradients_are_live():
     module = _chain(torch.float64)
-    plan = affine_plan(module, "q")
+    plan = projection_of(module, "q")
     with torch.no_grad():
         module[0].weight.mul_(3)
     weight, bias = plan.read()
@@ -101,7 +100,7 @@ def test_values_and_gradients_are_live():
 
 def test_an_adapter_that_starts_at_zero_is_seen():
     module = LowRank(6, 8).double()
-    plan = affine_plan(module, "q")
+    plan = projection_of(module, "q")
     with torch.no_grad():
         module.up.normal_()
     weight, _ = plan.read()
@@ -115,7 +114,7 @@ def test_nothing_of_the_module_takes_part_but_its_weights():
         child.register_forward_hook(lambda *args: calls.append(args))
     module.train()
     state = torch.get_rng_state()
-    affine_plan(module, "q").read()
+    projection_of(module, "q").read()
     assert not calls
     assert all(child.training for child in module.modules())
     assert torch.equal(state, torch.get_rng_state())
@@ -124,7 +123,7 @@ def test_nothing_of_the_module_takes_part_but_its_weights():
 
 def test_wide_inputs_are_run_in_blocks_and_half_precision_is_raised():
     module = nn.Sequential(nn.Linear(2500, 4), nn.Linear(4, 3)).to(torch.bfloat16)
-    weight, bias = affine_plan(module, "q").read()
+    weight, bias = projection_of(module, "q").read()
     assert weight.dtype == torch.float32
     first, second = (child.weight.float() for child in module)
     torch.testing.assert_close(weight, second @ first)
@@ -133,7 +132,7 @@ def test_wide_inputs_are_run_in_blocks_and_half_precision_is_raised():
 
 def test_autocast_does_not_round():
     module = _chain()
-    plan = affine_plan(module, "q")
+    plan = projection_of(module, "q")
     want = plan.read()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = plan.read()
@@ -157,19 +156,19 @@ def test_autocast_does_not_round():
 def test_what_is_not_affine_token_by_token_is_refused(module, reason):
     state = torch.get_rng_state()
     with pytest.raises(UnreadLayer, match=f"its projection 'q' is a {type(module).__name__}.*{reason}"):
-        affine_plan(module, "q")
+        projection_of(module, "q")
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_weights_without_values_are_named():
     with pytest.raises(InaccessibleWeights, match="meta device"):
-        affine_plan(nn.Sequential(nn.Linear(6, 8, device="meta"), nn.Linear(8, 8)), "q")
+        projection_of(nn.Sequential(nn.Linear(6, 8, device="meta"), nn.Linear(8, 8)), "q")
 
 
 @pytest.mark.parametrize("convolution", [nn.Conv1d(6, 8, 1), nn.Conv2d(6, 8, 1)])
 def test_convolutions_over_single_tokens_are_views(convolution):
-    plan = affine_plan(convolution, "q")
-    assert isinstance(plan, AffinePlan)
+    plan = projection_of(convolution, "q")
+    assert plan.stored is not None
     weight, bias = plan.read()
     assert weight.shape == (8, 6)
     assert weight.data_ptr() == convolution.weight.data_ptr()
@@ -179,7 +178,7 @@ def test_convolutions_over_single_tokens_are_views(convolution):
 
 def test_compiled_projections_are_looked_into():
     module = nn.Linear(6, 8)
-    assert affine_plan(torch.compile(module, backend="eager"), "q").module is module
+    assert projection_of(torch.compile(module, backend="eager"), "q").module is module
 
 
 def _weight_norm_hook(module):
@@ -206,7 +205,7 @@ def _spectral_norm_hook(module):
 def test_weights_made_from_others_are_those_of_evaluation(wrap):
     """Reading in training mode would be a step of spectral norm's power iteration, and hooks leave old weights."""
     module = wrap(nn.Linear(6, 8).double())
-    plan = affine_plan(module, "q")
+    plan = projection_of(module, "q")
     module.train()
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with torch.no_grad():
@@ -231,7 +230,7 @@ def test_tied_weights_through_a_parametrization():
 
     module = nn.Linear(6, 6)
     parametrize.register_parametrization(module, "weight", Symmetric())
-    weight, _ = affine_plan(module, "q").read()
+    weight, _ = projection_of(module, "q").read()
     assert torch.equal(weight, weight.T)
 
 
@@ -246,7 +245,7 @@ def test_buffers_that_a_forward_counts_in_stay():
             return super().forward(x)
 
     module = Counting()
-    affine_plan(module, "q").read()
+    projection_of(module, "q").read()
     assert module.count == 0
 
 
@@ -258,6 +257,6 @@ def test_small_weights_are_not_mistaken_for_their_multiples():
     module = Doubled(6, 8, bias=False)
     with torch.no_grad():
         module.weight.mul_(1e-4)
-    weight, bias = affine_plan(module, "q").read()
+    weight, bias = projection_of(module, "q").read()
     assert bias is None
     torch.testing.assert_close(weight, 2 * module.weight, rtol=1e-4, atol=1e-9)

@@ -3,8 +3,8 @@ import torch
 from heads_zoo import BERT, build
 from torch import nn
 
-from lightning_qk.heads.find import attention_sites
 from lightning_qk.heads.reader import find_attention, head_projections, unread
+from lightning_qk.heads.sites import attention_sites
 
 pytestmark = pytest.mark.usefixtures("code_of_a_library")
 

@@ -4,8 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.linear import affine_plan
+from lightning_qk.heads.projection import projection_of
+from lightning_qk.heads.projections import UnreadLayer
 
 
 class OwnLinear(nn.Module):
@@ -29,15 +29,15 @@ class Gated(nn.Linear):
 def test_the_map_is_the_modules_own(module):
     width = 4 if isinstance(module, OwnLinear) else 3
     x = torch.randn(2, width)
-    weight, bias = affine_plan(module, "q").read()
+    weight, bias = projection_of(module, "q").read()
     torch.testing.assert_close(F.linear(x, weight, bias), module(x))
     assert weight.data_ptr() == module.weight.data_ptr()
 
 
 def test_a_linear_map_without_bias():
-    assert affine_plan(nn.Linear(3, 5, bias=False), "q").read().bias is None
+    assert projection_of(nn.Linear(3, 5, bias=False), "q").read().bias is None
 
 
 def test_a_module_that_does_more_is_refused():
     with pytest.raises(UnreadLayer, match="'q' is a Gated, which does more than multiply"):
-        affine_plan(Gated(3, 5), "q").read()
+        projection_of(Gated(3, 5), "q").read()

@@ -4,7 +4,7 @@ import pytest
 import transformers as tf
 from heads_zoo import BERT, GPT2, GQA, T5, VIT
 
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.reader import ProjectionReader, head_projections
 
 SWIN = {
@@ -134,4 +134,4 @@ def test_what_cannot_be_told_is_none():
         layer.attention.self.__class__ = Attention
     plans = ProjectionReader(model).layers
     assert plans
-    assert all(isinstance(plan, LayerPlan) and plan.position is None for plan in plans.values())
+    assert all(isinstance(plan, LayerReader) and plan.position is None for plan in plans.values())

@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.linear import affine_plan
+from lightning_qk.heads.projection import projection_of
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.regularizers.locater import LocaterPenalty, Settings
 
@@ -164,7 +164,7 @@ def test_codes_that_are_packed_for_evaluation():
     linear = nn.Linear(64, 64)
     module = library.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)
     module.load_state_dict(linear.state_dict())
-    plan = affine_plan(module.to("cpu"), "q")
+    plan = projection_of(module.to("cpu"), "q")
     want = plan.read().weight
     with torch.no_grad():
         module.eval()(torch.randn(3, 64))
@@ -181,4 +181,4 @@ def test_codes_without_a_way_to_run_them_are_named():
     module = nn.Linear(6, 8)
     module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(UnreadLayer, match="quantized weight"):
-        affine_plan(module, "q")
+        projection_of(module, "q")

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.errors import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.inferred_layout import find_rows
+from lightning_qk.heads.layer import layer_reader
+from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.reader import unread
-from lightning_qk.heads.search import find_rows
+from lightning_qk.heads.sites import attention_sites
 
 WIDTH, HEADS, D_HEAD = 24, 4, 6
 
@@ -30,13 +30,13 @@ def test_the_entries_name_what_a_run_finds(name):
     model = build(name)
     seen = 0
     for site in attention_sites(model):
-        plan = LayerPlan(site, fold_norm=False)
+        plan = layer_reader(site, fold_norm=False)
         if getattr(plan, "key_layer", None) is not None:
             continue  # the keys come with the call
         found = find_rows(site.module, site.config)
         # As stored: norms on q and k are compared by name below.
-        by_name = [side.pick(side.affine.read().weight, plan.sizes) for side in (plan.query, plan.key)]
-        by_run = [side.affine.read().weight[side.rows] for side in (found.query, found.key)]
+        by_name = [side.pick(side.projection.read().weight, plan.sizes) for side in (plan.query, plan.key)]
+        by_run = [side.projection.read().weight[side.rows] for side in (found.query, found.key)]
         want = _forms(*by_name, plan.scaling)
         got = _forms(*by_run, plan.scaling if found.scaling is None else found.scaling)
         torch.testing.assert_close(got, want.to(got), rtol=1e-5, atol=1e-7)

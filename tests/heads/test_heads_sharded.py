@@ -9,8 +9,8 @@ from processes import run_script
 from torch import nn
 
 from lightning_qk import head_projections, locater_penalty
-from lightning_qk.heads.local import local_heads
 from lightning_qk.heads.reader import ProjectionReader, unread
+from lightning_qk.heads.sites import local_heads
 
 DTENSORS = [
     "fsdp2",

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qk.heads.errors import UnreadLayer
 from lightning_qk.heads.layouts import CONTIGUOUS, SEPARATE
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.sizes import Sizes, head_sizes, softmax_scaling
 
 

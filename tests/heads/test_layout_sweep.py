@@ -21,7 +21,7 @@ from sweep import (
 )
 from torch import nn
 
-from lightning_qk.heads.edit import head_editors
+from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.qk_clip import clip_qk
 
@@ -138,7 +138,7 @@ def test_scaling_multiplies_queries_and_keys_and_leaves_values(case):
     reader = ProjectionReader(model)
     inputs, before = _given(layer, (5, WIDTH))
     try:
-        editors = head_editors(reader, ["layer"])
+        editors = head_scalers(reader, ["layer"])
     except ValueError as refused:
         if "modules=" not in str(refused):
             raise

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.errors import UnreadLayer
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import layer_reader
+from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader, head_projections
+from lightning_qk.heads.sites import attention_sites
 from lightning_qk.interventions.qk_clip import clip_qk
 from lightning_qk.verification import Status, verify
 
@@ -165,7 +165,7 @@ def test_what_is_no_form_of_the_input_is_refused(name: str) -> None:
     layer = made(**NOT_A_FORM[name])
     (site,) = attention_sites(nn.ModuleDict({"attention": layer}))
     with pytest.raises(UnreadLayer):
-        LayerPlan(site, fold_norm=False)
+        layer_reader(site, fold_norm=False)
     x = torch.randn(2, TOKENS, WIDTH)
     (verdict,) = verify(nn.Sequential(layer), x).values()
     assert not verdict.ok  # neither does its real call make it readable

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_qk import DifferentiableAttentionMask
-from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.sites import attention_sites
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates, gated_attention
 from lightning_qk.interventions.replaced_attention import soft_capped_attention
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_qk.functional import attention_entropy, diagonal_prior
-from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.sites import attention_sites
 from lightning_qk.interventions.penalties import (
     AttentionPenalty,
     band_measure,

@@ -8,7 +8,7 @@ import transformers
 from transformers.modeling_utils import AttentionInterface
 
 from lightning_qk import AttentionMonitor, EntropyBand, HardAttention, SoftCap
-from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.sites import attention_sites
 from lightning_qk.interventions.replaced_attention import HardRetrieval, SoftCapped, soft_capped_attention
 
 CAP = 2.0

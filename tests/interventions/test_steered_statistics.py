@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_qk import AttentionMonitor, AttentionPrior, DifferentiableAttentionMask, HardAttention, SoftCap
-from lightning_qk.heads.find import attention_sites
+from lightning_qk.heads.sites import attention_sites
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates
 
 KINDS = ("gpt2", "llama", "mistral", "bert")

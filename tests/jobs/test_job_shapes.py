@@ -21,8 +21,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor
-from lightning_qk.record.health import layer_health, print_health
+from lightning_qk.record.health import print_health
 from lightning_qk.record.history import RunRecord
+from lightning_qk.record.verdicts import layer_health
 
 STEPS, EVERY = 6, 2
 

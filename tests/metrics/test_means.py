@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lightning_qk.callbacks.monitors._pool import SumsPool
 from lightning_qk.functional import sink_statistics
 from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
+from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.means import HeadMeans
 
 
@@ -49,7 +49,7 @@ def test_heads_of_other_processes():
     batches = calls()
     metric = HeadMeans({"layer": 4}, SINK_STATISTICS)
     for where in (slice(0, 1), slice(1, 4)):
-        pool = SumsPool()
+        pool = SumAccumulator()
         for one in batches:
             sums = sink_sums(*(tensor[:, where] for tensor in one), is_causal=True)
             pool.add("layer", sums, heads=4, where=where)

@@ -241,7 +241,7 @@ def test_rules_in_their_order():
     for kind, change in reversed(
         [
             ("dead", {"output": 1e-4}),
-            ("diffuse", {"entropy_normalized": 0.97}),
+            ("diffuse", {"entropy_normalized": 0.99}),
             ("sink", {"sink_top": 0.5}),
             ("positional", {"positional_share": 0.7}),
             ("saturated", {"max_prob": 0.97}),

@@ -6,8 +6,17 @@ import torch
 import transformers
 
 from lightning_qk.functional import logits as module
-from lightning_qk.probes._attention import entropy, is_causal, received, row_parts, rows_at, weighted_values
-from lightning_qk.probes.run import Hearing, prepared, quiet
+from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.probes._attention import (
+    attention_of,
+    entropy,
+    is_causal,
+    received,
+    row_parts,
+    rows_at,
+    weighted_values,
+)
+from lightning_qk.probes.run import prepared, quiet
 
 
 def bloom(**kwargs):
@@ -45,7 +54,8 @@ def maps(model, given) -> list[torch.Tensor]:
 def heard(model, given, function) -> list:
     found = []
     with quiet(model):
-        Hearing(model).run(prepared(model, given), lambda name, attention: found.append(function(attention)))
+        collector = AttentionCollector(model, eager=True)
+        collector.run(prepared(model, given), lambda name, call: found.append(function(attention_of(call))))
     return found
 
 

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from simulated_run import simulated_record
 
-from lightning_qk.record.health import format_value, layer_health, print_health
+from lightning_qk.record.health import print_health
 from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.verdicts import format_value, layer_health
 
 
 def attention_of(**values: list[float]) -> RunRecord:

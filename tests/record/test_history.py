@@ -196,3 +196,18 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
     for path in (text, weights):
         with pytest.raises(ValueError, match="expected a record that a monitor wrote"):
             RunRecord.load(path)
+
+
+def test_a_record_keeps_any_monitors_history(tmp_path: Path) -> None:
+    """A new monitor needs nothing but a name for its group."""
+    record = RunRecord(attention=filled([1], 8), spectrum=filled([1], 8))
+    record.histories["router"] = filled([1, 2], 8)
+    assert list(record.histories) == ["spectrum", "attention", "router"]
+    loaded = RunRecord.load(record.save(tmp_path / "record.safetensors"))
+    assert list(loaded.histories) == ["spectrum", "attention", "router"]
+    assert torch.equal(loaded.histories["router"].series("trace"), record.histories["router"].series("trace"))
+    loaded.attention = None
+    assert loaded.attention is None
+    assert "attention" not in loaded.histories
+    with pytest.raises(TypeError, match="expected parts of a record, got 'spectre'"):
+        RunRecord(spectre=None)

@@ -16,9 +16,8 @@ from simulated_run import simulated_record
 
 from lightning_qk.functional import circle_law_radius, circle_law_share, signal_propagation_probability
 from lightning_qk.record.history import History, LayerShape, RunRecord
-from lightning_qk.report.payload import LAW, PRIMARY, SECONDARY, THETA, evenly
+from lightning_qk.report.payload import LAW, THETA, evenly
 from lightning_qk.report.report import MAX_BYTES, write_report
-from lightning_qk.report.texts import MEANING
 
 
 class Page(HTMLParser):
@@ -123,7 +122,7 @@ def test_the_data_are_those_of_the_record(tmp_path: Path) -> None:
         assert raw["layers"] == list(history.layers)
         assert raw["steps"] == history.steps
         shown = [one["name"] for one in raw["statistics"]]
-        assert shown[0] == PRIMARY[name][0][0]
+        assert shown[0] == {"spectrum": "sym_var", "attention": "entropy_normalized"}[name]
         assert not any(one.endswith("_se") or one == "trace" for one in shown)
         for one in raw["statistics"]:
             want = history.series(one["name"]).T.reshape(-1)
@@ -310,16 +309,6 @@ def test_models_side_by_side(tmp_path: Path) -> None:
     text = written(record, tmp_path)
     assert "Weights of 12 heads in 3 layers in base, tuned." in text
     assert Page(text).data()[0]["points"] == {"0": "base", "10": "tuned"}
-
-
-def test_every_primary_statistic_is_explained() -> None:
-    wanted = {name for groups in PRIMARY.values() for group in groups for name in group}
-    assert wanted <= set(MEANING)
-    assert not wanted & {name for names in SECONDARY.values() for name in names} - {
-        "eig_var",
-        "entropy",
-        "effective_rank",
-    }
 
 
 def test_an_odd_spectrum_is_not_mirrored(tmp_path: Path) -> None:

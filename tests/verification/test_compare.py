@@ -12,7 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "heads"))
 import heads_zoo as zoo
 
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.verification import Status, verify
 
@@ -92,26 +92,26 @@ def test_half_precision_is_no_difference(name: str) -> None:
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 @pytest.mark.parametrize("name", FEW)
 def test_what_is_read_wrong_differs(name: str, wrong: Wrong, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LayerPlan.read
+    right = LayerReader.read
     spoilt = []
 
-    def read(self: LayerPlan) -> HeadProjections:
+    def read(self: LayerReader) -> HeadProjections:
         own = right(self)
         other = wrong(own)
         if other is not None and self.key_layer is None:
             spoilt.append(self.name)
         return own if other is None else other
 
-    monkeypatch.setattr(LayerPlan, "read", read)
+    monkeypatch.setattr(LayerReader, "read", read)
     found = checked(name)
     assert {found[layer] for layer in spoilt} <= {Status.DIFFERS}
     assert {status for layer, status in found.items() if layer not in spoilt} <= {Status.VERIFIED}
 
 
 def test_a_wrong_softmax_scale_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LayerPlan.read
+    right = LayerReader.read
     monkeypatch.setattr(
-        LayerPlan, "read", lambda self: dataclasses.replace(right(self), scaling=2 * right(self).scaling)
+        LayerReader, "read", lambda self: dataclasses.replace(right(self), scaling=2 * right(self).scaling)
     )
     model = zoo.build("llama")
     found = verify(model, zoo.feed("llama"))

@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_qk.callbacks._agreement import all_agree, from_zero, has_peers
+from lightning_qk.callbacks._ranks import all_agree, from_zero, is_distributed
 from lightning_qk.callbacks._trainer import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 CHECKPOINT_NAME = "lightning_qk_healthy.ckpt"
@@ -63,18 +63,12 @@ class HealthyCheckpoint:
 
     Args:
         readings: how many healthy readings have to follow.
-
-    Attributes:
         keeps_replaced: keep a replaced checkpoint that a checkpoint of the run refers to, at most :data:`SPARE`.
     """
 
-    def __init__(self, readings: int) -> None:
+    def __init__(self, readings: int, *, keeps_replaced: bool = False) -> None:
         self.readings = readings
-        self.keeps_replaced = False
-        self.reset()
-
-    def reset(self) -> None:
-        """As for a new run."""
+        self.keeps_replaced = keeps_replaced
         self._run = ""
         self._folder: str | None = None
         self._current: Identity | None = None
@@ -146,7 +140,7 @@ class HealthyCheckpoint:
                     trainer.save_checkpoint(partial, weights_only=False)
             except Exception as own:
                 error = own
-                if has_peers(trainer):
+                if is_distributed(trainer):
                     # The others wait at the barrier at the end of save_checkpoint.
                     trainer.strategy.barrier("CollapseGuard")
             finally:

@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.callbacks._agreement import has_peers, total
-from lightning_qk.callbacks._ranks import agree
-from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckpoint
-from lightning_qk.callbacks.guard._rate import RateLimit
+from lightning_qk.callbacks._ranks import agree, is_distributed, total
 from lightning_qk.callbacks.interventions._base import Intervention
-
-__all__ = ["CHECKPOINT_NAME", "Dormant", "HealthyCheckpoint", "RateLimit"]
 
 
 class Dormant:
@@ -36,11 +31,6 @@ class Dormant:
         self._failed: dict[int, Exception] = {}
         self._is_out: set[int] = set()
         self._steps_before = 0
-
-    def reset(self) -> None:
-        """As for a new run."""
-        self.is_awake = False
-        self._failed, self._is_out = {}, set()
 
     def check(self, hook: str, *args: Any) -> None:
         """Call a hook of the start of a fit, in which they may refuse."""
@@ -80,7 +70,7 @@ class Dormant:
         if not self.is_awake or not self.callbacks:
             return
         failed = [float(index in self._failed) for index in range(len(self.callbacks))]
-        if has_peers(trainer):
+        if is_distributed(trainer):
             failed = total(trainer, torch.tensor(failed, device=pl_module.device)).tolist()
         for index, count in enumerate(failed):
             if count and index not in self._is_out:
@@ -118,7 +108,8 @@ class Dormant:
         states: list[Any] = []
         for callback in self.callbacks:
             try:
-                states.append(callback.state_dict())
+                own = callback.kept() if isinstance(callback, Intervention) else callback.state_dict()
+                states.append(own)
             except Exception as error:  # noqa: PERF203 (once a checkpoint)
                 states.append({})
                 self.say(
@@ -132,5 +123,7 @@ class Dormant:
             self.is_awake = bool(state["is_awake"])
             self._is_out = set(state.get("is_out", ()))
             for callback, own in zip(self.callbacks, state["states"], strict=True):
-                if own:
+                if own and isinstance(callback, Intervention):
+                    callback.go_on(own)
+                elif own:
                     callback.load_state_dict(own)

@@ -7,13 +7,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._agreement import total
+from lightning_qk.callbacks._ranks import total
 from lightning_qk.callbacks._trainer import logging_step, say
-from lightning_qk.callbacks.monitors._base import Monitor
-from lightning_qk.callbacks.monitors.attention import AttentionMonitor
-from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
-from lightning_qk.capture import generation
-from lightning_qk.capture.copies import hook_before
+from lightning_qk.callbacks.monitors import AttentionMonitor, Monitor, QKSpectrumMonitor
+from lightning_qk.capture.hooks import generate
+from lightning_qk.capture.hooks.modules import hook_before
 from lightning_qk.guard.reading import Place
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.record.history import History, RunRecord
@@ -40,7 +38,6 @@ class _Quiet(Monitor):
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Remember the newest values alone."""
-        assert self.history is not None  # remember_layers comes before the first measurement
         self.history = History(self.history.layers, self.history.heads, max_points=2)
         self.history.append(logging_step(trainer), values)
 
@@ -66,7 +63,7 @@ class _Quiet(Monitor):
 class QuietAttention(_Quiet, AttentionMonitor):
     """Attention statistics of a few rows, for a guard."""
 
-    def name_cached_calls(self) -> None:
+    def note_cached_calls(self, names: Sequence[str]) -> None:
         """A guard has no argument for them."""
 
     def draw_from(self, rank: int, step: int, batch: int) -> None:
@@ -118,7 +115,7 @@ class HiddenCosine:
         if not self._give_back:
             for name, module in self.modules.items():
                 self._give_back.append(hook_before(module, self._hook(name)).remove)
-            self._give_back.extend(generation.stand_at_generate(self._model))
+            self._give_back.extend(generate.patch_generate(self._model))
 
     def stop(self) -> None:
         """Leave the layers as they were."""
@@ -129,7 +126,7 @@ class HiddenCosine:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # It is no training: a teacher, or a generation within the step.
-            if not torch.is_grad_enabled() or generation.is_running():
+            if not torch.is_grad_enabled() or generate.is_running():
                 return
             try:
                 given = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))
@@ -175,7 +172,7 @@ class HiddenCosine:
         return (sums[:, 0] / sums[:, 1]).float().cpu()
 
 
-class Watch:
+class ReadingSource:
     """Everything that a guard reads of a trainer, measured at a guard's steps.
 
     A monitor of the trainer is read where it measures at all of these steps; else a quiet one measures. Without
@@ -265,7 +262,7 @@ class Watch:
     def is_ready(self, step: int) -> bool:
         """Whether the trainer's monitors have measured a step: a guard may stand before them."""
         return all(
-            monitor is None or monitor.history is None or monitor.history.steps[-1:] == [step]
+            monitor is None or not monitor.history.layers or monitor.history.steps[-1:] == [step]
             for monitor in (self.attention, self.spectrum)
         )
 
@@ -283,9 +280,9 @@ class Watch:
             ("attn", self.attention, ATTENTION),
             ("qk", self.spectrum, SPECTRUM),
         ):
-            history = None if monitor is None else monitor.history
-            if monitor is None or history is None or history.steps[-1:] != [step]:
+            if monitor is None or monitor.history.steps[-1:] != [step]:
                 continue
+            history = monitor.history
             modules = {label: name for name, label in monitor.labels.items()}
             places[group] = [
                 Place(modules.get(label, label), head)

@@ -2,40 +2,42 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qk._packages import either
-from lightning_qk.callbacks._account import Account
-from lightning_qk.callbacks._agreement import from_zero, has_peers, total
-from lightning_qk.callbacks._ranks import FailedTogether, all_or_none
-from lightning_qk.callbacks._trainer import (
-    Callback,
-    check_lightning,
-    is_logged_step,
-    logging_step,
-    run_directory,
-    say,
-)
-from lightning_qk.callbacks.guard._remedy import CHECKPOINT_NAME, Dormant, HealthyCheckpoint, RateLimit
-from lightning_qk.callbacks.guard._watch import COSINE, Watch
+from lightning_qk.callbacks._ranks import all_or_none, from_zero, total
+from lightning_qk.callbacks._trainer import is_logged_step, logging_step
+from lightning_qk.callbacks.callback import EDITS, JUDGES, Callback, check_lightning
+from lightning_qk.callbacks.guard._acting import Acting
+from lightning_qk.callbacks.guard._pending import Pending, StepLosses, in_words
+from lightning_qk.callbacks.guard._watch import COSINE, ReadingSource
 from lightning_qk.callbacks.interventions.locater import LocAteR
 from lightning_qk.callbacks.interventions.qk_clip import QKClip
-from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
-from lightning_qk.guard.reading import Place, Reading
+from lightning_qk.guard.detector import Sensitivity, Verdict
+from lightning_qk.guard.reading import Reading
 from lightning_qk.loggers.loggers import describe_config, log_alert, log_scalars
+from lightning_qk.record.history import RunRecord
 
 Action = Literal["warn", "alert", "stop", "locater", "qk_clip"]
 # For isinstance, of either package.
 _AnyCallback = either("Callback")
 
 
-class CollapseGuard(Callback):
+def _for_remedies(hook: str) -> Any:
+    """A hook that a guard only passes on."""
+
+    def forward(self: "CollapseGuard", *args: Any, **kwargs: Any) -> None:
+        self._remedy.call(hook, *args, *kwargs.values())
+
+    forward.__name__, forward.__doc__ = hook, "For a remedy."
+    return forward
+
+
+class CollapseGuard(Acting):
     r"""Warns before a run collapses, says where and why, and does something about it where asked.
 
     At its steps it looks at the largest logits and the normalized entropy of every head, the squared norms of
@@ -95,6 +97,8 @@ class CollapseGuard(Callback):
         ValueError: an argument is out of range, or a remedy cannot be done exactly.
     """
 
+    live = ("_watch",)
+
     def __init__(
         self,
         action: Action | Callback | Sequence[Callback] = "warn",
@@ -129,8 +133,7 @@ class CollapseGuard(Callback):
             )
         if rows < 1:
             raise ValueError(f"expected rows of at least 1, got {rows}: pass how many query rows to sample")
-        super().__init__()
-        self.action, remedies = _remedies(action)
+        self.action, self._remedies = _remedies(action)
         self.every_n_steps = every_n_steps
         self.rollback = rollback
         self.lr_factor = lr_factor
@@ -138,103 +141,84 @@ class CollapseGuard(Callback):
         self.checkpoint_every = checkpoint_every
         self.loss = loss
         self.rows = rows
-        self.detector = CollapseDetector(sensitivity)
-        self._remedy = Dormant(remedies, self._say_once)
-        self._rate = RateLimit()
-        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window)
-        self._healthy.keeps_replaced = rollback
-        self._watch: Watch | None = None
-        self._has_begun = False
-        self._forget()
+        self.sensitivity = sensitivity
+        super().__init__()
 
-    def _forget(self) -> None:
+    def begin(self) -> None:
         """As for a new run."""
-        self.detector.restart()
+        super().begin()
         self.verdicts: list[Verdict] = []
-        self.rolled_back_to: int | None = None
-        self.account = Account()
-        self._losses: list[Tensor] = []
-        self._micro: list[Tensor] = []
-        self._pending: _Pending | None = None
+        self._watch: ReadingSource | None = None
+        self._losses = StepLosses()
+        self._pending: Pending | None = None
         self._is_due = False
         self._steps_before = 0
         # What went wrong on this rank since ranks agreed last; readings that failed in a row, the same on all.
         self._trouble: str | None = None
         self._lost = 0
         self._gave_up = False
-        self._cannot_save = False
-        self._said: set[str] = set()
 
     @property
     def remedies(self) -> list[Any]:
         """The callbacks that are switched on when the guard fires."""
-        return list(self._remedy.callbacks)
+        return list(self._remedies)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but what watches a running model, and the module's methods that Lightning hangs on."""
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return {**kept, "_watch": None}
+    @property
+    def place(self) -> int:
+        """Behind the monitors that it reads, unless its remedies edit."""
+        return EDITS if self._remedies else JUDGES
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments as they go into the run's config."""
+        names = [type(callback).__name__ for callback in self._remedies]
+        own = {name: value for name, value in super().settings().items() if name != "sensitivity"}
+        return {**own, "action": " and ".join(names) or self.action}
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add what the remedies did, and the alarms."""
+        for callback in self._remedies:
+            if isinstance(callback, Callback):
+                callback.contribute(record)
+        self.event_log.contribute(record)
 
     # Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, before any work; a fit of another model is a new run."""
         check_lightning(trainer, type(self).__name__)
-        for callback in self._remedy.callbacks:
+        for callback in self._remedies:
             if any(callback is other for other in trainer.callbacks):  # type: ignore[attr-defined]
                 raise ValueError(
                     f"expected a remedy that is the guard's alone, got the trainer's own "
                     f"{type(callback).__name__}: take it out of the trainer's callbacks"
                 )
-        if stage == "fit" and self._has_begun and trainer.global_step == 0:
-            # The state of a checkpoint, where there is one, is loaded after this.
-            self._forget()
-            self._remedy.reset()
-            self._rate.detach()
-            self._rate.reset()
-            self._healthy.reset()
+        if stage == "fit":
+            if self._rate.optimizers:  # of a fit before that did not end well
+                self._try(self._rate.detach, "learning rates could not be left")
+            self.begin_fit(trainer, pl_module)
         self._remedy.check("setup", trainer, pl_module, stage)
         if stage == "fit":
-            self._try(lambda: self._describe(trainer), "its settings could not be logged")
-
-    def _describe(self, trainer: Trainer) -> None:
-        settings = ("every_n_steps", "rollback", "lr_factor", "lr_warmup", "checkpoint_every", "rows")
-        names = [type(callback).__name__ for callback in self._remedy.callbacks]
-        describe_config(
-            trainer,
-            {
-                type(self).__name__: {
-                    "action": " and ".join(names) or self.action,
-                    **{name: getattr(self, name) for name in settings},
-                }
-            },
-        )
+            self._try(
+                lambda: describe_config(trainer, {type(self).__name__: self.settings()}),
+                "its settings could not be logged",
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what can be watched; where there is no attention, the loss is."""
-        self._has_begun = True
         self._trouble, self._lost, self._gave_up, self._cannot_save = None, 0, False, False
         self._said.clear()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        watch = self._watch = Watch(self.every_n_steps, self.rows)
+        watch = self._watch = ReadingSource(self.every_n_steps, self.rows)
         try:
             all_or_none(trainer, lambda: watch.begin(trainer, pl_module, callbacks), facts=str)
         except Exception as error:
             self._say_once(
-                f"attention cannot be watched, the training loss is ({_told(error)}); training goes on"
+                f"attention cannot be watched, the training loss is ({in_words(error)}); training goes on"
             )
             self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
         self._remedy.check("on_fit_start", trainer, pl_module)
         if self.lr_factor < 1:
             self._try(lambda: self._attach_rate(trainer), "learning rates cannot be multiplied")
-
-    def _attach_rate(self, trainer: Trainer) -> None:
-        """On all ranks or on none: weights would come to differ with the rates."""
-        try:
-            all_or_none(trainer, lambda: self._rate.attach(trainer.optimizers))
-        except Exception:
-            self._rate.detach()
-            raise
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
@@ -250,21 +234,11 @@ class CollapseGuard(Callback):
         self._remedy.call("on_train_start", trainer, pl_module)
         self._remedy.agree(trainer, pl_module)
 
-    def _folder(self, trainer: Trainer) -> str:
-        try:
-            return run_directory(trainer)
-        except Exception as error:
-            self._say_once(
-                f"the run's folder is not known ({_told(error)}): {trainer.default_root_dir} is taken"
-            )
-            return str(trainer.default_root_dir)
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Judge the step before, if a monitor measured it after this callback's turn; listen where due."""
-        if self._pending is not None:
-            self._judge(trainer, pl_module, is_last_call=True)
+        self._judge(trainer, pl_module, is_last_call=True)
         self._try(self._rate.settle, "learning rates cannot be multiplied")
         self._steps_before = trainer.global_step
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
@@ -280,17 +254,14 @@ class CollapseGuard(Callback):
         self._try(self._rate.stand_last, "learning rates cannot be multiplied")
         self._remedy.call("on_before_optimizer_step", trainer, pl_module, optimizer)
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """For a remedy."""
-        self._remedy.call("on_before_zero_grad", trainer, pl_module, optimizer)
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """For a remedy."""
-        self._remedy.call("on_before_backward", trainer, pl_module, loss)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For a remedy."""
-        self._remedy.call("on_after_backward", trainer, pl_module)
+    on_before_zero_grad = _for_remedies("on_before_zero_grad")
+    on_before_backward = _for_remedies("on_before_backward")
+    on_after_backward = _for_remedies("on_after_backward")
+    on_train_epoch_end = _for_remedies("on_train_epoch_end")
+    on_validation_start = _for_remedies("on_validation_start")
+    on_validation_batch_start = _for_remedies("on_validation_batch_start")
+    on_validation_end = _for_remedies("on_validation_end")
+    on_fit_end = _for_remedies("on_fit_end")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -303,13 +274,13 @@ class CollapseGuard(Callback):
             return
         has_stepped = trainer.global_step != self._steps_before
         self._attempt(watch.hidden.stop)
-        self._attempt(lambda: self._hear_loss(trainer, pl_module, outputs))
+        self._attempt(lambda: self._losses.hear(trainer, pl_module, outputs, self.loss))
         if has_stepped:
-            self._close_step(trainer, pl_module)
+            self._attempt(lambda: self._losses.close_step(trainer, pl_module.device))
         is_read = has_stepped and self._is_due
         if is_read:
             self._is_due = False
-            self._gather(trainer, pl_module)
+            self._pending = self._gather(trainer, pl_module, watch)
         if self._pending is None or self._pending.trouble is None:
             # A collective call where they measure.
             self._attempt(lambda: watch.end_batch(trainer, pl_module, outputs, batch, batch_idx))
@@ -318,39 +289,11 @@ class CollapseGuard(Callback):
         if is_read:
             self._judge(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For a remedy."""
-        self._remedy.call("on_train_epoch_end", trainer, pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For a remedy."""
-        self._remedy.call("on_validation_start", trainer, pl_module)
-
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """For a remedy."""
-        self._remedy.call("on_validation_batch_start", trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For a remedy."""
-        self._remedy.call("on_validation_end", trainer, pl_module)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last step, if a monitor measured it after this callback's turn."""
-        if self._pending is not None:
-            self._judge(trainer, pl_module, is_last_call=True, has_ended=True)
+        self._judge(trainer, pl_module, is_last_call=True, has_ended=True)
         self._remedy.call("on_train_end", trainer, pl_module)
         self._try(self._rate.detach, "learning rates could not be left")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """For a remedy."""
-        self._remedy.call("on_fit_end", trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave everything as it was: teardown may not follow."""
@@ -377,14 +320,13 @@ class CollapseGuard(Callback):
         """What was seen, what was said, and the remedy's state."""
         return {
             "detector": self.detector.state_dict(),
-            "account": self.account.state_dict(),
+            "account": self.event_log.state_dict(),
             "verdicts": [verdict.state_dict() for verdict in self.verdicts],
             "rolled_back_to": self.rolled_back_to,
             "remedy": self._remedy.state_dict(),
             "rate": self._rate.state_dict(),
             "healthy": self._healthy.state_dict(),
-            "losses": [float(loss) for loss in self._losses],
-            "micro": [float(loss) for loss in self._micro],
+            **self._losses.state_dict(),
             "is_due": self._is_due,
             "pending": None if self._pending is None else self._pending.state_dict(),
         }
@@ -393,36 +335,22 @@ class CollapseGuard(Callback):
         """Go on with what a checkpoint's run had seen."""
         self.detector.load_state_dict(state_dict["detector"])
         self.verdicts = [Verdict.from_state_dict(state) for state in state_dict["verdicts"]]
-        self.account.load_state_dict(state_dict.get("account", {}))
+        self.event_log.load_state_dict(state_dict.get("account", {}))
         self.rolled_back_to = state_dict["rolled_back_to"]
         self._remedy.load_state_dict(state_dict["remedy"])
         self._rate.load_state_dict(state_dict["rate"])
         self._healthy.load_state_dict(state_dict["healthy"])
-        self._losses = [torch.tensor(float(loss)) for loss in state_dict.get("losses", ())]
-        self._micro = [torch.tensor(float(loss)) for loss in state_dict.get("micro", ())]
+        self._losses.load_state_dict(state_dict)
         self._is_due = bool(state_dict.get("is_due", False))
         pending = state_dict.get("pending")
-        self._pending = None if pending is None else _Pending.from_state_dict(pending)
-
-    # Nothing of this ends or changes a training
+        self._pending = None if pending is None else Pending.from_state_dict(pending)
 
     def _attempt(self, action: Callable[[], object]) -> None:
         """Do a part of a reading; where it fails, the reading is lost, on all ranks."""
         try:
             action()
         except Exception as error:
-            self._trouble = self._trouble or _told(error)
-
-    def _try(self, action: Callable[[], object], otherwise: str) -> None:
-        """Do something that is no part of a reading; say once where it fails."""
-        try:
-            action()
-        except Exception as error:
-            self._say_once(f"{otherwise} ({_told(error)}); training goes on", otherwise)
-
-    def _watched(self) -> Watch:
-        assert self._watch is not None  # on_fit_start
-        return self._watch
+            self._trouble = self._trouble or in_words(error)
 
     def _lose(self, reason: str) -> None:
         """A reading that failed, on all ranks: the next is tried, and after a few in a row no more."""
@@ -436,59 +364,27 @@ class CollapseGuard(Callback):
 
     # Reading and judging
 
-    def _hear_loss(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
-        if self.loss is not None:
-            value = trainer.callback_metrics.get(self.loss)
-        else:
-            value = outputs.get("loss") if isinstance(outputs, dict) else outputs
-            if isinstance(value, Tensor) and pl_module.automatic_optimization:
-                # Lightning has divided it by the number of micro-batches.
-                value = value * trainer.accumulate_grad_batches
-        if isinstance(value, Tensor) and value.numel() == 1:
-            self._micro.append(value.detach().float().reshape(()))
-
-    def _close_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The loss of an optimizer step, mean over ranks: a collective call, so that any rank can save it."""
-        found: Tensor | None = None
-        try:
-            if self._micro:
-                found = torch.stack([loss.to(pl_module.device) for loss in self._micro]).mean()
-        except Exception as error:
-            self._trouble = self._trouble or _told(error)
-        self._micro = []
-        if has_peers(trainer):
-            pair = torch.zeros(2, device=pl_module.device)
-            if found is not None:
-                pair[0], pair[1] = found, 1.0
-            total(trainer, pair)
-            # Without a value where no rank has one: that is not looked at here, which would wait for the device.
-            found = pair[0] / pair[1].clamp_min(1)
-        if found is not None:
-            self._losses.append(found)
-
-    def _gather(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _gather(self, trainer: Trainer, pl_module: LightningModule, watch: ReadingSource) -> Pending:
         """What ranks have to add up for a reading, and whether something failed on one; one collective call."""
-        hidden = self._watched().hidden
-        flat = torch.zeros(1 + 2 * len(hidden.modules), device=pl_module.device)
+        flat = torch.zeros(1 + 2 * len(watch.hidden.modules), device=pl_module.device)
         try:
-            flat[1:] = hidden.take(pl_module.device).flatten()
+            flat[1:] = watch.hidden.take(pl_module.device).flatten()
         except Exception as error:
-            self._trouble = self._trouble or _told(error)
+            self._trouble = self._trouble or in_words(error)
         flat[0] = float(self._trouble is not None)
         total(trainer, flat)
         found = flat.cpu()
         trouble = None if not found[0] else self._trouble or "another process failed"
         self._trouble = None
-        losses, self._losses = self._losses, []
-        self._pending = _Pending(logging_step(trainer), trouble)
+        pending = Pending(logging_step(trainer), trouble)
         try:
             sums = found[1:].reshape(-1, 2)
-            self._pending.cosine = sums[:, 0] / sums[:, 1]
-            if losses:
-                self._pending.losses = torch.stack([one.to(pl_module.device) for one in losses]).tolist()
+            pending.cosine = sums[:, 0] / sums[:, 1]
+            pending.losses = self._losses.take(pl_module.device)
         except Exception as error:
             # Rank zero alone judges.
-            self._pending.trouble = self._pending.trouble or _told(error)
+            pending.trouble = pending.trouble or in_words(error)
+        return pending
 
     def _judge(
         self,
@@ -497,7 +393,7 @@ class CollapseGuard(Callback):
         is_last_call: bool = False,
         has_ended: bool = False,
     ) -> None:
-        """What to make of the reading that waits, on rank zero for all; a collective call.
+        """What to make of the reading that waits, if one does, on rank zero for all; a collective call.
 
         Args:
             trainer: the trainer.
@@ -505,17 +401,16 @@ class CollapseGuard(Callback):
             is_last_call: judge what is there; else wait where the trainer's monitors have not measured yet.
             has_ended: training has.
         """
-        pending = self._pending
-        assert pending is not None  # both callers ask first
-        if self._gave_up or self._watch is None:
+        pending, watch = self._pending, self._watch
+        if pending is None or watch is None or self._gave_up:
             self._pending = None
             return
         answer: tuple[str, Any] = ("", None)
         if trainer.is_global_zero:
             try:
-                answer = self._answer(trainer, pl_module, pending, is_last_call)
+                answer = self._answer(trainer, pl_module, pending, watch, is_last_call)
             except Exception as error:
-                answer = "failed", _told(error)
+                answer = "failed", in_words(error)
         kind, found = from_zero(trainer, answer)
         if kind == "wait":
             return
@@ -528,16 +423,20 @@ class CollapseGuard(Callback):
         if verdict.fired:
             self.verdicts.append(verdict)
             self._act(trainer, pl_module, verdict)
-        # Before the checkpoint, whose state has this step too.
-        self._log(trainer, pl_module, verdict, verdict.step, has_ended)
+        # Before the checkpoint, which has this step in its state too.
+        self._log(trainer, pl_module, verdict, has_ended)
         self._keep(trainer, verdict.step, verdict.is_healthy)
 
     def _answer(
-        self, trainer: Trainer, pl_module: LightningModule, pending: "_Pending", is_last_call: bool
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        pending: Pending,
+        watch: ReadingSource,
+        is_last_call: bool,
     ) -> tuple[str, Any]:
         if pending.trouble is not None:
             return "failed", pending.trouble
-        watch = self._watched()
         values, places = watch.read(trainer, pl_module, pending.step)
         pending.values |= values
         pending.places |= places
@@ -549,41 +448,6 @@ class CollapseGuard(Callback):
         reading = Reading(pending.step, pending.losses, dict(pending.values), dict(pending.places))
         return "verdict", self.detector.observe(reading)
 
-    # Files
-
-    def _keep(self, trainer: Trainer, step: int, is_healthy: bool) -> None:
-        """Confirm or drop the checkpoint that waits for it; write the next where due."""
-        if not is_healthy:
-            self._healthy.doubt(trainer)
-            return
-        self._confirm(trainer)
-        last = self._healthy.step
-        if (
-            self.checkpoint_every > 0
-            and not self._healthy.is_waiting
-            and (last is None or step - last >= self.checkpoint_every)
-        ):
-            self._save(trainer, step)
-
-    def _save(self, trainer: Trainer, step: int) -> None:
-        """A full disk is no reason to end a run."""
-        if not self._cannot_save:
-            self._with_files(lambda: self._healthy.save(trainer, step))
-
-    def _confirm(self, trainer: Trainer, at_once: bool = False) -> None:
-        self._with_files(lambda: self._healthy.confirm(trainer, at_once=at_once))
-
-    def _with_files(self, action: Callable[[], object]) -> None:
-        """What fails here fails on all ranks."""
-        try:
-            action()
-        except Exception as error:
-            if not self._cannot_save:
-                self._cannot_save = True
-                self._say(f"it keeps no more checkpoints ({_told(error)}); training goes on")
-
-    # Acting
-
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         done = []
         if self.action == "stop":
@@ -594,7 +458,7 @@ class CollapseGuard(Callback):
         sentence = f"step {verdict.step}: {verdict.reason}"
         if done:
             sentence += f"; {', '.join(done)}"
-        self.account.tell(
+        self.event_log.add_event(
             verdict.step, f"CollapseGuard: {verdict.reason}{''.join(f'; {one}' for one in done)}"
         )
         try:
@@ -604,57 +468,8 @@ class CollapseGuard(Callback):
         if not is_sent:
             self._say(sentence)
 
-    def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Roll back, lower the rate and wake the remedy; what was done, in words."""
-        done = []
-        went_back = self.rollback and self.rolled_back_to is None and self._restored(trainer)
-        if went_back:
-            self.rolled_back_to = step = self._healthy.step
-            assert step is not None  # there was one to restore
-            where = f"at step {step}" if step >= 0 else "where training started"
-            done.append(f"weights and optimizer are back {where}")
-        # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
-        if self.lr_factor < 1 and self._rate.factor == 1 and self._tightened(trainer, went_back):
-            done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
-        if self._remedy.wake(trainer, pl_module):
-            names = [type(callback).__name__ for callback in self._remedy.awake]
-            done.append(f"{' and '.join(names)} set in")
-        if done:
-            self.detector.restart()
-        return done
-
-    def _tightened(self, trainer: Trainer, went_back: bool) -> bool:
-        """On all ranks or on none."""
-        if not self._rate.optimizers:
-            return False  # they could not be attached to
-        before: dict[str, Any] | None = None
-
-        def tighten() -> None:
-            nonlocal before
-            before = self._rate.state_dict()
-            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
-
-        try:
-            all_or_none(trainer, tighten)
-            return True
-        except Exception as error:
-            if before is not None:
-                self._rate.load_state_dict(before)
-            self._say_once(f"learning rates cannot be multiplied ({_told(error)}); training goes on")
-            return False
-
-    def _restored(self, trainer: Trainer) -> bool:
-        try:
-            return self._healthy.restore(trainer)
-        except Exception as error:
-            self._say(
-                f"it could not go back to {CHECKPOINT_NAME} ({_told(error)}); training goes on from where it is"
-            )
-            return False
-
-    def _log(
-        self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, step: int, has_ended: bool
-    ) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, has_ended: bool) -> None:
+        step = verdict.step
         scalars = {
             "guard/score": verdict.score if math.isfinite(verdict.score) else 1e3,
             "guard/fired": float(len(self.verdicts)),
@@ -668,7 +483,7 @@ class CollapseGuard(Callback):
             pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
 
         for action in (
-            lambda: self.account.draw(
+            lambda: self.event_log.add_points(
                 step, {name: value for name, value in scalars.items() if name in drawn}
             ),
             lambda: log_scalars(trainer, scalars, step),
@@ -677,53 +492,8 @@ class CollapseGuard(Callback):
         ):
             self._try(action, "its numbers could not be logged")
 
-    def _say_once(self, sentence: str, kind: str | None = None) -> None:
-        if (kind or sentence) not in self._said:
-            self._said.add(kind or sentence)
-            self._say(sentence)
-
-    def _say(self, sentence: str) -> None:
-        say(f"{type(self).__name__}: {sentence}")
-
 
 _MAX_LOST = 3
-
-
-@dataclass
-class _Pending:
-    """A reading that is not judged yet: reduced over ranks already, so that any rank can save it.
-
-    Attributes:
-        step: the optimizer step.
-        trouble: why there is none, the same on every rank.
-        losses: of the steps since the reading before.
-        cosine: of the layers' tokens.
-        values: what the monitors measured that had their turn.
-        places: where.
-    """
-
-    step: int
-    trouble: str | None = None
-    losses: list[float] = field(default_factory=list)
-    cosine: Tensor | None = None
-    values: dict[str, Tensor] = field(default_factory=dict)
-    places: dict[str, list[Place]] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        places = {group: [tuple(place) for place in own] for group, own in self.places.items()}
-        return {**vars(self), "places": places}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "_Pending":
-        """The reading that :meth:`state_dict` described."""
-        places = {group: [Place(*place) for place in own] for group, own in state["places"].items()}
-        return cls(**{**state, "places": places})
-
-
-def _told(error: BaseException) -> str:
-    words = " ".join(str(error).split())
-    return words if type(error) in (RuntimeError, FailedTogether) else f"{type(error).__name__}: {words}"
 
 
 def _remedies(action: Any) -> tuple[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""What all callbacks that change a training have in common: what belongs to one fit, and what is kept of it.
+"""What all callbacks that change a training share: setup, key, patterns, event log, resume.
 
 They refuse at the start, in one sentence. Once training has begun they raise nothing: what cannot be changed any
 more is left alone, which is said once.
@@ -10,9 +10,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk.callbacks._event_log import EventLog
+from lightning_qk.callbacks._layers import Patterns, kept_patterns
 from lightning_qk.callbacks._self_check import add_self_check
-from lightning_qk.callbacks._trainer import Callback, say
-from lightning_qk.callbacks.monitors._base import shorten
+from lightning_qk.callbacks._trainer import is_logged_step, logging_step, say, shorten
+from lightning_qk.callbacks.callback import Callback, check_lightning
+from lightning_qk.loggers.loggers import describe_config, log_scalars
+from lightning_qk.record.history import RunRecord
 
 When = Literal["always", "unfrozen"]
 
@@ -23,70 +27,116 @@ KEY = "lightning_qk"
 class Intervention(Callback):
     """Base of the callbacks that change weights, gradients or attention calls.
 
-    What belongs to one fit is made in :meth:`begin`, which ``__init__`` and the ``setup`` of each fit call: a
-    second fit with the same object is that of a new one. A checkpoint is restored after ``setup``.
+    Each ``setup`` of a fit calls :meth:`begin`: a second fit with the same object is that of a new one. A
+    checkpoint is restored after ``setup``.
+
+    Attributes:
+        modules: glob patterns on qualified names of attention layers; None for all.
+        event_log: curves and events for the run's report.
     """
 
     reads_weights: ClassVar[bool] = True
     """Whether it acts on query and key weights as they are read, which are checked then."""
-    live: ClassVar[Mapping[str, Callable[[], Any]]] = {}
-    """Attributes that hold parts of a running model or trainer, and what they are in a copy or a pickle."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, modules: Patterns = None) -> None:
+        self.modules = kept_patterns(modules)
         self._is_fit = True
-        self.begin()
+        super().__init__()
 
     def begin(self) -> None:
         """Forget the fit before; a subclass adds its own."""
+        super().begin()
+        self.event_log = EventLog()
         self._said: set[str] = set()
         # How many times it has agreed with other processes.
         self.agreements = 0
         self._cannot_log = False
+        # Whether the step that the current batch belongs to is logged, and the trainer's step before the batch.
+        self._is_due = False
+        self._steps_before = 0
 
-    def begin_stage(self, trainer: Trainer, stage: str) -> None:
-        """To be called first in ``setup``."""
+    @property
+    def state_key(self) -> str:
+        """Several of these can be in one trainer, on other modules."""
+        return self._generate_state_key(modules=self.modules)
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the trainer and the strategy before any work, and put the settings into the run's config."""
+        self.release()
         self._is_fit = stage == "fit"
-        if self._is_fit:
-            self.begin()
-            if self.reads_weights:
-                add_self_check(trainer)
+        check_lightning(trainer, type(self).__name__)
+        if not self._is_fit:
+            return
+        self.begin()
+        self.check_strategy(trainer)
+        if self.reads_weights:
+            add_self_check(trainer)
+        describe_config(trainer, {self.title(trainer): self.settings()})
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but what belongs to a running model."""
-        idle = {name: make() for name, make in self.live.items() if name in self.__dict__}
-        kept = {**self.__dict__, **idle}
-        for name in ("log", "log_dict"):  # Lightning puts the module's own there
-            kept.pop(name, None)
-        return kept
+    def check_strategy(self, trainer: Trainer) -> None:
+        """Refuse a strategy or a set of callbacks under which it cannot work.
 
-    # Checkpoints
+        Raises:
+            ValueError: it cannot.
+        """
+
+    def title(self, trainer: Trainer) -> str:
+        """Its name in the run's config."""
+        return type(self).__name__
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Find out whether the step is logged."""
+        # With an optimizer that is stepped by hand, the step may come with a later batch.
+        self._is_due = self._is_due or is_logged_step(trainer, None)
+        self._steps_before = trainer.global_step
+
+    def has_stepped(self, trainer: Trainer) -> bool:
+        """Whether the optimizer has stepped since the batch began."""
+        return trainer.global_step != self._steps_before
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was: teardown may not follow."""
+        self.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        self.release()
+
+    def release(self) -> None:
+        """Remove every hook from the model, the optimizers and the attention interface."""
+
+    # Checkpoints and the report
 
     def kept(self) -> dict[str, Any]:
         """What a resumed run has to know, as tensors on the CPU and plain values."""
-        return {}
+        return {"account": self.event_log.state_dict()}
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Go on where :meth:`kept` was called."""
+        self.event_log.load_state_dict(kept.get("account", {}))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what a resumed run has to know."""
-        kept = self.kept()
-        if kept:
-            checkpoint.setdefault(KEY, {})[self._place(trainer)] = kept
+        checkpoint.setdefault(KEY, {})[self._index(trainer)] = self.kept()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Go on with what was kept; a test or validation from a checkpoint changes nothing."""
         states = checkpoint.get(KEY)
-        kept = states.get(self._place(trainer)) if isinstance(states, Mapping) else None
+        kept = states.get(self._index(trainer)) if isinstance(states, Mapping) else None
+        # Where older versions kept the state of LocAteR and QKClip.
+        kept = kept or checkpoint.get("callbacks", {}).get(self.state_key)
         if kept and self._is_fit:
             self.go_on(copy.deepcopy(kept))
 
-    def _place(self, trainer: Trainer) -> str:
+    def _index(self, trainer: Trainer) -> str:
         """Which callback this is. Not in ``state_dict``: Lightning refuses two of one key that have one."""
         same = [
             callback
@@ -96,12 +146,17 @@ class Intervention(Callback):
         number = next((index for index, callback in enumerate(same) if callback is self), 0)
         return f"{self.state_key}#{number}"
 
+    def contribute(self, record: RunRecord) -> None:
+        """Add curves and events to the run's record."""
+        self.event_log.contribute(record)
+
     # Several processes
 
     def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
         """Whether a hook begins its collective calls with :func:`~lightning_qk.callbacks._ranks.agree`.
 
-        Who calls the hooks and finds that one has raised before that, on one process alone, agrees in its place.
+        A guard that calls the hooks, and finds that one has raised before that on one process alone, agrees in its
+        place.
 
         Args:
             hook: its name.
@@ -109,7 +164,7 @@ class Intervention(Callback):
         """
         return False
 
-    # What is said
+    # What is said and logged
 
     def say(self, sentence: str, key: str | None = None) -> None:
         """Warn once.
@@ -133,23 +188,18 @@ class Intervention(Callback):
             self._cannot_log = True
             self.say(f"nothing more is logged ({type(error).__name__}: {error}); it goes on to work")
 
-
-class StatefulIntervention(Intervention):
-    """Base of those that keep their state where Lightning keeps callbacks' own, and a guard its remedies'."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
-        return self.kept()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on as in a checkpoint."""
-        if self._is_fit:
-            self.go_on(state_dict)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    def log_step(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        overall: Mapping[str, float],
+        by_layer: Mapping[str, float],
     ) -> None:
-        """Nothing: ``state_dict`` is kept."""
+        """Log numbers of the whole model, also as curves of the report; those of layers to the loggers alone."""
+        step = logging_step(trainer)
+        pl_module.log_dict(dict(overall), logger=False, on_step=True, on_epoch=False)
+        self.event_log.add_points(step, overall)
+        self.log_safely(lambda: log_scalars(trainer, {**overall, **by_layer}, step))
 
 
 def check_when(when: str) -> None:
@@ -166,7 +216,7 @@ def check_when(when: str) -> None:
 
 
 def refuse_frozen(names: Sequence[str], when: When) -> None:
-    """Refuse layers whose query or key weights are frozen at the start, unless they are to be waited for.
+    """Refuse layers with query or key weights that are frozen at the start, unless they are to be waited for.
 
     Raises:
         ValueError: there are some.

@@ -1,22 +1,20 @@
 """Callback: a sparse attention pattern is learnt while a model trains."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_qk.callbacks.interventions._steering import Patterns, PenaltyRemedy, chosen_sites
-from lightning_qk.callbacks.monitors._base import shorten
-from lightning_qk.heads.find import Site
+from lightning_qk.callbacks._layers import Patterns, chosen_sites
+from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import head_count
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates
 
 
-class DifferentiableAttentionMask(PenaltyRemedy):
+class DifferentiableAttentionMask(PenaltyIntervention):
     """Learns for each head which offsets between query and key it needs, with gates that the optimizer trains.
 
     The gates' parameters are put on the LightningModule in ``setup``, as ``attention_gates``, before
@@ -54,7 +52,9 @@ class DifferentiableAttentionMask(PenaltyRemedy):
 
     group = "attention_mask"
 
-    live: ClassVar[Mapping[str, Callable[[], Any]]] = {**PenaltyRemedy.live, "_sites": list}
+    logged = ("l1", "open")
+
+    live = ("_sites",)
 
     def __init__(
         self,
@@ -79,12 +79,7 @@ class DifferentiableAttentionMask(PenaltyRemedy):
         """Forget the fit before."""
         super().begin()
         self._gates: dict[str, OffsetGates] = {}
-        self._sites: list[Site] = []
-
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        names = ("max_length", "temperature", "initial")
-        return {**{name: getattr(self, name) for name in names}, **super().settings()}
+        self._sites: list[AttentionLayer] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the gates on the module, before its optimizers are configured."""
@@ -142,9 +137,9 @@ class DifferentiableAttentionMask(PenaltyRemedy):
             )
         self._install(pl_module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Leave the attention interface as it was; the gates can still be exported."""
-        super().teardown(trainer, pl_module, stage)
+        super().release()
         self._sites = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,11 +176,7 @@ class DifferentiableAttentionMask(PenaltyRemedy):
             ]
         return torch.stack(masks)
 
-    def logged_keys(self) -> Sequence[str]:
-        """Names of what is logged."""
-        return ("l1", "open")
-
-    def _make(self, site: Site, heads: int | None) -> OffsetGates:
+    def _make(self, site: AttentionLayer, heads: int | None) -> OffsetGates:
         heads = head_count(site.module) if heads is None else heads
         length = self.max_length or getattr(site.config, "max_position_embeddings", None)
         if heads is None or not isinstance(length, int):
@@ -200,9 +191,7 @@ class DifferentiableAttentionMask(PenaltyRemedy):
     def _install(self, pl_module: LightningModule) -> None:
         names = {site.module: site.name for site in self._sites}
         gated = GatedAttention(names, self._gates, self.weight, model=pl_module)
-        gated.enabled = False
-        self._penalty, self._is_due = gated, False
-        self.steer(gated.steering, list(self._gates), f"gates by offset, price {self.weight:g},")
+        self.install(gated, list(self._gates), f"gates by offset, price {self.weight:g},")
 
 
 def _head_counts(model: nn.Module) -> dict[str, int]:

@@ -1,20 +1,21 @@
 """Callback: attention is pulled toward a prior while a model trains."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_qk.callbacks.interventions._steering import Patterns, PenaltyRemedy, chosen_sites, move_prior
-from lightning_qk.callbacks.monitors._base import shorten
+from lightning_qk.callbacks._layers import Patterns, chosen_sites
+from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
 from lightning_qk.functional.entropy import PriorFunction
 from lightning_qk.heads.sizes import head_count
 from lightning_qk.interventions.penalties import Kind, is_positional, named_prior, prior_measure
 
 
-class AttentionPrior(PenaltyRemedy):
+class AttentionPrior(PenaltyIntervention):
     """Pulls attention toward a prior, ``weight · KL(prior ‖ attention)``, with no change to the loss.
 
     The divergence is the mean over rows, heads and layers, streamed: memory is linear in the sequence length.
@@ -49,11 +50,9 @@ class AttentionPrior(PenaltyRemedy):
 
     group = "attention_prior"
 
-    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
-        **PenaltyRemedy.live,
-        "_function": lambda: None,
-        "_target": lambda: None,
-    }
+    logged = ("kl",)
+
+    live = ("_function", "_target")
 
     def __init__(
         self,
@@ -87,26 +86,21 @@ class AttentionPrior(PenaltyRemedy):
         self._target: Tensor | PriorFunction | None = None
 
     @property
-    def _is_in_batches(self) -> bool:
-        """Whether each batch brings its prior."""
-        return isinstance(self.prior, str) and named_prior(self.prior, self.window) is None
+    def _key(self) -> str | None:
+        """The key under which each batch brings its prior; None where it brings none."""
+        is_key = isinstance(self.prior, str) and named_prior(self.prior, self.window) is None
+        return self.prior if is_key and isinstance(self.prior, str) else None
 
-    def _moved(self, batch: Any) -> Tensor | None:
-        """The prior out of a batch; none of one that cannot bring any."""
-        assert isinstance(self.prior, str)  # _is_in_batches
+    def _moved(self, batch: Any, key: str) -> Tensor | None:
+        """The prior out of a batch; None of one that cannot bring any."""
         try:
-            return move_prior(batch, self.prior)
+            return _move_prior(batch, key)
         except Exception as error:
             self.say(f"a batch gets no pull: {error}; training goes on", key="a batch gets no pull")
             return None
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        prior = self.prior if isinstance(self.prior, str) else getattr(self.prior, "__qualname__", "function")
-        return {"prior": prior, "window": self.window, "heads": self.heads, **super().settings()}
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers; raise here, before any work, where one cannot be steered."""
+        """Find the layers; raise here, before any work, where one cannot be penalized."""
         sites = chosen_sites(pl_module, self.modules)
         self._function = named_prior(self.prior, self.window) if isinstance(self.prior, str) else self.prior
         for site in sites:
@@ -135,7 +129,8 @@ class AttentionPrior(PenaltyRemedy):
     ) -> None:
         """Take the batch's prior."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._target = self._moved(batch) if self._is_in_batches else self._function
+        key = self._key
+        self._target = self._function if key is None else self._moved(batch, key)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,12 +148,26 @@ class AttentionPrior(PenaltyRemedy):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the prior out of batches that the module evaluates, too."""
-        if self._is_in_batches:
-            self._moved(batch)
+        if (key := self._key) is not None:
+            self._moved(batch, key)
 
     on_test_batch_start = on_validation_batch_start
     on_predict_batch_start = on_validation_batch_start
 
-    def logged_keys(self) -> Sequence[str]:
-        """Names of what is logged."""
-        return ("kl",)
+
+def _move_prior(batch: Any, key: str) -> Tensor | None:
+    """Take a tensor out of a batch.
+
+    Raises:
+        ValueError: the batch is no dictionary.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"expected a batch that is a dictionary with the prior under {key!r}, got {type(batch).__name__}"
+        )
+    if key not in batch:
+        return None
+    if not hasattr(batch, "pop"):
+        raise ValueError(f"expected a batch that {key!r} can be taken out of, got {type(batch).__name__}")
+    prior = batch.pop(key)
+    return prior[:, None] if prior.dim() == 3 else prior

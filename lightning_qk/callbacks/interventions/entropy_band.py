@@ -1,15 +1,13 @@
 """Callback: entropy of attention is held in a band while a model trains."""
 
-from collections.abc import Sequence
-from typing import Any
-
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.callbacks.interventions._steering import Patterns, PenaltyRemedy, chosen_sites
+from lightning_qk.callbacks._layers import Patterns, chosen_sites
+from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
 from lightning_qk.interventions.penalties import Per, band_measure, check_band
 
 
-class EntropyBand(PenaltyRemedy):
+class EntropyBand(PenaltyIntervention):
     """Penalizes attention whose normalized entropy leaves a band, with no change to the loss.
 
     The gradient of ``weight`` times :func:`~lightning_qk.interventions.penalties.entropy_band`, averaged over
@@ -40,6 +38,7 @@ class EntropyBand(PenaltyRemedy):
     """
 
     group = "entropy_band"
+    logged = ("penalty", "entropy", "outside")
 
     def __init__(
         self,
@@ -57,15 +56,7 @@ class EntropyBand(PenaltyRemedy):
         self.high = high
         self.per: Per = per
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        return {"low": self.low, "high": self.high, "per": self.per, **super().settings()}
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where one cannot be steered."""
         sites = chosen_sites(pl_module, self.modules)
         self.penalize(sites, band_measure(self.low, self.high, self.per), pl_module)
-
-    def logged_keys(self) -> Sequence[str]:
-        """Names of what is logged."""
-        return ("penalty", "entropy", "outside")

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_qk.callbacks.interventions._replacing import ReplacingRemedy, cross_names, layer_names
-from lightning_qk.callbacks.interventions._steering import Patterns
-from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.heads.find import Site
+from lightning_qk.callbacks._layers import Patterns
+from lightning_qk.callbacks.interventions._attention import Replacement, cross_names, layer_names
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.interventions.replaced_attention import HardRetrieval
 
 
-class HardAttention(ReplacingRemedy):
+class HardAttention(Replacement):
     """Every row takes the value of its largest logit, with the gradient of softmax attention.
 
     In training and evaluation, by gather: see :func:`~lightning_qk.functional.hard_attention`. Dropout of
@@ -37,7 +37,9 @@ class HardAttention(ReplacingRemedy):
     def __init__(self, *, modules: Patterns = None, name: str | None = None) -> None:
         super().__init__(modules, name)
 
-    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
+    def make(
+        self, sites: Sequence[AttentionLayer], pl_module: LightningModule
+    ) -> tuple[AttentionInterceptor, str]:
         """Hard attention."""
         for site in sites:
             if isinstance(getattr(site.module, "sinks", None), Tensor):

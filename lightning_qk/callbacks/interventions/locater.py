@@ -1,8 +1,8 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,23 +10,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qk.callbacks._guarded import MOST_FAILURES
+from lightning_qk.callbacks._layers import Patterns, training_layers
 from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
-    check_lightning,
-    is_logged_step,
     logging_step,
     loss_scale,
     projection_reader,
     say,
+    shorten,
 )
-from lightning_qk.callbacks._training import training_layers
-from lightning_qk.callbacks.interventions._base import StatefulIntervention
-from lightning_qk.callbacks.monitors._base import shorten
-from lightning_qk.callbacks.monitors._losses import MOST_FAILURES
+from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.interventions.layers import matching_unread
-from lightning_qk.loggers.loggers import describe_config
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.regularizers.locater import (
     Form,
@@ -39,7 +36,7 @@ from lightning_qk.regularizers.locater import (
 Schedule = Literal["constant", "linear"]
 
 
-class LocAteR(StatefulIntervention):
+class LocAteR(Intervention):
     r"""Regularizes the QK-eigenspectra of a model while it trains: localized attention regularization.
 
     After Bao et al., ICML 2024 (arXiv 2402.02098): a small variance of the eigenvalues of ``W_QK`` with a mean
@@ -86,11 +83,7 @@ class LocAteR(StatefulIntervention):
             the gradients.
     """
 
-    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
-        "_penalty": lambda: None,
-        "_aims": lambda: None,
-        "_newest": lambda: None,
-    }
+    live = ("_penalty", "_aims", "_newest")
 
     def __init__(
         self,
@@ -102,7 +95,7 @@ class LocAteR(StatefulIntervention):
         nu: float = 1.0,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
-        modules: str | Sequence[str] | None = None,
+        modules: Patterns = None,
         cross_attention: bool = False,
         name: str | None = None,
     ) -> None:
@@ -129,16 +122,15 @@ class LocAteR(StatefulIntervention):
         self.nu = float(nu)
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
-        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.cross_attention = cross_attention
         self.name = name
-        super().__init__()
+        super().__init__(modules)
 
     def begin(self) -> None:
         """Forget the fit before."""
         super().begin()
         self.history = History(["model"], [1])
-        self._start_means: dict[str, Tensor] | None = None
+        self._start_means: dict[str, Tensor] = {}
         self._left: dict[str, str] = {}
         self._penalty: LocaterPenalty | None = None
         self._aims: Mapping[str, Tensor] | None = None
@@ -146,7 +138,6 @@ class LocAteR(StatefulIntervention):
         self._batches = 0
         self._stepped = False
         self._newest: Tensor | None = None
-        self._is_due = False
         self._warned = False
         self._warned_idle = False
         self._is_off = False
@@ -167,12 +158,8 @@ class LocAteR(StatefulIntervention):
             return self.weight * min(1.0, step / self.warmup_steps)
         return self.weight
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any work: another package's trainer, one name twice, DeepSpeed."""
-        self.begin_stage(trainer, stage)
-        check_lightning(trainer, type(self).__name__)
-        if stage != "fit":
-            return
+    def check_strategy(self, trainer: Trainer) -> None:
+        """Refuse DeepSpeed, and one name twice."""
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError(
                 "expected a strategy that leaves gradients in the parameters, got DeepSpeed, which keeps them in "
@@ -181,9 +168,11 @@ class LocAteR(StatefulIntervention):
             )
         label = self._label(trainer)
         self._prefix = "locater" if label is None else f"locater/{label}"
-        settings = ("weight", "form", "support", "target", "nu", "schedule", "warmup_steps", "modules")
-        title = "LocAteR" if label is None else f"LocAteR {label}"
-        describe_config(trainer, {title: {name: getattr(self, name) for name in settings}})
+
+    def title(self, trainer: Trainer) -> str:
+        """Its name in the run's config."""
+        label = self._label(trainer)
+        return "LocAteR" if label is None else f"LocAteR {label}"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
@@ -197,7 +186,7 @@ class LocAteR(StatefulIntervention):
             rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
         self._penalty = penalty
         self._trained = None
-        self._choose(trainer, pl_module)
+        self._choose(trainer, pl_module, penalty)
         self._aims = None
         self._batches, self._stepped, self._is_due = 0, False, False
 
@@ -210,10 +199,9 @@ class LocAteR(StatefulIntervention):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Find out whether the step is logged."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batches += 1
         self._newest = None
-        # With an optimizer that is stepped by hand, the step may come with a later batch.
-        self._is_due = self._is_due or is_logged_step(trainer, None)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -270,7 +258,7 @@ class LocAteR(StatefulIntervention):
         """Choose the layers as the model is now, and the means that they are held at."""
         if penalty.refresh():
             self._trained = None
-        self._choose(trainer, pl_module)
+        self._choose(trainer, pl_module, penalty)
         if self.form == "target" and self.target is None:
             self._hold_means(penalty)
         weight = self.current_weight(logging_step(trainer))
@@ -301,10 +289,8 @@ class LocAteR(StatefulIntervention):
         self._left |= dict(reasons)
         self._trained = None
 
-    def _choose(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _choose(self, trainer: Trainer, pl_module: LightningModule, penalty: LocaterPenalty) -> None:
         """Of the layers that can be penalized, keep those of networks that train, as it is now."""
-        penalty = self._penalty
-        assert penalty is not None  # on_fit_start
         trained = tuple(
             id(parameter)
             for optimizer in trainer.optimizers
@@ -323,11 +309,10 @@ class LocAteR(StatefulIntervention):
 
     def _hold_means(self, penalty: LocaterPenalty) -> None:
         """Take the means of layers that have none yet: all at the start, else those that joined."""
-        means = self._start_means or {}
-        new = [name for name in penalty.names if name not in means]
+        new = [name for name in penalty.names if name not in self._start_means]
         if new:
             found = penalty.means(self.support)
-            self._start_means = {**means, **{name: found[name].cpu() for name in new}}
+            self._start_means = {**self._start_means, **{name: found[name].cpu() for name in new}}
             self._aims = None
 
     def _log(
@@ -375,20 +360,21 @@ class LocAteR(StatefulIntervention):
 
     def kept(self) -> dict[str, Any]:
         """The heads' means at the start and the penalty's history."""
-        return {"start_means": self._start_means, "history": self.history.state_dict()}
+        return {**super().kept(), "start_means": self._start_means, "history": self.history.state_dict()}
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Hold the means that the first run started from."""
-        self._start_means, self._aims = kept["start_means"], None
+        super().go_on(kept)
+        self._start_means, self._aims = kept["start_means"] or {}, None
         self.history = History.from_state_dict(kept["history"])
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Let go of the model."""
-        if stage == "fit":
-            self._penalty, self._newest, self._aims = None, None, None
+        self._penalty, self._newest, self._aims = None, None, None
 
     def contribute(self, record: RunRecord) -> None:
         """Add the penalty's curve to a run's record."""
+        super().contribute(record)
         if len(self.history):
             curve = self.history.series("locater/penalty")[:, 0].tolist()
             name = f"{self._prefix}/penalty"
@@ -412,7 +398,6 @@ class LocAteR(StatefulIntervention):
         if self.form != "target" or self.target is not None:
             return self.target
         if self._aims is None:
-            assert self._start_means is not None  # on_train_start, or a checkpoint
             # Once, since copying to the device waits for it.
             self._aims = {name: mean.to(pl_module.device) for name, mean in self._start_means.items()}
         return self._aims

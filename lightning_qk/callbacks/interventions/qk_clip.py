@@ -1,39 +1,27 @@
 """Callback: QK-Clip, which scales query and key weights down where logits have grown too large."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.architecture.labels import layer_labels
-from lightning_qk.callbacks._account import Account
+from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
-from lightning_qk.callbacks._trainer import (
-    check_lightning,
-    is_logged_step,
-    logging_step,
-    projection_reader,
-    refuse_deepspeed,
-)
-from lightning_qk.callbacks.interventions._base import (
-    StatefulIntervention,
-    When,
-    check_when,
-    refuse_frozen,
-)
-from lightning_qk.callbacks.monitors._base import shorten
+from lightning_qk.callbacks._trainer import logging_step, projection_reader, refuse_deepspeed, shorten
+from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
+from lightning_qk.capture.call import UnsupportedCallError
+from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.generation import CachedCalls
-from lightning_qk.capture.interface import AttentionCapture
-from lightning_qk.capture.record import UnsupportedCallError
+from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.max_logits import max_logits
-from lightning_qk.heads.edit import HeadEditor
-from lightning_qk.heads.find import attention_sites
-from lightning_qk.heads.local import local_heads
+from lightning_qk.heads.edit import HeadScaler
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import attention_sites, local_heads
 from lightning_qk.interventions.layers import matching_unread, no_products
 from lightning_qk.interventions.qk_clip import (
     apply_clip,
@@ -42,10 +30,10 @@ from lightning_qk.interventions.qk_clip import (
     clip_factors,
     clippable_layers,
 )
-from lightning_qk.loggers.loggers import describe_config, log_scalars
+from lightning_qk.loggers.loggers import log_scalars
 
 
-class QKClip(StatefulIntervention):
+class QKClip(Intervention):
     r"""Holds the attention logits of every head at ``tau``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
 
     After each optimizer step, with S the largest ``scaling q·k`` of a head since the last step, over all
@@ -82,7 +70,7 @@ class QKClip(StatefulIntervention):
         maxima: qualified layer name → largest logit of each query head before the last clip, ``(heads,)``;
             one that is at most ``tau`` may be a bound, on steps that are not logged.
         left: qualified layer name → why it is not clipped any more.
-        account: curves and the first clip of every layer, for the run's report.
+        event_log: curves and the first clip of every layer, for the run's report.
 
     Raises:
         TypeError: the trainer is none of Lightning's.
@@ -94,20 +82,14 @@ class QKClip(StatefulIntervention):
             processes, which is said once.
     """
 
-    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
-        "_reader": lambda: None,
-        "_capture": lambda: None,
-        "_editors": dict,
-        "_largest": dict,
-        "_cached_calls": CachedCalls,
-    }
+    live = ("_reading", "_editors", "_largest", "_cached_calls")
 
     def __init__(
         self,
         tau: float = 100.0,
         *,
         alpha: float = 0.5,
-        modules: str | Sequence[str] | None = None,
+        modules: Patterns = None,
         when: When = "always",
         per_layer: bool = False,
         per_head: bool = False,
@@ -116,11 +98,10 @@ class QKClip(StatefulIntervention):
         check_when(when)
         self.tau = float(tau)
         self.alpha = float(alpha)
-        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.when: When = when
         self.per_layer = per_layer
         self.per_head = per_head
-        super().__init__()
+        super().__init__(modules)
 
     def begin(self) -> None:
         """Forget the fit before."""
@@ -128,13 +109,11 @@ class QKClip(StatefulIntervention):
         self.gammas: dict[str, Tensor] = {}
         self.maxima: dict[str, Tensor] = {}
         self.left: dict[str, str] = {}
-        self.account = Account()
-        self._reader: ProjectionReader | None = None
-        self._capture: AttentionCapture | None = None
+        self._reading: _Reading | None = None
         # Found at the start: what processes reduce has one form for the whole fit, whatever becomes of a layer.
         self._heads: dict[str, int] = {}
         # Of the layers that are still clipped.
-        self._editors: dict[str, HeadEditor] = {}
+        self._editors: dict[str, HeadScaler] = {}
         self._labels: dict[str, str] = {}
         # Of the calls since the last step.
         self._largest: dict[str, Tensor] = {}
@@ -143,20 +122,13 @@ class QKClip(StatefulIntervention):
         self._smallest: dict[str, Tensor] = {}
         # Why layers are to be left alone, found on this process since the last step.
         self._doubts: dict[str, str] = {}
-        self._is_due = False
-        self._steps_before = 0
         self._steps = 0
         self._told: set[str] = set()
-
-    @property
-    def state_key(self) -> str:
-        """Several of these can be in one trainer, on other modules."""
-        return self._generate_state_key(modules=self.modules)
 
     def kept(self) -> dict[str, Any]:
         """What was done so far, for the report, and which layers are left alone."""
         return {
-            "account": self.account.state_dict(),
+            **super().kept(),
             "told": sorted(self._told),
             "left": dict(self.left),
             "smallest": {name: gamma.cpu() for name, gamma in self._smallest.items()},
@@ -164,26 +136,20 @@ class QKClip(StatefulIntervention):
         }
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
-        """Go on with the account of a checkpoint's run."""
-        self.account.load_state_dict(kept.get("account", {}))
+        """Go on with a checkpoint's run."""
+        super().go_on(kept)
         self._told = set(kept.get("told", ()))
         self._smallest = dict(kept.get("smallest", {}))
         self._steps = int(kept.get("steps", 0))
         self._doubts |= kept.get("left", {})
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
-        self.begin_stage(trainer, stage)
-        check_lightning(trainer, type(self).__name__)
-        if stage != "fit":
-            return
+    def check_strategy(self, trainer: Trainer) -> None:
+        """Refuse DeepSpeed."""
         refuse_deepspeed(trainer, type(self).__name__)
-        settings = ("tau", "alpha", "modules", "when", "per_layer", "per_head")
-        describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers and stand at their attention; raise where one cannot be clipped exactly."""
-        reader = self._reader = projection_reader(trainer, pl_module)
+        reader = projection_reader(trainer, pl_module)
         self._is_due = False
         self._steps_before = trainer.global_step
         self._largest.clear()
@@ -203,7 +169,7 @@ class QKClip(StatefulIntervention):
         self._editors = editors
         cross = {name for name, plan in reader.layers.items() if not plan.self_attention}
         self._labels = layer_labels(list(reader.layers), cross=cross)
-        self._listen(pl_module)
+        self._listen(pl_module, reader)
 
     def leave_alone(self, reasons: Mapping[str, str]) -> None:
         """Clip layers no more, on all processes, from the next step on.
@@ -213,61 +179,54 @@ class QKClip(StatefulIntervention):
         """
         self._doubts |= {name: reason for name, reason in reasons.items() if name in self._heads}
 
-    def _listen(self, pl_module: LightningModule) -> None:
-        """Stand at the attention of the layers that are still clipped."""
-        self._remove()
-        assert self._reader is not None  # on_fit_start
-        names = {self._reader.layers[name].module: name for name in self._editors}
-        self._capture = AttentionCapture(names, self._hear, model=pl_module, generated=lambda name: None)
-        self._capture.install()
+    def _listen(self, pl_module: LightningModule, reader: ProjectionReader) -> None:
+        """Hook the attention of the layers that are still clipped."""
+        self.release()
+        names = {reader.layers[name].module: name for name in self._editors}
+        hear = partial(self._hear, reader)
+        capture = AttentionCapture(names, hear, model=pl_module, generated=lambda name: None)
+        self._reading = _Reading(reader, capture)
+        capture.install()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Listen."""
-        self._steps_before = trainer.global_step
-        self._is_due = self._is_due or is_logged_step(trainer, None)
-        if self._capture is not None:
-            self._capture.enabled = True
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._reading is not None:
+            self._reading.capture.enabled = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Clip once the optimizer has stepped."""
-        if self._capture is None:
+        reading = self._reading
+        if reading is None:
             return
-        self._capture.enabled = False
-        if trainer.global_step == self._steps_before:
+        reading.capture.enabled = False
+        if not self.has_stepped(trainer):
             return
         self._steps += 1
-        self._clip(trainer, pl_module)
+        self._clip(trainer, pl_module, reading)
         if self._is_due:
             self._is_due = False
             self.log_safely(lambda: self._publish(trainer, pl_module))
 
     def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
         """After each step."""
-        return hook == "on_train_batch_end" and has_stepped and self._capture is not None
+        return hook == "on_train_batch_end" and has_stepped and self._reading is not None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the attention interface as it was: teardown may not follow."""
-        self._remove()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Leave the attention interface as it was."""
-        self._remove()
+        if self._reading is not None:
+            self._reading.capture.remove()
+            self._reading = None
 
-    def _remove(self) -> None:
-        if self._capture is not None:
-            self._capture.remove()
-            self._capture = None
-
-    def _hear(self, name: str, call: CapturedCall) -> None:
-        assert self._reader is not None  # on_fit_start
+    def _hear(self, reader: ProjectionReader, name: str, call: CapturedCall) -> None:
         editor = self._editors[name]
         if editor.is_frozen:
             return
-        plan, heads = self._reader.layers[name], editor.heads
+        plan, heads = reader.layers[name], editor.heads
         if plan.self_attention and self._cached_calls.has(name, call):
             return
         where = local_heads(call.module, heads)
@@ -286,11 +245,13 @@ class QKClip(StatefulIntervention):
         before = self._largest.get(name)
         self._largest[name] = found if before is None else torch.maximum(before, found)
 
-    def _clip(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _clip(self, trainer: Trainer, pl_module: LightningModule, reading: "_Reading") -> None:
         """Find the maxima of all ranks and scale the weights; collective calls, the same on every rank."""
         self.agreements += 1
         try:
-            flat = all_or_none(trainer, lambda: self._own_maxima(pl_module), facts=lambda own: str(len(own)))
+            flat = all_or_none(
+                trainer, lambda: self._own_maxima(pl_module, reading), facts=lambda own: str(len(own))
+            )
         except Exception as error:
             reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
             self.say(f"a step was not clipped ({reason}); training goes on", key="a step was not clipped")
@@ -352,17 +313,15 @@ class QKClip(StatefulIntervention):
         if self._steps == 1:
             self._name_unheard(waiting)
 
-    def _doubt(self, pl_module: LightningModule) -> None:
+    def _doubt(self, pl_module: LightningModule, reading: "_Reading") -> None:
         """Find the layers that cannot be clipped any more, as far as this process can tell."""
-        reader, capture = self._reader, self._capture
-        assert reader is not None  # on_fit_start
-        assert capture is not None  # on_train_batch_end
+        reader, capture = reading
         for name, reason in capture.problems.items():
             self._doubts.setdefault(name, reason)
         try:
             if reader.refresh():
                 self._find_again(reader)
-                self._listen(pl_module)
+                self._listen(pl_module, reader)
         except Exception as error:
             reason = f"the model's attention cannot be found again ({type(error).__name__}: {error})"
             self._doubts = {**dict.fromkeys(self._editors, reason), **self._doubts}
@@ -398,18 +357,18 @@ class QKClip(StatefulIntervention):
             return
         self._told.add(name)
         head = int(largest.argmax())
-        self.account.tell(
+        self.event_log.add_event(
             step,
             f"QKClip clipped {self._labels[name]} for the first time: head {head} had a logit of "
             f"{float(largest[head]):.4g}, above {self.tau:g} (γ {float(gamma.min()):.3g})",
         )
 
-    def _own_maxima(self, pl_module: LightningModule) -> Tensor:
+    def _own_maxima(self, pl_module: LightningModule, reading: "_Reading") -> Tensor:
         """What ranks reduce, as this one found it: maxima of the layers' heads since the last step, and doubts.
 
         Its form is fixed at the start, whatever becomes of a layer.
         """
-        self._doubt(pl_module)
+        self._doubt(pl_module, reading)
         device = pl_module.device
         parts, doubts, frozen = [], [], []
         for name, heads in self._heads.items():
@@ -471,7 +430,7 @@ class QKClip(StatefulIntervention):
             scalars["clip/max_logit/max"] = largest
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
         step = logging_step(trainer)
-        self.account.draw(step, {"clip/max_logit/max": math.nan, **scalars})
+        self.event_log.add_points(step, {"clip/max_logit/max": math.nan, **scalars})
         for name, by_head in smallest.items():
             label, maxima = self._labels[name], self.maxima.get(name)
             if maxima is None:
@@ -485,3 +444,10 @@ class QKClip(StatefulIntervention):
                     scalars[f"clip/{label}/head_{head:02d}/max_logit"] = own.item()
         found = {key: value for key, value in scalars.items() if value > -math.inf}
         self.log_safely(lambda: log_scalars(trainer, found, step))
+
+
+class _Reading(NamedTuple):
+    """What exists while a fit is watched."""
+
+    reader: ProjectionReader
+    capture: AttentionCapture

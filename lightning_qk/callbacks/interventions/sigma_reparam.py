@@ -1,7 +1,6 @@
 """Callback: σReparam on the attention of a model, put on before its optimizer is made."""
 
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,20 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_qk.callbacks._account import Account
-from lightning_qk.callbacks._trainer import (
-    check_lightning,
-    is_logged_step,
-    logging_step,
-    refuse_deepspeed,
-)
-from lightning_qk.callbacks.interventions._base import (
-    Intervention,
-    When,
-    check_when,
-    refuse_frozen,
-)
-from lightning_qk.heads.edit import head_editors
+from lightning_qk.callbacks._layers import Patterns
+from lightning_qk.callbacks._trainer import refuse_deepspeed
+from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
+from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader, find_attention
 from lightning_qk.interventions.layers import matching_layers
 from lightning_qk.interventions.sigma_reparam import (
@@ -31,7 +20,6 @@ from lightning_qk.interventions.sigma_reparam import (
     remove_sigma_reparam,
     sigma_gains,
 )
-from lightning_qk.loggers.loggers import describe_config, log_scalars
 
 
 class SigmaReparam(Intervention):
@@ -63,7 +51,7 @@ class SigmaReparam(Intervention):
     def __init__(
         self,
         *,
-        modules: str | Sequence[str] | None = None,
+        modules: Patterns = None,
         projections: Projections = "query_key",
         remove_at_end: bool = False,
         when: When = "always",
@@ -71,40 +59,20 @@ class SigmaReparam(Intervention):
         check_when(when)
         if projections not in ("query_key", "all"):
             raise ValueError(f"expected projections to be 'query_key' or 'all', got {projections!r}")
-        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.projections: Projections = projections
         self.remove_at_end = remove_at_end
         self.when: When = when
-        super().__init__()
-
-    def begin(self) -> None:
-        """Forget the fit before."""
-        super().begin()
-        self.account = Account()
-        self._is_due = False
-        self._steps_before = 0
-
-    def kept(self) -> dict[str, Any]:
-        """The curves; u, v and γ are in the module's own state."""
-        return {"account": self.account.state_dict()}
-
-    def go_on(self, kept: Mapping[str, Any]) -> None:
-        """Go on with a checkpoint's run."""
-        self.account.load_state_dict(kept["account"])
+        super().__init__(modules)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reparametrize, or see to it that it is done once the network is built."""
-        self.begin_stage(trainer, stage)
-        check_lightning(trainer, type(self).__name__)
+        super().setup(trainer, pl_module, stage)
         refuse_deepspeed(trainer, type(self).__name__)
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 f"expected a strategy that keeps weights whole for {type(self).__name__}, got "
                 f"{type(trainer.strategy).__name__}, which shards them: use DDP"
             )
-        if stage == "fit":
-            settings = ("modules", "projections", "remove_at_end", "when")
-            describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
         if find_attention(pl_module) or not is_overridden("configure_model", pl_module):
             self._reparametrize(trainer, pl_module)
         else:
@@ -126,7 +94,7 @@ class SigmaReparam(Intervention):
             return
         if self._is_fit:
             reader = ProjectionReader(pl_module)
-            editors = head_editors(reader, matching_layers(reader, self.modules), trained=False)
+            editors = head_scalers(reader, matching_layers(reader, self.modules), trained=False)
             refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
         add_sigma_reparam(
             pl_module,
@@ -135,18 +103,11 @@ class SigmaReparam(Intervention):
             trained=False,
         )
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Find out whether the step is logged."""
-        self._is_due = self._is_due or is_logged_step(trainer, None)
-        self._steps_before = trainer.global_step
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the gains of a logged step."""
-        if not self._is_due or trainer.global_step == self._steps_before:
+        if not self._is_due or not self.has_stepped(trainer):
             return
         self._is_due = False
         found = [gain.detach().flatten().float() for gain in sigma_gains(pl_module).values()]
@@ -157,10 +118,7 @@ class SigmaReparam(Intervention):
         scalars = {
             f"sigma_reparam/gain/{name}": getattr(gains, name)().item() for name in ("mean", "min", "max")
         }
-        pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
-        self.account.draw(logging_step(trainer), scalars)
-        step = logging_step(trainer)
-        self.log_safely(lambda: log_scalars(trainer, scalars, step))
+        self.log_step(trainer, pl_module, scalars, {})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make plain weights again, if that was asked for."""

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._trainer import is_logged_step
-from lightning_qk.callbacks.interventions._replacing import ReplacingRemedy, cross_names, layer_names
-from lightning_qk.callbacks.interventions._steering import Patterns
-from lightning_qk.capture.steering import AttentionSteering
-from lightning_qk.heads.find import Site
+from lightning_qk.callbacks.interventions._attention import Replacement, cross_names, layer_names
+from lightning_qk.capture.intercept import AttentionInterceptor
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.interventions.replaced_attention import SoftCapped, check_cap
 
 
-class SoftCap(ReplacingRemedy):
+class SoftCap(Replacement):
     """Attention over ``cap · tanh(logits / cap)``, in training and evaluation, with the model's config unchanged.
 
     Gemma 2's soft cap for any model that calls its attention through transformers' interface. flex_attention
@@ -44,11 +44,9 @@ class SoftCap(ReplacingRemedy):
         check_cap(cap)
         self.cap = float(cap)
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        return {"cap": self.cap, **super().settings()}
-
-    def make(self, sites: Sequence[Site], pl_module: LightningModule) -> tuple[AttentionSteering, str]:
+    def make(
+        self, sites: Sequence[AttentionLayer], pl_module: LightningModule
+    ) -> tuple[AttentionInterceptor, str]:
         """Capped attention."""
         capped = SoftCapped(layer_names(sites), self.cap, cross=cross_names(sites), model=pl_module)
         return capped.steering, f"logits are capped at {self.cap:g}"

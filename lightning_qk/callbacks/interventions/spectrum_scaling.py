@@ -1,12 +1,10 @@
 """Callback: spectra of heads set to one size while a model is evaluated."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.callbacks._trainer import check_lightning, logging_step, projection_reader
+from lightning_qk.callbacks._layers import Patterns
+from lightning_qk.callbacks._trainer import logging_step, projection_reader
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.interventions.spectrum_scaling import SpectrumScaler, Statistic, check_scaling
 from lightning_qk.loggers.loggers import describe_config, log_scalars
@@ -35,7 +33,7 @@ class SpectrumScaling(Intervention):
             Where it turns out in a fit's later validation, that one is of the weights as they are, which is said.
     """
 
-    live: ClassVar[Mapping[str, Callable[[], Any]]] = {"_scaler": lambda: None}
+    live = ("_scaler",)
 
     def __init__(
         self,
@@ -43,13 +41,12 @@ class SpectrumScaling(Intervention):
         *,
         eps: float = 1.0,
         statistic: Statistic = "frobenius_sq",
-        modules: str | Sequence[str] | None = None,
+        modules: Patterns = None,
     ) -> None:
         check_scaling(gamma, eps, statistic)
         self.gamma, self.eps = float(gamma), float(eps)
         self.statistic: Statistic = statistic
-        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
-        super().__init__()
+        super().__init__(modules)
 
     def begin(self) -> None:
         """Forget the fit before."""
@@ -57,12 +54,10 @@ class SpectrumScaling(Intervention):
         self._scaler: SpectrumScaler | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what is no trainer of Lightning."""
-        self._undo()
-        self.begin_stage(trainer, stage)
-        check_lightning(trainer, type(self).__name__)
-        settings = ("gamma", "eps", "statistic", "modules")
-        describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
+        """Check the trainer, and put the settings into the run's config."""
+        super().setup(trainer, pl_module, stage)
+        if not self._is_fit:  # loops outside of a fit scale too
+            describe_config(trainer, {self.title(trainer): self.settings()})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what could not be scaled at the first validation."""
@@ -79,13 +74,13 @@ class SpectrumScaling(Intervention):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Scale."""
-        self._undo()
+        self.release()
         try:
             # A new one each time: modules may have been replaced since.
             scaler = self._scaler = self._make(trainer, pl_module)
             factors = torch.cat([own.float() for own in scaler.apply().values()]).cpu()
         except Exception as error:
-            self._undo()
+            self.release()
             if not self._is_fit:
                 raise
             self.say(f"the weights are not scaled ({type(error).__name__}: {error}); training goes on")
@@ -100,20 +95,13 @@ class SpectrumScaling(Intervention):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the weights their values back."""
-        self._undo()
+        self.release()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the weights their values back: the loop's end may not follow."""
-        self._undo()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Give the weights their values back, wherever a loop ended."""
-        self._undo()
-
-    def _undo(self) -> None:
         scaler, self._scaler = self._scaler, None
         if scaler is not None:
             scaler.undo()

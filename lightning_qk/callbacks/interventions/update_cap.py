@@ -1,30 +1,18 @@
 """Callback: updates of query and key weights that are held small in spectral norm."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.architecture.labels import layer_labels
-from lightning_qk.callbacks._account import Account
+from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import failed_anywhere
-from lightning_qk.callbacks._trainer import (
-    check_lightning,
-    is_logged_step,
-    logging_step,
-    projection_reader,
-    refuse_deepspeed,
-)
-from lightning_qk.callbacks.interventions._base import (
-    Intervention,
-    When,
-    check_when,
-    refuse_frozen,
-)
+from lightning_qk.callbacks._trainer import projection_reader, refuse_deepspeed
+from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
 from lightning_qk.interventions.update_cap import Capped, UpdateCapper, check_cap
-from lightning_qk.loggers.loggers import describe_config, log_scalars
 
 
 class UpdateCap(Intervention):
@@ -57,33 +45,26 @@ class UpdateCap(Intervention):
             not be capped on one process, is left as it is from then on, on all processes, which is said once.
     """
 
-    live: ClassVar[Mapping[str, Callable[[], Any]]] = {
-        "_ends": list,
-        "_capper": lambda: None,
-        "_factors": dict,
-        "_ratios": dict,
-    }
+    live = ("_ends", "_capper", "_factors", "_ratios")
 
     def __init__(
         self,
         tau: float = 0.01,
         *,
-        modules: str | Sequence[str] | None = None,
+        modules: Patterns = None,
         iterations: int = 4,
         when: When = "always",
     ) -> None:
         check_cap(tau, iterations)
         check_when(when)
         self.tau = float(tau)
-        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
         self.iterations = iterations
         self.when: When = when
-        super().__init__()
+        super().__init__(modules)
 
     def begin(self) -> None:
         """Forget the fit before."""
         super().begin()
-        self.account = Account()
         self._capper: UpdateCapper | None = None
         self._resumed: Mapping[str, Sequence[Tensor]] = {}
         self._ends: list[Callable[[], None]] = []
@@ -91,13 +72,6 @@ class UpdateCap(Intervention):
         # Per matrix since the last logged step.
         self._factors: dict[tuple[str, str], Tensor] = {}
         self._ratios: dict[tuple[str, str], Tensor] = {}
-        self._is_due = False
-        self._steps_before = 0
-
-    @property
-    def state_key(self) -> str:
-        """Several of these can be in one trainer, on other modules."""
-        return self._generate_state_key(modules=self.modules)
 
     def kept(self) -> dict[str, Any]:
         """The curves, the vectors that estimates go on from, and what was done since the last logged step."""
@@ -106,11 +80,11 @@ class UpdateCap(Intervention):
             for name, side in self._factors
         }
         subspaces = self._resumed if self._capper is None else self._capper.state_dict()
-        return {"account": self.account.state_dict(), "subspaces": subspaces, "since": since}
+        return {**super().kept(), "subspaces": subspaces, "since": since}
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Go on with a checkpoint's run."""
-        self.account.load_state_dict(kept["account"])
+        super().go_on(kept)
         self._resumed = kept["subspaces"]
         for key, (factor, ratio) in kept["since"].items():
             side, _, name = key.partition(":")
@@ -118,20 +92,13 @@ class UpdateCap(Intervention):
         if self._capper is not None:
             self._capper.load_state_dict(self._resumed)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before any work: no trainer of Lightning, DeepSpeed."""
-        self._end()
-        self.begin_stage(trainer, stage)
-        check_lightning(trainer, type(self).__name__)
-        if stage != "fit":
-            return
+    def check_strategy(self, trainer: Trainer) -> None:
+        """Refuse DeepSpeed."""
         refuse_deepspeed(trainer, type(self).__name__)
-        settings = ("tau", "modules", "iterations", "when")
-        describe_config(trainer, {type(self).__name__: {name: getattr(self, name) for name in settings}})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the matrices and follow the optimizers; raise where the weights cannot be scaled."""
-        self._end()
+        self.release()
         reader = projection_reader(trainer, pl_module)
         capper = UpdateCapper(
             reader,
@@ -160,18 +127,11 @@ class UpdateCap(Intervention):
     def _spare(self, name: str, reason: str) -> None:
         self.say(f"updates of {name} are not capped any more: {reason}; training goes on")
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Find out whether the step is logged."""
-        self._is_due = self._is_due or is_logged_step(trainer, None)
-        self._steps_before = trainer.global_step
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was done since the last logged step."""
-        if not self._is_due or trainer.global_step == self._steps_before or not self._factors:
+        if not self._is_due or not self.has_stepped(trainer) or not self._factors:
             return
         self._is_due = False
         keys = list(self._factors)
@@ -189,24 +149,15 @@ class UpdateCap(Intervention):
             "update_cap/ratio/max": ratios.max().item(),
             "update_cap/capped": float((factors < 1).sum()),
         }
-        pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
-        self.account.draw(logging_step(trainer), scalars)
+        layers: dict[str, float] = {}
         for name in dict.fromkeys(name for name, _ in keys if name in self._labels):
             own = [place for place, key in enumerate(keys) if key[0] == name]
-            scalars[f"update_cap/factor/{self._labels[name]}"] = factors[own].min().item()
-            scalars[f"update_cap/ratio/{self._labels[name]}"] = ratios[own].max().item()
-        step = logging_step(trainer)
-        self.log_safely(lambda: log_scalars(trainer, scalars, step))
+            layers[f"update_cap/factor/{self._labels[name]}"] = factors[own].min().item()
+            layers[f"update_cap/ratio/{self._labels[name]}"] = ratios[own].max().item()
+        self.log_step(trainer, pl_module, scalars, layers)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimizers as they were: teardown may not follow."""
-        self._end()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Leave the optimizers as they were."""
-        self._end()
-
-    def _end(self) -> None:
         for end in self._ends:
             end()
         self._ends = []

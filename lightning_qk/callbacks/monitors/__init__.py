@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from lightning_qk._lazy import lazy
 
 if TYPE_CHECKING:
+    from lightning_qk.callbacks.monitors._base import Monitor
+    from lightning_qk.callbacks.monitors._captured import CaptureMonitor
     from lightning_qk.callbacks.monitors.attention import AttentionMonitor
     from lightning_qk.callbacks.monitors.hidden import HiddenStateMonitor
     from lightning_qk.callbacks.monitors.position import PositionMonitor
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionMonitor",
     "AttentionProbes",
+    "CaptureMonitor",
     "HiddenStateMonitor",
+    "Monitor",
     "PositionMonitor",
     "QKSpectrumMonitor",
     "SinkMonitor",
@@ -24,6 +28,8 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "_base": ["Monitor"],
+        "_captured": ["CaptureMonitor"],
         "attention": ["AttentionMonitor"],
         "hidden": ["HiddenStateMonitor"],
         "position": ["PositionMonitor"],

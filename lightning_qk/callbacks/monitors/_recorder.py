@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from lightning_qk.capture.copies import Handle, hook_before
+from lightning_qk.capture.hooks.modules import Handle, hook_before
 
 # How an output is to be returned, which a probe decides itself.
 _OF_OUTPUT = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")

@@ -1,32 +1,44 @@
 """Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_qk.architecture.labels import layer_labels
-from lightning_qk.callbacks._fit_state import nothing
-from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
-from lightning_qk.callbacks.monitors._base import Monitor, flat_values, shorten
-from lightning_qk.callbacks.monitors._losses import Losses, lost_reason
-from lightning_qk.callbacks.monitors._watched import matches, matching
+from lightning_qk.callbacks._layers import Patterns, matches, matching
+from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.callbacks.monitors._base import OnUnreadable, at_least
+from lightning_qk.callbacks.monitors._keys import PerLayer
+from lightning_qk.callbacks.monitors._listening import ListeningMonitor
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.functional.hidden import HIDDEN_MEANS, HIDDEN_STATISTICS, hidden_sums
-from lightning_qk.heads.blocks import find_blocks
+from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.heads.sites import find_blocks
+from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.hidden import HiddenStatistics
 from lightning_qk.record.history import RunRecord
-from lightning_qk.record.states import DID_NOT_RUN, KNOWN, LEFT_OUT, NO_DATA, NO_VALUE, NOT_FINITE
+from lightning_qk.record.states import NO_VALUE
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 _EMBEDDING = "the input of "
 """In front of the name of a stack's first block."""
 
 
-class HiddenStateMonitor(Monitor):
+class HiddenOptions(TypedDict, total=False):
+    """Those of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about heads."""
+
+    per_layer: PerLayer
+    report: bool
+    modules: Patterns
+    on_unreadable: OnUnreadable
+
+
+class HiddenStateMonitor(ListeningMonitor):
     """Logs how far the tokens of each layer are from being one, and how large its largest activations are.
 
     Hidden states are the outputs of the transformer blocks, in training mode, and what goes into the first block
@@ -54,70 +66,21 @@ class HiddenStateMonitor(Monitor):
         sequences: how many sequences of each micro-batch are drawn; None for all. Means over sequences stay
             without bias; maxima are lower bounds.
         seed: of the monitor's own random generator; torch's global one is never touched.
-        per_layer: names of statistics to log for each block; None for rank_residual_relative; True for all of
-            them; False for none.
-        report: write the report at the end.
-        modules: glob pattern or patterns on qualified names of blocks or of the attention layers in them, such as
-            ``"*.encoder.*"``; None for all of them.
-        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
-            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
         cached_calls: also measure forwards within transformers' ``generate``. By default they are left out, and
             said once.
-
-    Raises:
-        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
-            cannot be watched.
+        options: ``per_layer``, ``report``, ``modules`` (names of blocks, or of the attention layers in them) and
+            ``on_unreadable``, see :class:`~lightning_qk.callbacks.monitors.Monitor`.
     """
 
     group = "hidden"
     statistics = HIDDEN_STATISTICS
-    layer_statistics = ("rank_residual_relative",)
-    extremes = {  # noqa: RUF012 (never changed)
-        "rank_residual": ("min",),
-        "rank_residual_relative": ("min",),
-        "cosine": ("max",),
-        "cosine_abs": ("max",),
-        "effective_rank": ("min",),
-        "token_norm": ("max",),
-        "activation_max": ("max",),
-        "massive_count": ("max",),
-    }
-    figure_statistics = ()
+    layer_statistics = logged_by_layer("hidden", HIDDEN_STATISTICS)
+    extremes = logged_extremes("hidden", HIDDEN_STATISTICS)
+    figure_statistics = logged_as_heatmap("hidden", HIDDEN_STATISTICS)
+    record_field = "hidden"
     subject = "hidden states"
     witness = "token_norm"
     has_heads = False
-
-    fit_state = {  # noqa: RUF012 (never changed)
-        "_names": tuple,
-        "_told": set,
-        "_generated_was_told": bool,
-        "_losses": Losses,
-    }
-    running_state = {  # noqa: RUF012 (never changed)
-        "_generator": torch.Generator,
-        "_capture": nothing,
-        "_metric": nothing,
-        "_lost": dict,
-        "_ran": set,
-        "_generated": set,
-        "_ever_generated": set,
-    }
-
-    _generator: torch.Generator
-    _capture: HiddenCapture | None
-    _metric: HiddenStatistics | None
-    _names: tuple[str, ...]
-    _told: set[str]
-    """Layers of which processes have agreed on why they are left out."""
-    _generated_was_told: bool
-    _losses: Losses
-    _ran: set[str]
-    """Layers that were heard since the last measurement."""
-    _generated: set[str]
-    """Layers of which forwards of generation were left out since the last measurement."""
-    _ever_generated: set[str]
-    _lost: dict[str, str]
-    """Layers whose states at this step are not all in the metric, and why."""
 
     def __init__(
         self,
@@ -126,40 +89,16 @@ class HiddenStateMonitor(Monitor):
         tokens: int | None = 64,
         sequences: int | None = 8,
         seed: int = 0,
-        per_layer: bool | str | Sequence[str] | None = None,
-        report: bool = True,
-        modules: str | Sequence[str] | None = None,
-        on_unreadable: Literal["warn", "raise"] = "warn",
         cached_calls: bool = False,
+        **options: Unpack[HiddenOptions],
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            per_layer=per_layer,
-            per_head=False,
-            figures_every=0,
-            report=report,
-            modules=modules,
-            on_unreadable=on_unreadable,
-        )
-        self.check_layer_statistics()
-        if tokens is not None and tokens < 2:
-            raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
-        if sequences is not None and sequences < 1:
-            raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
+        super().__init__(every_n_steps, per_head=False, figures_every=0, **options)
+        at_least(2, tokens=tokens)
+        at_least(1, sequences=sequences)
         self.tokens = tokens
         self.sequences = sequences
         self.seed = seed
         self.cached_calls = cached_calls
-
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        return {
-            "every_n_steps": self.every_n_steps,
-            "tokens": self.tokens,
-            "sequences": self.sequences,
-            "seed": self.seed,
-            "cached_calls": self.cached_calls,
-        }
 
     def watched(self) -> Mapping[str, Any]:
         """Names of the blocks."""
@@ -198,143 +137,64 @@ class HiddenStateMonitor(Monitor):
         inputs = {
             block.module: _EMBEDDING + name for name, block in blocks.items() if _EMBEDDING + name in named
         }
+        self.begin_listening()
         self._names = tuple(named)
-        self.remember_layers(dict.fromkeys(named, 1), (), labels=named)
-        self._metric = HiddenStatistics(self._names)
-        self._ran.clear()
-        self._generated.clear()
-        self._ever_generated, self._generated_was_told = set(), False
-        self._generator.manual_seed(self.seed + trainer.global_rank)
-        self._capture = HiddenCapture(
+        self.remember_layers(self.known_layers(), (), labels=named)
+        capture = HiddenCapture(
             outputs,
             self._hear,
             inputs=inputs,
             models={block.module: block.models for block in blocks.values()},
             model=pl_module,
-            generated=None if self.cached_calls else self._leave_run_out,
+            generated=None if self.cached_calls else self._leave_call_out,
         )
-        self._capture.install()
+        self.listen(trainer, capture)
 
-    def release(self) -> None:
-        """Take the hooks away."""
-        capture, self._capture = self._capture, None
-        if capture is not None:
-            capture.remove()
-
-    def begin_batch(self, is_due: bool) -> None:
-        """Listen during batches of a logged step."""
-        if self._capture is not None:
-            self._capture.enabled = is_due
-
-    def end_batch(self) -> None:
-        """Stop listening: a validation between two micro-batches is not training."""
-        if self._capture is not None:
-            self._capture.enabled = False
-
-    def _leave_run_out(self, name: str) -> None:
-        self._generated.add(name)
-        self._ever_generated.add(name)
+    def _leave_call_out(self, name: str) -> None:
+        self._pool.left_out_calls.add(name)
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
-        metric = self._metric
-        assert metric is not None  # find_layers
-        if name in self._lost:
+        pool = self._pool
+        if name in pool.lost or not len(states):
             return
         try:
-            if metric.device != states.device:
-                metric.to(states.device)
             sums = hidden_sums(
                 states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
             )
-            metric.update({name: sums})
-            self._ran.add(name)
+            pool.add(name, sums)
         except UnsupportedCallError:
             raise
         except Exception as error:
             # It says nothing of the block: memory that ran out, say. This measurement is lost.
-            self._lost[name] = lost_reason(error)
+            pool.lost[name] = f"measuring it failed ({type(error).__name__}: {error})"
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Statistics of all layers over the step's micro-batches, reduced over ranks."""
-        metric, capture = self._metric, self._capture
-        assert metric is not None  # find_layers
-        assert capture is not None
-        left_out = self._agree_on_layers(trainer, capture)
-        self.attempt(lambda: self._name_missing(capture), "naming layers")
+    def known_layers(self) -> dict[str, int]:
+        """Each has one value."""
+        return dict.fromkeys(self._names, 1)
 
-        def pooled() -> None:
-            # Every rank takes part, whether or not it heard anything.
-            metric.to(pl_module.device).update({})
-            metric.leave_out(left_out)
+    def metric(self, heads: dict[str, int]) -> HiddenStatistics:
+        """Means and maxima."""
+        return HiddenStatistics(list(heads))
 
-        try:
-            all_or_none(trainer, pooled)
-            reduce_states(trainer, alone(metric))
-            values = flat_values(metric)
-            self.states = self._states(metric, values, capture, left_out)
-            return values
-        finally:
-            metric.reset()
-            self._lost, self._ran, self._generated = {}, set(), set()
+    def fill(self, metric: HiddenStatistics, pool: SumAccumulator) -> None:
+        """Add what was pooled; every rank takes part."""
+        metric.update(pool.sums())
 
-    def _agree_on_layers(self, trainer: Trainer, capture: HiddenCapture) -> set[str]:
-        """Names of what is left out, since some process could not read it; a collective call."""
-        self._losses.end(self._names, self._lost, capture.problems)
-        rows = [(name in capture.problems, name in self._lost) for name in self._names]
-        found = list(zip(self._names, combine(trainer, rows), strict=True))
-        out = {name for name, (is_out, _) in found if is_out}
-        lost = {name for name, (_, is_lost) in found if is_lost} - out
-        if out - self._told:
-            self.note_left_out(reasons_of_all(trainer, capture.problems))
-            self._told |= out
-        if lost and not self._losses.was_told:
-            self._losses.was_told = True
-            self.note_lost(reasons_of_all(trainer, self._lost))
-        return out | lost
-
-    def _states(
-        self,
-        metric: HiddenStatistics,
-        values: Mapping[str, Tensor],
-        capture: HiddenCapture,
-        left_out: Collection[str],
-    ) -> Tensor:
-        """State of every layer, by how many tokens were counted of it."""
-        assert metric.counted is not None  # it was computed
-        assert self.history is not None  # on_fit_start
-        tokens = metric.counted[HIDDEN_MEANS.index(self.witness)].cpu()
-        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
-        broken = (tokens != 0) & ~values[self.witness].isfinite() | infinite
-        states = torch.where(broken, NOT_FINITE, KNOWN)
-        for place, name in enumerate(self._names):
-            if name in left_out:
-                reason = capture.problems.get(name, "its newest measurement failed")
-                self.history.reasons[self.labels[name]] = reason
-            if tokens[place] == 0 and states[place] == KNOWN:
-                states[place] = (
-                    LEFT_OUT
-                    if name in left_out
-                    else NO_DATA
-                    if name in self._ran or name in self._generated
-                    else DID_NOT_RUN
-                )
-        return states
-
-    def _name_missing(self, capture: HiddenCapture) -> None:
-        if capture.unmasked:
-            names = sorted(capture.unmasked)
+    def name_missing(self, seen: Collection[str]) -> None:
+        """Name the blocks that were not heard, and those of which calls or masks are not known."""
+        if isinstance(self._capture, HiddenCapture) and self._capture.unmasked:
+            names = sorted(self._capture.unmasked)
             self.note(
                 f"no mask of the tokens is known for {shorten(names)}: all of their tokens count, padding too; "
                 "give the model a two-dimensional attention_mask of the length of its hidden states to have it "
                 "left out"
             )
-        if self._ever_generated and not self._generated_was_told:
+        if self._generated and not self._generated_was_told:
             self._generated_was_told = True
             self.note(
-                f"{len(self._ever_generated)} of {len(self._names)} layers were also run by generate, which is "
+                f"{len(self._generated)} of {len(self._names)} layers were also run by generate, which is "
                 "not measured; cached_calls=True measures it too"
             )
-        seen = capture.heard | self._told | self._ever_generated
         missing = [name for name in self._names if name not in seen]
         if missing:
             self.note(
@@ -354,7 +214,7 @@ class HiddenStateMonitor(Monitor):
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""
-        record.hidden = self.history
+        super().contribute(record)
         if self.tokens is not None:
             record.notes.append(
                 f"Ranks of hidden states and the modulus of their cosines are those of {self.tokens} sampled "

@@ -1,17 +1,16 @@
 """Callback: how positional the attention of heads is while a model trains."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
-
 import torch
+from typing_extensions import Unpack
 
-from lightning_qk.callbacks.monitors._captured import CaptureMonitor, Measured
+from lightning_qk.callbacks.monitors._base import at_least
+from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
+from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.record import UnsupportedCallError
 from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.position import positional_share
 from lightning_qk.metrics.means import HeadMeans
-from lightning_qk.record.history import RunRecord
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 POSITION = "positional_share"
 
@@ -42,35 +41,17 @@ class PositionMonitor(CaptureMonitor):
         every_n_steps: measure at every n-th optimizer step; None follows the trainer's ``log_every_n_steps``.
         sequences: how many sequences of each micro-batch to measure, drawn at random; None for all of them.
         length: how many consecutive tokens of a longer sequence to measure; None for all of them.
-        seed: of the monitor's own random generator; torch's global one is never touched.
-        every_n_eval_batches: in validation and test loops, measure the first batch of each dataloader and every
-            n-th after it; 0 for never.
-        per_layer: names of statistics to log for each layer; None or False for none; True for all of them, in
-            evaluation loops too.
-        per_head: also log one scalar a head.
-        figures_every: draw figures at every n-th measurement and at the end; 0 for never.
-        report: write the report at the end.
-        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
-            for all of them.
-        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
-            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
-        cached_calls: also measure calls within transformers' ``generate``, and calls of self-attention with keys
-            of earlier tokens from a cache. By default they are left out, and named once: statistics are those of
-            the loss's own forwards.
-
-    Raises:
-        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
-            cannot be watched.
+        options: see :class:`~lightning_qk.callbacks.monitors.CaptureMonitor`.
     """
 
     statistics = (POSITION,)
-    layer_statistics = ()
-    extremes = {POSITION: ("min", "max")}  # noqa: RUF012 (never changed)
+    layer_statistics = logged_by_layer("attn", (POSITION,))
+    extremes = logged_extremes("attn", (POSITION,))
     curve_statistics = (POSITION,)
-    figure_statistics = (POSITION,)
+    figure_statistics = logged_as_heatmap("attn", (POSITION,))
+    record_field = "position"
     subject = "attention logits"
     witness = POSITION
-    presence = POSITION
     is_of_self_attention = True
 
     def __init__(
@@ -79,30 +60,10 @@ class PositionMonitor(CaptureMonitor):
         *,
         sequences: int | None = 1,
         length: int | None = 512,
-        seed: int = 0,
-        every_n_eval_batches: int = 10,
-        per_layer: bool | str | Sequence[str] | None = None,
-        per_head: bool = False,
-        figures_every: int = 10,
-        report: bool = True,
-        modules: str | Sequence[str] | None = None,
-        on_unreadable: Literal["warn", "raise"] = "warn",
-        cached_calls: bool = False,
+        **options: Unpack[CaptureOptions],
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            seed=seed,
-            every_n_eval_batches=every_n_eval_batches,
-            per_layer=per_layer,
-            per_head=per_head,
-            figures_every=figures_every,
-            report=report,
-            modules=modules,
-            on_unreadable=on_unreadable,
-            cached_calls=cached_calls,
-        )
-        if sequences is not None and sequences < 1:
-            raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
+        super().__init__(every_n_steps, **options)
+        at_least(1, sequences=sequences)
         if length is not None and length < 3:
             raise ValueError(
                 f"expected a length of at least 3 tokens, of which the distance explains not all, got {length}: "
@@ -111,23 +72,11 @@ class PositionMonitor(CaptureMonitor):
         self.sequences = sequences
         self.length = length
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        return {
-            "every_n_steps": self.every_n_steps,
-            "sequences": self.sequences,
-            "length": self.length,
-            "seed": self.seed,
-            "every_n_eval_batches": self.every_n_eval_batches,
-            "cached_calls": self.cached_calls,
-        }
-
-    def measure_call(self, name: str, call: CapturedCall) -> Measured | None:
+    def measure_call(self, name: str, call: CapturedCall) -> MeanSums | None:
         """The share of some sequences; nothing of cross-attention."""
-        own = self._self_attention.get(name)
-        if own is False:
+        if call.self_attention is False:
             return None
-        logits = self.logits_of(name, call).some_sequences(self.sequences, self._generator)
+        logits = call.logits().some_sequences(self.sequences, self._generator)
         logits = logits.crop_tokens(self.length, self._generator)
         if logits.query_offset is None:
             raise UnsupportedCallError(
@@ -136,17 +85,8 @@ class PositionMonitor(CaptureMonitor):
         share = positional_share(logits)[None, None]
         # Every sequence counts the same; tokens of padding, whose logits do not vary, not at all.
         weight = (share.isfinite() | ~logits.finite_heads()) * logits.shape[0]
-        return Measured(
-            MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share)),
-            logits.shape[1],
-            call.d_head,
-        )
+        return MeanSums(torch.where(weight > 0, share * weight, 0.0), weight.to(share))
 
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means over the sequences that were drawn."""
         return HeadMeans(heads, (POSITION,))
-
-    def contribute(self, record: RunRecord) -> None:
-        """Add the history, and its mean as a curve."""
-        super().contribute(record)
-        record.position = self.history

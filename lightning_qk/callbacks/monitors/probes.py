@@ -1,18 +1,18 @@
 """Callback: probes that cost forward passes of their own, in validation."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from lightning_qk.callbacks._fit_state import nothing
-from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
+from lightning_qk.callbacks._layers import Patterns, matches, matching
+from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_states
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -20,9 +20,9 @@ from lightning_qk.callbacks._trainer import (
     logging_step,
     run_directory,
 )
-from lightning_qk.callbacks.monitors._base import Monitor, flat_values
+from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable, flat_values
+from lightning_qk.callbacks.monitors._keys import PerLayer
 from lightning_qk.callbacks.monitors._recorder import CallRecorder, models_and_doors
-from lightning_qk.callbacks.monitors._watched import Patterns, matches, matching
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.probes import ProbeMeans
@@ -32,7 +32,6 @@ from lightning_qk.probes.head_report import HeadReport
 from lightning_qk.probes.irrelevant import irrelevant_mass
 from lightning_qk.probes.parallel_context import parallel_context_entropy
 from lightning_qk.probes.run import ProbeWarning
-from lightning_qk.record.history import RunRecord
 
 Irrelevant = Callable[[Mapping[str, Any]], Tensor]
 _Values = dict[str, dict[str, Tensor]]  # statistic → layer → (heads,)
@@ -49,6 +48,15 @@ HEADS_NAME = "lightning_qk_heads.csv"
 
 # Where a run of the model is a collective call: ranks whose batches differ would wait for each other.
 _SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
+
+
+class ProbeOptions(TypedDict, total=False):
+    """Those of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about steps."""
+
+    per_layer: PerLayer
+    per_head: bool
+    modules: Patterns
+    on_unreadable: OnUnreadable
 
 
 class AttentionProbes(Monitor):
@@ -94,12 +102,8 @@ class AttentionProbes(Monitor):
         heads: also class every head of the first model that is called (rank 0's batches), log how many are of each
             class and write the table, ``lightning_qk_heads.csv``, into the run's folder.
         seed: of the probes' own random generators.
-        per_layer: names of statistics to log for each layer; True for all of them; None or False for none.
-        per_head: also log one scalar a head.
-        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
-            for all of them.
-        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
-            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
+        options: ``per_layer`` (None: no statistic), ``per_head``, ``modules`` and ``on_unreadable``, see
+            :class:`~lightning_qk.callbacks.monitors.Monitor`.
 
     Raises:
         ValueError: an unknown probe, an argument out of range, or ``irrelevant`` without what is irrelevant; with
@@ -108,20 +112,11 @@ class AttentionProbes(Monitor):
 
     group = "probe"
     statistics = tuple(name for names in STATISTICS.values() for name in names)
-    layer_statistics = ()
-    extremes = {}  # noqa: RUF012 (never changed)
-    figure_statistics = ()
+    curve_statistics = statistics
     witness = ""  # a head may have no value when all is well
     subject = ""
 
-    fit_state = {"head_report": nothing, "_validations": int}  # noqa: RUF012 (never changed)
-    running_state = {"_recorder": nothing, "_is_probed": bool}  # noqa: RUF012 (never changed)
-
-    head_report: HeadReport | None
-    _validations: int
-    _recorder: CallRecorder | None
-    _is_probed: bool
-    """Whether this validation is to be probed, the same on every process."""
+    live = ("_recorder", "_is_probed")
 
     def __init__(
         self,
@@ -136,21 +131,9 @@ class AttentionProbes(Monitor):
         irrelevant: Sequence[int] | Irrelevant | None = None,
         heads: bool = False,
         seed: int = 0,
-        per_layer: bool | str | Sequence[str] | None = None,
-        per_head: bool = False,
-        modules: str | Sequence[str] | None = None,
-        on_unreadable: Literal["warn", "raise"] = "warn",
+        **options: Unpack[ProbeOptions],
     ) -> None:
-        super().__init__(
-            None,
-            per_layer=per_layer,
-            per_head=per_head,
-            figures_every=0,
-            report=False,
-            modules=modules,
-            on_unreadable=on_unreadable,
-        )
-        self.check_layer_statistics()
+        super().__init__(None, figures_every=0, report=False, **options)
         unknown = [name for name in probes if name not in STATISTICS]
         if isinstance(probes, str) or unknown:
             raise ValueError(
@@ -183,19 +166,14 @@ class AttentionProbes(Monitor):
         self.heads = heads
         self.seed = seed
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        return {
-            "probes": list(self.probes),
-            "every_n_validations": self.every_n_validations,
-            "batches": self.batches,
-            "tokens": self.tokens,
-            "mask_token_id": self.mask_token_id,
-            "permutations": self.permutations,
-            "parts": self.parts,
-            "heads": self.heads,
-            "seed": self.seed,
-        }
+    def begin(self) -> None:
+        """Nothing was probed yet."""
+        super().begin()
+        self.head_report: HeadReport | None = None
+        self._validations = 0
+        self._recorder: CallRecorder | None = None
+        # Whether this validation is to be probed, the same on every process.
+        self._is_probed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that there is something to probe."""
@@ -257,7 +235,7 @@ class AttentionProbes(Monitor):
             self._directory = run_directory(trainer)  # validation without a fit around it
         # Every process comes to the probes, whatever it could not find or stand at.
         self._is_probed = True
-        self._here(lambda: self._stand(pl_module))
+        self.here(lambda: self._stand(pl_module))
 
     def _stand(self, pl_module: LightningModule) -> None:
         doors = self._find(pl_module)
@@ -288,7 +266,7 @@ class AttentionProbes(Monitor):
         self.attempt(recorder.remove, "probing")
         values = self.together(trainer, lambda: self._probe(trainer, pl_module, recorder))
         if values is not None:
-            self._here(lambda: self._publish_probes(trainer, pl_module, values))
+            self.here(lambda: self._publish_probes(trainer, pl_module, values))
         if self.heads:
             self._class_heads(trainer, pl_module, recorder)
         recorder.clear()
@@ -424,11 +402,10 @@ class AttentionProbes(Monitor):
         self, trainer: Trainer, heads: dict[str, int], cross: set[str], notes: list[str]
     ) -> tuple[dict[str, int], set[str]]:
         """The layers that any rank has values of, lest their metrics differ in shape, and what others note."""
-        distributed = torch.distributed
-        if trainer.world_size < 2 or not (distributed.is_available() and distributed.is_initialized()):
+        if not is_distributed(trainer):
             return heads, cross
-        found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, (heads, cross, notes))
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, (heads, cross, notes))
         for other_heads, other_cross, other_notes in found:
             heads = {**other_heads, **heads}
             cross = cross | other_cross
@@ -438,7 +415,6 @@ class AttentionProbes(Monitor):
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the values to the history and the loggers."""
-        assert self.history is not None  # _probe
         step = logging_step(trainer)
         self.history.append(step, values)
         self.log_values(trainer, values, step)
@@ -468,18 +444,6 @@ class AttentionProbes(Monitor):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.head_report.to_csv(Path(self._directory or trainer.default_root_dir) / HEADS_NAME)
         return self.head_report
-
-    def contribute(self, record: RunRecord) -> None:
-        """Add the curves of the means to the record."""
-        history = self.history
-        if history is None or not len(history):
-            return
-        for name in history.statistics:
-            curve = history.series(name).nanmean(1).tolist()
-            known = [point for point in zip(history.steps, curve, strict=True) if math.isfinite(point[1])]
-            if known:
-                steps, values = zip(*known, strict=True)
-                record.scalars[f"{self.group}/{name}/mean"] = (list(steps), list(values))
 
 
 def _join(prefix: str, name: str) -> str:

@@ -1,19 +1,20 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_qk.callbacks._fit_state import nothing
+from lightning_qk.callbacks._layers import WatchedReader
 from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
 from lightning_qk.callbacks._self_check import self_check_of
-from lightning_qk.callbacks.monitors._base import Monitor, flat_values, shorten
-from lightning_qk.callbacks.monitors._watched import WatchedReader
+from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.callbacks.monitors._base import Monitor, MonitorOptions, flat_values
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.heads.plan import LayerPlan
+from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
 from lightning_qk.loggers.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
@@ -26,8 +27,9 @@ from lightning_qk.metrics.spectrum import (
     extreme_values,
     reading_order,
 )
-from lightning_qk.record.history import LayerShape, RunRecord
+from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.states import KNOWN, LEFT_OUT, NO_VALUE, NOT_FINITE
+from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 _ADDED = {
     ALIBI: "linear biases (ALiBi)",
@@ -37,6 +39,14 @@ _ADDED = {
 """What is added to the logits, in words."""
 
 _REPLACED = "it was replaced during training by something of another shape"
+
+
+class _Layers(NamedTuple):
+    """The layers of a fit and what their weights are measured with."""
+
+    reader: WatchedReader
+    metric: QKSpectrum
+    singular: SingularValues | None
 
 
 class QKSpectrumMonitor(Monitor):
@@ -81,81 +91,20 @@ class QKSpectrumMonitor(Monitor):
             ``W_q^T R_Δ W_k`` with Δ = −offset, see :func:`~lightning_qk.functional.qk_eigenvalues`.
         singular: also log singular values and the size of updates. Keeps a copy of all query and key weights in
             the host's memory.
-        per_layer: names of statistics to log for each layer; None for eig_var (at each offset too, and sigma_1 and
-            update_ratio with ``singular``); True for all of them; False for none.
-        per_head: also log one scalar a head.
-        figures_every: draw figures at every n-th measurement and at the end; 0 for never.
-        report: write the report at the end.
-        modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
-            for all of them.
-        on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
-            watches the rest and names it once with the reason, ``"raise"`` refuses at the start of training.
-
-    Raises:
-        ValueError: an argument is out of range; with ``on_unreadable="raise"``, at the start of training: a layer
-            cannot be watched.
+        options: see :class:`~lightning_qk.callbacks.monitors.Monitor`.
     """
 
     group = "qk"
     statistics: tuple[str, ...] = SPECTRUM_STATISTICS
-    layer_statistics: tuple[str, ...] = ("eig_var",)
-    extremes = {  # noqa: RUF012 (never changed)
-        "eig_mean": ("min", "max"),
-        "eig_var": ("min", "max"),
-        "sym_var": ("max",),
-        "localization": ("min", "max"),
-        "spectral_radius": ("max",),
-        "singular_max": ("max",),
-        **dict.fromkeys(SINGULAR_STATISTICS, ("max",)),
-    }
-    figure_statistics = ("eig_mean", "sym_var", "asymmetry")
+    layer_statistics: tuple[str, ...] = logged_by_layer("qk", SPECTRUM_STATISTICS)
+    extremes = logged_extremes("qk", (*SPECTRUM_STATISTICS, *SINGULAR_STATISTICS))
+    figure_statistics = logged_as_heatmap("qk", SPECTRUM_STATISTICS)
     witness = "trace"
     subject = "query and key weights"
 
-    fit_state = {  # noqa: RUF012 (never changed)
-        "_eigenvalues": dict,
-        "_eigenvalues_step": nothing,
-        "_shapes": dict,
-        "_cross": set,
-        "_awaits": bool,
-        "_singular_state": nothing,
-        "_goes_on": bool,
-        "_told_failed": bool,
-        "_step_of_weights": nothing,
-    }
-    running_state = {  # noqa: RUF012 (never changed)
-        "_singular": nothing,
-        "_cores": list,
-        "_metric": nothing,
-        "_reader": nothing,
-        "_worker": EigenvalueWorker,
-        "_unshared": nothing,
-        "_late_values": dict,
-    }
+    record_field = "spectrum"
 
-    _eigenvalues: Mapping[str, Tensor]
-    _eigenvalues_step: int | None
-    _shapes: dict[str, LayerShape]
-    _cross: set[str]
-    _singular_state: dict[str, Any] | None
-    """What a checkpoint had of the singular values."""
-    _told_failed: bool
-    """Whether it was said that an eigenproblem failed."""
-    _goes_on: bool
-    """Whether a checkpoint was loaded."""
-    _step_of_weights: int | None
-    """The trainer's step after which weights were measured last."""
-    _singular: SingularValues | None
-    _cores: list[Cores]
-    _metric: QKSpectrum | None
-    _reader: WatchedReader | None
-    _awaits: bool
-    """Layers that cannot be read are not named yet: the first batches may tell how they are read."""
-    _worker: EigenvalueWorker
-    _late_values: dict[str, Tensor]
-    """Values of solved spectra that are not shared yet."""
-    _unshared: int | None
-    """The step whose spectra ``trainer.callback_metrics`` have yet to get: the same on every process."""
+    live = ("_reader", "_layers", "_cores", "_worker", "_unshared", "_late_values")
 
     def __init__(
         self,
@@ -165,22 +114,8 @@ class QKSpectrumMonitor(Monitor):
         fold_norm: bool = False,
         offsets: Sequence[int] = (),
         singular: bool = False,
-        per_layer: bool | str | Sequence[str] | None = None,
-        per_head: bool = False,
-        figures_every: int = 10,
-        report: bool = True,
-        modules: str | Sequence[str] | None = None,
-        on_unreadable: Literal["warn", "raise"] = "warn",
+        **options: Unpack[MonitorOptions],
     ) -> None:
-        super().__init__(
-            every_n_steps,
-            per_layer=per_layer,
-            per_head=per_head,
-            figures_every=figures_every,
-            report=report,
-            modules=modules,
-            on_unreadable=on_unreadable,
-        )
         support_size(torch.empty(1, 1), support)
         self.support: Support = support
         self.offsets = _checked_offsets(offsets)
@@ -197,22 +132,42 @@ class QKSpectrumMonitor(Monitor):
         if singular:
             self.layer_statistics = (*self.layer_statistics, "sigma_1", "update_ratio")
             self.statistics = (*self.statistics, *SINGULAR_STATISTICS)
-        self.check_layer_statistics()
         self.fold_norm = fold_norm
+        super().__init__(every_n_steps, **options)
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments as they go into the run's config."""
-        return {
-            "every_n_steps": self.every_n_steps,
-            "support": self.support,
-            "fold_norm": self.fold_norm,
-            "offsets": list(self.offsets),
-            "singular": self.singular,
-        }
+    def begin(self) -> None:
+        """Nothing was measured yet."""
+        super().begin()
+        self._reader: WatchedReader | None = None
+        # None while no layer can be read.
+        self._layers: _Layers | None = None
+        self._shapes: dict[str, LayerShape] = {}
+        self._cross: set[str] = set()
+        self._cores: list[Cores] = []
+        self._worker = EigenvalueWorker()
+        self._eigenvalues: Mapping[str, Tensor] = {}
+        self._eigenvalues_step: int | None = None
+        # Layers that cannot be read are not named yet: the first batches may tell how they are read.
+        self._awaits = False
+        # Whether a checkpoint was loaded, and what it had of the singular values.
+        self._goes_on = False
+        self._singular_state: dict[str, Any] | None = None
+        # Whether it was said that an eigenproblem failed.
+        self._told_failed = False
+        # The trainer's step after which weights were measured last.
+        self._step_of_weights: int | None = None
+        # The step with spectra that ``trainer.callback_metrics`` have yet to get, the same on every process.
+        self._unshared: int | None = None
+        # Values of solved spectra that are not shared yet.
+        self._late_values: dict[str, Tensor] = {}
+
+    @property
+    def _heads(self) -> dict[str, int]:
+        return {} if self._layers is None else self._layers.metric.heads
 
     def watched(self) -> Mapping[str, Any]:
         """Name of each layer → its heads."""
-        return {} if self._metric is None else self._metric.heads
+        return self._heads
 
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers."""
@@ -223,10 +178,10 @@ class QKSpectrumMonitor(Monitor):
         check = self_check_of(trainer)
         # What cannot be read alone may yet be told by its first call.
         self._awaits = self.on_unreadable == "warn" and check is not None and check.is_awaited
-        if not self._choose({} if self._awaits else reader.unread):
+        if not self._choose(reader, {} if self._awaits else reader.unread):
             return
         if not layers:
-            self._metric = None
+            self._layers = None
             return
         if self.fold_norm and (plain := [name for name, layer in layers.items() if not layer.norm_folded]):
             self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
@@ -238,24 +193,23 @@ class QKSpectrumMonitor(Monitor):
             for name, layer in layers.items()
         }
         self._note_positions(layers)
-        self._metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
-        self._singular = SingularValues(heads) if self.singular else None
+        metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
+        self._layers = _Layers(reader, metric, SingularValues(heads) if self.singular else None)
         self._late_values = self._no_late_values()
 
-    def _choose(self, left_out: Mapping[str, str]) -> bool:
-        assert self._reader is not None  # find_layers
+    def _choose(self, reader: WatchedReader, left_out: Mapping[str, str]) -> bool:
         return self.choose(
-            self._reader.found,
+            reader.found,
             left_out,
             kind="attention layer",
             nothing=(
                 "expected a model that contains transformer attention, found none in "
-                f"{type(self._reader.model).__name__}: build the network in __init__ or configure_model"
+                f"{type(reader.model).__name__}: build the network in __init__ or configure_model"
             ),
             unread="whose weights can be read",
         )
 
-    def _note_positions(self, layers: Mapping[str, LayerPlan]) -> None:
+    def _note_positions(self, layers: Mapping[str, LayerReader]) -> None:
         """Say once where positions do something to the logits that the spectra do not show."""
         own = {name: layer for name, layer in layers.items() if layer.self_attention}
         for position in sorted(ADDED_TO_LOGITS):
@@ -274,9 +228,10 @@ class QKSpectrumMonitor(Monitor):
 
     def layers_settled(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the layers as their calls have shown that they are to be read; before the first step."""
-        if self.idle or self._reader is None:
+        reader = self._reader
+        if self.idle or reader is None:
             return
-        is_changed, _ = all_or_none(trainer, lambda: self._settle(trainer, pl_module), facts=repr)
+        is_changed, _ = all_or_none(trainer, lambda: self._settle(trainer, pl_module, reader), facts=repr)
         if not is_changed:
             return
         if not self.idle and trainer.global_step == 0:
@@ -284,17 +239,18 @@ class QKSpectrumMonitor(Monitor):
             if values is not None:
                 self.attempt(lambda: self._remember_start(values))
 
-    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> tuple[bool, object]:
+    def _settle(
+        self, trainer: Trainer, pl_module: LightningModule, reader: WatchedReader
+    ) -> tuple[bool, object]:
         """Whether layers are read in another way than before, and what is watched now; no collective call."""
-        assert self._reader is not None  # layers_settled
-        if self._reader.refresh():
+        if reader.refresh():
             self._worker.collect()
-            self.history = None
+            self.history = History([], [])
             self.find_layers(trainer, pl_module)
             return True, (self.idle, self.watched())
         if self._awaits:
             self._awaits = False
-            self._choose(self._reader.unread)
+            self._choose(reader, reader.unread)
         return False, self.idle
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -307,24 +263,22 @@ class QKSpectrumMonitor(Monitor):
                 self.attempt(lambda: self._remember_start(values))
 
     def _remember_start(self, values: dict[str, Tensor]) -> None:
-        assert self.history is not None  # find_layers
         self.history.append(-1, values, self.states)
         self.note_non_finite(self.states, "before the first step")
         self._worker.submit(-1, self._cores)
 
     def _recall_weights(self) -> None:
         """Of a resumed run, what the next change of the weights is against."""
-        if self._singular is None or self._singular_state is None:
+        if self._layers is None or self._layers.singular is None or self._singular_state is None:
             return
-        assert self._reader is not None  # find_layers
+        reader, _, singular = self._layers
         # Where there are none, they were measured at the step of the checkpoint, and are the weights that were
         # loaded.
         is_read = not self._singular_state.get("before")
-        read = self._singular.reading_order(self._reader.layers) if is_read else []
-        with self._reader.to_the_end(read):
-            self._singular.load_state_dict(self._singular_state)
+        with reader.to_the_end(singular.reading_order(reader.layers) if is_read else []):
+            singular.load_state_dict(self._singular_state)
             if is_read:
-                self._singular.cores(self._reader)
+                singular.cores(reader)
         self._singular_state = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,10 +300,10 @@ class QKSpectrumMonitor(Monitor):
         if self._worker.pending is not None:
             self.attempt(self._complete_history)
         state = super().state_dict()
-        if self._singular is not None:
-            trainer = None if self._fit is None else self._fit[0]()
+        if self._layers is not None and self._layers.singular is not None:
+            trainer, _ = self.running()
             is_new = trainer is not None and trainer.global_step == self._step_of_weights
-            state["singular"] = self._singular.state_dict(weights=not is_new)
+            state["singular"] = self._layers.singular.state_dict(weights=not is_new)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -373,44 +327,39 @@ class QKSpectrumMonitor(Monitor):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
         """Moments of all heads, reduced over ranks; None while no layer can be read yet."""
-        metric = self._metric
-        if metric is None:
+        layers = self._layers
+        if layers is None:
             return None
-        all_or_none(trainer, lambda: self._prepare(pl_module), facts=repr)
-        all_or_none(trainer, self._read_weights)
+        all_or_none(trainer, lambda: self._prepare(layers, pl_module), facts=repr)
+        all_or_none(trainer, lambda: self._read_weights(layers))
         self._step_of_weights = trainer.global_step
-        reduce_states(trainer, alone(metric))
-        values = flat_values(metric)
-        assert self._reader is not None  # find_layers
-        self.states = self._states(self._reader, metric, values)
+        reduce_states(trainer, alone(layers.metric))
+        values = flat_values(layers.metric)
+        self.states = self._states(layers, values)
         return values
 
-    def _prepare(self, pl_module: LightningModule) -> list[str]:
+    def _prepare(self, layers: _Layers, pl_module: LightningModule) -> list[str]:
         """Get ready to read the layers as the model is now; their names."""
-        metric, reader = self._metric, self._reader
-        assert metric is not None  # measure
-        assert reader is not None  # find_layers
-        metric.to(pl_module.device).reset()
-        if reader.refresh():
-            self._keep_known(reader)
-        return list(reader.layers)
+        layers.metric.to(pl_module.device).reset()
+        if layers.reader.refresh():
+            self._keep_known(layers)
+        return list(layers.reader.layers)
 
-    def _read_weights(self) -> None:
+    def _read_weights(self, layers: _Layers) -> None:
         """No collective calls but those that gather sharded weights, which are made whatever fails."""
-        metric, reader = self._metric, self._reader
-        assert metric is not None  # measure
-        assert reader is not None  # find_layers
+        reader, metric, singular = layers
         order = reading_order(reader.layers)
-        if self._singular is not None:
-            order += self._singular.reading_order(reader.layers)
+        if singular is not None:
+            order += singular.reading_order(reader.layers)
         with reader.to_the_end(order):
             metric.update(reader)
             self._cores = metric.cores
-            if self._singular is not None:
-                self._cores = [*metric.cores, *self._singular.cores(reader)]
+            if singular is not None:
+                self._cores = [*metric.cores, *singular.cores(reader)]
 
-    def _states(self, reader: WatchedReader, metric: QKSpectrum, values: Mapping[str, Tensor]) -> Tensor:
+    def _states(self, layers: _Layers, values: Mapping[str, Tensor]) -> Tensor:
         """State of every head: cross-attention has no eigenvalues, and yet weights that may not be finite."""
+        reader, metric, _ = layers
         broken = {
             name: ~matrices.isfinite().all(-1).all(-1)
             for cores in metric.cores
@@ -428,15 +377,13 @@ class QKSpectrumMonitor(Monitor):
                 parts.append(torch.where(part, NOT_FINITE, KNOWN))
         return torch.cat(parts)
 
-    def _keep_known(self, reader: WatchedReader) -> None:
+    def _keep_known(self, layers: _Layers) -> None:
         """Where modules were replaced, go on with the layers that are what they were at the start."""
-        assert self._metric is not None  # measure
-        heads = self._metric.heads
+        reader, heads = layers.reader, layers.metric.heads
         kept = {name: layer for name, layer in reader.layers.items() if heads.get(name) == layer.heads}
         lost = {name: reader.unread.get(name, _REPLACED) for name in heads if name not in kept}
         reader.layers = kept
         self.note_left_out(lost)
-        assert self.history is not None  # on_fit_start
         self.history.reasons |= {self.labels[name]: reason for name, reason in lost.items()}
 
     def after_measuring(self, trainer: Trainer) -> None:
@@ -470,19 +417,20 @@ class QKSpectrumMonitor(Monitor):
             self.attempt(lambda: self._log_solved(trainer, *late), "remembering")
         super().log_late(trainer, pl_module, at_epoch_end=at_epoch_end)
 
-    def _take(self) -> tuple[Solved, dict[str, Tensor]]:
+    def _take(self) -> tuple[Solved, dict[str, Tensor]] | None:
         try:
             return self._solved()
         finally:
             self._worker.collect()
 
-    def _solved(self) -> tuple[Solved, dict[str, Tensor]]:
+    def _solved(self) -> tuple[Solved, dict[str, Tensor]] | None:
+        """What the worker has solved, waited for, and the values; None where it has nothing."""
         solved = self._worker.peek()
-        assert solved is not None  # all callers ask first
-        assert self._metric is not None  # find_layers
-        values = extreme_values(solved.spectra, self._metric.heads, self.offsets)
-        if self._singular is not None:
-            values |= self._singular.values(solved.step, solved.spectra)
+        if solved is None:
+            return None
+        values = extreme_values(solved.spectra, self._heads, self.offsets)
+        if self._layers is not None and self._layers.singular is not None:
+            values |= self._layers.singular.values(solved.step, solved.spectra)
         if solved.failed and not self._told_failed:
             self._told_failed = True
             self.note(
@@ -493,23 +441,20 @@ class QKSpectrumMonitor(Monitor):
 
     def _no_late_values(self) -> dict[str, Tensor]:
         """What a process has where it solved nothing."""
-        assert self._metric is not None  # find_layers
-        nothing_solved = extreme_values({}, self._metric.heads, self.offsets)
-        size = sum(self._metric.heads.values())
+        nothing_solved = extreme_values({}, self._heads, self.offsets)
         if self.singular:
+            size = sum(self._heads.values())
             nothing_solved |= {name: torch.full((size,), torch.nan) for name in SINGULAR_STATISTICS}
         return nothing_solved
 
     def _complete_history(self) -> None:
-        self._complete(*self._solved())
+        late = self._solved()
+        if late is not None:
+            self._complete(*late)
 
     def _complete(self, solved: Solved, values: Mapping[str, Tensor]) -> None:
-        assert self.history is not None  # find_layers
-        assert self._metric is not None
         self.history.complete(solved.step, values)
-        self._eigenvalues = {
-            name: solved.spectra[name] for name in self._metric.heads if name in solved.spectra
-        }
+        self._eigenvalues = {name: solved.spectra[name] for name in self._heads if name in solved.spectra}
         self._eigenvalues_step = solved.step
         self._snapshots.append(solved.step, self._complex_by_label())
 
@@ -530,16 +475,16 @@ class QKSpectrumMonitor(Monitor):
     def has_value(self, name: str, flat: Tensor) -> Tensor:
         """Cross-attention has singular values alone, and self-attention these where they are asked for."""
         has = super().has_value(name, flat)
-        if self._metric is None or name in SINGULAR_STATISTICS:
+        heads = self._heads
+        if not heads or name in SINGULAR_STATISTICS:
             return has
-        heads = self._metric.heads
         for layer, part in zip(heads, has.split(list(heads.values())), strict=True):
             part.fill_((layer in self._cross) == (name == "singular_max"))
         return has
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history, the eigenvalues and what they are compared with to the record."""
-        record.spectrum = self.history
+        super().contribute(record)
         record.eigenvalues = self._complex_by_label()
         record.eigenvalues_step = self._eigenvalues_step
         record.shapes = dict(self._shapes)

@@ -16,8 +16,8 @@ class Page {
       this.histories[name] = new History(name, raw, data.array);
     }
     const steps = new Set();
-    for (const name of ["spectrum", "attention", "sinks", "position"]) {
-      (this.histories[name] || { steps: [] }).steps.forEach((step) => steps.add(step));
+    for (const [name, history] of Object.entries(this.histories)) {
+      if (name !== "hidden") history.steps.forEach((step) => steps.add(step));
     }
     this.steps = Array.from(steps).sort((a, b) => a - b);
     this.step = this.steps[this.steps.length - 1];

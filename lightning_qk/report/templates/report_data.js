@@ -1,4 +1,4 @@
-// The data of the page: inflated, and as views of one array. The Python side is lightning_qk/record/packing.py.
+// The data of the page: inflated, and as views of one array. The Python side is lightning_qk/report/packing.py.
 "use strict";
 
 const Data = {

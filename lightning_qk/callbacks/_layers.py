@@ -1,0 +1,174 @@
+"""Which layers a callback works on: those that patterns match, that can be read, that train."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.heads.layer import layer_reader
+from lightning_qk.heads.projections import UnreadLayer
+from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import AttentionLayer, attention_sites
+
+Patterns = str | Sequence[str] | None
+
+
+def kept_patterns(modules: Patterns) -> str | list[str] | None:
+    """Patterns as a callback keeps them.
+
+    Raises:
+        ValueError: something else than strings.
+    """
+    if modules is None or isinstance(modules, str):
+        return modules
+    patterns = list(modules)
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(
+            f"expected modules to be a glob pattern or a list of them, got {modules!r}: pass such as "
+            "'*.encoder.*', or None for all layers"
+        )
+    return patterns
+
+
+def matches(name: str, modules: Patterns) -> bool:
+    """Whether a qualified name matches one of the patterns; None is every name."""
+    if modules is None:
+        return True
+    return any(fnmatchcase(name, pattern) for pattern in ([modules] if isinstance(modules, str) else modules))
+
+
+def matching(names: Iterable[str], modules: Patterns) -> list[str]:
+    """Those of some names that match one of the patterns."""
+    return [name for name in names if matches(name, modules)]
+
+
+def chosen_sites(model: nn.Module, modules: Patterns) -> list[AttentionLayer]:
+    """Attention layers whose names match one of the patterns.
+
+    Raises:
+        ValueError: there are none.
+    """
+    sites = list(attention_sites(model))
+    chosen = [site for site in sites if matches(site.name, modules)]
+    if not chosen:
+        names = shorten([site.name for site in sites])
+        raise ValueError(
+            f"expected modules={modules!r} to match at least one attention layer, but it matches none of "
+            f"{len(sites)} ({names}): use * for any part of a name"
+        )
+    return chosen
+
+
+def training_layers(trainer: Trainer, pl_module: nn.Module, layers: Iterable[str]) -> set[str]:
+    """Of some layers, those whose network the optimizers change.
+
+    A layer trains where one of its own parameters does (those of an adapter count), or one of its stack: the list
+    of blocks that it is in. So a layer that is frozen among others that train counts, and a teacher, a copy of
+    averaged weights or a frozen reference does not. Where nothing can be told, or no layer trains, all do.
+
+    Args:
+        trainer: the trainer, from ``on_fit_start``.
+        pl_module: its module.
+        layers: qualified names of modules of ``pl_module``.
+
+    Returns:
+        Their names; never empty where ``layers`` is not.
+    """
+    names = list(layers)
+    modules = dict(pl_module.named_modules())
+    changed = {
+        id(parameter)
+        for optimizer in trainer.optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    parts: dict[str, bool] = {}
+    for ids in (changed, None):
+        # An optimizer may have copies of its own of the parameters: then only who asks for gradients is known.
+        parts = {}
+        found = {name for name in names if _trains(name, modules, ids, parts)}
+        if found:
+            return found
+    return set(names)
+
+
+def _trains(
+    name: str, modules: Mapping[str, nn.Module], changed: set[int] | None, parts: dict[str, bool]
+) -> bool:
+    own = modules.get(name)
+    if own is None or _has_any(own, changed):
+        return True
+    stack = stack_of(name)
+    if stack not in parts:
+        module = modules.get(stack) if stack else None
+        parts[stack] = module is not None and _has_any(module, changed)
+    return parts[stack]
+
+
+def _has_any(module: nn.Module, changed: set[int] | None) -> bool:
+    return any(
+        parameter.requires_grad if changed is None else id(parameter) in changed
+        for parameter in module.parameters()
+    )
+
+
+def stack_of(name: str) -> str:
+    """The list of blocks that a layer is in, by its qualified name; its parent where there is none."""
+    found = list(re.finditer(r"\.\d+(?=\.|$)", name))
+    return name[: found[-1].start()] if found else name.rpartition(".")[0]
+
+
+class WatchedReader(ProjectionReader):
+    """Reads the projections of the layers that patterns match, as many as can be read, and raises for none.
+
+    Args:
+        model: see :class:`~lightning_qk.heads.reader.ProjectionReader`.
+        modules: glob pattern or patterns on qualified names; None for all layers.
+        fold_norm: see there.
+        root: see there.
+
+    Attributes:
+        found: qualified names of all attention layers, whether or not a pattern matches.
+    """
+
+    found: list[str]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Patterns = None,
+        *,
+        fold_norm: bool = False,
+        root: nn.Module | None = None,
+    ) -> None:
+        self._modules_watched = modules
+        super().__init__(model, fold_norm=fold_norm, root=root)
+
+    def _plan(self, model: nn.Module) -> None:
+        self.found = [site.name for site in attention_sites(model)]
+        self.layers, self.unread = {}, {}
+        try:
+            super()._plan(model)
+        except Exception:
+            if len(self.layers) + len(self.unread) < len(self.found):
+                self._plan_each(model)  # one layer took the others with it
+        self.layers = {name: layer for name, layer in self.layers.items() if self._is_watched(name)}
+        self.unread = {name: reason for name, reason in self.unread.items() if self._is_watched(name)}
+
+    def _is_watched(self, name: str) -> bool:
+        return matches(name, self._modules_watched)
+
+    def _plan_each(self, model: nn.Module) -> None:
+        self.layers, self.unread = {}, {}
+        wrappers = self._wrappers(model)
+        for site in attention_sites(model):
+            try:
+                self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
+            except UnreadLayer as reason:  # noqa: PERF203
+                self.unread[site.name] = str(reason)
+            except Exception as error:
+                self.unread[site.name] = f"its weights could not be read ({type(error).__name__}: {error})"

@@ -1,0 +1,149 @@
+"""What a guard does when it has fired, and the files that it keeps for that."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_qk.callbacks._event_log import EventLog
+from lightning_qk.callbacks._ranks import all_or_none
+from lightning_qk.callbacks._trainer import run_directory, say
+from lightning_qk.callbacks.callback import Callback
+from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckpoint
+from lightning_qk.callbacks.guard._pending import in_words
+from lightning_qk.callbacks.guard._rate import RateLimit
+from lightning_qk.callbacks.guard._remedy import Dormant
+from lightning_qk.guard.detector import CollapseDetector, Sensitivity
+
+
+class Acting(Callback):
+    """The part of a guard that acts: remedies, rates, the last healthy checkpoint. Nothing here raises."""
+
+    _remedies: list[Any]
+    rollback: bool
+    lr_factor: float
+    lr_warmup: int
+    checkpoint_every: int
+    sensitivity: Sensitivity | None
+
+    def begin(self) -> None:
+        """As for a new run."""
+        super().begin()
+        self.detector = CollapseDetector(self.sensitivity)
+        self.rolled_back_to: int | None = None
+        self.event_log = EventLog()
+        self._remedy = Dormant(self._remedies, self._say_once)
+        self._rate = RateLimit()
+        self._healthy = HealthyCheckpoint(self.detector.sensitivity.window, keeps_replaced=self.rollback)
+        self._cannot_save = False
+        self._said: set[str] = set()
+
+    def _attach_rate(self, trainer: Trainer) -> None:
+        """On all ranks or on none: weights would come to differ with the rates."""
+        try:
+            all_or_none(trainer, lambda: self._rate.attach(trainer.optimizers))
+        except Exception:
+            self._rate.detach()
+            raise
+
+    def _folder(self, trainer: Trainer) -> str:
+        try:
+            return run_directory(trainer)
+        except Exception as error:
+            self._say_once(
+                f"the run's folder is not known ({in_words(error)}): {trainer.default_root_dir} is taken"
+            )
+            return str(trainer.default_root_dir)
+
+    def _try(self, action: Callable[[], object], otherwise: str) -> None:
+        """Do something that is no part of a reading; say once where it fails."""
+        try:
+            action()
+        except Exception as error:
+            self._say_once(f"{otherwise} ({in_words(error)}); training goes on", otherwise)
+
+    def _keep(self, trainer: Trainer, step: int, is_healthy: bool) -> None:
+        """Confirm or drop the checkpoint that waits for it; write the next where due."""
+        if not is_healthy:
+            self._healthy.doubt(trainer)
+            return
+        self._confirm(trainer)
+        last = self._healthy.step
+        if (
+            self.checkpoint_every > 0
+            and not self._healthy.is_waiting
+            and (last is None or step - last >= self.checkpoint_every)
+        ):
+            self._save(trainer, step)
+
+    def _save(self, trainer: Trainer, step: int) -> None:
+        """A full disk is no reason to end a run."""
+        if not self._cannot_save:
+            self._with_files(lambda: self._healthy.save(trainer, step))
+
+    def _confirm(self, trainer: Trainer, at_once: bool = False) -> None:
+        self._with_files(lambda: self._healthy.confirm(trainer, at_once=at_once))
+
+    def _with_files(self, action: Callable[[], object]) -> None:
+        """What fails here fails on all ranks."""
+        try:
+            action()
+        except Exception as error:
+            if not self._cannot_save:
+                self._cannot_save = True
+                self._say(f"it keeps no more checkpoints ({in_words(error)}); training goes on")
+
+    def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Roll back, lower the rate and wake the remedy; what was done, in words."""
+        done = []
+        went_back = self.rollback and self.rolled_back_to is None and self._restored(trainer)
+        if went_back:
+            self.rolled_back_to = step = self._healthy.step
+            where = "where training started" if step is None or step < 0 else f"at step {step}"
+            done.append(f"weights and optimizer are back {where}")
+        # Once: measured on the benchmark, factors upon factors left runs without a rate to learn with.
+        if self.lr_factor < 1 and self._rate.factor == 1 and self._tightened(trainer, went_back):
+            done.append(f"the learning rate is multiplied by {self._rate.factor:.3g}")
+        if self._remedy.wake(trainer, pl_module):
+            names = [type(callback).__name__ for callback in self._remedy.awake]
+            done.append(f"{' and '.join(names)} set in")
+        if done:
+            self.detector.restart()
+        return done
+
+    def _tightened(self, trainer: Trainer, went_back: bool) -> bool:
+        """On all ranks or on none."""
+        if not self._rate.optimizers:
+            return False  # they could not be attached to
+        before: dict[str, Any] | None = None
+
+        def tighten() -> None:
+            nonlocal before
+            before = self._rate.state_dict()
+            self._rate.tighten(self.lr_factor, self.lr_warmup if went_back else 0)
+
+        try:
+            all_or_none(trainer, tighten)
+            return True
+        except Exception as error:
+            if before is not None:
+                self._rate.load_state_dict(before)
+            self._say_once(f"learning rates cannot be multiplied ({in_words(error)}); training goes on")
+            return False
+
+    def _restored(self, trainer: Trainer) -> bool:
+        try:
+            return self._healthy.restore(trainer)
+        except Exception as error:
+            self._say(
+                f"it could not go back to {CHECKPOINT_NAME} ({in_words(error)}); training goes on from where it is"
+            )
+            return False
+
+    def _say_once(self, sentence: str, kind: str | None = None) -> None:
+        if (kind or sentence) not in self._said:
+            self._said.add(kind or sentence)
+            self._say(sentence)
+
+    def _say(self, sentence: str) -> None:
+        say(f"{type(self).__name__}: {sentence}")

@@ -1,0 +1,138 @@
+"""What a monitor says of its statistics, and the log keys that follow from it."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_qk.record.history import History
+from lightning_qk.record.states import NOT_FINITE
+
+PerLayer = bool | str | Sequence[str] | None
+
+
+def without_errors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Standard errors stay in the history: three more keys for each statistic would bury the rest."""
+    return {name: flat for name, flat in values.items() if not name.endswith("_se")}
+
+
+class LogKeys:
+    """Aggregates of per-head values under their log keys; base of the monitors, which set the attributes.
+
+    Attributes:
+        counted: which heads count in aggregates over the model; None for all.
+    """
+
+    group: str
+    """Prefix of the log keys."""
+    statistics: tuple[str, ...]
+    """Statistics that it has, without those that are made on request."""
+    layer_statistics: tuple[str, ...] = ()
+    """Statistics that are logged for every layer unless others are asked for."""
+    extremes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Statistic → which of ``min`` and ``max`` over all heads loggers get beside the mean."""
+
+    per_layer: bool | tuple[str, ...] | None
+    per_head: bool
+    counted: Tensor | None = None
+
+    def set_keys(self, per_layer: PerLayer, per_head: bool) -> None:
+        """Keep the arguments; for the end of ``__init__``.
+
+        Raises:
+            ValueError: ``per_layer`` names something that is no statistic of this monitor.
+        """
+        self.per_head = per_head
+        if per_layer is None or isinstance(per_layer, bool):
+            self.per_layer = per_layer
+            return
+        self.per_layer = (per_layer,) if isinstance(per_layer, str) else tuple(per_layer)
+        known = (*self.statistics, *self.layer_statistics)
+        unknown = [name for name in self.per_layer if name not in known]
+        if unknown:
+            names = ", ".join(dict.fromkeys(known))
+            raise ValueError(
+                f"expected per_layer to be True, False or names among {names}, got {unknown[0]!r}: correct it"
+            )
+
+    def has_value(self, name: str, flat: Tensor) -> Tensor:
+        """Which heads have a value of a statistic when all is well, boolean, of the shape of ``flat``."""
+        return torch.ones_like(flat, dtype=torch.bool)
+
+    def over_the_model(
+        self, values: Mapping[str, Tensor], prefix: str | None = None, *, states: Tensor | None = None
+    ) -> dict[str, float]:
+        """Mean, minimum and maximum over heads that have a value and count; keys begin with the group or a prefix.
+
+        NaN where a head that should have a value is not finite: numbers of the others would look healthy.
+        """
+        prefix = prefix or self.group
+        scalars: dict[str, float] = {}
+        for name, flat in values.items():
+            broken = self._broken_heads(name, flat, states)
+            if self.counted is not None and self.counted.shape == flat.shape:
+                flat, broken = flat[self.counted], broken[self.counted]
+            finite = flat[flat.isfinite()]
+            is_broken = bool(broken.any())
+            for reduction in ("mean", "min", "max") if is_broken or finite.numel() else ():
+                value = math.nan if is_broken else getattr(finite, reduction)().item()
+                scalars[f"{prefix}/{name}/{reduction}"] = value
+        return scalars
+
+    def _broken_heads(self, name: str, flat: Tensor, states: Tensor | None) -> Tensor:
+        """Which heads should have a value of a statistic and are not finite."""
+        if states is None:
+            return torch.zeros_like(flat, dtype=torch.bool)
+        return (states == NOT_FINITE) & ~flat.isfinite() & self.has_value(name, flat)
+
+    def by_layer_and_head(
+        self,
+        history: History,
+        values: Mapping[str, Tensor],
+        prefix: str | None = None,
+        *,
+        states: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Means over the heads of each layer, of some statistics, and each head where asked.
+
+        NaN where a head of the layer is not finite.
+        """
+        by_layer = self._by_layer(values, is_evaluation=prefix is not None)
+        prefix = prefix or self.group
+        scalars: dict[str, float] = {}
+        for name, flat in values.items():
+            broken = history.split(self._broken_heads(name, flat, states))
+            for label, heads, bad in zip(history.layers, history.split(flat), broken, strict=True):
+                finite = heads[heads.isfinite()]
+                if name in by_layer and (finite.numel() or bad.any()):
+                    scalars[f"{prefix}/{label}/{name}"] = math.nan if bad.any() else finite.mean().item()
+                if self.per_head:
+                    scalars.update(
+                        (f"{prefix}/{label}/head_{index:02d}/{name}", value)
+                        for index, value in enumerate(heads.tolist())
+                        if math.isfinite(value)
+                    )
+        return scalars
+
+    def _by_layer(self, values: Mapping[str, Tensor], is_evaluation: bool) -> Collection[str]:
+        """Statistics that are logged for every layer; of evaluation loops only where all are asked for."""
+        if isinstance(self.per_layer, bool):
+            return values if self.per_layer else ()
+        if is_evaluation:
+            return ()
+        return self.layer_statistics if self.per_layer is None else self.per_layer
+
+    def worth_logging(self, overall: Mapping[str, float], *, is_evaluation: bool = False) -> dict[str, float]:
+        """What loggers get of :meth:`over_the_model`: every mean, and the extremes that tell something.
+
+        A dashboard of all of them would bury these. ``trainer.callback_metrics`` has them all.
+        """
+        kept: dict[str, float] = {}
+        for key, value in overall.items():
+            *_, statistic, reduction = key.split("/")
+            wanted = () if is_evaluation else self.extremes.get(statistic, ())
+            if reduction == "mean" or reduction in wanted:
+                kept[key] = value
+        return kept

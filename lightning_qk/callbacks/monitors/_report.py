@@ -1,0 +1,59 @@
+"""The record and the report of a run, from all callbacks of its trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_qk.callbacks._trainer import model_info
+from lightning_qk.callbacks.callback import OBSERVES, Callback
+from lightning_qk.loggers.loggers import log_file
+from lightning_qk.record.history import RunRecord
+
+REPORT_NAME = "lightning_qk_report.html"
+RECORD_NAME = "lightning_qk_record.safetensors"
+
+
+def write_run(
+    trainer: Trainer, pl_module: LightningModule, folder: Path, note: Callable[[str], None]
+) -> None:
+    """Print the table of health and write record, history and report; nothing where nothing was measured.
+
+    Args:
+        trainer: the trainer.
+        pl_module: its module.
+        folder: where the files go.
+        note: is given a sentence where the history of the heads cannot be written.
+    """
+    from lightning_qk.record.health import print_health
+    from lightning_qk.report.report import write_report
+
+    record = RunRecord(info=model_info(trainer, pl_module))
+    own = [callback for callback in trainer.callbacks if isinstance(callback, Callback)]  # type: ignore[attr-defined]
+    for callback in sorted(own, key=lambda one: one.place != OBSERVES):
+        callback.contribute(record)
+        record.notes += [one for one in getattr(callback, "notes", ()) if one not in record.notes]
+    if not any(len(history) for history in record.histories.values()):
+        return
+    # First what needs no disk.
+    print_health(record)
+    record.save(folder / RECORD_NAME)
+    _write_history(trainer, record, folder, note)
+    path = write_report(record, folder / REPORT_NAME)
+    print(f"Report: {path}")
+
+
+def _write_history(trainer: Trainer, record: RunRecord, folder: Path, note: Callable[[str], None]) -> None:
+    """Every head's history beside the report, and to the loggers that keep files."""
+    from lightning_qk.record.parquet import HISTORY_NAME, write_history
+
+    try:
+        path = write_history(record, folder / HISTORY_NAME)
+    except Exception as error:
+        note(f"the history of the heads could not be written ({type(error).__name__}: {error})")
+        return
+    description = (
+        "Every head at every kept step: step, layer, layer_index, head, key, value. Read it with "
+        "pandas.read_parquet."
+    )
+    log_file(trainer, path, name="lightning_qk_history", kind="history", description=description)

@@ -1,0 +1,353 @@
+"""Find the attention layers of a model, their blocks, the layers whose keys they reuse, and local heads."""
+
+import re
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.architecture.dry_run import own_random_numbers
+from lightning_qk.architecture.origin import is_known
+from lightning_qk.architecture.source_code import calls_sdpa, names_softmax, uses_interface
+from lightning_qk.heads.dry_run import trials
+from lightning_qk.heads.layouts import borrows_keys, find_layout
+from lightning_qk.heads.projections import UnreadLayer
+from lightning_qk.heads.row_numbers import SIDES, varied_values
+from lightning_qk.heads.running import Bench, random
+from lightning_qk.heads.sharding import is_dtensor
+
+_ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
+# What surrounds attention carries its name too: outputs, biases, projections.
+_NAMED_ATTENTION = re.compile(r"(attention|attn)(block|layer|subsample|poolinghead|module)?$", re.IGNORECASE)
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+_CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention|decoder)", re.IGNORECASE)
+
+
+class AttentionLayer(NamedTuple):
+    """One attention layer in its model.
+
+    Attributes:
+        name: qualified name in the model.
+        module: the layer.
+        ancestors: the modules that contain it, nearest first.
+        config: the nearest configuration, or None.
+        is_cross: its names or flags say that keys come from other tokens than queries.
+    """
+
+    name: str
+    module: nn.Module
+    ancestors: tuple[nn.Module, ...]
+    config: Any
+    is_cross: bool
+
+
+def attention_sites(model: nn.Module) -> Iterator[AttentionLayer]:
+    """Yield every attention layer in module order, shared ones once.
+
+    A layer is a module that fits a layout and has an attention-like class name or calls transformers' attention
+    functions, or one that calls torch's scaled_dot_product_attention itself and is no part of such a layer. Any
+    other counts if it contains no attention, and its class is named attention and has weights of its own, in lists
+    too, or names a softmax and, run alone, takes it of a product that its projections make both sides of.
+    """
+    modules = dict(model.named_modules())
+    fitting = {name for name, module in modules.items() if _fits(module)}
+    calling = {
+        name for name, module in modules.items() if calls_sdpa(module) and fitting.isdisjoint(_parents(name))
+    }
+    named = {name for name, module in modules.items() if _is_named_attention(module)}
+    holders = {parent for name in fitting | calling | named for parent in _parents(name)}
+    found = fitting | calling | {name for name in named if name not in holders}
+    # The innermost first: what contains a layer is none.
+    for name, module in reversed(modules.items()):
+        is_free = name not in holders and found.isdisjoint((name, *_parents(name)))
+        if is_free and _takes_softmax(module) and reaches_product(module):
+            found.add(name)
+            holders.update(_parents(name))
+    for name, module in modules.items():
+        if name in found:
+            ancestors = tuple(modules[parent] for parent in _parents(name))
+            yield AttentionLayer(
+                name, module, ancestors, _config(module, ancestors), _is_cross(name, module, ancestors)
+            )
+
+
+def _parents(name: str) -> list[str]:
+    """Qualified names of the modules that contain one, nearest first, the model itself ("") last."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _fits(module: nn.Module) -> bool:
+    if find_layout(module) is None:
+        return False
+    return _ATTENTION.search(type(module).__name__) is not None or uses_interface(module)
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if _NAMED_ATTENTION.search(type(module).__name__) is None:
+        return False
+    return _has_weights(module)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module, a child, or a child of a list has a matrix."""
+    held = list(module.children())
+    own = [module, *held]
+    own += [part for child in held if isinstance(child, _LISTS) for part in child.children()]
+    return any(parameter.dim() >= 2 for owner in own for parameter in owner.parameters(recurse=False))
+
+
+def _takes_softmax(module: nn.Module) -> bool:
+    """Whether a class of a model's own, or children without weights, name a softmax in what they call."""
+    if is_known(module) or isinstance(module, _LISTS) or not _has_weights(module):
+        return False
+    # What trains is no layer.
+    if type(module).forward is nn.Module.forward or hasattr(module, "training_step"):
+        return False
+    free = [child for child in module.modules() if not any(True for _ in child.parameters())]
+    return any(names_softmax(own) for own in (module, *free))
+
+
+_REACHES: "weakref.WeakKeyDictionary[nn.Module, tuple[list[int], bool]]" = weakref.WeakKeyDictionary()
+# Larger modules are networks, and no layers.
+_MOST_PROJECTIONS = 24
+
+
+def reaches_product(module: nn.Module) -> bool:
+    """Whether a module, run alone, takes a softmax of a product both sides of which its projections change.
+
+    Found out once for each module and what it contains.
+    """
+    parts = [id(own) for own in module.modules()]
+    known = _REACHES.get(module)
+    if known is None or known[0] != parts:
+        known = _REACHES[module] = parts, _reaches_product(module)
+    return known[1]
+
+
+def _reaches_product(module: nn.Module) -> bool:
+    try:
+        bench = Bench(module)
+        bench.check_access()
+    except UnreadLayer:
+        return False
+    if len(bench.emitters) + len(bench.loose) < 2 or len(bench.emitters) > _MOST_PROJECTIONS:
+        return False
+    for own in (bench, Bench(module, is_bare=True)):
+        device = own.device()
+        with torch.no_grad(), own_random_numbers(device):
+            for place, trial in enumerate(trials(module, None, own.widths()[:3], device)):
+                if place >= 12:
+                    break
+                # Of bare parameters other values than their own, as they may be zero.
+                given = [
+                    {
+                        id(loose.parameter): scale * varied_values(loose.parameter, place)
+                        for loose in own.loose
+                    }
+                    for place, scale in ((0, 1.0), (1, 2.0))
+                ]
+                seen = [
+                    own.run(trial, random(seed, 1.0), given[seed] if not own.emitters else None)
+                    for seed in (0, 1)
+                ]
+                for first, second in zip(*(run.products for run in seen), strict=False):
+                    sides = [(getattr(first, side), getattr(second, side)) for side in SIDES]
+                    if all(a.shape == b.shape and not torch.equal(a, b) for a, b in sides):
+                        return True
+    return False
+
+
+def _config(module: nn.Module, ancestors: tuple[nn.Module, ...]) -> Any:
+    for owner in (module, *ancestors):
+        config = getattr(owner, "config", None)
+        if config is not None and not isinstance(config, nn.Module | Tensor):
+            return config
+    return None
+
+
+def _is_cross(name: str, module: nn.Module, ancestors: tuple[nn.Module, ...]) -> bool:
+    for flag in ("is_cross_attention", "is_cross_attn"):
+        value = getattr(module, flag, None)
+        if isinstance(value, bool):
+            return value
+    # Only what lies below the layer's index counts: a whole model may be called a cross-encoder.
+    parts = name.split(".")
+    indices = [place for place, part in enumerate(parts) if part.isdigit()]
+    near = parts[indices[-1] + 1 :] if indices else parts[-2:]
+    owners = (module, *ancestors[: max(len(near) - 1, 0)])
+    return any(_CROSS.search(text) for text in (*near, *(type(owner).__name__ for owner in owners)))
+
+
+_BLOCK_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+class Block(NamedTuple):
+    """One block in its model.
+
+    Attributes:
+        module: the block.
+        models: Hugging Face models that contain it, nearest first: they are given the mask of the tokens.
+        is_first: it is the first of its stack, so that its input is what comes out of the embedding.
+    """
+
+    module: nn.Module
+    models: tuple[nn.Module, ...]
+    is_first: bool
+
+
+def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
+    """Find the blocks that the attention layers of a model are in.
+
+    A block is an element of a list of modules (``nn.ModuleList``, ``nn.Sequential``) within one Hugging Face
+    model: the outermost one that has no second layer of self-attention, so that lists of sublayers (T5), stages of
+    blocks (Swin) and lists of models are not taken for blocks; else the innermost one.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Qualified name → block, in module order, shared ones once; and qualified names of the attention layers
+        that are in no list → why they have none.
+    """
+    sites = list(attention_sites(model))
+    own = [site.name for site in sites if not site.is_cross]
+    blocks: dict[str, Block] = {}
+    placed: dict[int, str] = {}
+    without: dict[str, str] = {}
+    stacks: set[str] = set()
+    for site in sites:
+        found = _block_of(site, own)
+        if found is None:
+            without[site.name] = (
+                "it stands in no list of blocks (nn.ModuleList or nn.Sequential), so that no block's output is "
+                "known"
+            )
+            continue
+        name, module = found
+        if id(module) in placed:
+            continue
+        placed[id(module)] = name
+        stack = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        models = tuple(owner for owner in site.ancestors if _is_model(owner))
+        blocks[name] = Block(module, models, is_first=stack not in stacks)
+        stacks.add(stack)
+    return blocks, without
+
+
+def _block_of(site: AttentionLayer, own: list[str]) -> tuple[str, nn.Module] | None:
+    """The block of one attention layer, by the names of all layers of self-attention."""
+    parts = site.name.split(".")
+    # Of the ancestors, nearest first: those that are elements of a list.
+    candidates: list[tuple[str, nn.Module]] = []
+    for depth, module in enumerate(site.ancestors[:-1]):
+        if _is_model(module):
+            break
+        if isinstance(site.ancestors[depth + 1], _BLOCK_LISTS) and not isinstance(module, _BLOCK_LISTS):
+            candidates.append((".".join(parts[: len(parts) - 1 - depth]), module))
+    for name, module in reversed(candidates):
+        if sum(other.startswith(f"{name}.") for other in own) <= 1:
+            return name, module
+    return candidates[0] if candidates else None
+
+
+def _is_model(module: nn.Module) -> bool:
+    # Not imported for this: without it there is no model of theirs. FSDP changes the class, not the ancestry.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+# Layers lend to layers of their own kind.
+_KIND = ("layer_type", "use_rope")
+
+
+class KVSource(NamedTuple):
+    """The layer whose keys a KV-sharing layer reuses: its qualified name and itself."""
+
+    name: str
+    module: nn.Module
+
+
+def kv_source(site: AttentionLayer) -> KVSource | None:
+    """Finds the layer whose keys a KV-sharing layer reuses; None for a layer with keys of its own.
+
+    It is the one whose index the layer holds, else the last one before it that is of its kind, has keys and,
+    where layers say so (``store_full_length_kv``), stores them.
+
+    Raises:
+        UnreadLayer: the layer has no keys of its own, and no such layer is found.
+    """
+    module = site.module
+    if not borrows_keys(module):
+        return None
+    parts = site.name.split(".")
+    for depth, ancestor in enumerate(site.ancestors):
+        # The module list that holds the layers, and the way from one of them to its attention.
+        place = len(parts) - 1 - depth
+        if not isinstance(ancestor, nn.ModuleList) or not parts[place].isdigit():
+            continue
+        index, path = int(parts[place]), ".".join(parts[place + 1 :])
+        own = getattr(module, "kv_shared_layer_index", None)
+        for earlier in [own] if isinstance(own, int) else range(index - 1, -1, -1):
+            found = _attention(ancestor[earlier], path)
+            if found is not None and _lends(found, module):
+                return KVSource(".".join([*parts[:place], str(earlier), *parts[place + 1 :]]), found)
+    raise UnreadLayer("it uses the keys of an earlier layer, which is not part of the module that was passed")
+
+
+def _attention(layer: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _lends(module: nn.Module, to: nn.Module) -> bool:
+    same = all(getattr(module, name, None) == getattr(to, name, None) for name in _KIND)
+    return same and not borrows_keys(module) and getattr(module, "store_full_length_kv", True)
+
+
+def local_heads(module: nn.Module, heads: int) -> slice | None:
+    """Which of a layer's query heads this process computes under tensor parallelism.
+
+    To be asked while the layer runs, at its attention call: FSDP2 has gathered its own dimension by then, so
+    that what is still sharded is sharded over heads.
+
+    Args:
+        module: the attention layer.
+        heads: how many query heads the layer has in all.
+
+    Returns:
+        The slice of ``range(heads)``, or None where the process computes all of them.
+
+    Raises:
+        ValueError: the shards are not whole heads.
+    """
+    layout = find_layout(module)
+    if layout is None:
+        return None
+    weight: Any = layout.query.weight(module)
+    if not is_dtensor(weight):
+        return None
+    rows = weight.shape[0]
+    start, length = 0, rows
+    for dim, placement in enumerate(weight.placements):
+        if not placement.is_shard(0):
+            continue
+        # As torch.chunk cuts: equal pieces but for the last ones.
+        piece = -(-length // weight.device_mesh.size(dim))
+        offset = min(weight.device_mesh.get_local_rank(dim) * piece, length)
+        start, length = start + offset, min(piece, length - offset)
+    if length == rows:
+        return None
+    if start * heads % rows or length * heads % rows:
+        raise ValueError(
+            f"expected shards of whole heads, got rows {start} to {start + length} of {rows} for {heads} heads: "
+            "choose a tensor parallel size that divides the number of heads"
+        )
+    return slice(start * heads // rows, (start + length) * heads // rows)
