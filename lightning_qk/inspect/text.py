@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.attention import AttentionSums, attention_sums
-from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
-from lightning_qk.functional.sums import MeanSums
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.functional.attention import AttentionSums, MeanSums, attention_sums
+from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
+from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.read import Reading
 from lightning_qk.inspect.sources import Checkpoint
-from lightning_qk.inspect.weights import Weights
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.collector import AttentionCollector, LayerFacts
 from lightning_qk.metrics.means import HeadMeans
