@@ -80,7 +80,7 @@ FLOORS = [
     {"heads"},
     {"capture"},
     {"metrics", "regularizers", "interventions", "verification", "record"},
-    {"probes", "report"},
+    {"probes", "report", "tokens"},
     {"loggers"},
     {"data", "module"},
     {"callbacks", "inspect"},

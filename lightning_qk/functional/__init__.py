@@ -30,11 +30,13 @@ from lightning_qk.functional.singular import (
 )
 from lightning_qk.functional.sinks import sink_statistics
 from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_singular_values
+from lightning_qk.functional.token_moments import TokenMoments
 
 __all__ = [
     "AttentionLogits",
     "AttentionOptions",
     "Rotary",
+    "TokenMoments",
     "attention_entropy",
     "attention_on_keys",
     "attention_statistics",
