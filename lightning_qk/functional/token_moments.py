@@ -20,6 +20,7 @@ from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.spectrum import Products, core_eigenvalues
 
 _SLOTS_PER_OCTAVE = 16
+_APART = 0.25
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +46,15 @@ class SideMoments:
     slot_sum: Tensor
 
     @staticmethod
-    def of(vectors: Tensor, valid: Tensor, *, first_apart: bool = True) -> SideMoments:
-        """Moments of the vectors ``(batch, heads, n, d_head)`` of the tokens that are valid, ``(batch, n)``."""
+    def of(
+        vectors: Tensor, valid: Tensor, *, first_apart: bool = True, place: Tensor | None = None
+    ) -> SideMoments:
+        """Moments of the vectors ``(batch, heads, n, d_head)`` of the tokens that are valid, ``(batch, n)``.
+
+        ``place`` is their positions; None: counted from the first valid one.
+        """
         first, rest, position = _places(valid, first_apart)
+        position = position if place is None else place
         d_head = vectors.shape[-1]
         place = slots(position, d_head)
         number = int(slots(torch.tensor(vectors.shape[2]), d_head)) + 1
@@ -82,6 +89,22 @@ class SideMoments:
             _longer(self.slot_sum, number) + _longer(other.slot_sum, number),
         )
 
+    def without(self, other: SideMoments) -> SideMoments:
+        """Moments of the tokens that are not among ``other``'s, which are a part of these; first tokens stay."""
+        count = self.count - other.count
+        mean = (self.count * self.mean - other.count * other.mean) / count.clamp_min(1)
+        step = other.mean - mean
+        weight = count * other.count / self.count.clamp_min(1)
+        number = len(self.slot_count)
+        return dataclasses.replace(
+            self,
+            count=count,
+            mean=mean,
+            scatter=self.scatter - other.scatter - weight * step[..., :, None] * step[..., None, :],
+            slot_count=self.slot_count - _longer(other.slot_count, number),
+            slot_sum=self.slot_sum - _longer(other.slot_sum, number),
+        )
+
     @property
     def covariance(self) -> Tensor:
         """``(heads, d_head, d_head)``; divided by the number of tokens."""
@@ -100,6 +123,9 @@ class TokenMoments:
         key: moments of keys, ``(kv_heads, …)``.
         cross_scatter: sum of ``(k - k̄)(q - q̄)^T`` over tokens, ``(heads, d_head, d_head)``; None for
             cross-attention, where a query and a key are never of the same token.
+        like_first: the same of those tokens whose keys are more than half-way from the others' mean to the first
+            token's: further sinks. They are among the tokens above. None where keys of first tokens are not
+            apart. Which tokens these are is decided when a call is added, by the moments until then.
         softcap: cap of the logits, or None.
         sliding_window: of the calls, or None.
         sinks: learnt sink logits ``(heads,)``, or None.
@@ -111,6 +137,7 @@ class TokenMoments:
     query: SideMoments
     key: SideMoments
     cross_scatter: Tensor | None
+    like_first: TokenMoments | None = None
     softcap: float | None = None
     sliding_window: int | None = None
     sinks: Tensor | None = None
@@ -125,6 +152,7 @@ class TokenMoments:
         query_mask: Tensor | None = None,
         key_mask: Tensor | None = None,
         self_attention: bool = True,
+        known: TokenMoments | None = None,
     ) -> TokenMoments:
         """Moments of one attention call.
 
@@ -135,6 +163,7 @@ class TokenMoments:
                 keys too.
             key_mask: keys that count, ``(batch, m)``, for cross-attention.
             self_attention: queries and keys are the same tokens.
+            known: of calls before, by which :attr:`like_first` is decided; None: by this call.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -161,11 +190,27 @@ class TokenMoments:
                 return TokenMoments(of_query, SideMoments.of(key, _mask(key_mask, key)), None)
             of_key = SideMoments.of(key, valid)
             rest = _places(valid, True)[1]
-            groups = query.shape[1] // key.shape[1]
-            q = _centred(query, of_query.mean, rest)
-            k = _centred(key, of_key.mean, rest)
-            cross = (k.repeat_interleave(groups, 0).mT @ q).double()
-        return TokenMoments(of_query, of_key, cross)
+            cross = _cross(query, key, of_query.mean, of_key.mean, rest)
+            like_first = None
+            chosen = _like_first(key, rest, of_key if known is None else known.key)
+            if chosen is not None:
+                place = _places(valid, True)[2]
+                parts = [SideMoments.of(part, chosen, first_apart=False, place=place) for part in (query, key)]
+                inner = _cross(query, key, parts[0].mean, parts[1].mean, chosen)
+                like_first = TokenMoments(*parts, inner)
+        return TokenMoments(of_query, of_key, cross, like_first)
+
+    def regular(self) -> TokenMoments:
+        """The same without the tokens that are like first ones."""
+        part = self.like_first
+        if part is None or self.cross_scatter is None or part.cross_scatter is None:
+            return self
+        query, key = self.query.without(part.query), self.key.without(part.key)
+        weight = query.count * part.query.count / self.query.count.clamp_min(1)
+        step_q = part.query.mean - query.mean
+        step_k = (part.key.mean - key.mean).repeat_interleave(self.heads // self.kv_heads, 0)
+        cross = self.cross_scatter - part.cross_scatter - weight * step_k[..., :, None] * step_q[..., None, :]
+        return dataclasses.replace(self, query=query, key=key, cross_scatter=cross, like_first=None)
 
     def merge(self, other: TokenMoments) -> TokenMoments:
         """Moments of the tokens of both; what calls say of softcap, window and bias is that of ``self``.
@@ -194,6 +239,7 @@ class TokenMoments:
             query=self.query.merge(other.query),
             key=self.key.merge(other.key),
             cross_scatter=cross,
+            like_first=_merged(self.like_first, other.like_first),
             offset_bias=longer.offset_bias,
             unexplained=self.unexplained or other.unexplained,
         )
@@ -287,6 +333,17 @@ def slots(position: Tensor, d_head: int) -> Tensor:
     return torch.where(position < d_head, position, late)
 
 
+def joint_moments(moments: TokenMoments) -> tuple[Tensor, Tensor]:
+    """Mean ``(heads, 2 d_head)`` and covariance ``(heads, 2 d_head, 2 d_head)`` of (q, k), of self-attention."""
+    groups = moments.heads // moments.kv_heads
+    q, k, cross = moments.query, moments.key, moments.cross_scatter
+    if cross is None:
+        raise ValueError("expected moments of self-attention, got those of cross-attention")
+    scatter_k = k.scatter.repeat_interleave(groups, 0)
+    total = torch.cat([torch.cat([q.scatter, cross.mT], -1), torch.cat([cross, scatter_k], -1)], -2)
+    return torch.cat([q.mean, k.mean.repeat_interleave(groups, 0)], -1), total / q.count
+
+
 def position_means(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
     """Joint mean of (q, k) by position, and the joint covariance around it.
 
@@ -302,13 +359,9 @@ def position_means(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
         ``(heads, length, 2 d_head)`` and ``(heads, 2 d_head, 2 d_head)``, float64.
     """
     groups = moments.heads // moments.kv_heads
-    q, k, cross = moments.query, moments.key, moments.cross_scatter
-    kk = k.scatter.repeat_interleave(groups, 0)
-    mean = torch.cat([q.mean, k.mean.repeat_interleave(groups, 0)], -1)
+    q, k = moments.query, moments.key
+    mean, total = joint_moments(moments)
     first = torch.cat([q.first_mean, k.first_mean.repeat_interleave(groups, 0)], -1)
-    if cross is None:
-        raise ValueError("expected moments of self-attention, got those of cross-attention")
-    total = torch.cat([torch.cat([q.scatter, cross.mT], -1), torch.cat([cross, kk], -1)], -2) / q.count
     sums = torch.cat([q.slot_sum, k.slot_sum.repeat_interleave(groups, 1)], -1)
     by_slot, covariance = _filtered(sums, q.slot_count, mean, total)
     index = slots(torch.arange(length, device=mean.device), moments.d_head).clamp_max(len(by_slot) - 1)
@@ -376,6 +429,32 @@ def _centred(vectors: Tensor, mean: Tensor, rest: Tensor) -> Tensor:
     out = vectors.to(torch.float64) - mean[None, :, None]
     out = torch.where(rest[:, None, :, None], out, 0.0).to(dtype)
     return out.transpose(0, 1).flatten(1, 2)
+
+
+def _cross(query: Tensor, key: Tensor, mean_query: Tensor, mean_key: Tensor, rest: Tensor) -> Tensor:
+    q, k = _centred(query, mean_query, rest), _centred(key, mean_key, rest)
+    return (k.repeat_interleave(len(q) // len(k), 0).mT @ q).double()
+
+
+def _like_first(key: Tensor, rest: Tensor, known: SideMoments) -> Tensor | None:
+    """Tokens whose keys are more than half-way to the first token's, ``(batch, n)``; None: that says nothing.
+
+    Averaged over key heads; along this line the others must spread less than a quarter of the way.
+    """
+    way = known.first_mean - known.mean
+    square = way.square().sum(-1).clamp_min(1e-30)
+    spread = torch.einsum("hd,hde,he->h", way, known.covariance, way).clamp_min(0).sqrt() / square
+    if not bool(known.first_count > 0) or not bool(spread.mean() < _APART):
+        return None
+    along = way / square[:, None] / len(way)
+    share = torch.einsum("bhnd,hd->bn", key.to(along.dtype), along) - (known.mean * along).sum()
+    return rest & (share > 0.5)
+
+
+def _merged(one: TokenMoments | None, other: TokenMoments | None) -> TokenMoments | None:
+    if one is None or other is None:
+        return one or other
+    return one.merge(other)
 
 
 def _longer(tensor: Tensor, number: int) -> Tensor:

@@ -166,7 +166,12 @@ class _Collector:
         if head.self_attention and keys is not None and keys.shape == rows.shape:
             rows = rows & keys
         moments = TokenMoments.of(
-            query, key, query_mask=rows, key_mask=keys, self_attention=head.self_attention
+            query,
+            key,
+            query_mask=rows,
+            key_mask=keys,
+            self_attention=head.self_attention,
+            known=self.found.get(name),
         )
         bias, unexplained = _added(logits, call, head)
         if unexplained is not None and call.scaling is None:

@@ -7,6 +7,7 @@ from lightning_qk.functional import attention_statistics
 from lightning_qk.functional.checks import integer
 from lightning_qk.functional.token_moments import (
     TokenMoments,
+    joint_moments,
     position_means,
     rotate_tokens,
     side_means,
@@ -28,7 +29,7 @@ def predict_attention(
     """Statistics of attention over independent Gaussian tokens with a layer's own moments.
 
     Tokens are drawn independently: each has the mean of its position and the joint covariance of query and key,
-    the first one its own mean. They are rotated by position as the layer does, and their attention measured. What
+    the first one its own mean; further tokens that are like first ones are a class of their own. They are rotated by position as the layer does, and their attention measured. What
     a model's measured attention has beyond it is what tokens say to each other ("semantic"). Derived.
 
     Args:
@@ -164,9 +165,8 @@ def _drawn(
     moments: TokenMoments, length: int, sequences: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys ``(sequences, heads, length, d_head)``, float32, before rotation."""
-    mean, covariance = _joint(moments, length)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = (vectors * values.clamp_min(0).sqrt()[:, None]).float()
+    mean, covariance = _joint(moments.regular(), length)
+    root = _root(covariance)
     shape = (sequences, moments.heads, length, 2 * moments.d_head)
     noise = torch.randn(shape, generator=generator).to(root.device)
     if moments.cross_scatter is not None:
@@ -174,8 +174,21 @@ def _drawn(
     else:
         noise[:, :, 0, moments.d_head :] = 0
     tokens = mean.float() + noise @ root.mT
+    part = moments.like_first
+    if part is not None and float(part.query.count) > 0:
+        is_like_first = torch.rand(sequences, 1, length, 1, generator=generator).to(root.device)
+        is_like_first = is_like_first < float(part.query.count / moments.query.count)
+        is_like_first[:, :, 0] = False
+        mean, covariance = joint_moments(part)
+        noise = torch.randn(shape, generator=generator).to(root.device)
+        tokens = torch.where(is_like_first, mean.float()[:, None] + noise @ _root(covariance).mT, tokens)
     query, key = tokens.split(moments.d_head, -1)
     return query, key
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0).sqrt()[:, None]).float()
 
 
 def _bias(moments: TokenMoments, length: int) -> Tensor | None:
