@@ -24,7 +24,15 @@ from lightning_qk.functional import attention_statistics
 from lightning_qk.heads import find_attention
 from lightning_qk.tokens import predict_logit_std
 
-STATISTICS = ("entropy_normalized", "sink_first", "linear_share", "logit_std", "distance", "max_prob", "diagonal")
+STATISTICS = (
+    "entropy_normalized",
+    "sink_first",
+    "linear_share",
+    "logit_std",
+    "distance",
+    "max_prob",
+    "diagonal",
+)
 ASKED = {
     "smollm2": {"entropy_normalized": 0.96, "sink_first": 0.90, "linear_share": 0.94, "logit_std": 0.97, "distance": 0.95},
     "minilm": {"entropy_normalized": 0.97, "sink_first": 0.96, "linear_share": 0.98, "distance": 0.90},
@@ -50,7 +58,11 @@ def load(name: str, packages: Path | None) -> tuple[nn.Module, Any]:
             given = {"gguf_file": next(folder.glob("*.gguf")).name}
             name = str(folder)
     config = AutoConfig.from_pretrained(name, **given)
-    kind = AutoModelForCausalLM if any("LM" in one and "Masked" not in one for one in config.architectures or []) else AutoModel
+    kind = (
+        AutoModelForCausalLM
+        if any("LM" in one and "Masked" not in one for one in config.architectures or [])
+        else AutoModel
+    )
     model = kind.from_pretrained(name, dtype=torch.float32, **given)
     return model.eval(), AutoTokenizer.from_pretrained(name, **given)
 
@@ -64,7 +76,11 @@ def texts_of_python() -> tuple[str, str]:
 
 def sequences(text: str, tokenizer: Any, length: int, count: int) -> Tensor:
     """``(count, length)`` token ids; models that wrap sequences in special tokens get them."""
-    extra = tokenizer.build_inputs_with_special_tokens([]) if hasattr(tokenizer, "build_inputs_with_special_tokens") else []
+    extra = (
+        tokenizer.build_inputs_with_special_tokens([])
+        if hasattr(tokenizer, "build_inputs_with_special_tokens")
+        else []
+    )
     if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
         extra = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     inner = length - len(extra) if len(extra) == 2 else length
@@ -132,13 +148,17 @@ def main() -> None:
     for length in given.lengths:
         count = max(8, given.tokens // length)
         start = time.perf_counter()
-        found = token_moments(model, [{"input_ids": part} for part in sequences(texts[0], tokenizer, length, count).split(4)])
+        found = token_moments(
+            model, [{"input_ids": part} for part in sequences(texts[0], tokenizer, length, count).split(4)]
+        )
         known, is_causal = measured(model, sequences(texts[1], tokenizer, length, count))
         names = [name for name in known if name in found]
         predicted, closed = {}, []
         for name in names:
             options: dict[str, Any] = {"length": length, "is_causal": is_causal}
-            predicted[name] = predict_attention(heads[name], found[name], sequences=given.surrogates, **options)
+            predicted[name] = predict_attention(
+                heads[name], found[name], sequences=given.surrogates, **options
+            )
             closed.append(predict_logit_std(heads[name], found[name], **options))
         print(f"{given.model} n={length} heads={sum(len(one) for one in closed)} causal={is_causal} "
               f"{time.perf_counter() - start:.0f} s")  # fmt: skip

@@ -19,7 +19,8 @@ from lightning_qk.functional.precision import full_precision
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.spectrum import Products, core_eigenvalues
 
-_SLOTS_PER_OCTAVE = 16
+_EXACT = 512
+_SLOTS_PER_OCTAVE = 64
 _APART = 0.25
 
 
@@ -55,9 +56,8 @@ class SideMoments:
         """
         first, rest, position = _places(valid, first_apart)
         position = position if place is None else place
-        d_head = vectors.shape[-1]
-        place = slots(position, d_head)
-        number = int(slots(torch.tensor(vectors.shape[2]), d_head)) + 1
+        place = slots(position)
+        number = int(slots(torch.tensor(vectors.shape[2]))) + 1
         wide = vectors.double()
         count = rest.sum().double()
         by_token = wide.permute(0, 2, 1, 3)
@@ -116,7 +116,7 @@ class TokenMoments:
     """Joint mean and covariance of a layer's queries and keys before rotation, ``d_head`` wide.
 
     Made by :meth:`of` from one attention call; :meth:`merge` (or ``+``) pools micro-batches and ranks exactly,
-    in any order. Memory is ``O(heads · d_head²)``, and grows with the logarithm of the sequence length.
+    in any order. Memory is ``O(heads · d_head²)``, besides means of up to 512 positions, 64 more for each doubling of the length.
 
     Attributes:
         query: moments of queries, ``(heads, …)``.
@@ -195,7 +195,9 @@ class TokenMoments:
             chosen = _like_first(key, rest, of_key if known is None else known.key)
             if chosen is not None:
                 place = _places(valid, True)[2]
-                parts = [SideMoments.of(part, chosen, first_apart=False, place=place) for part in (query, key)]
+                parts = [
+                    SideMoments.of(part, chosen, first_apart=False, place=place) for part in (query, key)
+                ]
                 inner = _cross(query, key, parts[0].mean, parts[1].mean, chosen)
                 like_first = TokenMoments(*parts, inner)
         return TokenMoments(of_query, of_key, cross, like_first)
@@ -230,10 +232,14 @@ class TokenMoments:
             groups = self.heads // self.kv_heads
             step_q = other.query.mean - self.query.mean
             step_k = (other.key.mean - self.key.mean).repeat_interleave(groups, 0)
-            weight = self.query.count * other.query.count / (self.query.count + other.query.count).clamp_min(1)
+            weight = (
+                self.query.count * other.query.count / (self.query.count + other.query.count).clamp_min(1)
+            )
             cross = self.cross_scatter + other.cross_scatter
             cross = cross + weight * step_k[..., :, None] * step_q[..., None, :]
-        longer = max((self, other), key=lambda one: 0 if one.offset_bias is None else one.offset_bias.shape[1])
+        longer = max(
+            (self, other), key=lambda one: 0 if one.offset_bias is None else one.offset_bias.shape[1]
+        )
         return dataclasses.replace(
             self,
             query=self.query.merge(other.query),
@@ -326,11 +332,11 @@ class TokenMoments:
         return products.at(rotary, torch.as_tensor(offset, device=products.core.device))
 
 
-def slots(position: Tensor, d_head: int) -> Tensor:
-    """Slot of each position: one each up to ``d_head``, then sixteen an octave, so that memory stays small."""
-    octaves = (position.double() / d_head).clamp_min(1).log2()
-    late = d_head + (octaves * _SLOTS_PER_OCTAVE).floor().long()
-    return torch.where(position < d_head, position, late)
+def slots(position: Tensor) -> Tensor:
+    """Slot of each position: one each up to 512, then 64 an octave, so that memory stays small."""
+    octaves = (position.double() / _EXACT).clamp_min(1).log2()
+    late = _EXACT + (octaves * _SLOTS_PER_OCTAVE).floor().long()
+    return torch.where(position < _EXACT, position, late)
 
 
 def joint_moments(moments: TokenMoments) -> tuple[Tensor, Tensor]:
@@ -364,7 +370,7 @@ def position_means(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
     first = torch.cat([q.first_mean, k.first_mean.repeat_interleave(groups, 0)], -1)
     sums = torch.cat([q.slot_sum, k.slot_sum.repeat_interleave(groups, 1)], -1)
     by_slot, covariance = _filtered(sums, q.slot_count, mean, total)
-    index = slots(torch.arange(length, device=mean.device), moments.d_head).clamp_max(len(by_slot) - 1)
+    index = slots(torch.arange(length, device=mean.device)).clamp_max(len(by_slot) - 1)
     out = by_slot[:, index].clone()
     if q.first_count > 0:
         out[:, 0] = first
@@ -374,7 +380,7 @@ def position_means(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
 def side_means(side: SideMoments, length: int) -> tuple[Tensor, Tensor]:
     """As :func:`position_means` for queries or keys alone."""
     by_slot, covariance = _filtered(side.slot_sum, side.slot_count, side.mean, side.covariance)
-    index = slots(torch.arange(length, device=side.mean.device), side.mean.shape[-1])
+    index = slots(torch.arange(length, device=side.mean.device))
     out = by_slot[:, index.clamp_max(len(by_slot) - 1)].clone()
     if side.first_count > 0:
         out[:, 0] = side.first_mean
@@ -419,7 +425,9 @@ def _mask(mask: Tensor | None, vectors: Tensor) -> Tensor:
     if mask is None:
         return torch.ones(shape, dtype=torch.bool, device=vectors.device)
     if tuple(mask.shape) != shape:
-        raise ValueError(f"expected a mask (batch, n) = {shape}, got {tuple(mask.shape)}: pass one value a token")
+        raise ValueError(
+            f"expected a mask (batch, n) = {shape}, got {tuple(mask.shape)}: pass one value a token"
+        )
     return mask.to(device=vectors.device, dtype=torch.bool)
 
 
@@ -460,7 +468,6 @@ def _merged(one: TokenMoments | None, other: TokenMoments | None) -> TokenMoment
 def _longer(tensor: Tensor, number: int) -> Tensor:
     missing = number - len(tensor)
     return tensor if not missing else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
-
 
 
 def rotate_tokens(vectors: Tensor, rotary: Rotary, position: Tensor, *, undo: bool = False) -> Tensor:

@@ -76,7 +76,9 @@ def token_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, TokenMo
             left_out.setdefault(name, "no attention call of it was seen")
     for name, reason in left_out.items():
         warnings.warn(f"{name} left out of token moments: {reason}", TokenMomentsWarning, stacklevel=2)
-    out = {name: collector.found[name] for name in modules if name in collector.found and name not in left_out}
+    out = {
+        name: collector.found[name] for name in modules if name in collector.found and name not in left_out
+    }
     if not out:
         raise ValueError(
             f"expected a layer of {type(model).__name__} whose queries and keys can be had, got none of "

@@ -11,7 +11,7 @@ from torch import nn
 import lightning_qk
 from lightning_qk import TokenMoments, head_projections, predict_attention, token_moments
 from lightning_qk.functional import Rotary, attention_statistics, qk_eigenvalues, qk_moments
-from lightning_qk.functional.token_moments import rotate_tokens
+from lightning_qk.functional.token_moments import position_means, rotate_tokens
 from lightning_qk.heads import find_attention
 from lightning_qk.tokens import TokenMomentsWarning, predict_logit_std
 from tests import models
@@ -178,7 +178,9 @@ def tokens(batch=4, n=24):
     return {"input_ids": torch.randint(3, models.VOCABULARY, (batch, n))}
 
 
-@pytest.mark.parametrize("kind", [models.gpt2, models.bert, models.llama, models.mistral, models.gemma2, bloom])
+@pytest.mark.parametrize(
+    "kind", [models.gpt2, models.bert, models.llama, models.mistral, models.gemma2, bloom]
+)
 def test_moments_of_a_model_are_those_of_its_hidden_states(kind):
     model, batch = kind().double(), tokens()
     entered = inputs_of(model, batch)
@@ -243,7 +245,9 @@ def test_positions_of_the_batch_are_heeded(shift):
     if shift is not None:
         found = token_moments(model, [{**batch, "position_ids": torch.arange(24)[None] + shift}])
         for name in want:
-            torch.testing.assert_close(found[name].cross_scatter, want[name].cross_scatter, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found[name].cross_scatter, want[name].cross_scatter, rtol=1e-4, atol=1e-4
+            )
 
 
 def test_alibi_is_a_bias_by_offset():
@@ -295,3 +299,29 @@ def test_a_model_is_left_as_it_was_and_errors_say_how_to_mend():
     other = next(iter(head_projections(models.gpt2()).values()))
     with pytest.raises(ValueError, match="same layer"):
         predict_attention(other, moments, length=5, is_causal=True)
+
+
+def test_tokens_like_the_first_are_a_class_of_their_own():
+    torch.manual_seed(0)
+    q, k = torch.randn(8, 2, 40, 6).double(), torch.randn(8, 2, 40, 6).double()
+    k[:, :, 0] += 30
+    k[3, :, 17] += 30
+    moments = TokenMoments.of(q, k)
+    assert moments.like_first is not None
+    assert float(moments.like_first.key.count) == 1
+    mask = torch.ones(8, 40, dtype=torch.bool)
+    mask[3, 17] = False
+    want, found = TokenMoments.of(q, k, query_mask=mask), moments.regular()
+    torch.testing.assert_close(found.key.scatter, want.key.scatter)
+    torch.testing.assert_close(found.cross_scatter, want.cross_scatter)
+    pooled = TokenMoments.of(q[:3], k[:3]) + TokenMoments.of(q[3:], k[3:])
+    torch.testing.assert_close(pooled.regular().key.scatter, want.key.scatter)
+
+
+def test_means_by_position_are_kept():
+    torch.manual_seed(0)
+    step = 5 * torch.randn(1, 2, 30, 6).double()
+    q, k = (torch.randn(64, 2, 30, 6).double() + step for _ in range(2))
+    mean, covariance = position_means(TokenMoments.of(q, k), 30)
+    torch.testing.assert_close(mean[..., :6], step[0], rtol=0.0, atol=0.6)
+    torch.testing.assert_close(covariance, torch.eye(12).double().expand(2, -1, -1), rtol=0.0, atol=0.2)
