@@ -370,7 +370,7 @@ def position_means(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
     first = torch.cat([q.first_mean, k.first_mean.repeat_interleave(groups, 0)], -1)
     sums = torch.cat([q.slot_sum, k.slot_sum.repeat_interleave(groups, 1)], -1)
     by_slot, covariance = _filtered(sums, q.slot_count, mean, total)
-    index = slots(torch.arange(length, device=mean.device)).clamp_max(len(by_slot) - 1)
+    index = slots(torch.arange(length, device=mean.device)).clamp_max(by_slot.shape[1] - 1)
     out = by_slot[:, index].clone()
     if q.first_count > 0:
         out[:, 0] = first
@@ -381,7 +381,7 @@ def side_means(side: SideMoments, length: int) -> tuple[Tensor, Tensor]:
     """As :func:`position_means` for queries or keys alone."""
     by_slot, covariance = _filtered(side.slot_sum, side.slot_count, side.mean, side.covariance)
     index = slots(torch.arange(length, device=side.mean.device))
-    out = by_slot[:, index.clamp_max(len(by_slot) - 1)].clone()
+    out = by_slot[:, index.clamp_max(by_slot.shape[1] - 1)].clone()
     if side.first_count > 0:
         out[:, 0] = side.first_mean
     return out, covariance

@@ -83,7 +83,7 @@ def predict_logit_std(
         is_causal: whether a token sees those before it alone.
 
     Raises:
-        ValueError: as :func:`predict_attention`; also a soft cap, a bias or a window, for which there is no such form.
+        ValueError: as :func:`predict_attention`; also a soft cap, a bias or a window, which have no such form.
     """
     _check(head, moments, length)
     for name in ("softcap", "offset_bias", "sliding_window"):

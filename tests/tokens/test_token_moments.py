@@ -288,7 +288,8 @@ def test_a_model_is_left_as_it_was_and_errors_say_how_to_mend():
     batch = tokens()
     state, seed = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     token_moments(model, [batch])
-    assert model.training and torch.equal(seed, torch.get_rng_state())
+    assert model.training
+    assert torch.equal(seed, torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match="at least one batch"):
