@@ -116,7 +116,8 @@ class TokenMoments:
     """Joint mean and covariance of a layer's queries and keys before rotation, ``d_head`` wide.
 
     Made by :meth:`of` from one attention call; :meth:`merge` (or ``+``) pools micro-batches and ranks exactly,
-    in any order. Memory is ``O(heads · d_head²)``, besides means of up to 512 positions, 64 more for each doubling of the length.
+    in any order. Memory is ``O(heads · d_head²)``, besides means of up to 512 positions, 64 more for each
+    doubling of the length.
 
     Attributes:
         query: moments of queries, ``(heads, …)``.

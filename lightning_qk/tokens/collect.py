@@ -275,7 +275,7 @@ def _agree(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None, rota
 
 
 def _window(logits: AttentionLogits) -> int | None:
-    """The sliding window of a call, which may be in its mask: the last two rows of the first sequence reach as far."""
+    """The sliding window of a call, told by how far the last two rows of its first sequence reach."""
     window: int | None = getattr(logits, "sliding_window", None)
     n, m = logits.shape[2:]
     if window is not None or n < 3 or n != m or not logits.self_attention:

@@ -29,7 +29,8 @@ def predict_attention(
     """Statistics of attention over independent Gaussian tokens with a layer's own moments.
 
     Tokens are drawn independently: each has the mean of its position and the joint covariance of query and key,
-    the first one its own mean; further tokens that are like first ones are a class of their own. They are rotated by position as the layer does, and their attention measured. What
+    the first one its own mean; further tokens that are like first ones are a class of their own. They are
+    rotated by position as the layer does, and their attention measured. What
     a model's measured attention has beyond it is what tokens say to each other ("semantic"). Derived.
 
     Args:
