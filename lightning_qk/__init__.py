@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.monitors.sinks import SinkMonitor
     from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
     from lightning_qk.data.text import TextDataModule
+    from lightning_qk.functional.token_moments import TokenMoments
     from lightning_qk.heads.projections import HeadProjections
     from lightning_qk.heads.reader import head_projections
     from lightning_qk.interventions.qk_clip import clip_qk
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from lightning_qk.module import TransformerModule
     from lightning_qk.probes.head_report import HeadReport
     from lightning_qk.regularizers.locater import locater_penalty
+    from lightning_qk.tokens.collect import token_moments
+    from lightning_qk.tokens.predict import predict_attention
     from lightning_qk.verification.model import verify
 
 __all__ = [
@@ -64,6 +67,7 @@ __all__ = [
     "SoftCap",
     "SpectrumScaling",
     "TextDataModule",
+    "TokenMoments",
     "TransformerModule",
     "UpdateCap",
     "__version__",
@@ -73,8 +77,10 @@ __all__ = [
     "head_projections",
     "locater_penalty",
     "plain_state_dict",
+    "predict_attention",
     "remove_sigma_reparam",
     "spectrum_scaling",
+    "token_moments",
     "verify",
 ]
 
@@ -100,6 +106,7 @@ __getattr__, __dir__ = lazy(
         "callbacks.monitors.sinks": ["SinkMonitor"],
         "callbacks.monitors.spectrum": ["QKSpectrumMonitor"],
         "data.text": ["TextDataModule"],
+        "functional.token_moments": ["TokenMoments"],
         "heads.projections": ["HeadProjections"],
         "heads.reader": ["head_projections"],
         "interventions.qk_clip": ["clip_qk"],
@@ -109,6 +116,8 @@ __getattr__, __dir__ = lazy(
         "module": ["TransformerModule"],
         "probes.head_report": ["HeadReport"],
         "regularizers.locater": ["locater_penalty"],
+        "tokens.collect": ["token_moments"],
+        "tokens.predict": ["predict_attention"],
         "verification.model": ["verify"],
     },
 )

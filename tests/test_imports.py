@@ -80,7 +80,7 @@ FLOORS = [
     {"heads"},
     {"capture"},
     {"metrics", "regularizers", "interventions", "record"},
-    {"probes", "verification", "report"},
+    {"probes", "verification", "report", "tokens"},
     {"loggers"},
     {"data", "module"},
     {"callbacks", "inspect"},

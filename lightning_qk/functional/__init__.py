@@ -29,11 +29,13 @@ from lightning_qk.functional.spectrum import (
     qk_moments,
     qk_singular_values,
 )
+from lightning_qk.functional.token_moments import TokenMoments
 
 __all__ = [
     "AttentionLogits",
     "AttentionOptions",
     "Rotary",
+    "TokenMoments",
     "attention_entropy",
     "attention_on_keys",
     "attention_statistics",

@@ -1,0 +1,495 @@
+r"""Moments of the queries and keys of a layer's tokens, before rotation, and the spectrum that follows from them.
+
+A head's query is ``q = W_q x + b_q`` and its key ``k = W_k x + b_k``. For tokens x of covariance Σ,
+``W_k Σ W_q^T = Cov(k, q)``, ``W_q Σ W_q^T = Cov(q)`` and ``W_k Σ W_k^T = Cov(k)``: the three ``d_head × d_head``
+products of :func:`~lightning_qk.functional.qk_moments` with ``sigma=Σ``. So the spectrum of ``Σ^½ W_QK Σ^½``
+needs no weights and no ``d_model × d_model`` matrix. Derived.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional.checks import floating
+from lightning_qk.functional.precision import full_precision
+from lightning_qk.functional.rotary import Rotary
+from lightning_qk.functional.spectrum import Products, core_eigenvalues
+
+_EXACT = 512
+_SLOTS_PER_OCTAVE = 64
+_APART = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class SideMoments:
+    """Moments of the queries or of the keys of a layer, float64; the first token of each sequence is apart.
+
+    Attributes:
+        count: tokens besides the first ones, a scalar.
+        mean: of them, ``(heads, d_head)``.
+        scatter: sum of ``(v - mean)(v - mean)^T`` over them, ``(heads, d_head, d_head)``.
+        first_count: first tokens, a scalar.
+        first_mean: of them, ``(heads, d_head)``.
+        slot_count: tokens besides the first ones in each slot of positions, ``(slots,)``: see :func:`slots`.
+        slot_sum: sum over them, ``(slots, heads, d_head)``.
+    """
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+    first_count: Tensor
+    first_mean: Tensor
+    slot_count: Tensor
+    slot_sum: Tensor
+
+    @staticmethod
+    def of(
+        vectors: Tensor, valid: Tensor, *, first_apart: bool = True, place: Tensor | None = None
+    ) -> SideMoments:
+        """Moments of the vectors ``(batch, heads, n, d_head)`` of the tokens that are valid, ``(batch, n)``.
+
+        ``place`` is their positions; None: counted from the first valid one.
+        """
+        first, rest, position = _places(valid, first_apart)
+        position = position if place is None else place
+        place = slots(position)
+        number = int(slots(torch.tensor(vectors.shape[2]))) + 1
+        wide = vectors.double()
+        count = rest.sum().double()
+        by_token = wide.permute(0, 2, 1, 3)
+        slot_sum = wide.new_zeros(number, *vectors.shape[1::2])
+        slot_sum.index_add_(0, place[rest], by_token[rest])
+        slot_count = wide.new_zeros(number).index_add_(0, place[rest], wide.new_ones(int(rest.sum())))
+        mean = slot_sum.sum(0) / count.clamp_min(1)
+        centred = _centred(vectors, mean, rest)
+        scatter = (centred.mT @ centred).double()
+        first_count = first.sum().double()
+        first_mean = by_token[first].sum(0) / first_count.clamp_min(1)
+        return SideMoments(count, mean, scatter, first_count, first_mean, slot_count, slot_sum)
+
+    def merge(self, other: SideMoments) -> SideMoments:
+        """Moments of both sets of tokens (Chan's formula)."""
+        count, first_count = self.count + other.count, self.first_count + other.first_count
+        step = other.mean - self.mean
+        share = other.count / count.clamp_min(1)
+        scatter = self.scatter + other.scatter + self.count * share * step[..., :, None] * step[..., None, :]
+        first_share = other.first_count / first_count.clamp_min(1)
+        number = max(len(self.slot_count), len(other.slot_count))
+        return SideMoments(
+            count,
+            self.mean + share * step,
+            scatter,
+            first_count,
+            self.first_mean + first_share * (other.first_mean - self.first_mean),
+            _longer(self.slot_count, number) + _longer(other.slot_count, number),
+            _longer(self.slot_sum, number) + _longer(other.slot_sum, number),
+        )
+
+    def without(self, other: SideMoments) -> SideMoments:
+        """Moments of the tokens that are not among ``other``'s, which are a part of these; first tokens stay."""
+        count = self.count - other.count
+        mean = (self.count * self.mean - other.count * other.mean) / count.clamp_min(1)
+        step = other.mean - mean
+        weight = count * other.count / self.count.clamp_min(1)
+        number = len(self.slot_count)
+        return dataclasses.replace(
+            self,
+            count=count,
+            mean=mean,
+            scatter=self.scatter - other.scatter - weight * step[..., :, None] * step[..., None, :],
+            slot_count=self.slot_count - _longer(other.slot_count, number),
+            slot_sum=self.slot_sum - _longer(other.slot_sum, number),
+        )
+
+    @property
+    def covariance(self) -> Tensor:
+        """``(heads, d_head, d_head)``; divided by the number of tokens."""
+        return self.scatter / self.count
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMoments:
+    """Joint mean and covariance of a layer's queries and keys before rotation, ``d_head`` wide.
+
+    Made by :meth:`of` from one attention call; :meth:`merge` (or ``+``) pools micro-batches and ranks exactly,
+    in any order. Memory is ``O(heads · d_head²)``, besides means of up to 512 positions, 64 more for each
+    doubling of the length.
+
+    Attributes:
+        query: moments of queries, ``(heads, …)``.
+        key: moments of keys, ``(kv_heads, …)``.
+        cross_scatter: sum of ``(k - k̄)(q - q̄)^T`` over tokens, ``(heads, d_head, d_head)``; None for
+            cross-attention, where a query and a key are never of the same token.
+        like_first: the same of those tokens whose keys are more than half-way from the others' mean to the first
+            token's: further sinks. They are among the tokens above. None where keys of first tokens are not
+            apart. Which tokens these are is decided when a call is added, by the moments until then.
+        softcap: cap of the logits, or None.
+        sliding_window: of the calls, or None.
+        sinks: learnt sink logits ``(heads,)``, or None.
+        offset_bias: what is added to the logits, by relative position of the key from ``-(m - 1)`` to ``m - 1``,
+            ``(heads, 2 m - 1)``; None where nothing is added.
+        unexplained: why no attention can be predicted although moments are known; None where it can.
+    """
+
+    query: SideMoments
+    key: SideMoments
+    cross_scatter: Tensor | None
+    like_first: TokenMoments | None = None
+    softcap: float | None = None
+    sliding_window: int | None = None
+    sinks: Tensor | None = None
+    offset_bias: Tensor | None = None
+    unexplained: str | None = None
+
+    @staticmethod
+    def of(
+        query: Tensor,
+        key: Tensor,
+        *,
+        query_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        self_attention: bool = True,
+        known: TokenMoments | None = None,
+    ) -> TokenMoments:
+        """Moments of one attention call.
+
+        Args:
+            query: before rotation, after norms, ``(batch, heads, n, d_head)``.
+            key: ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
+            query_mask: tokens that count, boolean ``(batch, n)``; None for all. For self-attention it holds for
+                keys too.
+            key_mask: keys that count, ``(batch, m)``, for cross-attention.
+            self_attention: queries and keys are the same tokens.
+            known: of calls before, by which :attr:`like_first` is decided; None: by this call.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        floating(query, "query")
+        floating(key, "key")
+        if (
+            query.dim() != 4
+            or key.dim() != 4
+            or query.shape[0] != key.shape[0]
+            or query.shape[3] != key.shape[3]
+            or query.shape[1] % key.shape[1]
+            or (self_attention and query.shape[2] != key.shape[2])
+        ):
+            raise ValueError(
+                "expected query (batch, heads, n, d_head) and key (batch, kv_heads, n, d_head), got "
+                f"{tuple(query.shape)} and {tuple(key.shape)}: pass them as the attention function gets them, "
+                "with self_attention=False where they are different tokens"
+            )
+        valid = _mask(query_mask, query)
+        with torch.no_grad(), full_precision(query.device):
+            of_query = SideMoments.of(query, valid, first_apart=self_attention)
+            if not self_attention:
+                return TokenMoments(of_query, SideMoments.of(key, _mask(key_mask, key)), None)
+            of_key = SideMoments.of(key, valid)
+            rest = _places(valid, True)[1]
+            cross = _cross(query, key, of_query.mean, of_key.mean, rest)
+            like_first = None
+            chosen = _like_first(key, rest, of_key if known is None else known.key)
+            if chosen is not None:
+                place = _places(valid, True)[2]
+                parts = [
+                    SideMoments.of(part, chosen, first_apart=False, place=place) for part in (query, key)
+                ]
+                inner = _cross(query, key, parts[0].mean, parts[1].mean, chosen)
+                like_first = TokenMoments(*parts, inner)
+        return TokenMoments(of_query, of_key, cross, like_first)
+
+    def regular(self) -> TokenMoments:
+        """The same without the tokens that are like first ones."""
+        part = self.like_first
+        if part is None or self.cross_scatter is None or part.cross_scatter is None:
+            return self
+        query, key = self.query.without(part.query), self.key.without(part.key)
+        weight = query.count * part.query.count / self.query.count.clamp_min(1)
+        step_q = part.query.mean - query.mean
+        step_k = (part.key.mean - key.mean).repeat_interleave(self.heads // self.kv_heads, 0)
+        cross = self.cross_scatter - part.cross_scatter - weight * step_k[..., :, None] * step_q[..., None, :]
+        return dataclasses.replace(self, query=query, key=key, cross_scatter=cross, like_first=None)
+
+    def merge(self, other: TokenMoments) -> TokenMoments:
+        """Moments of the tokens of both; what calls say of softcap, window and bias is that of ``self``.
+
+        Raises:
+            ValueError: moments of other shapes, or of self-attention and cross-attention.
+        """
+        if (self.cross_scatter is None) != (other.cross_scatter is None) or (
+            self.query.mean.shape != other.query.mean.shape or self.key.mean.shape != other.key.mean.shape
+        ):
+            raise ValueError(
+                f"expected moments of one layer, got {tuple(self.query.mean.shape)} and "
+                f"{tuple(other.query.mean.shape)}: merge those of the same layer"
+            )
+        cross = None
+        if self.cross_scatter is not None and other.cross_scatter is not None:
+            groups = self.heads // self.kv_heads
+            step_q = other.query.mean - self.query.mean
+            step_k = (other.key.mean - self.key.mean).repeat_interleave(groups, 0)
+            weight = (
+                self.query.count * other.query.count / (self.query.count + other.query.count).clamp_min(1)
+            )
+            cross = self.cross_scatter + other.cross_scatter
+            cross = cross + weight * step_k[..., :, None] * step_q[..., None, :]
+        longer = max(
+            (self, other), key=lambda one: 0 if one.offset_bias is None else one.offset_bias.shape[1]
+        )
+        return dataclasses.replace(
+            self,
+            query=self.query.merge(other.query),
+            key=self.key.merge(other.key),
+            cross_scatter=cross,
+            like_first=_merged(self.like_first, other.like_first),
+            offset_bias=longer.offset_bias,
+            unexplained=self.unexplained or other.unexplained,
+        )
+
+    __add__ = merge
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.query.mean.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key heads."""
+        return self.key.mean.shape[0]
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return self.query.mean.shape[1]
+
+    def products(self, scaling: float = 1.0) -> Products:
+        """``Cov(k, q)``, ``Cov(q)`` and ``Cov(k)`` of every head, with the softmax scale on the query.
+
+        Raises:
+            ValueError: cross-attention, which has no eigenvalues, or fewer than two tokens.
+        """
+        if self.cross_scatter is None:
+            raise ValueError(
+                "expected moments of self-attention for a spectrum, got those of cross-attention, where no token "
+                "has both a query and a key: leave the layer out"
+            )
+        if float(self.query.count) < 2:
+            raise ValueError(
+                f"expected at least two tokens besides the first of a sequence, got {int(self.query.count)}: "
+                "pass longer sequences"
+            )
+        groups = self.heads // self.kv_heads
+        return Products(
+            scaling * self.cross_scatter / self.query.count,
+            scaling**2 * self.query.covariance,
+            self.key.covariance.repeat_interleave(groups, 0),
+        )
+
+    def spectrum(
+        self,
+        scaling: float = 1.0,
+        *,
+        n: int | None = None,
+        offset: int | Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> dict[str, Tensor]:
+        """Moments of the eigenvalues of ``scaling · Σ^½ W_QK Σ^½``, Σ the covariance of tokens but the first.
+
+        Args:
+            scaling: the softmax scale, for numbers in units of logits.
+            n: size of the support; None: ``d_head``.
+            offset: relative position of the key, or several ``(offsets,)``. Needs ``rotary``.
+            rotary: the layer's rotation.
+
+        Returns:
+            As :func:`~lightning_qk.functional.qk_moments` with ``sigma=Σ`` (and ``support="head"``), float64.
+
+        Raises:
+            ValueError: cross-attention, too few tokens, or an offset without a rotation.
+        """
+        return self._at(scaling, offset, rotary).moments(n or self.d_head)
+
+    def eigenvalues(
+        self, scaling: float = 1.0, *, offset: int | Tensor | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
+        """The eigenvalues themselves, complex ``(…, heads, d_head)``; arguments as :meth:`spectrum`."""
+        core = self._at(scaling, offset, rotary).core
+        return core_eigenvalues(core.cpu()).to(core.device)
+
+    def _at(self, scaling: float, offset: int | Tensor | None, rotary: Rotary | None) -> Products:
+        products = self.products(scaling)
+        if offset is None:
+            return products
+        if rotary is None:
+            raise ValueError(
+                f"expected the layer's rotation with offset={offset!r}, got None: pass rotary= of HeadProjections"
+            )
+        return products.at(rotary, torch.as_tensor(offset, device=products.core.device))
+
+
+def slots(position: Tensor) -> Tensor:
+    """Slot of each position: one each up to 512, then 64 an octave, so that memory stays small."""
+    octaves = (position.double() / _EXACT).clamp_min(1).log2()
+    late = _EXACT + (octaves * _SLOTS_PER_OCTAVE).floor().long()
+    return torch.where(position < _EXACT, position, late)
+
+
+def joint_moments(moments: TokenMoments) -> tuple[Tensor, Tensor]:
+    """Mean ``(heads, 2 d_head)`` and covariance ``(heads, 2 d_head, 2 d_head)`` of (q, k), of self-attention."""
+    groups = moments.heads // moments.kv_heads
+    q, k, cross = moments.query, moments.key, moments.cross_scatter
+    if cross is None:
+        raise ValueError("expected moments of self-attention, got those of cross-attention")
+    scatter_k = k.scatter.repeat_interleave(groups, 0)
+    total = torch.cat([torch.cat([q.scatter, cross.mT], -1), torch.cat([cross, scatter_k], -1)], -2)
+    return torch.cat([q.mean, k.mean.repeat_interleave(groups, 0)], -1), total / q.count
+
+
+def position_means(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
+    """Joint mean of (q, k) by position, and the joint covariance around it.
+
+    Means of positions are noisy: each is shrunk to the mean of all tokens, direction by direction, by the share
+    of their spread that the noise of so many tokens does not explain (a Wiener filter). What is not in the means
+    stays in the covariance.
+
+    Args:
+        moments: of self-attention.
+        length: number of positions; the first one has its own mean.
+
+    Returns:
+        ``(heads, length, 2 d_head)`` and ``(heads, 2 d_head, 2 d_head)``, float64.
+    """
+    groups = moments.heads // moments.kv_heads
+    q, k = moments.query, moments.key
+    mean, total = joint_moments(moments)
+    first = torch.cat([q.first_mean, k.first_mean.repeat_interleave(groups, 0)], -1)
+    sums = torch.cat([q.slot_sum, k.slot_sum.repeat_interleave(groups, 1)], -1)
+    by_slot, covariance = _filtered(sums, q.slot_count, mean, total)
+    index = slots(torch.arange(length, device=mean.device)).clamp_max(by_slot.shape[1] - 1)
+    out = by_slot[:, index].clone()
+    if q.first_count > 0:
+        out[:, 0] = first
+    return out, covariance
+
+
+def side_means(side: SideMoments, length: int) -> tuple[Tensor, Tensor]:
+    """As :func:`position_means` for queries or keys alone."""
+    by_slot, covariance = _filtered(side.slot_sum, side.slot_count, side.mean, side.covariance)
+    index = slots(torch.arange(length, device=side.mean.device))
+    out = by_slot[:, index.clamp_max(by_slot.shape[1] - 1)].clone()
+    if side.first_count > 0:
+        out[:, 0] = side.first_mean
+    return out, covariance
+
+
+def _filtered(sums: Tensor, count: Tensor, mean: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of slots ``(heads, slots, d)`` without their noise, and the covariance around them."""
+    weight = count / count.sum()
+    step = torch.where(count[:, None, None] > 0, sums / count.clamp_min(1)[:, None, None] - mean, 0.0)
+    step = step.transpose(0, 1)
+    between = (step * weight[:, None]).mT @ step
+    within = total - between
+    size = total.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
+    within = within + 1e-6 * size * torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
+    values, vectors = torch.linalg.eigh(within)
+    values = values.clamp_min(1e-9 * size[..., 0])
+    whiten = (vectors * values.rsqrt()[:, None, :]) @ vectors.mT
+    unwhiten = (vectors * values.sqrt()[:, None, :]) @ vectors.mT
+    white = step @ whiten
+    spread, basis = torch.linalg.eigh((white * weight[:, None]).mT @ white)
+    noise = (count > 0).sum() / count.sum()
+    signal = (spread - noise).clamp_min(0)[:, None, :]
+    kept = white @ basis * (signal / (signal + 1 / count.clamp_min(1e-3)[:, None]))
+    found = kept @ basis.mT @ unwhiten
+    left = step - found
+    # Slots without tokens have the mean of the nearest one before them that has some.
+    index = torch.arange(len(count), device=count.device)
+    nearest = torch.where(count > 0, index, 0).cummax(0).values
+    return (mean[:, None] + found)[:, nearest], total - between + (left * weight[:, None]).mT @ left
+
+
+def _places(valid: Tensor, first_apart: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """First tokens, the others, and positions counted from the first valid one, all ``(batch, n)``."""
+    position = (valid.long().cumsum(1) - 1).clamp_min(0)
+    first = valid & (position == 0) if first_apart else torch.zeros_like(valid)
+    return first, valid & ~first, position
+
+
+def _mask(mask: Tensor | None, vectors: Tensor) -> Tensor:
+    shape = (vectors.shape[0], vectors.shape[2])
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=vectors.device)
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"expected a mask (batch, n) = {shape}, got {tuple(mask.shape)}: pass one value a token"
+        )
+    return mask.to(device=vectors.device, dtype=torch.bool)
+
+
+def _centred(vectors: Tensor, mean: Tensor, rest: Tensor) -> Tensor:
+    """Deviations ``(heads, batch · n, d_head)``, 0 where a token does not count; float32 at least."""
+    dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+    out = vectors.to(torch.float64) - mean[None, :, None]
+    out = torch.where(rest[:, None, :, None], out, 0.0).to(dtype)
+    return out.transpose(0, 1).flatten(1, 2)
+
+
+def _cross(query: Tensor, key: Tensor, mean_query: Tensor, mean_key: Tensor, rest: Tensor) -> Tensor:
+    q, k = _centred(query, mean_query, rest), _centred(key, mean_key, rest)
+    return (k.repeat_interleave(len(q) // len(k), 0).mT @ q).double()
+
+
+def _like_first(key: Tensor, rest: Tensor, known: SideMoments) -> Tensor | None:
+    """Tokens whose keys are more than half-way to the first token's, ``(batch, n)``; None: that says nothing.
+
+    Averaged over key heads; along this line the others must spread less than a quarter of the way.
+    """
+    way = known.first_mean - known.mean
+    square = way.square().sum(-1).clamp_min(1e-30)
+    spread = torch.einsum("hd,hde,he->h", way, known.covariance, way).clamp_min(0).sqrt() / square
+    if not bool(known.first_count > 0) or not bool(spread.mean() < _APART):
+        return None
+    along = way / square[:, None] / len(way)
+    share = torch.einsum("bhnd,hd->bn", key.to(along.dtype), along) - (known.mean * along).sum()
+    return rest & (share > 0.5)
+
+
+def _merged(one: TokenMoments | None, other: TokenMoments | None) -> TokenMoments | None:
+    if one is None or other is None:
+        return one or other
+    return one.merge(other)
+
+
+def _longer(tensor: Tensor, number: int) -> Tensor:
+    missing = number - len(tensor)
+    return tensor if not missing else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+
+def rotate_tokens(vectors: Tensor, rotary: Rotary, position: Tensor, *, undo: bool = False) -> Tensor:
+    """Rotate each token's vectors by its own position, or undo that.
+
+    Args:
+        vectors: ``(batch, heads, n, d_head)``.
+        rotary: the layer's rotation, its scale included.
+        position: ``(batch|1, n)``.
+        undo: rotate back, and divide by the scale.
+    """
+    pairs = rotary.inv_freq.numel()
+    stop = rotary.start + 2 * pairs
+    before, turned, after = vectors.split([rotary.start, 2 * pairs, vectors.shape[-1] - stop], -1)
+    shape = (pairs, 2) if rotary.interleaved else (2, pairs)
+    one, other = turned.unflatten(-1, shape).unbind(-1 if rotary.interleaved else -2)
+    angle = position.double()[:, None, :, None] * rotary.inv_freq.double()
+    angle = -angle if undo else angle
+    scale = 1 / rotary.scale if undo else rotary.scale
+    cos, sin = (angle.cos() * scale).to(vectors), (angle.sin() * scale).to(vectors)
+    parts = torch.stack(
+        [one * cos - other * sin, one * sin + other * cos], -1 if rotary.interleaved else -2
+    ).flatten(-2)
+    return torch.cat([before, parts, after], -1)

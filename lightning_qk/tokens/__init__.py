@@ -1,0 +1,29 @@
+"""Moments of a model's queries and keys, and the attention that they predict.
+
+May import functional, architecture, heads and capture.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning_qk._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_qk.functional.token_moments import TokenMoments
+    from lightning_qk.tokens.collect import TokenMomentsWarning, token_moments
+    from lightning_qk.tokens.predict import predict_attention, predict_logit_std
+
+__all__ = [
+    "TokenMoments",
+    "TokenMomentsWarning",
+    "predict_attention",
+    "predict_logit_std",
+    "token_moments",
+]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "collect": ["TokenMoments", "TokenMomentsWarning", "token_moments"],
+        "predict": ["predict_attention", "predict_logit_std"],
+    },
+)
