@@ -1,7 +1,8 @@
-"""Short labels for attention layers, from the qualified names of their modules."""
+"""Labels of attention layers from the qualified names of their modules, and patterns on these names."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import combinations
 
 _INTEGER = re.compile(r"[0-9]+")
@@ -112,3 +113,32 @@ def _unique(labels: dict[str, str]) -> dict[str, str]:
             taken.add(candidate)
         out[name] = candidate
     return out
+
+
+def matches(name: str, patterns: str | Sequence[str] | None) -> bool:
+    """Whether a layer's name matches one of some glob patterns; None matches all."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def no_match(
+    names: Collection[str], unread: Mapping[str, str], patterns: str | Sequence[str] | None
+) -> ValueError:
+    """The error of ``modules=`` patterns that match no layer, or none that can be read.
+
+    Args:
+        names: the layers that can be read.
+        unread: the matching layers that cannot be read, each with the reason.
+        patterns: as given.
+    """
+    if unread:
+        first = next(iter(unread))
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        return ValueError(
+            f"expected query and key weights that can be read in the layers of modules={patterns!r}, got "
+            f"{first}{more}, of which they cannot: {unread[first]}; choose other layers with modules="
+        )
+    return ValueError(
+        f"expected modules={patterns!r} to match at least one attention layer, but it matches none of "
+        f"{len(names)} ({', '.join(list(names)[:3])}, ...): use * for any part of a name"
+    )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.verify import attention_logits
-from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, ProductLogits
+from lightning_qk.functional.chunks import MASKED_BELOW
+from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 from lightning_qk.heads.sizes import head_count
 
 PRODUCTS = ("none", "rotary", "rotary (2-D)")

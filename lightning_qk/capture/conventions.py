@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.masks import block_mask_function, packed_function, padded_function
-from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, MaskFunction, ProductLogits
+from lightning_qk.functional.chunks import MASKED_BELOW, MaskFunction
+from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 
 
 class ArgumentConvention(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.logits import MaskFunction
+from lightning_qk.functional.chunks import MaskFunction
 
 
 def block_mask_function(block_mask: Any) -> MaskFunction:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
 
 SHELLS = ("bash", "zsh", "fish")
 _JOBS = ("fit", "validate", "test", "predict")
@@ -19,11 +19,7 @@ _FILES = ("--ckpt_path", "--data.source", "--data.val_files", "--data.test_files
 
 
 def parser(prog: str) -> OneLineParser:
-    """The options of the command itself.
-
-    Args:
-        prog: name of the program.
-    """
+    """The options of the command itself."""
     own = OneLineParser(
         prog=f"{prog} completion",
         description="Print what a shell needs to complete commands, options and file names.",
@@ -49,12 +45,6 @@ def run(
 ) -> int:
     """Print the completions.
 
-    Args:
-        args: what follows the command's name.
-        prog: name of the program.
-        commands: name of each command → what it does.
-        parsers: options of "report" and "configs".
-
     Raises:
         BadInput: an unknown shell, or shtab is not installed.
     """
@@ -72,13 +62,7 @@ def run(
 def whole(
     prog: str, commands: Mapping[str, str], parsers: Mapping[str, argparse.ArgumentParser]
 ) -> argparse.ArgumentParser:
-    """Every command with its options, as a parser that is only looked at.
-
-    Args:
-        prog: name of the program.
-        commands: name of each command → what it does.
-        parsers: options of "report" and "configs".
-    """
+    """Every command with its options, as a parser that is only looked at."""
     from lightning_qk.cli import _configs
     from lightning_qk.cli._verify import parser as verify_parser
     from lightning_qk.cli.inspect import _parser as inspect_parser

@@ -6,6 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_qk.data.text import TextDataModule
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.module import TransformerModule
 from lightning_qk.module.network import make_config
 
@@ -20,16 +21,6 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
-
-
-class WrongModel(ValueError):
-    """Fields of a config that are no model.
-
-    Attributes:
-        status: the exit status of a command that is given them.
-    """
-
-    status = 2
 
 
 class _JobCLI(LightningCLI):
@@ -49,7 +40,7 @@ class _JobCLI(LightningCLI):
             try:
                 make_config(fields)
             except ValueError as error:
-                raise WrongModel(str(error)) from error
+                raise BadInput(str(error)) from error
 
 
 def _parser_options(prog: str) -> dict[str, Any]:
@@ -59,10 +50,6 @@ def _parser_options(prog: str) -> dict[str, Any]:
 
 def run(args: list[str], prog: str) -> None:
     """Parse the arguments, build model, data and trainer, and run the command.
-
-    Args:
-        args: the trainer's command and its options.
-        prog: name of the program, for the help.
 
     Raises:
         argparse.ArgumentError: the arguments do not make a job.
@@ -90,21 +77,13 @@ def _parser(command: str) -> LightningArgumentParser:
 
 
 def option_names(command: str) -> list[str]:
-    """Names of a command's options as a config has them.
-
-    Args:
-        command: one of the trainer's commands.
-    """
+    """Names of a command's options as a config has them."""
     actions = _parser(command)._actions
     return ["config", "seed_everything", *(action.dest for action in actions if action.dest != "help")]
 
 
 def option_strings(command: str) -> list[str]:
-    """A command's options as they are typed, such as ``--model.lr``.
-
-    Args:
-        command: one of the trainer's commands.
-    """
+    """A command's options as they are typed, such as ``--model.lr``."""
     typed = [name for action in _parser(command)._actions for name in action.option_strings]
     own = ["--help", "--help-all", "--print_config", "--seed_everything"]
     return sorted({*own, *(name for name in typed if name.startswith("--") and name != "--print_shtab")})

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.cli._arguments import OneLineParser, add_opening
+from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,10 +66,6 @@ class Layer(NamedTuple):
 def run(args: Sequence[str], prog: str) -> int:
     """Run the command.
 
-    Args:
-        args: what follows the command's name.
-        prog: the program's name.
-
     Returns:
         The exit status: 0, 1 where a layer is not verified, or 130 where it was interrupted.
 
@@ -104,11 +100,7 @@ def run(args: Sequence[str], prog: str) -> int:
 
 
 def parser(prog: str) -> OneLineParser:
-    """The options of the command.
-
-    Args:
-        prog: the program's name.
-    """
+    """The options of the command."""
     own = OneLineParser(
         prog=prog,
         description=_DESCRIPTION,
@@ -135,23 +127,7 @@ def parser(prog: str) -> OneLineParser:
     own.add_argument(
         "--json", type=Path, metavar="FILE", help="all that was found, as JSON; - for standard output"
     )
-    own.add_argument(
-        "--base", metavar="CHECKPOINT", help="base of an adapter; default: the one that it names"
-    )
-    own.add_argument(
-        "--config",
-        metavar="NAME",
-        help="folder or name on the hub with the configuration, for a file without",
-    )
-    own.add_argument(
-        "--prefix", metavar="NAME", help="of the tensors' names, where a file has several networks"
-    )
-    own.add_argument("--revision", help="of a model on the hub")
-    own.add_argument(
-        "--trust",
-        action="store_true",
-        help="run code that a checkpoint brings: only for files whose origin you know",
-    )
+    add_opening(own)
     return own
 
 
@@ -222,14 +198,14 @@ def _inputs(model: "nn.Module", ids: "Tensor | None", title: str) -> dict[str, A
     if batch is None:
         why = "none is known for its forward" if error is None else f"its forward raises: {one_line(error)}"
         raise BadInput(
-            f"expected a model that runs on text, images or sound, got {title} ({type(model).__name__}; {why}): "
-            "call lightning_qk.verify(model, batch) with a batch of its own"
+            f"expected a model that runs on text, images or sound, got {title} ({type(model).__name__}; "
+            f"{why}): call lightning_qk.verify(model, batch) with a batch of its own"
         )
     return batch
 
 
 def _described(batch: dict[str, Any], text: str) -> str:
-    """What the model was run on."""
+    """The model's inputs in words."""
     shapes = {name: tuple(value.shape) for name, value in batch.items() if hasattr(value, "shape")}
     shown = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
     return f"{shown} ({text})" if "input_ids" in shapes else shown
@@ -334,7 +310,7 @@ def _print(title: str, facts: dict[str, str], layers: Sequence[Layer]) -> None:
 
 
 def _verdict(layer: Layer) -> str:
-    """One or two words: what is wrong goes first."""
+    """One or two words, the worst first."""
     from lightning_qk.verification.check import Status
 
     if layer.ok:

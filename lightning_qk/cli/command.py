@@ -17,7 +17,7 @@ _PROG = "lightning-qk"
 def _fit_and_kin(args: list[str]) -> int:
     """Run one of the trainer's commands through LightningCLI."""
     if args[1:2] in (["-h"], ["--help"]):
-        from lightning_qk.cli._job_help import job_help
+        from lightning_qk.cli._configs import job_help
 
         print(job_help(args[0], _PROG))
         return 0
@@ -31,7 +31,7 @@ def _fit_and_kin(args: list[str]) -> int:
     try:
         run(args, _PROG)
     except ArgumentError as error:
-        from lightning_qk.cli._parser_errors import explain
+        from lightning_qk.cli._arguments import explain
 
         return _fail(explain(error, args[0], _PROG), 2)
     return 0
@@ -40,7 +40,7 @@ def _fit_and_kin(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     """Make the report again from a run's record."""
     options = report_parser().parse(args[1:])
-    from lightning_qk.inspect.errors import BadInput, one_line
+    from lightning_qk.inspect.documents import BadInput, one_line
     from lightning_qk.inspect.export import check_targets
 
     try:
@@ -96,7 +96,7 @@ def _report(args: list[str]) -> int:
         raise BadInput(
             f"expected a record that a monitor wrote, got {options.record}, of which no page can be made "
             f"({type(error).__name__}: {one_line(error)}): pass another, or report this with what "
-            f"--traceback shows"
+            "--traceback shows"
         ) from error
     return 0
 
@@ -107,8 +107,8 @@ def report_parser() -> OneLineParser:
 
     parser = OneLineParser(
         prog=f"{_PROG} report",
-        description="Print the health of every attention layer of a run, and make its HTML report again, from the "
-        "record that the monitors leave in the run's log folder.",
+        description="Print the health of every attention layer of a run, and make its HTML report again, "
+        "from the record that the monitors leave in the run's log folder.",
         epilog=f"example: {_PROG} report runs/quickstart/csv/version_0/lightning_qk_record.safetensors",
     )
     parser.add_argument(
@@ -216,10 +216,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
         _report,
     ),
     "configs": ("list or print the ready configs: lightning-qk configs quickstart > job.yaml", _configs),
-    "completion": (
-        "print completions for bash, zsh or fish: lightning-qk completion bash",
-        _completion,
-    ),
+    "completion": ("print completions for bash, zsh or fish: lightning-qk completion bash", _completion),
     "wandb-workspace": (
         "make a W&B workspace of attention's health: lightning-qk wandb-workspace my-team/my-project",
         _wandb_workspace,
@@ -230,7 +227,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command.
 
-    What the user can mend is told in one line. ``--traceback``, or ``LIGHTNING_QK_TRACEBACK=1`` in the
+    Errors that the user can correct take one line. ``--traceback``, or ``LIGHTNING_QK_TRACEBACK=1`` in the
     environment, shows where it comes from.
 
     Args:
@@ -313,7 +310,7 @@ def _one_line(text: str) -> str:
 
 
 def _can_be_mended(error: Exception) -> bool:
-    """Whether an error speaks of the user's input rather than of a fault in a program."""
+    """Whether an error is about the user's input rather than a fault in a program."""
     modules = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     names = {kind.__name__ for kind in type(error).__mro__}
     return (
@@ -338,5 +335,5 @@ def _mend(error: Exception) -> str:
     return text
 
 
-# What a class of ours says about its arguments.
+# Our own messages about arguments.
 _OUR_REASON = re.compile(r"^\s*-? ?(?P<reason>expected [^\n]+)$", re.MULTILINE)

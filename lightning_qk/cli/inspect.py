@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.cli._arguments import OneLineParser, add_opening, flag
+from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
-    from lightning_qk.inspect.conditions import Condition
+    from lightning_qk.inspect.export import Condition
     from lightning_qk.inspect.read import Reading
     from lightning_qk.inspect.sources import Checkpoint
 
@@ -49,10 +49,6 @@ examples:
 def run(args: Sequence[str], prog: str) -> int:
     """Run the command.
 
-    Args:
-        args: what follows the command's name.
-        prog: the program's name.
-
     Returns:
         The exit status: 0, 1 where a condition of ``--fail-on`` holds, or 130 where it was interrupted.
 
@@ -66,7 +62,7 @@ def run(args: Sequence[str], prog: str) -> int:
         print(f"{prog}: interrupted; nothing is written", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Who read the output has seen enough.
+        # The reader of the pipe has closed it.
         sys.stderr.close()
         return 0
     except BadInput:
@@ -82,8 +78,8 @@ def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
     series = len(options.checkpoints) == 1
     if options.html is not None and not series and not options.compare:
         raise BadInput(
-            "expected one checkpoint, or one folder of them, with --html, got several: add --compare to see them "
-            "side by side"
+            "expected one checkpoint, or one folder of them, with --html, got several: add --compare to see "
+            "them side by side"
         )
     if [str(options.json), str(options.csv)].count("-") > 1:
         raise BadInput("expected standard output for one of --json and --csv, got it for both: name a file")
@@ -107,23 +103,15 @@ def _parser(prog: str) -> OneLineParser:
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="folder, file or name on the hub"
     )
     shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--per-head", action="store_true", help="one line a head instead of one a layer")
-    shown.add_argument(
+    flag(shown, "--per-head", "one line a head instead of one a layer")
+    flag(
+        shown,
         "--compare",
-        action="store_true",
-        help="what each further checkpoint has more of than the first, layer by layer; of one folder of "
+        "what each further checkpoint has more of than the first, layer by layer; of one folder of "
         "checkpoints, the newest than the oldest",
     )
-    shown.add_argument(
-        "--moments-only",
-        action="store_true",
-        help="leave out eigenvalues and singular values, which take the longest",
-    )
-    shown.add_argument(
-        "--fold-norm",
-        action="store_true",
-        help="multiply the weights by the gain of the norm that feeds the layer",
-    )
+    flag(shown, "--moments-only", "leave out eigenvalues and singular values, which take the longest")
+    flag(shown, "--fold-norm", "multiply the weights by the gain of the norm that feeds the layer")
     shown.add_argument(
         "--support",
         choices=("model", "head"),
@@ -165,37 +153,22 @@ def _parser(prog: str) -> OneLineParser:
         "--batches", type=int, default=4, metavar="N", help="batches of 4 sequences (default: 4)"
     )
     opened = parser.add_argument_group("how it is opened")
-    opened.add_argument(
-        "--base", metavar="CHECKPOINT", help="base of an adapter; default: the one that it names"
-    )
-    opened.add_argument(
-        "--config",
-        metavar="NAME",
-        help="folder or name on the hub with the configuration, where a file holds none",
-    )
-    opened.add_argument(
-        "--prefix",
-        metavar="NAME",
-        help="of the tensors' names, where a file holds several networks, such as teacher",
-    )
-    opened.add_argument("--revision", help="of a model on the hub")
-    opened.add_argument(
-        "--series",
-        action="store_true",
-        help="read the checkpoints in a folder that also holds a model itself",
-    )
-    opened.add_argument(
-        "--trust",
-        action="store_true",
-        help="run code that a checkpoint brings: only for files whose origin you know",
-    )
+    add_opening(opened)
+    flag(opened, "--series", "read the checkpoints in a folder that also holds a model itself")
     return parser
 
 
 def _run(options: argparse.Namespace, prog: str) -> int:
-    # Before the rest, lest a misspelling take seconds to be told.
-    from lightning_qk.inspect.conditions import parse_condition
-    from lightning_qk.inspect.export import as_csv, as_json, check_targets, difference, write_html, write_text
+    # Before slow imports, so that a misspelling is reported at once.
+    from lightning_qk.inspect.export import (
+        as_csv,
+        as_json,
+        check_targets,
+        difference,
+        parse_condition,
+        write_html,
+        write_text,
+    )
 
     conditions = [parse_condition(text) for text in options.fail_on]
     check_targets([options.json, options.csv, options.html])
@@ -221,7 +194,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what libraries say of models that are trained or run."""
+    """Silences warnings of libraries about models that are trained or run."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -260,7 +233,7 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
 
 @contextmanager
 def naming(target: str) -> Iterator[None]:
-    """What a damaged or hostile checkpoint brings about unforeseen is told in a sentence that names it."""
+    """Turns unforeseen errors of a damaged or hostile checkpoint into one sentence that names it."""
     try:
         yield
     except (BadInput, OSError):
@@ -272,8 +245,7 @@ def naming(target: str) -> Iterator[None]:
     except Exception as error:
         raise BadInput(
             f"expected a checkpoint that can be read, got {target} ({type(error).__name__}: "
-            f"{one_line(error)}): save it "
-            "again, or report this with what --traceback shows"
+            f"{one_line(error)}): save it again, or report this with what --traceback shows"
         ) from error
 
 
@@ -311,7 +283,7 @@ def _read(checkpoint: "Checkpoint", options: argparse.Namespace, progress: Any, 
 
 
 def _pairs(sources: "list[list[Reading]]") -> "list[tuple[Reading, Reading]]":
-    """What is compared with what."""
+    """Pairs of readings to compare."""
     from lightning_qk.inspect.read import check_same_layers
 
     readings = sources[0] if len(sources) == 1 else [source[-1] for source in sources]
@@ -326,7 +298,7 @@ def _pairs(sources: "list[list[Reading]]") -> "list[tuple[Reading, Reading]]":
 
 def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> list[str]:
     """The conditions that hold, as sentences."""
-    from lightning_qk.inspect.conditions import check_condition, logged_values
+    from lightning_qk.inspect.export import check_condition, logged_values
     from lightning_qk.record.verdicts import format_value
 
     lines: list[str] = []

@@ -11,10 +11,6 @@ from lightning_qk.loggers.workspace import NAME, build_workspace, workspace_json
 def run(args: list[str], prog: str) -> int:
     """Make a workspace in a project of W&B's, or show what would be made.
 
-    Args:
-        args: the command line without the command's name.
-        prog: name of the command, for the help.
-
     Returns:
         The exit status: 0, 1 where W&B did not take it, 2 for a wrong command line.
     """
@@ -49,15 +45,11 @@ def run(args: list[str], prog: str) -> int:
 
 
 def parser(prog: str) -> OneLineParser:
-    """The options of ``lightning-qk wandb-workspace``.
-
-    Args:
-        prog: name of the command, for the help.
-    """
+    """The options of ``lightning-qk wandb-workspace``."""
     own = OneLineParser(
         prog=prog,
-        description="Make a workspace in a W&B project: charts of attention's health first, heatmaps, layers, "
-        "then the rest of what the callbacks log. Whatever else the project logs follows below them.",
+        description="Make a workspace in a W&B project: charts of attention's health first, heatmaps, "
+        "layers, then the rest of what the callbacks log. Whatever else the project logs follows below them.",
         epilog=f"example: {prog} my-team/my-project; needs the package wandb-workspaces, "
         'pip install "lightning-qk[wandb]", and `wandb login` to save',
     )

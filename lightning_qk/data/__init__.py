@@ -9,12 +9,7 @@ if TYPE_CHECKING:
     from lightning_qk.data.text import TextDataModule
     from lightning_qk.data.tokenizers import byte_tokenizer
 
-__all__ = [
-    "TextDataModule",
-    "byte_tokenizer",
-    "stdlib_snippets",
-    "stdlib_texts",
-]
+__all__ = ["TextDataModule", "byte_tokenizer", "stdlib_snippets", "stdlib_texts"]
 
 __getattr__, __dir__ = lazy(
     __name__,

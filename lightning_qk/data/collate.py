@@ -3,10 +3,13 @@
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
@@ -89,7 +92,7 @@ class PaddingCollator:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                f"expected a tokenizer with a pad token for the task sequence_classification, got "
+                "expected a tokenizer with a pad token for the task sequence_classification, got "
                 f"{tokenizer.name_or_path!r} without one: set tokenizer.pad_token and save it again"
             )
         from transformers import DataCollatorWithPadding
@@ -99,3 +102,42 @@ class PaddingCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad rows to ``input_ids`` and ``attention_mask`` ``(batch, length)``; ``labels`` ``(batch,)``."""
         return dict(self._pad(rows))
+
+
+def pack(tokens: NDArray[np.int32], block_size: int) -> NDArray[np.int32]:
+    """Cut a stream of tokens into blocks. Only the tail that fills no block is dropped.
+
+    Args:
+        tokens: shape ``(tokens,)``, all documents one after the other.
+        block_size: tokens a block, at least 1.
+
+    Returns:
+        Shape ``(tokens // block_size, block_size)``.
+    """
+    blocks = len(tokens) // block_size
+    return tokens[: blocks * block_size].reshape(blocks, block_size)
+
+
+def token_stream(tokenized: "Dataset", column: str = "input_ids") -> NDArray[np.int32]:
+    """All documents of a tokenized data set one after the other, shape ``(tokens,)``.
+
+    Args:
+        tokenized: rows with a list of token numbers each.
+        column: where they are.
+    """
+    chunks = tokenized.with_format("arrow")[:][column].chunks if len(tokenized) else []
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False) for chunk in chunks]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+
+
+def block_dataset(blocks: NDArray[np.int32]) -> "Dataset":
+    """Blocks as a data set with the column ``input_ids``.
+
+    Args:
+        blocks: shape ``(blocks, block_size)``.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    values: Any = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), blocks.shape[1])
+    return Dataset(pa.table({"input_ids": values}))

@@ -46,8 +46,8 @@ def stdlib_files(root: Path | None = None) -> list[Path]:
     }
     if not files:
         raise ValueError(
-            f"expected the .py files of the standard library in {root}, found none: "
-            "use another Python, or pass files as source"
+            f"expected the .py files of the standard library in {root}, found none: use another Python, or "
+            "pass files as source"
         )
     return [files[name] for name in sorted(files, key=_scatter)]
 

@@ -13,9 +13,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_qk.data.labels import encode_labels, label_names, stratified_split
-from lightning_qk.data.packing import block_dataset, pack, token_stream
-from lightning_qk.data.sources import check_files, looks_like_file, read_dataset, read_files, require_column
+from lightning_qk.data.collate import block_dataset, pack, token_stream
+from lightning_qk.data.sources import (
+    check_files,
+    encode_labels,
+    label_names,
+    looks_like_file,
+    read_dataset,
+    read_files,
+    require_column,
+    stratified_split,
+)
 from lightning_qk.data.tokenizers import end_token, load_tokenizer, word_tokenizer
 from lightning_qk.tasks import TEXT_TASKS, check_task
 
@@ -36,7 +44,7 @@ class TextDataModule(pl.LightningDataModule):
     ``sequence_classification`` each row is one text, padded to the longest of its batch.
 
     The result is kept on disk under a key of everything that it depends on, so that a second run does not
-    tokenize again. After :meth:`setup`, ``tokenizer`` and ``label_names`` tell a model what it has to fit.
+    tokenize again. After :meth:`setup`, ``tokenizer`` and ``label_names`` describe what a model has to fit.
 
     Args:
         source: ``"stdlib"``: the Python standard library (for classification: functions, labelled by their
@@ -182,11 +190,7 @@ class TextDataModule(pl.LightningDataModule):
         self._entry()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the data that :meth:`prepare_data` left; Lightning calls it on every process.
-
-        Args:
-            stage: makes no difference.
-        """
+        """Open the data that :meth:`prepare_data` left; Lightning calls it on every process."""
         self._follow_the_model()
         if self._splits is not None:
             return

@@ -1,7 +1,6 @@
 """Pure tensor functions: spectra of heads, signal propagation, statistics of attention. Imports torch alone."""
 
-from lightning_qk.functional.attention import attention_statistics, logit_statistics
-from lightning_qk.functional.circle_law import circle_law_radius, circle_law_share
+from lightning_qk.functional.attention import attention_on_keys, attention_statistics, logit_statistics
 from lightning_qk.functional.entropy import (
     attention_entropy,
     diagonal_prior,
@@ -12,24 +11,24 @@ from lightning_qk.functional.entropy import (
 from lightning_qk.functional.hard_attention import hard_attention
 from lightning_qk.functional.hidden import hidden_statistics
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions
-from lightning_qk.functional.marked import attention_on_keys
 from lightning_qk.functional.max_logits import max_logits
 from lightning_qk.functional.position import positional_share
-from lightning_qk.functional.profile import linear_share_profile
 from lightning_qk.functional.propagation import (
     exact_signal_propagation_probability,
+    linear_share_profile,
     signal_propagation_probability,
 )
 from lightning_qk.functional.ranks import kendall_tau
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.functional.singular import (
-    effective_rank,
-    energy_concentration,
-    entropy_floor,
-    update_ratio,
-)
+from lightning_qk.functional.singular import effective_rank, energy_concentration, entropy_floor, update_ratio
 from lightning_qk.functional.sinks import sink_statistics
-from lightning_qk.functional.spectrum import qk_eigenvalues, qk_moments, qk_singular_values
+from lightning_qk.functional.spectrum import (
+    circle_law_radius,
+    circle_law_share,
+    qk_eigenvalues,
+    qk_moments,
+    qk_singular_values,
+)
 
 __all__ = [
     "AttentionLogits",

@@ -8,19 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.logits import MASKED_BELOW, AttentionLogits, ProductLogits
+from lightning_qk.functional.chunks import MASKED_BELOW
+from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.
 _MAX_D_HEAD = 256
 # Float32 holds squares of logits between these. Beyond them, and for what keys receive in half precisions beyond
-# the last, where the logits' own rounding decides, numbers become NaN: to look at the size would be to wait.
+# the last, where the logits' own rounding decides, numbers become NaN: checking the size would synchronize.
 _SMALLEST, _LARGEST, _LARGEST_HALF = 1e-15, 1e18, 1e5
 _broken: set[torch.device] = set()
 
 
 class Collected(NamedTuple):
-    """What the rows of a call come to, before it is averaged.
+    """Statistics of the rows of a call, before averaging.
 
     Attributes:
         values: each statistic of each row, shape ``(len(ROW_STATISTICS), batch, heads, rows)``.
@@ -50,7 +51,7 @@ class Blocks(NamedTuple):
 
 def kernel_rows(source: AttentionLogits, used: Tensor, index: Tensor | None) -> Collected | None:
     """The rows of a call by a kernel; None where no kernel fits: on the CPU, without triton, in float64, with a
-    mask that is a function, or of logits that are at hand. If the kernel cannot be built, a warning says why,
+    mask that is a function, or of given logits. If the kernel cannot be built, a warning says why,
     once, and None is returned.
 
     Args:
@@ -75,8 +76,8 @@ def kernel_rows(source: AttentionLogits, used: Tensor, index: Tensor | None) -> 
         reason = (str(error).strip() or "no message").splitlines()[-1]
         warnings.warn(
             f"attention statistics on {device} go on without their Triton kernel, slower and with the same "
-            f"results, since it could not be run ({type(error).__name__}: {reason}): "
-            "triton >= 3.2 and a C compiler are what it takes",
+            f"results, since it could not be run ({type(error).__name__}: {reason}): triton >= 3.2 and a C "
+            "compiler are what it takes",
             stacklevel=2,
         )
         return None
@@ -105,7 +106,7 @@ def blocks(dtype: torch.dtype, d_head: int, device: torch.device) -> tuple[Block
     wide = d_head > 128
     if dtype == torch.float32:  # without tensor cores: small tiles, for the registers of the products
         return Blocks(32, 32, 4, 2), Blocks(16, 32, 8, 1) if wide else Blocks(32, 32, 8, 2)
-    # A100, H100, B200 and their kin have 160 KiB of shared memory and more, other GPUs 64 to 99 KiB.
+    # A100, H100, B200 and the like have 160 KiB of shared memory and more, other GPUs 64 to 99 KiB.
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     if capability not in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3)):
         return (Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)) if wide else (Blocks(64, 64, 4, 2),) * 2
@@ -122,14 +123,9 @@ def launch(
     every: bool,
     shapes: tuple[Blocks, Blocks] | None = None,
 ) -> Collected:
-    """Run the kernels, whatever the device; the arguments are those of :func:`kernel_rows`.
+    """Run the kernels on any device, with the arguments of :func:`kernel_rows`.
 
-    Args:
-        source: a call that :func:`fits`.
-        used: rows that count, ``(batch, rows)``.
-        index: which rows these are; None for all.
-        every: ``used`` is known to be all True.
-        shapes: instead of those of :func:`blocks`.
+    ``every``: ``used`` is known to be all True; ``shapes``: in place of those of :func:`blocks`.
     """
     from lightning_qk.functional import _triton
 

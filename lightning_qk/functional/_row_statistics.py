@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._kernel import Collected
-from lightning_qk.functional.logits import AttentionLogits, Chunk, hide
+from lightning_qk.functional.chunks import Chunk, hide
+from lightning_qk.functional.logits import AttentionLogits
 
 ROW_STATISTICS = (
     "entropy",
@@ -133,7 +134,7 @@ def _row_statistics(chunk: Chunk, keep: Tensor, buffers: Sequence[Tensor]) -> _R
     outcomes = keys
     learnt = torch.zeros_like(partition)
     if sinks is not None:
-        # Relative to the larger of the two, lest the sink's own weight overflow.
+        # Relative to the larger of the two, so that the sink's own weight does not overflow.
         sink = sinks - top
         lower = torch.where(sink > 0, (-sink).exp(), 1.0)
         learnt = torch.where(sink > 0, 1.0, sink.exp())

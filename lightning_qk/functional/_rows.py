@@ -3,14 +3,8 @@
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.logits import (
-    AttentionLogits,
-    Chunk,
-    check_rows,
-    hide,
-    sample_rows,
-    take_rows,
-)
+from lightning_qk.functional.chunks import Chunk, check_rows, hide, sample_rows, take_rows
+from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.precision import norms
 
 # A key's mean over rows counts when it is seen by at least this share of the rows that see the most-seen key.
@@ -18,7 +12,7 @@ _MIN_SEEN = 0.25
 
 
 class Selection:
-    """The rows of a call that are measured; padding holds 0 from here on, whatever it held.
+    """The rows of a call that are measured; padding is set to 0.
 
     Args:
         logits: the call.
@@ -55,15 +49,15 @@ class Selection:
 
     @property
     def count(self) -> int:
-        """How many rows of each sequence are looked at."""
+        """Number of selected rows of each sequence."""
         return self.used.shape[1]
 
     def part(self, rows: slice) -> slice | Tensor:
-        """Some of the rows that are looked at, as :meth:`AttentionLogits.chunk` takes them."""
+        """Some of the selected rows, as :meth:`AttentionLogits.chunk` takes them."""
         return rows if self.index is None else self.index[:, rows]
 
     def weights(self) -> Tensor:
-        """Of how many rows of its sequence each row that is looked at stands for one, ``(batch, 1)``."""
+        """Number of valid rows for each selected row of its sequence, ``(batch, 1)``."""
         return self.valid.sum(1, keepdim=True) / self.used.sum(1, keepdim=True).clamp_min(1)
 
 

@@ -39,7 +39,7 @@ class Softmax(NamedTuple):
     log_sink: Tensor | None
 
     def hide(self, tensor: Tensor) -> Tensor:
-        """Zeros where a key is hidden, in place; of a tensor of the probabilities' shape."""
+        """Sets a tensor of the probabilities' shape to zero where a key is hidden, in place."""
         if self.shown is not None:
             tensor[..., self.edge :].mul_(self.shown)
         return tensor
@@ -74,7 +74,7 @@ class RowMeasure(ABC):
         """Derivatives of the values. Rows without one may hold anything."""
 
     def with_prior(self, prior: Tensor | None) -> "RowMeasure":
-        """The same with the tensor of the prior given anew."""
+        """The same measure with another tensor as its prior."""
         return self
 
 
@@ -88,7 +88,7 @@ def softmax_rows(logits: ProductLogits, rows: slice, buffer: Tensor) -> Softmax:
     top = x.amax(-1)
     if chunk.sinks is not None:
         top = torch.maximum(top, chunk.sinks)
-    # A row that sees nothing has no maximum; its values are never used.
+    # A row that sees no key has no maximum; its values are never used.
     top = torch.where(top == -torch.inf, 0.0, top)
     x -= top[..., None]
     p = x.exp()
@@ -115,12 +115,7 @@ def softmax_rows(logits: ProductLogits, rows: slice, buffer: Tensor) -> Softmax:
 
 
 def row_values(logits: ProductLogits, valid: Tensor, measure: RowMeasure) -> tuple[Tensor, Tensor]:
-    """A measure of every row, differentiable.
-
-    Args:
-        logits: the call, checked; tensors as they came.
-        valid: rows that count, ``(batch, n)``.
-        measure: what is computed.
+    """A measure of every row, differentiable; ``valid``: rows that count, ``(batch, n)``.
 
     Returns:
         Values ``(batch, heads, n)``, 0 where a row has none, and which rows have one, boolean of that shape.

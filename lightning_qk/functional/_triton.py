@@ -349,7 +349,7 @@ def rows_kernel(
     partition = part
     outcomes = count
     if SINKS:
-        # Relative to the larger of the two, lest the sink's own weight overflow.
+        # Relative to the larger of the two, so that the sink's own weight does not overflow.
         sink = tl.load(sinks + h) - highest
         lower = tl.where(sink > 0, tl.exp(-tl.maximum(sink, 0.0)), 1.0)
         learnt = tl.where(sink > 0, 1.0, tl.exp(tl.minimum(sink, 0.0)))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_qk.functional._kernel import Collected, kernel_rows
 from lightning_qk.functional._row_statistics import EXTREMES, ROW_STATISTICS, collect_rows
-from lightning_qk.functional._rows import Selection, eligible_keys, key_norm_sums, query_norms
-from lightning_qk.functional.checks import boolean
+from lightning_qk.functional._rows import Selection, eligible_keys, key_norm_sums, probabilities, query_norms
+from lightning_qk.functional.checks import boolean, dense
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_logits
 from lightning_qk.functional.precision import full_precision
 
@@ -27,7 +27,7 @@ MEAN_STATISTICS = (*ROW_STATISTICS, "query_norm", "sink_rate", "key_norm")
 """Statistics that are means, with a standard error when rows are sampled."""
 
 POSITION_STATISTICS = ("distance", "distance_spread", "diagonal")
-"""Statistics that need to know where a row's query stands among the keys."""
+"""Statistics that need the position of a row's query among the keys."""
 
 STATISTICS = (*MEAN_STATISTICS, *EXTREMES)
 
@@ -40,7 +40,7 @@ class AttentionSums(NamedTuple):
 
     Attributes:
         total: weighted sums, shape ``(len(MEAN_STATISTICS), batch, heads)``.
-        weight: number of rows that each sum stands for (of sequences for ``sink_rate``, of keys for
+        weight: number of rows in each sum (of sequences for ``sink_rate``, of keys for
             ``key_norm``), same shape.
         variance: sampling variance of ``total``, same shape; 0 where every row was used.
         maximum: shape ``(len(EXTREMES), batch, heads)``; −inf for a sequence without valid rows.
@@ -95,12 +95,10 @@ def attention_statistics(
     max_prob.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         rows: how many query rows to sample in each sequence; None for all.
-        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``,
-            means over all rows of the batch.
+        per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
         generator: where sampled rows are drawn from; None is torch's global generator.
         options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
 
@@ -125,10 +123,7 @@ def attention_statistics(
     logits = as_logits(query, key, options)
     sums = attention_sums(logits, rows=rows, generator=generator)
     return means(
-        sums,
-        per_sequence=per_sequence,
-        standard_errors=rows is not None,
-        has_sinks=logits.sinks is not None,
+        sums, per_sequence=per_sequence, standard_errors=rows is not None, has_sinks=logits.sinks is not None
     )
 
 
@@ -144,35 +139,28 @@ def logit_statistics(
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """The statistics of :func:`attention_statistics`, from the very logits that a softmax gets.
+    """The statistics of :func:`attention_statistics`, from the logits that a softmax gets.
 
-    Without queries and keys, query_norm and key_norm are NaN.
-
-    For attention whose logits are more than a scaled ``q · k``, or are at hand anyway: what is added to them,
-    masks included, is in them. A key is hidden from a row where the logit is −9000 or below, as of the masks that
-    :func:`attention_statistics` adds: −inf, the smallest number of a dtype, −1e4 and −1e9 hide; −100 does not, and
-    its key counts among the row's visible ones with a probability that is as good as 0.
+    For attention whose logits are more than a scaled ``q · k``: whatever is added to them, masks included, is part
+    of them. Without queries and keys, query_norm and key_norm are NaN.
 
     Args:
-        logits: shape ``(batch, heads, n, m)``, floating; the last axis is the softmax's.
-        rows: how many query rows to sample in each sequence; None for all.
+        logits: ``(batch, heads, n, m)``, as for :meth:`AttentionLogits.given`, like ``query_mask``,
+            ``query_offset``, ``self_attention``, ``relative`` and ``sinks``.
+        rows: as in :func:`attention_statistics`, like ``per_sequence`` and ``generator``.
         query_mask: rows to count, boolean ``(batch, n)``.
-        query_offset: position of the first query on the axis of the keys; None where queries have no place
-            among the keys: distance, distance_spread and diagonal are NaN then.
-        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding
-            and its own row is left out. None: when ``n == m``.
-        sinks: learnt extra logit in the softmax's denominator, broadcastable to ``(batch, heads, n)``.
-        relative: each row's logits are known up to a constant (its maximum was subtracted, say): max_logit and
-            max_abs_logit are NaN then. The others do not depend on it.
-        per_sequence: return ``(batch, heads)``, means over the rows of each sequence, instead of ``(heads,)``.
-        generator: where sampled rows are drawn from; None is torch's global generator.
+        query_offset: position of the first query; None: distance, distance_spread and diagonal are NaN.
+        self_attention: queries and keys are the same tokens; None: when ``n == m``.
+        sinks: learnt extra logits, broadcastable to ``(batch, heads, n)``.
+        relative: rows are known up to a constant: max_logit and max_abs_logit are NaN.
+        per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
+        generator: where sampled rows are drawn from.
 
     Returns:
         As :func:`attention_statistics`, in float32 at least.
 
     Raises:
-        ValueError: no floating tensor of four axes, ``query_mask`` or ``sinks`` of another shape, or ``rows``
-            below 1.
+        ValueError: as both.
     """
     given = AttentionLogits.given(
         logits,
@@ -251,14 +239,10 @@ def _pool(
     query_norm: Tensor | None = None,
     key_norm: tuple[Tensor, Tensor] | None = None,
 ) -> AttentionSums:
-    """Sums over the rows, each of them standing for population / sampled rows of its sequence.
+    """Sums over the rows, each weighted by population / sampled rows of its sequence.
 
-    Args:
-        rows: what was collected of the rows that were looked at.
-        valid: rows that count, ``(batch, n)``.
-        used: which of those looked at count, ``(batch, rows)``.
-        query_norm: of these rows, ``(batch, heads, rows)``; None where there are no queries.
-        key_norm: sum over the keys and their number, ``(batch, heads)``; None where there are no keys.
+    ``valid``: rows that count, ``(batch, n)``; ``used``: the same of the selected rows. ``query_norm``, ``(batch,
+    heads, rows)``, and ``key_norm``, sum and number ``(batch, heads)``, are None without queries and keys.
     """
     values, counted, maximum, received, received_sq, seen = rows
     dtype, device = values.dtype, values.device
@@ -274,14 +258,14 @@ def _pool(
     row_total, row_weight = values.sum(-1), here.sum(-1)
     centre = row_total / row_weight.clamp_min(1)
     squares = (here * (values - centre[..., None]).square()).sum(-1)
-    # Variance of an estimated total: N² (1 − R/N) s² / R. One sampled row of many says nothing about spread.
+    # Variance of an estimated total: N² (1 − R/N) s² / R. One sampled row has no variance.
     spread = squares / (sampled - 1)[:, None]
     finite_population = population.square() * (1 - sampled / population.clamp_min(1)) / sampled.clamp_min(1)
     variance = torch.where((sampled < population)[:, None], finite_population[:, None] * spread, 0.0)
 
     rate, rate_variance = _sink_rate(received, received_sq, seen, (sampled < population)[:, None])
     has_rows = (sampled > 0)[:, None].expand_as(rate).to(dtype)
-    # All keys are looked at, so that their mean has no sampling variance.
+    # All keys are used, so that their mean has no sampling variance.
     key_total, key_number = (torch.zeros_like(rate),) * 2 if key_norm is None else key_norm
     return AttentionSums(
         total=torch.stack([*(row_total * scale), rate * has_rows, key_total.to(dtype) * has_rows]),
@@ -307,3 +291,96 @@ def _sink_rate(
     above = torch.special.ndtr((mean - SINK_ATTENTION) / variance.sqrt())
     doubt = (above * (1 - above) * eligible).sum(-1) / number.square()
     return rate.to(mean.dtype), torch.where(is_sampled, doubt, torch.zeros_like(doubt)).to(mean.dtype)
+
+
+class MeanSums(NamedTuple):
+    """Totals and what they are divided by: added over sequences, calls and ranks, they give pooled means.
+
+    Attributes:
+        total: shape ``(statistics, batch, heads)``.
+        weight: same shape; 0 where nothing was counted.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    def means(self, *, per_sequence: bool) -> Tensor:
+        """Shape ``(statistics, batch, heads)``, or ``(statistics, heads)`` over the sequences; NaN of nothing."""
+        if per_sequence:
+            return self.total / self.weight
+        return self.total.sum(1) / self.weight.sum(1)
+
+
+@torch.no_grad()
+def attention_on_keys(
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    marked: Tensor | None = None,
+    *,
+    rows: int | None = None,
+    per_sequence: bool = False,
+    generator: torch.Generator | None = None,
+    **options: Unpack[AttentionOptions],
+) -> dict[str, Tensor]:
+    r"""Attention that goes to marked keys, mean over query rows; never a whole n × n map.
+
+    With marks on tokens known to be irrelevant it is the irrelevant mass after arXiv 2007.04862 [S; form R]: a
+    head that ignores noise has a mass far below that of uniform attention, which is given beside it. Rows of
+    marked tokens count like all others unless ``query_mask`` leaves them out.
+
+    Args:
+        query: ``(batch, heads, n, d_head)``; or an :class:`AttentionLogits` and ``marked=``.
+        key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
+        marked: the keys in question, boolean, ``(batch, m)`` or ``(m,)``.
+        rows: how many query rows to sample in each sequence; None for all.
+        per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
+        generator: where sampled rows are drawn from; None is torch's global generator.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
+
+    Returns:
+        ``mass``, the attention on marked keys, and ``uniform``, the share of the visible keys that are marked:
+        what attention that is uniform over the keys would give. Both ``(heads,)`` or ``(batch, heads)``, float32
+        or float64 as the logits; NaN where no row counts.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask of another form, marks that are not boolean, or ``rows`` below
+            1.
+
+    Example:
+        >>> query, key = torch.randn(2, 1, 4, 10, 8).unbind()
+        >>> noise = torch.arange(10) >= 6
+        >>> attention_on_keys(query, key, noise)["uniform"]
+        tensor([0.4000, 0.4000, 0.4000, 0.4000])
+    """
+    boolean(per_sequence, "per_sequence")
+    logits = as_logits(query, key, options)
+    batch, heads, _, m = logits.shape
+    marked = dense(marked, "marked")
+    if marked.dtype != torch.bool or tuple(marked.shape) not in ((m,), (batch, m)):
+        raise ValueError(
+            f"expected boolean marks of shape (batch, m) = {(batch, m)} or (m,), got {marked.dtype} of shape "
+            f"{tuple(marked.shape)}: mark every key with True or False"
+        )
+    with full_precision(logits.device):
+        selection = Selection(logits, rows=rows, generator=generator)
+        source = selection.logits.in_range()
+        marks = marked.to(source.device, source.dtype).expand(batch, m)[:, None, :, None]
+        total = torch.zeros(2, batch, heads, dtype=source.dtype, device=source.device)
+        weight = torch.zeros_like(total)
+        for part in source.chunks(selection.count):
+            chunk = source.chunk(selection.part(part), source.buffer(part.stop - part.start))
+            here = marks[:, :, : chunk.logits.shape[-1]]
+            edge = here.shape[2] if chunk.shown is None else chunk.edge
+            number = here[:, :, :edge].sum(2)
+            if chunk.shown is not None:
+                number = number + (chunk.shown @ here[:, :, edge:]).squeeze(-1)
+            keep = (selection.used[:, None, part] & (chunk.keys > 0)).to(source.dtype)
+            uniform = number / chunk.keys.clamp_min(1)
+            mass = (probabilities(chunk) @ here).squeeze(-1)
+            total[0] += (mass * keep).sum(-1)
+            total[1] += (uniform * keep).sum(-1)
+            weight += keep.sum(-1)
+        scale = selection.weights().to(source.dtype)
+        means = MeanSums(total * scale, weight * scale).means(per_sequence=per_sequence)
+    means = means.to(logits.result_dtype)
+    return {"mass": means[0], "uniform": means[1]}

@@ -1,4 +1,4 @@
-"""Checks of arguments: one sentence that says what was expected, what came, and how to mend it."""
+"""Checks of arguments; errors are one sentence: what was expected, what was given, how to correct it."""
 
 import math
 import operator
@@ -15,7 +15,7 @@ class KindError(TypeError, ValueError):
 
 
 def dense(value: Any, name: str) -> Tensor:
-    """Any tensor that holds its values, one after the other.
+    """Raises unless a tensor is dense and holds values; returns it.
 
     Raises:
         KindError: no tensor, or one that is sparse, nested or on the meta device.
@@ -40,9 +40,9 @@ def dense(value: Any, name: str) -> Tensor:
 
 
 def floating(value: Any, name: str) -> Tensor:
-    """A dense tensor of float16, bfloat16, float32 or float64.
+    """Raises unless a tensor is dense, of float16, bfloat16, float32 or float64; returns it.
 
-    Eight-bit floats are refused: what they stand for is theirs times a scale that is kept elsewhere.
+    Eight-bit floats are refused: their values have to be multiplied by a scale that is stored elsewhere.
 
     Raises:
         KindError: as :func:`dense`, or another dtype.
@@ -58,7 +58,7 @@ def floating(value: Any, name: str) -> Tensor:
 
 
 def flags(value: Any, name: str) -> Tensor:
-    """A dense tensor of booleans, or of numbers that are 0 or 1 (looked at on the CPU).
+    """Raises unless a tensor is dense, boolean or of 0 and 1 (checked on the CPU); returns it.
 
     Raises:
         KindError: as :func:`dense`, or a complex or eight-bit floating dtype.
@@ -72,14 +72,14 @@ def flags(value: Any, name: str) -> Tensor:
     known = tensor.dtype == torch.bool or tensor.device.type != "cpu"
     if not known and not bool(((tensor == 0) | (tensor == 1)).all()):
         raise ValueError(
-            f"expected {name} to be boolean or 0 and 1, got other numbers of {tensor.dtype}: of an additive mask "
-            "pass mask == 0"
+            f"expected {name} to be boolean or 0 and 1, got other numbers of {tensor.dtype}: of an additive "
+            "mask pass mask == 0"
         )
     return tensor
 
 
 def one_device(**tensors: Tensor | None) -> None:
-    """Tensors of one device.
+    """Raises unless all tensors are on one device.
 
     Raises:
         ValueError: there are several.
@@ -91,7 +91,7 @@ def one_device(**tensors: Tensor | None) -> None:
 
 
 def integer(value: Any, name: str) -> int:
-    """A Python integer of anything that is one; no bool.
+    """Converts to a Python integer; raises for bool and anything else.
 
     Raises:
         KindError: something else.
@@ -105,7 +105,7 @@ def integer(value: Any, name: str) -> int:
 
 
 def number(value: Any, name: str) -> float:
-    """A finite Python number of a number or a tensor with one element that needs no gradient.
+    """Converts a number, or a tensor of one element without gradient, to a finite float.
 
     Raises:
         KindError: something else, a bool among it.
@@ -134,7 +134,7 @@ def number(value: Any, name: str) -> float:
 
 
 def boolean(value: Any, name: str, *, none: bool = False) -> None:
-    """True or False, or None where that is an answer.
+    """Raises unless the value is True or False, or None where ``none`` allows it.
 
     Raises:
         KindError: something else.
@@ -146,7 +146,7 @@ def boolean(value: Any, name: str, *, none: bool = False) -> None:
 
 
 def generator_of(value: Any) -> None:
-    """A generator of random numbers or None.
+    """Raises unless the value is a generator of random numbers or None.
 
     Raises:
         KindError: something else.

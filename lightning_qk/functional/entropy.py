@@ -33,12 +33,11 @@ def attention_entropy(
     r"""Mean entropy of attention rows, differentiable, in memory linear in the sequence length.
 
     ``H_i = −Σ_j p_ij log p_ij`` over the visible keys, in nats; its gradient by the logits is
-    ``∂H_i/∂ω_ij = −p_ij (log p_ij + H_i)`` (standard). The backward pass computes the logits anew, some rows at
+    ``∂H_i/∂ω_ij = −p_ij (log p_ij + H_i)`` (standard). The backward pass computes the logits again, some rows at
     a time. A learnt sink is one more outcome, as in :func:`attention_statistics`.
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         normalized: divide by ``log n_i``, of the number of visible keys (and the sink); rows with one outcome
             are left out.
@@ -68,13 +67,12 @@ def prior_divergence(
     For row i ``Σ_j π_ij (log π_ij − log p_ij)``, in nats, where π is the prior over the visible keys, divided by
     its sum there: a prior may be unnormalized, and mass on hidden keys counts as none. Rows without mass on a
     visible key are left out. The gradient by the logits is ``p_ij − π_ij``; the backward pass computes the
-    logits anew, some rows at a time. A learnt sink takes probability and has no prior.
+    logits again, some rows at a time. A learnt sink takes probability and has no prior.
 
     Source: grounding priors, arXiv 2205.12616 [S]; the form is our own.
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: ``(batch, kv_heads, m, d_head)``.
         prior: masses of at least 0 (a negative one makes its row NaN): a tensor that broadcasts to ``(batch,
             heads, n, m)``, of any dtype, or a function of index tensors that is evaluated on some rows at a
@@ -94,8 +92,8 @@ def prior_divergence(
         prior = _broadcast_prior(prior, logits.shape)
     elif not callable(prior):
         raise KindError(
-            f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}: pass "
-            "uniform_prior, say"
+            f"expected a prior that is a tensor or a function of index tensors, got {type(prior).__name__}: "
+            "pass uniform_prior, say"
         )
     _check_reduction(reduction)
     return _reduce(*_rows(_Divergence(prior), logits), reduction)
@@ -152,8 +150,8 @@ def _broadcast_prior(prior: Tensor, full: tuple[int, ...]) -> Tensor:
     shape = (1,) * (4 - prior.dim()) + tuple(prior.shape)
     if prior.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
         raise ValueError(
-            f"expected a prior that broadcasts to (batch, heads, n, m) = {full}, got {tuple(prior.shape)}: one a "
-            "sequence, (batch, n, m), becomes prior[:, None]"
+            f"expected a prior that broadcasts to (batch, heads, n, m) = {full}, got {tuple(prior.shape)}: "
+            "one a sequence, (batch, n, m), becomes prior[:, None]"
         )
     return prior.reshape(shape).expand(-1, -1, full[2], full[3])
 
@@ -244,6 +242,6 @@ def _check_function(given: object, softmax: Softmax) -> None:
     if shape is None or len(shape) > 4 or any(have not in (1, want) for have, want in sizes):
         got = type(given).__name__ if shape is None else f"shape {shape}"
         raise ValueError(
-            f"expected the prior's function to return a tensor that broadcasts to (batch, heads, rows, keys) = "
-            f"{full}, got {got}: index with the four tensors together"
+            "expected the prior's function to return a tensor that broadcasts to (batch, heads, rows, keys) "
+            f"= {full}, got {got}: index with the four tensors together"
         )

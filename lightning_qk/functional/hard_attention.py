@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,21 +13,22 @@ from lightning_qk.functional.checks import boolean
 from lightning_qk.functional.logits import (
     AttentionLogits,
     AttentionOptions,
-    MaskFunction,
     ProductLogits,
     as_output,
 )
 from lightning_qk.functional.precision import at_least_float32, full_precision
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def hard_attention(
     query: Tensor | AttentionLogits,
     key: Tensor | None = None,
     value: Tensor | None = None,
-    mask: Tensor | MaskFunction | None = None,
-    scaling: float | None = None,
+    *positional: Any,
     training: bool = True,
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     r"""The value of each row's largest logit, ``o_i = v_j`` with ``j = argmax_j ω_ij`` over the visible keys.
 
@@ -38,14 +40,12 @@ def hard_attention(
     Source: hard retrieval, arXiv 2009.14658 [S].
 
     Args:
-        query: as the attention function gets it, ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` of queries and keys by itself, with ``value=``.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: ``(batch, kv_heads, m, d_head)``.
         value: ``(batch, kv_heads, m, d_value)``.
-        mask: see :class:`~lightning_qk.functional.AttentionOptions`.
-        scaling: likewise.
+        positional: ``mask``, ``scaling`` and ``training`` by place, deprecated.
         training: whether there is a gradient at all.
-        options: the others of :class:`~lightning_qk.functional.AttentionOptions`. Learnt sinks take no part.
+        options: :class:`~lightning_qk.functional.AttentionOptions`. Learnt sinks take no part.
 
     Returns:
         ``(batch, heads, n, d_value)``, of the value's dtype.
@@ -53,11 +53,14 @@ def hard_attention(
     Raises:
         ValueError: shapes that do not fit, or a mask of another form.
     """
-    if mask is not None:
-        options["mask"] = mask
-    if scaling is not None:
-        options["scaling"] = scaling
-    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
+    if positional:
+        names = ("mask", "scaling", "training")[: len(positional)]
+        message = f"pass {', '.join(names)} of hard_attention by name"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        given: Any = dict(zip(names, positional, strict=True))
+        training = given.pop("training", training)
+        options = {**options, **given}
+    logits, value = as_output(query, key, value, options)
     query, key = logits.query, logits.key
     boolean(training, "training")
     added = logits.mask if isinstance(logits.mask, Tensor) else None

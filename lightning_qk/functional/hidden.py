@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional.checks import boolean, dense, flags, floating, generator_of, integer
-from lightning_qk.functional.logits import CHUNK_ELEMENTS, sample_rows
+from lightning_qk.functional.chunks import sample_rows
+from lightning_qk.functional.logits import CHUNK_ELEMENTS
 from lightning_qk.functional.precision import are_safe, at_least_float32, full_precision, norms, scaled
 from lightning_qk.functional.singular import effective_rank
 
@@ -65,7 +66,7 @@ def hidden_statistics(
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    r"""How far the tokens of a layer are from being one, and how large its largest numbers are.
+    r"""Collapse of rank, alignment of tokens and massive activations of a layer's hidden states.
 
     Args:
         states: hidden states, shape ``(batch, n, d)``, any floating dtype.
@@ -146,13 +147,13 @@ def hidden_sums(
     """The additive form of :func:`hidden_statistics`, for accumulation; same arguments, and one more.
 
     Args:
-        states: see :func:`hidden_statistics`.
-        mask: likewise.
-        tokens: likewise.
-        sequences: how many of the batch to look at, drawn without replacement; None for all. Each then stands for
+        states: this, ``mask``, ``tokens`` and ``generator`` as in :func:`hidden_statistics`.
+        mask: tokens that count.
+        tokens: sample size.
+        sequences: how many of the batch to measure, drawn without replacement; None for all. Each then weighs
             ``batch / sequences``, so that sums over calls estimate those of all sequences without bias; maxima
             are lower bounds.
-        generator: likewise.
+        generator: of the samples.
 
     Raises:
         ValueError: as :func:`hidden_statistics`, or ``sequences`` below 1.
@@ -237,15 +238,15 @@ def _check(
         raise ValueError(f"expected tokens to be at least 2, or None for all tokens, got {tokens}")
     if states.dim() != 3:
         raise ValueError(
-            f"expected floating hidden states (batch, n, d), got {states.dtype} of shape {tuple(states.shape)}: "
-            "give them one axis for the tokens and one for the features"
+            f"expected floating hidden states (batch, n, d), got {states.dtype} of shape "
+            f"{tuple(states.shape)}: give them one axis for the tokens and one for the features"
         )
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if dense(mask, "mask").shape != states.shape[:2]:
         raise ValueError(
-            f"expected a mask of shape (batch, n) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}: pass one "
-            "entry a token, such as the batch's attention_mask"
+            f"expected a mask of shape (batch, n) = {tuple(states.shape[:2])}, got {tuple(mask.shape)}: pass "
+            "one entry a token, such as the batch's attention_mask"
         )
     return flags(mask, "mask").to(device=states.device, dtype=torch.bool)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -12,72 +12,30 @@ from torch import Tensor
 
 from lightning_qk.functional.checks import (
     KindError,
-    boolean,
-    dense,
-    flags,
     floating,
-    generator_of,
-    integer,
-    number,
     one_device,
+)
+from lightning_qk.functional.chunks import (
+    MASKED_BELOW,
+    Chunk,
+    MaskFunction,
+    checked_logits,
+    checked_products,
+    take_rows,
 )
 from lightning_qk.functional.precision import at_least_float32, norms
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``mask(batch, head, query, key)``: True where the key is visible, of index tensors that broadcast."""
-
-# Additive masks use -inf, the smallest number of a dtype or round numbers such as -1e4. No bias of a real
-# model comes near: softmax of a pair this far down is 0 in every precision.
-MASKED_BELOW = -9e3
-# What hidden keys are pushed down by, in float32 and in float64: far more than any logit of a call in range (see
-# AttentionLogits.in_range), and finite, so that its product with 0 is 0.
-_FAR = {torch.float32: 1e30, torch.float64: 1e300}
 # Logits whose squares, and sums of them, have all their digits.
 _RANGE = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e140)}
 # Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
 CHUNK_ELEMENTS = 1 << 21
 
 
-class Chunk(NamedTuple):
-    """Logits of some query rows.
-
-    Attributes:
-        logits: shape ``(batch, heads, rows, keys)``; any value where a key is hidden. Keys may end before the
-            last where no row sees the rest.
-        shown: 1 where a key is visible and 0 where not, of the keys from ``edge`` on, shape ``(batch|1,
-            heads|1, rows, keys - edge)``; None when every key is visible. Keys before ``edge`` are visible.
-        edge: how many leading keys every row sees.
-        position: of the rows on the axis of the keys, ``(batch|1, rows)``.
-        sinks: learnt extra logit of each row, ``(batch|1, heads, rows|1)``.
-    """
-
-    logits: Tensor
-    shown: Tensor | None
-    edge: int
-    position: Tensor
-    sinks: Tensor | None = None
-
-    @property
-    def keys(self) -> Tensor:
-        """How many keys each row sees, ``(batch|1, heads|1, rows)``."""
-        if self.shown is None:
-            width = self.logits.shape[-1]
-            return torch.full((1, 1, 1), width, dtype=self.logits.dtype, device=self.logits.device)
-        return self.edge + self.shown.sum(-1)
-
-    @property
-    def first(self) -> Tensor | None:
-        """The first key that each row sees, ``(batch|1, heads|1, rows)``; None: it is the first of all."""
-        if self.shown is None or self.edge > 0:
-            return None
-        return self.shown.argmax(-1)
-
-
 class AttentionOptions(TypedDict, total=False):
-    """What belongs to an attention call beside its query and key; everything may be left out.
+    """Options of an attention call beside its query and key, all optional.
 
     Attributes:
         mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating and
@@ -114,8 +72,7 @@ class Counted(NamedTuple):
 
     Attributes:
         rows: rows that see a key and are no padding, boolean ``(batch, n)``.
-        keys: keys that some row sees, boolean ``(batch, m)``; None where no mask says so: keys that nobody sees
-            hold numbers like all others.
+        keys: keys that some row sees, boolean ``(batch, m)``; None without a mask: unseen keys are finite too.
     """
 
     rows: Tensor
@@ -125,8 +82,8 @@ class Counted(NamedTuple):
 class AttentionLogits(ABC):
     """One attention call, checked: the argument of every function of attention.
 
-    It is made of queries and keys by :meth:`of`, or of logits that are at hand by :meth:`given`. Functions that
-    take ``query, key, **options`` make the first of them; they all take one of these in place of the query too.
+    Made from queries and keys by :meth:`of`, or from logits by :meth:`given`. Functions that take ``query, key,
+    **options`` call the first; all of them accept such an object in place of the query too.
 
     Attributes:
         query_offset: position of the first query on the axis of the keys; None where queries have no place there.
@@ -153,7 +110,7 @@ class AttentionLogits(ABC):
         Raises:
             ValueError: shapes that do not fit, or a mask of another form.
         """
-        return _checked(query, key, **options)
+        return ProductLogits(**checked_products(query, key, **options))
 
     @staticmethod
     def given(
@@ -183,7 +140,9 @@ class AttentionLogits(ABC):
         Raises:
             ValueError: another number of axes, no floating dtype, or a query mask or sinks that do not fit.
         """
-        return _given(logits, query_mask, query_offset, self_attention, relative, sinks)
+        return GivenLogits(
+            **checked_logits(logits, query_mask, query_offset, self_attention, relative, sinks)
+        )
 
     @property
     @abstractmethod
@@ -192,18 +151,23 @@ class AttentionLogits(ABC):
 
     @property
     @abstractmethod
+    def _values(self) -> Tensor:
+        """The tensor whose device and dtype count."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the chunks."""
+        return self._values.dtype
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Of the chunks."""
+        return self._values.device
 
     @property
-    @abstractmethod
     def result_dtype(self) -> torch.dtype:
         """Of statistics: float64 where the call is, else float32."""
+        return torch.float64 if self._values.dtype == torch.float64 else torch.float32
 
     @abstractmethod
     def counted(self) -> Counted:
@@ -215,7 +179,7 @@ class AttentionLogits(ABC):
 
     @abstractmethod
     def without_padding(self, counted: Counted) -> Self:
-        """The same call with zeros in place of what does not count, which may hold anything, NaN included."""
+        """The same call with zeros in place of padding, which may hold anything, NaN included."""
 
     @abstractmethod
     def in_range(self) -> Self:
@@ -240,7 +204,7 @@ class AttentionLogits(ABC):
 
     @abstractmethod
     def finite_heads(self) -> Tensor:
-        """Heads of which no token that counts has a number that is not finite, boolean ``(heads,)``."""
+        """Heads that are finite in all tokens that count, boolean ``(heads,)``."""
 
     @abstractmethod
     def sequences(self, index: slice | Tensor) -> Self:
@@ -301,7 +265,7 @@ class AttentionLogits(ABC):
 def as_logits(
     query: Tensor | AttentionLogits, key: Tensor | None, options: AttentionOptions
 ) -> AttentionLogits:
-    """The call that a function of attention was given, as one object or as its parts.
+    """The call given to a function of attention, as one object or as its parts.
 
     Raises:
         KindError: neither of the two, or both.
@@ -314,7 +278,7 @@ def as_logits(
             f"expected options among {', '.join(known)}, got {unknown[0]!r}: see AttentionOptions"
         )
     if not isinstance(query, AttentionLogits):
-        return _checked(query, key, **options)  # type: ignore[arg-type]
+        return ProductLogits(**checked_products(query, key, **options))  # type: ignore[arg-type]
     if key is not None or options:
         named = ", ".join((["key"] if key is not None else []) + sorted(options))
         raise KindError(
@@ -343,7 +307,7 @@ def as_products(
 def as_output(
     query: Tensor | AttentionLogits, key: Tensor | None, value: Tensor | None, options: AttentionOptions
 ) -> tuple[ProductLogits, Tensor]:
-    """As :func:`as_products`, with the values that the output is made of.
+    """As :func:`as_products`, with the values of the output.
 
     Raises:
         ValueError: also no values ``(batch, kv_heads, m, d_value)``.
@@ -383,19 +347,8 @@ class ProductLogits(AttentionLogits):
         return (*self.query.shape[:3], self.key.shape[2])
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the chunks."""
-        return self.key.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the chunks."""
-        return self.key.device
-
-    @property
-    def result_dtype(self) -> torch.dtype:
-        """Of statistics: float64 where the call is, else float32."""
-        return torch.float64 if self.key.dtype == torch.float64 else torch.float32
+    def _values(self) -> Tensor:
+        return self.key
 
     def counted(self) -> Counted:
         """Rows and keys that count."""
@@ -430,7 +383,7 @@ class ProductLogits(AttentionLogits):
 
     @property
     def every_row_counts(self) -> bool:
-        """No row can be padding or see nothing; known without a look at the device."""
+        """No row can be padding or see no key; known without synchronizing the device."""
         every = self.query_mask is None and self.mask is None and self.sliding_window is None
         return every and (self.query_offset >= 0 or not self.is_causal)
 
@@ -494,7 +447,7 @@ class ProductLogits(AttentionLogits):
         batch = self.shape[0]
 
         def take(tensor: Tensor | None) -> Tensor | None:
-            # What is the same for all sequences has one entry.
+            # A tensor shared by all sequences has one entry.
             return tensor if tensor is None or (tensor.shape[0] == 1 < batch) else tensor[index]
 
         mask = self.mask
@@ -520,7 +473,7 @@ class ProductLogits(AttentionLogits):
         if isinstance(mask, Tensor):
             mask = take(mask)
         elif mask is not None:
-            mask = _moved(mask, tokens.start)
+            mask = _renumbered(mask, start=tokens.start)
         return self.replace(
             query=self.query[:, :, tokens],
             key=self.key[:, :, tokens],
@@ -630,9 +583,9 @@ class ProductLogits(AttentionLogits):
         if shape is None or visible.dtype != torch.bool or len(padded) != 4 or not fits:
             got = type(visible).__name__ if shape is None else f"{visible.dtype} of shape {shape}"
             raise ValueError(
-                "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, rows, "
-                f"keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors together, as in "
-                "document[batch, query]"
+                "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, "
+                f"rows, keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors "
+                "together, as in document[batch, query]"
             )
         return visible.reshape(padded).expand(-1, -1, rows, width)
 
@@ -658,14 +611,13 @@ class GivenLogits(AttentionLogits):
         return batch, heads, n, m
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the chunks."""
-        return torch.float64 if self.wide or self.logits.dtype == torch.float64 else torch.float32
+    def _values(self) -> Tensor:
+        return self.logits
 
     @property
-    def device(self) -> torch.device:
+    def dtype(self) -> torch.dtype:
         """Of the chunks."""
-        return self.logits.device
+        return torch.float64 if self.wide else self.result_dtype
 
     def in_range(self) -> GivenLogits:
         """The same in a precision whose range the logits do not leave."""
@@ -676,11 +628,6 @@ class GivenLogits(AttentionLogits):
         if self.device.type == "cpu":
             return self if bool(fits.all()) else self.replace(wide=True)
         return self.replace(fits=fits)
-
-    @property
-    def result_dtype(self) -> torch.dtype:
-        """Of statistics: float64 where the logits are, else float32."""
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
 
     def counted(self) -> Counted:
         """Rows that count, found when the logits were checked."""
@@ -734,148 +681,6 @@ class GivenLogits(AttentionLogits):
         return Chunk(x, (~hidden).to(x.dtype), 0, self.positions(index), sinks)
 
 
-def _checked(
-    query: Tensor,
-    key: Tensor,
-    *,
-    mask: Tensor | MaskFunction | None = None,
-    is_causal: bool = False,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    query_offset: int = 0,
-    self_attention: bool | None = None,
-) -> ProductLogits:
-    """Check the parts of a call; see :meth:`AttentionLogits.of`."""
-    floating(query, "query")
-    floating(key, "key")
-    if (
-        query.dim() != 4
-        or key.dim() != 4
-        or query.shape[0] != key.shape[0]
-        or query.shape[3] != key.shape[3]
-        or key.shape[1] == 0
-        or query.shape[1] % key.shape[1]
-    ):
-        raise ValueError(
-            "expected query (batch, heads, n, d_head) and key (batch, kv_heads, m, d_head) with kv_heads "
-            f"dividing heads, got {tuple(query.shape)} and {tuple(key.shape)}: pass the tensors as the "
-            "attention function receives them"
-        )
-    batch, heads, n, d_head = query.shape
-    if not heads or not d_head:
-        raise ValueError(
-            f"expected at least one head and a d_head of at least 1, got shape {tuple(query.shape)}: "
-            "pass the tensors as the attention function receives them"
-        )
-    one_device(query=query, key=key, bias=bias, mask=mask if isinstance(mask, Tensor) else None, sinks=sinks)
-    boolean(is_causal, "is_causal")
-    boolean(self_attention, "self_attention", none=True)
-    check_query_mask(query_mask, batch, n)
-    query_offset = integer(query_offset, "query_offset")
-    if sliding_window is not None:
-        sliding_window = integer(sliding_window, "sliding_window")
-        if sliding_window < 1:
-            raise ValueError(
-                f"expected sliding_window to be at least 1, or None for no window, got {sliding_window}: a "
-                "row sees its own key with 1"
-            )
-    scaling = d_head**-0.5 if scaling is None else number(scaling, "scaling")
-    if softcap is not None:
-        softcap = number(softcap, "softcap")
-        if softcap <= 0:
-            raise ValueError(f"expected softcap to be above 0, got {softcap}: pass None for none")
-    full = (batch, heads, n, key.shape[2])
-    if isinstance(mask, Tensor):
-        if dense(mask, "mask").dtype != torch.bool and not mask.is_floating_point():
-            raise KindError(
-                f"expected a boolean mask (True = visible) or an additive floating one, got {mask.dtype}: "
-                "convert a mask of zeros and ones with .bool()"
-            )
-        mask = _broadcast(mask if mask.dtype == torch.bool else floating(mask, "mask"), full, "mask")
-    elif mask is not None and not callable(mask):
-        raise KindError(
-            "expected a mask that is a tensor or a function of batch, head, query and key indices, got "
-            f"{type(mask).__name__}"
-        )
-    if bias is not None:
-        bias = _broadcast(floating(bias, "bias"), full, "bias")
-    if sinks is not None and floating(sinks, "learnt sinks").numel() != heads:
-        raise ValueError(
-            f"expected one learnt sink a head, {heads}, got shape {tuple(sinks.shape)}: pass the logits of "
-            "the layer's own heads"
-        )
-    return ProductLogits(
-        query=query,
-        key=key,
-        mask=mask,
-        bias=bias,
-        sinks=sinks,
-        is_causal=is_causal,
-        sliding_window=sliding_window,
-        query_offset=query_offset,
-        scaling=scaling,
-        softcap=softcap,
-        query_mask=query_mask,
-        self_attention=n == key.shape[2] if self_attention is None else self_attention,
-    )
-
-
-def _given(
-    logits: Tensor,
-    query_mask: Tensor | None,
-    query_offset: int | None,
-    self_attention: bool | None,
-    relative: bool,
-    sinks: Tensor | None,
-) -> GivenLogits:
-    """Check the tensor and find the rows that count; see :meth:`AttentionLogits.given`.
-
-    One pass for the rows and one for the keys; the mask is never in memory.
-    """
-    floating(logits, "logits (batch, heads, n, m)")
-    boolean(relative, "relative")
-    boolean(self_attention, "self_attention", none=True)
-    if query_offset is not None:
-        query_offset = integer(query_offset, "query_offset")
-    if logits.dim() != 4:
-        raise ValueError(
-            "expected floating logits (batch, heads, n, m), got "
-            f"{logits.dtype} of shape {tuple(logits.shape)}: give each head an axis of its own"
-        )
-    batch, heads, n, m = logits.shape
-    check_query_mask(query_mask, batch, n)
-    # Without a place among the keys a query's own key is not known.
-    own = (n == m if self_attention is None else self_attention) and query_offset is not None
-    if sinks is not None:
-        floating(sinks, "learnt sinks")
-        one_device(logits=logits, sinks=sinks)
-        sizes = zip(reversed(sinks.shape), (n, heads, batch), strict=False)
-        if sinks.dim() > 3 or any(have not in (1, want) for have, want in sizes):
-            raise ValueError(
-                f"expected learnt sinks that broadcast to (batch, heads, n) = {(batch, heads, n)}, got shape "
-                f"{tuple(sinks.shape)}: one logit a head is sinks[:, None]"
-            )
-        sinks = sinks.expand(batch, heads, n)
-    if logits.numel() == 0:
-        none = torch.zeros(batch, n, dtype=torch.bool, device=logits.device)
-        return GivenLogits(logits, none, query_offset, own, relative, sinks)
-    # Not "> bound", so that NaN is no mask: it is to be seen in the statistics.
-    top = logits.amax((1, 3))
-    valid = ~(top <= MASKED_BELOW)
-    if own and query_offset is not None and query_offset >= 0 and query_offset + n <= m:
-        seen = ~(logits.amax((1, 2)) <= MASKED_BELOW)
-        valid &= seen[:, query_offset : query_offset + n]
-    if query_mask is not None:
-        valid &= query_mask.to(device=valid.device, dtype=torch.bool)
-    return GivenLogits(
-        logits, valid, query_offset, own, relative, sinks, torch.where(valid, top, 0.0).amax(1)
-    )
-
-
 def _longest(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest Euclidean norm of each sequence and head, ``(batch, heads)``."""
     return norms(vectors, dtype).amax(-1)
@@ -898,72 +703,7 @@ def _fits(size: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def hide(x: Tensor, shown: Tensor) -> Tensor:
-    """Push logits of hidden keys far below all others, in place: where ``shown`` is 0, of a call in range.
-
-    Arithmetic with a matrix that all heads share is many times faster than filling by a mask.
-    """
-    return x.add_((shown - 1) * _FAR[x.dtype])
-
-
-def _renumbered(mask: MaskFunction, index: Tensor) -> MaskFunction:
-    return lambda sequence, head, query, key: mask(index[sequence], head, query, key)
-
-
-def _moved(mask: MaskFunction, start: int) -> MaskFunction:
-    return lambda sequence, head, query, key: mask(sequence, head, query + start, key + start)
-
-
-def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Tensor:
-    """View with four dimensions, checked to broadcast; size-1 dimensions of batch and heads are kept."""
-    shape = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
-    if tensor.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
-        raise ValueError(
-            f"expected a {name} that broadcasts to (batch, heads, n, m) = {full}, got {tuple(tensor.shape)}: "
-            f"a padding mask of shape (batch, m) becomes {name}[:, None, None, :].bool()"
-        )
-    return tensor.reshape(shape).expand(-1, -1, full[2], full[3])
-
-
-def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
-    """Rows of ``(batch|1, heads|1, n, x)``: a slice for all, or ``(batch, rows)`` indices a sequence."""
-    if isinstance(index, slice):
-        return tensor[:, :, index]
-    batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
-    return tensor[batch, :, index].transpose(1, 2)
-
-
-def check_query_mask(query_mask: Tensor | None, batch: int, n: int) -> None:
-    """Raise unless a query mask is None or has one flag a query."""
-    if query_mask is None:
-        return
-    if dense(query_mask, "query_mask").shape != (batch, n):
-        raise ValueError(
-            f"expected query_mask of shape (batch, n) = {(batch, n)}, got {tuple(query_mask.shape)}: pass one "
-            "entry a query"
-        )
-    flags(query_mask, "query_mask")
-
-
-def check_rows(rows: Any, generator: Any) -> int | None:
-    """How many rows to sample, checked with what goes with it.
-
-    Raises:
-        ValueError: no integer of at least 1, or no generator.
-    """
-    generator_of(generator)
-    if rows is None:
-        return None
-    rows = integer(rows, "rows")
-    if rows < 1:
-        raise ValueError(
-            f"expected rows to be at least 1, or None for all rows, got {rows}: pass a whole number"
-        )
-    return rows
-
-
-def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
-    """``rows`` indices of distinct rows for each sequence, ``(batch, rows)``, valid ones first, at random."""
-    device = "cpu" if generator is None else generator.device
-    order = torch.rand(valid.shape, generator=generator, device=device).to(valid.device)
-    return order.masked_fill(~valid, 2.0).topk(rows, dim=1, largest=False).indices
+def _renumbered(mask: MaskFunction, sequences: Tensor | None = None, start: int = 0) -> MaskFunction:
+    return lambda sequence, head, query, key: mask(
+        sequence if sequences is None else sequences[sequence], head, query + start, key + start
+    )

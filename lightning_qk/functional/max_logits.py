@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional.checks import number
-from lightning_qk.functional.logits import (
-    AttentionLogits,
-    AttentionOptions,
-    MaskFunction,
-    ProductLogits,
-    as_logits,
-)
+from lightning_qk.functional.chunks import MaskFunction
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_logits
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:
@@ -42,9 +37,7 @@ def max_logits(
     bound is larger.
 
     Args:
-        query: after rotary encoding and norms, shape ``(batch, heads, n, d_head)``; or an
-            :class:`~lightning_qk.functional.AttentionLogits` by itself: logits that are at hand are taken for
-            products.
+        query: ``(batch, heads, n, d_head)``; or an :class:`AttentionLogits`: given logits count as products.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         above: None for the exact maximum of every head. Else a head whose maximum is at most this may be given
             a number between the two instead: what is larger than ``above`` is exact.

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_qk.functional.checks import boolean
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, Chunk, as_logits
+from lightning_qk.functional.chunks import Chunk
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ def positional_share(
     well, since the row's own place is one of its constants.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself.
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         per_sequence: fit f to each sequence and return ``(batch, heads)``, instead of one f for all sequences.
         options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`. A bias is part of
@@ -92,7 +92,7 @@ class _Pairs(NamedTuple):
     """Sums over the visible pairs of valid rows, in float64; offsets are counted from −(m − 1) to n − 1.
 
     The normal equations of f, once each row's constant is eliminated, are ``(diag(counts) − Σ_i u_i u_iᵀ / n_i) f
-    = target`` where u_i tells which offsets row i sees.
+    = target`` where u_i marks the offsets that row i sees.
     """
 
     total: Tensor  # (groups, heads): squares of logits around their row's mean; a group is fitted together

@@ -1,12 +1,21 @@
 """Signal propagation probability of a head: from three moments of its spectrum, or exactly from its weights."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_qk.functional._rows import Selection
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.checks import floating, integer, number, one_device
-from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+from lightning_qk.functional.precision import at_least_float32, full_precision
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Standard deviations beyond which a quadratic form of normal variables has no mass to speak of.
 _FAR = 40.0
@@ -16,12 +25,7 @@ _REACH = ((4, 200.0), (8, 40.0), (math.inf, 16.0))
 
 
 def signal_propagation_probability(
-    theta: float | Tensor,
-    trace: Tensor,
-    trace_sq: Tensor,
-    frobenius_sq: Tensor,
-    *,
-    length: int | None = None,
+    theta: float | Tensor, trace: Tensor, trace_sq: Tensor, frobenius_sq: Tensor, *, length: int | None = None
 ) -> Tensor:
     r"""How likely a token at relative position θ is inside the linear window of the last query's softmax.
 
@@ -97,8 +101,8 @@ def _check_shapes(theta: object, *moments: Tensor) -> None:
         torch.broadcast_shapes(*shapes)
     except RuntimeError:
         raise ValueError(
-            f"expected theta and moments that broadcast, got shapes {shapes}: give theta an axis of its own, as "
-            "in theta[:, None]"
+            f"expected theta and moments that broadcast, got shapes {shapes}: give theta an axis of its own, "
+            "as in theta[:, None]"
         ) from None
 
 
@@ -120,7 +124,7 @@ def exact_signal_propagation_probability(
         theta: relative positions in [0, 1], a number or shape ``(positions,)``.
         query: ``W_q``, shape ``(heads, d_head, d_model)``; the softmax scale belongs to one of the two. For steps
             of covariance ``Σ = L Lᵀ`` give ``W_q L`` and ``W_k L``.
-        key: ``W_k``, likewise.
+        key: ``W_k``, the same shape.
         length: T; None is the limit of many tokens.
 
     Returns:
@@ -139,13 +143,13 @@ def exact_signal_propagation_probability(
     one_device(query=query, key=key)
     if query.shape != key.shape or query.dim() != 3:
         raise ValueError(
-            f"expected query and key weights of one shape (heads, d_head, d_model), got {tuple(query.shape)} and "
-            f"{tuple(key.shape)}: repeat the keys that heads share"
+            f"expected query and key weights of one shape (heads, d_head, d_model), got {tuple(query.shape)} "
+            f"and {tuple(key.shape)}: repeat the keys that heads share"
         )
     if 0 in query.shape:
         raise ValueError(
-            f"expected at least one head, a d_head and a d_model of at least 1, got {tuple(query.shape)}: pass "
-            "the weights of a layer"
+            f"expected at least one head, a d_head and a d_model of at least 1, got {tuple(query.shape)}: "
+            "pass the weights of a layer"
         )
     window = _window(length)
     positions = _positions(theta, query.new_empty((), dtype=torch.float64))
@@ -216,3 +220,95 @@ def _window(length: int | None) -> tuple[float, float]:
 def _normal_cdf(x: Tensor) -> Tensor:
     # erfc keeps precision in the lower tail, where 1 + erf cancels.
     return 0.5 * torch.erfc(-x / math.sqrt(2))
+
+
+PROFILE_BINS = 10
+"""Into how many equal parts of [0, 1] relative positions fall where nothing else is said."""
+
+# In a row with few keys the window is wide and a part holds hardly one: such rows say nothing about position.
+MIN_KEYS = 16
+
+
+def linear_share_profile(
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    *,
+    bins: int = PROFILE_BINS,
+    rows: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor:
+    r"""Share of (query, key) pairs in the window of the piecewise linear softmax, by relative position of the key.
+
+    The measured counterpart of :func:`~lightning_qk.functional.signal_propagation_probability` as a curve: of the
+    ``n_i`` keys that row i sees, the j-th is at ``θ = (j − ½) / n_i``, and the pair counts where
+    ``0 < 1/n_i + (ω_ij − mean_j ω_ij)/n_i < 1``. Its mean over θ is ``linear_share`` of
+    :func:`~lightning_qk.functional.attention_statistics` over the rows that see 16 keys or more; rows that see
+    fewer are left out. After Bao et al. 2024; this form is derived.
+
+    Args:
+        query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
+        key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
+        bins: into how many equal parts θ falls.
+        rows: how many query rows to sample in each sequence; None for all.
+        generator: where sampled rows are drawn from; None is torch's global generator.
+        options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`. Learnt sinks are no
+            keys and have no part in this.
+
+    Returns:
+        Shares in [0, 1], shape ``(heads, bins)``, the earliest keys first; NaN where no row counts.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask of another form, or ``rows`` or ``bins`` below 1.
+
+    Example:
+        >>> query, key = 1e-3 * torch.randn(2, 1, 4, 32, 8)  # tiny logits: every pair is inside
+        >>> linear_share_profile(query, key, bins=2)[0]
+        tensor([1., 1.])
+    """
+    sums = profile_sums(query, key, bins=bins, rows=rows, generator=generator, **options)
+    return sums.means(per_sequence=False).mT
+
+
+@torch.no_grad()
+def profile_sums(
+    query: Tensor | AttentionLogits,
+    key: Tensor | None = None,
+    *,
+    bins: int = PROFILE_BINS,
+    rows: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Unpack[AttentionOptions],
+) -> MeanSums:
+    """The additive form of :func:`linear_share_profile`, ``(bins, batch, heads)``; same arguments."""
+    logits = as_logits(query, key, options)
+    bins = integer(bins, "bins")
+    if bins < 1:
+        raise ValueError(f"expected bins of at least 1, got {bins}: pass how many parts positions fall into")
+    batch, heads = logits.shape[:2]
+    with full_precision(logits.device):
+        selection = Selection(logits, rows=rows, generator=generator)
+        source = selection.logits.in_range()
+        total = torch.zeros(batch, heads, bins, dtype=source.dtype, device=source.device)
+        weight = torch.zeros_like(total)
+        for part in source.chunks(selection.count):
+            chunk = source.chunk(selection.part(part), source.buffer(part.stop - part.start))
+            x, count = chunk.logits, part.stop - part.start
+            visible = torch.ones(1, 1, count, chunk.edge if chunk.shown is not None else x.shape[-1]).to(x)
+            if chunk.shown is not None:
+                visible = torch.cat([visible.expand(*chunk.shown.shape[:3], -1), chunk.shown], -1)
+            number = visible.sum(-1, keepdim=True)
+            keep = selection.used[:, None, part, None] & (number >= MIN_KEYS)
+            visible = visible * keep
+            number = number.clamp_min(1)
+            window = x - (x * visible).sum(-1, keepdim=True) / number
+            inside = ((window > -1) & (window < number - 1)) * visible
+            # The place of a key among those that its row sees.
+            place = ((visible.cumsum(-1) - 0.5) / number * bins).long().clamp(0, bins - 1)
+            shape = (batch, heads, *x.shape[2:])
+            place, visible = place.expand(shape), visible.expand(shape)
+            empty = torch.zeros(*shape[:3], bins, dtype=x.dtype, device=x.device)
+            total += empty.scatter_add(-1, place, inside.expand(shape)).sum(2)
+            weight += empty.scatter_add(-1, place, visible).sum(2)
+        scale = selection.weights().to(source.dtype)[..., None]
+        return MeanSums(*((part * scale).movedim(-1, 0).to(logits.result_dtype) for part in (total, weight)))

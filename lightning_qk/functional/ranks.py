@@ -45,8 +45,8 @@ def kendall_tau(x: Tensor, y: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
     except RuntimeError:
         raise ValueError(
-            f"expected leading axes that broadcast, got shapes {tuple(x.shape)} and {tuple(y.shape)}: give both "
-            "the same"
+            f"expected leading axes that broadcast, got shapes {tuple(x.shape)} and {tuple(y.shape)}: give "
+            "both the same"
         ) from None
     agree, of_x, of_y = torch.zeros(3, *shape, dtype=torch.float64, device=x.device)
     for shift in range(1, x.shape[-1]):

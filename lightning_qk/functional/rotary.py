@@ -48,9 +48,9 @@ def rotate(matrix: Tensor, rotary: Rotary, offset: Tensor) -> Tensor:
     stop = rotary.start + 2 * pairs
     if stop > d_head:
         raise ValueError(
-            f"expected a rotation of at most d_head = {d_head} coordinates, got one of those from {rotary.start} "
-            f"to {stop} (two for each of {pairs} frequencies): pass the rotation of the layer that the head "
-            "belongs to"
+            f"expected a rotation of at most d_head = {d_head} coordinates, got one of those from "
+            f"{rotary.start} to {stop} (two for each of {pairs} frequencies): pass the rotation of the layer "
+            "that the head belongs to"
         )
     before, rotated, after = matrix.split([rotary.start, 2 * pairs, d_head - stop], dim=-2)
     if rotary.interleaved:
@@ -71,17 +71,8 @@ def rotate(matrix: Tensor, rotary: Rotary, offset: Tensor) -> Tensor:
 
 
 def rotate_between(core: Tensor, rotary: Rotary, offset: Tensor) -> Tensor:
-    """What a core ``W_k W_q^T`` becomes between positions: ``R_Δ W_k W_q^T``, the scales of q and of k both in it.
+    """``R_Δ W_k W_q^T`` of a core ``W_k W_q^T``, with the scales of q and of k.
 
-    Args:
-        core: shape ``(..., d_head, d_head)``.
-        rotary: the layer's rotation.
-        offset: relative positions of the key, shape ``(offsets,)``, or a scalar tensor.
-
-    Returns:
-        Shape ``(offsets, ..., d_head, d_head)``, or ``(..., d_head, d_head)`` for a scalar.
-
-    Raises:
-        ValueError: the rotation has more coordinates than the head.
+    Shapes and errors as :func:`rotate`.
     """
     return rotate(core, rotary._replace(scale=rotary.scale**2), offset)

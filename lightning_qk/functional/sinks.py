@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._rows import Selection, eligible_keys, probabilities
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.checks import boolean, floating, number, one_device
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
 from lightning_qk.functional.precision import at_least_float32, full_precision, norms
-from lightning_qk.functional.sums import MeanSums
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,13 +75,11 @@ def sink_statistics(
     share of an effect of the position in an analysis of variance, without the bias of few sequences: by chance it
     is about 0, and may be below. It compares the sequences of one call, so that it is NaN for a single one, and
     where no key or every key is a waiver. Positions count from the first key that is seen, so that padding on the
-    left does not shift them. What always stands at one place, such as a first token that is the same in every
+    left does not shift them. What is always at one place, such as a first token that is the same in every
     sequence, is both position and feature, and counts as position.
 
     Args:
-        query: after rotary encoding and norms, as the attention function gets it, shape
-            ``(batch, heads, n, d_head)``; or an :class:`~lightning_qk.functional.AttentionLogits` by itself,
-            with ``value=``.
+        query: ``(batch, heads, n, d_head)``; or an :class:`AttentionLogits` and ``value=``.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         value: shape ``(batch, value_heads, m, d_value)``; ``value_heads`` divides ``heads``.
         rows: how many query rows to sample in each sequence; None for all. Which keys are sinks is decided by
@@ -169,7 +167,7 @@ def sink_sums(
 
 
 class _Received:
-    """One pass over the rows: what each key receives, and what each row puts out.
+    """One pass over the rows: the attention that each key receives, and the output of each row.
 
     The outputs are as large as the queries, so that no second pass is needed once the sinks are known.
 
@@ -215,13 +213,7 @@ class _Received:
 
 
 def _explained(output: Tensor, value: Tensor, is_sink: Tensor) -> Tensor:
-    """``‖O P‖²`` for the span of the values that are marked, ``(batch, heads)`` in float64.
-
-    Args:
-        output: ``(batch, heads, rows, d_value)``.
-        value: ``(batch, value_heads, m, d_value)``.
-        is_sink: ``(batch, heads, m)``.
-    """
+    """``‖O P‖²`` for the span of the values that are marked, ``(batch, heads)`` in float64."""
     batch, heads, _, d_value = output.shape
     most = int(is_sink.sum(-1).amax()) if is_sink.numel() else 0
     if most == 0:
@@ -260,12 +252,7 @@ def _is_small(value: Tensor, seen: Tensor) -> Tensor:
 def _position_effect(indicator: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Covariance between sequences at the same position, and variance, of each sequence's share in both.
 
-    Args:
-        indicator: 0 or 1 of each key, ``(batch, heads, m)``.
-        seen: keys that are there, ``(batch, m)``.
-
-    Returns:
-        Two of ``(batch, heads)``; 0 where there is nothing to compare.
+    Both ``(batch, heads)``, of an indicator ``(batch, heads, m)``; 0 where there is nothing to compare.
     """
     batch, _, m = indicator.shape
     keys = seen.sum()

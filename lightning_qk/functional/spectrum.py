@@ -225,8 +225,8 @@ def qk_eigenvalues(
 def _rotation(rotary: Rotary | None, offset: int | Tensor) -> Rotary:
     if rotary is None:
         raise ValueError(
-            f"expected the layer's rotation with offset={offset!r}, got rotary=None: pass rotary=, "
-            "or leave offset out for a layer without rotary position encoding"
+            f"expected the layer's rotation with offset={offset!r}, got rotary=None: pass rotary=, or leave "
+            "offset out for a layer without rotary position encoding"
         )
     if not isinstance(rotary, Rotary):
         raise KindError(
@@ -331,13 +331,13 @@ def _prepare(query: Tensor, key: Tensor, *, square: bool) -> tuple[Tensor, Tenso
         or heads % kv_heads
     ):
         raise ValueError(
-            f"expected one d_head and a number of heads that kv_heads divides, got query {tuple(query.shape)} "
-            f"and key {tuple(key.shape)}: check how the weights were split into heads"
+            "expected one d_head and a number of heads that kv_heads divides, got query "
+            f"{tuple(query.shape)} and key {tuple(key.shape)}: check how the weights were split into heads"
         )
     if square and width != key_width:
         raise ValueError(
-            f"expected query and key weights of one width, got {width} and {key_width}: such "
-            "cross-attention has no eigenvalues, use qk_singular_values"
+            f"expected query and key weights of one width, got {width} and {key_width}: such cross-attention "
+            "has no eigenvalues, use qk_singular_values"
         )
     dtype = torch.promote_types(at_least_float32(query).dtype, at_least_float32(key).dtype)
     return query.to(dtype), key.to(dtype)
@@ -381,3 +381,65 @@ def support_size(query: Tensor, support: Support) -> int:
     if not isinstance(support, str) or support not in get_args(Support):
         raise ValueError(f"expected support to be 'model' or 'head', got {support!r}: pass one of the two")
     return query.shape[-1 if support == "model" else -2]
+
+
+def circle_law_radius(frobenius_sq: Tensor, d_model: int) -> Tensor:
+    r"""Radius of the disc that holds the eigenvalues of a random head of the same norm.
+
+    Args:
+        frobenius_sq: ``‖W_QK‖²_F``, any shape, as :func:`~lightning_qk.functional.qk_moments` gives it.
+        d_model: width of what the projections read.
+
+    Returns:
+        The radius, of the same shape, in float32 at least. The largest eigenvalue of a random head of finite
+        width lies a little in or out of it.
+
+    Raises:
+        ValueError: ``d_model`` below 1.
+
+    Example:
+        >>> circle_law_radius(torch.tensor(9.0), 4)
+        tensor(1.5000)
+    """
+    floating(frobenius_sq, "frobenius_sq")
+    d_model = integer(d_model, "d_model")
+    if d_model < 1:
+        raise ValueError(f"expected a d_model of at least 1, got {d_model}: pass the width of the tokens")
+    return (at_least_float32(frobenius_sq) / d_model).sqrt()
+
+
+def circle_law_share(modulus: Tensor, d_head: int, d_model: int) -> Tensor:
+    r"""Share of a random head's ``d_head`` eigenvalues within some distance of zero.
+
+    Args:
+        modulus: distance over the radius of :func:`circle_law_radius`, any shape, not negative.
+        d_head: width of the head.
+        d_model: width of what the projections read.
+
+    Returns:
+        Shares in [0, 1], of the same shape, in float32 at least: the root of ``F (1 − c + c F) = modulus²`` with
+        ``c = d_head / d_model``, and 1 from the radius on; NaN for a negative distance.
+
+    Raises:
+        ValueError: a head that is wider than the model, or a width below 1.
+
+    Example:
+        >>> circle_law_share(torch.tensor([0.5, 2.0]), 64, 64)  # a square product is dense at its centre
+        tensor([0.5000, 1.0000])
+    """
+    floating(modulus, "modulus")
+    d_head, d_model = integer(d_head, "d_head"), integer(d_model, "d_model")
+    if not 1 <= d_head <= d_model:
+        raise ValueError(
+            f"expected a head no wider than the model, got d_head={d_head} and d_model={d_model}: pass the "
+            "widths of the projections"
+        )
+    c = d_head / d_model
+    modulus = at_least_float32(modulus)
+    square = torch.where(modulus < 0, torch.nan, modulus.clamp(0, 1)).square()
+    # The root in the form that does not cancel for narrow heads.
+    return (
+        2
+        * square
+        / ((1 - c) + ((1 - c) ** 2 + 4 * c * square).sqrt()).clamp_min(torch.finfo(square.dtype).tiny)
+    )

@@ -11,17 +11,8 @@ if TYPE_CHECKING:
     from lightning_qk.guard.detector import CollapseDetector, Verdict
     from lightning_qk.guard.reading import Place, Reading
 
-__all__ = [
-    "CollapseDetector",
-    "Place",
-    "Reading",
-    "Verdict",
-]
+__all__ = ["CollapseDetector", "Place", "Reading", "Verdict"]
 
 __getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "detector": ["CollapseDetector", "Verdict"],
-        "reading": ["Place", "Reading"],
-    },
+    __name__, {"detector": ["CollapseDetector", "Verdict"], "reading": ["Place", "Reading"]}
 )

@@ -15,7 +15,7 @@ HEALTHY = 0.5
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one reading.
+    """The judgement of one reading.
 
     Attributes:
         step: the optimizer step.
@@ -72,7 +72,7 @@ class CollapseDetector:
         self._alarming = self._alarming + 1 if score >= 1 else 0
         if score < HEALTHY:
             self._is_silent = False
-        # There is nothing to wait for in what is no number.
+        # A number that is not finite needs no patience.
         due = self._alarming >= self.sensitivity.patience or math.isinf(score)
         fired = due and not self._is_silent
         if fired:
@@ -82,14 +82,14 @@ class CollapseDetector:
         return Verdict(reading.step, score, fired, reason, scores)
 
     def restart(self) -> None:
-        """Start from nothing, as after a step back: what was seen no longer holds."""
+        """Forgets all readings, as after a step back to a checkpoint."""
         self._loss.clear()
         for detector in self._detectors:
             detector.clear()
         self._alarming, self._is_silent = 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that was seen, bounded by the window."""
+        """State of all detectors, bounded by the window."""
         return {
             "loss": self._loss.state_dict(),
             "detectors": {detector.name: detector.state_dict() for detector in self._detectors},
@@ -98,7 +98,7 @@ class CollapseDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was."""
+        """Restore the state of a checkpoint."""
         self._loss.load_state_dict(state["loss"])
         for detector in self._detectors:
             if detector.name in state["detectors"]:

@@ -1,4 +1,4 @@
-"""What each kind of failure looks like before the loss shows it; scores of 1 and more are alarms.
+"""Signs of each kind of failure before the loss shows it; scores of 1 and more are alarms.
 
 Sources, by the marks of the project's notes: attention logits that grow without bound (Wortsman et al.,
 arXiv 2309.14322 [V]; Kimi K2 clips at 100, arXiv 2507.20534 [V]), entropy collapse (Zhai et al.,
@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.guard.reading import Reading
-from lightning_qk.guard.running import Window, median_and_error, sure
+from lightning_qk.guard.reading import Reading, Window, median_and_error, sure
 
 _TINY = 1e-12
 _TREND = math.log(1.1)
@@ -76,7 +75,7 @@ class Sensitivity:
 
 
 class Finding(NamedTuple):
-    """What a detector makes of a reading.
+    """The score of one detector, and its reason.
 
     Attributes:
         score: 1 and more is an alarm.
@@ -89,7 +88,7 @@ class Finding(NamedTuple):
 
 NOTHING = Finding(0.0, "")
 _LEAST = 3
-"""Readings before anything is said of a level: one number that is far out tells nothing."""
+"""Readings before a level is judged: a single outlier is no evidence."""
 
 
 class LossWatch:
@@ -144,7 +143,7 @@ class LossWatch:
         return {"blocks": list(self._blocks), "stalls": list(self._stalls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with those of a checkpoint."""
+        """Restore those of a checkpoint."""
         self._blocks = deque(state["blocks"], maxlen=self.sensitivity.window)
         self._stalls = deque(state.get("stalls", ()), maxlen=self.sensitivity.lasting)
 
@@ -188,7 +187,7 @@ class Detector:
             self._first = [torch.where(late, row, first) for first in self._first]
 
     def start(self) -> Tensor:
-        """What the places began with."""
+        """Median of the first readings of each place."""
         return torch.stack(self._first).nanmedian(0).values
 
     def clear(self) -> None:
@@ -201,7 +200,7 @@ class Detector:
         return {**self.window.state_dict(), "first": list(self._first)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with those of a checkpoint."""
+        """Restore those of a checkpoint."""
         self.window.load_state_dict(state)
         self._first = list(state.get("first", ()))
 
@@ -225,16 +224,21 @@ class Detector:
         return f"has gone from {start:.{digits}g} in the first readings to {now:.{digits}g}"
 
     def transformed(self, values: Tensor, reading: Reading) -> Tensor:
-        """What the window keeps."""
+        """The numbers that the window keeps."""
         return values
 
     @abstractmethod
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
-        """What to make of the window."""
+        """The finding of this window."""
 
-    def _newest(self, index: int) -> float:
+    def _newest(self, index: int) -> Tensor:
         column = self.window.rows()[:, index]
-        return float(column[column.isfinite()][-1].exp())
+        return column[column.isfinite()][-1]
+
+    def _lasting(self, scores: Tensor, stall: float) -> tuple[float, int]:
+        """Score and place of a level that lasts while the loss stands still, once the window is full."""
+        score, index = _largest(scores)
+        return min(score, 4.0) * stall if len(self.window) == self.window.size else 0.0, index
 
     @property
     def span(self) -> str:
@@ -246,14 +250,9 @@ class Detector:
         """Median of the newest three rows: one number that is far out is no alarm."""
         return self.window.rows()[-3:].nanmedian(0).values
 
-    def ahead(self) -> Tensor:
-        """Level that the sure part of the trend leads to within the horizon."""
-        slope, error = self.window.trend()
-        return self.level() + self.sensitivity.horizon * sure(slope, error)
-
 
 class LogitGrowth(Detector):
-    """Logits that grow beyond what a softmax comes back from."""
+    """Logits that grow beyond a size from which training recovers."""
 
     name = "logits"
     statistic = "attn/max_abs_logit"
@@ -263,8 +262,8 @@ class LogitGrowth(Detector):
         return values.clamp_min(_TINY).log()
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
-        """What the newest numbers and their trend say."""
-        # NaN alone is a head that no row was seen of.
+        """The finding of the newest numbers and their trend."""
+        # NaN alone is a head without measured rows.
         if bool(values.isinf().any()):
             index = int(values.isinf().nonzero()[0])
             return Finding(math.inf, f"the logits of {reading.place(self.statistic, index)} are not finite")
@@ -278,27 +277,30 @@ class LogitGrowth(Detector):
         ahead = (level + self.sensitivity.horizon * growing).exp() / limit
         score, index = _largest(torch.where(self.has_gone(1), ahead, 0.0))
         place = "the largest logit of {}"
-        still, at = _largest(ahead)
-        still = min(still, 4.0) * stall if len(self.window) == self.window.size else 0.0
+        still, at = self._lasting(ahead, stall)
         if score >= still:
             name = place.format(reading.place(self.statistic, index))
             return Finding(score, f"{name} {self.course(index, 1, 4)}" if score > 0 else "")
         name = place.format(reading.place(self.statistic, at))
-        return Finding(still, f"{name} stays at {self._newest(at):.4g} while the loss stands still")
+        return Finding(still, f"{name} stays at {self._newest(at).exp():.4g} while the loss stands still")
 
 
-class EntropyCollapse(Detector):
+class _OfLayers(Detector):
+    """Base of those that look at means over the heads of each layer, in logarithms."""
+
+    def transformed(self, values: Tensor, reading: Reading) -> Tensor:
+        """Logarithms of the means."""
+        return layer_means(values, reading, self.statistic)[0].clamp_min(_TINY).log()
+
+
+class EntropyCollapse(_OfLayers):
     """Layers whose attention goes to single keys."""
 
     name = "entropy"
     statistic = "attn/entropy_normalized"
 
-    def transformed(self, values: Tensor, reading: Reading) -> Tensor:
-        """Logarithms."""
-        return layer_means(values, reading, self.statistic)[0].clamp_min(_TINY).log()
-
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
-        """What the newest numbers and their trend say."""
+        """The finding of the newest numbers and their trend."""
         if len(self.window) < _LEAST:
             return NOTHING
         slope, error = self.window.trend()
@@ -306,8 +308,7 @@ class EntropyCollapse(Detector):
         ahead = self.sensitivity.entropy / (self.level() + self.sensitivity.horizon * falling).exp()
         _, layers, heads = layer_means(values, reading, self.statistic)
         score, index = _largest(torch.where(self.has_gone(-1), ahead, 0.0))
-        still, at = _largest(ahead)
-        still = min(still, 4.0) * stall if len(self.window) == self.window.size else 0.0
+        still, at = self._lasting(ahead, stall)
         if score >= still:
             course = self.course(index, -1, 3) if score > 0 else ""
             return Finding(
@@ -315,58 +316,50 @@ class EntropyCollapse(Detector):
             )
         return Finding(
             still,
-            f"the normalized entropy of {layers[at]} stays at {self._newest(at):.3g} while the loss stands "
+            f"the normalized entropy of {layers[at]} stays at {self._newest(at).exp():.3g} while the loss stands "
             f"still, least in head {heads[at]}",
         )
 
 
 class RankCollapse(Detector):
-    """Tokens that grow alike.
+    """Tokens that become alike.
 
-    Early in training they are alike and the loss falls all the same, so that the loss has to stand still; unless
-    they were apart at first and nothing tells them apart any more. Where they were the same from the start, as a
-    decoder's queries are, the loss has to stand still too.
+    Early in training tokens are alike while the loss falls, so that an alarm also needs a loss that stands still;
+    unless tokens were apart at first and have become identical. Tokens that were identical from the start, as a
+    decoder's queries are, need a loss that stands still too.
     """
 
     name = "rank"
     statistic = "hidden/cosine"
 
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
-        """What the newest numbers and their trend say."""
+        """The finding of the newest numbers and their trend."""
         if len(self.window) < _LEAST:
             return NOTHING
         place = "the tokens before {} have a mean cosine of {:.6g}"
         now = (1 - self.level()).clamp_min(_TINY)
         nearer = ((1 - self.start()).clamp_min(_TINY) / now).log() >= _APART
         identical, index = _largest(torch.where(nearer, self.sensitivity.identical / now, 0.0))
-        alike, at = _largest((1 - self.sensitivity.cosine) / (1 - self.window.median()).clamp_min(_TINY))
-        alike = min(alike, 4.0) * stall if len(self.window) == self.window.size else 0.0
+        near = (1 - self.sensitivity.cosine) / (1 - self.window.median()).clamp_min(_TINY)
+        alike, at = self._lasting(near, stall)
         if identical >= alike:
             name = reading.place(self.statistic, index)
             start = float(self.start()[index])
             return Finding(
-                identical, f"{place.format(name, self._cosine(index))}, after {start:.4g} at first"
+                identical, f"{place.format(name, self._newest(index))}, after {start:.4g} at first"
             )
         name = reading.place(self.statistic, at)
-        return Finding(alike, f"{place.format(name, self._cosine(at))} while the loss stands still")
-
-    def _cosine(self, index: int) -> float:
-        column = self.window.rows()[:, index]
-        return float(column[column.isfinite()][-1])
+        return Finding(alike, f"{place.format(name, self._newest(at))} while the loss stands still")
 
 
-class SpectralGrowth(Detector):
+class SpectralGrowth(_OfLayers):
     """Query and key weights that grow while the loss stands still."""
 
     name = "spectrum"
     statistic = "qk/frobenius_sq"
 
-    def transformed(self, values: Tensor, reading: Reading) -> Tensor:
-        """Logarithms."""
-        return layer_means(values, reading, self.statistic)[0].clamp_min(_TINY).log()
-
     def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
-        """What the newest numbers and their trend say."""
+        """The finding of the newest numbers and their trend."""
         if len(self.window) < self.sensitivity.window:
             return NOTHING
         slope, error = self.window.trend()

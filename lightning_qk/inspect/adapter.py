@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.origin import is_named
-from lightning_qk.inspect.errors import BadInput
-from lightning_qk.inspect.matching import listed
-from lightning_qk.inspect.patterns import first_matches
+from lightning_qk.inspect.documents import BadInput, first_matches
+from lightning_qk.inspect.matching import Load, Weights, listed
 from lightning_qk.inspect.storage import Get, Storage
-from lightning_qk.inspect.weights import Load, Weights
 
 _ROOT = "base_model.model."
 _DOWN, _UP, _UP_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 _EMBEDDED = ".lora_embedding"
 _LARGEST_ALPHA = 1e30
-# What makes the weights depend on the input, or the adapter something else than a product of low rank.
+# Fields that make weights depend on the input, or the adapter no product of low rank.
 _REFUSED = (
     "layer_replication",
     "use_qalora",
@@ -34,7 +32,7 @@ _REFUSED = (
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal")
 
 
-# What PEFT takes where a configuration does not say.
+# PEFT's default.
 _ALPHA = 8.0
 # Fields that are read here, and what they have to be.
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -51,10 +49,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse adapters that are not read.
+    """Raises for adapters that cannot be read.
 
     Raises:
-        BadInput: it is none of LoRA, of a variant that is not a product of low rank beside the base's weights, or
+        BadInput: no LoRA adapter, a variant that is not a product of low rank beside the base's weights, or
             a field is of a wrong kind.
     """
     kind = config.get("peft_type")
@@ -77,8 +75,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_ALPHA
         ):
             raise BadInput(
-                f"expected finite numbers for lora_alpha and alpha_pattern in {where}, got one that is none for "
-                f"{name!r}: correct its adapter_config.json"
+                f"expected finite numbers for lora_alpha and alpha_pattern in {where}, got one that is none "
+                f"for {name!r}: correct its adapter_config.json"
             )
     for name in _REFUSED:
         if config.get(name):
@@ -90,8 +88,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     if isinstance(start, str) and not start.lower().startswith(_HARMLESS_STARTS):
         raise BadInput(
             f"expected an adapter to the base's own weights, got {where} with "
-            f"init_lora_weights={_short(start)}, which "
-            "changes them first: merge it and pass the merged model"
+            f"init_lora_weights={_short(start)}, which changes them first: merge it and pass the merged model"
         )
 
 
@@ -160,14 +157,14 @@ class AdaptedWeights:
             raise BadInput(
                 f"expected an adapter to this base, got {where} with {len(strange)} "
                 f"tensor{'s' * (len(strange) > 1)} that a {type(model).__name__} does not have a place for "
-                f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass "
-                f"the merged model"
+                f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass the "
+                "merged model"
             )
         for module, path in self._low_rank.items():
             if path + _UP not in storage.files:
                 raise BadInput(
-                    f"expected both factors of {module!r} in {where}, got no {path + _UP}: save or download the "
-                    "adapter again"
+                    f"expected both factors of {module!r} in {where}, got no {path + _UP}: save or download "
+                    "the adapter again"
                 )
         known = set(self._low_rank.values())
         halves = [
@@ -178,8 +175,7 @@ class AdaptedWeights:
         if halves:
             raise BadInput(
                 f"expected both factors of each product in {where}, got no first one beside "
-                f"{listed(halves)}: save or "
-                "download the adapter again"
+                f"{listed(halves)}: save or download the adapter again"
             )
         given = config.get("alpha_pattern") or {}
         paths = {module: path.removeprefix(_ROOT) for module, path in self._low_rank.items()}
@@ -194,7 +190,7 @@ class AdaptedWeights:
         return path.partition(".")[0] in saved and not any(part.isdigit() for part in path.split("."))
 
     def _is_embedding(self, path: str, own: Any, modules: Mapping[str, Any]) -> bool:
-        """Whether a tensor is of an embedding, in which no attention is."""
+        """Whether a tensor belongs to an embedding."""
         parts = path.split(".")
         found = (own(".".join(parts[:count]), modules) for count in range(len(parts) - 1, 0, -1))
         return isinstance(modules.get(next((name for name in found if name), "")), nn.Embedding)
@@ -228,15 +224,15 @@ class AdaptedWeights:
             yield adapted
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape that the checkpoint has of a parameter, of which nothing is read; None where it tells none."""
+        """The shape that the checkpoint has of a parameter, without reading it; None where unknown."""
         return self._storage.shape(self._replaced[name]) if name in self._replaced else self._base.shape(name)
 
     def check_depth(self, layers: Collection[str]) -> None:
-        """Refuse a base that lacks some of a model's attention layers wholly."""
+        """Raises BadInput for a base that has some of these attention layers and nothing of others."""
         self._base.check_depth(layers)
 
     def notes(self, layers: Collection[str]) -> list[str]:
-        """What a reader has to know of tensors that were not read, and of an adapter that changes no attention."""
+        """Notes on tensors that were not read, and on an adapter that changes no attention."""
         notes = self._base.notes(layers)
         if not self._used:
             notes.append(
@@ -244,8 +240,8 @@ class AdaptedWeights:
             )
         if self._heads:
             notes.append(
-                f"{len(self._heads)} tensors of modules that the adapter's task added beside the network are not "
-                f"read ({listed(self._heads)})"
+                f"{len(self._heads)} tensors of modules that the adapter's task added beside the network are "
+                f"not read ({listed(self._heads)})"
             )
         return notes
 
@@ -254,8 +250,8 @@ class AdaptedWeights:
         if value.shape != shape or not value.is_floating_point():
             raise BadInput(
                 f"expected {name!r} of shape {tuple(shape)} as numbers in {self._where}, got "
-                f"{tuple(value.shape)} as "
-                f"{str(value.dtype).removeprefix('torch.')}: pass the right base with --base"
+                f"{tuple(value.shape)} as {str(value.dtype).removeprefix('torch.')}: pass the right base "
+                "with --base"
             )
         return value.float()
 
@@ -265,8 +261,7 @@ class AdaptedWeights:
         if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0] or not len(down):
             raise BadInput(
                 f"expected two matrices of one rank for {module!r} in {self._where}, got shapes "
-                f"{tuple(down.shape)} "
-                f"and {tuple(up.shape)}: save or download the adapter again"
+                f"{tuple(down.shape)} and {tuple(up.shape)}: save or download the adapter again"
             )
         if not (down.is_floating_point() and up.is_floating_point()):
             raise BadInput(
@@ -308,7 +303,7 @@ class AdaptedWeights:
         return bias + shift
 
     def _factor(self, module: str, weight: Tensor, get: Get) -> Tensor | None:
-        """What DoRA multiplies rows by."""
+        """DoRA's factor of each row, or None."""
         prefix = self._low_rank[module]
         for suffix in _MAGNITUDES:
             if prefix + suffix in self._storage.files:
@@ -316,8 +311,7 @@ class AdaptedWeights:
                 if len(size) != len(weight):
                     raise BadInput(
                         f"expected {len(weight)} magnitudes of {module!r} in {self._where}, got {len(size)}: "
-                        f"pass the "
-                        "right base with --base"
+                        "pass the right base with --base"
                     )
                 return size / weight.norm(dim=1)
         return None
@@ -329,7 +323,7 @@ class AdaptedWeights:
 
 
 def _part_of(path: str) -> tuple[str | None, str]:
-    """The module that a tensor of low rank belongs to, and which part of it it is; None and "" for others."""
+    """The module of a low-rank tensor, and its part of it; None and "" for other tensors."""
     for part in (_DOWN, _UP, _UP_BIAS, *_MAGNITUDES):
         if path.endswith(part):
             return path.removesuffix(part), part

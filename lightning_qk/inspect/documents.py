@@ -1,17 +1,17 @@
-"""JSON files that come with a checkpoint: limits first, then their kind."""
+"""Errors of user input, JSON files and patterns that come with a checkpoint, read within limits."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from lightning_qk.inspect.errors import BadInput, one_line
 
 _LARGEST = 2**26
 """Bytes of a JSON file; the index of a model of 10⁵ tensors has 10⁷."""
 _DEEPEST = 64
-# What a configuration's class makes one object, or one entry of a list, of each.
+# Fields that count modules or list entries of a model.
 _COUNTED = re.compile(r"(?:^|_)(?:n_)?(?:layers?|depths?|blocks?|stages?|hidden_layers|experts|groups)$")
 _FEWEST = 256
 """So many layers are allowed whatever the number of tensors: several layers can share one."""
@@ -73,7 +73,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def check_counts(fields: Mapping[str, Any], tensors: int, where: str) -> None:
-    """Refuse a configuration that asks for more than a checkpoint can hold, before anything is made of it.
+    """Raises for a configuration that asks for more than a checkpoint can hold, before anything is built.
 
     Args:
         fields: the configuration as plain data.
@@ -106,3 +106,95 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             waiting += [(str(inner), part) for inner, part in value.items()]
         elif isinstance(value, list | tuple):
             waiting += [(name, part) for part in value if isinstance(part, int | list | tuple | Mapping)]
+
+
+class BadInput(ValueError):
+    """An error that the caller can correct: a checkpoint, option or target that is not what was expected.
+
+    Attributes:
+        status: the exit status of a command that is given it.
+    """
+
+    status = 2
+
+
+_LONGEST = 300
+"""Characters of an error of others that are quoted."""
+
+
+def one_line(error: BaseException) -> str:
+    """The first line that an error says, or its class."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # what a library's error holds may have no text
+        lines = []
+    line = lines[0].rstrip(".:") if lines else type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
+
+
+_SECONDS = 5.0
+_LONGEST = 1000
+# Patterns without backtracking.
+_PLAIN = re.compile(r"^\^?(?:[A-Za-z0-9_-]|\\?\.)+\$?$")
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+json.dump([[bool(re.match(rf"(.*\\.)?({pattern})$", name)) for pattern in patterns] for name in names], sys.stdout)
+"""
+
+
+def first_matches(patterns: Iterable[str], names: Iterable[str], where: str) -> dict[str, str | None]:
+    """Which of an adapter's patterns applies to each name, as PEFT decides: the first that matches its end.
+
+    Patterns that are plain names are matched here. Others can run for years on one name: they are matched in a
+    process of their own, which is ended after some seconds.
+
+    Args:
+        patterns: regular expressions.
+        names: of modules.
+        where: what to call the adapter in messages.
+
+    Returns:
+        Name → the pattern, or None.
+
+    Raises:
+        BadInput: a pattern is no regular expression, is longer than 1000 characters, or does not come to an end.
+    """
+    patterns, names = list(patterns), list(names)
+    for pattern in patterns:
+        if len(pattern) > _LONGEST:
+            raise BadInput(
+                f"expected patterns of at most {_LONGEST} characters, got one of {len(pattern)} in {where}: "
+                "merge the adapter and pass the merged model"
+            )
+    if all(_PLAIN.match(pattern) for pattern in patterns):
+        found = [[bool(re.match(rf"(.*\.)?({pattern})$", name)) for pattern in patterns] for name in names]
+    else:
+        found = _elsewhere(patterns, names, where)
+    return {
+        name: next((pattern for pattern, holds in zip(patterns, row, strict=True) if holds), None)
+        for name, row in zip(names, found, strict=True)
+    }
+
+
+def _elsewhere(patterns: list[str], names: list[str], where: str) -> list[list[bool]]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([patterns, names]),
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+        )
+        return [[bool(holds) for holds in row] for row in json.loads(done.stdout)]
+    except subprocess.TimeoutExpired as error:
+        raise BadInput(
+            f"expected patterns that can be matched within {_SECONDS:g} s, got {', '.join(patterns)[:100]!r} "
+            f"in {where}: write them as names of modules, or merge the adapter and pass the merged model"
+        ) from error
+    except (subprocess.CalledProcessError, OSError, ValueError) as error:
+        raise BadInput(
+            f"expected regular expressions, got {', '.join(patterns)[:100]!r} in {where}: write them as "
+            "names of modules, or merge the adapter and pass the merged model"
+        ) from error

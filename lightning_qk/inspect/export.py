@@ -1,21 +1,23 @@
 """Readings as JSON, CSV and HTML. A file appears whole or not at all."""
 
 import csv
+import difflib
 import io
 import json
 import math
+import operator
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_qk._printable import cell
 from lightning_qk._version import __version__
-from lightning_qk.inspect.conditions import logged_values
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.inspect.table import regimes_of
 from lightning_qk.record.atomic_write import whole_file
@@ -23,7 +25,7 @@ from lightning_qk.record.verdicts import layer_regime
 
 
 def check_targets(paths: Sequence[Path | None]) -> None:
-    """Refuse files that cannot be written, before anything is read.
+    """Raises for files that cannot be written, before anything is read.
 
     Raises:
         BadInput: a target is a folder, or its folder cannot be written to.
@@ -38,8 +40,7 @@ def check_targets(paths: Sequence[Path | None]) -> None:
         except (OSError, ValueError) as error:  # such as a name that is too long
             raise BadInput(
                 f"expected a file that may be written, got {path} "
-                f"({getattr(error, 'strerror', None) or error}): pick "
-                "another place"
+                f"({getattr(error, 'strerror', None) or error}): pick another place"
             ) from error
 
 
@@ -139,7 +140,7 @@ def _number(value: float) -> float | None:
 
 
 def difference(first: Reading, other: Reading) -> dict[str, Any]:
-    """What one model has more of than another, by key, as plain data."""
+    """Difference of two models by key, as plain data."""
     before, after = logged_values(first), logged_values(other)
     return {
         "checkpoint": other.title,
@@ -201,3 +202,96 @@ def write_html(path: Path, sources: Sequence[Sequence[Reading]]) -> None:
         raise BadInput(
             f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
         ) from error
+
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_CONDITION = re.compile(r"^\s*(?P<key>[^\s<>=]+)\s*(?P<operator>>=|<=|>|<)\s*(?P<number>\S+)\s*$")
+
+
+class Condition(NamedTuple):
+    """A bound on one number.
+
+    Attributes:
+        text: as it was given.
+        key: of the number, as monitors log it.
+        operator: ``>``, ``>=``, ``<`` or ``<=``.
+        bound: what it is compared with.
+    """
+
+    text: str
+    key: str
+    operator: str
+    bound: float
+
+    def holds(self, value: float) -> bool:
+        """Whether it holds; of a number that is not known, it does."""
+        return math.isnan(value) or _OPERATORS[self.operator](value, self.bound)
+
+
+def parse_condition(text: str) -> Condition:
+    """Read a condition.
+
+    Raises:
+        BadInput: it is no condition.
+    """
+    found = _CONDITION.match(text)
+    try:
+        if found is None:
+            raise ValueError
+        bound = float(found["number"])
+        if math.isnan(bound):
+            raise ValueError
+    except ValueError:
+        raise BadInput(
+            f"expected a condition such as 'qk/eig_var/max>3' after --fail-on, got {text!r}: give a key, one "
+            "of >, >=, <, <=, and a number, in quotes"
+        ) from None
+    return Condition(text.strip(), found["key"], found["operator"], bound)
+
+
+def logged_values(reading: Reading) -> dict[str, float]:
+    """Every number of a reading under the key that the monitors log it by.
+
+    ``qk/eig_var/mean``, ``/min`` and ``/max`` over all heads; ``qk/layer_03/eig_var``, the mean over the layer's
+    heads; ``qk/layer_03/head_05/eig_var``; likewise ``attn/…``. Statistics that a layer cannot have are left out;
+    a number that is not finite where there should be one is NaN or infinite in its aggregates.
+    """
+    out: dict[str, float] = {}
+    for group, statistics in (("qk", reading.values), ("attn", reading.attention)):
+        for name, flat in statistics.items():
+            layers = [
+                (label, part)
+                for place, (label, part) in enumerate(zip(reading.labels, reading.split(flat), strict=True))
+                if reading.has_value(name, place)
+            ]
+            numbers = [value for _, part in layers for value in part.tolist()]
+            if not numbers:
+                continue
+            unknown = any(math.isnan(value) for value in numbers)
+            out[f"{group}/{name}/mean"] = sum(numbers) / len(numbers)
+            out[f"{group}/{name}/min"] = math.nan if unknown else min(numbers)
+            out[f"{group}/{name}/max"] = math.nan if unknown else max(numbers)
+            for label, part in layers:
+                out[f"{group}/{label}/{name}"] = float(part.double().mean())
+                for head, value in enumerate(part.tolist()):
+                    out[f"{group}/{label}/head_{head:02d}/{name}"] = value
+    return out
+
+
+def check_condition(condition: Condition, values: Mapping[str, float]) -> float | None:
+    """The number for which a condition holds, or None where it does not.
+
+    Raises:
+        BadInput: there is no such number.
+    """
+    if condition.key not in values:
+        close = difflib.get_close_matches(condition.key, list(values), n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else "--json lists the keys"
+        raise BadInput(f"expected a key that was read after --fail-on, got {condition.key!r}; {hint}")
+    value = values[condition.key]
+    return value if condition.holds(value) else None

@@ -6,33 +6,57 @@ renames, splits, joins and transposes when it loads; its own rules for that are 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.inspect.errors import BadInput, one_line
-from lightning_qk.inspect.storage import Get
+from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.storage import Get, Storage
 
-# What compiling and sharding put between the parts of a name.
+# Parts that compiling and sharding insert into names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
 
-# Different prefixes that are looked at: those of one network differ by what its class puts before its names.
+# Prefixes that are tried: those of one network differ by what its class puts before its names.
 _MOST_NETWORKS = 64
-# How networks are called that follow another one.
+# Names of networks that are copies of another one.
 _COPY = re.compile(
     r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])"
 )
 _NUMBER = re.compile(r"\d+")
-# Tensors of attention that no weights are: constants that older versions of transformers saved too.
+# Constants of attention, not weights, that older versions of transformers also saved.
 _CONSTANTS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids|relative_position_index)$")
 _NAMED = 4
 """Names that a message lists; others are counted."""
 
 _ALIGNMENT = 64
 """Bytes: torch's own tensors begin at a multiple of it."""
+
+
+Load = Callable[[list[str], torch.Size], Tensor]
+"""The values of a parameter, given all its names and its shape; float32 at least."""
+
+
+class Weights(Protocol):
+    """Weights that are read one parameter at a time."""
+
+    def reading(self) -> AbstractContextManager[Load]:
+        """Within this block weights can be read; files are closed at its end."""
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a parameter."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter, without reading it; None where unknown."""
+
+    def check_depth(self, layers: Collection[str]) -> None:
+        """Raises BadInput for a checkpoint that has some of these attention layers and nothing of others."""
+
+    def notes(self, layers: Collection[str]) -> list[str]:
+        """Notes on tensors that were not read, given the attention layers' names; call it after reading them."""
 
 
 class Origin(NamedTuple):
@@ -49,8 +73,8 @@ class Origin(NamedTuple):
     converter: Any = None
 
 
-class Matching:
-    """The parameters of a skeleton and the tensors of a checkpoint.
+class StoredWeights:
+    """The weights of a skeleton in the tensors of a checkpoint; a :class:`Weights`.
 
     Attributes:
         origins: parameter name → where its values are.
@@ -61,9 +85,8 @@ class Matching:
 
     def __init__(
         self,
+        storage: Storage,
         model: nn.Module,
-        keys: Iterable[str],
-        where: str,
         *,
         within: bool | None = False,
         prefix: str | None = None,
@@ -71,9 +94,8 @@ class Matching:
         """Match names.
 
         Args:
+            storage: the checkpoint's tensors.
             model: the skeleton.
-            keys: names of the checkpoint's tensors.
-            where: what to call the checkpoint in messages.
             within: the model is a part of the module that was saved, whose names it has in memory; None where it
                 may be either.
             prefix: only tensors whose names begin with it and a dot, without it.
@@ -81,10 +103,11 @@ class Matching:
         Raises:
             BadInput: the checkpoint holds nothing of the model, or nothing below the prefix.
         """
+        self._storage = storage
         self._model = model
-        self._where = where
+        self._where = where = storage.where
         named = model.state_dict()
-        stored = list(keys)
+        stored = list(storage.files)
         below = {key: key for key in stored} if prefix is None else _below(stored, prefix, where)
         self.prefix = prefix or ""
         self.others: list[str] = []
@@ -120,7 +143,13 @@ class Matching:
         """Whether the checkpoint holds the values of a parameter."""
         return self._origin([name]) is not None
 
-    def load(self, names: list[str], get: Get, shape: torch.Size) -> Tensor:
+    @contextmanager
+    def reading(self) -> Iterator[Load]:
+        """Within this block weights can be read; files are closed at its end."""
+        with self._storage.reading() as get:
+            yield lambda names, shape: self._load(names, get, shape)
+
+    def _load(self, names: list[str], get: Get, shape: torch.Size) -> Tensor:
         """The values of a parameter as a model would load them, in float32 at least.
 
         Args:
@@ -134,45 +163,34 @@ class Matching:
         origin = self._origin(names)
         if origin is None:
             raise BadInput(
-                f"expected the weights {names[0]!r} in {self._where}, got no such tensor: the checkpoint "
-                "is incomplete, "
-                "or its configuration is that of another model"
+                f"expected the weights {names[0]!r} in {self._where}, got no such tensor: the checkpoint is "
+                "incomplete, or its configuration is that of another model"
             )
         value = self._converted(names, origin, get)
         if not value.is_floating_point() or value.element_size() < 2:
             raise BadInput(
                 f"expected weights that are kept as numbers, got {names[0]!r} in {self._where} as "
-                f"{str(value.dtype).removeprefix('torch.')}: quantized checkpoints are not read; "
-                "dequantize it and save "
-                "it again"
+                f"{str(value.dtype).removeprefix('torch.')}: quantized checkpoints are not read; dequantize "
+                "it and save it again"
             )
         if value.shape != shape:
             raise BadInput(
-                f"expected {names[0]!r} of shape {tuple(shape)}, got {tuple(value.shape)} in "
-                f"{self._where}: its "
-                "configuration is that of another model"
+                f"expected {names[0]!r} of shape {tuple(shape)}, got {tuple(value.shape)} in {self._where}: "
+                "its configuration is that of another model"
             )
         return _aligned(value if value.dtype == torch.float64 else value.float())
 
-    def shape(self, name: str, stored: Callable[[str], tuple[int, ...] | None]) -> tuple[int, ...] | None:
-        """The shape that the checkpoint has of a parameter; None where it tells none, or the tensor is converted.
-
-        Args:
-            name: of the parameter.
-            stored: gives the shape of a tensor of the checkpoint.
-        """
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that the checkpoint has of a parameter; None where unknown, or the tensor is converted."""
         origin = self._origin([name])
-        return None if origin is None or origin.converter is not None else stored(origin.sources[0][0])
+        return (
+            None
+            if origin is None or origin.converter is not None
+            else self._storage.shape(origin.sources[0][0])
+        )
 
     def check_depth(self, layers: Collection[str]) -> None:
-        """Refuse a checkpoint that has some of the attention layers and nothing of others.
-
-        Args:
-            layers: names of the model's attention layers.
-
-        Raises:
-            BadInput: of a layer with parameters no tensor is there.
-        """
+        """Raises BadInput for a checkpoint that has some of these attention layers and nothing of others."""
         absent, present = [], 0
         for layer in layers:
             start = f"{layer}." if layer else ""
@@ -184,18 +202,12 @@ class Matching:
         if absent and present:
             raise BadInput(
                 f"expected {present + len(absent)} attention layers, as the configuration says, in "
-                f"{self._where}, got "
-                f"{present} (no tensor of {listed(absent)}): copy the rest, or correct the number of "
-                f"layers in the "
-                "configuration"
+                f"{self._where}, got {present} (no tensor of {listed(absent)}): copy the rest, or correct "
+                "the number of layers in the configuration"
             )
 
     def notes(self, layers: Collection[str]) -> list[str]:
-        """What a reader has to know of tensors that are not read.
-
-        Args:
-            layers: names of the model's attention layers.
-        """
+        """Notes on tensors that are not read, given the names of the attention layers."""
         notes = []
         if self.others:
             choose = " or ".join(f"--prefix {prefix}" for prefix in self.others[:_NAMED])
@@ -206,24 +218,23 @@ class Matching:
             )
         if self.collisions:
             notes.append(
-                f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, such as "
-                f"{self.collisions[0][0]}, not {self.collisions[0][1]}"
+                f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, "
+                f"such as {self.collisions[0][0]}, not {self.collisions[0][1]}"
             )
         deeper, unknown = self._of_attention(layers)
         if deeper:
             notes.append(
                 f"{self._where} is deeper than its configuration: {len(deeper)} attention "
                 f"layer{'s' * (len(deeper) > 1)} that it holds ({listed(deeper)}) "
-                f"{'are' if len(deeper) > 1 else 'is'} "
-                f"not read, only the {len(layers)} of the configuration"
+                f"{'are' if len(deeper) > 1 else 'is'} not read, only the {len(layers)} of the configuration"
                 + ("" if self._expects(deeper) else "; correct its number of layers to read all")
             )
         if unknown:
             notes.append(
                 f"{len(unknown)} tensor{'s' * (len(unknown) > 1)} of attention in {self._where} "
                 f"{'belong' if len(unknown) > 1 else 'belongs'} to no parameter of a "
-                f"{type(self._model).__name__} and "
-                f"{'are' if len(unknown) > 1 else 'is'} not in these numbers ({listed(unknown)})"
+                f"{type(self._model).__name__} and {'are' if len(unknown) > 1 else 'is'} not in these "
+                f"numbers ({listed(unknown)})"
             )
         return notes
 
@@ -283,8 +294,8 @@ class Matching:
         except Exception as error:
             raise BadInput(
                 f"expected tensors that transformers can make {names[0]!r} of, got {self._where} "
-                f"({one_line(error)}): "
-                "the checkpoint is incomplete, or its configuration is that of another model"
+                f"({one_line(error)}): the checkpoint is incomplete, or its configuration is that of another "
+                "model"
             ) from error
         for name in names:
             if name in made:
@@ -304,7 +315,7 @@ def listed(names: Collection[str]) -> str:
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """The same where memory that torch would give begins; a mapped file has tensors anywhere.
+    """The same tensor at an aligned address, as torch allocates it; a mapped file has tensors anywhere.
 
     Products of the same numbers differ in the last bit where they begin elsewhere, and two checkpoints with the
     same weights must not.

@@ -14,10 +14,10 @@ from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.position import ADDED_TO_LOGITS
 from lightning_qk.heads.projections import HeadProjections, UnreadLayer
 from lightning_qk.heads.sites import AttentionLayer, attention_sites, kv_source
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
 from lightning_qk.inspect.sources import Checkpoint
-from lightning_qk.inspect.weights import Weights
 from lightning_qk.metrics.eigenvalues import EigenvalueWorker
 from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, MOMENT_STATISTICS, QKSpectrum, extreme_values
 from lightning_qk.record.history import History, LayerShape, RunRecord
@@ -83,7 +83,7 @@ class Reading:
 def iterate_layers(
     model: nn.Module, weights: Weights, *, fold_norm: bool = False
 ) -> Iterator[tuple[AttentionLayer, LayerReader | str, HeadProjections | None]]:
-    """Read the attention layers of a skeleton, each with its own weights in place for the time of its turn.
+    """Read the attention layers of a skeleton one by one, each with its own weights in place.
 
     Args:
         model: from :func:`~lightning_qk.inspect.skeleton.build_skeleton`.
@@ -91,7 +91,7 @@ def iterate_layers(
         fold_norm: see :func:`~lightning_qk.head_projections`.
 
     Yields:
-        The layer where it stands, how it is read, and its projections in float32 at least; or the reason why it
+        The layer and its place, how it is read, and its projections in float32 at least; or the reason why it
         cannot be read, and None.
 
     Raises:
@@ -99,7 +99,7 @@ def iterate_layers(
     """
     for site in list(attention_sites(model)):
         _check_shapes(site, weights)
-        with _standing_in(model, site, fold_norm) as placed:
+        with _stand_ins(model, site, fold_norm) as placed:
             try:
                 plan = layer_reader(site, fold_norm)
             except UnreadLayer as reason:
@@ -122,20 +122,19 @@ def _check_shapes(site: AttentionLayer, weights: Weights) -> None:
         if there is not None and there != tuple(parameter.shape):
             raise BadInput(
                 f"expected {name!r} of shape {tuple(parameter.shape)}, got {there}: the checkpoint's "
-                f"configuration is "
-                "that of another model"
+                "configuration is that of another model"
             )
 
 
 @contextmanager
-def _standing_in(model: nn.Module, site: AttentionLayer, fold_norm: bool) -> Iterator[Placed]:
+def _stand_ins(model: nn.Module, site: AttentionLayer, fold_norm: bool) -> Iterator[Placed]:
     modules = [site.module]
     with suppress(UnreadLayer):  # the plan says so
         lender = kv_source(site)
         if lender is not None:
             modules.append(lender.module)
     if fold_norm:
-        # Norms stand beside the layer; what else is there has nothing to do with it.
+        # Norms are siblings of the layer; other siblings do not matter.
         modules += [
             child
             for owner in site.ancestors[:3]
@@ -197,7 +196,7 @@ def read_checkpoint(
         fold_norm: fold the gain of the norm that feeds a layer into its weights.
         eigenvalues: solve the eigenproblems; False leaves ``spectral_radius`` and ``singular_max`` out.
         trust: run code that comes with the model.
-        progress: told of every layer.
+        progress: called after every layer.
 
     Returns:
         What was read, the skeleton and the weights.
@@ -211,7 +210,7 @@ def read_checkpoint(
 
 @contextmanager
 def _naming(checkpoint: Checkpoint) -> Iterator[None]:
-    """What is wrong with a checkpoint is told with what it is called."""
+    """Adds the checkpoint's name to errors that lack it."""
     try:
         yield
     except BadInput as error:
@@ -295,8 +294,7 @@ def _reading(
             name, reason = next(iter(unread.items()))
             raise BadInput(
                 f"expected attention layers that can be read, got {len(unread)} in {checkpoint.title} "
-                f"({kind}), none of "
-                f"which is: of {name or kind}, {reason}"
+                f"({kind}), none of which is: of {name or kind}, {reason}"
             )
         raise BadInput(
             f"expected a model with attention layers, got {checkpoint.title} ({kind}), which has none"
@@ -307,9 +305,8 @@ def _reading(
     notes += [f"{name} is not read: {reason}" for name, reason in unread.items()]
     if facts["positions"] & ADDED_TO_LOGITS:
         notes.append(
-            "positions are added to the logits "
-            f"({', '.join(sorted(facts['positions'] & ADDED_TO_LOGITS))}): these are "
-            "the spectra of the content part, q · k"
+            f"positions are added to the logits ({', '.join(sorted(facts['positions'] & ADDED_TO_LOGITS))}): "
+            "these are the spectra of the content part, q · k"
         )
     reading = Reading(
         title=checkpoint.title,
@@ -411,7 +408,7 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
 
 
 def check_same_layers(first: Reading, other: Reading) -> None:
-    """Refuse to set readings beside each other whose layers or heads differ.
+    """Raises unless two readings have the same layers and heads.
 
     Raises:
         BadInput: they differ.
@@ -420,7 +417,6 @@ def check_same_layers(first: Reading, other: Reading) -> None:
         return
     raise BadInput(
         f"expected models with the same layers and heads, got {len(first.labels)} layers of "
-        f"{sorted(set(first.heads))} heads "
-        f"in {first.title} and {len(other.labels)} of {sorted(set(other.heads))} in {other.title}: "
-        "inspect them one by one"
+        f"{sorted(set(first.heads))} heads in {first.title} and {len(other.labels)} of "
+        f"{sorted(set(other.heads))} in {other.title}: inspect them one by one"
     )

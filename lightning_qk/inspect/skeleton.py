@@ -16,26 +16,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_qk.architecture.origin import is_named
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Numbers from which on a tensor that a constructor makes is not worth its memory.
+# Elements above which a constructor's tensor goes to the meta device.
 _LARGE = 2**22
 _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
-# Ranges are computed with, which numbers on the meta device would stop: they are real up to a larger size.
+# Constructors compute with ranges: these are real up to a larger size.
 _LARGE_RANGE = 2**25
 # Length of the pattern that stand-ins repeat: prime, so that no row of a matrix is like another.
 _PATTERN = 4099
 
 
 def build_skeleton(
-    config: "PreTrainedConfig",
-    *,
-    trust: bool = False,
-    tensors: int | None = None,
-    size: int | None = None,
+    config: "PreTrainedConfig", *, trust: bool = False, tensors: int | None = None, size: int | None = None
 ) -> "PreTrainedModel":
     """Build the model that a configuration describes, without memory for its parameters.
 
@@ -100,7 +96,7 @@ def _class_of(config: "PreTrainedConfig", name: str) -> Any:
 
 
 def _plain_attention(config: "PreTrainedConfig") -> "PreTrainedConfig":
-    """Without an implementation whose library may not be there: nothing is computed by it."""
+    """Eager in place of an implementation that needs a library: attention is not run."""
     wanted = getattr(config, "_attn_implementation", None)
     if wanted not in (None, "eager", "sdpa"):
         config._attn_implementation = "eager"
@@ -147,7 +143,7 @@ def _length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
 
 
 class _Budget:
-    """How large a model may be beside its checkpoint.
+    """Bounds on the size of a model, given its checkpoint.
 
     Layers may share tensors, constants need not be saved, and classes make what a checkpoint of another
     task lacks:
@@ -168,9 +164,8 @@ class _Budget:
         self._count += 1
         if self._most is not None and self._count > self._most:
             raise BadInput(
-                f"expected a model of about as many parameters as the checkpoint has tensors, got one "
-                f"of more than "
-                f"{self._most}: its configuration is that of another model"
+                "expected a model of about as many parameters as the checkpoint has tensors, got one of more "
+                f"than {self._most}: its configuration is that of another model"
             )
         if parameter.numel() > self._largest:
             raise BadInput(
@@ -181,7 +176,7 @@ class _Budget:
 
 @contextmanager
 def _without_memory(budget: _Budget) -> Iterator[None]:
-    """Modules that are made in this block keep their parameters on the meta device, initialized or not."""
+    """Modules constructed in this block have their parameters on the meta device."""
     register = nn.Module.register_parameter
 
     def register_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -202,7 +197,7 @@ def _without_memory(budget: _Budget) -> Iterator[None]:
 
 
 class Placed:
-    """Tensors in the places of a skeleton's own, for the time of a block.
+    """Stand-ins for a skeleton's tensors, until taken back.
 
     Attributes:
         names: of the parameters and buffers that have a stand-in.
@@ -232,8 +227,7 @@ class Placed:
         return self._homes.keys()
 
     def names_of(self, tensor: Tensor) -> list[str]:
-        """The qualified names of a tensor that stands in: several where it is shared, none where it "
-        "does not."""
+        """Qualified names of a stand-in: several where it is shared, none for other tensors."""
         return [name for name, (home, own) in self._homes.items() if home[own] is tensor]
 
     def shape(self, name: str) -> torch.Size:
@@ -274,13 +268,12 @@ class Placed:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether nobody has to run a module to know what it does."""
+    """Whether a module's function is known without running it."""
     return type(module).forward is nn.Linear.forward or is_named(module, "Conv1D")
 
 
 def _stand_in(tensor: Tensor, *, plain: bool) -> Tensor:
-    """Numbers around one for vectors, mixed ones for matrices; none at all, and no memory, where nobody "
-    "looks."""
+    """Numbers around one for vectors, mixed ones for matrices; uninitialized memory where they are not used."""
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     if plain and tensor.dim() == 2:

@@ -1,5 +1,4 @@
-"""Open what can be inspected: folders, models on the hub, Lightning's checkpoints, adapters, series of "
-"them."""
+"""Open what can be inspected: folders, models on the hub, Lightning's checkpoints, adapters, series of them."""
 
 import difflib
 import re
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
-from lightning_qk.inspect.documents import check_counts, parse_json, read_json
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput, check_counts, one_line, parse_json, read_json
+from lightning_qk.inspect.matching import StoredWeights, Weights
 from lightning_qk.inspect.storage import (
     Storage,
     folder_storage,
@@ -22,7 +21,6 @@ from lightning_qk.inspect.storage import (
     state_dict,
     tensor_names,
 )
-from lightning_qk.inspect.weights import StoredWeights, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -35,8 +33,8 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _STEP = re.compile(r"(?:checkpoint|step|global_step|iter)[-_=]?(\d+)", re.IGNORECASE)
 _LARGEST_STEP = 2**53
 _MOST_ADAPTERS = 4
-"""So many adapters may lie on each other."""
-# Where hyperparameters of a LightningModule say what model it holds.
+"""Adapters on adapters, at most."""
+# Hyperparameters of a LightningModule that may name its model.
 _MODEL_HINT = re.compile(r"model|pretrained|backbone|checkpoint", re.IGNORECASE)
 
 
@@ -91,7 +89,7 @@ class Checkpoint:
 
 
 def open_source(target: str, options: Options) -> list[Checkpoint]:
-    """Open what a name stands for.
+    """Open a checkpoint or a series of them.
 
     Args:
         target: a folder that ``save_pretrained`` wrote, a PEFT adapter's folder, a checkpoint of Lightning or
@@ -116,22 +114,21 @@ def open_source(target: str, options: Options) -> list[Checkpoint]:
     name, _, revision = target.partition("@")
     if path.is_absolute() or target.startswith((".", "~")) or not _HUB_ID.match(name):
         raise BadInput(
-            f"expected a folder, a checkpoint or the name of a model on the hub, got {target!r}, which "
-            "does not "
-            f"exist{_near(path)}"
+            f"expected a folder, a checkpoint or the name of a model on the hub, got {target!r}, which does "
+            f"not exist{_near(path)}"
         )
     return [_hub(name, revision or options.revision, options)]
 
 
 def _place(name: str) -> Path:
-    """The path that a name may be.
+    """A name as a path.
 
     Raises:
         BadInput: no path has such a name.
     """
     try:
         path = Path(name).expanduser()
-        with suppress(PermissionError):  # is told when it is opened
+        with suppress(PermissionError):  # reported when it is opened
             path.exists()
     except (RuntimeError, OSError, ValueError) as error:
         shown = name if len(name) <= 100 else f"{name[:100]}…"
@@ -160,17 +157,16 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
             found = _pretrained(fetch, str(path), options)
             if inside:
                 found.notes.append(
-                    f"{path} also holds {len(inside)} checkpoint{'s' * (len(inside) > 1)}: pass --series to read "
-                    "those instead"
+                    f"{path} also holds {len(inside)} checkpoint{'s' * (len(inside) > 1)}: pass --series to "
+                    "read those instead"
                 )
             return [found]
     if inside:
         return _series(inside, options)
     if (path / ".metadata").exists() or (path / "meta.pt").exists():
         raise BadInput(
-            f"expected weights in one piece, got {path}, a checkpoint that Lightning saved in shards: "
-            "turn it into a file "
-            "with `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
+            f"expected weights in one piece, got {path}, a checkpoint that Lightning saved in shards: turn "
+            "it into a file with `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
         )
     try:
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
@@ -178,8 +174,7 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
         raise BadInput(f"expected a folder that may be read, got {path}: change its permissions") from error
     raise BadInput(
         f"expected a folder with config.json, adapter_config.json or checkpoints, got {path}, which holds "
-        f"{holds}: "
-        "pass the folder that save_pretrained wrote, or a .ckpt file"
+        f"{holds}: pass the folder that save_pretrained wrote, or a .ckpt file"
     )
 
 
@@ -201,11 +196,11 @@ def _checkpoints_in(path: Path) -> list[Path]:
 
 
 def _of_something_else(config: Path) -> bool:
-    """Whether a config.json is no model's, such as that of a pooling layer of sentence-transformers."""
+    """Whether a config.json belongs to no model, but to a pooling layer of sentence-transformers, say."""
     try:
         fields = read_json(config, "a configuration")
     except BadInput:
-        return False  # a damaged one is told when it is opened
+        return False  # a damaged one is reported when it is opened
     return not {"model_type", "architectures"} & fields.keys()
 
 
@@ -254,12 +249,12 @@ def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None =
         _check_plain(given, where)
         storage = folder_storage(fetch, where, trust=options.trust)
     else:
-        # What the files hold decides how much is made of the configuration.
+        # The files bound what a configuration may ask for.
         _check_plain(_fields(fetch, where), where)
         try:
             storage = folder_storage(fetch, where, trust=options.trust)
         except BadInput:
-            _config(fetch, where, options, hub=hub, tensors=0)  # what is wrong with it is told first
+            _config(fetch, where, options, hub=hub, tensors=0)  # its own error comes first
             raise
     config = given or _config(fetch, where, options, hub=hub, tensors=len(storage.files))
     _check_plain(config, where)
@@ -303,9 +298,8 @@ def _config(
     check_counts(fields, tensors, str(path))
     if "configuration_files" in fields:
         raise BadInput(
-            f"expected one configuration, got {path} with configuration_files, which names others "
-            f"for other versions "
-            "of transformers: remove that field"
+            f"expected one configuration, got {path} with configuration_files, which names others for other "
+            "versions of transformers: remove that field"
         )
     # Code that comes with a model on the hub is found by the model's name.
     source, revision = (hub, options.revision) if hub and options.trust else (str(path.parent), None)
@@ -330,8 +324,8 @@ def _check_plain(config: "PreTrainedConfig | dict[str, Any]", where: str) -> Non
     )
     raise BadInput(
         f"expected weights that are kept as numbers, got {where}, which is quantized "
-        f"({getattr(method, 'value', method)}): "
-        "dequantize it and save it again, or pass the model that it was made from"
+        f"({getattr(method, 'value', method)}): dequantize it and save it again, or pass the model that it "
+        "was made from"
     )
 
 
@@ -408,9 +402,8 @@ def _file(path: Path, options: Options) -> Checkpoint:
         )
     if path.suffix not in _TORCH_FILES:
         raise BadInput(
-            f"expected a file that ends with .safetensors or {', '.join(_TORCH_FILES)}, got {path}: pass "
-            "a checkpoint, "
-            "or the folder of a model"
+            f"expected a file that ends with .safetensors or {', '.join(_TORCH_FILES)}, got {path}: pass a "
+            "checkpoint, or the folder of a model"
         )
     loaded = load_torch(path, trust=options.trust)
     names = list(state_dict(loaded))
@@ -419,8 +412,7 @@ def _file(path: Path, options: Options) -> Checkpoint:
     if any(".lora_A." in name for name in names):
         raise BadInput(
             f"expected a checkpoint without adapters, got {path}, whose model has LoRA layers: save the "
-            "adapter with "
-            "save_pretrained and pass its folder"
+            "adapter with save_pretrained and pass its folder"
         )
     extra = loaded if isinstance(loaded, Mapping) else {}
     step = _plausible_step(extra.get("global_step"))
@@ -479,20 +471,18 @@ def _config_of(
         return beside, str(path.parent)
     raise BadInput(
         f"expected a checkpoint that says what model it holds, got {path}, whose hyperparameters do not: "
-        "pass the folder "
-        "or the hub's name of a model of the same configuration with --config"
+        "pass the folder or the hub's name of a model of the same configuration with --config"
     )
 
 
 def _check_text(text: str, tensors: int, path: Path) -> None:
-    """Refuse a checkpoint.s configuration that is no JSON object, or asks for more than the checkpoint holds."""
+    """Raises BadInput for a configuration that is no JSON object, or asks for more than the checkpoint holds."""
     try:
         fields = parse_json(text)
     except ValueError as error:
         raise BadInput(
-            f"expected a configuration as JSON in {path}, got something else ({one_line(error)}): "
-            f"pass the folder or "
-            "the hub's name of a model of the same configuration with --config"
+            f"expected a configuration as JSON in {path}, got something else ({one_line(error)}): pass the "
+            "folder or the hub's name of a model of the same configuration with --config"
         ) from error
     check_counts(fields, tensors, f"the configuration in {path}")
 
@@ -550,24 +540,22 @@ def _hub_files(name: str, revision: str | None) -> Fetch:
                 return None
             raise BadInput(
                 "expected a path that exists, or a model of the hub that is in its cache or can be "
-                "downloaded, "
-                f"got {name!r}{_near(Path(name))}, or try again with a network and without HF_HUB_OFFLINE"
+                f"downloaded, got {name!r}{_near(Path(name))}, or try again with a network and without "
+                "HF_HUB_OFFLINE"
             ) from error
         except EntryNotFoundError:
             return None
         except GatedRepoError as error:
             raise BadInput(
-                f"expected a model that may be downloaded, got {name!r}, whose owner has to allow it: ask "
-                "on its page, "
-                "then log in with `hf auth login`"
+                f"expected a model that may be downloaded, got {name!r}, whose owner has to allow it: ask on "
+                "its page, then log in with `hf auth login`"
             ) from error
         except RevisionNotFoundError as error:
             raise BadInput(f"expected a revision that {name} has, got {revision!r}: correct it") from error
         except (RepositoryNotFoundError, HFValidationError) as error:
             raise BadInput(
                 f"expected a path that exists or a model on the hub, got {name!r}: correct it, or log in "
-                "with "
-                "`hf auth login` where it is private"
+                "with `hf auth login` where it is private"
             ) from error
         except PermissionError as error:
             raise BadInput(

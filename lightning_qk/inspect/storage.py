@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_qk.inspect.documents import read_json
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput, one_line, read_json
 
 Get = Callable[[str], Tensor]
 """The tensor of a name, valid while the files are open."""
@@ -53,7 +52,7 @@ class Storage:
         self._shapes: dict[Path, dict[str, tuple[int, ...]]] = {}
 
     def path(self, name: str) -> Path | None:
-        """The file of a tensor, None where it is not at hand; nothing is downloaded."""
+        """The file of a tensor, None where it is not available; nothing is downloaded."""
         if isinstance(self.files, _Shards):
             return self.files.at_hand(name)
         return self.files[name]
@@ -62,7 +61,7 @@ class Storage:
         """The shape of a tensor as its file tells it, which reads none of its values.
 
         Returns:
-            The shape; None where the file is not at hand, is damaged, or holds no such tensor.
+            The shape; None where the file is not available, is damaged, or holds no such tensor.
         """
         path = self.path(name)
         if path is None:
@@ -70,12 +69,12 @@ class Storage:
         if path not in self._shapes:
             try:
                 self._shapes[path] = _shapes(path, trust=self._trust)
-            except BadInput:  # is told when the tensor is read, if it ever is
+            except BadInput:  # reported when the tensor is read, if it ever is
                 self._shapes[path] = {}
         return self._shapes[path].get(name)
 
     def size(self) -> int | None:
-        """Bytes of all files together; None where one of them is not at hand."""
+        """Bytes of all files together; None where one of them is not available."""
         paths = {self.path(name) for name in self.files}
         try:
             return (
@@ -227,8 +226,8 @@ def _check_contents(path: Path) -> None:
                     _check_pickle(file, size)
     except _TooLarge as error:
         raise BadInput(
-            f"expected a checkpoint as torch writes it, got {path}, {error}: load it with torch and save it again "
-            "if you know where it comes from"
+            f"expected a checkpoint as torch writes it, got {path}, {error}: load it with torch and save it "
+            "again if you know where it comes from"
         ) from error
     except Exception as error:  # what a damaged file makes of its readers can be anything
         raise _damaged(path, error) from error
@@ -316,9 +315,8 @@ def folder_storage(fetch: Callable[[str], Path | None], where: str, *, trust: bo
         if listed is not None:
             return _sharded(listed, fetch, where, trust)
     raise BadInput(
-        f"expected weights in {where}, got no {' or '.join(name for pair in _NAMES for name in pair)}: "
-        "pass the "
-        "folder that save_pretrained wrote"
+        f"expected weights in {where}, got no {' or '.join(name for pair in _NAMES for name in pair)}: pass "
+        "the folder that save_pretrained wrote"
     )
 
 
@@ -348,8 +346,7 @@ class _Shards(dict[str, Path]):
             if path is None:
                 raise BadInput(
                     f"expected the shard {shard} that {self._index} names for {name!r}, got no such file: "
-                    "download "
-                    "or copy it too"
+                    "download or copy it too"
                 )
             self._paths[shard] = path
         return self._paths[shard]
@@ -363,9 +360,8 @@ def _sharded(index: Path, fetch: Callable[[str], Path | None], where: str, trust
         or not all(isinstance(value, str) and Path(value).name == value for value in names.values())
     ):
         raise BadInput(
-            f"expected an index with a weight_map, got {index}, whose weight_map names no files "
-            f"beside it: download "
-            "or save it again"
+            f"expected an index with a weight_map, got {index}, whose weight_map names no files beside it: "
+            "download or save it again"
         )
     storage = Storage({}, where, trust=trust)
     storage.files = _Shards(names, fetch, index)
@@ -387,9 +383,8 @@ def _check_readable(path: Path) -> None:
 def _missing(name: str, path: Path, error: BaseException | None) -> BadInput:
     why = "it holds none of that name" if error is None else one_line(error)
     return BadInput(
-        f"expected the tensor {name!r} in {path}, which cannot be read ({why}): the file is damaged, or "
-        "its index "
-        "belongs to another one"
+        f"expected the tensor {name!r} in {path}, which cannot be read ({why}): the file is damaged, or its "
+        "index belongs to another one"
     )
 
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.attention import AttentionSums, attention_sums
-from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
-from lightning_qk.functional.sums import MeanSums
-from lightning_qk.inspect.errors import BadInput, one_line
+from lightning_qk.functional.attention import AttentionSums, MeanSums, attention_sums
+from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
+from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.read import Reading
 from lightning_qk.inspect.sources import Checkpoint
-from lightning_qk.inspect.weights import Weights
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.collector import AttentionCollector, LayerFacts
 from lightning_qk.metrics.means import HeadMeans
@@ -74,16 +73,14 @@ def tokenizer_of(checkpoint: Checkpoint, named: str | None) -> Any:
     name = named or checkpoint.tokenizer
     if name is None:
         raise BadInput(
-            f"expected a tokenizer for --text, got none with {checkpoint.title}: pass a folder or a name "
-            "on the hub, or "
-            "'bytes', with --tokenizer"
+            f"expected a tokenizer for --text, got none with {checkpoint.title}: pass a folder or a name on "
+            "the hub, or 'bytes', with --tokenizer"
         )
     path = Path(name).expanduser()
     if named is None and path.is_dir() and not _has_tokenizer(path):
         raise BadInput(
             f"expected a tokenizer for --text, got none in {path}: pass a folder or a name on the hub, or "
-            "'bytes', with "
-            "--tokenizer"
+            "'bytes', with --tokenizer"
         )
     try:
         return load_tokenizer(str(path) if path.exists() else name, "--tokenizer")
@@ -160,8 +157,7 @@ def measure(
     if getattr(own, "main_input_name", "input_ids") != "input_ids":
         raise BadInput(
             f"expected a model of text for --text, got a {type(model).__name__} that takes "
-            f"{own.main_input_name}: leave "
-            "--text out"
+            f"{own.main_input_name}: leave --text out"
         )
     ids = text_blocks(model, tokenizer_of(checkpoint, tokenizer), source, length, batches * batch_size)
     missing = fill(model, weights)

@@ -1,20 +1,29 @@
-"""Learn which offsets between query and key each head needs: a differentiable attention mask."""
+"""A differentiable attention mask that learns which offsets between query and key each head needs."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.conventions import soft_cap
-from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.capture.registry import Run
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
-from lightning_qk.interventions.auxiliary import Auxiliary, Penalty
-from lightning_qk.interventions.replaced import EXTRA, Replacements, dense_logits, weighted
+from lightning_qk.interventions.penalties import Auxiliary, Penalty
+from lightning_qk.interventions.replaced_attention import (
+    EXTRA,
+    Replaced,
+    dense_logits,
+    visible_keys,
+    weighted,
+)
 
-# A closed key's logit may exceed every open one's: its exponential is only ever needed for the gates' gradient.
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# A closed key's logit may exceed every open one's: its exponential is needed for the gates' gradient only.
 _MOST_ABOVE = 30.0
 
 
@@ -38,8 +47,8 @@ class OffsetGates(nn.Module):
         super().__init__()
         if heads < 1 or max_length < 1 or temperature <= 0:
             raise ValueError(
-                "expected at least one head and one position, and a temperature above 0, got "
-                f"{heads}, {max_length} and {temperature}"
+                f"expected at least one head and one position, and a temperature above 0, got {heads}, "
+                f"{max_length} and {temperature}"
             )
         self.temperature = temperature
         self.logits = nn.Parameter(initial + 1e-3 * torch.randn(heads, 2 * max_length - 1))
@@ -76,7 +85,7 @@ def gated_attention(
     *,
     dropout: float = 0.0,
     training: bool = True,
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor:
     """Softmax attention in which each pair's exponential is multiplied by a gate; takes eager attention's memory.
 
@@ -95,7 +104,7 @@ def gated_attention(
     Returns:
         ``(batch, heads, n, d_value)``.
     """
-    logits, value = as_output(query, key, value, cast(AttentionOptions, options))
+    logits, value = as_output(query, key, value, options)
     if gates is None:
         raise TypeError("expected gates of 0 or 1, got None: pass gates=")
     x, visible = dense_logits(logits)
@@ -103,7 +112,7 @@ def gated_attention(
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     shown = torch.ones_like(x, dtype=torch.bool) if visible is None else visible.expand_as(x)
     is_open = _open_keys(gates, shown)
-    # Rows that lost every key keep the gates' gradient out.
+    # Rows with all keys closed get no gradient of the gates.
     factor = torch.where(is_open & (gates.detach() <= 0.5), 1.0, gates.to(x.dtype))
     low = torch.finfo(x.dtype).min
     top = x.detach().masked_fill(~is_open, low).amax(-1, keepdim=True)
@@ -123,23 +132,23 @@ def _open_keys(gates: Tensor, shown: Tensor) -> Tensor:
     return torch.where(is_open.any(-1, keepdim=True), is_open, shown)
 
 
-class GatedAttention(Auxiliary):
+class GatedAttention(Auxiliary, Replaced):
     """Puts gates on the attention of some modules within it, and a price on open ones; a context manager.
 
-    While a module trains its gates are sampled anew at each call, and ``weight`` times the mean over layers of
-    the mask's L1 norm, open visible pairs over all heads in a sequence, joins the gradient of the loss. In
+    While a module trains its gates are sampled at each call, and ``weight`` times the mean over layers of the
+    mask's L1 norm, open visible pairs over all heads in a sequence, is added to the gradient of the loss. In
     evaluation a gate is open where its logit is positive.
 
     After SparseBERT's structured differentiable attention mask, arXiv 2102.12871 [V, code]. There one mask for
     all layers is symmetric in the offset and is added to the logits as ``−10000 (1 − gate)``; here every layer
-    has its own, offsets have a sign, and gates multiply the exponentials, so that closed ones are told what
-    opening them would bring [R].
+    has its own, offsets have a sign, and gates multiply the exponentials, so that closed gates get the gradient of
+    opening them [R].
 
     Args:
         names: the attention modules, and the name of each.
         gates: name → its gates.
         weight: price of the mask.
-        model: what the modules are part of.
+        model: the model that contains the modules.
 
     Raises:
         ValueError: a layer whose call does not pass through transformers' interface or cannot be read.
@@ -153,31 +162,18 @@ class GatedAttention(Auxiliary):
         *,
         model: nn.Module | None = None,
     ) -> None:
-        super().__init__(weight, len(names))
+        Auxiliary.__init__(self, weight, len(names))
+        Replaced.__init__(self, names, model=model, idle=self._without_gates)
         self._gates = {id(module): gates[name] for module, name in names.items()}
-        self._replacements = Replacements(self._compute, self._softmax)
-        self.steering = AttentionInterceptor(
-            names, self._wrap, replaces=True, model=model, idle=self._without_gates
-        )
-
-    def __enter__(self) -> "GatedAttention":
-        self.steering.install()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.steering.remove()
 
     def _wrap(self, name: str, call: AttentionCall, run: Run) -> Any:
-        if soft_cap(call) is not None:
-            raise UnsupportedCallError("its logits are soft-capped: leave it out with modules=")
         gates = self._gates[id(call.module)]
         # Drawn here, and not by the function: monitors measure the softmax with the same gates.
         drawn = gates.sample() if call.module.training else gates.open().float()
-        options = {**call.options, EXTRA: drawn}
-        return run(call._replace(function=self._replacements.of(call, is_cross=False), options=options))
+        return run(self._exchanged(name, call, {EXTRA: drawn}))
 
     def _without_gates(self, name: str, call: AttentionCall, run: Run) -> Any:
-        """A layer that is left alone: its gates get a gradient of zeros, since DDP waits for one of each."""
+        """Calls of a layer without gates: its gates get zero gradients, since DDP waits for every parameter."""
         output = run(call)
         first = output[0] if isinstance(output, tuple) else output
         if not (call.module.training and torch.is_grad_enabled() and first.requires_grad):
@@ -194,7 +190,7 @@ class GatedAttention(Auxiliary):
 
     def _softmax(self, module: nn.Module, logits: ProductLogits, drawn: Tensor) -> ProductLogits:
         pairs = self._pairs(module, logits, drawn.detach())[None]
-        visible = _visible(logits)
+        visible = visible_keys(logits)
         shown = torch.ones_like(pairs, dtype=torch.bool) if visible is None else visible
         is_open = _open_keys(pairs, shown)
         mask = logits.mask
@@ -212,21 +208,11 @@ class GatedAttention(Auxiliary):
         return self.attach(output, _price(logits, pairs))
 
 
-def _visible(logits: ProductLogits) -> Tensor | None:
-    """Which keys are visible, before any gate; None for all."""
-    _, _, n, m = logits.shape
-    rows = slice(0, n)
-    return logits.visible(rows, logits.positions(rows), slice(0, m))
-
-
 def _price(logits: ProductLogits, pairs: Tensor) -> Penalty:
     """L1 norm of the mask over the pairs that are visible, a sequence's mean."""
     heads, n, m = pairs.shape
-    visible = _visible(logits)
-    if visible is None:
-        count = pairs.new_ones(1)
-    else:
-        count = visible.to(pairs.dtype).mean(0)
+    visible = visible_keys(logits)
+    count = pairs.new_ones(1) if visible is None else visible.to(pairs.dtype).mean(0)
     norm = (pairs * count).sum()
     share = norm.detach() / count.expand(heads, n, m).sum()
     return Penalty(norm, {"l1": norm, "open": share})

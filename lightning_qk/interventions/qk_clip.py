@@ -41,8 +41,8 @@ def clip_qk(
         Qualified layer name → γ of each key head, ``(kv_heads,)``: 1 where nothing was changed.
 
     Raises:
-        ValueError: a layer that the model has not, whose weights are no plain trainable parameters of its own
-            (adapters, quantization, parametrizations, FSDP's first version, sharing), or in which a norm stands
+        ValueError: a layer that the model lacks, weights that are not plain trainable parameters of the layer
+            (adapters, quantization, parametrizations, FSDP's first version, sharing), or a layer with a norm
             between the projections and the products; shapes that do not fit; tau or alpha out of range.
     """
     check_clip(tau, alpha)
@@ -50,8 +50,8 @@ def clip_qk(
     unknown = [name for name in max_logits if name not in reader.layers]
     if unknown:
         raise ValueError(
-            f"expected names of attention layers such as {next(iter(reader))!r}, got {unknown[0]!r}: take those "
-            "of head_projections(model)"
+            f"expected names of attention layers such as {next(iter(reader))!r}, got {unknown[0]!r}: take "
+            "those of head_projections(model)"
         )
     editors = clip_editors(reader, max_logits)
     factors = {}
@@ -96,60 +96,45 @@ def apply_clip(editor: HeadScaler, gamma: Tensor, alpha: float) -> None:
 
 
 def clip_editors(
-    reader: ProjectionReader,
-    names: Iterable[str],
-    *,
-    trained: bool = True,
+    reader: ProjectionReader, names: Iterable[str], *, trained: bool = True
 ) -> dict[str, HeadScaler]:
-    """What scales the given layers' heads.
-
-    Args:
-        reader: of the model.
-        names: the layers.
-        trained: frozen weights are refused.
+    """What scales the heads of the named layers; with ``trained``, frozen weights are refused.
 
     Raises:
-        ValueError: one of them cannot be clipped exactly.
+        ValueError: a layer that cannot be clipped exactly.
     """
     names = list(names)
     for name in names:
         plan = reader.layers[name]
         if plan.normalizes:
             raise ValueError(
-                "expected logits that scale with the query and key weights, got a norm of queries or keys behind "
-                f"them in {name}, which takes every scale out again and bounds the logits: drop QK-Clip, or leave "
-                "the layer out with modules="
+                "expected logits that scale with the query and key weights, got a norm of queries or keys "
+                f"behind them in {name}, which takes every scale out again and bounds the logits: drop "
+                "QK-Clip, or leave the layer out with modules="
             )
         if plan.is_capped:
             raise ValueError(
-                f"expected logits that are q · k, got {name}, which bounds them by a function of its own, behind "
-                "which their size is not told: leave the layer out with modules="
+                f"expected logits that are q · k, got {name}, which bounds them by a function of its own, "
+                "behind which their size is not told: leave the layer out with modules="
             )
         if plan.position == "relative product":
             raise ValueError(
                 "expected logits that are q · k and what does not depend on them, got products of q with "
-                f"embeddings of positions in {name}, which would be scaled by another power: leave the layer out "
-                "with modules="
+                f"embeddings of positions in {name}, which would be scaled by another power: leave the layer "
+                "out with modules="
             )
     return head_scalers(reader, names, trained=trained)
 
 
 def clippable_layers(
-    reader: ProjectionReader,
-    modules: str | Sequence[str] | None = None,
-    *,
-    trained: bool = True,
+    reader: ProjectionReader, modules: str | Sequence[str] | None = None, *, trained: bool = True
 ) -> dict[str, HeadScaler]:
     """What scales the heads of the layers that patterns match, see :func:`clip_editors`."""
     return clip_editors(reader, matching_layers(reader, modules), trained=trained)
 
 
 def check_clip(tau: float, alpha: float) -> None:
-    """Check the numbers.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+    """Raises ValueError unless ``tau`` is finite and above 0 and ``alpha`` in [0, 1]."""
     if not math.isfinite(tau) or tau <= 0:
         raise ValueError(f"expected a finite tau above 0, got {tau}: Kimi K2 uses 100")
     if not 0 <= alpha <= 1:

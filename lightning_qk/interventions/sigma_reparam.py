@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 
 from lightning_qk.architecture.origin import is_named
 from lightning_qk.capture.call import is_recomputation
-from lightning_qk.functional.power import leading_singular
 from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.singular import leading_singular
 from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers
@@ -49,11 +49,11 @@ class SigmaParametrization(nn.Module):
         self.register_buffer("v", found["v"])
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight that acts."""
+        """The effective weight."""
         return _effective(weight, self.gain, self.u.clone(), self.v.clone(), self.part)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What to store so that a weight acts: itself, with γ at its σ₁."""
+        """The tensor to store for an effective weight: the weight itself, with γ at its σ₁."""
         for name, value in _decompose(weight, self.part).items():
             getattr(self, name).data.copy_(value)
         return weight
@@ -89,11 +89,11 @@ def add_sigma_reparam(
     it computed before. Queries and keys have one γ each, also where one weight holds both; the rows of values
     in it stay plain. In latent attention it is what expands the latents that is reparametrized.
 
-    To be called before an optimizer is made: ``weight`` of such a projection is no parameter any more, but made
+    Call it before an optimizer is created: ``weight`` of such a projection is no longer a parameter, but computed
     from ``parametrizations.weight.original`` and ``…weight.0.gain``. State dicts have these keys, and the
     buffers ``u``, ``v`` and ``part``, instead of ``weight``. A plain state dict can be loaded all the same (γ is
     then σ₁), and :func:`plain_state_dict` makes one. Each training forward is one power iteration; under
-    gradient checkpointing the recomputation is none.
+    gradient checkpointing the recomputation does not iterate.
 
     Args:
         model: any module that contains Hugging Face transformers; its weights are whole and plain.
@@ -138,7 +138,7 @@ def add_sigma_reparam(
 
 
 def remove_sigma_reparam(model: nn.Module) -> list[str]:
-    """Make plain weights again that equal those that act; optimizers have to be made anew.
+    """Turn the weights that act into plain ones; create optimizers again afterwards.
 
     Args:
         model: one that :func:`add_sigma_reparam` was called on; others are left as they are.
@@ -200,7 +200,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _add_rest(module: nn.Module, parts: dict[nn.Module, Tensor], transposed: dict[nn.Module, bool]) -> None:
-    """A part for all of a linear map that is in none yet."""
+    """One part for all rows of a linear map that have none yet."""
     is_conv = is_named(module, "Conv1D")
     weight = module._parameters.get("weight")
     if not (is_conv or isinstance(module, nn.Linear)) or weight is None or weight.dim() != 2:
@@ -221,7 +221,7 @@ def _parametrize(module: nn.Module, part: Tensor) -> None:
 
 
 def _iterate(module: nn.Module, inputs: object) -> None:
-    # The recomputation of a checkpoint has to find what its forward found.
+    # The recomputation of a checkpoint has to use the weights of its forward.
     if module.training and is_sigma_reparametrized(module) and not _is_recomputed():
         held: Any = module.parametrizations
         if held["weight"].original.requires_grad:
@@ -266,7 +266,7 @@ def _decompose(weight: Tensor, part: Tensor) -> dict[str, Tensor]:
             left[number, places], right[number] = u, v
         else:
             left[number], right[number, places] = u, v
-    # As the forward computes it, so that the first weight is the very same.
+    # As the forward computes it, so that the first weight is bit-identical.
     return {"gain": _sigma(weight.detach(), left, right), "u": left, "v": right}
 
 

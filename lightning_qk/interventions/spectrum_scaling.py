@@ -62,8 +62,8 @@ class SpectrumScaler:
         for name in names:
             if self._reader.layers[name].normalizes:
                 raise ValueError(
-                    "expected logits that scale with the query weights, got a norm of queries or keys behind them "
-                    f"in {name}, which takes every scale out again: leave the layer out with modules="
+                    "expected logits that scale with the query weights, got a norm of queries or keys behind "
+                    f"them in {name}, which takes every scale out again: leave the layer out with modules="
                 )
         self._editors: dict[str, HeadScaler] = head_scalers(self._reader, names, trained=False)
         self._saved: list[tuple[nn.Parameter, Tensor]] = []
@@ -77,7 +77,7 @@ class SpectrumScaler:
 
     @torch.no_grad()
     def apply(self) -> dict[str, Tensor]:
-        """Scale, unless it is scaled already; the factors."""
+        """Scale unless already scaled, and return the factors."""
         if self._saved:
             return self.factors
         # All of them first, so that nothing is scaled where one cannot be.
@@ -90,7 +90,7 @@ class SpectrumScaler:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the weights the very values back that they had."""
+        """Restore the values of the weights bit by bit."""
         saved, self._saved = self._saved, []
         for parameter, values in saved:
             parameter.copy_(values)
@@ -100,16 +100,16 @@ class SpectrumScaler:
         head = self._reader[name]
         if self.statistic == "trace_sq" and head.width[0] != head.width[1]:
             raise ValueError(
-                f"expected queries and keys of one width for statistic='trace_sq', got {head.width} in {name}: "
-                "use 'frobenius_sq'"
+                f"expected queries and keys of one width for statistic='trace_sq', got {head.width} in "
+                f"{name}: use 'frobenius_sq'"
             )
         eta = _eta(head.query, head.key, self.statistic)
         bad = (~(eta > 0)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
-                f"expected η = {self.statistic} above 0 for every head, got {eta[bad[0]].item():.3g} for head "
-                f"{bad[0]} of {name}, where γ log(η + ε)/√η has no value: use statistic='frobenius_sq', or "
-                "leave the layer out with modules="
+                f"expected η = {self.statistic} above 0 for every head, got {eta[bad[0]].item():.3g} for "
+                f"head {bad[0]} of {name}, where γ log(η + ε)/√η has no value: use statistic='frobenius_sq', "
+                "or leave the layer out with modules="
             )
         log = (eta + (self.eps - 1)).log1p()
         bad = (~(log > 0)).nonzero().flatten().tolist()
@@ -154,11 +154,7 @@ def spectrum_scaling(
 
 
 def check_scaling(gamma: float, eps: float, statistic: str) -> None:
-    """Check the arguments.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+    """Raises ValueError where an argument is out of range."""
     if not math.isfinite(gamma) or gamma <= 0:
         raise ValueError(f"expected a finite gamma above 0, got {gamma}")
     if not math.isfinite(eps) or eps < 0:

@@ -1,4 +1,4 @@
-"""Updates of query and key weights that are held small against the weights in spectral norm."""
+"""A cap on updates of query and key weights, relative to the weights, in spectral norm."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_qk.functional.power import starting_subspace, subspace_iteration
 from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.singular import starting_subspace, subspace_iteration
 from lightning_qk.heads.edit import HeadScaler, StoredRows, head_scalers
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.interventions.layers import matching_layers
@@ -20,7 +20,7 @@ _VECTORS = 8
 
 
 class Capped(NamedTuple):
-    """What was done to the update of one matrix, as scalar tensors on its device.
+    """The cap on the update of one matrix, as scalar tensors on its device.
 
     Attributes:
         factor: on the update, 1 where it was small enough.
@@ -114,11 +114,7 @@ class UpdateCapper:
         return [name for name, editor in self._editors.items() if editor.is_frozen]
 
     def leave_alone(self, name: str, reason: str) -> None:
-        """Cap a layer's updates no more, for a reason that is a clause about it.
-
-        Raises:
-            ValueError: nobody is to be told (see ``spare``).
-        """
+        """Stops capping a layer; ``reason`` is a clause about it. Raises ValueError without ``spare``."""
         if self.spare is None:
             raise ValueError(
                 f"expected query and key weights whose updates can be capped, got {name}: {reason}"
@@ -131,7 +127,10 @@ class UpdateCapper:
             self.spare(name, reason)
 
     def refresh(self) -> None:
-        """Find the layers again if modules of the model were replaced, and see which cannot be capped any more."""
+        """Find the layers again after modules of the model were replaced.
+
+        Note those that can no longer be capped.
+        """
         found = True
         try:
             changed = self._reader.refresh()
@@ -156,14 +155,14 @@ class UpdateCapper:
                 self._doubts.setdefault(name, str(error))
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """What the estimates of σ₁ go on from, on the CPU: a resumed run caps as one that was not interrupted."""
+        """State of the estimates of σ₁, on the CPU: a resumed run caps like one without interruption."""
         return {
             f"{side}:{name}": [part.cpu() for part in parts]
             for (name, side), parts in self._subspaces.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
-        """Go on from there, where matrices have the same form."""
+        """Restore it, for matrices of the same shape."""
         for (name, side), stored in self._rows.items():
             parts = state.get(f"{side}:{name}", ())
             weight = stored.weight
@@ -186,7 +185,7 @@ class UpdateCapper:
                 self.refresh()
             except Exception as error:
                 for name in self._editors:
-                    self._doubts.setdefault(name, f"it cannot be found again ({_told(error)})")
+                    self._doubts.setdefault(name, f"it cannot be found again ({_text(error)})")
         for key, stored in self._rows.items():
             self._try(key, partial(self._remember_one, key, stored, wanted))
 
@@ -196,7 +195,7 @@ class UpdateCapper:
             self._before[key] = _rows(stored)
 
     def _try(self, key: tuple[str, str], action: Callable[[], None]) -> None:
-        """Do something for a matrix whose layer is not in doubt; where it fails, it is from then on."""
+        """Runs an action for a matrix, unless its layer has failed before; a failure is noted."""
         if key[0] in self._doubts:
             return
         try:
@@ -204,11 +203,11 @@ class UpdateCapper:
         except Exception as error:
             if self.spare is None:
                 raise
-            self._doubts[key[0]] = f"its update could not be capped ({_told(error)})"
+            self._doubts[key[0]] = f"its update could not be capped ({_text(error)})"
 
     @torch.no_grad()
     def cap(self) -> dict[tuple[str, str], Capped]:
-        """Scale what was done to the weights since :meth:`remember`; nothing waits for the device.
+        """Scale the updates since :meth:`remember`, without synchronizing the device.
 
         Everything that may fail is done before :attr:`agree` is asked, and what is written after it.
         """
@@ -218,7 +217,7 @@ class UpdateCapper:
         subspaces: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
         def cap_one(key: tuple[str, str], stored: StoredRows) -> None:
-            # What is written takes the place of what was remembered, and no more memory.
+            # The new rows replace the remembered ones: no more memory.
             self.newest[key], subspaces[key], written[key] = self._capped(key, stored, remembered.pop(key))
 
         for key in list(remembered):
@@ -237,7 +236,7 @@ class UpdateCapper:
     def _capped(
         self, key: tuple[str, str], stored: StoredRows, before: Tensor
     ) -> tuple[Capped, tuple[Tensor, Tensor], Tensor]:
-        """What is done to a matrix, what estimates go on from, and its rows then; nothing is changed."""
+        """The cap of one matrix, the subspaces of the next estimate, and the capped rows; nothing is changed."""
         after = _rows(stored)
         wide = at_least_float32(before)
         update = at_least_float32(after) - wide
@@ -261,7 +260,7 @@ class UpdateCapper:
             done: called after each step with what was done.
 
         Returns:
-            What ends it.
+            A function that ends it.
         """
 
         def before(optimizer: Optimizer, *args: Any) -> None:
@@ -292,17 +291,13 @@ def cap_updates(
     """Cap every step of an optimizer from now on, see :class:`UpdateCapper` for arguments and errors.
 
     Returns:
-        What ends it.
+        A function that ends it.
     """
     return UpdateCapper(model, tau, modules=modules, iterations=iterations).follow(optimizer)
 
 
 def check_cap(tau: float, iterations: int) -> None:
-    """Check the numbers.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+    """Raises ValueError unless ``tau`` is finite and above 0 and there is at least one iteration."""
     if not math.isfinite(tau) or tau <= 0:
         raise ValueError(
             f"expected a finite tau above 0, got {tau}: 0.01 lets σ₁ change by a hundredth a step"
@@ -311,12 +306,12 @@ def check_cap(tau: float, iterations: int) -> None:
         raise ValueError(f"expected at least 1 power iteration, got {iterations}")
 
 
-def _told(error: Exception) -> str:
+def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 def _start(weight: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-    """Subspaces for the first estimates, which have no earlier ones to start from."""
+    """Subspaces of the first estimates."""
     start = starting_subspace(weight.shape[1], _VECTORS, device=weight.device, dtype=weight.dtype)
     return subspace_iteration(weight, start, 20)[1], subspace_iteration(update, start, 20)[1]
 

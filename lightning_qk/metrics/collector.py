@@ -31,7 +31,7 @@ class Maxima(NamedTuple):
 
 Sums = Any
 """Additive form of the statistics of a call, a named tuple of tensors ``(statistics, batch, heads)``:
-:class:`~lightning_qk.functional.attention.AttentionSums`, :class:`~lightning_qk.functional.sums.MeanSums` or
+:class:`~lightning_qk.functional.attention.AttentionSums`, :class:`~lightning_qk.functional.attention.MeanSums` or
 :class:`Maxima`."""
 
 Measure = Callable[[str, CapturedCall], Sums | Mapping[str, Sums] | None]

@@ -7,13 +7,6 @@ from lightning_qk._lazy import lazy
 if TYPE_CHECKING:
     from lightning_qk.module.transformer import TransformerModule
 
-__all__ = [
-    "TransformerModule",
-]
+__all__ = ["TransformerModule"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "transformer": ["TransformerModule"],
-    },
-)
+__getattr__, __dir__ = lazy(__name__, {"transformer": ["TransformerModule"]})

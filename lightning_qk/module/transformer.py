@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_qk.module.network import (
     check_length,
@@ -17,9 +18,9 @@ from lightning_qk.module.network import (
     make_config,
     network_from_config,
     network_from_pretrained,
+    shard_network,
+    whole_state,
 )
-from lightning_qk.module.perplexity import MeanLoss, Perplexity
-from lightning_qk.module.sharding import shard_network, whole_state
 from lightning_qk.tasks import CLASSIFICATION_TASKS, check_task
 
 if TYPE_CHECKING:
@@ -330,3 +331,44 @@ class TransformerModule(pl.LightningModule):
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return Path(folder)
+
+
+class MeanLoss(Metric):
+    """Mean of per-batch mean losses, each weighted by the number of its terms.
+
+    Unlike :class:`torchmetrics.MeanMetric` it lets NaN through: a broken model is not reported as fine.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: Tensor | int) -> None:
+        """Add a batch.
+
+        Args:
+            loss: mean over the batch's terms, in nats.
+            count: number of terms; a batch with none does not count, whatever its loss.
+        """
+        weight = torch.as_tensor(count, dtype=self.count.dtype, device=self.count.device)
+        self.total += torch.where(weight > 0, loss.detach().to(self.total.dtype) * weight, 0.0)
+        self.count += weight
+
+    def compute(self) -> Tensor:
+        """The mean over all terms of all batches and processes."""
+        return self.total / self.count
+
+
+class Perplexity(MeanLoss):
+    """exp of the mean negative log-likelihood of a token."""
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """The perplexity over all tokens of all batches and processes."""
+        return super().compute().exp()

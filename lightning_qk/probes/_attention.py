@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.logits import AttentionLogits, Chunk
+from lightning_qk.functional.chunks import Chunk
+from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.precision import full_precision
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.logits import sample_rows
+from lightning_qk.functional.chunks import sample_rows
 from lightning_qk.functional.ranks import kendall_tau
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import attention_of, is_causal, received

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.attention import AttentionSums, attention_sums, finish
+from lightning_qk.functional.attention import AttentionSums, MeanSums, attention_sums, finish
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import qk_moments
-from lightning_qk.functional.sums import MeanSums
 from lightning_qk.heads.reader import kept_reader
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention, attention_of, row_parts, weighted_values

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.sums import MeanSums
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention, attention_of, row_parts
 from lightning_qk.probes.run import (

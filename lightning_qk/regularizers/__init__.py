@@ -10,13 +10,6 @@ from lightning_qk._lazy import lazy
 if TYPE_CHECKING:
     from lightning_qk.regularizers.locater import locater_penalty
 
-__all__ = [
-    "locater_penalty",
-]
+__all__ = ["locater_penalty"]
 
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "locater": ["locater_penalty"],
-    },
-)
+__getattr__, __dir__ = lazy(__name__, {"locater": ["locater_penalty"]})

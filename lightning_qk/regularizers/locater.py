@@ -1,12 +1,12 @@
 """LocAteR: localized attention regularization, a penalty on the scale of QK-eigenspectra."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.functional.checks import floating, number
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.spectrum import Support, support_size
@@ -42,7 +42,7 @@ def locater_penalty(
     enough loss the variance form shrinks the mean with the scale, and the target form holds it.
 
     Both forms are ours (derived): the paper's coefficient and the way it holds the mean are not stated in
-    the text at hand. The plain ``tr W_QK²`` would be unbounded below for a non-symmetric ``W_QK``.
+    the text read. The plain ``tr W_QK²`` would be unbounded below for a non-symmetric ``W_QK``.
 
     Add ``weight * locater_penalty(model)`` to a loss, or use the callback
     :class:`~lightning_qk.LocAteR`, whose gradient is the same.
@@ -50,7 +50,7 @@ def locater_penalty(
     With adapters (PEFT) the penalty is on the weights that act, and its gradient reaches the adapters'
     trainable parameters; a frozen weight beneath them, quantized or not, gets none.
 
-    The model's layers are looked for at the first call and after its modules change; from then on a call
+    The model's layers are searched at the first call and after its modules change; from then on a call
     takes the live weights and does not wait for the device. Sharded weights (FSDP2, tensor parallel) are
     gathered one layer at a time, in a collective call, and the gradient is put on the local shard; it has no
     second derivative then.
@@ -95,8 +95,8 @@ def locater_penalty(
         alone = [projections.layers[name] for name in names if projections.is_sharded(name)]
         if torch.is_grad_enabled() and any(layer.is_flat for layer in alone):
             raise ValueError(
-                "expected weights that are whole or DTensors in a loss, got parameters that FSDP flattens: use "
-                "the callback LocAteR, or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+                "expected weights that are whole or DTensors in a loss, got parameters that FSDP flattens: "
+                "use the callback LocAteR, or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
             )
     sharded = {layer.name for layer in alone}
     totals = [
@@ -142,7 +142,7 @@ class LocaterPenalty:
         self.names = self._select()
 
     def refresh(self) -> bool:
-        """Look for the layers again if modules of the model were replaced; whether they were.
+        """Find the layers again after modules of the model were replaced; whether they were.
 
         Raises:
             ValueError: nothing is left that can be read, or that the patterns match.
@@ -153,7 +153,7 @@ class LocaterPenalty:
         return True
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Of the layers that are chosen, penalize these alone; all until modules are replaced."""
+        """Restrict the penalty to some of the chosen layers, until modules are replaced."""
         self.names = [name for name in self._select() if name in names]
 
     def means(self, support: Support) -> dict[str, Tensor]:
@@ -277,8 +277,8 @@ class Settings(NamedTuple):
         if aim is None or tuple(aim.shape) not in ((), (heads,)):
             got = "none" if aim is None else f"shape {tuple(aim.shape)}"
             raise ValueError(
-                f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a head for "
-                "every layer that is penalized"
+                f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a "
+                "head for every layer that is penalized"
             )
         return aim.to(query).expand(heads)
 
@@ -312,7 +312,7 @@ def _sum(totals: list[Tensor]) -> Tensor:
 
 
 class _Shares:
-    """What is to be added to the gradients of parameters; nothing is changed before :meth:`add`."""
+    """Gradients to add to those of parameters; nothing is changed before :meth:`add`."""
 
     def __init__(self) -> None:
         self._made: dict[nn.Parameter, Tensor] = {}
@@ -330,7 +330,7 @@ class _Shares:
         gradients: Sequence[Tensor | None],
         wanted: Collection[int],
     ) -> None:
-        """Share gradients of stacked projections, (layers, ...) for query and key, out to the parameters."""
+        """Split gradients of stacked projections, (layers, ...) for query and key, into those of parameters."""
         for side, stacked in zip(("query", "key"), gradients, strict=True):
             if stacked is None:
                 continue
@@ -368,7 +368,7 @@ def _gradients(
     wanted: Collection[int],
     shares: _Shares,
 ) -> list[Tensor]:
-    """Penalties of layers, their gradients shared out; a function, so that nothing gathered outlives it."""
+    """Penalties of layers, gradients put into ``shares``; a function, so that gathered weights are freed."""
     with torch.enable_grad():
         heads = {name: layer.read() for name, layer in layers.items()}
     totals = []
@@ -397,7 +397,7 @@ def _wants(layer: LayerReader, side: str, wanted: Collection[int]) -> bool:
     """Whether the weight of one side of a layer depends on a wanted parameter."""
     parameters = layer.parameters(side)
     if layer.is_flat:
-        # FSDP gives a parameter that has no gradient on any process none to add to.
+        # FSDP has no gradient for a parameter that has none on any process.
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
     return any(id(parameter) in wanted for parameter in parameters)
 
@@ -405,7 +405,7 @@ def _wants(layer: LayerReader, side: str, wanted: Collection[int]) -> bool:
 def _pulled(
     layer: LayerReader, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
 ) -> list[tuple[nn.Parameter, Tensor]]:
-    """What a projection's gradient means for the parameters; of sharded ones, for the local shard."""
+    """Gradients of the parameters from that of a projection; of sharded ones, for the local shard."""
     if not projection.requires_grad:
         # A merged or disabled adapter takes no part.
         return []
@@ -477,52 +477,40 @@ def select_layers(
     modules: str | Sequence[str] | None = None,
     cross_attention: bool = False,
 ) -> list[str]:
-    """Names of the layers that a penalty is on, by name pattern and kind; nothing is gathered.
+    """Names of the penalized layers, by name pattern and kind; nothing is gathered.
 
     Raises:
         ValueError: nothing is left.
     """
     if not isinstance(projections, Mapping):
         raise TypeError(
-            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass the "
-            "model or what head_projections returned for it"
+            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass "
+            "the model or what head_projections returned for it"
         )
     if not projections:
         raise ValueError(
             "expected at least one layer, got an empty mapping: pass what head_projections returned"
         )
-    patterns = [modules] if isinstance(modules, str) else modules
     layers: Mapping[str, LayerReader | HeadProjections] = projections
     if isinstance(projections, ProjectionReader):
         layers = projections.layers
     chosen = [
         name
         for name, layer in layers.items()
-        if _matches(name, patterns) and left_out(layer, cross_attention) is None
+        if matches(name, modules) and left_out(layer, cross_attention) is None
     ]
     if not chosen:
-        matched = [name for name in layers if _matches(name, patterns)]
+        matched = [name for name in layers if matches(name, modules)]
         if matched:
             reason = left_out(layers[matched[0]], cross_attention)
             more = f" (and {len(matched) - 1} more)" if len(matched) > 1 else ""
             raise ValueError(
-                f"expected at least one attention layer whose spectrum can be penalized, got {matched[0]}{more}, "
-                f"{reason}: {_way_out(layers, matched, cross_attention)}"
+                "expected at least one attention layer whose spectrum can be penalized, got "
+                f"{matched[0]}{more}, {reason}: {_way_out(layers, matched, cross_attention)}"
             )
         unread = projections.unread if isinstance(projections, ProjectionReader) else {}
-        unread = {name: reason for name, reason in unread.items() if _matches(name, patterns)}
-        if unread:
-            first = next(iter(unread))
-            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-            raise ValueError(
-                f"expected query and key weights that can be read in the layers of modules={modules!r}, got "
-                f"{first}{more}, of which they cannot: {unread[first]}; choose other layers with modules="
-            )
-        names = ", ".join(list(projections)[:3])
-        raise ValueError(
-            f"expected modules={modules!r} to match at least one attention layer, but it matches none of "
-            f"{len(projections)} ({names}, ...): use * for any part of a name"
-        )
+        unread = {name: reason for name, reason in unread.items() if matches(name, modules)}
+        raise no_match(projections, unread, modules)
     return chosen
 
 
@@ -543,7 +531,3 @@ def _way_out(
     if not cross_attention and any(left_out(layers[name], True) is None for name in matched):
         return "pass cross_attention=True to penalize it all the same"
     return "the penalty needs queries and keys of one space"
-
-
-def _matches(name: str, patterns: Sequence[str] | None) -> bool:
-    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.circle_law import circle_law_radius, circle_law_share
 from lightning_qk.functional.propagation import signal_propagation_probability
+from lightning_qk.functional.spectrum import circle_law_radius, circle_law_share
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.statistics import describe, drawn_statistics
 from lightning_qk.record.verdicts import HeadHealth

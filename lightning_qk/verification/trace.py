@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_qk.functional.logits import MASKED_BELOW
+from lightning_qk.functional.chunks import MASKED_BELOW
 
 PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "dot", "mv", "_scaled_mm"})
 _SOFTMAX = frozenset({"_softmax", "_safe_softmax", "logsumexp", "_log_softmax"})

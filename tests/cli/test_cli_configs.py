@@ -59,10 +59,10 @@ def test_a_file_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_files_that_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").touch()
-    with pytest.raises(_configs.NoSuchConfig, match=r"no such file: jbo.yaml; did you mean 'job.yaml'"):
+    with pytest.raises(_configs.BadInput, match=r"no such file: jbo.yaml; did you mean 'job.yaml'"):
         _configs.resolve("jbo.yaml")
-    with pytest.raises(_configs.NoSuchConfig, match="got the folder"):
+    with pytest.raises(_configs.BadInput, match="got the folder"):
         _configs.resolve(str(tmp_path))
     Path("picture.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(_configs.NoSuchConfig, match="UTF-8"):
+    with pytest.raises(_configs.BadInput, match="UTF-8"):
         _configs.resolve("picture.yaml")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lightning_qk.cli import _configs, main
-from lightning_qk.cli._job_help import job_help
+from lightning_qk.cli._configs import job_help
 from lightning_qk.cli._lightning_cli import option_names
 from lightning_qk.cli.command import descriptions
 

@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_qk.data.labels import encode_labels, label_names, stratified_split
+from lightning_qk.data.sources import encode_labels, label_names, stratified_split
 
 
 def rows(*labels: object) -> Dataset:

@@ -5,7 +5,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_qk.data.packing import block_dataset, pack, token_stream
+from lightning_qk.data.collate import block_dataset, pack, token_stream
 
 documents = st.lists(st.lists(st.integers(0, 1000), max_size=20), max_size=20)
 

@@ -1,12 +1,11 @@
 """Attention on marked keys against whole maps in float64."""
 
-import doctest
 import math
 
 import pytest
 import torch
 
-from lightning_qk.functional import attention_on_keys, marked
+from lightning_qk.functional import attention_on_keys
 from lightning_qk.functional import logits as module
 
 BATCH, HEADS, N, D = 2, 4, 12, 6
@@ -124,7 +123,3 @@ def test_bad_marks(marks):
     query, key, _ = tensors()
     with pytest.raises(ValueError, match="expected boolean marks"):
         attention_on_keys(query, key, marks)
-
-
-def test_the_example():
-    assert doctest.testmod(marked, extraglobs={"torch": torch}).failed == 0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_qk.functional.power import leading_singular, starting_subspace, subspace_iteration
+from lightning_qk.functional.singular import leading_singular, starting_subspace, subspace_iteration
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity
-from lightning_qk.guard.reading import Place, Reading
-from lightning_qk.guard.running import Window, sure
+from lightning_qk.guard.reading import Place, Reading, Window, sure
 
 LAYERS, HEADS = ("h.0", "h.1"), 2
 PLACES = {

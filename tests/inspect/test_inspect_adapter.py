@@ -11,7 +11,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from test_inspect_read import check, read
 from torch import nn
 
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.sources import Options
 
 VARIANTS = {

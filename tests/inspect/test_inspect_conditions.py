@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_qk.inspect.conditions import check_condition, logged_values, parse_condition
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.export import check_condition, logged_values, parse_condition
 from lightning_qk.inspect.read import Reading
 from lightning_qk.record.verdicts import head_regimes, layer_regime
 

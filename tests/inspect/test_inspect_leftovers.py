@@ -13,7 +13,7 @@ from test_inspect_adapter import adapted
 from test_inspect_read import check, read
 from torch import Tensor, nn
 
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import NOT_VERIFIED
 from lightning_qk.inspect.sources import Options
 

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_qk import DifferentiableAttentionMask
 from lightning_qk.heads.sites import attention_sites
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates, gated_attention
-from lightning_qk.interventions.soft_cap import soft_capped_attention
+from lightning_qk.interventions.replaced_attention import soft_capped_attention
 
 B, H, KV, N, D = 2, 4, 2, 7, 5
 

@@ -9,8 +9,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from lightning_qk import AttentionMonitor, EntropyBand, HardAttention, SoftCap
 from lightning_qk.heads.sites import attention_sites
-from lightning_qk.interventions.hard_attention import HardRetrieval
-from lightning_qk.interventions.soft_cap import SoftCapped, soft_capped_attention
+from lightning_qk.interventions.replaced_attention import HardRetrieval, SoftCapped, soft_capped_attention
 
 CAP = 2.0
 BATCH = next(iter(models.tokens()))

@@ -57,7 +57,7 @@ REMEDIES = {
 def spied(monkeypatch, oracle):
     """Let an oracle see what is multiplied with the values in the layers."""
     import lightning_qk.interventions.attention_mask as gated
-    import lightning_qk.interventions.soft_cap as capped
+    import lightning_qk.interventions.replaced_attention as capped
 
     for place in (gated, capped):
         weighted = place.weighted
@@ -128,7 +128,7 @@ def test_a_penalty_sees_the_gates_too():
     gates = {site.name: OffsetGates(4, 32, initial=-5.0) for site in sites}
     seen = []
     from lightning_qk.functional import attention_statistics
-    from lightning_qk.interventions.auxiliary import AttentionPenalty
+    from lightning_qk.interventions.penalties import AttentionPenalty
 
     def measure(name, given):
         seen.append(attention_statistics(given)["max_prob"])

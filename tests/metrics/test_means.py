@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lightning_qk.functional import sink_statistics
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
-from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.means import HeadMeans
 

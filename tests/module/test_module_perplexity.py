@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lightning_qk.module.perplexity import MeanLoss, Perplexity
+from lightning_qk.module.transformer import MeanLoss, Perplexity
 
 
 def test_batches_count_by_their_tokens() -> None:

@@ -21,12 +21,12 @@ from tools.coverage.toy import LADDER, Recipe, build, shrunk
 from tools.coverage.weights import verify_weights
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-# Of computing, so that what is found does not depend on what else the machine does.
+# Processor time, so that results do not depend on the machine's load.
 _SECONDS_TO_BUILD, _SECONDS_TO_FEED, _SECONDS_FOR_PARTS = 60, 20, 60
 
 
 def check_type(model_type: str) -> dict[str, Any]:
-    """Everything that the table says of one model type, as plain data.
+    """All facts of one model type in the table, as plain data.
 
     Returns:
         ``model_class``, ``divisor``; ``not_built``: why the type cannot be built, or None; ``not_run``: likewise;
@@ -102,7 +102,7 @@ def _config_around(model: nn.Module, name: str) -> Any:
 def _runnable(
     model: nn.Module, model_type: str | None, config: Any = None
 ) -> tuple[dict[str, Any] | None, str]:
-    """The first inputs that a model's forward takes; or None and what the first were refused for."""
+    """The first inputs that a model's forward takes; or None and the first error."""
     given, error = first_that_runs(model, feeds(model, model_type, config), _SECONDS_TO_FEED)
     return given, "its forward takes no input that is known" if error is None else _say(error)
 
@@ -185,7 +185,7 @@ def _compare(toy: _Toy) -> dict[str, Any]:
 
 
 def _read(model: nn.Module, sites: dict[str, nn.Module]) -> tuple[dict[str, HeadProjections], dict[str, str]]:
-    """The projections of every layer that can be read, and why of the others."""
+    """Projections of every layer that can be read, and the reasons of the others."""
     layers: dict[str, HeadProjections] = {}
     try:
         reasons = unread(model) if sites else {}

@@ -10,17 +10,13 @@ from pathlib import Path
 
 from lightning_qk._printable import printable
 from lightning_qk.cli._arguments import OneLineParser
-from lightning_qk.inspect.errors import BadInput
+from lightning_qk.inspect.documents import BadInput
 from tools.coverage.tables import Row, Totals, markdown, print_summary, row_of, versions
 from tools.coverage.workers import Outcome, run_each
 
 
 def run(args: Sequence[str], prog: str) -> int:
     """Run the command.
-
-    Args:
-        args: what follows the command's name.
-        prog: the program's name.
 
     Returns:
         The exit status: 0 where the bars are met or types were named, 1 where they are missed, 2 for a wrong line.
@@ -39,12 +35,11 @@ def _run(args: Sequence[str], prog: str) -> int:
 
     if options.jobs < 1 or not 0 < options.timeout < float("inf") or not 256 <= options.memory < 2**40:
         raise BadInput(
-            f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs "
-            f"{options.jobs} --timeout "
-            f"{options.timeout:g} --memory {options.memory}; correct them"
+            f"expected at least 1 job, a positive timeout and at least 256 MiB, got --jobs {options.jobs} "
+            f"--timeout {options.timeout:g} --memory {options.memory}; correct them"
         )
     check_targets([options.output, options.json])
-    # Before the rest, lest a misspelling take seconds to be told.
+    # Before slow imports, so that a misspelling is reported at once.
     from tools.coverage.catalogue import model_types
 
     known = model_types()
@@ -68,8 +63,8 @@ def _run(args: Sequence[str], prog: str) -> int:
 def _parser(prog: str) -> OneLineParser:
     parser = OneLineParser(
         prog=prog,
-        description="Build every model type of the installed transformers at toy size, read its weights, capture "
-        "its attention, compare both with its own forward, and print and write what was verified.",
+        description="Build every model type of the installed transformers at toy size, read its weights, "
+        "capture its attention, compare both with its own forward, and print and write what was verified.",
         epilog=f"example: {prog} llama bert t5; exit status: 0 where types were named or the bars are met, "
         "else 1; 2 for a wrong line",
     )
@@ -89,7 +84,7 @@ def _parser(prog: str) -> OneLineParser:
 
 
 def _measure(types: Sequence[str], jobs: int, timeout: float, memory: int) -> list[Outcome]:
-    """Check the types, each in its own process, with a bar where somebody looks on."""
+    """Check the types, each in its own process, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_qk.verification.inputs import BATCH, TOKENS, InputMaker, is_states
-from tools.coverage.overrides import INPUTS
+from tools.coverage.catalogue import INPUTS
 
 _GRIDS = ("grid_thw", "image_grid_thw", "grid_hw", "image_grid_hw", "grid_hws")
 _STATES = (
@@ -33,10 +33,10 @@ def feeds(model: nn.Module, model_type: str | None = None, config: Any = None) -
 
 
 class _Maker(InputMaker):
-    """Knows more kinds of inputs: grids of patches, time series, hidden states, what parts take from parts."""
+    """Makes more kinds of inputs: grids of patches, time series, hidden states, inputs of parts."""
 
     def tensor(self, kind: str, *shape: int) -> Any:
-        """An argument of an override, whose kinds :data:`~tools.coverage.overrides.INPUTS` tells."""
+        """An argument of an override, whose kinds :data:`~tools.coverage.catalogue.INPUTS` tells."""
         if kind == "float":
             return self.floats(*shape)
         if kind == "int":

@@ -1,4 +1,4 @@
-"""Steps from an operand of attention back to what it was made of, where each is known exactly.
+"""Steps from an operand of attention back to its origin, where each is known exactly.
 
 An operand may be a part of what a layer projected (one sequence of a packed batch), or contain more than it
 (further keys behind its own), or be a multiple of it: by one number, by one positive number a token, or by a
@@ -17,7 +17,7 @@ _MOST = 200
 
 
 class Earlier(NamedTuple):
-    """A tensor that an operand was made of.
+    """A tensor from which an operand was computed.
 
     Attributes:
         node: the tensor and what it was made by in turn.
@@ -31,13 +31,7 @@ class Earlier(NamedTuple):
 
 
 def earlier(node: Node | None, width: int, *, with_gain: bool = False) -> Iterator[Earlier]:
-    """What an operand was made of, nearest first, without those that are only views or copies of later ones.
-
-    Args:
-        node: the operand's.
-        width: of a head.
-        with_gain: step over products with vectors of that width, too.
-    """
+    """Tensors from which an operand was computed, nearest first, without views or copies of later ones."""
     todo = [] if node is None else [(Earlier(node, 1.0, None), False)]
     seen: set[int] = set()
     while todo and len(seen) < _MOST:

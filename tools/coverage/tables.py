@@ -1,4 +1,4 @@
-"""What the outcomes of all types add up to, as a page of Markdown and as a table in the terminal."""
+"""Outcomes of all types as a page of Markdown and as a table in the terminal."""
 
 import platform
 import textwrap
@@ -43,23 +43,17 @@ class Row(NamedTuple):
 
     @property
     def weights_verified(self) -> bool:
-        """Of every layer that ran, and some did."""
+        """Whether some layer ran and all that ran are verified."""
         return self.ran > 0 and self.weights == self.ran
 
     @property
     def statistics_verified(self) -> bool:
-        """Of every layer that ran, and some did."""
+        """Whether some layer ran and all that ran are verified."""
         return self.ran > 0 and self.statistics == self.ran
 
 
 def row_of(model_type: str, result: Mapping[str, Any] | None, problem: str | None) -> Row:
-    """Sum up one type.
-
-    Args:
-        model_type: its name.
-        result: of :func:`~tools.coverage.check.check_type`, or None.
-        problem: why there is no result.
-    """
+    """Sum up one type."""
     if result is None:
         return Row(model_type, "attention", why=f"the check did not end: {problem}")
     if result["not_built"] is not None:
@@ -171,10 +165,10 @@ def markdown(rows: Sequence[Row], versions: str) -> str:
         "|---|---|---|---|",
         f"| all | {totals.types} | | |",
         f"| with softmax attention | {totals.attention} | | {totals.layers} ({totals.layers_ran} ran) |",
-        f"| weights verified | {totals.weights} | {_share(totals.weights, totals.attention)} "
-        f"| {totals.layers_weights} |",
-        f"| statistics verified | {totals.statistics} | {_share(totals.statistics, totals.attention)} "
-        f"| {totals.layers_statistics} |",
+        f"| weights verified | {totals.weights} | {_share(totals.weights, totals.attention)} | "
+        f"{totals.layers_weights} |",
+        f"| statistics verified | {totals.statistics} | {_share(totals.statistics, totals.attention)} | "
+        f"{totals.layers_statistics} |",
         *(
             f"| weights read by: {route} | {sum(route in row.routes for row in attention)} | | {count} |"
             for route, count in sorted(sum((Counter(row.routes) for row in attention), Counter()).items())
@@ -224,13 +218,13 @@ def versions() -> str:
     import transformers
 
     return (
-        f"transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, CPU."
+        f"transformers {transformers.__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}, CPU."
     )
 
 
 def reasons_text(row: Row) -> str:
-    """Why a type is not verified, or not wholly, in a line."""
+    """Reasons why a type is not (wholly) verified, in a line."""
     parts = [row.why] if row.why else []
     for (kind, what, why), count in row.reasons.items():
         times = f"{count} × " if count > 1 else ""
@@ -241,7 +235,7 @@ def reasons_text(row: Row) -> str:
 
 
 def print_summary(rows: Sequence[Row], *, named: bool) -> None:
-    """What to see in the terminal: every type that was asked for by name, else those that are not verified."""
+    """Print every type that was named, else those that are not verified."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -6,13 +6,12 @@ configurations of a model's parts; the numbers of heads stay, so that every layo
 
 import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tools.coverage.overrides import CONFIG_OVERRIDES
+from tools.coverage.catalogue import CONFIG_OVERRIDES
 
 
 class Recipe(NamedTuple):
@@ -87,11 +86,6 @@ _TOP_K = re.compile(
 
 def shrunk(config: Any, recipe: Recipe, model_type: str) -> Any:
     """Make a configuration small, in place, with its parts.
-
-    Args:
-        config: of transformers.
-        recipe: how small.
-        model_type: whose overrides to apply.
 
     Returns:
         The configuration.
@@ -204,7 +198,7 @@ def _per_head(fields: dict[str, Any]) -> int | None:
 _DERIVED = {"head_dim": _per_head, "num_key_value_heads": lambda fields: fields.get("num_attention_heads")}
 
 
-# What takes libraries of its own, and has no attention that a model of transformers would be known by.
+# Backbones of other libraries.
 _FOREIGN_BACKBONES = ("timm_backbone",)
 
 
@@ -373,7 +367,7 @@ _WIDTH_LIST = re.compile(r"conv|hidden_sizes|depths|kernel|stride|strides")
 
 
 def build(model_class: type, config: Any) -> nn.Module:
-    """A model in evaluation mode with weights drawn anew, in float32; the global generator is left as it was.
+    """A model in evaluation mode with random weights, in float32; the global generator is unchanged.
 
     Biases are not zero and gains not one, as freshly built models have them: that would hide errors.
     """
@@ -395,7 +389,7 @@ def build(model_class: type, config: Any) -> nn.Module:
 
 @torch.no_grad()
 def redraw(model: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew, such that hidden states and logits stay moderate."""
+    """Redraw every parameter so that hidden states and logits stay moderate."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if not parameter.numel() or not parameter.is_floating_point() or parameter.device.type == "meta":
@@ -410,8 +404,3 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
         else:
             # A gain stays around one, a bias around zero.
             parameter.copy_(parameter.clamp(-1, 1) + 0.1 * values)
-
-
-def recipes() -> Iterator[Recipe]:
-    """From the smallest usual one."""
-    return iter(LADDER)

@@ -60,10 +60,6 @@ class _Match(NamedTuple):
 def verify_weights(read: HeadProjections, events: list[Event]) -> Verdict:
     """Compare one layer's projections with the attentions that ran inside of it.
 
-    Args:
-        read: of the layer.
-        events: the layer's own, at least one.
-
     Returns:
         Verified if every product of some attention is explained; else the failure that came nearest.
     """
@@ -89,7 +85,7 @@ def verify_weights(read: HeadProjections, events: list[Event]) -> Verdict:
 
 
 def _sides(product: Product) -> set[tuple[int, int]]:
-    """What query and key were made by; empty where that is not known."""
+    """Tensors from which query and key were computed; empty where unknown."""
     if product.query_node is None or product.key_node is None:
         return set()
     return {(id(product.query_node), id(product.key_node))}
@@ -402,7 +398,7 @@ def _isometry(expected: Tensor, received: Tensor) -> float | None:
     """The number by which the received are, at each position, an orthogonal map of the expected, or None."""
     want, got = expected, received
     if _factor(want.square().sum((0, 2, 3)), got.square().sum((0, 2, 3))) is None:
-        return None  # lengths alone tell most wrong arrangements
+        return None  # lengths alone rule out most wrong arrangements
     batch, n, heads, _ = want.shape
     if n * (batch * heads) ** 2 > _MAX_PAIRS:
         want, got = want[:, :_SOME], got[:, :_SOME]
@@ -418,7 +414,7 @@ def _is_normalized(expected: Tensor, received: Tensor) -> bool:
     received, the part of y − offset across u must vanish for all tokens.
     """
     want, got = (values.permute(2, 0, 1, 3).flatten(1, 2) for values in (expected, received))
-    # One head tells most wrong arrangements, at a fraction of the work.
+    # One head rules out most wrong arrangements, at a fraction of the work.
     return _is_norm_of(want[:1], got[:1]) and (len(want) == 1 or _is_norm_of(want, got))
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 
 class Outcome(NamedTuple):
-    """What came of one name.
+    """The outcome of one name.
 
     Attributes:
         name: what the function was called with.
@@ -52,13 +52,6 @@ def run_each(
     memory: int = 2048,
 ) -> Iterator[Outcome]:
     """Call a function on each name in a forked process.
-
-    Args:
-        function: returns something that JSON can hold.
-        names: of what to run, in this order.
-        jobs: how many processes run at a time.
-        timeout: seconds after which one is killed.
-        memory: MiB that one may have in memory.
 
     Yields:
         One outcome a name, as they end.

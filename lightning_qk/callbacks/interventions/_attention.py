@@ -14,7 +14,7 @@ from lightning_qk.callbacks._trainer import DeepSpeedStrategy, logging_step, sho
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.interventions.auxiliary import AttentionPenalty, Auxiliary, Measure
+from lightning_qk.interventions.penalties import AttentionPenalty, Auxiliary, Measure
 
 
 class AttentionIntervention(Intervention):

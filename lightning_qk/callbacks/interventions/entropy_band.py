@@ -4,13 +4,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
-from lightning_qk.interventions.entropy_band import Per, band_measure, check_band
+from lightning_qk.interventions.penalties import Per, band_measure, check_band
 
 
 class EntropyBand(PenaltyIntervention):
     """Penalizes attention whose normalized entropy leaves a band, with no change to the loss.
 
-    The gradient of ``weight`` times :func:`~lightning_qk.interventions.entropy_band.entropy_band`, averaged over
+    The gradient of ``weight`` times :func:`~lightning_qk.interventions.penalties.entropy_band`, averaged over
     layers, joins that of the loss at the attention calls. It equals that of a term of the loss, with gradient
     accumulation, mixed precision, gradient checkpointing and DDP too. Logged losses do not contain it. Outputs
     are bit-identical. It takes two passes over the logits in the backward pass and one in the forward pass,

@@ -9,7 +9,7 @@ from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks.interventions._attention import Replacement, cross_names, layer_names
 from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.interventions.hard_attention import HardRetrieval
+from lightning_qk.interventions.replaced_attention import HardRetrieval
 
 
 class HardAttention(Replacement):
@@ -18,7 +18,7 @@ class HardAttention(Replacement):
     In training and evaluation, by gather: see :func:`~lightning_qk.functional.hard_attention`. Dropout of
     attention weights is not applied. Monitors leave these layers out, since there is no softmax in the forward
     pass. When the trainer is done the model is as it was: use
-    :class:`~lightning_qk.interventions.hard_attention.HardRetrieval` to run it elsewhere.
+    :class:`~lightning_qk.interventions.replaced_attention.HardRetrieval` to run it elsewhere.
 
     Source: hard retrieval, arXiv 2009.14658 [S].
 

@@ -22,7 +22,7 @@ from lightning_qk.functional.max_logits import max_logits
 from lightning_qk.heads.edit import HeadScaler
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import attention_sites, local_heads
-from lightning_qk.interventions.layers import matching_unread
+from lightning_qk.interventions.layers import matching_unread, no_products
 from lightning_qk.interventions.qk_clip import (
     apply_clip,
     check_clip,
@@ -30,7 +30,6 @@ from lightning_qk.interventions.qk_clip import (
     clip_factors,
     clippable_layers,
 )
-from lightning_qk.interventions.telling import untellable
 from lightning_qk.loggers.loggers import log_scalars
 
 
@@ -158,7 +157,7 @@ class QKClip(Intervention):
         refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
         configs = {site.name: site.config for site in attention_sites(pl_module)}
         for name in editors:
-            reason = untellable(reader.layers[name], configs.get(name))
+            reason = no_products(reader.layers[name], configs.get(name))
             if reason is not None:
                 raise ValueError(
                     f"expected attention whose logits can be told, got {name} ({reason}): leave such a layer out "

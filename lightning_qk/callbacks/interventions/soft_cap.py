@@ -11,7 +11,7 @@ from lightning_qk.callbacks._trainer import is_logged_step
 from lightning_qk.callbacks.interventions._attention import Replacement, cross_names, layer_names
 from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.interventions.soft_cap import SoftCapped, check_cap
+from lightning_qk.interventions.replaced_attention import SoftCapped, check_cap
 
 
 class SoftCap(Replacement):
@@ -20,7 +20,7 @@ class SoftCap(Replacement):
     Gemma 2's soft cap for any model that calls its attention through transformers' interface. flex_attention
     takes the cap itself; in the place of sdpa, flash and eager functions stands an own one with the same masks,
     biases, sinks and dropout, which takes the memory of eager attention, n × m for each head. When the trainer
-    is done the model is as it was: use :class:`~lightning_qk.interventions.soft_cap.SoftCapped` to run it
+    is done the model is as it was: :class:`~lightning_qk.interventions.replaced_attention.SoftCapped` runs it
     capped elsewhere. Monitors measure the capped logits.
 
     Logged key: ``soft_cap/cap``.

@@ -12,10 +12,15 @@ from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.attention import POSITION_STATISTICS, STATISTICS, AttentionSums, attention_sums
+from lightning_qk.functional.attention import (
+    POSITION_STATISTICS,
+    STATISTICS,
+    AttentionSums,
+    MeanSums,
+    attention_sums,
+)
 from lightning_qk.functional.logits import AttentionLogits
-from lightning_qk.functional.profile import PROFILE_BINS, profile_sums
-from lightning_qk.functional.sums import MeanSums
+from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import RunRecord

@@ -5,8 +5,8 @@ from typing_extensions import Unpack
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
 from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.sinks import SINK_STATISTICS, sink_sums
-from lightning_qk.functional.sums import MeanSums
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 

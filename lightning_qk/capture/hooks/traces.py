@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_qk.capture.registry import STATE
-from lightning_qk.functional.logits import MASKED_BELOW
+from lightning_qk.functional.chunks import MASKED_BELOW
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "baddbmm_", "einsum"}
 # What gives each product a new value in its place. In-place forms have an underscore more.

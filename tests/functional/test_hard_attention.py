@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_divergence import KV, PADDED, B, D, H, LargestTensor, N, causal
+from test_entropy import KV, PADDED, B, D, H, LargestTensor, N, causal
 
 from lightning_qk.functional import hard_attention
 from lightning_qk.functional import logits as module
@@ -71,10 +71,10 @@ def test_without_training_there_is_no_graph_and_rows_without_keys_are_zero():
     tensors = [torch.randn(1, 2, 4, 3, requires_grad=True) for _ in range(3)]
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1] = False
-    out = hard_attention(*tensors, mask, None, False)
+    out = hard_attention(*tensors, mask=mask, training=False)
     assert not out.requires_grad
     assert (out[:, :, 1] == 0).all()
-    hard_attention(*tensors, mask).sum().backward()
+    hard_attention(*tensors, mask=mask).sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in tensors)
     assert tensors[0].grad[:, :, 1].abs().max() == 0
 
@@ -91,3 +91,11 @@ def test_values_must_fit():
     query = torch.randn(1, 2, 4, 3)
     with pytest.raises(ValueError, match="value"):
         hard_attention(query, query, query[:, :1])
+
+
+def test_options_by_place_are_an_old_spelling():
+    tensors = [torch.randn(1, 2, 4, 3) for _ in range(3)]
+    mask = torch.ones(4, 4).tril().bool()
+    with pytest.warns(DeprecationWarning, match="pass mask, scaling of hard_attention by name"):
+        old = hard_attention(*tensors, mask, 0.5)
+    assert torch.equal(old, hard_attention(*tensors, mask=mask, scaling=0.5))

@@ -6,9 +6,14 @@ import torch
 
 from lightning_qk.functional import attention_entropy, diagonal_prior
 from lightning_qk.heads.sites import attention_sites
-from lightning_qk.interventions.attention_prior import named_prior, prior_measure, prior_penalty
-from lightning_qk.interventions.auxiliary import AttentionPenalty
-from lightning_qk.interventions.entropy_band import band_measure, entropy_band
+from lightning_qk.interventions.penalties import (
+    AttentionPenalty,
+    band_measure,
+    entropy_band,
+    named_prior,
+    prior_measure,
+    prior_penalty,
+)
 
 BATCH = next(iter(models.tokens()))
 
