@@ -1,6 +1,7 @@
 """The base of all callbacks: of both Lightning packages, with their arguments, order, state of a fit, record."""
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -53,22 +54,32 @@ class Callback(lightning.pytorch.Callback):
     def contribute(self, record: RunRecord) -> None:
         """Add what this callback remembers to the run's record."""
 
+    @property
+    def account(self) -> Any:
+        """Old name of ``event_log``."""
+        warnings.warn(f"{type(self).__name__}.account is event_log now", DeprecationWarning, stacklevel=2)
+        return getattr(self, "event_log", None)
+
     # State of one fit
 
     def begin(self) -> None:
         """Give everything that belongs to one fit its first value; a subclass adds its own."""
         self._fit = None
 
-    def begin_fit(self, trainer: Any, pl_module: nn.Module) -> None:
+    def begin_fit(self, trainer: Any, pl_module: nn.Module) -> bool:
         """Begin, unless the same trainer, with steps behind it, fits the same module again; for ``setup``.
 
         Lightning loads a checkpoint after it.
+
+        Returns:
+            Whether it began.
         """
-        if self._fit is None or not (
-            trainer.global_step > 0 and self._fit[0]() is trainer and self._fit[1]() is pl_module
-        ):
+        before, model = self.running()
+        begins = not (trainer.global_step > 0 and before is trainer and model is pl_module)
+        if begins:
             self.begin()
         self._fit = weakref.ref(trainer), weakref.ref(pl_module)
+        return begins
 
     def running(self) -> tuple[Any, Any]:
         """The trainer and the module of the fit; None where they are gone."""

@@ -5,7 +5,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lightning_qk.inspect.documents import BadInput
 
@@ -141,9 +141,9 @@ def _plain_types(types: list[str]) -> list[str]:
 
 
 def _init_args(class_path: str) -> list[str]:
-    import inspect
     from importlib import import_module
 
+    from lightning_qk.callbacks.callback import arguments
+
     module, _, name = class_path.rpartition(".")
-    found: Any = getattr(import_module(module), name)
-    return [option for option in inspect.signature(found).parameters if option != "self"]
+    return arguments(getattr(import_module(module), name))

@@ -53,7 +53,7 @@ def spectra():
 
 
 WATCHING = {
-    "a guard's begin": (lambda: CollapseGuard(every_n_steps=1), _watch.Watch, "begin", ALWAYS),
+    "a guard's begin": (lambda: CollapseGuard(every_n_steps=1), _watch.ReadingSource, "begin", ALWAYS),
     "a guard's layers": (
         lambda: CollapseGuard(every_n_steps=1),
         _watch.QuietAttention,

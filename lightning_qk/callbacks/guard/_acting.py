@@ -13,7 +13,7 @@ from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckp
 from lightning_qk.callbacks.guard._pending import in_words
 from lightning_qk.callbacks.guard._rate import RateLimit
 from lightning_qk.callbacks.guard._remedy import Dormant
-from lightning_qk.guard.detector import CollapseDetector, Sensitivity
+from lightning_qk.guard.detector import CollapseDetector
 
 
 class Acting(Callback):
@@ -24,12 +24,11 @@ class Acting(Callback):
     lr_factor: float
     lr_warmup: int
     checkpoint_every: int
-    sensitivity: Sensitivity | None
+    detector: CollapseDetector
 
     def begin(self) -> None:
         """As for a new run."""
         super().begin()
-        self.detector = CollapseDetector(self.sensitivity)
         self.rolled_back_to: int | None = None
         self.event_log = EventLog()
         self._remedy = Dormant(self._remedies, self._say_once)

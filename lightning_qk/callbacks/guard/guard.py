@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +17,7 @@ from lightning_qk.callbacks.guard._pending import Pending, StepLosses, in_words
 from lightning_qk.callbacks.guard._watch import COSINE, ReadingSource
 from lightning_qk.callbacks.interventions.locater import LocAteR
 from lightning_qk.callbacks.interventions.qk_clip import QKClip
-from lightning_qk.guard.detector import Sensitivity, Verdict
+from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
 from lightning_qk.guard.reading import Reading
 from lightning_qk.loggers.loggers import describe_config, log_alert, log_scalars
 from lightning_qk.record.history import RunRecord
@@ -97,7 +97,7 @@ class CollapseGuard(Acting):
         ValueError: an argument is out of range, or a remedy cannot be done exactly.
     """
 
-    live = ("_watch",)
+    live: ClassVar[tuple[str, ...]] = ("_watch",)
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class CollapseGuard(Acting):
         self.checkpoint_every = checkpoint_every
         self.loss = loss
         self.rows = rows
-        self.sensitivity = sensitivity
+        self.detector = CollapseDetector(sensitivity)
         super().__init__()
 
     def begin(self) -> None:
@@ -171,8 +171,12 @@ class CollapseGuard(Acting):
     def settings(self) -> dict[str, Any]:
         """Arguments as they go into the run's config."""
         names = [type(callback).__name__ for callback in self._remedies]
-        own = {name: value for name, value in super().settings().items() if name != "sensitivity"}
-        return {**own, "action": " and ".join(names) or self.action}
+        return {**super().settings(), "action": " and ".join(names) or self.action}
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """What counts as an alarm."""
+        return self.detector.sensitivity
 
     def contribute(self, record: RunRecord) -> None:
         """Add what the remedies did, and the alarms."""
@@ -195,7 +199,8 @@ class CollapseGuard(Acting):
         if stage == "fit":
             if self._rate.optimizers:  # of a fit before that did not end well
                 self._try(self._rate.detach, "learning rates could not be left")
-            self.begin_fit(trainer, pl_module)
+            if self.begin_fit(trainer, pl_module):
+                self.detector.restart()
         self._remedy.check("setup", trainer, pl_module, stage)
         if stage == "fit":
             self._try(

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -29,7 +29,7 @@ class AttentionIntervention(Intervention):
     group: str
     """Prefix of the log keys."""
 
-    live = ("_steering", "_modules")
+    live: ClassVar[tuple[str, ...]] = ("_steering", "_modules")
 
     def __init__(self, modules: Patterns = None, name: str | None = None) -> None:
         self.name = name
@@ -151,7 +151,7 @@ def cross_names(sites: Sequence[AttentionLayer]) -> frozenset[str]:
 class PenaltyIntervention(AttentionIntervention):
     """Base of the callbacks with a penalty on attention that reaches the gradient at the attention calls."""
 
-    live = ("_penalty",)
+    live: ClassVar[tuple[str, ...]] = ("_penalty",)
 
     logged: tuple[str, ...]
     """Names of what is logged."""

@@ -1,5 +1,7 @@
 """Callback: a sparse attention pattern is learnt while a model trains."""
 
+from typing import ClassVar
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -54,7 +56,7 @@ class DifferentiableAttentionMask(PenaltyIntervention):
 
     logged = ("l1", "open")
 
-    live = ("_sites",)
+    live: ClassVar[tuple[str, ...]] = ("_sites",)
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Callback: attention is pulled toward a prior while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -52,7 +52,7 @@ class AttentionPrior(PenaltyIntervention):
 
     logged = ("kl",)
 
-    live = ("_function", "_target")
+    live: ClassVar[tuple[str, ...]] = ("_function", "_target")
 
     def __init__(
         self,

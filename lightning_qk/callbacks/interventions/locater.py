@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -83,7 +83,7 @@ class LocAteR(Intervention):
             the gradients.
     """
 
-    live = ("_penalty", "_aims", "_newest")
+    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest")
 
     def __init__(
         self,

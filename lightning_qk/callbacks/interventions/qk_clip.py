@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -82,7 +82,7 @@ class QKClip(Intervention):
             processes, which is said once.
     """
 
-    live = ("_reading", "_editors", "_largest", "_cached_calls")
+    live: ClassVar[tuple[str, ...]] = ("_reading", "_editors", "_largest", "_cached_calls")
 
     def __init__(
         self,

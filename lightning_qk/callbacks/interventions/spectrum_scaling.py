@@ -1,5 +1,7 @@
 """Callback: spectra of heads set to one size while a model is evaluated."""
 
+from typing import ClassVar
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
@@ -33,7 +35,7 @@ class SpectrumScaling(Intervention):
             Where it turns out in a fit's later validation, that one is of the weights as they are, which is said.
     """
 
-    live = ("_scaler",)
+    live: ClassVar[tuple[str, ...]] = ("_scaler",)
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Callback: updates of query and key weights that are held small in spectral norm."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -45,7 +45,7 @@ class UpdateCap(Intervention):
             not be capped on one process, is left as it is from then on, on all processes, which is said once.
     """
 
-    live = ("_ends", "_capper", "_factors", "_ratios")
+    live: ClassVar[tuple[str, ...]] = ("_ends", "_capper", "_factors", "_ratios")
 
     def __init__(
         self,

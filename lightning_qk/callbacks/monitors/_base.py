@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, ClassVar, TypedDict, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -114,7 +114,7 @@ class Monitor(Watching):
     has_heads: bool = True
     """Whether layers have heads to be named; without, each has one value."""
 
-    live = ("_pictures",)
+    live: ClassVar[tuple[str, ...]] = ("_pictures",)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -54,7 +54,7 @@ class CaptureMonitor(ListeningMonitor):
     is_of_self_attention: bool = False
     """Whether it measures nothing of cross-attention."""
 
-    live = ("_reader", "_collector", "_evaluation")
+    live: ClassVar[tuple[str, ...]] = ("_reader", "_collector", "_evaluation")
 
     def __init__(
         self,

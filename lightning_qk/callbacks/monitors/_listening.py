@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -23,7 +23,7 @@ class ListeningMonitor(Monitor):
     one over all of it.
     """
 
-    live = ("_capture", "_generator", "_step_pool", "_pool")
+    live: ClassVar[tuple[str, ...]] = ("_capture", "_generator", "_step_pool", "_pool")
 
     seed: int
 

@@ -1,7 +1,7 @@
 """Callback: where attention goes while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -79,7 +79,7 @@ class AttentionMonitor(CaptureMonitor):
 
     record_field = "attention"
 
-    live = ("_profile_generator",)
+    live: ClassVar[tuple[str, ...]] = ("_profile_generator",)
 
     def __init__(
         self, every_n_steps: int | None = None, *, rows: int | None = 64, **options: Unpack[CaptureOptions]

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -116,7 +116,7 @@ class AttentionProbes(Monitor):
     witness = ""  # a head may have no value when all is well
     subject = ""
 
-    live = ("_recorder", "_is_probed")
+    live: ClassVar[tuple[str, ...]] = ("_recorder", "_is_probed")
 
     def __init__(
         self,

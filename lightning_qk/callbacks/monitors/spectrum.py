@@ -1,7 +1,7 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -104,7 +104,7 @@ class QKSpectrumMonitor(Monitor):
 
     record_field = "spectrum"
 
-    live = ("_reader", "_layers", "_cores", "_worker", "_unshared", "_late_values")
+    live: ClassVar[tuple[str, ...]] = ("_reader", "_layers", "_cores", "_worker", "_unshared", "_late_values")
 
     def __init__(
         self,
@@ -272,6 +272,7 @@ class QKSpectrumMonitor(Monitor):
         if self._layers is None or self._layers.singular is None or self._singular_state is None:
             return
         reader, _, singular = self._layers
+        assert singular is not None  # checked above
         # Where there are none, they were measured at the step of the checkpoint, and are the weights that were
         # loaded.
         is_read = not self._singular_state.get("before")
