@@ -73,16 +73,14 @@ def tokenizer_of(checkpoint: Checkpoint, named: str | None) -> Any:
     name = named or checkpoint.tokenizer
     if name is None:
         raise BadInput(
-            f"expected a tokenizer for --text, got none with {checkpoint.title}: pass a folder or a name "
-            "on the hub, or "
-            "'bytes', with --tokenizer"
+            f"expected a tokenizer for --text, got none with {checkpoint.title}: pass a folder or a name on "
+            "the hub, or 'bytes', with --tokenizer"
         )
     path = Path(name).expanduser()
     if named is None and path.is_dir() and not _has_tokenizer(path):
         raise BadInput(
             f"expected a tokenizer for --text, got none in {path}: pass a folder or a name on the hub, or "
-            "'bytes', with "
-            "--tokenizer"
+            "'bytes', with --tokenizer"
         )
     try:
         return load_tokenizer(str(path) if path.exists() else name, "--tokenizer")
@@ -159,8 +157,7 @@ def measure(
     if getattr(own, "main_input_name", "input_ids") != "input_ids":
         raise BadInput(
             f"expected a model of text for --text, got a {type(model).__name__} that takes "
-            f"{own.main_input_name}: leave "
-            "--text out"
+            f"{own.main_input_name}: leave --text out"
         )
     ids = text_blocks(model, tokenizer_of(checkpoint, tokenizer), source, length, batches * batch_size)
     missing = fill(model, weights)

@@ -95,7 +95,8 @@ class AttentionPenalty(Auxiliary):
         measure: the penalty of one call, or None where it has none.
         weight: its coefficient.
         cross: names of the layers whose keys are other tokens than the queries.
-        model: the model that contains the modules.
+        model: the model that contains the modules, see
+            :class:`~lightning_qk.capture.intercept.AttentionInterceptor`.
 
     Raises:
         ValueError: a layer whose call does not pass through transformers' interface, or cannot be read.

@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_qk import CollapseGuard
-from lightning_qk.callbacks.guard import _healthy, _watch
-from lightning_qk.callbacks.guard.guard import CollapseGuard as Guard
+from lightning_qk.callbacks.guard import _healthy, _pending, _watch
 from lightning_qk.guard.detector import CollapseDetector
 
 PLACES = [
@@ -20,7 +19,7 @@ PLACES = [
     (_watch.HiddenCosine, "take", 1),
     (_watch.ReadingSource, "read", 0),
     (_watch.ReadingSource, "begin_batch", 1),
-    (Guard, "_hear_loss", 1),
+    (_pending.StepLosses, "hear", 1),
     (_healthy.HealthyCheckpoint, "_put", 0),
     (_healthy.HealthyCheckpoint, "_promoted", 0),
     (torch, "save", 0),

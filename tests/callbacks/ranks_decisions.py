@@ -25,7 +25,7 @@ from lightning_qk.callbacks import _self_check
 from lightning_qk.callbacks.guard import _watch
 from lightning_qk.callbacks.interventions import qk_clip
 from lightning_qk.callbacks.monitors import probes, spectrum
-from lightning_qk.interventions import auxiliary, update_cap
+from lightning_qk.interventions import penalties, update_cap
 from lightning_qk.metrics import singular
 from lightning_qk.metrics import spectrum as moments
 from lightning_qk.regularizers import locater
@@ -112,7 +112,7 @@ CHANGING = {
         "on_train_batch_start",
         SECOND,
     ),
-    "attention's penalty": (lambda: AttentionPrior("diagonal"), auxiliary.Auxiliary, "take", ALWAYS),
+    "attention's penalty": (lambda: AttentionPrior("diagonal"), penalties.Auxiliary, "take", ALWAYS),
 }
 """The same of what changes a training: both processes have the same weights."""
 

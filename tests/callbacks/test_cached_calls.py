@@ -136,7 +136,7 @@ def test_statistics_are_those_of_the_job_without_generation(kind, way):
         for name in want.history.values:
             assert bool(same(got.history.series(name), want.history.series(name)).all()), name
         [note] = [note for note in got.notes if "cached_calls=True" in note]
-        count = len(got._names) if isinstance(got, HiddenStateMonitor) else len(got._modules)
+        count = len(got._names) if isinstance(got, HiddenStateMonitor) else len(got.watched())
         assert note.startswith(f"{count} of {count} layers")
         assert [one for one in got.notes if one != note] == want.notes
     names = {name for name in plain_trainer.callback_metrics if name.startswith("attn/val/")}

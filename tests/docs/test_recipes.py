@@ -1,7 +1,6 @@
 """CONTRIBUTING: its picture, its walk and its recipes are those of the code."""
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import lightning_qk
 from lightning_qk import head_projections
 from lightning_qk.functional import AttentionLogits
 from lightning_qk.heads import layouts
-from lightning_qk.record.statistics import STATISTICS
+from lightning_qk.record import statistics
+from lightning_qk.record.statistics import describe
 
 PAGE = "CONTRIBUTING.md"
 LAYOUT, STATISTIC, MONITOR = blocks(PAGE, "python")
@@ -62,18 +62,18 @@ def test_a_layout_is_one_line(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def namespace() -> Iterator[dict]:
+def namespace(monkeypatch: pytest.MonkeyPatch) -> dict:
     """What the recipe of a statistic defines; the table is as before afterwards."""
-    before = dict(STATISTICS)
     found: dict = {"__name__": "recipe"}
     exec(STATISTIC, found)
-    yield found
-    STATISTICS.clear()
-    STATISTICS.update(before)
+    one = found["statistic"]
+    monkeypatch.setattr(statistics, "_ALL", (*statistics._ALL, one))
+    monkeypatch.setattr(statistics, "STATISTICS", {**statistics.STATISTICS, f"{one.group}/{one.name}": one})
+    return found
 
 
 def test_a_statistic_is_an_entry_and_a_function(namespace: dict):
-    assert STATISTICS["attn/decided"].share
+    assert describe("decided").share
     query, key = torch.randn(2, 2, 3, 7, 4).unbind()
     sums = namespace["decided_sums"](AttentionLogits.of(query, key, is_causal=True))
     logits = (query @ key.mT / 2).masked_fill(~torch.ones(7, 7).tril().bool(), -torch.inf)
