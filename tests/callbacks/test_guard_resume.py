@@ -125,9 +125,8 @@ def test_the_healthy_checkpoint_itself_is_one_to_resume_from(tmp_path):
 def test_a_second_fit_is_a_new_run(tmp_path):
     guard, _ = fit(tmp_path / "one", 0)
     assert guard.verdicts
-    guard._remedy.callbacks[0] = clip = QKClip(5.0)
     again = pickle.loads(pickle.dumps(copy.deepcopy(guard)))
-    assert guard.remedies == [clip]
+    assert [type(one) for one in again.remedies] == [QKClip]
 
     def fold(own, folder):
         torch.manual_seed(2)
