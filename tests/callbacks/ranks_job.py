@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import lightning_qk
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, PositionMonitor, QKSpectrumMonitor, SinkMonitor
 from lightning_qk.callbacks.monitors import _base as _monitor
-from lightning_qk.callbacks.monitors import _captured, attention, hidden, spectrum
+from lightning_qk.callbacks.monitors import _captured, _listening, attention, hidden, spectrum
 from lightning_qk.metrics import eigenvalues, means
 from lightning_qk.record import forgotten, history
 
@@ -30,12 +30,12 @@ PLACES = {
     "measuring a call": (attention, "attention_sums", (CALLS, STATES)),
     "measuring states": (hidden, "hidden_sums", (STATES, CALLS)),
     "pooling": (means.HeadMeans, "update", (CALLS, "SinkMonitor", SPECTRUM)),
-    "copying to the host": (_captured, "flat_values", (CALLS, "PositionMonitor", SPECTRUM)),
+    "copying to the host": (_listening, "flat_values", (CALLS, "PositionMonitor", SPECTRUM)),
     "remembering": (history.History, "append", (SPECTRUM, CALLS)),
     "temporary files": (forgotten.tempfile, "TemporaryFile", (SPECTRUM, STATES)),
     "logging": (_monitor, "log_scalars", (SPECTRUM, CALLS, STATES)),
     "finding layers": (_captured, "find_attention", (CALLS, SPECTRUM)),
-    "beginning to listen": (_captured.CaptureMonitor, "begin_batch", (CALLS, SPECTRUM)),
+    "beginning to listen": (_listening.ListeningMonitor, "begin_batch", (CALLS, SPECTRUM)),
     "ending to listen": (HiddenStateMonitor, "end_batch", (STATES, CALLS)),
     "the end": (_monitor.Monitor, "finish", (SPECTRUM, CALLS, "SinkMonitor", "PositionMonitor", STATES)),
 }

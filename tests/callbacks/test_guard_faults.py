@@ -186,9 +186,7 @@ def test_one_reading_that_fails_is_one_reading(tmp_path, monkeypatch):
     assert own == []
 
 
-@pytest.mark.parametrize(
-    "hook", ["on_train_start", "on_train_batch_start", "on_train_batch_end", "kept"]
-)
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_start", "on_train_batch_end", "kept"])
 def test_a_remedy_that_raises_is_left_out(hook, tmp_path, monkeypatch):
     from guard_job import Sharpen
 

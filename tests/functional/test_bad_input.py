@@ -56,6 +56,7 @@ INDICES = (
 CALLS = {
     "AttentionLogits": None,  # the argument of the others: its two ways to be made are called by them
     "AttentionOptions": None,
+    "TokenMoments": None,  # holds what it is given
     "Rotary": None,  # holds what it is given
     # Functions of index tensors that are made by the package and called by it.
     "diagonal_prior": None,

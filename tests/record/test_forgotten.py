@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_qk import AttentionMonitor
-from lightning_qk.callbacks.monitors import _base as _monitor
+from lightning_qk.callbacks.monitors import _watching
 from lightning_qk.record.forgotten import Forgotten
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.parquet import write_history
@@ -65,7 +65,7 @@ def test_it_does_not_travel() -> None:
 
 
 def test_a_long_run_keeps_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_monitor, "History", lambda layers, heads: History(layers, heads, max_points=4))
+    monkeypatch.setattr(_watching, "History", lambda layers, heads: History(layers, heads, max_points=4))
     monitor = AttentionMonitor()
     trainer = models.trainer([monitor], max_steps=11, max_epochs=-1, logger=CSVLogger(tmp_path))
     trainer.fit(models.Job(), models.tokens())
