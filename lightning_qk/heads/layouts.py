@@ -8,6 +8,7 @@ orders. To read a new model, add a line to `LAYOUTS`; head counts, norms, rotary
 import inspect
 import re
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,9 +39,10 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
     return found
 
 
-class Source:
+class Source(ABC):
     """What holds the weights of one side of a layer."""
 
+    @abstractmethod
     def fits(self, module: nn.Module, kv_source: nn.Module | None = None) -> bool:
         """Whether the layer has it.
 
@@ -48,15 +50,14 @@ class Source:
             module: the layer.
             kv_source: the layer whose keys it uses instead of its own.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def projection(self, module: nn.Module, kv_source: nn.Module | None = None) -> Projection:
         """How it is read from one layer.
 
         Raises:
             UnreadLayer: it cannot be.
         """
-        raise NotImplementedError
 
     def weight(self, module: nn.Module) -> Tensor | None:
         """The stored tensor whose first dimension runs over heads, where there is one."""

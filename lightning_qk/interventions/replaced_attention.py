@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,7 @@ def soft_capped_attention(
     return weighted(x.softmax(-1)[..., : logits.shape[3]], value, dropout, training)
 
 
-class Replaced(Steered):
+class Replaced(Steered, ABC):
     """Exchanges the attention function of some modules; see the subclasses."""
 
     def __init__(
@@ -193,13 +194,15 @@ class Replaced(Steered):
         function = self._replacements.of(call, is_cross=name in self._cross)
         return call._replace(function=function, options={**call.options, **options})
 
+    @abstractmethod
     def _softmax(self, module: nn.Module, logits: ProductLogits, extra: Any) -> ProductLogits:
-        raise NotImplementedError
+        """The logits of the softmax in the output."""
 
+    @abstractmethod
     def _compute(
         self, module: nn.Module, logits: ProductLogits, value: Tensor, dropout: float, extra: Any
     ) -> Tensor:
-        raise NotImplementedError
+        """The output of one call."""
 
 
 class SoftCapped(Replaced):
