@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import own_random_numbers
+from lightning_qk.architecture.dry_run import quietly
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.source_code import names_in, uses_interface
-from lightning_qk.heads.dry_run import Trial, trials
 from lightning_qk.heads.layouts import KnownLayout, unsupported
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.running import Bench, constant
-from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened
+from lightning_qk.heads.sharding import device_of, flat_root, flat_unit, unflattened
 from lightning_qk.heads.sites import AttentionLayer, kv_source
 from lightning_qk.heads.sizes import Sizes
+from lightning_qk.heads.trials import Trial, trials
 
 
 class Finding(NamedTuple):
@@ -190,12 +190,11 @@ def _sums_over_tokens(module: nn.Module, config: Any) -> bool:
         bench = Bench(module)
     except UnreadLayer:
         return False
-    device = bench.device()
-    if device.type == "meta" or not bench.emitters:
+    if device_of(module).type == "meta" or not bench.emitters:
         return False
     emission = constant(torch.ones(bench.size))
-    with torch.no_grad(), own_random_numbers(device):
-        for place, trial in enumerate(trials(module, config, bench.widths()[:1], device)):
+    with quietly(module):
+        for place, trial in enumerate(trials(module, config, bench.widths()[:1])):
             if place > 6:
                 break
             if trial.wider is None or trial.tokens == trial.wider.tokens or trial.tokens == 1:

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import own_random_numbers
+from lightning_qk.architecture.dry_run import quietly
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.products import softmax_factor, tensors_in
-from lightning_qk.heads.dry_run import Trial, input_arguments, recorded_trials, trials
 from lightning_qk.heads.projections import NotTokenAttention, UnreadLayer
 from lightning_qk.heads.row_numbers import (
     NAMES,
@@ -36,6 +35,7 @@ from lightning_qk.heads.running import (
     constant,
     random,
 )
+from lightning_qk.heads.trials import Trial, input_arguments, recorded_trials, trials
 
 _LARGE = 1e3
 
@@ -120,11 +120,10 @@ def find_rows(
     # The first of each kind tells most: the likeliest way to call it.
     reasons: list[str] = []
     failures: list[str] = []
-    device = bench.device()
-    with torch.no_grad(), own_random_numbers(device):
+    with quietly(module):
         for bench in benches:
             bench.check_access()
-            ways_of = ways or _ways(bench, config, calls, device)
+            ways_of = ways or _ways(bench, config, calls)
             for trial in ways_of:
                 search = _Inference(bench, trial, is_strict=is_strict)
                 try:
@@ -146,10 +145,10 @@ def find_rows(
     )
 
 
-def _ways(bench: Bench, config: Any, calls: Sequence[Call], device: torch.device) -> Any:
+def _ways(bench: Bench, config: Any, calls: Sequence[Call]) -> Any:
     if calls:
         return (trial for call in calls for trial in recorded_trials(bench.module, config, *call))
-    return trials(bench.module, config, bench.widths()[:3], device)
+    return trials(bench.module, config, bench.widths()[:3])
 
 
 def rows_at(places: Tensor) -> Callable[[Tensor, Any], Tensor]:

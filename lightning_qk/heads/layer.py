@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import alive
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.dry_run import input_arguments
 from lightning_qk.heads.facts import (
     CHANNELS,
     Constants,
@@ -47,6 +46,7 @@ from lightning_qk.heads.projections import (
 from lightning_qk.heads.sharding import whole
 from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import Sizes, layer_sizes, softmax_scaling
+from lightning_qk.heads.trials import input_arguments
 
 _BY_RUNNING = "found by running"
 """Name of layouts that were inferred by running a layer."""

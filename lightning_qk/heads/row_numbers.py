@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.composition import Composition, Part, composed
-from lightning_qk.heads.dry_run import Trial
 from lightning_qk.heads.norms import plan_norm
 from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import UnreadLayer
@@ -31,6 +30,7 @@ from lightning_qk.heads.running import (
     random,
 )
 from lightning_qk.heads.sharding import whole
+from lightning_qk.heads.trials import Trial
 
 # Rows are numbered by digits to this base, small enough that half precision keeps them apart.
 _BASE = 32

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import alive, shadow
 from lightning_qk.architecture.products import Following, Product
-from lightning_qk.heads.dry_run import Trial
 from lightning_qk.heads.norms import is_norm
 from lightning_qk.heads.projection import Projection, parameter_projection, projection_of
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.sharding import check_access, is_dtensor, whole
+from lightning_qk.heads.trials import Trial
 
 Emission = Callable[["Emitter", tuple[int, ...]], Tensor]
 """What an emitter gives: shape (..., rows) for its shape."""

@@ -5,11 +5,13 @@ what was gathered ends on the local shard. The flat parameters of FSDP's first v
 time of a block. Gathering is collective: every process must read the same layers in the same order.
 """
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.projections import InaccessibleWeights
@@ -32,14 +34,12 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor()
 
 
-def whole_module(module: nn.Module) -> nn.Module:
-    """A module whose own parameters are whole: itself where they are, else a copy of it that shares the rest."""
-    if not any(is_dtensor(parameter) for parameter in module.parameters(recurse=False)):
-        return module
-    copy = object.__new__(type(module))
-    parameters = {name: None if value is None else whole(value) for name, value in module._parameters.items()}
-    copy.__dict__.update({**module.__dict__, "_parameters": parameters})
-    return copy
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: that of its first parameter or buffer, or the CPU."""
+    tensor: Any = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if tensor is None:
+        return torch.device("cpu")
+    return torch.device(tensor.device_mesh.device_type) if is_dtensor(tensor) else tensor.device
 
 
 def check_access(tensor: Tensor, what: str) -> None:

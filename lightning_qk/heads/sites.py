@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import own_random_numbers
+from lightning_qk.architecture.dry_run import quietly
 from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.source_code import calls_sdpa, names_softmax, uses_interface
-from lightning_qk.heads.dry_run import trials
 from lightning_qk.heads.layouts import borrows_keys, find_layout
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.row_numbers import SIDES, varied_values
 from lightning_qk.heads.running import Bench, random
 from lightning_qk.heads.sharding import is_dtensor
+from lightning_qk.heads.trials import trials
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
 # What surrounds attention carries its name too: outputs, biases, projections.
@@ -139,9 +139,8 @@ def _reaches_product(module: nn.Module) -> bool:
     if len(bench.emitters) + len(bench.loose) < 2 or len(bench.emitters) > _MOST_PROJECTIONS:
         return False
     for own in (bench, Bench(module, is_bare=True)):
-        device = own.device()
-        with torch.no_grad(), own_random_numbers(device):
-            for place, trial in enumerate(trials(module, None, own.widths()[:3], device)):
+        with quietly(module):
+            for place, trial in enumerate(trials(module, None, own.widths()[:3])):
                 if place >= 12:
                     break
                 # Of bare parameters other values than their own, as they may be zero.

@@ -17,7 +17,6 @@ from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.hooks.compiled import is_compiled
 from lightning_qk.capture.hooks.modules import hook_after, hook_before
-from lightning_qk.heads.dry_run import Trial, recorded_trials
 from lightning_qk.heads.facts import Finding, Side, settle
 from lightning_qk.heads.inferred_layout import find_rows
 from lightning_qk.heads.layer import LayerReader, layer_reader
@@ -25,6 +24,7 @@ from lightning_qk.heads.layouts import fitting_layouts
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
+from lightning_qk.heads.trials import Trial, recorded_trials
 from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
 
 # Tensors that are kept of one call of a layer.
