@@ -13,18 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import quietly
 from lightning_qk.architecture.origin import is_known
-from lightning_qk.architecture.source_code import names_in, uses_interface
+from lightning_qk.architecture.source_code import names_in
 from lightning_qk.heads.layouts import KnownLayout, unsupported
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.running import Bench, constant
-from lightning_qk.heads.sharding import device_of, flat_root, flat_unit, unflattened
+from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened
 from lightning_qk.heads.sites import AttentionLayer, kv_source
 from lightning_qk.heads.sizes import Sizes
-from lightning_qk.heads.trials import Trial, trials
+from lightning_qk.heads.trials import Trial
 
 
 class Finding(NamedTuple):
@@ -154,10 +152,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-CHANNELS = "it attends over channels: its products are sums over tokens, and its softmax is over channels"
 _CLIP = "clip_qkv"
-
-_KNOWN: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 
 
 def configured_clip(module: nn.Module, config: Any) -> float | None:
@@ -170,41 +165,6 @@ def configured_clip(module: nn.Module, config: Any) -> float | None:
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             return float(value)
     return None
-
-
-def attends_over_channels(module: nn.Module, config: Any = None) -> bool:
-    """Whether the axis that a layer's products sum over grows with the number of tokens.
-
-    Seen from a run of the layer alone, once for each class; False where it cannot be run.
-    """
-    kind: Any = type(module)
-    if uses_interface(module) or isinstance(module, nn.MultiheadAttention):
-        return False
-    if kind not in _KNOWN:
-        _KNOWN[kind] = _sums_over_tokens(module, config)
-    return _KNOWN[kind]
-
-
-def _sums_over_tokens(module: nn.Module, config: Any) -> bool:
-    try:
-        bench = Bench(module)
-    except UnreadLayer:
-        return False
-    if device_of(module).type == "meta" or not bench.emitters:
-        return False
-    emission = constant(torch.ones(bench.size))
-    with quietly(module):
-        for place, trial in enumerate(trials(module, config, bench.widths()[:1])):
-            if place > 6:
-                break
-            if trial.wider is None or trial.tokens == trial.wider.tokens or trial.tokens == 1:
-                continue
-            seen = [bench.run(own, emission) for own in (trial, trial.wider)]
-            if not all(own.products for own in seen):
-                continue
-            widths = [{product.query.shape[-1] for product in own.products} for own in seen]
-            return widths == [{trial.tokens}, {trial.wider.tokens}]
-    return False
 
 
 class Factor(NamedTuple):

@@ -1,6 +1,7 @@
 """Plan for reading one attention layer: located and compiled once, then read from live parameters."""
 
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -11,18 +12,16 @@ from torch import Tensor, nn
 from lightning_qk.architecture.dry_run import alive
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.facts import (
-    CHANNELS,
     Constants,
     Finding,
     LayerFacts,
     Layout,
     Side,
-    attends_over_channels,
     describe,
     gathered,
     learnt_factors,
 )
-from lightning_qk.heads.inferred_layout import Found, find_rows, rows_at
+from lightning_qk.heads.inferred_layout import Found, check_tokens, find_rows
 from lightning_qk.heads.layouts import KnownLayout, added_to_queries, borrows_keys, fitting_layouts
 from lightning_qk.heads.norms import (
     NormPlan,
@@ -89,8 +88,7 @@ def locate(facts: LayerFacts) -> Layout:
         return _by_table(facts, finding.layout)
     if not facts.trusts_names:
         return _by_running(facts)
-    if attends_over_channels(module, layer.config):
-        raise NotTokenAttention(CHANNELS)
+    check_tokens(module, layer.config)
     first: UnreadLayer | None = None
     for known in fitting_layouts(module, facts.kv_source):
         try:
@@ -134,7 +132,7 @@ def _inferred(facts: LayerFacts, found: Found) -> Layout:
     query, key = (
         Side(
             own.projection,
-            rows_at(own.rows),
+            _rows_at(own.rows),
             None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
         )
         for side, own in (("query", found.query), ("key", found.key))
@@ -160,6 +158,22 @@ def _inferred(facts: LayerFacts, found: Found) -> Layout:
         is_added_to=found.is_added_to,
         is_turned=found.is_turned,
     )
+
+
+def _rows_at(places: Tensor) -> Callable[[Tensor, Sizes], Tensor]:
+    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
+    heads, d_head = places.shape
+    start = int(places[0, 0])
+    step = int(places[1, 0]) - start if heads > 1 else d_head
+    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
+    is_view = step >= d_head and torch.equal(places, regular)
+
+    def take(rows: Tensor, sizes: Sizes) -> Tensor:
+        if is_view:
+            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
+        return rows[places.to(rows.device)]
+
+    return take
 
 
 def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:

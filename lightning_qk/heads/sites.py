@@ -1,5 +1,6 @@
 """Find the attention layers of a model, their blocks, the layers whose keys they reuse, and local heads."""
 
+import itertools
 import re
 import sys
 import weakref
@@ -14,8 +15,7 @@ from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.source_code import calls_sdpa, names_softmax, uses_interface
 from lightning_qk.heads.layouts import borrows_keys, find_layout
 from lightning_qk.heads.projections import UnreadLayer
-from lightning_qk.heads.row_numbers import SIDES, varied_values
-from lightning_qk.heads.running import Bench, random
+from lightning_qk.heads.running import Bench, random, varied_parameters
 from lightning_qk.heads.sharding import is_dtensor
 from lightning_qk.heads.trials import trials
 
@@ -138,25 +138,16 @@ def _reaches_product(module: nn.Module) -> bool:
         return False
     if len(bench.emitters) + len(bench.loose) < 2 or len(bench.emitters) > _MOST_PROJECTIONS:
         return False
-    for own in (bench, Bench(module, is_bare=True)):
-        with quietly(module):
-            for place, trial in enumerate(trials(module, None, own.widths()[:3])):
-                if place >= 12:
-                    break
+    with quietly(module):
+        for own in (bench, Bench(module, is_bare=True)):
+            for trial in itertools.islice(trials(module, None, own.widths()[:3]), 12):
                 # Of bare parameters other values than their own, as they may be zero.
-                given = [
-                    {
-                        id(loose.parameter): scale * varied_values(loose.parameter, place)
-                        for loose in own.loose
-                    }
-                    for place, scale in ((0, 1.0), (1, 2.0))
-                ]
-                seen = [
-                    own.run(trial, random(seed, 1.0), given[seed] if not own.emitters else None)
-                    for seed in (0, 1)
-                ]
-                for first, second in zip(*(run.products for run in seen), strict=False):
-                    sides = [(getattr(first, side), getattr(second, side)) for side in SIDES]
+                given = {} if own.emitters else varied_parameters(own.loose)
+                doubled = {key: 2.0 * values for key, values in given.items()}
+                first = own.run(trial, random(0, 1.0), given).products
+                second = own.run(trial, random(1, 1.0), doubled).products
+                for one, other in zip(first, second, strict=False):
+                    sides = ((one.query, other.query), (one.key, other.key))
                     if all(a.shape == b.shape and not torch.equal(a, b) for a, b in sides):
                         return True
     return False

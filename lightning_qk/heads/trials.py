@@ -5,7 +5,7 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,28 +39,21 @@ class Trial(NamedTuple):
 
     def call(self, module: nn.Module) -> Any:
         """Call a module in this way, on copies of its inputs: it may write into them."""
-        copies = {id(own): own.clone() for own in self.given.values()}
-        named = {**self.arguments, **{name: copies[id(own)] for name, own in self.given.items()}}
+        named = {**self.arguments, **self.mapped(Tensor.clone).given}
         first = [named.pop(name) for name in self.positional]
         return module(*first, *self.rest, **named)
 
-    def first_names(self) -> dict[str, str]:
-        """For each input the first that is the same tensor."""
-        return {
-            name: next(other for other, own in self.given.items() if own is tensor)
-            for name, tensor in self.given.items()
-        }
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Trial":
+        """The same call on changed inputs; what was one tensor stays one."""
+        distinct = {id(own): own for own in self.given.values()}
+        changed = {key: change(own) for key, own in distinct.items()}
+        return self._replace(given={name: changed[id(own)] for name, own in self.given.items()})
 
     def drawn(self, seed: int) -> "Trial":
         """The same call on other inputs: random ones with a mean of either sign, which a forward may ask."""
         generator = torch.Generator().manual_seed(seed)
-        shift, firsts = 0.5 if seed % 2 else -0.5, self.first_names()
-        values = {
-            name: (torch.randn(own.shape, generator=generator) + shift).to(own)
-            for name, own in self.given.items()
-            if firsts[name] == name
-        }
-        return self._replace(given={name: values[first] for name, first in firsts.items()})
+        shift = 0.5 if seed % 2 else -0.5
+        return self.mapped(lambda own: (torch.randn(own.shape, generator=generator) + shift).to(own))
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The argument whose tokens a tensor holds, as they are; None for none."""
@@ -362,10 +355,9 @@ def _shorter(trial: Trial) -> Trial | None:
     others = [*trial.arguments.values(), *trial.rest]
     if any(isinstance(own, Tensor) for own in others) or any(own.dim() != 3 for own in trial.given.values()):
         return None
-    drawn = {id(own): own[:, : own.shape[1] - 1] for own in trial.given.values() if own.shape[1] > 2}
-    if len(drawn) != len({id(own) for own in trial.given.values()}):
+    if any(own.shape[1] <= 2 for own in trial.given.values()):
         return None
-    return trial._replace(given={name: drawn[id(own)] for name, own in trial.given.items()})
+    return trial.mapped(lambda own: own[:, :-1])
 
 
 def _brings_tokens(name: str, tensor: Tensor) -> bool:
