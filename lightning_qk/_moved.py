@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
+    "lightning_qk.architecture.origin": "lightning_qk.architecture.source_code",
     "lightning_qk.callbacks.attention": "lightning_qk.callbacks.monitors.attention",
     "lightning_qk.callbacks.attention_mask": "lightning_qk.callbacks.interventions.attention_mask",
     "lightning_qk.callbacks.attention_prior": "lightning_qk.callbacks.interventions.attention_prior",
@@ -60,7 +61,7 @@ MOVED = {
     "lightning_qk.heads.between": "lightning_qk.heads.facts",
     "lightning_qk.heads.blocks": "lightning_qk.heads.sites",
     "lightning_qk.heads.borrowing": "lightning_qk.heads.sites",
-    "lightning_qk.heads.classes": "lightning_qk.architecture.origin",
+    "lightning_qk.heads.classes": "lightning_qk.architecture.source_code",
     "lightning_qk.heads.composed": "lightning_qk.heads.projection",
     "lightning_qk.heads.constants": "lightning_qk.heads.facts",
     "lightning_qk.heads.dry_run": "lightning_qk.heads.trials",
@@ -73,7 +74,7 @@ MOVED = {
     "lightning_qk.heads.folding": "lightning_qk.heads.norms",
     "lightning_qk.heads.linear": "lightning_qk.heads.projection",
     "lightning_qk.heads.local": "lightning_qk.heads.sites",
-    "lightning_qk.heads.origin": "lightning_qk.architecture.origin",
+    "lightning_qk.heads.origin": "lightning_qk.architecture.source_code",
     "lightning_qk.heads.plan": "lightning_qk.heads.layer",
     "lightning_qk.heads.probing": "lightning_qk.architecture.dry_run",
     "lightning_qk.heads.products": "lightning_qk.architecture.products",

@@ -15,21 +15,6 @@ import torch
 from torch import Tensor, nn
 
 
-def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
-    """The module that a plan refers to weakly.
-
-    Raises:
-        RuntimeError: it is gone.
-    """
-    module = reference()
-    if module is None:
-        raise RuntimeError(
-            "expected the modules of the model that was read first, got one that is gone: keep a reference to the "
-            "model, and call refresh() on the reader after replacing modules"
-        )
-    return module
-
-
 class Stop(Exception):
     """Raised by a stand-in to end the run."""
 
@@ -173,7 +158,8 @@ def _call(
     reference: "weakref.ref[nn.Module]", forward: Callable[..., Any], hooks: list[Callable[..., Any]]
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        copy = alive(reference)
+        copy = reference()
+        assert copy is not None  # it is being called
         make_weights(copy, hooks)
         return forward(copy, *args, **kwargs)
 

@@ -289,7 +289,7 @@ class BareFollower(RowFollower):
 
         return Sample(seen, made)
 
-    def zeros(self, varied: Iterable[Loose] = ()) -> Seen:
+    def run_on_zeros(self, varied: Iterable[Loose] = ()) -> Seen:
         """Run the layer with all parameters zero but for those that are varied and make no queries or keys."""
         given = {id(own.parameter): torch.zeros_like(own.parameter) for own in self.bench.loose}
         own = self.own_parameters()

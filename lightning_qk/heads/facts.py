@@ -5,7 +5,6 @@ import math
 import operator
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.origin import is_known
-from lightning_qk.architecture.source_code import names_in
-from lightning_qk.heads.layouts import KnownLayout, unsupported
+from lightning_qk.architecture.source_code import is_known, names_in
+from lightning_qk.heads.layouts import KnownLayout, borrows_keys, unsupported
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened
-from lightning_qk.heads.sites import AttentionLayer, kv_source
+from lightning_qk.heads.sharding import flat_root, flat_unit
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import Sizes
 from lightning_qk.heads.trials import Trial
 
@@ -224,6 +222,56 @@ def learnt_factors(module: nn.Module) -> dict[str, Factor]:
     return found
 
 
+# Layers lend to layers of their own kind.
+_KIND = ("layer_type", "use_rope")
+
+
+class KVSource(NamedTuple):
+    """The layer whose keys a KV-sharing layer reuses: its qualified name and itself."""
+
+    name: str
+    module: nn.Module
+
+
+def kv_source(site: AttentionLayer) -> KVSource | None:
+    """Finds the layer whose keys a KV-sharing layer reuses; None for a layer with keys of its own.
+
+    It is the one whose index the layer holds, else the last one before it that is of its kind, has keys and,
+    where layers say so (``store_full_length_kv``), stores them.
+
+    Raises:
+        UnreadLayer: the layer has no keys of its own, and no such layer is found.
+    """
+    module = site.module
+    if not borrows_keys(module):
+        return None
+    parts = site.name.split(".")
+    for depth, ancestor in enumerate(site.ancestors):
+        # The module list that holds the layers, and the way from one of them to its attention.
+        place = len(parts) - 1 - depth
+        if not isinstance(ancestor, nn.ModuleList) or not parts[place].isdigit():
+            continue
+        index, path = int(parts[place]), ".".join(parts[place + 1 :])
+        own = getattr(module, "kv_shared_layer_index", None)
+        for earlier in [own] if isinstance(own, int) else range(index - 1, -1, -1):
+            found = _attention(ancestor[earlier], path)
+            if found is not None and _lends(found, module):
+                return KVSource(".".join([*parts[:place], str(earlier), *parts[place + 1 :]]), found)
+    raise UnreadLayer("it uses the keys of an earlier layer, which is not part of the module that was passed")
+
+
+def _attention(layer: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _lends(module: nn.Module, to: nn.Module) -> bool:
+    same = all(getattr(module, name, None) == getattr(to, name, None) for name in _KIND)
+    return same and not borrows_keys(module) and getattr(module, "store_full_length_kv", True)
+
+
 @dataclass(frozen=True)
 class LayerFacts:
     """What is known of a layer before its weights are looked for. It has no weights and is not kept.
@@ -287,17 +335,6 @@ def describe(
         None if unit is None else weakref.ref(unit),
         weakref.ref(root) if root is not None and root is chain[-1] else None,
     )
-
-
-def gathered(
-    unit: "weakref.ref[nn.Module] | None", root: "weakref.ref[nn.Module] | None", *, grads: bool = False
-) -> AbstractContextManager[None]:
-    """Within this block the flat parameters of an FSDP unit are whole; with ``grads`` their gradients too."""
-    if unit is None:
-        return nullcontext()
-    own = unit()
-    assert own is not None  # it contains the layer, whose modules are alive
-    return unflattened(own, None if root is None else root(), grads=grads)
 
 
 class Side(NamedTuple):

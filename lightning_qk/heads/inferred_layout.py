@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import quietly
-from lightning_qk.architecture.origin import is_known
 from lightning_qk.architecture.products import Product, softmax_factor, tensors_in
-from lightning_qk.architecture.source_code import uses_interface
+from lightning_qk.architecture.source_code import is_known, uses_interface
 from lightning_qk.heads.bare_weights import BareFollower
 from lightning_qk.heads.projections import NotTokenAttention, UnreadLayer
 from lightning_qk.heads.row_numbers import (
@@ -361,7 +360,7 @@ class _Inference:
     def _is_added_to(self, ways: list[_Way]) -> bool:
         """Whether logits are something where all products are zero, whatever values parameters have."""
         for varied in ((), self.bench.loose):
-            seen = self.rows.zeros(varied)
+            seen = self.rows.run_on_zeros(varied)
             for way in ways:
                 logits = _shown(seen.product(way.place))
                 # What is added to all logits of a row alike changes no softmax.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import alive
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.facts import (
     Constants,
@@ -18,7 +17,6 @@ from lightning_qk.heads.facts import (
     Layout,
     Side,
     describe,
-    gathered,
     learnt_factors,
 )
 from lightning_qk.heads.inferred_layout import Found, check_tokens, find_rows
@@ -34,7 +32,7 @@ from lightning_qk.heads.norms import (
     plan_qk_norm,
 )
 from lightning_qk.heads.position import NONE, RELATIVE_BIAS, Rotation, find_position, find_rotation
-from lightning_qk.heads.projection import Projection, adapter_around, with_adapter
+from lightning_qk.heads.projection import adapter_around, with_adapter
 from lightning_qk.heads.projections import (
     Affine,
     HeadProjections,
@@ -42,7 +40,7 @@ from lightning_qk.heads.projections import (
     NotTokenAttention,
     UnreadLayer,
 )
-from lightning_qk.heads.sharding import whole
+from lightning_qk.heads.sharding import alive, gathered, whole
 from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import Sizes, layer_sizes, softmax_scaling
 from lightning_qk.heads.trials import input_arguments
@@ -232,7 +230,7 @@ def compile_reader(facts: LayerFacts, layout: Layout, fold_norm: bool = False) -
     feeding = None
     if fold_norm and self_attention and facts.key_layer is None:
         known = [*layout.inner_norms, *(norm.module for norm in behind)]
-        feeding = feeding_norm(*where, query.columns, _like(query), known)
+        feeding = feeding_norm(*where, query.columns, known)
     # Of what all keys share there is one a token.
     heads = 1 if sizes.shared else sizes.kv_heads
     rotation = find_rotation(*where, layer.config, sizes.d_head, heads=heads, is_cross=layer.is_cross)
@@ -503,8 +501,3 @@ def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
         f"{kind} has no known layout of q and k (its children: {children}), and running it alone does not tell: "
         f"{reason}"
     )
-
-
-def _like(affine: Projection) -> Tensor:
-    """A tensor of the device and type that a map's input has."""
-    return next(parameter for parameter in affine.module.parameters() if parameter.is_floating_point())

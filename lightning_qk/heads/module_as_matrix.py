@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import alive, quietly, shadow
+from lightning_qk.architecture.dry_run import quietly, shadow
 from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.projections import Affine, UnreadLayer
-from lightning_qk.heads.sharding import check_access, device_of, is_dtensor, whole
+from lightning_qk.heads.sharding import alive, check_access, device_of, is_dtensor, whole
 
 # Unit vectors that a module is run on at a time.
 _BLOCK = 1024

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import Stop, Through, alive, quietly, run_alone, shadow
+from lightning_qk.architecture.dry_run import Stop, Through, quietly, run_alone, shadow
 from lightning_qk.heads.projections import Affine, UnreadLayer
-from lightning_qk.heads.sharding import device_of, is_dtensor, whole
+from lightning_qk.heads.sharding import alive, device_of, is_dtensor, whole
 from lightning_qk.heads.sizes import Sizes
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
@@ -282,7 +282,6 @@ def feeding_norm(
     module: nn.Module,
     ancestors: Sequence[nn.Module],
     width: int,
-    like: Tensor,
     known: Collection[nn.Module] = (),
 ) -> NormPlan | None:
     """Find the norm whose output is exactly what the attention layer is given.
@@ -295,7 +294,6 @@ def feeding_norm(
         module: the attention layer.
         ancestors: the modules that contain it, nearest first.
         width: d_model.
-        like: has the device and type of the input.
         known: norms of the layer that come behind its projections or are part of them.
 
     Returns:
@@ -309,6 +307,7 @@ def feeding_norm(
     if any(True for _ in inner):
         # A norm of the layer's own may come between its input and the projections.
         return None
+    like = next(own for own in module.parameters() if own.is_floating_point())
     child = module
     # A layer nests its attention at most this deep; what is beyond is the whole network.
     for parent in ancestors[:3]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lightning_qk.architecture.dry_run import alive, make_weights, quietly, shadow, weight_hooks
-from lightning_qk.architecture.origin import is_named
+from lightning_qk.architecture.dry_run import make_weights, quietly, shadow, weight_hooks
+from lightning_qk.architecture.source_code import is_named
 from lightning_qk.heads.module_as_matrix import ModuleMatrix, is_plain
 from lightning_qk.heads.projections import Affine, InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sharding import check_access, is_dtensor, whole
+from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 
 
 class StoredWeight:

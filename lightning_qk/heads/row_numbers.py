@@ -197,7 +197,7 @@ class RowFollower:
 
         return Sample(seen, made)
 
-    def zeros(self, varied: Iterable[Loose] = ()) -> Seen:
+    def run_on_zeros(self, varied: Iterable[Loose] = ()) -> Seen:
         """Run the layer such that all queries and keys are zero, with other values for some parameters."""
         return self.bench.run(self.trial, constant(torch.zeros(self.bench.size)), varied_parameters(varied))
 

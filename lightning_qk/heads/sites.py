@@ -1,4 +1,4 @@
-"""Find the attention layers of a model, their blocks, the layers whose keys they reuse, and local heads."""
+"""Find the attention layers of a model, their blocks, and local heads."""
 
 import itertools
 import re
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import quietly
-from lightning_qk.architecture.origin import is_known
-from lightning_qk.architecture.source_code import calls_sdpa, names_softmax, uses_interface
-from lightning_qk.heads.layouts import borrows_keys, find_layout
+from lightning_qk.architecture.source_code import calls_sdpa, is_known, names_softmax, uses_interface
+from lightning_qk.heads.layouts import find_layout
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.running import Bench, random, varied_parameters
 from lightning_qk.heads.sharding import is_dtensor
@@ -250,56 +249,6 @@ def _is_model(module: nn.Module) -> bool:
     # Not imported for this: without it there is no model of theirs. FSDP changes the class, not the ancestry.
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
-
-
-# Layers lend to layers of their own kind.
-_KIND = ("layer_type", "use_rope")
-
-
-class KVSource(NamedTuple):
-    """The layer whose keys a KV-sharing layer reuses: its qualified name and itself."""
-
-    name: str
-    module: nn.Module
-
-
-def kv_source(site: AttentionLayer) -> KVSource | None:
-    """Finds the layer whose keys a KV-sharing layer reuses; None for a layer with keys of its own.
-
-    It is the one whose index the layer holds, else the last one before it that is of its kind, has keys and,
-    where layers say so (``store_full_length_kv``), stores them.
-
-    Raises:
-        UnreadLayer: the layer has no keys of its own, and no such layer is found.
-    """
-    module = site.module
-    if not borrows_keys(module):
-        return None
-    parts = site.name.split(".")
-    for depth, ancestor in enumerate(site.ancestors):
-        # The module list that holds the layers, and the way from one of them to its attention.
-        place = len(parts) - 1 - depth
-        if not isinstance(ancestor, nn.ModuleList) or not parts[place].isdigit():
-            continue
-        index, path = int(parts[place]), ".".join(parts[place + 1 :])
-        own = getattr(module, "kv_shared_layer_index", None)
-        for earlier in [own] if isinstance(own, int) else range(index - 1, -1, -1):
-            found = _attention(ancestor[earlier], path)
-            if found is not None and _lends(found, module):
-                return KVSource(".".join([*parts[:place], str(earlier), *parts[place + 1 :]]), found)
-    raise UnreadLayer("it uses the keys of an earlier layer, which is not part of the module that was passed")
-
-
-def _attention(layer: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _lends(module: nn.Module, to: nn.Module) -> bool:
-    same = all(getattr(module, name, None) == getattr(to, name, None) for name in _KIND)
-    return same and not borrows_keys(module) and getattr(module, "store_full_length_kv", True)
 
 
 def local_heads(module: nn.Module, heads: int) -> slice | None:

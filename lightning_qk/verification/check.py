@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import shadow
-from lightning_qk.architecture.origin import is_known
+from lightning_qk.architecture.source_code import is_known
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
