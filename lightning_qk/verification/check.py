@@ -25,7 +25,8 @@ from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.heads.trials import Trial, recorded_trials
-from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
+from lightning_qk.verification.compare import Added, Match, beyond, compare
+from lightning_qk.verification.vectors import tolerance
 
 # Tensors that are kept of one call of a layer.
 _MOST = 48
