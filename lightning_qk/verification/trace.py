@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_qk.architecture.products import tensors_in
 from lightning_qk.functional.chunks import MASKED_BELOW
 
 PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "dot", "mv", "_scaled_mm"})
@@ -200,12 +201,12 @@ class Trace(TorchDispatchMode):
         frame = Frame(self._names[module], module)
         self.ran.add(frame.name)
         self._stack.append(frame)
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         for outer in self._stack[-5:]:
             outer.add(tensors)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        tensors = list(_tensors(output))
+        tensors = list(tensors_in(output))
         while self._stack:
             frame = self._stack.pop()
             if frame.module is module:
@@ -218,11 +219,11 @@ class Trace(TorchDispatchMode):
         if self._paused:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors_in((args, kwargs)))
         parents = [self._nodes[id(tensor)] for tensor in given if id(tensor) in self._nodes]
         output = func(*args, **kwargs)
         stack = tuple(self._stack)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             node = Node(name, list(parents), args, kwargs, tensor, stack)
             self._nodes[id(tensor)] = node
             self._keep.append(tensor)  # an id is only good while its tensor lives
@@ -330,7 +331,7 @@ class Trace(TorchDispatchMode):
             node = self._nodes.get(id(tensor))
             if node is None or node.name not in MOVES or len(node.parents) > 1:
                 return False
-            source = next(_tensors(node.args), None)
+            source = next(tensors_in(node.args), None)
             if source is None:
                 return False
             tensor = source
@@ -364,17 +365,6 @@ def ancestors(
         elif current.name not in through and not (is_through is not None and is_through(current)):
             continue
         todo.extend(current.parents)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
 
 
 def _number(value: Any) -> float | None:
