@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._ranks import all_or_none, fill_from_others
+from lightning_qk.callbacks._trainer import describe_error, shorten
 from lightning_qk.callbacks.monitors._keys import LogKeys
 from lightning_qk.functional.token_moments import TokenMoments
 from lightning_qk.heads.projections import HeadProjections
@@ -16,6 +17,7 @@ from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.tokens import TokenStatistics
 from lightning_qk.record.history import History
 from lightning_qk.record.predictions import PREDICTED, SEMANTIC_SHARE, semantic_share
+from lightning_qk.record.statistics import logged_extremes
 from lightning_qk.tokens.predict import predict_attention
 
 LENGTH = 2048
@@ -32,6 +34,7 @@ class Predictions(LogKeys):
 
     group = "pred"
     statistics = (*PREDICTED, SEMANTIC_SHARE)
+    extremes = logged_extremes("pred", statistics)
 
     def __init__(self) -> None:
         self.set_keys(None, False)
@@ -75,6 +78,7 @@ class Predictions(LogKeys):
         def own() -> dict[str, Tensor]:
             moments, lengths = pooled.moments(), pooled.lengths()
             rows = {name: torch.full((len(PREDICTED), head.heads), torch.nan) for name, head in heads.items()}
+            reasons: dict[str, list[str]] = {}
             for index, name in enumerate(heads):
                 if (
                     index % trainer.world_size != trainer.global_rank
@@ -85,8 +89,11 @@ class Predictions(LogKeys):
                     known = dict(facts[name])
                     found = _predicted(heads[name], moments[name], lengths[name], known, surrogates, seed)
                     rows[name] = torch.stack([found[key].float().cpu() for key in PREDICTED])
-                except ValueError as reason:
-                    note(f"the attention of {name} is not predicted: {reason}")
+                except Exception as error:
+                    if _are_finite(moments[name]):  # else that is said
+                        reasons.setdefault(describe_error(error), []).append(name)
+            for reason, names in reasons.items():
+                note(f"the attention of {shorten(names)} is not predicted: {reason}")
             return dict(zip(PREDICTED, torch.cat(list(rows.values()), 1), strict=True))
 
         self._values = fill_from_others(trainer, all_or_none(trainer, own))
@@ -130,6 +137,10 @@ class Predictions(LogKeys):
         if share is not None:
             self.history.complete(step, {SEMANTIC_SHARE: share})
             self._log(trainer, monitor, {SEMANTIC_SHARE: share}, step)
+
+
+def _are_finite(moments: TokenMoments) -> bool:
+    return all(bool(side.scatter.isfinite().all()) for side in (moments.query, moments.key))
 
 
 def _predicted(

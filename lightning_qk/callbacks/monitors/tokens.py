@@ -8,7 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import WatchedReader
+from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
 from lightning_qk.callbacks.monitors._predictions import LENGTH, Predictions
@@ -133,6 +135,7 @@ class TokenMonitor(CaptureMonitor):
         # The newest measurement, reduced over ranks.
         self._pooled: TokenStatistics | None = None
         self._pooled_step = -1
+        self._lost_predictions = 0
 
     # Layers
 
@@ -255,19 +258,24 @@ class TokenMonitor(CaptureMonitor):
         return self.predict_every > 0 and self._measured % self.predict_every == 0
 
     def _predict(self, trainer: Trainer) -> None:
-        """Predict the attention of the newest measurement; a collective call."""
-        assert self._pooled is not None  # the callers look
-        self._predictions.predict(
-            trainer,
-            self._pooled_step,
-            self.labels,
-            {name: self._known[name] for name in self.labels},
-            self._pooled,
-            self._facts,
-            surrogates=self.surrogates,
-            seed=self.seed,
-            note=self.note,
-        )
+        """Predict the attention of the newest measurement; a collective call. Where it fails, it does on all."""
+        if self._pooled is None or self._lost_predictions >= MOST_FAILURES:
+            return
+        try:
+            self._predictions.predict(
+                trainer,
+                self._pooled_step,
+                self.labels,
+                {name: self._known[name] for name in self.labels},
+                self._pooled,
+                self._facts,
+                surrogates=self.surrogates,
+                seed=self.seed,
+                note=self.note,
+            )
+        except Exception as error:
+            self._lost_predictions += 1
+            self.note(f"attention is not predicted at one step ({describe_error(error)}); training goes on")
 
     def share(
         self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, Tensor], **where: Any
@@ -318,7 +326,7 @@ class TokenMonitor(CaptureMonitor):
                 record.histories = {**record.histories, name: history}
         if self.tokens is not None and self.history.layers:
             record.notes.append(
-                f"Token-aware spectra are those of {self.tokens} sampled tokens of each sequence, its first left out."
+                f"Token-aware spectra are those of {self.tokens} sampled tokens of each sequence, not its first."
             )
 
 
