@@ -1,6 +1,7 @@
 """What token moments predict of attention, compared with what was measured."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,13 +75,22 @@ def semantic_share(
     return out if found else None
 
 
-def agreement(record: RunRecord, statistic: str) -> tuple[int, float, float] | None:
-    """How well a statistic was predicted at the newest step that has both: Spearman's ρ and mean absolute error.
+class Agreement(NamedTuple):
+    """How well a statistic was predicted.
 
-    Returns:
-        Number of heads, rank correlation over all of them, mean of ``|predicted - measured|``; None where fewer
-        than three heads have both.
+    Attributes:
+        heads: how many have both values.
+        correlation: Spearman's rank correlation over them; NaN where all have one value.
+        error: mean of ``|predicted - measured|``.
     """
+
+    heads: int
+    correlation: float
+    error: float
+
+
+def agreement(record: RunRecord, statistic: str) -> Agreement | None:
+    """How well a statistic was predicted at the newest step that has both; None for fewer than three heads."""
     predicted, measured = record.histories.get("pred"), record.attention
     if predicted is None or measured is None:
         return None
@@ -104,7 +114,8 @@ def agreement(record: RunRecord, statistic: str) -> tuple[int, float, float] | N
     if both.shape[1] < 3:
         return None
     ranks = torch.stack([_ranks(row) for row in both])
-    return both.shape[1], float(torch.corrcoef(ranks)[0, 1]), float((both[0] - both[1]).abs().mean())
+    correlation = float(torch.corrcoef(ranks)[0, 1])
+    return Agreement(both.shape[1], correlation, float((both[0] - both[1]).abs().mean()))
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -352,7 +352,7 @@ def _predicted(one: Statistic) -> Statistic:
         meaning="What independent Gaussian tokens with the layer's own moments of queries and keys would give. "
         f"{one.meaning}",
         worry="",
-        drawn=WITH_ROOM,
+        drawn=ALWAYS if one.name == "entropy_normalized" else WITH_ROOM,
         instead_of="",
         extremes=(),
         per_layer=False,
@@ -372,7 +372,6 @@ _ALL += (
         share=True,
         drawn=ALWAYS,
         extremes=("max",),
-        heatmap=True,
     ),
     *(_predicted(one) for one in _ALL if one.group == "attn" and one.name in PREDICTED),
 )

@@ -60,8 +60,8 @@ class TokenMonitor(CaptureMonitor):
     Layers whose queries and keys before rotation cannot be had are named once and left out.
 
     Sampled are ``tokens`` tokens of each sequence besides its first one. Of 4 sequences of 512 tokens of
-    WikiText-2, 64 tokens each give the moments of SmolLM2's heads with a median error of 0.5 % (mean) to 3.5 %
-    (variances, norms) of the spectrum's size, and MiniLM's of 1 % to 6 %; 256 each, 1 to 1.5 %. Predictions draw
+    WikiText-2, 64 tokens each give the moments of SmolLM2's and MiniLM's heads with median errors of 0.5 % (mean)
+    to 6 % (variances) of the spectrum's size, 128 of 0.3 to 3 %, and 256 of 0.2 to 1.5 %. Predictions draw
     ``surrogates`` sequences of at most 2048 tokens for every head at every ``predict_every``-th measurement and
     at the end, each process for its share of the layers.
 
@@ -90,7 +90,7 @@ class TokenMonitor(CaptureMonitor):
         self,
         every_n_steps: int | None = None,
         *,
-        tokens: int | None = 64,
+        tokens: int | None = 128,
         support: Support = "model",
         offsets: Sequence[int] = (),
         predict_every: int = 10,
