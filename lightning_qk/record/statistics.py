@@ -7,10 +7,19 @@ computes it.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lightning_qk.functional.spectrum import MOMENTS
+from lightning_qk.record.predictions import PREDICTED, SEMANTIC_SHARE
+
 ALWAYS, WITH_ROOM = "always", "with room"
 """When the report draws a statistic."""
 
-RUN_GROUPS = {"spectrum": "qk", "attention": "attn", "sinks": "attn", "position": "attn"}
+RUN_GROUPS = {
+    "spectrum": "qk",
+    "tokens": "qk/tokens",
+    "attention": "attn",
+    "sinks": "attn",
+    "position": "attn",
+}
 """History of a record → prefix of its log keys, where they differ."""
 
 
@@ -345,6 +354,56 @@ _ALL = (
 # fmt: on
 del _
 
+
+def _of_tokens(one: Statistic) -> Statistic:
+    """A moment of W_QK as that of the form over a layer's own tokens, in units of logits."""
+    form = "s Σ^½ W_QK Σ^½"
+    squared = one.name in ("sym_var", "eig_var", "trace_sq", "frobenius_sq")
+    plain = one.name in ("asymmetry", "concentration")
+    return replace(
+        one,
+        group="qk/tokens",
+        title=f"{one.title.replace(' of W_QK', '')}, for the layer's own tokens",
+        meaning=f"As qk/{one.name}, of {form}, Σ the covariance of a layer's own tokens and s the softmax scale. "
+        f"{one.meaning.replace('W_QK²', f'({form})²').replace('W_QK', form)}",
+        unit=one.unit or ("" if plain else "logits²" if squared else "logits"),
+        drawn=one.drawn or WITH_ROOM,
+    )
+
+
+def _predicted(one: Statistic) -> Statistic:
+    """A statistic of attention as what a layer's token moments predict of it."""
+    return replace(
+        one,
+        group="pred",
+        title=f"predicted {one.title}",
+        meaning="What independent Gaussian tokens with the layer's own moments of queries and keys would give. "
+        f"{one.meaning}",
+        worry="",
+        drawn=ALWAYS if one.name == "entropy_normalized" else WITH_ROOM,
+        instead_of="",
+        extremes=(),
+        per_layer=False,
+        heatmap=False,
+    )
+
+
+_ALL += (
+    *(_of_tokens(one) for one in _ALL if one.group == "qk" and one.name in MOMENTS),
+    Statistic(
+        "pred",
+        SEMANTIC_SHARE,
+        "what token moments do not explain",
+        "The share of attention that has to be moved, at least, to come from the attention that the moments of "
+        "queries and keys predict to the measured one: what tokens say to each other beyond their statistics.",
+        unit="share of attention",
+        share=True,
+        drawn=ALWAYS,
+        extremes=("max",),
+    ),
+    *(_predicted(one) for one in _ALL if one.group == "attn" and one.name in PREDICTED),
+)
+
 STATISTICS = {f"{one.group}/{one.name}": one for one in _ALL}
 """Log key without its place and reduction → statistic."""
 
@@ -375,6 +434,8 @@ def describe(statistic: str, group: str = "") -> Statistic:
 def of_key(key: str) -> Statistic | None:
     """The statistic that a log key is of, whatever layer, head, loop or reduction it names; None where unknown."""
     group, *parts = key.split("/")
+    if key.startswith("qk/tokens/"):
+        group, parts = "qk/tokens", parts[1:]
     names = (f"{group}/{part}" for part in (*parts[:1], *parts[::-1]))
     return next((STATISTICS[name] for name in names if name in STATISTICS), None)
 
