@@ -7,9 +7,6 @@ computes it.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lightning_qk.functional.spectrum import MOMENTS
-from lightning_qk.record.predictions import PREDICTED, SEMANTIC_SHARE
-
 ALWAYS, WITH_ROOM = "always", "with room"
 """When the report draws a statistic."""
 
@@ -70,6 +67,37 @@ class Statistic:
 _ = Statistic
 # In the order of the report.
 # fmt: off
+PREDICTED = (
+    "entropy_normalized",
+    "entropy",
+    "sink_first",
+    "linear_share",
+    "logit_std",
+    "distance",
+    "distance_spread",
+    "max_prob",
+    "diagonal",
+    "participation",
+    "sink_rate",
+)
+"""Statistics that are predicted: means, which do not depend on how many rows are seen as maxima do."""
+
+SEMANTIC_SHARE = "semantic_share"
+"""What the moments do not explain."""
+
+# The names of functional.MOMENTS, without torch: the command's help imports this.
+OF_TOKENS = (
+    "trace",
+    "trace_sq",
+    "frobenius_sq",
+    "eig_mean",
+    "eig_var",
+    "sym_var",
+    "asymmetry",
+    "concentration",
+)
+"""Statistics of W_QK that token-aware spectra have too."""
+
 _ALL: tuple[Statistic, ...] = (
     _("qk", "sym_var", "variance of the symmetric part's eigenvalues",
       "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR "
@@ -389,7 +417,7 @@ def _predicted(one: Statistic) -> Statistic:
 
 
 _ALL += (
-    *(_of_tokens(one) for one in _ALL if one.group == "qk" and one.name in MOMENTS),
+    *(_of_tokens(one) for one in _ALL if one.group == "qk" and one.name in OF_TOKENS),
     Statistic(
         "pred",
         SEMANTIC_SHARE,

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning_qk._version import __version__
 from lightning_qk.record.history import History, RunRecord
-from lightning_qk.record.predictions import PREDICTED, agreement
-from lightning_qk.record.statistics import describe
+from lightning_qk.record.predictions import agreement
+from lightning_qk.record.statistics import PREDICTED, describe
 from lightning_qk.record.verdicts import VERDICTS, HeadHealth, extreme_heads, layer_health
 from lightning_qk.report.payload import shown_statistics
 
