@@ -69,7 +69,7 @@ class Statistic:
 _ = Statistic
 # In the order of the report.
 # fmt: off
-_ALL = (
+_ALL: tuple[Statistic, ...] = (
     _("qk", "sym_var", "variance of the symmetric part's eigenvalues",
       "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR "
       "makes it smaller. Bao et al. link a small spread around a mean other than zero to localized "
