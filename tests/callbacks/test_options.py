@@ -70,6 +70,7 @@ def test_settings_are_the_arguments():
         "fold_norm": False,
         "offsets": [0, 1],
         "singular": False,
+        "updates": False,
         "per_layer": ["eig_mean"],
         "per_head": False,
         "figures_every": 10,
