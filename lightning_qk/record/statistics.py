@@ -85,19 +85,6 @@ PREDICTED = (
 SEMANTIC_SHARE = "semantic_share"
 """What the moments do not explain."""
 
-# The names of functional.MOMENTS, without torch: the command's help imports this.
-OF_TOKENS = (
-    "trace",
-    "trace_sq",
-    "frobenius_sq",
-    "eig_mean",
-    "eig_var",
-    "sym_var",
-    "asymmetry",
-    "concentration",
-)
-"""Statistics of W_QK that token-aware spectra have too."""
-
 _ALL: tuple[Statistic, ...] = (
     _("qk", "sym_var", "variance of the symmetric part's eigenvalues",
       "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR "
@@ -192,6 +179,33 @@ _ALL: tuple[Statistic, ...] = (
     _("qk", "frobenius_sq", "squared Frobenius norm of W_QK",
       "The sum of the squares of all entries of W_QK: its size.",
       "it keeps growing while the loss stands still."),
+    _("qk/tokens", "sym_var", "variance of the symmetric part's eigenvalues, over tokens",
+      "How far the eigenvalues of the symmetric part of s Σ^½ W_QK Σ^½ spread, Σ the covariance of the layer's "
+      "own tokens and s the softmax scale. It is never negative.", "it keeps growing while the loss stands still.",
+      unit="logits²", drawn=ALWAYS, extremes=("max",), heatmap=True),
+    _("qk/tokens", "eig_mean", "eigenvalue mean, over tokens",
+      "The mean eigenvalue of s Σ^½ W_QK Σ^½: positive where tokens prefer their like, whatever the position.",
+      unit="logits", signed=True, drawn=ALWAYS, extremes=("min", "max"), heatmap=True),
+    _("qk/tokens", "eig_var", "eigenvalue variance, over tokens",
+      "How far the eigenvalues of s Σ^½ W_QK Σ^½ spread. It can be negative, since the form is not symmetric.",
+      unit="logits²", signed=True, drawn=WITH_ROOM, instead_of="sym_var", extremes=("min", "max"),
+      per_layer=True),
+    _("qk/tokens", "asymmetry", "asymmetry over tokens",
+      "0 where two tokens want each other alike, 1 where one wants what the other does not: half of one minus "
+      "the correlation of their two logits.", share=True, drawn=ALWAYS, heatmap=True),
+    _("qk/tokens", "trace", "preference for the own key",
+      "By how many logits a token's query prefers its own key to another token's, rotation aside: the trace of "
+      "s Σ^½ W_QK Σ^½.", unit="logits", signed=True, drawn=WITH_ROOM),
+    _("qk/tokens", "frobenius_sq", "variance of logits between tokens",
+      "The variance of the logit of two different tokens, by what differs from token to token in both, rotation "
+      "aside: ‖s Σ^½ W_QK Σ^½‖².", "it keeps growing while the loss stands still.",
+      unit="logits²", log=True, drawn=WITH_ROOM, extremes=("max",)),
+    _("qk/tokens", "trace_sq", "covariance of mutual logits",
+      "The covariance of the logit of one token for another with that of the other for the one.",
+      unit="logits²", signed=True),
+    _("qk/tokens", "concentration", "eigenvalue concentration, over tokens",
+      "How much of the spectrum of s Σ^½ W_QK Σ^½ is its mean: 1 where all eigenvalues are the same.",
+      share=True),
     _("attn", "entropy_normalized", "normalized attention entropy",
       "How evenly a query spreads its attention: 1 is uniform, 0 a single key.",
       "a whole layer falls towards 0 (entropy collapse, Zhai et al.) or stays at 1 after the warm-up, where"
@@ -383,22 +397,6 @@ _ALL: tuple[Statistic, ...] = (
 del _
 
 
-def _of_tokens(one: Statistic) -> Statistic:
-    """A moment of W_QK as that of the form over a layer's own tokens, in units of logits."""
-    form = "s Σ^½ W_QK Σ^½"
-    squared = one.name in ("sym_var", "eig_var", "trace_sq", "frobenius_sq")
-    plain = one.name in ("asymmetry", "concentration")
-    return replace(
-        one,
-        group="qk/tokens",
-        title=f"{one.title.replace(' of W_QK', '')}, for the layer's own tokens",
-        meaning=f"As qk/{one.name}, of {form}, Σ the covariance of a layer's own tokens and s the softmax scale. "
-        f"{one.meaning.replace('W_QK²', f'({form})²').replace('W_QK', form)}",
-        unit=one.unit or ("" if plain else "logits²" if squared else "logits"),
-        drawn=one.drawn or WITH_ROOM,
-    )
-
-
 def _predicted(one: Statistic) -> Statistic:
     """A statistic of attention as what a layer's token moments predict of it."""
     return replace(
@@ -417,7 +415,6 @@ def _predicted(one: Statistic) -> Statistic:
 
 
 _ALL += (
-    *(_of_tokens(one) for one in _ALL if one.group == "qk" and one.name in OF_TOKENS),
     Statistic(
         "pred",
         SEMANTIC_SHARE,

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_qk._version import __version__
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.predictions import agreement
-from lightning_qk.record.statistics import PREDICTED, describe
+from lightning_qk.record.statistics import describe
 from lightning_qk.record.verdicts import VERDICTS, HeadHealth, extreme_heads, layer_health
 from lightning_qk.report.payload import shown_statistics
 
@@ -52,6 +52,8 @@ _TIMES = {
         "on the batches of the run.",
     ),
 }
+# Statistics of which the page says how well they were predicted.
+_PREDICTED = ("entropy_normalized", "sink_first", "linear_share", "logit_std", "distance")
 _MONITORS = {"spectrum": "QKSpectrumMonitor()", "attention": "AttentionMonitor()"}
 
 
@@ -233,7 +235,7 @@ def _predictions(record: RunRecord, has: Mapping[str, list[str]]) -> list[dict[s
     name = "entropy_normalized"
     if name not in has.get("pred", ()) or name not in has.get("attention", ()):
         return []
-    found = {own: agreement(record, own) for own in PREDICTED}
+    found = {own: agreement(record, own) for own in _PREDICTED}
     words = "; ".join(
         f"{describe(own, 'attn').title} {known.correlation:.2f} and {known.error:.3g}"
         for own, known in found.items()

@@ -111,10 +111,3 @@ def test_the_report_takes_what_was_recorded() -> None:
     assert drawn_statistics("of_a_new_monitor", ["b", "a"]) == ["b", "a"]
     assert describe("entropy_se", "attention").title == "standard error of attention entropy"
     assert describe("what_is_new").title == "what is new"
-
-
-def test_token_aware_statistics_are_the_moments():
-    from lightning_qk.functional.spectrum import MOMENTS
-    from lightning_qk.record.statistics import OF_TOKENS
-
-    assert OF_TOKENS == MOMENTS
