@@ -7,10 +7,19 @@ computes it.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lightning_qk.functional.spectrum import MOMENTS
+from lightning_qk.record.predictions import PREDICTED, SEMANTIC_SHARE
+
 ALWAYS, WITH_ROOM = "always", "with room"
 """When the report draws a statistic."""
 
-RUN_GROUPS = {"spectrum": "qk", "attention": "attn", "sinks": "attn", "position": "attn"}
+RUN_GROUPS = {
+    "spectrum": "qk",
+    "tokens": "qk/tokens",
+    "attention": "attn",
+    "sinks": "attn",
+    "position": "attn",
+}
 """History of a record → prefix of its log keys, where they differ."""
 
 
@@ -61,7 +70,7 @@ class Statistic:
 _ = Statistic
 # In the order of the report.
 # fmt: off
-_ALL = (
+_ALL: tuple[Statistic, ...] = (
     _("qk", "sym_var", "variance of the symmetric part's eigenvalues",
       "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR "
       "makes it smaller. Bao et al. link a small spread around a mean other than zero to localized "
@@ -116,6 +125,34 @@ _ALL = (
     _("qk", "update_ratio", "update of W_QK against W_QK",
       "How much W_QK moved since the measurement before, against its own size.", "it jumps.",
       drawn=WITH_ROOM, extremes=("max",), per_layer=True),
+    _("qk", "update_delta2_norm", "norm of Δ₂, the update of W_QK in first order",
+      "The Frobenius norm of what W_QK changed by since the measurement before, in first order: "
+      "ΔW_qᵀ W_k + W_qᵀ ΔW_k.",
+      "it jumps, or grows while the learning rate does not.", log=True, extremes=("max",), per_layer=True),
+    _("qk", "update_delta2_sigma_1", "spectral norm of Δ₂",
+      "The largest singular value of the update of W_QK in first order.",
+      "it jumps, or grows while the learning rate does not.", peak=True, log=True, extremes=("max",)),
+    _("qk", "update_delta2_stable_rank", "stable rank of Δ₂",
+      "How many directions the update of W_QK in first order has: its squared norm over its largest squared "
+      "singular value, at least 1 and at most twice the width of the head.",
+      "it falls towards 1 in a whole layer: all steps go one way.", unit="directions", drawn=WITH_ROOM,
+      extremes=("min",), per_layer=True),
+    _("qk", "update_delta2_effective_rank", "effective rank of Δ₂",
+      "How many directions the update of W_QK in first order has, by the entropy of its squared singular "
+      "values.",
+      "it falls towards 1 in a whole layer: all steps go one way.", unit="directions", extremes=("min",)),
+    _("qk", "update_delta3_norm", "norm of Δ₃, the update of W_QK in second order",
+      "The Frobenius norm of ΔW_qᵀ ΔW_k, what the update of W_QK has beyond first order.",
+      "it nears that of first order: steps are so large that the first order does not describe them.",
+      log=True, extremes=("max",)),
+    _("qk", "update_delta3_sigma_1", "spectral norm of Δ₃",
+      "The largest singular value of ΔW_qᵀ ΔW_k.", "it jumps.", peak=True, log=True, extremes=("max",)),
+    _("qk", "update_delta3_stable_rank", "stable rank of Δ₃",
+      "How many directions ΔW_qᵀ ΔW_k has: its squared norm over its largest squared singular value.",
+      "it falls towards 1 in a whole layer.", unit="directions", extremes=("min",)),
+    _("qk", "update_delta3_effective_rank", "effective rank of Δ₃",
+      "How many directions ΔW_qᵀ ΔW_k has, by the entropy of its squared singular values.",
+      "it falls towards 1 in a whole layer.", unit="directions", extremes=("min",)),
     _("qk", "energy_top_1", "energy of the first direction",
       "How much of W_QK's squared norm its strongest direction has: 1 where it has no other.",
       "it nears 1 in a whole layer.", share=True, extremes=("max",)),
@@ -317,6 +354,56 @@ _ALL = (
 # fmt: on
 del _
 
+
+def _of_tokens(one: Statistic) -> Statistic:
+    """A moment of W_QK as that of the form over a layer's own tokens, in units of logits."""
+    form = "s Σ^½ W_QK Σ^½"
+    squared = one.name in ("sym_var", "eig_var", "trace_sq", "frobenius_sq")
+    plain = one.name in ("asymmetry", "concentration")
+    return replace(
+        one,
+        group="qk/tokens",
+        title=f"{one.title.replace(' of W_QK', '')}, for the layer's own tokens",
+        meaning=f"As qk/{one.name}, of {form}, Σ the covariance of a layer's own tokens and s the softmax scale. "
+        f"{one.meaning.replace('W_QK²', f'({form})²').replace('W_QK', form)}",
+        unit=one.unit or ("" if plain else "logits²" if squared else "logits"),
+        drawn=one.drawn or WITH_ROOM,
+    )
+
+
+def _predicted(one: Statistic) -> Statistic:
+    """A statistic of attention as what a layer's token moments predict of it."""
+    return replace(
+        one,
+        group="pred",
+        title=f"predicted {one.title}",
+        meaning="What independent Gaussian tokens with the layer's own moments of queries and keys would give. "
+        f"{one.meaning}",
+        worry="",
+        drawn=ALWAYS if one.name == "entropy_normalized" else WITH_ROOM,
+        instead_of="",
+        extremes=(),
+        per_layer=False,
+        heatmap=False,
+    )
+
+
+_ALL += (
+    *(_of_tokens(one) for one in _ALL if one.group == "qk" and one.name in MOMENTS),
+    Statistic(
+        "pred",
+        SEMANTIC_SHARE,
+        "what token moments do not explain",
+        "The share of attention that has to be moved, at least, to come from the attention that the moments of "
+        "queries and keys predict to the measured one: what tokens say to each other beyond their statistics.",
+        unit="share of attention",
+        share=True,
+        drawn=ALWAYS,
+        extremes=("max",),
+    ),
+    *(_predicted(one) for one in _ALL if one.group == "attn" and one.name in PREDICTED),
+)
+
 STATISTICS = {f"{one.group}/{one.name}": one for one in _ALL}
 """Log key without its place and reduction → statistic."""
 
@@ -347,6 +434,8 @@ def describe(statistic: str, group: str = "") -> Statistic:
 def of_key(key: str) -> Statistic | None:
     """The statistic that a log key is of, whatever layer, head, loop or reduction it names; None where unknown."""
     group, *parts = key.split("/")
+    if key.startswith("qk/tokens/"):
+        group, parts = "qk/tokens", parts[1:]
     names = (f"{group}/{part}" for part in (*parts[:1], *parts[::-1]))
     return next((STATISTICS[name] for name in names if name in STATISTICS), None)
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import shadow
-from lightning_qk.architecture.origin import is_known
+from lightning_qk.architecture.source_code import is_known
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.hooks.compiled import is_compiled
 from lightning_qk.capture.hooks.modules import hook_after, hook_before
-from lightning_qk.heads.dry_run import Trial, recorded_trials
 from lightning_qk.heads.facts import Finding, Side, settle
 from lightning_qk.heads.inferred_layout import find_rows
 from lightning_qk.heads.layer import LayerReader, layer_reader
@@ -25,7 +24,9 @@ from lightning_qk.heads.layouts import fitting_layouts
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
-from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
+from lightning_qk.heads.trials import Trial, recorded_trials
+from lightning_qk.verification.compare import Added, Match, beyond, compare
+from lightning_qk.verification.vectors import tolerance
 
 # Tensors that are kept of one call of a layer.
 _MOST = 48

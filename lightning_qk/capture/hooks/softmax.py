@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
-from lightning_qk.architecture.origin import is_named
-from lightning_qk.architecture.source_code import uses_interface
+from lightning_qk.architecture.source_code import is_named, uses_interface
 from lightning_qk.capture import registry
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
 from lightning_qk.capture.captured import CapturedCall, SoftmaxCall, sdpa_call
