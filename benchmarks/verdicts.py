@@ -1,9 +1,11 @@
 """How many heads are flagged in models that are healthy, fresh, or broken on purpose: the calibration of verdicts.
 
-    python benchmarks/verdicts.py [--packages FOLDER] [--text FILE] [--models NAME ...]
+    python benchmarks/verdicts.py [--packages FOLDER] [--text FILE] [--models NAME ...] [--runs CACHE]
 
 SmolLM2 and MiniLM are found as ``benchmarks/predictions.py`` finds them; toys are trained here for a minute. The
 query weights of the scaled models are multiplied by 20. What ``lightning-qk inspect --text`` says is what counts.
+With ``--runs`` also the records that ``benchmarks/collapse/run.py`` has in its cache: what the table at the end of
+each run says of its heads, and whether a layer that the guard's alarm names is flagged.
 """
 
 import argparse
@@ -26,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from lightning_qk import head_projections
 from lightning_qk.cli import main as command
-from lightning_qk.record.verdicts import FLAGGED
+from lightning_qk.record.history import History, LayerShape, RunRecord
+from lightning_qk.record.verdicts import FLAGGED, head_health, layer_health
 
 FACTOR = 20.0
 TOYS: dict[str, dict[str, Any]] = {
@@ -140,8 +143,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, help="folder of unpacked wheels")
     parser.add_argument("--text", default="stdlib", help="file; default: the text of Python's library")
-    parser.add_argument("--models", nargs="+", default=["smollm2", "minilm", *TOYS])
+    parser.add_argument("--models", nargs="*", default=["smollm2", "minilm", *TOYS])
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--runs", type=Path, help="cache of benchmarks/collapse/run.py")
     given = parser.parse_args()
     print(f"{'model':11} {'kind':8} {'heads':>5} {'flagged':>8}  {'time':>7}  verdicts")
     rows = []
@@ -157,9 +161,66 @@ def main() -> int:
             found = verdicts(change(model).eval(), tokenizer, given.text, given.length)
             rows.append(report(name, kind, found, time.perf_counter() - begin))
     missed = [row for row in rows if not _is_met(row)]
+    are_met = given.runs is None or of_runs(given.runs)
     for row in missed:
         print(f"missed: {row['model']} {row['kind']}")
-    return int(bool(missed))
+    return int(bool(missed) or not are_met)
+
+
+def of_runs(cache: Path) -> bool:
+    """Print what is said of recorded trainings; whether the bars are met."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "collapse"))
+    from evaluate import first_alarm
+    from runs import ROUGH
+
+    rough = {run.name for run in ROUGH}
+    heads, flagged, missed = 0, 0, []
+    print(f"{'run':22} {'meant to':8} {'flagged':>8}  layers; what the guard names first")
+    for path in sorted(cache.glob("*.json")):
+        found = json.loads(path.read_text())
+        if "attention" not in found:
+            continue
+        record = _record_of(found)
+        rows, layers = head_health(record), {row.label: row.verdict for row in layer_health(record)}
+        count, alarm = sum(row.verdict in FLAGGED for row in rows), first_alarm(found)
+        is_rough = found["name"] in rough
+        if is_rough:
+            heads, flagged = heads + len(rows), flagged + count
+        named = sorted({label for label in layers if alarm is not None and label in alarm.reason})
+        if not is_rough and any(layers[label] not in FLAGGED for label in named):
+            missed.append(found["name"])
+        said = ", ".join(named) or ("-" if alarm is None else alarm.reason[:40])
+        print(
+            f"{found['name']:22} {'train' if is_rough else 'fail':8} {count / len(rows):8.1%}  "
+            f"{' '.join(layers.values())}; {said}"
+        )
+    print(
+        f"runs meant to train: {flagged} of {heads} heads flagged; named and not flagged: {missed or 'none'}"
+    )
+    return heads == 0 or flagged <= 0.02 * heads
+
+
+def _record_of(found: dict[str, Any]) -> RunRecord:
+    """What the monitors of a run would have remembered of all its readings."""
+    record = RunRecord()
+    for group in ("attention", "spectrum"):
+        own = found[group]
+        history = History(own["layers"], own["heads"], max(len(own["steps"]), 2))
+        for index, step in enumerate(own["steps"]):
+            history.append(step, {name: torch.tensor(rows[index]) for name, rows in own["values"].items()})
+        setattr(record, group, history)
+    layers, cosine = found["attention"]["layers"], found["cosine"]
+    hidden = History(layers, [1] * len(layers), max(len(cosine["steps"]), 2))
+    for step, values in zip(cosine["steps"], cosine["values"], strict=True):
+        # Of the tokens before each layer, and those before the next one leave it; the last layer has its own.
+        hidden.append(step, {"cosine": torch.tensor([*values[1:], values[-1]])})
+    record.hidden = hidden
+    width = 32 if found["name"].startswith("vit") else 64
+    record.shapes = {
+        layer: LayerShape(width // heads, width, (width // heads) ** -0.5)
+        for layer, heads in zip(layers, found["spectrum"]["heads"], strict=True)
+    }
+    return record
 
 
 def _is_met(row: dict[str, Any]) -> bool:
