@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_qk.functional.precision import full_precision
 from lightning_qk.functional.token_moments import SideMoments, TokenMoments, _like_first, slots
 
-_EXACT, _AN_OCTAVE, _SLOTS = 8, 4, 48
-"""Positions with a mean of their own, means for each doubling after them, and all of them: up to 8192 tokens."""
+_SLOTS = 46
+"""Of positions up to 8192 tokens; later ones share the last."""
 
 
 class TokenSums(NamedTuple):
@@ -53,13 +53,10 @@ class TokenLayout:
             "query_query": square,
             "key_key": square,
             "key_query": square,
-            # Further tokens whose keys are like first ones; positions are those of the others.
-            "like_count": (),
-            "like_query": line,
-            "like_key": line,
-            "slot_count": (2, _SLOTS),
-            "slot_query": (_SLOTS, d_head),
-            "slot_key": (_SLOTS, d_head),
+            # By slots of positions: regular tokens, and those whose keys are like first ones.
+            "slot_count": (2, 2, _SLOTS),
+            "slot_query": (2, _SLOTS, d_head),
+            "slot_key": (2, _SLOTS, d_head),
         }
 
     @property
@@ -118,9 +115,6 @@ def token_sums(
             ("key", key, key_weight, key_place),
         ):
             apart = self_attention or name == "key"
-            regular = (
-                ~like.reshape(-1) if self_attention else torch.ones_like(weight.reshape(-1), dtype=torch.bool)
-            )
             # By token: (batch · n, heads, d_head).
             flat = vectors.transpose(1, 2).flatten(0, 1)
             weight, place = weight.double().reshape(-1), place.reshape(-1)
@@ -136,30 +130,25 @@ def token_sums(
             own = torch.where((rest > 0)[:, None, None], wide - mean, 0.0).to(kind).transpose(0, 1)
             scatter = (own * rest.to(kind)[:, None]).mT @ own
             raw = scatter.double() + count * mean[:, :, None] * mean[:, None]
-            index = _slot(place)
-            others = rest * regular
-            by_slot = wide.new_zeros(_SLOTS, *wide.shape[1:])
-            by_slot = by_slot.index_add_(0, index, wide * others[:, None, None])
-            alike = torch.einsum("t,thd->hd", rest - others, wide)
+            index = slots(place).clamp(0, _SLOTS - 1)
+            if self_attention:
+                index = index + _SLOTS * like.reshape(-1)
+            by_slot = wide.new_zeros(2 * _SLOTS, *wide.shape[1:])
+            by_slot.index_add_(0, index, wide * rest[:, None, None])
+            in_slot = wide.new_zeros(2 * _SLOTS).index_add_(0, index, rest)
             parts |= {
-                f"like_{name}": alike.repeat_interleave(repeat, 0),
                 name: total.repeat_interleave(repeat, 0),
                 f"first_{name}": wide[is_first].sum(0).repeat_interleave(repeat, 0),
                 f"{name}_{name}": raw.repeat_interleave(repeat, 0),
-                f"slot_{name}": by_slot.transpose(0, 1).repeat_interleave(repeat, 0),
+                f"slot_{name}": by_slot.unflatten(0, (2, -1)).movedim(2, 0).repeat_interleave(repeat, 0),
             }
             counts.append(count)
             firsts.append(is_first.sum().double())
-            slot_counts.append(wide.new_zeros(_SLOTS).index_add_(0, index, others))
+            slot_counts.append(in_slot.unflatten(0, (2, -1)))
             centred[name], weights[name] = own, rest
         parts["count"] = torch.stack(counts).expand(heads, -1)
         parts["first_count"] = torch.stack(firsts).expand(heads, -1)
-        parts["slot_count"] = torch.stack(slot_counts).expand(heads, -1, -1)
-        parts["like_count"] = (
-            (weights["key"].view(like.shape) * like).sum().expand(heads)
-            if self_attention
-            else (query.new_zeros(heads, dtype=torch.float64))
-        )
+        parts["slot_count"] = torch.stack(slot_counts).expand(heads, -1, -1, -1)
         parts["key_query"] = query.new_zeros(heads, d_head, d_head, dtype=torch.float64)
         if self_attention:
             q, k = centred["query"], centred["key"].repeat_interleave(groups, 0)
@@ -189,10 +178,7 @@ def _alike(key: Tensor, weight: Tensor, place: Tensor) -> Tensor:
 def moments_of(
     total: Tensor, layout: TokenLayout, kv_heads: int, *, self_attention: bool = True
 ) -> TokenMoments:
-    """The moments that sums ``(features, heads)`` come to.
-
-    Positions share means: the first 8 have their own, and then there are 4 for each doubling.
-    """
+    """The moments that sums ``(features, heads)`` come to."""
     found = layout.parts(total.double())
     heads = len(found["count"])
     step = heads // kv_heads
@@ -202,8 +188,6 @@ def moments_of(
         count, first_count = found["count"][0, index], found["first_count"][0, index]
         mean = means[name] = found[name] / count.clamp_min(1)
         scatter = found[f"{name}_{name}"] - count * mean[:, :, None] * mean[:, None]
-        by_slot, in_slot = found[f"slot_{name}"][every].transpose(0, 1), found["slot_count"][0, index]
-        slot_count, slot_sum = _spread(by_slot, in_slot)
         sides.append(
             SideMoments(
                 count=count,
@@ -211,42 +195,12 @@ def moments_of(
                 scatter=scatter[every],
                 first_count=first_count,
                 first_mean=found[f"first_{name}"][every] / first_count.clamp_min(1),
-                slot_count=slot_count,
-                slot_sum=slot_sum,
+                slot_count=found["slot_count"][0, index],
+                slot_sum=found[f"slot_{name}"][every].movedim(0, 2),
             )
         )
     if not self_attention:
         return TokenMoments(sides[0], sides[1], None)
     outer = means["key"][:, :, None] * means["query"][:, None]
     cross = found["key_query"] - found["count"][0, 0] * outer
-    alike = found["like_count"][0]
-    if not bool(alike > 0):
-        return TokenMoments(sides[0], sides[1], cross)
-    # Their own spread stays in that of all tokens.
-    few = []
-    for name, side in zip(("query", "key"), sides, strict=True):
-        mean = found[f"like_{name}"][:: heads // len(side.mean)] / alike
-        none = side.slot_count.new_zeros(0), side.slot_sum.new_zeros(0, *side.mean.shape)
-        few.append(SideMoments(alike, mean, torch.zeros_like(side.scatter), 0 * alike, 0 * mean, *none))
-    return TokenMoments(sides[0], sides[1], cross, TokenMoments(few[0], few[1], torch.zeros_like(cross)))
-
-
-def _slot(place: Tensor) -> Tensor:
-    """Which mean a position belongs to."""
-    late = (place.double() / _EXACT).clamp_min(1).log2()
-    index = torch.where(place < _EXACT, place, _EXACT + (late * _AN_OCTAVE).floor().long())
-    return index.clamp(0, _SLOTS - 1)
-
-
-def _spread(by_slot: Tensor, in_slot: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and sums by the slots of :class:`SideMoments`, which are finer: they share means."""
-    last = int(in_slot.nonzero().max()) if bool((in_slot > 0).any()) else 0
-    length = last + 1 if last < _EXACT else math.ceil(_EXACT * 2 ** ((last - _EXACT + 1) / _AN_OCTAVE))
-    place = torch.arange(length, device=in_slot.device)
-    coarse, fine = _slot(place), slots(place)
-    each = in_slot[coarse] / torch.bincount(coarse, minlength=_SLOTS).clamp_min(1)[coarse]
-    mean = by_slot / in_slot.clamp_min(1)[:, None, None]
-    number = int(fine[-1]) + 1
-    count = in_slot.new_zeros(number).index_add_(0, fine, each)
-    total = by_slot.new_zeros(number, *by_slot.shape[1:])
-    return count, total.index_add_(0, fine, mean[coarse] * each[:, None, None])
+    return TokenMoments(sides[0], sides[1], cross)

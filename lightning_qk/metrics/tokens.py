@@ -40,7 +40,7 @@ class TokenStatistics(Metric):
     """Moments of the spectrum of ``s Σ^½ W_QK Σ^½`` of every head, Σ the covariance of the layer's own tokens.
 
     Sums over calls add up over micro-batches, and in one reduction over ranks. Memory is
-    ``8 · (3 d_head² + 100 d_head)`` bytes a head.
+    ``8 · (3 d_head² + 190 d_head)`` bytes a head.
 
     Args:
         layers: layer name → :class:`TokenLayer`, in the model's order.
