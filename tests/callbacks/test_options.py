@@ -33,6 +33,7 @@ MONITORS = {
     ),
     "QKSpectrumMonitor": ("per_head", "figures_every", "report"),
     "SinkMonitor": ("per_head", "figures_every", "report", "seed", "every_n_eval_batches", "cached_calls"),
+    "TokenMonitor": ("per_head", "figures_every", "report", "seed", "every_n_eval_batches", "cached_calls"),
 }
 
 

@@ -125,7 +125,7 @@ class QKSpectrumMonitor(Monitor):
     ) -> None:
         support_size(torch.empty(1, 1), support)
         self.support: Support = support
-        self.offsets = _checked_offsets(offsets)
+        self.offsets = checked_offsets(offsets)
         self.layer_statistics = (
             *type(self).layer_statistics,
             *(at_offset(name, offset) for offset in self.offsets for name in type(self).layer_statistics),
@@ -513,11 +513,11 @@ class QKSpectrumMonitor(Monitor):
             record.snapshots["eigenvalues"] = self._snapshots
 
 
-def _checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+def checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+    """Distances between key and query, each once, in the order of their first mention."""
     given = tuple(offsets)
     if any(isinstance(offset, bool) or not isinstance(offset, int) for offset in given):
         raise ValueError(
             f"expected offsets to be integers, got {offsets!r}: pass distances such as (0, 1, 16)"
         )
-    # The order of keys in the log is that of the first mention.
     return tuple(dict.fromkeys(given))
