@@ -65,6 +65,7 @@ MOVED = {
     "lightning_qk.heads.composed": "lightning_qk.heads.projection",
     "lightning_qk.heads.constants": "lightning_qk.heads.facts",
     "lightning_qk.heads.dry_run": "lightning_qk.heads.trials",
+    "lightning_qk.heads.edit": "lightning_qk.interventions.head_scaler",
     "lightning_qk.heads.effective": "lightning_qk.heads.module_as_matrix",
     "lightning_qk.heads.elements": "lightning_qk.heads.running",
     "lightning_qk.heads.errors": "lightning_qk.heads.projections",

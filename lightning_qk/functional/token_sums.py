@@ -153,8 +153,8 @@ def token_sums(
         if self_attention:
             q, k = centred["query"], centred["key"].repeat_interleave(groups, 0)
             inner = (k * weights["query"].to(k)[:, None]).mT @ q
-            mean = [parts[name] / counts[0].clamp_min(1) for name in ("query", "key")]
-            parts["key_query"] = inner.double() + counts[0] * mean[1][:, :, None] * mean[0][:, None]
+            centre = [parts[name] / counts[0].clamp_min(1) for name in ("query", "key")]
+            parts["key_query"] = inner.double() + counts[0] * centre[1][:, :, None] * centre[0][:, None]
     return TokenLayout(d_head).pack(parts)
 
 

@@ -8,24 +8,6 @@ from torch import Tensor
 
 from lightning_qk.record.history import History, RunRecord
 
-PREDICTED = (
-    "entropy_normalized",
-    "entropy",
-    "sink_first",
-    "linear_share",
-    "logit_std",
-    "distance",
-    "distance_spread",
-    "max_prob",
-    "diagonal",
-    "participation",
-    "sink_rate",
-)
-"""Statistics that are predicted: means, which do not depend on how many rows are seen as maxima do."""
-
-SEMANTIC_SHARE = "semantic_share"
-"""What the moments do not explain."""
-
 _MASSES = ("sink_first", "diagonal", "max_prob")
 """Statistics that change by no more than the share of attention that is moved."""
 

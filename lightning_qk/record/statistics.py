@@ -7,9 +7,6 @@ computes it.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lightning_qk.functional.spectrum import MOMENTS
-from lightning_qk.record.predictions import PREDICTED, SEMANTIC_SHARE
-
 ALWAYS, WITH_ROOM = "always", "with room"
 """When the report draws a statistic."""
 
@@ -70,6 +67,24 @@ class Statistic:
 _ = Statistic
 # In the order of the report.
 # fmt: off
+PREDICTED = (
+    "entropy_normalized",
+    "entropy",
+    "sink_first",
+    "linear_share",
+    "logit_std",
+    "distance",
+    "distance_spread",
+    "max_prob",
+    "diagonal",
+    "participation",
+    "sink_rate",
+)
+"""Statistics that are predicted: means, which do not depend on how many rows are seen as maxima do."""
+
+SEMANTIC_SHARE = "semantic_share"
+"""What the moments do not explain."""
+
 _ALL: tuple[Statistic, ...] = (
     _("qk", "sym_var", "variance of the symmetric part's eigenvalues",
       "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR "
@@ -83,9 +98,8 @@ _ALL: tuple[Statistic, ...] = (
       "it keeps growing long after the loss has settled.",
       signed=True, drawn=WITH_ROOM, instead_of="sym_var", extremes=("min", "max"), per_layer=True),
     _("qk", "eig_mean", "eigenvalue mean",
-      "The mean eigenvalue of W_QK. Its sign says where attention goes in the model of Bao et al.: positive"
-      " to late keys, near the query, and negative to early ones. At zero no side is preferred.",
-      "it stays at zero in every layer while the variance shrinks: attention then heads for uniform.",
+      "The mean eigenvalue of W_QK. Its sign says where attention goes in the model of Bao et al., whose "
+      "tokens are a random walk: positive to late keys, near the query, and negative to early ones.",
       signed=True, drawn=ALWAYS, extremes=("min", "max"), heatmap=True),
     _("qk", "spectral_radius", "largest |eigenvalue|",
       "The largest eigenvalue of W_QK in absolute value: how strongly its favourite direction is amplified.",
@@ -99,16 +113,6 @@ _ALL: tuple[Statistic, ...] = (
     _("qk", "asymmetry", "asymmetry of W_QK",
       "0 where W_QK is symmetric (two tokens want each other alike), 1 where it is antisymmetric. A random "
       "head has 0.5.", share=True, drawn=ALWAYS, heatmap=True),
-    _("qk", "localization", "predicted localization",
-      "How much likelier late tokens pass signal through the piecewise-linear softmax of Bao et al. than "
-      "early ones, predicted from the weights alone for tokens that are a Gaussian random walk: 1 is "
-      "attention localized on late tokens, -1 on early ones.",
-      "it stays at 0 in every layer: attention is uniform, or saturated where the largest logit is high.",
-      unit="late minus early", signed=True, drawn=ALWAYS, extremes=("min", "max")),
-    _("qk", "propagation", "predicted signal propagation",
-      "The predicted probability that a token passes signal, averaged over its position, in the model of "
-      "Bao et al. It is 0.5 while nothing saturates.", "it falls towards 0: the softmax saturates.",
-      unit="probability", share=True, drawn=ALWAYS),
     _("qk", "concentration", "eigenvalue concentration",
       "How much of the spectrum is its mean: 1 where all eigenvalues are the same.",
       share=True, drawn=WITH_ROOM),
@@ -159,11 +163,87 @@ _ALL: tuple[Statistic, ...] = (
     _("qk", "energy_top_4", "energy of the first four directions",
       "How much of W_QK's squared norm its four strongest directions have.", "it nears 1 in a whole layer.",
       share=True, extremes=("max",)),
+    _("qk", "logit_eig_mean", "eigenvalue mean, in logits",
+      "The mean eigenvalue of W_QK times the softmax scale, with the norm in front of the layer where it is "
+      "folded in: layers and models compare. In logits of tokens of variance 1. Bao et al.",
+      unit="logits", signed=True, drawn=ALWAYS),
+    _("qk", "logit_eig_var", "eigenvalue variance, in logits",
+      "The variance of the eigenvalues of W_QK times the softmax scale. It can be negative, since W_QK is not "
+      "symmetric. Bao et al.", unit="logits²", signed=True, drawn=ALWAYS),
+    _("qk", "logit_sym_var", "variance of the symmetric part, in logits",
+      "The variance of the eigenvalues of the symmetric part of W_QK times the softmax scale. Never negative.",
+      unit="logits²", drawn=WITH_ROOM),
+    _("qk", "positivity", "positivity of the eigenvalues",
+      "Σλ / Σ|λ|: 1 where all eigenvalues are real and positive, so that tokens look at their like, -1 where "
+      "all are negative, about 0 for random weights. After Elhage et al., there of another matrix.",
+      signed=True, drawn=ALWAYS),
+    _("qk", "symmetry", "symmetry of W_QK",
+      "tr W_QK² / ‖W_QK‖²: 1 symmetric, -1 antisymmetric, about 0 for random weights. Saponati et al., whose "
+      "score is (1 + symmetry) / 2.", signed=True, drawn=ALWAYS),
+    _("qk", "symmetry_summed", "symmetry of a layer's heads summed",
+      "The symmetry of the sum of W_QK over a layer's heads, as Saponati et al. give it for models: they find "
+      "bidirectional training symmetric.", signed=True),
+    _("qk", "directionality", "directionality of W_QK",
+      "Whether a few coordinates of the keys (1) or of the queries (-1) count far more than the others: excess "
+      "norm of columns against rows beyond two standard deviations. Saponati et al.",
+      signed=True, drawn=WITH_ROOM),
+    _("qk", "directionality_summed", "directionality of a layer's heads summed",
+      "The directionality of the sum of W_QK over a layer's heads, as Saponati et al. give it for models: they "
+      "find positive values after autoregressive training.", signed=True),
+    _("qk", "circle_ratio", "largest |eigenvalue| over the circle law's radius",
+      "How far the largest eigenvalue is beyond the disc that holds those of a random head of the same norm: "
+      "about 1 for random weights. Derived from the circle law for products.",
+      unit="radii", drawn=ALWAYS),
+    _("qk", "stable_rank", "stable rank of W_QK",
+      "The sum of the squared singular values over the largest: how many directions of the strongest's size. "
+      "Rudelson and Vershynin.", unit="directions", drawn=ALWAYS),
+    _("qk", "effective_rank_energy", "effective rank of W_QK by energy",
+      "How many directions W_QK uses, by the entropy of its squared singular values; effective_rank takes them "
+      "unsquared (Roy and Vetterli).", unit="directions", drawn=WITH_ROOM),
+    _("qk", "participation_rank", "participation rank of W_QK",
+      "‖W‖⁴ / tr (W Wᵀ)²: how many directions W_QK uses, from traces alone.",
+      unit="directions", drawn=WITH_ROOM),
+    _("qk", "localization", "localization of a random walk",
+      "How much likelier late tokens of a Gaussian random walk pass signal through the piecewise-linear softmax "
+      "of Bao et al. than early ones, by the weights. The paper's theory: tokens of real models are no such "
+      "walk, and over their heads it says next to nothing.",
+      unit="late minus early", signed=True, extremes=("min", "max")),
+    _("qk", "propagation", "signal propagation of a random walk",
+      "The probability that a token of a Gaussian random walk passes signal, averaged over its position, which "
+      "is at most 0.5, in the theory of Bao et al. Tokens of real models are no such walk.",
+      unit="probability", share=True),
     _("qk", "trace", "trace of W_QK", "The sum of the eigenvalues of W_QK.", signed=True),
     _("qk", "trace_sq", "trace of W_QK²", "The sum of the squared eigenvalues of W_QK.", signed=True),
     _("qk", "frobenius_sq", "squared Frobenius norm of W_QK",
       "The sum of the squares of all entries of W_QK: its size.",
       "it keeps growing while the loss stands still."),
+    _("qk/tokens", "sym_var", "variance of the symmetric part's eigenvalues, over tokens",
+      "How far the eigenvalues of the symmetric part of s Σ^½ W_QK Σ^½ spread, Σ the covariance of the layer's "
+      "own tokens and s the softmax scale. It is never negative.", "it keeps growing while the loss stands still.",
+      unit="logits²", drawn=ALWAYS, extremes=("max",), heatmap=True),
+    _("qk/tokens", "eig_mean", "eigenvalue mean, over tokens",
+      "The mean eigenvalue of s Σ^½ W_QK Σ^½: positive where tokens prefer their like, whatever the position.",
+      unit="logits", signed=True, drawn=ALWAYS, extremes=("min", "max"), heatmap=True),
+    _("qk/tokens", "eig_var", "eigenvalue variance, over tokens",
+      "How far the eigenvalues of s Σ^½ W_QK Σ^½ spread. It can be negative, since the form is not symmetric.",
+      unit="logits²", signed=True, drawn=WITH_ROOM, instead_of="sym_var", extremes=("min", "max"),
+      per_layer=True),
+    _("qk/tokens", "asymmetry", "asymmetry over tokens",
+      "0 where two tokens want each other alike, 1 where one wants what the other does not: half of one minus "
+      "the correlation of their two logits.", share=True, drawn=ALWAYS, heatmap=True),
+    _("qk/tokens", "trace", "preference for the own key",
+      "By how many logits a token's query prefers its own key to another token's, rotation aside: the trace of "
+      "s Σ^½ W_QK Σ^½.", unit="logits", signed=True, drawn=WITH_ROOM),
+    _("qk/tokens", "frobenius_sq", "variance of logits between tokens",
+      "The variance of the logit of two different tokens, by what differs from token to token in both, rotation "
+      "aside: ‖s Σ^½ W_QK Σ^½‖².", "it keeps growing while the loss stands still.",
+      unit="logits²", log=True, drawn=WITH_ROOM, extremes=("max",)),
+    _("qk/tokens", "trace_sq", "covariance of mutual logits",
+      "The covariance of the logit of one token for another with that of the other for the one.",
+      unit="logits²", signed=True),
+    _("qk/tokens", "concentration", "eigenvalue concentration, over tokens",
+      "How much of the spectrum of s Σ^½ W_QK Σ^½ is its mean: 1 where all eigenvalues are the same.",
+      share=True),
     _("attn", "entropy_normalized", "normalized attention entropy",
       "How evenly a query spreads its attention: 1 is uniform, 0 a single key.",
       "a whole layer falls towards 0 (entropy collapse, Zhai et al.) or stays at 1 after the warm-up, where"
@@ -199,6 +279,9 @@ _ALL: tuple[Statistic, ...] = (
     _("attn", "sink_rate", "share of keys that are sinks",
       "The share of keys that receive more than 0.3 of attention on average (Gu et al.).",
       share=True, drawn=WITH_ROOM, extremes=("max",)),
+    _("attn", "sink_heads", "Sink₁: share of heads that are sinks",
+      "The share of heads whose first key takes over 0.3 of attention on average (Gu et al., with 64 tokens).",
+      share=True),
     _("attn", "diagonal", "attention to the own position",
       "The share of attention that a token gives to itself.",
       unit="probability", share=True, drawn=WITH_ROOM),
@@ -355,22 +438,6 @@ _ALL: tuple[Statistic, ...] = (
 del _
 
 
-def _of_tokens(one: Statistic) -> Statistic:
-    """A moment of W_QK as that of the form over a layer's own tokens, in units of logits."""
-    form = "s Σ^½ W_QK Σ^½"
-    squared = one.name in ("sym_var", "eig_var", "trace_sq", "frobenius_sq")
-    plain = one.name in ("asymmetry", "concentration")
-    return replace(
-        one,
-        group="qk/tokens",
-        title=f"{one.title.replace(' of W_QK', '')}, for the layer's own tokens",
-        meaning=f"As qk/{one.name}, of {form}, Σ the covariance of a layer's own tokens and s the softmax scale. "
-        f"{one.meaning.replace('W_QK²', f'({form})²').replace('W_QK', form)}",
-        unit=one.unit or ("" if plain else "logits²" if squared else "logits"),
-        drawn=one.drawn or WITH_ROOM,
-    )
-
-
 def _predicted(one: Statistic) -> Statistic:
     """A statistic of attention as what a layer's token moments predict of it."""
     return replace(
@@ -389,7 +456,6 @@ def _predicted(one: Statistic) -> Statistic:
 
 
 _ALL += (
-    *(_of_tokens(one) for one in _ALL if one.group == "qk" and one.name in MOMENTS),
     Statistic(
         "pred",
         SEMANTIC_SHARE,

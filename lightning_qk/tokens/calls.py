@@ -127,7 +127,7 @@ class TokenCalls:
         other = picked if head.self_attention else None
         key, chosen = _picked(key, keys, tokens, generator, first_apart=True, like=other)
         if head.rotary is not None:
-            query, key = self._unrotated(name, head, call, query, key, picked.index)
+            query, key = self._unrotated(name, head, call, query, key, picked.rows)
         elif head.position not in ("none", "alibi", "relative bias", "relative product"):
             raise UnsupportedCallError(
                 "its rotation by position is not known" if head.position else "what positions do is not known"
@@ -229,7 +229,7 @@ def sees_itself_last(logits: AttentionLogits) -> bool:
 class _Picked(NamedTuple):
     weight: Tensor
     place: Tensor
-    index: Tensor | None
+    rows: Tensor | None
 
 
 def _picked(
@@ -243,7 +243,7 @@ def _picked(
 ) -> tuple[Tensor, _Picked]:
     """Some tokens, how many of the valid ones each stands for, and their places; ``like`` takes the same ones."""
     if like is not None:
-        return (vectors if like.index is None else take_rows(vectors, like.index)), like
+        return (vectors if like.rows is None else take_rows(vectors, like.rows)), like
     place = (valid.long().cumsum(1) - 1).clamp_min(0)
     if tokens is None or tokens + 1 >= valid.shape[1]:
         return vectors, _Picked(valid.double(), place, None)

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_qk import head_projections, verify
-from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.inferred_layout import check_tokens
 from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.interventions.head_scaler import head_scalers
 
 
 class Base(nn.Module):

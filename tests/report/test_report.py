@@ -67,8 +67,8 @@ def written(record: RunRecord, tmp_path: Path) -> str:
 def test_the_page_holds_every_part(tmp_path: Path) -> None:
     text = written(simulated_record(), tmp_path)
     page = Page(text)
-    assert page.plots()[:7] == ["map", "map", "entropy", "passing", "propagation", "plane", "within"]
-    assert page.plots().count("time") == 6 + 4
+    assert page.plots()[:7] == ["map", "map", "entropy", "propagation", "plane", "within", "time"]
+    assert page.plots().count("time") == 4 + 4
     assert page.plots().count("scalar") == 2
     assert "<title>Attention report: GPT2LMHeadModel</title>" in text
     for words in ("GPT2LMHeadModel", "124,439,808", "layer_02 was captured without its mask.", "Bao et al."):
@@ -190,14 +190,14 @@ def test_missing_parts_are_left_out_with_what_to_add(part: str, tmp_path: Path) 
     text = written(record, tmp_path)
     plots = Page(text).plots()
     sentences = {
-        "spectrum": ("No spectrum statistics were recorded: add QKSpectrumMonitor()", "passing"),
-        "attention": ("No attention statistics were recorded: add AttentionMonitor()", "passing"),
+        "spectrum": ("No spectrum statistics were recorded: add QKSpectrumMonitor()", "entropy"),
+        "attention": ("No attention statistics were recorded: add AttentionMonitor()", "entropy"),
         "eigenvalues": ("No eigenvalues were recorded: add QKSpectrumMonitor()", "plane"),
         "snapshots": (
-            "Measured propagation over positions was not recorded: train with AttentionMonitor()",
+            "The linear share by position was not recorded: train with AttentionMonitor()",
             None,
         ),
-        "shapes": ("Predicted propagation over positions needs moments and softmax scale", None),
+        "shapes": ("Signal propagation of a random walk needs moments and softmax scale", None),
         "scalars": (None, "scalar"),
     }
     sentence, gone = sentences.get(part, (None, None))

@@ -16,9 +16,9 @@ from lightning_qk.callbacks._trainer import logging_step, projection_reader, ref
 from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.max_logits import max_logits
-from lightning_qk.heads.edit import HeadScaler
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import attention_sites
+from lightning_qk.interventions.head_scaler import HeadScaler
 from lightning_qk.interventions.layers import matching_unread, no_products
 from lightning_qk.interventions.qk_clip import (
     apply_clip,

@@ -16,8 +16,8 @@ from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.tokens import TokenStatistics
 from lightning_qk.record.history import History
-from lightning_qk.record.predictions import PREDICTED, SEMANTIC_SHARE, semantic_share
-from lightning_qk.record.statistics import logged_extremes
+from lightning_qk.record.predictions import semantic_share
+from lightning_qk.record.statistics import PREDICTED, SEMANTIC_SHARE, logged_extremes
 from lightning_qk.tokens.predict import predict_attention
 
 LENGTH = 2048

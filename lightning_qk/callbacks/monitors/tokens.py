@@ -46,7 +46,7 @@ class TokenMonitor(CaptureMonitor):
 
     - ``qk/tokens/<statistic>/mean`` over all heads, for each moment of
       :func:`~lightning_qk.functional.qk_moments`; ``/min`` and ``/max`` of eig_mean and eig_var, ``/max`` of
-      sym_var; ``trainer.callback_metrics`` has all three of each;
+      sym_var and frobenius_sq; ``trainer.callback_metrics`` has all three of each;
     - ``qk/tokens/layer_03/<statistic>`` for eig_var, or those in ``per_layer``, means over the layer's heads, and
       ``qk/tokens/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - with ``offsets``, ``qk/tokens/offset_16/<statistic>/mean`` and so on, in layers with rotary encoding;

@@ -25,6 +25,7 @@ from lightning_qk.architecture.source_code import is_named, uses_interface
 from lightning_qk.capture import registry
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
 from lightning_qk.capture.captured import CapturedCall, SoftmaxCall, sdpa_call
+from lightning_qk.capture.hooks.modules import would_notice
 from lightning_qk.capture.hooks.multihead import read_functional
 from lightning_qk.capture.hooks.traces import Trace, Traces, far_down
 
@@ -100,7 +101,7 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
         or is_recomputation()
         or not registry.is_watched(module)
         or (reason is None and frames and frames[-1].module is module)
-        or any(_would_notice(part) for part in module.modules())
+        or any(would_notice(part) for part in module.modules())
     ):
         yield
         if reason is not None:
@@ -136,14 +137,6 @@ def suspended() -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _would_notice(part: nn.Module) -> bool:
-    return (
-        isinstance(part, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerEncoder)
-        or getattr(part, "_compiled_call_impl", None) is not None
-        or hasattr(part, "_orig_mod")
-    )
 
 
 def _deliver_late(module: nn.Module, call: SoftmaxCall, version: int) -> None:
