@@ -1,6 +1,8 @@
-"""A healthy run and a sick one, side by side: the picture of docs/numbers.md.
+"""A healthy run and a sick one, side by side: the pictures of docs/numbers.md and of the README.
 
     python docs/healthy_and_sick.py [--output docs/images/healthy-and-sick.png]
+
+The README's, with the loss and every head's entropy alone, lies beside it as healthy-and-sick-small.png.
 
 Two small GPT-2s learn to write Python from the standard library of this machine, with the same weights and batches
 at the start. One has a warm-up and a usual learning rate. The other has none and eleven times the rate, which is a
@@ -18,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -136,20 +139,45 @@ def draw(runs: Mapping[str, Curves]) -> Figure:
         for axis in column[: 1 + len(PANELS)]:
             axis.set_xlabel("step")
             axis.grid(alpha=0.25)
-        last = curves.heads["entropy_normalized"][-1]
-        column[-1].imshow(last.tolist(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        for layer in range(LAYERS):
-            for head in range(HEADS):
-                value = float(last[layer, head])
-                tone = "black" if value > 0.6 else "white"
-                column[-1].text(head, layer, f"{value:.2f}", ha="center", va="center", color=tone)
-        column[-1].set_xticks(range(HEADS))
-        column[-1].set_yticks(range(LAYERS))
-        column[-1].set_xlabel("head")
+        _entropies(column[-1], curves)
     axes[0][0].set_ylabel("loss")
     axes[-1][0].set_ylabel("normalized entropy\nat the end, by layer")
     axes[1][0].legend(fontsize=8, ncols=2, loc="lower right")
     return figure
+
+
+def draw_small(runs: Mapping[str, Curves]) -> Figure:
+    """The README's picture: both losses, and every head's entropy at the end of each run."""
+    figure = Figure(figsize=(10, 2.9), layout="constrained")
+    loss, *maps = figure.subplots(1, 1 + len(runs), width_ratios=(1.5, *[1] * len(runs)))
+    for name, colour in zip(runs, ("tab:green", "tab:red"), strict=True):
+        smooth = torch.tensor(runs[name].loss).unfold(0, SMOOTH, 1).mean(1)
+        loss.plot(range(SMOOTH, len(runs[name].loss) + 1), smooth.tolist(), color=colour, label=name)
+    loss.set_title("the loss of both falls", fontsize=11)
+    loss.set_xlabel("step")
+    loss.set_ylabel("training loss")
+    loss.set_ylim(0, None)
+    loss.grid(alpha=0.25)
+    loss.legend()
+    for axis, (name, curves) in zip(maps, runs.items(), strict=True):
+        axis.set_title(f"{name}: entropy of each head", fontsize=11)
+        _entropies(axis, curves)
+        axis.set_ylabel("layer")
+    return figure
+
+
+def _entropies(axis: Axes, curves: Curves) -> None:
+    """Normalized entropy of every head at the end of a run, with its numbers."""
+    last = curves.heads["entropy_normalized"][-1]
+    axis.imshow(last.tolist(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            value = float(last[layer, head])
+            tone = "black" if value > 0.6 else "white"
+            axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color=tone)
+    axis.set_xticks(range(HEADS))
+    axis.set_yticks(range(LAYERS))
+    axis.set_xlabel("head")
 
 
 def summary(curves: Curves) -> str:
@@ -179,8 +207,12 @@ def main() -> None:
         runs[name] = train(name)
         print(f"{name}: {summary(runs[name])}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw(runs).savefig(output, dpi=100)
-    print(output)
+    for figure, place in (
+        (draw(runs), output),
+        (draw_small(runs), output.with_stem(f"{output.stem}-small")),
+    ):
+        figure.savefig(place, dpi=100)
+        print(place)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
+    "lightning_qk.architecture.origin": "lightning_qk.architecture.source_code",
     "lightning_qk.callbacks.attention": "lightning_qk.callbacks.monitors.attention",
     "lightning_qk.callbacks.attention_mask": "lightning_qk.callbacks.interventions.attention_mask",
     "lightning_qk.callbacks.attention_prior": "lightning_qk.callbacks.interventions.attention_prior",
@@ -60,9 +61,11 @@ MOVED = {
     "lightning_qk.heads.between": "lightning_qk.heads.facts",
     "lightning_qk.heads.blocks": "lightning_qk.heads.sites",
     "lightning_qk.heads.borrowing": "lightning_qk.heads.sites",
-    "lightning_qk.heads.classes": "lightning_qk.architecture.origin",
+    "lightning_qk.heads.classes": "lightning_qk.architecture.source_code",
     "lightning_qk.heads.composed": "lightning_qk.heads.projection",
     "lightning_qk.heads.constants": "lightning_qk.heads.facts",
+    "lightning_qk.heads.dry_run": "lightning_qk.heads.trials",
+    "lightning_qk.heads.edit": "lightning_qk.interventions.head_scaler",
     "lightning_qk.heads.effective": "lightning_qk.heads.module_as_matrix",
     "lightning_qk.heads.elements": "lightning_qk.heads.running",
     "lightning_qk.heads.errors": "lightning_qk.heads.projections",
@@ -72,7 +75,7 @@ MOVED = {
     "lightning_qk.heads.folding": "lightning_qk.heads.norms",
     "lightning_qk.heads.linear": "lightning_qk.heads.projection",
     "lightning_qk.heads.local": "lightning_qk.heads.sites",
-    "lightning_qk.heads.origin": "lightning_qk.architecture.origin",
+    "lightning_qk.heads.origin": "lightning_qk.architecture.source_code",
     "lightning_qk.heads.plan": "lightning_qk.heads.layer",
     "lightning_qk.heads.probing": "lightning_qk.architecture.dry_run",
     "lightning_qk.heads.products": "lightning_qk.architecture.products",
@@ -83,7 +86,6 @@ MOVED = {
     "lightning_qk.heads.search": "lightning_qk.heads.inferred_layout",
     "lightning_qk.heads.sources": "lightning_qk.heads.layouts",
     "lightning_qk.heads.stored": "lightning_qk.heads.module_as_matrix",
-    "lightning_qk.heads.trials": "lightning_qk.heads.dry_run",
     "lightning_qk.inspect.conditions": "lightning_qk.inspect.export",
     "lightning_qk.inspect.errors": "lightning_qk.inspect.documents",
     "lightning_qk.inspect.patterns": "lightning_qk.inspect.documents",

@@ -22,6 +22,7 @@ def encoder() -> Path:
     return Path(next(iter(package.submodule_search_locations))) / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_pretrained_encoder_is_fine_tuned(tmp_path):
     L.seed_everything(0, verbose=False)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.functional.spectrum import Support
+from lightning_qk.heads.facts import kv_source
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.position import ADDED_TO_LOGITS
 from lightning_qk.heads.projections import HeadProjections, UnreadLayer
-from lightning_qk.heads.sites import AttentionLayer, attention_sites, kv_source
+from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.skeleton import Placed, build_skeleton

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.edit import HeadScaler, head_scalers
 from lightning_qk.heads.reader import ProjectionReader, kept_reader
+from lightning_qk.interventions.head_scaler import HeadScaler, head_scalers
 from lightning_qk.interventions.layers import matching_layers
 
 

@@ -1,10 +1,12 @@
 """What the sections of the report say and show of a record, and what they miss."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_qk._version import __version__
 from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.predictions import agreement
 from lightning_qk.record.statistics import describe
 from lightning_qk.record.verdicts import FLAGGED, VERDICTS, HeadHealth, extreme_heads, layer_health
 from lightning_qk.report.payload import shown_statistics
@@ -50,6 +52,8 @@ _TIMES = {
         "on the batches of the run.",
     ),
 }
+# Statistics of which the page says how well they were predicted.
+_PREDICTED = ("entropy_normalized", "sink_first", "linear_share", "logit_std", "distance")
 _MONITORS = {"spectrum": "QKSpectrumMonitor()", "attention": "AttentionMonitor()"}
 
 
@@ -145,7 +149,14 @@ def _summary(heads: list[HeadHealth]) -> str:
 
 
 def _maps(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, str]]:
-    titles = {"spectrum": "the weights", "attention": "attention", "sinks": "sinks", "position": "positions"}
+    titles = {
+        "spectrum": "the weights",
+        "attention": "attention",
+        "sinks": "sinks",
+        "position": "positions",
+        "tokens": "the weights over the layer's own tokens",
+        "pred": "predicted attention",
+    }
     found = [
         {"name": name, "title": titles.get(name, name)}
         for name in record.histories
@@ -204,7 +215,37 @@ def _scatters(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str
             "Entropy against spectral variance needs both monitors on the same layers: add QKSpectrumMonitor() "
             "and AttentionMonitor() to the trainer's callbacks, or pass --text to lightning-qk inspect."
         )
+    found += _predictions(record, has)
     return found
+
+
+def _predictions(record: RunRecord, has: Mapping[str, list[str]]) -> list[dict[str, str]]:
+    """Entropy as token moments predict it against the measured one, and how well all statistics are predicted."""
+    name = "entropy_normalized"
+    if name not in has.get("pred", ()) or name not in has.get("attention", ()):
+        return []
+    found = {own: agreement(record, own) for own in _PREDICTED}
+    words = "; ".join(
+        f"{describe(own, 'attn').title} {known.correlation:.2f} and {known.error:.3g}"
+        for own, known in found.items()
+        if known is not None
+    )
+    if not words:
+        return []
+    return [
+        {
+            "plot": "predicted",
+            "title": "Attention, predicted by token moments and measured",
+            "x": name,
+            "y": name,
+            "alt": "Scatter plot of measured against predicted normalized entropy, one point a head",
+            "meaning": "Each point is a head. Predicted is the attention of independent Gaussian tokens with the "
+            "layer's own moments of queries and keys. On the dashed diagonal the moments explain the entropy; "
+            "what a head off it does follows from what tokens say to each other. Rank correlation over heads and "
+            f"mean absolute error at the newest step that has both: {words}.",
+            "worry": "",
+        }
+    ]
 
 
 def _has_curves(record: RunRecord, missing: dict[str, list[str]]) -> bool:

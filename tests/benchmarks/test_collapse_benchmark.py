@@ -37,6 +37,7 @@ def test_what_became_of_a_run_is_told_by_its_loss(truth):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1900)
 def test_reduced_benchmark(tmp_path):
     out = tmp_path / "quick.json"
     command = [

@@ -88,7 +88,11 @@ def test_half_precision(results):
     ("name", "launcher"),
     [
         ("ddp", []),
-        ("fsdp2", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
+        pytest.param(
+            "fsdp2",
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_configs_train_on_two_processes(name, launcher, tmp_path):

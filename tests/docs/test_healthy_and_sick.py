@@ -40,6 +40,10 @@ def test_curves_and_their_picture(script: ModuleType, tmp_path: Path) -> None:
     target = tmp_path / "picture.png"
     figure.savefig(target)
     assert target.stat().st_size > 20_000
+    small = script.draw_small(runs)
+    assert [line.get_label() for line in small.axes[0].get_lines()] == list(script.RUNS)
+    last = runs["sick"].heads["entropy_normalized"][-1]
+    assert [text.get_text() for text in small.axes[2].texts] == [f"{float(x):.2f}" for x in last.flatten()]
     # The first sign, and the page's: a thousand times the variance within a dozen steps.
     variance = runs["sick"].heads["sym_var"].mean((1, 2))
     assert variance[2] > 1000 * variance[0]

@@ -74,7 +74,7 @@ def test_whole_blocks_and_parts(is_causal):
     check(got, dense_attention(query, key, causal(55, 55) if is_causal else None))
 
 
-@pytest.mark.parametrize("n", [3, 16, 17])
+@pytest.mark.parametrize("n", [3, more(16), 17])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_lengths_at_the_edges_of_blocks(n, is_causal):
     query, key = tensors(n=n, m=n)
@@ -82,7 +82,7 @@ def test_lengths_at_the_edges_of_blocks(n, is_causal):
     check(attention_statistics(query, key, is_causal=is_causal), dense_attention(query, key, visible))
 
 
-@pytest.mark.parametrize("d", [5, 16, 24])
+@pytest.mark.parametrize("d", [5, more(16), 24])
 def test_sizes_of_heads_and_groups(d):
     query, key = tensors(kv_heads=2, d=d)
     check(attention_statistics(query, key, is_causal=True), dense_attention(query, key, causal()))
@@ -165,7 +165,7 @@ def test_cross_attention(is_causal):
         check(attention_statistics(query, key, is_causal=is_causal), dense_attention(query, key, visible))
 
 
-@pytest.mark.parametrize("offset", [16, 23, -5, 40])
+@pytest.mark.parametrize("offset", [more(16), 23, -5, more(40)])
 def test_position_of_the_first_query(offset):
     n, m = 18, 44
     query, key = tensors(n=n, m=m, batch=1)
@@ -194,7 +194,7 @@ def test_bias_softcap_and_scaling(is_causal):
         check(attention_statistics(query, key, mask=mask), dense_attention(query, key, visible, bias=bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, more(torch.float16)])
 def test_half_precisions(dtype):
     query, key = tensors(d=16, dtype=dtype, batch=1)
     check(attention_statistics(query, key, is_causal=True), dense_attention(query, key, causal()))

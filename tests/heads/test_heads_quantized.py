@@ -7,6 +7,7 @@ import torch
 from heads_zoo import build, feed
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
@@ -182,3 +183,16 @@ def test_codes_without_a_way_to_run_them_are_named():
     module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(UnreadLayer, match="quantized weight"):
         projection_of(module, "q")
+
+
+def test_ibert_is_read_while_it_does_not_quantize():
+    fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    plain, quantizing = (
+        AutoModel.from_config(AutoConfig.for_model("ibert", **fields, vocab_size=32, quant_mode=mode))
+        for mode in (False, True)
+    )
+    (head,) = head_projections(plain).values()
+    weight = plain.encoder.layer[0].attention.self.query.weight
+    torch.testing.assert_close(head.query.flatten(0, 1), weight)
+    with pytest.raises(ValueError, match="query_activation"):
+        head_projections(quantizing)

@@ -304,7 +304,7 @@ def test_wrong_places(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "expected weights in" in refusal(capsys, tmp_path / "bare")
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded" / "meta.pt").touch()
-    assert "consolidate" in refusal(capsys, tmp_path / "sharded")
+    assert "expected the index of a checkpoint in shards" in refusal(capsys, tmp_path / "sharded")
 
 
 def shard_of(folder: Path, name: str) -> Path:

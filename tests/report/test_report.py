@@ -81,6 +81,25 @@ def test_the_page_holds_every_part(tmp_path: Path) -> None:
     assert 'class="hint">No' not in text
 
 
+def test_predictions_are_drawn_against_what_was_measured(tmp_path: Path) -> None:
+    record = simulated_record()
+    attention = record.attention
+    assert attention is not None
+    predicted = History(attention.layers, attention.heads)
+    measured = attention.values["entropy_normalized"][-1]
+    predicted.append(attention.steps[-1], {"entropy_normalized": measured.square(), "sink_first": measured})
+    record.histories = {**record.histories, "pred": predicted}
+    text = written(record, tmp_path)
+    page = Page(text)
+    assert page.plots().count("predicted") == 1
+    drawn = {one["name"] for one in page.data()[0]["histories"]["pred"]["statistics"]}
+    assert "entropy_normalized" in drawn
+    error = float((measured - measured.square()).abs().mean())
+    assert f"normalized attention entropy 1.00 and {error:.3g}" in text
+    record.histories = {name: one for name, one in record.histories.items() if name != "attention"}
+    assert "predicted" not in Page(written(record, tmp_path)).plots()
+
+
 def test_nothing_comes_from_outside(tmp_path: Path) -> None:
     text = written(simulated_record(), tmp_path)
     page = Page(text)

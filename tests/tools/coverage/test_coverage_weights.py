@@ -112,6 +112,7 @@ def test_a_norm_between_is_not_taken_for_none() -> None:
     assert not verify_weights(replace(read, qk_norm=False), own).verified
 
 
+@pytest.mark.slow
 def test_the_offset_of_a_layer_norm_is_found() -> None:
     model, events = traced("chameleon")
     read = head_projections(model)
@@ -147,6 +148,7 @@ def test_what_is_received_in_parts_or_multiplied_is_verified_and_can_fail(model_
     assert not verify_weights(WRONG["one weight off by a hundredth"](read), own).verified
 
 
+@pytest.mark.slow
 def test_a_gain_behind_the_rotation_is_part_of_the_reading() -> None:
     read, own = _own("hunyuan_v1_dense")
     norm = own[0].frames[-1].module.query_layernorm
@@ -193,6 +195,7 @@ def test_a_rotation_of_some_heads_is_verified_and_can_fail(wrong: str | None) ->
     assert verify_weights(read, own).verified == (wrong is None)
 
 
+@pytest.mark.slow
 def test_several_gains_behind_the_rotation_are_part_of_the_reading() -> None:
     read, own = _own("timesfm2_5")
     module = own[0].frames[-1].module
