@@ -56,16 +56,13 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
             .contiguous(),
         }
         shard = f"model-{layer:05d}.safetensors"
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        # The norm in front, which is folded in.
+        tensors[f"{name}.input_layernorm.weight"] = torch.ones(shape["width"], dtype=torch.bfloat16)
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, shard))
         index.update({f"{name}.{own}.weight": "model-rest.safetensors" for own in rest})
-        index.update(
-            {
-                f"{name}.{own}.weight": "model-rest.safetensors"
-                for own in ("input_layernorm", "post_attention_layernorm")
-            }
-        )
+        index[f"{name}.post_attention_layernorm.weight"] = "model-rest.safetensors"
     index.update(
         dict.fromkeys(
             ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"), "model-rest.safetensors"

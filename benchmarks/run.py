@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from functions import dense, growth_in_length, moments, rows
 from harness import Result, show, write
+from token_moments import token_moments
 from training import growth_in_layers, self_check, step_time, suite_time
 
 BENCHMARKS = {
@@ -21,6 +22,7 @@ BENCHMARKS = {
     "rows": rows,
     "dense": dense,
     "moments": moments,
+    "token_moments": token_moments,
     "growth_in_length": growth_in_length,
     "growth_in_layers": growth_in_layers,
 }

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.monitors.probes import AttentionProbes
     from lightning_qk.callbacks.monitors.sinks import SinkMonitor
     from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
+    from lightning_qk.callbacks.monitors.tokens import TokenMonitor
     from lightning_qk.data.text import TextDataModule
     from lightning_qk.functional.token_moments import TokenMoments
     from lightning_qk.heads.projections import HeadProjections
@@ -68,6 +69,7 @@ __all__ = [
     "SpectrumScaling",
     "TextDataModule",
     "TokenMoments",
+    "TokenMonitor",
     "TransformerModule",
     "UpdateCap",
     "__version__",
@@ -105,6 +107,7 @@ __getattr__, __dir__ = lazy(
         "callbacks.monitors.probes": ["AttentionProbes"],
         "callbacks.monitors.sinks": ["SinkMonitor"],
         "callbacks.monitors.spectrum": ["QKSpectrumMonitor"],
+        "callbacks.monitors.tokens": ["TokenMonitor"],
         "data.text": ["TextDataModule"],
         "functional.token_moments": ["TokenMoments"],
         "heads.projections": ["HeadProjections"],

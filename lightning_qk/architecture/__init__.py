@@ -9,8 +9,7 @@ from lightning_qk._lazy import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.architecture.labels import layer_labels
-    from lightning_qk.architecture.origin import is_known
-    from lightning_qk.architecture.source_code import calls_sdpa, calls_softmax, uses_interface
+    from lightning_qk.architecture.source_code import calls_sdpa, calls_softmax, is_known, uses_interface
 
 __all__ = [
     "calls_sdpa",
@@ -24,7 +23,6 @@ __getattr__, __dir__ = lazy(
     __name__,
     {
         "labels": ["layer_labels"],
-        "origin": ["is_known"],
-        "source_code": ["calls_sdpa", "calls_softmax", "uses_interface"],
+        "source_code": ["calls_sdpa", "calls_softmax", "is_known", "uses_interface"],
     },
 )

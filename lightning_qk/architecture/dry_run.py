@@ -1,11 +1,8 @@
-"""Run a module's own forward on a copy whose children are replaced, to see what it does with its inputs.
-
-Neither the model nor its hooks nor its children take part: the copy shares the module's attributes and has
-children of its own.
-"""
+"""Run a part of a model alone, on a copy: the model, its hooks and the global generators do not notice."""
 
 import copy
 import inspect
+import itertools
 import random
 import sys
 import weakref
@@ -16,21 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
-    """The module that a plan refers to weakly.
-
-    Raises:
-        RuntimeError: it is gone.
-    """
-    module = reference()
-    if module is None:
-        raise RuntimeError(
-            "expected the modules of the model that was read first, got one that is gone: keep a reference to the "
-            "model, and call refresh() on the reader after replacing modules"
-        )
-    return module
 
 
 class Stop(Exception):
@@ -45,44 +27,25 @@ class Through(nn.Module):
         return x
 
 
-def copy_with(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
-    """A copy of one module that shares its attributes and has other children; its forward is to be called."""
-    made = object.__new__(type(module))
-    # Out of training mode, since dropout would draw from the global generator; dictionaries of its own, since
-    # a forward may set what they hold.
-    made.__dict__.update(
-        {**module.__dict__, "_buffers": dict(module._buffers), "_modules": dict(children), "training": False}
-    )
-    return made
-
-
-def run_copy(
-    module: nn.Module, children: Mapping[str, nn.Module | None], given: Tensor, **known: Any
-) -> None:
-    """Call a module's forward on a copy of it.
+def run_alone(module: nn.Module, stand_ins: Mapping[nn.Module, nn.Module], given: Tensor) -> None:
+    """Run a module's forward on a copy with other children.
 
     Args:
         module: left untouched.
-        children: what stands for each of its children.
-        given: the first argument.
-        known: attributes of the copy (``config``) and arguments by name; other required arguments are None.
+        stand_ins: what replaces its children.
+        given: the first argument; other required ones are None.
 
     Raises:
         Exception: whatever the forward raises, `Stop` included.
     """
-    copy = copy_with(module, children)
-    if "config" in known:
-        copy.__dict__["config"] = known.pop("config")
-    forward = type(module).forward
-    _, *arguments = inspect.signature(forward).parameters.values()
+    _, _, *others = inspect.signature(type(module).forward).parameters.values()
     required = {
-        argument.name: None
-        for argument in arguments[1:]
-        if argument.default is argument.empty
-        and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY)
+        own.name: None
+        for own in others
+        if own.default is own.empty and own.kind in (own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY)
     }
     with torch.no_grad():
-        forward(copy, given, **{**required, **known})
+        shadow(module, stand_ins=stand_ins)(given, **required)
 
 
 def gives_back(module: nn.Module) -> bool:
@@ -134,33 +97,34 @@ def shadow(
         convert: what is put in the place of each parameter and buffer.
         stand_ins: modules that take the places of others.
     """
-    copies: dict[nn.Module, nn.Module] = dict(stand_ins or {})
+    return _copy(module, dict(stand_ins or {}), convert)
 
-    def tensors(owned: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+
+def _copy(
+    original: nn.Module,
+    copies: dict[nn.Module, nn.Module],
+    convert: Callable[[Tensor], Tensor] | None,
+) -> nn.Module:
+    if original in copies:
+        return copies[original]
+    copy = copies[original] = object.__new__(type(original))
+    space = copy.__dict__
+    space.update({name: _own_container(value) for name, value in original.__dict__.items()})
+    for kind in ("_parameters", "_buffers"):
         # Dictionaries of their own, since a forward may set what it holds.
-        if convert is None:
-            return dict(owned)
-        return {name: None if tensor is None else convert(tensor) for name, tensor in owned.items()}
-
-    def copy_of(original: nn.Module) -> nn.Module:
-        if original in copies:
-            return copies[original]
-        copy = copies[original] = object.__new__(type(original))
-        space = copy.__dict__
-        space.update({name: _own_container(value) for name, value in original.__dict__.items()})
-        space["_parameters"] = tensors(original._parameters)
-        space["_buffers"] = tensors(original._buffers)
-        space["_modules"] = {
-            name: None if child is None else copy_of(child) for name, child in original._modules.items()
+        space[kind] = {
+            name: tensor if tensor is None or convert is None else convert(tensor)
+            for name, tensor in getattr(original, kind).items()
         }
-        space["training"] = False
-        forward = _forward(original)
-        # No reference to the copy itself, which would have to wait for the garbage collector.
-        space["_compiled_call_impl"] = _call(weakref.ref(copy), forward, weight_hooks(original))
-        space.pop("forward", None)
-        return copy
-
-    return copy_of(module)
+    space["_modules"] = {
+        name: None if child is None else _copy(child, copies, convert)
+        for name, child in original._modules.items()
+    }
+    space["training"] = False
+    # No reference to the copy itself, which would have to wait for the garbage collector.
+    space["_compiled_call_impl"] = _call(weakref.ref(copy), _forward(original), weight_hooks(original))
+    space.pop("forward", None)
+    return copy
 
 
 def _own_container(value: Any, depth: int = 2) -> Any:
@@ -194,7 +158,8 @@ def _call(
     reference: "weakref.ref[nn.Module]", forward: Callable[..., Any], hooks: list[Callable[..., Any]]
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        copy = alive(reference)
+        copy = reference()
+        assert copy is not None  # it is being called
         make_weights(copy, hooks)
         return forward(copy, *args, **kwargs)
 
@@ -202,12 +167,14 @@ def _call(
 
 
 @contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Whatever a module draws, the global generators of torch, Python and NumPy do not see it."""
+def quietly(module: nn.Module) -> Iterator[None]:
+    """No gradients in this block; what a module draws, generators of torch, Python and NumPy do not notice."""
     numpy: Any = sys.modules.get("numpy")
     state, numpy_state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    devices = sorted({own.device.index or 0 for own in tensors if own.device.type == "cuda"})
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(state)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.monitors.probes import AttentionProbes
     from lightning_qk.callbacks.monitors.sinks import SinkMonitor
     from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
+    from lightning_qk.callbacks.monitors.tokens import TokenMonitor
 
 __all__ = [
     "AttentionMonitor",
@@ -43,6 +44,7 @@ __all__ = [
     "SinkMonitor",
     "SoftCap",
     "SpectrumScaling",
+    "TokenMonitor",
     "UpdateCap",
 ]
 
@@ -66,5 +68,6 @@ __getattr__, __dir__ = lazy(
         "monitors.probes": ["AttentionProbes"],
         "monitors.sinks": ["SinkMonitor"],
         "monitors.spectrum": ["QKSpectrumMonitor"],
+        "monitors.tokens": ["TokenMonitor"],
     },
 )

@@ -67,13 +67,30 @@ class CapturedCall(ABC):
         call.self_attention, call.heads = self_attention, heads
         return call
 
+    def _informed(self, self_attention: bool | None, heads: int | None) -> "CapturedCall":
+        if self_attention is None and heads is None:
+            return self
+        return self.known(
+            self_attention=self.self_attention if self_attention is None else self_attention,
+            heads=self.heads if heads is None else heads,
+        )
+
     @property
     @abstractmethod
     def scaling(self) -> float | None:
         """The factor on the products; None where it is not certain."""
 
     @abstractmethod
-    def _logits(self, self_attention: bool | None, heads: int | None) -> AttentionLogits: ...
+    def _logits(self) -> AttentionLogits: ...
+
+    @abstractmethod
+    def _products(self, position: str | None) -> AttentionLogits: ...
+
+    def _output(self) -> AttentionOutput:
+        raise UnsupportedCallError(
+            "it takes its softmax in its own forward, where logits are seen but not queries, keys and values: "
+            "AttentionMonitor measures what follows from logits alone"
+        )
 
     def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> AttentionLogits:
         """The logits of the call, without gradients.
@@ -86,17 +103,12 @@ class CapturedCall(ABC):
         Raises:
             UnsupportedCallError: the softmax of the call cannot be reconstructed.
         """
-        own = self.self_attention if self_attention is None else self_attention
-        return self._logits(own, self.heads if heads is None else heads)
+        return self._informed(self_attention, heads)._logits()
 
     def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
         """The logits and values of the call's output, without gradients; arguments as for :meth:`logits`."""
-        raise UnsupportedCallError(
-            "it takes its softmax in its own forward, where logits are seen but not queries, keys and values: "
-            "AttentionMonitor measures what follows from logits alone"
-        )
+        return self._informed(self_attention, None)._output()
 
-    @abstractmethod
     def products(
         self,
         *,
@@ -115,6 +127,7 @@ class CapturedCall(ABC):
         Raises:
             UnsupportedCallError: the products of the call cannot be reconstructed.
         """
+        return self._informed(self_attention, heads)._products(position)
 
 
 class FunctionCall(CapturedCall):
@@ -140,13 +153,14 @@ class FunctionCall(CapturedCall):
         given = self._call.options.get("scaling")
         return self.d_head**-0.5 if given is None else given
 
-    def _logits(self, self_attention: bool | None, heads: int | None) -> ProductLogits:
-        return attention_logits(self._call, self_attention=self_attention)[0].detach()
+    def _logits(self) -> ProductLogits:
+        return attention_logits(self._call, self_attention=self.self_attention)[0].detach()
 
-    def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
-        """The logits and values of the call's output, without gradients."""
-        own = self.self_attention if self_attention is None else self_attention
-        logits, value = attention_logits(self._call, self_attention=own)
+    def _products(self, position: str | None) -> AttentionLogits:
+        return self._logits().products()
+
+    def _output(self) -> AttentionOutput:
+        logits, value = attention_logits(self._call, self_attention=self.self_attention)
         m = logits.shape[3]
         if not isinstance(value, Tensor) or value.dim() != 4 or value.shape[2] != m:
             form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -155,17 +169,6 @@ class FunctionCall(CapturedCall):
                 "made again from what its attention function received"
             )
         return AttentionOutput(logits.detach(), value.detach())
-
-    def products(
-        self,
-        *,
-        self_attention: bool | None = None,
-        heads: int | None = None,
-        position: str | None = None,
-    ) -> AttentionLogits:
-        """``scaling q·k`` of the visible pairs, without what is added to it."""
-        own = self.self_attention if self_attention is None else self_attention
-        return self._logits(own, heads).products()
 
 
 Arguments = tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]]
@@ -223,32 +226,25 @@ class SoftmaxCall(CapturedCall):
             return None
         return _fitted_scaling(self.tensor[..., : self.lengths[1]], self.operands)
 
-    def _logits(self, self_attention: bool | None, heads: int | None) -> AttentionLogits:
-        logits, sinks = self.by_head(heads), None
+    def _logits(self) -> AttentionLogits:
+        logits, sinks = self.by_head(self.heads), None
         if self._sinks:
             logits, sinks = logits[..., : -self._sinks], logits[..., -1]
         return AttentionLogits.given(
             logits,
-            query_offset=_query_offset(logits, self_attention),
-            self_attention=self_attention,
+            query_offset=_query_offset(logits, self.self_attention),
+            self_attention=self.self_attention,
             relative=self.relative,
             sinks=sinks,
         )
 
-    def products(
-        self,
-        *,
-        self_attention: bool | None = None,
-        heads: int | None = None,
-        position: str | None = None,
-    ) -> AttentionLogits:
-        """The logits, where nothing is added to the products."""
+    def _products(self, position: str | None) -> AttentionLogits:
         if self.relative or position not in PRODUCTS:
             raise UnsupportedCallError(
                 "it takes its softmax itself, of logits from which q · k cannot be told; with "
                 'attn_implementation="sdpa" or "eager" they may be, where the model has one'
             )
-        return self.logits(self_attention=self_attention, heads=heads)
+        return self._logits()
 
     def by_head(self, heads: int | None) -> Tensor:
         """The logits as ``(batch, heads, n, m)``: axes before the heads, and windows and blocks, are the batch.

@@ -92,7 +92,7 @@ _WHAT = {
     "fit": "Train a model, validate it on the way, and leave a report.",
     "validate": "Evaluate a model on the validation data of a job.",
     "test": "Evaluate a model on the test data of a job.",
-    "predict": "Run a model over the test data of a job.",
+    "predict": "Run a model over the test data of a job, and write a row for each input into a file.",
 }
 # Name and meaning of the options that are needed most.
 _MODEL = (
@@ -120,7 +120,7 @@ _EXAMPLES = {
     ),
     "validate": ("--config job.yaml --ckpt_path runs/job/last.ckpt",),
     "test": ("--config job.yaml --ckpt_path runs/job/last.ckpt --data.test_files test.tsv",),
-    "predict": ("--config job.yaml --ckpt_path runs/job/last.ckpt",),
+    "predict": ("--config job.yaml --ckpt_path runs/job/last.ckpt --output predictions.csv",),
 }
 
 
@@ -132,6 +132,11 @@ def job_help(command: str, prog: str) -> str:
         (
             "--ckpt_path FILE",
             "checkpoint to go on from" if command == "fit" else "checkpoint with the weights",
+        ),
+        *(
+            [("--output FILE", "predictions.parquet, or another .parquet, .csv or .jsonl file")]
+            if command == "predict"
+            else []
         ),
         ("--seed_everything N", "of weights, batches and dropout"),
         ("--print_config", "print the whole configuration, all defaults in it, and stop"),

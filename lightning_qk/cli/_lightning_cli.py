@@ -9,6 +9,7 @@ from lightning_qk.data.text import TextDataModule
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.module import TransformerModule
 from lightning_qk.module.network import make_config
+from lightning_qk.module.predictions import PredictionFile
 
 
 def _data_seed(seed: bool | int) -> int:
@@ -28,6 +29,19 @@ class _JobCLI(LightningCLI):
         parser.link_arguments("model.task", "data.task")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            _add_output(parser)
+        return parser
+
+    def before_predict(self) -> None:
+        # Logits of all tokens are larger than any memory, and nobody would get them.
+        self.config_init["predict"]["return_predictions"] = False
+        self.trainer.callbacks.append(self._file)  # type: ignore[attr-defined]
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # The command has taken its own options out of sys.argv, which the parent warns about.
         assert isinstance(args, list)
@@ -35,12 +49,26 @@ class _JobCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         # Before a logger has begun a run that would be left behind, empty.
+        if self.subcommand == "predict":
+            try:
+                self._file = PredictionFile(self.config["predict"].output)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
         fields = self.config[self.subcommand].model.model
         if isinstance(fields, dict):
             try:
                 make_config(fields)
             except ValueError as error:
                 raise BadInput(str(error)) from error
+
+
+def _add_output(parser: LightningArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=str,
+        default="predictions.parquet",
+        help="File for the predictions, one row an input, that ends in .parquet, .csv or .jsonl.",
+    )
 
 
 def _parser_options(prog: str) -> dict[str, Any]:
@@ -73,6 +101,8 @@ def _parser(command: str) -> LightningArgumentParser:
     parser.add_lightning_class_args(TransformerModule, "model")
     parser.add_lightning_class_args(TextDataModule, "data")
     parser.add_method_arguments(Trainer, command, skip=set(LightningCLI.subcommands()[command]))
+    if command == "predict":
+        _add_output(parser)
     return parser
 
 

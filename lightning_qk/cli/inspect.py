@@ -111,7 +111,9 @@ def _parser(prog: str) -> OneLineParser:
         "checkpoints, the newest than the oldest",
     )
     flag(shown, "--moments-only", "leave out eigenvalues and singular values, which take the longest")
-    flag(shown, "--fold-norm", "multiply the weights by the gain of the norm that feeds the layer")
+    flag(shown, "--no-fold-norm", "leave the norm that feeds a layer out of its weights")
+    flag(shown, "--fold-norm", argparse.SUPPRESS)  # the default since 0.3; lines that ask for it still run
+    flag(shown, "--summed", "symmetry and directionality of each layer's heads summed, also of wide layers")
     shown.add_argument(
         "--support",
         choices=("model", "head"),
@@ -257,8 +259,9 @@ def _read(checkpoint: "Checkpoint", options: argparse.Namespace, progress: Any, 
     reading, model, weights = read_checkpoint(
         checkpoint,
         support=options.support,
-        fold_norm=options.fold_norm,
+        fold_norm=not options.no_fold_norm,
         eigenvalues=not options.moments_only,
+        summed=options.summed,
         trust=options.trust,
         progress=lambda count, total: progress.update(task, completed=count, total=total),
     )

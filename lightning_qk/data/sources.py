@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_qk.data.checks import check_classes, check_fields, hint_of_header, rows_named
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -124,6 +126,8 @@ def read_files(paths: Sequence[Path], cache_dir: Path, *, encoding: str = "utf-8
     for path in paths:
         if builder != "parquet":
             _check_encoding(path, "utf-8" if builder == "json" else encoding)
+        if builder == "csv":
+            check_fields(path, encoding=encoding)
     try:
         return load_dataset(
             builder, data_files={"train": [str(path) for path in paths]}, cache_dir=str(cache_dir), **options
@@ -198,7 +202,7 @@ def require_column(rows: "Dataset", column: str, option: str, where: str) -> Non
     if column not in rows.column_names:
         raise ValueError(
             f"expected a column {column!r} in {where}, got the columns "
-            f"{', '.join(map(repr, rows.column_names))}: pass {option}="
+            f"{', '.join(map(repr, rows.column_names))}: {hint_of_header(rows.column_names)}pass {option}="
         )
     dtype = getattr(rows.features[column], "dtype", "a nested type")
     if option == "text_column" and dtype not in ("string", "large_string"):
@@ -245,6 +249,7 @@ def label_names(rows: "Dataset", column: str, where: str) -> list[str]:
             f"expected strings or integers as labels in the column {column!r} of {where}, got {found}: "
             "convert them, or pass label_column="
         )
+    check_classes(rows[column][:], column, where)
     if len(values) < 2:
         raise ValueError(
             f"expected at least two classes in the column {column!r} of {where}, got "
@@ -288,14 +293,16 @@ def encode_labels(
             if not isinstance(text, str):
                 raise ValueError(
                     f"expected text in the column {text_column!r} of {where(split)}, got {text!r} in row "
-                    f"{index}: mend the row, or pass text_column="
+                    f"{index + 1}: mend the row, or pass text_column="
                 )
         keys = labels if declared else [str(label) for label in labels]
         unknown = sorted({str(key) for key in keys if not declared and key not in numbers})
         if unknown:
+            places = rows_named([place for place, key in enumerate(keys) if key not in numbers])
             raise ValueError(
                 f"expected one of the training labels {', '.join(map(repr, names))} in {where(split)}, got "
-                f"{', '.join(map(repr, unknown))}: add such rows to the training data or take these out"
+                f"{', '.join(map(repr, unknown))} in {places}: add such rows to the training data or take "
+                "these out"
             )
         encoded[split] = Dataset.from_dict(
             {text_column: texts, column: keys if declared else [numbers[key] for key in keys]}

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_qk.data.checks import complete_rows, describe_overlap, describe_split
 from lightning_qk.data.collate import block_dataset, pack, token_stream
 from lightning_qk.data.sources import (
     check_files,
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache's key: raise it when the same arguments give other data.
-_FORMAT = 1
+_FORMAT = 2
 _TEST_FRACTION = 0.1
+_LONG = 80
+"""Characters of a document above which an equal one is no chance."""
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -72,6 +75,8 @@ class TextDataModule(pl.LightningDataModule):
         seed: of the order of rows in training, the split and the masks in evaluation.
         max_files: with ``"stdlib"``, how many files at most.
         max_characters: with ``"stdlib"``, how many characters at most.
+        drop_incomplete: leave out rows without a text or a label, for classification, and say how many; they
+            are refused otherwise. For language modelling rows without text are left out always.
         cache_dir: where results are kept; None is ``lightning_qk`` in the cache of ``datasets``.
 
     Raises:
@@ -101,6 +106,7 @@ class TextDataModule(pl.LightningDataModule):
         seed: int = 0,
         max_files: int | None = None,
         max_characters: int | None = None,
+        drop_incomplete: bool = False,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -141,6 +147,7 @@ class TextDataModule(pl.LightningDataModule):
         self.seed = seed
         self.max_files = max_files
         self.max_characters = max_characters
+        self.drop_incomplete = drop_incomplete
         self.cache_dir = cache_dir
         self.label_names: list[str] | None = None
         self._tokenizer_name = tokenizer
@@ -202,6 +209,8 @@ class TextDataModule(pl.LightningDataModule):
         if self._tokenizer_name == "words":
             self._tokenizer = AutoTokenizer.from_pretrained(entry / "tokenizer")
         self.label_names = info["label_names"]
+        for line in info["summary"]:
+            rank_zero_info(f"lightning-qk: {line}")
         self._splits = {name: load_from_disk(str(entry / name)) for name in info["splits"]}
 
     def train_dataloader(self) -> DataLoader:
@@ -297,6 +306,7 @@ class TextDataModule(pl.LightningDataModule):
             "encoding": self.encoding,
             "length": self.max_length if self.task == "sequence_classification" else self.block_size,
             "split": [self.val_fraction, self.seed],
+            "drop_incomplete": self.drop_incomplete,
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         entry = root / digest
@@ -344,9 +354,16 @@ class TextDataModule(pl.LightningDataModule):
         for name, split in rows.items():
             require_column(split, self.text_column, "text_column", self._place(name))
         names: list[str] | None = None
+        summary = []
         if self.task == "sequence_classification":
             for name, split in rows.items():
-                require_column(split, self.label_column, "label_column", self._place(name))
+                place = self._place(name)
+                require_column(split, self.label_column, "label_column", place)
+                rows[name], dropped = complete_rows(
+                    split, self.text_column, self.label_column, place, self.drop_incomplete
+                )
+                if dropped:
+                    summary.append(f"{name}: {dropped} rows without a text or a label are left out")
             names = label_names(rows["train"], self.label_column, self._place("train"))
             rows = encode_labels(rows, self.label_column, names, self.text_column, self._place)
         for name, split in rows.items():
@@ -365,11 +382,44 @@ class TextDataModule(pl.LightningDataModule):
             else:
                 tokenized = self._tokenize_blocks(split, folder / f"{name}.tokens", name)
             tokenized.save_to_disk(str(folder / name))
+            summary += self._summary(name, rows, tokenized, names)
         for leftover in folder.glob("*.tokens"):
             leftover.unlink()
         shutil.rmtree(folder / "arrow", ignore_errors=True)
-        info = {"label_names": names, "splits": list(rows)}
+        info = {"label_names": names, "splits": list(rows), "summary": summary}
         (folder / "info.json").write_text(json.dumps(info), encoding="utf-8")
+
+    def _summary(
+        self, name: str, rows: "dict[str, Dataset]", tokenized: "Dataset", names: list[str] | None
+    ) -> list[str]:
+        """What to say of a split at the start of a run."""
+        split = rows[name]
+        if names is None:
+            texts = [
+                text
+                for text in _texts(split.select(range(min(len(split), 100))), self.text_column)
+                if text.strip()
+            ]
+            lengths = [self.block_size] * len(tokenized)
+            lines = [describe_split(name, texts, lengths)]
+        else:
+            lengths = [len(ids) for ids in tokenized["input_ids"][:]]
+            lines = [
+                describe_split(
+                    name,
+                    split[self.text_column][:1],
+                    lengths,
+                    most=self.max_length,
+                    labels=split[self.label_column][:],
+                    names=names,
+                )
+            ]
+        if name != "train":
+            train = _texts(rows["train"], self.text_column)
+            least = _LONG if names is None else 1
+            overlap = describe_overlap(name, _texts(split, self.text_column), train, least=least)
+            lines += [overlap] if overlap else []
+        return lines
 
     def _place(self, split: str) -> str:
         return ", ".join(self.files.get(split) or self.sources)

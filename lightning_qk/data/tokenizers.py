@@ -1,5 +1,6 @@
 """Tokenizers: two that are made here, and any from a folder or the hub."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -94,7 +95,7 @@ def load_tokenizer(name: str, role: str = "tokenizer") -> "PreTrainedTokenizerBa
     """Load a tokenizer.
 
     Args:
-        name: ``"bytes"``, a folder, or a name on the Hugging Face hub.
+        name: ``"bytes"``, a folder, a GGUF file, or a name on the Hugging Face hub.
         role: what the user gave the name for, for the message.
 
     Raises:
@@ -105,7 +106,11 @@ def load_tokenizer(name: str, role: str = "tokenizer") -> "PreTrainedTokenizerBa
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        folder, file = os.path.split(name)
+        if file.endswith(".gguf") and os.path.isfile(name):
+            tokenizer = AutoTokenizer.from_pretrained(folder or ".", gguf_file=file)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing files, network, broken JSON: all end in this one line
         lines = str(error).strip().splitlines()
         raise ValueError(

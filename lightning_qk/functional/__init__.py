@@ -20,7 +20,13 @@ from lightning_qk.functional.propagation import (
 )
 from lightning_qk.functional.ranks import kendall_tau
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.functional.singular import effective_rank, energy_concentration, entropy_floor, update_ratio
+from lightning_qk.functional.singular import (
+    effective_rank,
+    energy_concentration,
+    entropy_floor,
+    stable_rank,
+    update_ratio,
+)
 from lightning_qk.functional.sinks import sink_statistics
 from lightning_qk.functional.spectrum import (
     circle_law_radius,
@@ -30,6 +36,7 @@ from lightning_qk.functional.spectrum import (
     qk_singular_values,
 )
 from lightning_qk.functional.token_moments import TokenMoments
+from lightning_qk.functional.updates import update_spectra
 
 __all__ = [
     "AttentionLogits",
@@ -59,7 +66,9 @@ __all__ = [
     "qk_singular_values",
     "signal_propagation_probability",
     "sink_statistics",
+    "stable_rank",
     "uniform_prior",
     "update_ratio",
+    "update_spectra",
     "window_prior",
 ]

@@ -16,8 +16,9 @@ from torch import Tensor
 from lightning_qk.functional._kernel import Collected, kernel_rows
 from lightning_qk.functional._row_statistics import EXTREMES, ROW_STATISTICS, collect_rows
 from lightning_qk.functional._rows import Selection, eligible_keys, key_norm_sums, probabilities, query_norms
+from lightning_qk.functional.arguments import as_logits
 from lightning_qk.functional.checks import boolean, dense
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_logits
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:

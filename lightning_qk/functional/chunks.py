@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,33 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
         return tensor[:, :, index]
     batch = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
     return tensor[batch, :, index].transpose(1, 2)
+
+
+def evaluate_mask(
+    mask: MaskFunction, sizes: Sequence[int], index: slice | Tensor, keys: slice, device: torch.device
+) -> Tensor:
+    """A mask function on some rows and keys, ``(batch|1, heads|1, rows, keys)``; ``sizes`` are batch and heads."""
+    batch, heads = sizes
+    if isinstance(index, slice):
+        index = torch.arange(index.start, index.stop, device=device)[None]
+    rows, width = index.shape[-1], keys.stop - keys.start
+    visible = mask(
+        torch.arange(batch, device=device)[:, None, None, None],
+        torch.arange(heads, device=device)[:, None, None],
+        index[:, None, :, None],
+        torch.arange(keys.start, keys.stop, device=device),
+    )
+    shape = tuple(visible.shape) if isinstance(visible, Tensor) else None
+    padded = (1,) * (4 - len(shape or ())) + (shape or ())
+    fits = all(n in (1, full) for n, full in zip(padded, (batch, heads, rows, width), strict=False))
+    if shape is None or visible.dtype != torch.bool or len(padded) != 4 or not fits:
+        got = type(visible).__name__ if shape is None else f"{visible.dtype} of shape {shape}"
+        raise ValueError(
+            "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, "
+            f"rows, keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors "
+            "together, as in document[batch, query]"
+        )
+    return visible.reshape(padded).expand(-1, -1, rows, width)
 
 
 def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._streamed import RowGradient, RowMeasure, Softmax, row_values
+from lightning_qk.functional.arguments import as_products
 from lightning_qk.functional.checks import KindError, boolean, dense, floating, integer, one_device
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_products
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:

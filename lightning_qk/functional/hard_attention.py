@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._streamed import RowGradient, RowSums, softmax_rows
+from lightning_qk.functional.arguments import as_output
 from lightning_qk.functional.checks import boolean
-from lightning_qk.functional.logits import (
-    AttentionLogits,
-    AttentionOptions,
-    ProductLogits,
-    as_output,
-)
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.functional.precision import at_least_float32, full_precision
 
 if TYPE_CHECKING:

@@ -10,26 +10,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.checks import (
-    KindError,
-    floating,
-    one_device,
-)
+from lightning_qk.functional._range import RANGE, fits_range, largest_modulus, longest
 from lightning_qk.functional.chunks import (
     MASKED_BELOW,
     Chunk,
     MaskFunction,
     checked_logits,
     checked_products,
+    evaluate_mask,
     take_rows,
 )
-from lightning_qk.functional.precision import at_least_float32, norms
+from lightning_qk.functional.precision import at_least_float32
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-# Logits whose squares, and sums of them, have all their digits.
-_RANGE = {torch.float32: (1e-15, 1e18), torch.float64: (1e-140, 1e140)}
 # Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
 CHUNK_ELEMENTS = 1 << 21
 
@@ -262,67 +257,6 @@ class AttentionLogits(ABC):
         return dataclasses.replace(self, **fields)  # type: ignore[type-var]
 
 
-def as_logits(
-    query: Tensor | AttentionLogits, key: Tensor | None, options: AttentionOptions
-) -> AttentionLogits:
-    """The call given to a function of attention, as one object or as its parts.
-
-    Raises:
-        KindError: neither of the two, or both.
-        ValueError: shapes that do not fit, or a mask of another form.
-    """
-    known = AttentionOptions.__annotations__
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise KindError(
-            f"expected options among {', '.join(known)}, got {unknown[0]!r}: see AttentionOptions"
-        )
-    if not isinstance(query, AttentionLogits):
-        return ProductLogits(**checked_products(query, key, **options))  # type: ignore[arg-type]
-    if key is not None or options:
-        named = ", ".join((["key"] if key is not None else []) + sorted(options))
-        raise KindError(
-            f"expected an AttentionLogits by itself, got {named} beside it: pass them to AttentionLogits.of"
-        )
-    return query
-
-
-def as_products(
-    query: Tensor | AttentionLogits, key: Tensor | None, options: AttentionOptions
-) -> ProductLogits:
-    """As :func:`as_logits`, for functions that need queries and keys.
-
-    Raises:
-        KindError: also logits without them.
-    """
-    logits = as_logits(query, key, options)
-    if not isinstance(logits, ProductLogits):
-        raise KindError(
-            "expected an attention call with queries and keys, got logits alone: pass what "
-            "AttentionLogits.of(query, key) returns"
-        )
-    return logits
-
-
-def as_output(
-    query: Tensor | AttentionLogits, key: Tensor | None, value: Tensor | None, options: AttentionOptions
-) -> tuple[ProductLogits, Tensor]:
-    """As :func:`as_products`, with the values of the output.
-
-    Raises:
-        ValueError: also no values ``(batch, kv_heads, m, d_value)``.
-    """
-    logits = as_products(query, key, options)
-    value = floating(value, "value")
-    one_device(query=logits.query, value=value)
-    if value.dim() != 4 or value.shape[:3] != logits.key.shape[:3]:
-        raise ValueError(
-            f"expected a value (batch, kv_heads, m, d_value) = {(*logits.key.shape[:3], 'd_value')}, got "
-            f"{tuple(value.shape)}: pass it as the attention function gets it"
-        )
-    return logits, value
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ProductLogits(AttentionLogits):
     """The call of an attention function, made by :meth:`AttentionLogits.of`; fields are as checked there."""
@@ -485,34 +419,18 @@ class ProductLogits(AttentionLogits):
     def in_range(self) -> ProductLogits:
         """The same call in a precision whose range its logits do not leave, with a key for chunks."""
         source = self.wide()
-        if source.key.numel() == 0 or source.query.numel() == 0 or source.key.dtype not in _RANGE:
+        if source.key.numel() == 0 or source.query.numel() == 0 or source.key.dtype not in RANGE:
             return source
-        size = source._size()
-        fits = _fits(size, source.key.dtype)
+        size = _size(source)
+        fits = fits_range(size, source.key.dtype)
         if source.device.type == "cpu":
             if bool(fits.all()):
                 return source
             source = source.replace(key=source.key.double())
-            fits = _fits(size, torch.float64)
+            fits = fits_range(size, torch.float64)
             if bool(fits.all()):
                 return source
         return source.replace(query=torch.where(fits, source.query, torch.nan))
-
-    def _size(self) -> Tensor:
-        """No logit of a sequence and head has a larger modulus, ``(batch|1, heads, 1, 1)``; float64 on the CPU."""
-        wide = torch.float64 if self.device.type == "cpu" else self.key.dtype
-        of_query, of_key = (_longest(part, wide) for part in (self.query, self.key))
-        size = of_query * of_key.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
-        size = (size * abs(self.scaling))[..., None, None]
-        if self.softcap is not None:
-            size = size.clamp_max(abs(self.softcap))
-        for added in (self.bias, self.mask):
-            if isinstance(added, Tensor) and added.is_floating_point() and added.numel():
-                # A broadcast tensor is read once.
-                own = added[tuple(slice(1) if step == 0 else slice(None) for step in added.stride())]
-                largest = own.amax((2, 3), keepdim=True) if added is self.mask else _modulus(own)
-                size = size + largest.to(wide).clamp_min(0)
-        return size
 
     def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
         """Logits of some query rows, and which keys they see; the key is as :meth:`wide` makes it."""
@@ -553,7 +471,7 @@ class ProductLogits(AttentionLogits):
             mask = take_rows(self.mask, index)[..., keys]
             visible = mask if mask.dtype == torch.bool else mask > MASKED_BELOW
         elif self.mask is not None:
-            visible = self._evaluate(self.mask, index, keys)
+            visible = evaluate_mask(self.mask, self.query.shape[:2], index, keys, self.query.device)
         if self.is_causal or self.sliding_window is not None:
             places = torch.arange(keys.start, keys.stop, device=position.device)
             ahead = places - position[:, None, :, None]
@@ -563,31 +481,6 @@ class ProductLogits(AttentionLogits):
                 near = ahead.abs() < self.sliding_window
                 visible = near if visible is None else visible & near
         return visible
-
-    def _evaluate(self, mask: MaskFunction, index: slice | Tensor, keys: slice) -> Tensor:
-        """A mask function on some rows and keys, ``(batch|1, heads|1, rows, keys)``."""
-        device = self.query.device
-        batch, heads = self.query.shape[:2]
-        if isinstance(index, slice):
-            index = torch.arange(index.start, index.stop, device=device)[None]
-        rows, width = index.shape[-1], keys.stop - keys.start
-        visible = mask(
-            torch.arange(batch, device=device)[:, None, None, None],
-            torch.arange(heads, device=device)[:, None, None],
-            index[:, None, :, None],
-            torch.arange(keys.start, keys.stop, device=device),
-        )
-        shape = tuple(visible.shape) if isinstance(visible, Tensor) else None
-        padded = (1,) * (4 - len(shape or ())) + (shape or ())
-        fits = all(n in (1, full) for n, full in zip(padded, (batch, heads, rows, width), strict=False))
-        if shape is None or visible.dtype != torch.bool or len(padded) != 4 or not fits:
-            got = type(visible).__name__ if shape is None else f"{visible.dtype} of shape {shape}"
-            raise ValueError(
-                "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, "
-                f"rows, keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors "
-                "together, as in document[batch, query]"
-            )
-        return visible.reshape(padded).expand(-1, -1, rows, width)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -624,7 +517,7 @@ class GivenLogits(AttentionLogits):
         if self.largest is None or self.dtype == torch.float64:
             return self
         # What is far below is hidden, and relative logits are 0 at most.
-        fits = _fits(self.largest.float().clamp_min(0), torch.float32)
+        fits = fits_range(self.largest.float().clamp_min(0), torch.float32)
         if self.device.type == "cpu":
             return self if bool(fits.all()) else self.replace(wide=True)
         return self.replace(fits=fits)
@@ -681,29 +574,24 @@ class GivenLogits(AttentionLogits):
         return Chunk(x, (~hidden).to(x.dtype), 0, self.positions(index), sinks)
 
 
-def _longest(vectors: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest Euclidean norm of each sequence and head, ``(batch, heads)``."""
-    return norms(vectors, dtype).amax(-1)
-
-
-def _modulus(tensor: Tensor) -> Tensor:
-    low, high = tensor.amin((2, 3), keepdim=True), tensor.amax((2, 3), keepdim=True)
-    return torch.maximum(high, -low)
-
-
-def _fits(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which sizes of logits have squares within the range of a dtype, or are 0."""
-    low, high = _RANGE[dtype]
-    # What is not a number says so by itself.
-    return (
-        (size == 0)
-        | ((size >= low) & (size <= high))
-        | size.isnan()
-        | (size.isinf() & (size.device.type == "cpu"))
-    )
-
-
 def _renumbered(mask: MaskFunction, sequences: Tensor | None = None, start: int = 0) -> MaskFunction:
     return lambda sequence, head, query, key: mask(
         sequence if sequences is None else sequences[sequence], head, query + start, key + start
     )
+
+
+def _size(call: ProductLogits) -> Tensor:
+    """No logit of a sequence and head has a larger modulus, ``(batch|1, heads, 1, 1)``; float64 on the CPU."""
+    wide = torch.float64 if call.device.type == "cpu" else call.key.dtype
+    of_query, of_key = (longest(part, wide) for part in (call.query, call.key))
+    size = of_query * of_key.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
+    size = (size * abs(call.scaling))[..., None, None]
+    if call.softcap is not None:
+        size = size.clamp_max(abs(call.softcap))
+    for added in (call.bias, call.mask):
+        if isinstance(added, Tensor) and added.is_floating_point() and added.numel():
+            # A broadcast tensor is read once.
+            own = added[tuple(slice(1) if step == 0 else slice(None) for step in added.stride())]
+            largest = own.amax((2, 3), keepdim=True) if added is call.mask else largest_modulus(own)
+            size = size + largest.to(wide).clamp_min(0)
+    return size

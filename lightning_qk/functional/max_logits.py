@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_qk.functional.arguments import as_logits
 from lightning_qk.functional.checks import number
 from lightning_qk.functional.chunks import MaskFunction
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_logits
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_qk.functional.arguments import as_logits
 from lightning_qk.functional.checks import boolean
 from lightning_qk.functional.chunks import Chunk
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions
 from lightning_qk.functional.precision import full_precision
 
 if TYPE_CHECKING:

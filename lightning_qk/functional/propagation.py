@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._rows import Selection
+from lightning_qk.functional.arguments import as_logits
 from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.checks import floating, integer, number, one_device
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions
 from lightning_qk.functional.precision import at_least_float32, full_precision
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-r"""What singular values say: effective rank, concentration of energy, entropy floor, size of an update.
+r"""What singular values say: effective and stable rank, concentration of energy, entropy floor, size of an update.
 
 Those of a head's bilinear form come from :func:`~lightning_qk.functional.qk_singular_values`; nothing here forms a
 ``d_model × d_model`` matrix.
@@ -39,6 +39,29 @@ def effective_rank(singular_values: Tensor) -> Tensor:
     # Relative to the largest, so that the sum of huge values stays in range.
     values = values / values.amax(-1, keepdim=True)
     rank = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
+    return torch.where((values < 0).any(-1), torch.nan, rank)
+
+
+def stable_rank(singular_values: Tensor) -> Tensor:
+    r"""Stable rank: ``Σ σ_i² / σ₁²``, the squared Frobenius norm over the squared spectral norm.
+
+    As MSign has it (arXiv 2602.01734 [S]). 1 for one direction, ``r`` for ``r`` equal ones, whatever the scale.
+
+    Args:
+        singular_values: shape ``(..., r)``, not negative, in any order; zeros change nothing.
+
+    Returns:
+        Shape ``(...)``. NaN where all are zero, or one is negative or not finite.
+
+    Example:
+        >>> stable_rank(torch.tensor([2.0, 2.0, 1.0, 0.0]))
+        tensor(2.2500)
+    """
+    values = at_least_float32(_values(singular_values))
+    if values.shape[-1] == 0:
+        return values.new_full(values.shape[:-1], torch.nan)
+    # Relative to the largest, so that squares stay in range.
+    rank = (values / values.amax(-1, keepdim=True)).square().sum(-1)
     return torch.where((values < 0).any(-1), torch.nan, rank)
 
 
@@ -209,12 +232,7 @@ def update_core(query: Tensor, key: Tensor, query_before: Tensor, key_before: Te
 
     To be given to :func:`~lightning_qk.functional.spectrum.core_singular_values`.
     """
-    if query.shape != query_before.shape or key.shape != key_before.shape:
-        raise ValueError(
-            f"expected weights of one shape before and after, got query {tuple(query_before.shape)} then "
-            f"{tuple(query.shape)} and key {tuple(key_before.shape)} then {tuple(key.shape)}: pass the same "
-            "layer twice"
-        )
+    check_same_layer(query, key, query_before, key_before)
     with full_precision(query.device):
         # Raised before subtracting: the difference of two half-precision weights is no half-precision number.
         query, key, query_before, key_before = (
@@ -223,6 +241,16 @@ def update_core(query: Tensor, key: Tensor, query_before: Tensor, key_before: Te
         left = torch.cat([query - query_before, query_before], dim=-2)
         right = torch.cat([key, key - key_before], dim=-2)
         return qk_singular_core(left, right)
+
+
+def check_same_layer(query: Tensor, key: Tensor, query_before: Tensor, key_before: Tensor) -> None:
+    """Raise ValueError where weights have other shapes after than before."""
+    if query.shape != query_before.shape or key.shape != key_before.shape:
+        raise ValueError(
+            f"expected weights of one shape before and after, got query {tuple(query_before.shape)} then "
+            f"{tuple(query.shape)} and key {tuple(key_before.shape)} then {tuple(key.shape)}: pass the same "
+            "layer twice"
+        )
 
 
 def _largest_singular(weight: Tensor) -> Tensor:

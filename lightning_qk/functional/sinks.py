@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional._rows import Selection, eligible_keys, probabilities
+from lightning_qk.functional.arguments import as_logits
 from lightning_qk.functional.attention import MeanSums
 from lightning_qk.functional.checks import boolean, floating, number, one_device
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, as_logits
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions
 from lightning_qk.functional.precision import at_least_float32, full_precision, norms
 
 if TYPE_CHECKING:

@@ -9,7 +9,9 @@ needs no weights and no ``d_model × d_model`` matrix. Derived.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ from lightning_qk.functional.precision import full_precision
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.functional.spectrum import Products, core_eigenvalues
 
-_EXACT = 512
-_SLOTS_PER_OCTAVE = 64
+_SLOTS_PER_OCTAVE = 4
 _APART = 0.25
+# Tokens that the mean of a class counts for beside those of a slot.
+_SHRINKAGE = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +37,9 @@ class SideMoments:
         scatter: sum of ``(v - mean)(v - mean)^T`` over them, ``(heads, d_head, d_head)``.
         first_count: first tokens, a scalar.
         first_mean: of them, ``(heads, d_head)``.
-        slot_count: tokens besides the first ones in each slot of positions, ``(slots,)``: see :func:`slots`.
-        slot_sum: sum over them, ``(slots, heads, d_head)``.
+        slot_count: tokens besides the first ones in each slot of positions (see :func:`slots`), ``(2, slots)``:
+            regular ones, and those that are like first ones.
+        slot_sum: sum over them, ``(2, slots, heads, d_head)``.
     """
 
     count: Tensor
@@ -48,28 +52,31 @@ class SideMoments:
 
     @staticmethod
     def of(
-        vectors: Tensor, valid: Tensor, *, first_apart: bool = True, place: Tensor | None = None
+        vectors: Tensor, valid: Tensor, *, first_apart: bool = True, like_first: Tensor | None = None
     ) -> SideMoments:
         """Moments of the vectors ``(batch, heads, n, d_head)`` of the tokens that are valid, ``(batch, n)``.
 
-        ``place`` is their positions; None: counted from the first valid one.
+        ``like_first``: further tokens that are like first ones, ``(batch, n)``.
         """
         first, rest, position = _places(valid, first_apart)
-        position = position if place is None else place
-        place = slots(position)
         number = int(slots(torch.tensor(vectors.shape[2]))) + 1
+        place = slots(position)
+        if like_first is not None:
+            place = place + number * like_first
         wide = vectors.double()
-        count = rest.sum().double()
         by_token = wide.permute(0, 2, 1, 3)
-        slot_sum = wide.new_zeros(number, *vectors.shape[1::2])
+        slot_sum = wide.new_zeros(2 * number, *vectors.shape[1::2])
         slot_sum.index_add_(0, place[rest], by_token[rest])
-        slot_count = wide.new_zeros(number).index_add_(0, place[rest], wide.new_ones(int(rest.sum())))
+        slot_count = wide.new_zeros(2 * number)
+        slot_count.index_add_(0, place[rest], wide.new_ones(int(rest.sum())))
+        count = slot_count.sum()
         mean = slot_sum.sum(0) / count.clamp_min(1)
         centred = _centred(vectors, mean, rest)
         scatter = (centred.mT @ centred).double()
         first_count = first.sum().double()
         first_mean = by_token[first].sum(0) / first_count.clamp_min(1)
-        return SideMoments(count, mean, scatter, first_count, first_mean, slot_count, slot_sum)
+        by_class = slot_count.unflatten(0, (2, number)), slot_sum.unflatten(0, (2, number))
+        return SideMoments(count, mean, scatter, first_count, first_mean, *by_class)
 
     def merge(self, other: SideMoments) -> SideMoments:
         """Moments of both sets of tokens (Chan's formula)."""
@@ -78,7 +85,7 @@ class SideMoments:
         share = other.count / count.clamp_min(1)
         scatter = self.scatter + other.scatter + self.count * share * step[..., :, None] * step[..., None, :]
         first_share = other.first_count / first_count.clamp_min(1)
-        number = max(len(self.slot_count), len(other.slot_count))
+        number = max(self.slot_count.shape[1], other.slot_count.shape[1])
         return SideMoments(
             count,
             self.mean + share * step,
@@ -87,22 +94,6 @@ class SideMoments:
             self.first_mean + first_share * (other.first_mean - self.first_mean),
             _longer(self.slot_count, number) + _longer(other.slot_count, number),
             _longer(self.slot_sum, number) + _longer(other.slot_sum, number),
-        )
-
-    def without(self, other: SideMoments) -> SideMoments:
-        """Moments of the tokens that are not among ``other``'s, which are a part of these; first tokens stay."""
-        count = self.count - other.count
-        mean = (self.count * self.mean - other.count * other.mean) / count.clamp_min(1)
-        step = other.mean - mean
-        weight = count * other.count / self.count.clamp_min(1)
-        number = len(self.slot_count)
-        return dataclasses.replace(
-            self,
-            count=count,
-            mean=mean,
-            scatter=self.scatter - other.scatter - weight * step[..., :, None] * step[..., None, :],
-            slot_count=self.slot_count - _longer(other.slot_count, number),
-            slot_sum=self.slot_sum - _longer(other.slot_sum, number),
         )
 
     @property
@@ -116,17 +107,18 @@ class TokenMoments:
     """Joint mean and covariance of a layer's queries and keys before rotation, ``d_head`` wide.
 
     Made by :meth:`of` from one attention call; :meth:`merge` (or ``+``) pools micro-batches and ranks exactly,
-    in any order. Memory is ``O(heads · d_head²)``, besides means of up to 512 positions, 64 more for each
-    doubling of the length.
+    in any order. Memory is ``O(heads · d_head²)``: positions share means, about four for each doubling.
+
+    Tokens whose keys are more than half-way from the others' mean to the first token's are further sinks. Their
+    means are apart from the others' (they are among the tokens of all other attributes); none are told apart where
+    the keys of first tokens are not apart. Which tokens these are is decided when a call is added, by the moments
+    until then.
 
     Attributes:
         query: moments of queries, ``(heads, …)``.
         key: moments of keys, ``(kv_heads, …)``.
         cross_scatter: sum of ``(k - k̄)(q - q̄)^T`` over tokens, ``(heads, d_head, d_head)``; None for
             cross-attention, where a query and a key are never of the same token.
-        like_first: the same of those tokens whose keys are more than half-way from the others' mean to the first
-            token's: further sinks. They are among the tokens above. None where keys of first tokens are not
-            apart. Which tokens these are is decided when a call is added, by the moments until then.
         softcap: cap of the logits, or None.
         sliding_window: of the calls, or None.
         sinks: learnt sink logits ``(heads,)``, or None.
@@ -138,7 +130,6 @@ class TokenMoments:
     query: SideMoments
     key: SideMoments
     cross_scatter: Tensor | None
-    like_first: TokenMoments | None = None
     softcap: float | None = None
     sliding_window: int | None = None
     sinks: Tensor | None = None
@@ -164,7 +155,7 @@ class TokenMoments:
                 keys too.
             key_mask: keys that count, ``(batch, m)``, for cross-attention.
             self_attention: queries and keys are the same tokens.
-            known: of calls before, by which :attr:`like_first` is decided; None: by this call.
+            known: of calls before, by which it is decided what tokens are like first ones; None: by this call.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -186,34 +177,16 @@ class TokenMoments:
             )
         valid = _mask(query_mask, query)
         with torch.no_grad(), full_precision(query.device):
-            of_query = SideMoments.of(query, valid, first_apart=self_attention)
             if not self_attention:
-                return TokenMoments(of_query, SideMoments.of(key, _mask(key_mask, key)), None)
-            of_key = SideMoments.of(key, valid)
+                sides = (
+                    SideMoments.of(query, valid, first_apart=False),
+                    SideMoments.of(key, _mask(key_mask, key)),
+                )
+                return TokenMoments(*sides, None)
             rest = _places(valid, True)[1]
-            cross = _cross(query, key, of_query.mean, of_key.mean, rest)
-            like_first = None
-            chosen = _like_first(key, rest, of_key if known is None else known.key)
-            if chosen is not None:
-                place = _places(valid, True)[2]
-                parts = [
-                    SideMoments.of(part, chosen, first_apart=False, place=place) for part in (query, key)
-                ]
-                inner = _cross(query, key, parts[0].mean, parts[1].mean, chosen)
-                like_first = TokenMoments(parts[0], parts[1], inner)
-        return TokenMoments(of_query, of_key, cross, like_first)
-
-    def regular(self) -> TokenMoments:
-        """The same without the tokens that are like first ones."""
-        part = self.like_first
-        if part is None or self.cross_scatter is None or part.cross_scatter is None:
-            return self
-        query, key = self.query.without(part.query), self.key.without(part.key)
-        weight = query.count * part.query.count / self.query.count.clamp_min(1)
-        step_q = part.query.mean - query.mean
-        step_k = (part.key.mean - key.mean).repeat_interleave(self.heads // self.kv_heads, 0)
-        cross = self.cross_scatter - part.cross_scatter - weight * step_k[..., :, None] * step_q[..., None, :]
-        return dataclasses.replace(self, query=query, key=key, cross_scatter=cross, like_first=None)
+            alike = _like_first(key, rest, SideMoments.of(key, valid) if known is None else known.key)
+            of_query, of_key = (SideMoments.of(part, valid, like_first=alike) for part in (query, key))
+            return TokenMoments(of_query, of_key, _cross(query, key, of_query.mean, of_key.mean, rest))
 
     def merge(self, other: TokenMoments) -> TokenMoments:
         """Moments of the tokens of both; what calls say of softcap, window and bias is that of ``self``.
@@ -246,7 +219,6 @@ class TokenMoments:
             query=self.query.merge(other.query),
             key=self.key.merge(other.key),
             cross_scatter=cross,
-            like_first=_merged(self.like_first, other.like_first),
             offset_bias=longer.offset_bias,
             unexplained=self.unexplained or other.unexplained,
         )
@@ -334,84 +306,65 @@ class TokenMoments:
 
 
 def slots(position: Tensor) -> Tensor:
-    """Slot of each position: one each up to 512, then 64 an octave, so that memory stays small."""
-    octaves = (position.double() / _EXACT).clamp_min(1).log2()
-    late = _EXACT + (octaves * _SLOTS_PER_OCTAVE).floor().long()
-    return torch.where(position < _EXACT, position, late)
+    """Slot of each position: one each at first, then four for each doubling, so that memory stays small."""
+    return (_SLOTS_PER_OCTAVE * (position.double() / _SLOTS_PER_OCTAVE).log1p() / math.log(2) + 1e-9).long()
 
 
-def joint_moments(moments: TokenMoments) -> tuple[Tensor, Tensor]:
-    """Mean ``(heads, 2 d_head)`` and covariance ``(heads, 2 d_head, 2 d_head)`` of (q, k), of self-attention."""
+class TokenClasses(NamedTuple):
+    """Tokens of a position: regular ones, and those like first ones, with a mean each and one covariance.
+
+    Attributes:
+        share: of those like first ones at each position, ``(length,)``; that of the first one is 0.
+        means: ``(2, heads, length, width)``; the first position has its own mean.
+        covariance: around the means, ``(heads, width, width)``.
+    """
+
+    share: Tensor
+    means: Tensor
+    covariance: Tensor
+
+
+def token_classes(moments: TokenMoments, length: int) -> TokenClasses:
+    """What (q, k) of each position are drawn from, 2 d_head wide; sides of cross-attention are independent.
+
+    A mean of few tokens is noisy: it is shrunk to that of its class. What means do not hold stays in the
+    covariance. Positions that were not seen are like the last ones before them that were.
+    """
     groups = moments.heads // moments.kv_heads
     q, k, cross = moments.query, moments.key, moments.cross_scatter
     if cross is None:
-        raise ValueError("expected moments of self-attention, got those of cross-attention")
+        of_q, of_k = (_classes(side, side.slot_sum, side.mean, side.scatter, length) for side in (q, k))
+        of_k = TokenClasses(of_k.share, *(part.repeat_interleave(groups, -3) for part in of_k[1:]))
+        covariance = torch.stack(
+            [torch.block_diag(*pair) for pair in zip(of_q.covariance, of_k.covariance, strict=True)]
+        )
+        return TokenClasses(of_k.share, torch.cat([of_q.means, of_k.means], -1), covariance)
     scatter_k = k.scatter.repeat_interleave(groups, 0)
-    total = torch.cat([torch.cat([q.scatter, cross.mT], -1), torch.cat([cross, scatter_k], -1)], -2)
-    return torch.cat([q.mean, k.mean.repeat_interleave(groups, 0)], -1), total / q.count
+    scatter = torch.cat([torch.cat([q.scatter, cross.mT], -1), torch.cat([cross, scatter_k], -1)], -2)
+    mean, first = (
+        torch.cat([one, other.repeat_interleave(groups, 0)], -1)
+        for one, other in ((q.mean, k.mean), (q.first_mean, k.first_mean))
+    )
+    sums = torch.cat([q.slot_sum, k.slot_sum.repeat_interleave(groups, 2)], -1)
+    return _classes(dataclasses.replace(q, first_mean=first), sums, mean, scatter, length)
 
 
-def position_means(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
-    """Joint mean of (q, k) by position, and the joint covariance around it.
-
-    Means of positions are noisy: each is shrunk to the mean of all tokens, direction by direction, by the share
-    of their spread that the noise of so many tokens does not explain (a Wiener filter). What is not in the means
-    stays in the covariance.
-
-    Args:
-        moments: of self-attention.
-        length: number of positions; the first one has its own mean.
-
-    Returns:
-        ``(heads, length, 2 d_head)`` and ``(heads, 2 d_head, 2 d_head)``, float64.
-    """
-    groups = moments.heads // moments.kv_heads
-    q, k = moments.query, moments.key
-    mean, total = joint_moments(moments)
-    first = torch.cat([q.first_mean, k.first_mean.repeat_interleave(groups, 0)], -1)
-    sums = torch.cat([q.slot_sum, k.slot_sum.repeat_interleave(groups, 1)], -1)
-    by_slot, covariance = _filtered(sums, q.slot_count, mean, total)
-    index = slots(torch.arange(length, device=mean.device)).clamp_max(by_slot.shape[1] - 1)
-    out = by_slot[:, index].clone()
-    if q.first_count > 0:
-        out[:, 0] = first
-    return out, covariance
-
-
-def side_means(side: SideMoments, length: int) -> tuple[Tensor, Tensor]:
-    """As :func:`position_means` for queries or keys alone."""
-    by_slot, covariance = _filtered(side.slot_sum, side.slot_count, side.mean, side.covariance)
-    index = slots(torch.arange(length, device=side.mean.device))
-    out = by_slot[:, index.clamp_max(by_slot.shape[1] - 1)].clone()
+def _classes(side: SideMoments, sums: Tensor, mean: Tensor, scatter: Tensor, length: int) -> TokenClasses:
+    count = side.slot_count
+    # Deviations from the mean of all tokens: (2, slots, heads, width).
+    weight = count[..., None, None]
+    found = torch.where(weight > 0, sums / weight.clamp_min(1) - mean, 0.0)
+    whole = (weight * found).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1)
+    kept = torch.where(weight > 0, (weight * found + _SHRINKAGE * whole) / (weight + _SHRINKAGE), whole)
+    explained, left = (torch.einsum("cs,cshd,cshe->hde", count, part, part) for part in (found, found - kept))
+    index = torch.arange(count.shape[1], device=count.device)
+    nearest = torch.where(count.sum(0) > 0, index, 0).cummax(0).values
+    place = nearest[slots(torch.arange(length, device=count.device)).clamp_max(len(index) - 1)]
+    share = count[1] / count.sum(0).clamp_min(1)
+    share, means = share[place], (mean + kept)[:, place].transpose(1, 2).contiguous()
     if side.first_count > 0:
-        out[:, 0] = side.first_mean
-    return out, covariance
-
-
-def _filtered(sums: Tensor, count: Tensor, mean: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of slots ``(heads, slots, d)`` without their noise, and the covariance around them."""
-    weight = count / count.sum()
-    step = torch.where(count[:, None, None] > 0, sums / count.clamp_min(1)[:, None, None] - mean, 0.0)
-    step = step.transpose(0, 1)
-    between = (step * weight[:, None]).mT @ step
-    within = total - between
-    size = total.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
-    within = within + 1e-6 * size * torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
-    values, vectors = torch.linalg.eigh(within)
-    values = values.clamp_min(1e-9 * size[..., 0])
-    whiten = (vectors * values.rsqrt()[:, None, :]) @ vectors.mT
-    unwhiten = (vectors * values.sqrt()[:, None, :]) @ vectors.mT
-    white = step @ whiten
-    spread, basis = torch.linalg.eigh((white * weight[:, None]).mT @ white)
-    noise = (count > 0).sum() / count.sum()
-    signal = (spread - noise).clamp_min(0)[:, None, :]
-    kept = white @ basis * (signal / (signal + 1 / count.clamp_min(1e-3)[:, None]))
-    found = kept @ basis.mT @ unwhiten
-    left = step - found
-    # Slots without tokens have the mean of the nearest one before them that has some.
-    index = torch.arange(len(count), device=count.device)
-    nearest = torch.where(count > 0, index, 0).cummax(0).values
-    return (mean[:, None] + found)[:, nearest], total - between + (left * weight[:, None]).mT @ left
+        share[0], means[:, :, 0] = 0.0, side.first_mean
+    return TokenClasses(share, means, (scatter - explained + left) / side.count)
 
 
 def _places(valid: Tensor, first_apart: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -460,15 +413,9 @@ def _like_first(key: Tensor, rest: Tensor, known: SideMoments) -> Tensor | None:
     return rest & (share > 0.5)
 
 
-def _merged(one: TokenMoments | None, other: TokenMoments | None) -> TokenMoments | None:
-    if one is None or other is None:
-        return one or other
-    return one.merge(other)
-
-
 def _longer(tensor: Tensor, number: int) -> Tensor:
-    missing = number - len(tensor)
-    return tensor if not missing else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+    missing = number - tensor.shape[1]
+    return tensor if not missing else torch.cat([tensor, tensor.new_zeros(2, missing, *tensor.shape[2:])], 1)
 
 
 def rotate_tokens(vectors: Tensor, rotary: Rotary, position: Tensor, *, undo: bool = False) -> Tensor:

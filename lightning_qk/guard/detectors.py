@@ -251,6 +251,19 @@ class Detector:
         return self.window.rows()[-3:].nanmedian(0).values
 
 
+def logits_ahead(window: Window, sensitivity: Sensitivity) -> Tensor:
+    """The largest logits that a window's trend leads to, over what is an alarm, one number a place.
+
+    Args:
+        window: logarithms of the largest logits.
+        sensitivity: from where on growth is carried ahead, how far, and what is an alarm.
+    """
+    slope, error = window.trend()
+    level, limit = window.rows()[-3:].nanmedian(0).values, sensitivity.logit
+    growing = torch.where(level >= math.log(sensitivity.onset * limit), sure(slope, error).clamp_min(0), 0.0)
+    return (level + sensitivity.horizon * growing).exp() / limit
+
+
 class LogitGrowth(Detector):
     """Logits that grow beyond a size from which training recovers."""
 
@@ -269,12 +282,7 @@ class LogitGrowth(Detector):
             return Finding(math.inf, f"the logits of {reading.place(self.statistic, index)} are not finite")
         if len(self.window) < _LEAST:
             return NOTHING
-        slope, error = self.window.trend()
-        level, limit = self.level(), self.sensitivity.logit
-        growing = torch.where(
-            level >= math.log(self.sensitivity.onset * limit), sure(slope, error).clamp_min(0), 0.0
-        )
-        ahead = (level + self.sensitivity.horizon * growing).exp() / limit
+        ahead = logits_ahead(self.window, self.sensitivity)
         score, index = _largest(torch.where(self.has_gone(1), ahead, 0.0))
         place = "the largest logit of {}"
         still, at = self._lasting(ahead, stall)

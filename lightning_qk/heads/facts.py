@@ -5,7 +5,6 @@ import math
 import operator
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,18 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import own_random_numbers
-from lightning_qk.architecture.origin import is_known
-from lightning_qk.architecture.source_code import names_in, uses_interface
-from lightning_qk.heads.dry_run import Trial, trials
-from lightning_qk.heads.layouts import KnownLayout, unsupported
+from lightning_qk.architecture.source_code import is_known, names_in
+from lightning_qk.heads.layouts import KnownLayout, borrows_keys, unsupported
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.running import Bench, constant
-from lightning_qk.heads.sharding import flat_root, flat_unit, unflattened
-from lightning_qk.heads.sites import AttentionLayer, kv_source
+from lightning_qk.heads.sharding import flat_root, flat_unit
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import Sizes
+from lightning_qk.heads.trials import Trial
 
 
 class Finding(NamedTuple):
@@ -154,10 +150,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-CHANNELS = "it attends over channels: its products are sums over tokens, and its softmax is over channels"
 _CLIP = "clip_qkv"
-
-_KNOWN: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 
 
 def configured_clip(module: nn.Module, config: Any) -> float | None:
@@ -170,42 +163,6 @@ def configured_clip(module: nn.Module, config: Any) -> float | None:
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             return float(value)
     return None
-
-
-def attends_over_channels(module: nn.Module, config: Any = None) -> bool:
-    """Whether the axis that a layer's products sum over grows with the number of tokens.
-
-    Seen from a run of the layer alone, once for each class; False where it cannot be run.
-    """
-    kind: Any = type(module)
-    if uses_interface(module) or isinstance(module, nn.MultiheadAttention):
-        return False
-    if kind not in _KNOWN:
-        _KNOWN[kind] = _sums_over_tokens(module, config)
-    return _KNOWN[kind]
-
-
-def _sums_over_tokens(module: nn.Module, config: Any) -> bool:
-    try:
-        bench = Bench(module)
-    except UnreadLayer:
-        return False
-    device = bench.device()
-    if device.type == "meta" or not bench.emitters:
-        return False
-    emission = constant(torch.ones(bench.size))
-    with torch.no_grad(), own_random_numbers(device):
-        for place, trial in enumerate(trials(module, config, bench.widths()[:1], device)):
-            if place > 6:
-                break
-            if trial.wider is None or trial.tokens == trial.wider.tokens or trial.tokens == 1:
-                continue
-            seen = [bench.run(own, emission) for own in (trial, trial.wider)]
-            if not all(own.products for own in seen):
-                continue
-            widths = [{product.query.shape[-1] for product in own.products} for own in seen]
-            return widths == [{trial.tokens}, {trial.wider.tokens}]
-    return False
 
 
 class Factor(NamedTuple):
@@ -263,6 +220,56 @@ def learnt_factors(module: nn.Module) -> dict[str, Factor]:
         if parameter is not None and parameter.numel() > 1:
             found[factor.side] = factor
     return found
+
+
+# Layers lend to layers of their own kind.
+_KIND = ("layer_type", "use_rope")
+
+
+class KVSource(NamedTuple):
+    """The layer whose keys a KV-sharing layer reuses: its qualified name and itself."""
+
+    name: str
+    module: nn.Module
+
+
+def kv_source(site: AttentionLayer) -> KVSource | None:
+    """Finds the layer whose keys a KV-sharing layer reuses; None for a layer with keys of its own.
+
+    It is the one whose index the layer holds, else the last one before it that is of its kind, has keys and,
+    where layers say so (``store_full_length_kv``), stores them.
+
+    Raises:
+        UnreadLayer: the layer has no keys of its own, and no such layer is found.
+    """
+    module = site.module
+    if not borrows_keys(module):
+        return None
+    parts = site.name.split(".")
+    for depth, ancestor in enumerate(site.ancestors):
+        # The module list that holds the layers, and the way from one of them to its attention.
+        place = len(parts) - 1 - depth
+        if not isinstance(ancestor, nn.ModuleList) or not parts[place].isdigit():
+            continue
+        index, path = int(parts[place]), ".".join(parts[place + 1 :])
+        own = getattr(module, "kv_shared_layer_index", None)
+        for earlier in [own] if isinstance(own, int) else range(index - 1, -1, -1):
+            found = _attention(ancestor[earlier], path)
+            if found is not None and _lends(found, module):
+                return KVSource(".".join([*parts[:place], str(earlier), *parts[place + 1 :]]), found)
+    raise UnreadLayer("it uses the keys of an earlier layer, which is not part of the module that was passed")
+
+
+def _attention(layer: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _lends(module: nn.Module, to: nn.Module) -> bool:
+    same = all(getattr(module, name, None) == getattr(to, name, None) for name in _KIND)
+    return same and not borrows_keys(module) and getattr(module, "store_full_length_kv", True)
 
 
 @dataclass(frozen=True)
@@ -328,17 +335,6 @@ def describe(
         None if unit is None else weakref.ref(unit),
         weakref.ref(root) if root is not None and root is chain[-1] else None,
     )
-
-
-def gathered(
-    unit: "weakref.ref[nn.Module] | None", root: "weakref.ref[nn.Module] | None", *, grads: bool = False
-) -> AbstractContextManager[None]:
-    """Within this block the flat parameters of an FSDP unit are whole; with ``grads`` their gradients too."""
-    if unit is None:
-        return nullcontext()
-    own = unit()
-    assert own is not None  # it contains the layer, whose modules are alive
-    return unflattened(own, None if root is None else root(), grads=grads)
 
 
 class Side(NamedTuple):

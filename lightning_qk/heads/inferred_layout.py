@@ -5,39 +5,24 @@ the layer makes of random numbers, small and large, in more than one token, and 
 that shows what is between projection and product.
 """
 
-import math
-from collections.abc import Callable, Sequence
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_qk.architecture.dry_run import own_random_numbers
-from lightning_qk.architecture.origin import is_known
-from lightning_qk.architecture.products import softmax_factor, tensors_in
-from lightning_qk.heads.dry_run import Trial, input_arguments, recorded_trials, trials
+from lightning_qk.architecture.dry_run import quietly
+from lightning_qk.architecture.source_code import is_known, uses_interface
+from lightning_qk.heads.bare_weights import BareFollower
+from lightning_qk.heads.layout_check import LayoutCheck, Rejected, Way, cause, is_close, logit_factor
 from lightning_qk.heads.projections import NotTokenAttention, UnreadLayer
-from lightning_qk.heads.row_numbers import (
-    NAMES,
-    SIDES,
-    FoundSide,
-    NoProduct,
-    Numbers,
-    RowFollower,
-    Sample,
-    grouped,
-    head_pairs,
-    row_tolerance,
-    varied_values,
-)
-from lightning_qk.heads.running import (
-    Bench,
-    Loose,
-    constant,
-    random,
-)
+from lightning_qk.heads.row_numbers import FoundSide, NoProduct, RowFollower, grouped, head_pairs
+from lightning_qk.heads.running import Bench, Seen
+from lightning_qk.heads.sharding import device_of
+from lightning_qk.heads.trials import Trial, input_arguments, recorded_trials, trials
 
-_LARGE = 1e3
+_CHANNELS = "it attends over channels: its products are sums over tokens, and its softmax is over channels"
 
 
 class Found(NamedTuple):
@@ -120,11 +105,10 @@ def find_rows(
     # The first of each kind tells most: the likeliest way to call it.
     reasons: list[str] = []
     failures: list[str] = []
-    device = bench.device()
-    with torch.no_grad(), own_random_numbers(device):
+    with quietly(module):
         for bench in benches:
             bench.check_access()
-            ways_of = ways or _ways(bench, config, calls, device)
+            ways_of = ways or _ways(bench, config, calls)
             for trial in ways_of:
                 search = _Inference(bench, trial, is_strict=is_strict)
                 try:
@@ -133,12 +117,12 @@ def find_rows(
                     failures.append(str(failure))
                 except NotTokenAttention:
                     raise
-                except _Rejected as reason:
+                except Rejected as reason:
                     first = 0 if bench is benches[0] else len(reasons)
-                    reasons.insert(first, search.cause() or str(reason))
+                    reasons.insert(first, cause(bench, trial) or str(reason))
                     break
                 except UnreadLayer as reason:
-                    reasons.append(search.cause() or str(reason))
+                    reasons.append(cause(bench, trial) or str(reason))
     if reasons:
         raise UnreadLayer(reasons[0])
     raise UnreadLayer(
@@ -146,46 +130,57 @@ def find_rows(
     )
 
 
-def _ways(bench: Bench, config: Any, calls: Sequence[Call], device: torch.device) -> Any:
+def _ways(bench: Bench, config: Any, calls: Sequence[Call]) -> Iterator[Trial]:
     if calls:
         return (trial for call in calls for trial in recorded_trials(bench.module, config, *call))
-    return trials(bench.module, config, bench.widths()[:3], device)
+    return trials(bench.module, config, bench.widths()[:3])
 
 
-def rows_at(places: Tensor) -> Callable[[Tensor, Any], Tensor]:
-    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
-    heads, d_head = places.shape
-    start = int(places[0, 0])
-    step = int(places[1, 0]) - start if heads > 1 else d_head
-    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
-    is_view = step >= d_head and torch.equal(places, regular)
-
-    def take(rows: Tensor, sizes: Any) -> Tensor:
-        if is_view:
-            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
-        return rows[places.to(rows.device)]
-
-    return take
+_KNOWN: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 
 
-class _Rejected(UnreadLayer):
-    """What was found does not explain what the layer does, however else it may be called."""
+def check_tokens(module: nn.Module, config: Any = None) -> None:
+    """Refuse a layer whose products sum over an axis that grows with the number of tokens.
+
+    Seen from a run of the layer alone, once for each class; one that cannot be run passes.
+
+    Raises:
+        NotTokenAttention: it attends over channels.
+    """
+    kind: Any = type(module)
+    if uses_interface(module) or isinstance(module, nn.MultiheadAttention):
+        return
+    if kind not in _KNOWN:
+        _KNOWN[kind] = _sums_over_tokens(module, config)
+    if _KNOWN[kind]:
+        raise NotTokenAttention(_CHANNELS)
 
 
-class _Way(NamedTuple):
-    """One product, and which rows its sides are."""
+def _sums_over_tokens(module: nn.Module, config: Any) -> bool:
+    try:
+        bench = Bench(module)
+    except UnreadLayer:
+        return False
+    if device_of(module).type == "meta" or not bench.emitters:
+        return False
+    with quietly(module):
+        for trial in itertools.islice(trials(module, config, bench.widths()[:1]), 7):
+            found = None if trial.tokens == 1 else bench.sums_over_tokens(trial)
+            if found is not None:
+                return found
+    return False
 
-    place: int
-    sides: tuple[Numbers, Numbers]
-    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]
 
-
-class _Inference(RowFollower):
+class _Inference:
     """Infers a layout from one way to call a layer, and checks that it explains what the layer does."""
 
     def __init__(self, bench: Bench, trial: Trial, *, is_strict: bool) -> None:
-        super().__init__(bench, trial)
-        self.is_strict = is_strict
+        self.bench, self.trial, self.is_strict = bench, trial, is_strict
+        self.rows: RowFollower = (RowFollower if bench.emitters else BareFollower)(bench, trial)
+
+    @property
+    def _first(self) -> Seen:
+        return self.rows.runs[0]
 
     def read(self) -> Found:
         """What this way to call the layer shows.
@@ -194,22 +189,22 @@ class _Inference(RowFollower):
             NoProduct: it comes to no softmax of a product.
             UnreadLayer: its queries and keys are no rows of projections.
         """
-        self.tell()
-        self._check_channels()
+        self.rows.number_rows()
+        # The axis that its product sums over grows with the tokens.
+        widths = {product.query.shape[-1] for product in self._first.products}
+        if widths == {self.trial.tokens} and self.bench.sums_over_tokens(self.trial):
+            raise NotTokenAttention(_CHANNELS)
         ways, scaling, is_swapped = self._explained()
-        clip = None
-        is_turned = is_capped = False
-        if self.is_strict:
-            clip, is_turned, is_capped = self._check(ways, scaling)
+        check = None if not self.is_strict else LayoutCheck(self.rows, ways, scaling)
         pairs = [pair[::-1] if is_swapped else pair for way in ways for pair in way.pairs]
         rows_of_query, rows_of_key = grouped(pairs)
         for way in ways:
-            self.add_biases(way.place)
-        query = self.side(rows_of_query, "queries")
-        key = self.side(rows_of_key, "keys")
+            self.rows.add_biases(way.place)
+        query = self.rows.side(rows_of_query, "queries")
+        key = self.rows.side(rows_of_key, "keys")
         if scaling is not None:
             for own, numbers in zip((query, key), ways[0].sides[:: -1 if is_swapped else 1], strict=True):
-                scaling *= numbers.factor / self.factor_at(own.norm, numbers)
+                scaling *= numbers.factor / self.rows.factor_at(own.norm, numbers)
         if not self.is_strict and (query.norm is not None or key.norm is not None):
             scaling = None
         is_decided = (
@@ -218,33 +213,34 @@ class _Inference(RowFollower):
             or query.projection.columns != key.projection.columns
             or len(input_arguments(self.bench.module)) <= 1
         )
-        complete = not any(run.failed for run in self.runs)
-        found = Found(query, key, scaling, complete, is_decided, clip, is_turned, is_capped=is_capped)
-        if not self.is_strict:
+        complete = not any(run.failed for run in self.rows.runs)
+        found = Found(query, key, scaling, complete, is_decided)
+        if check is None:
             return found
         return found._replace(
-            is_added_to=self._is_added_to(ways),
-            is_exclusive=self._is_exclusive(rows_of_query, rows_of_key),
+            clip=check.bound,
+            is_turned=check.is_turned,
+            is_capped=check.is_capped,
+            is_added_to=check.is_added_to(),
+            is_exclusive=check.is_exclusive(rows_of_query, rows_of_key),
         )
 
-    def _explained(self) -> tuple[list[_Way], float | None, bool]:
+    def _explained(self) -> tuple[list[Way], float | None, bool]:
         """The products whose sides are rows of projections, the factor on them, and whether keys come first."""
-        if any(product.query.is_complex() or product.key.is_complex() for product in self.runs[0].products):
-            raise _Rejected("its queries and keys are complex numbers")
-        if self.is_strict and any(product.is_normed for product in self.runs[0].products):
-            raise _Rejected("a norm stands between its products and their softmax")
+        if any(product.query.is_complex() or product.key.is_complex() for product in self._first.products):
+            raise Rejected("its queries and keys are complex numbers")
+        if self.is_strict and any(product.is_normed for product in self._first.products):
+            raise Rejected("a norm stands between its products and their softmax")
         reason: UnreadLayer | None = None
-        found: list[tuple[_Way, float | None, bool]] = []
-        for place in range(len(self.runs[0].products)):
+        found: list[tuple[Way, float | None, bool]] = []
+        for place in range(len(self._first.products)):
             try:
-                sides = self.numbers_of(place, "query"), self.numbers_of(place, "key")
-                way = _Way(place, sides, head_pairs(sides[0].rows, sides[1].rows))
-                if self.elements is None:
-                    # Whether they are rows of projections of the layer's input.
-                    for numbers, what in zip(grouped(way.pairs), ("queries", "keys"), strict=True):
-                        self.side(numbers, what)
-                found.append((way, *self._softmax_of(way)))
-            except _Rejected:
+                sides = self.rows.numbers_of(place, "query"), self.rows.numbers_of(place, "key")
+                way = Way(place, sides, head_pairs(sides[0].rows, sides[1].rows))
+                for numbers, what in zip(grouped(way.pairs), ("queries", "keys"), strict=True):
+                    self.rows.check_rows(numbers, what)
+                found.append((way, *(logit_factor(self.rows, way, 1, 0.1) or (None, False))))
+            except Rejected:
                 raise
             except UnreadLayer as error:
                 # The first product says most: later ones are with positions, or in layers behind.
@@ -261,344 +257,12 @@ class _Inference(RowFollower):
         for way, own_scaling, own_swapped in found[1:]:
             if known.issuperset(way.pairs):
                 continue
-            logits = [self.runs[0].products[own.place].logits for own in (first, way)]
+            logits = [self._first.products[own.place].logits for own in (first, way)]
             if logits[0] is not None and logits[0] is logits[1]:
-                raise _Rejected("its logits are sums of several products of queries and keys")
+                raise Rejected("its logits are sums of several products of queries and keys")
             same = own_swapped == is_swapped and len(way.pairs[0][0]) == len(first.pairs[0][0])
-            if not same or not _is_close(own_scaling, scaling) or known.intersection(way.pairs):
-                raise _Rejected("it takes several softmaxes, of products that differ in their scale or width")
+            if not same or not is_close(own_scaling, scaling) or known.intersection(way.pairs):
+                raise Rejected("it takes several softmaxes, of products that differ in their scale or width")
             ways.append(way)
             known.update(way.pairs)
         return ways, scaling, is_swapped
-
-    def _softmax_of(self, way: _Way) -> tuple[float | None, bool]:
-        """The factor between a product and what its softmax is taken of, and whether the keys are on its left.
-
-        From how the logits change with one side. What is added, such as masks, biases and products of positions,
-        does not change; a bound on the logits is flat where they are small.
-        """
-        shifted = way.sides[1].rows.unique().cpu()
-        first = self.sample(1, 0.1)
-        second = self.sample(1, 0.1, shifted=shifted)
-        products = [
-            own.seen.products[way.place] if len(own.seen.products) > way.place else None
-            for own in (first, second)
-        ]
-        if products[0] is None or products[1] is None:
-            return None, False
-        return softmax_factor(products[0], products[1])
-
-    def _check_channels(self) -> None:
-        """Refuse what attends over channels: the axis that its product sums over grows with the tokens."""
-        wider = self.trial.wider
-        if wider is None or not self.trial.tokens or self.trial.tokens == wider.tokens:
-            return
-        widths = {product.query.shape[-1] for product in self.runs[0].products}
-        if widths != {self.trial.tokens}:
-            return
-        seen = self.bench.run(wider, constant(torch.zeros(self.bench.size)))
-        if seen.products and {product.query.shape[-1] for product in seen.products} == {wider.tokens}:
-            raise NotTokenAttention(
-                "it attends over channels: its products are sums over tokens, and its softmax is over channels"
-            )
-
-    def _check(self, ways: list[_Way], scaling: float | None) -> tuple[float | None, bool, bool]:
-        """Compare with runs on random numbers.
-
-        Returns:
-            The bound that queries and keys are clamped to, if any; whether they are turned by their places; and
-            whether large logits are bounded.
-        """
-        self._check_norms()
-        plain = self.sample(2, 1.0)
-        for way in ways:
-            for side, numbers in zip(SIDES, way.sides, strict=True):
-                if not self._is_made(plain, way, side, numbers):
-                    raise _Rejected(
-                        f"{NAMES[side]} are not what its projections give, each with one factor: something that "
-                        "is not linear, or other tokens, stand between them and the product"
-                    )
-        if self.elements is None:
-            self._check_sources()
-        if scaling is None:
-            raise _Rejected(
-                "its logits are not one factor times q · k: its heads have factors of their own, or something "
-                "that is not linear stands between the product and the softmax"
-            )
-        self._check_parameters(ways, scaling)
-        is_turned = self._check_wider(ways, scaling)
-        return self._bound(ways), is_turned, self._is_capped(ways, scaling)
-
-    def _check_norms(self) -> None:
-        """Refuse what is called a norm and precedes the projections, but depends on its input's length."""
-        for passed in self.runs[0].passed:
-            if (self.trial.name_of(passed.given) is not None) and not passed.is_scale_free():
-                raise _Rejected(
-                    f"what stands before its projections is a {type(passed.norm).__name__}, which is no norm"
-                )
-
-    def _is_capped(self, ways: list[_Way], scaling: float) -> bool:
-        """Whether large logits are bounded, as by a soft cap; other functions of them are refused."""
-        is_capped = False
-        for way in ways:
-            shifted = way.sides[1].rows.unique().cpu()
-            if len(self.runs[0].products) > way.place and self.runs[0].products[way.place].logits is None:
-                continue
-            samples = [self.sample(9, 10.0, shifted=part) for part in (None, shifted)]
-            if any(len(own.seen.products) <= way.place for own in samples):
-                continue
-            factor, _ = softmax_factor(*(own.seen.products[way.place] for own in samples))
-            if _is_close(factor, scaling):
-                continue
-            sizes = []
-            for scale in (1e2, 1e3):
-                products = self.sample(9, scale).seen.products
-                logits = products[way.place].logits if len(products) > way.place else None
-                kept = None if logits is None else logits[logits.isfinite() & (logits > -1e3)]
-                sizes.append(math.inf if kept is None or not kept.numel() else float(kept.abs().max()))
-            if not (math.isfinite(sizes[1]) and sizes[1] <= 1.01 * sizes[0]):
-                raise _Rejected("its logits are no multiple of q · k where that is large, nor bounded")
-            is_capped = True
-        return is_capped
-
-    def _is_added_to(self, ways: list[_Way]) -> bool:
-        """Whether logits are something where all products are zero, whatever values parameters have."""
-        zero = torch.zeros(self.bench.size)
-        for varied in ((), self.bench.loose):
-            if self.elements is not None:
-                own = self.own_parameters()
-                given = {id(other.parameter): torch.zeros_like(other.parameter) for other in self.bench.loose}
-                if varied:
-                    given |= {
-                        id(other.parameter): varied_values(other.parameter, place)
-                        for place, other in enumerate(varied)
-                        if id(other.parameter) not in own
-                    }
-            else:
-                given = {
-                    id(other.parameter): varied_values(other.parameter, place)
-                    for place, other in enumerate(varied)
-                }
-            products = self.bench.run(self.trial, constant(zero), given).products
-            for way in ways:
-                logits = products[way.place].logits if len(products) > way.place else None
-                if logits is not None:
-                    kept = logits[logits.isfinite() & (logits > -1e3)]
-                    # What is added to all logits of a row alike changes no softmax.
-                    if kept.numel() and float(kept.max() - kept.min()) > 0:
-                        return True
-        return False
-
-    def _is_exclusive(self, query: Tensor, key: Tensor) -> bool:
-        """Whether the output stays as it is where queries are multiplied by a factor and keys divided by it."""
-        queries, keys = query.unique(), key.unique()
-        if bool(torch.isin(queries, keys).any()):
-            return False
-        factors = torch.ones(self.size())
-        factors[queries], factors[keys] = 2.0, 0.5
-        plain = torch.ones(self.size())
-        first, second = (self.sample(10, 0.5, factors=own).seen for own in (plain, factors))
-        # What comes to the projections behind counts too: their own output is given.
-        before, after = ([*own.sources.values(), *tensors_in(own.output)] for own in (first, second))
-        if first.failed or second.failed or not before or len(before) != len(after):
-            return False
-        return all(
-            one.shape == other.shape and bool(torch.allclose(one, other, rtol=1e-3, atol=1e-4))
-            for one, other in zip(before, after, strict=True)
-        )
-
-    def _is_made(
-        self, sample: Sample, way: _Way, side: str, numbers: Numbers, bound: float = math.inf
-    ) -> bool:
-        """Whether each vector of a side is what its rows are for some token."""
-        if len(sample.seen.products) <= way.place:
-            return False
-        got = getattr(sample.seen.products[way.place], side)
-        if got.shape != numbers.rows.shape:
-            return False
-        tolerance = row_tolerance(got)
-        got = got.double().flatten(0, -2)
-        rows = numbers.rows.flatten(0, -2).cpu()
-        for own in rows.unique(dim=0):
-            want = sample.made(own)
-            if want is None:
-                return False
-            want = (numbers.factor * want.to(got.device)).clamp(-bound, bound)
-            vectors = got[(rows == own).all(-1).to(got.device)]
-            error = (vectors[:, None] - want[None]).abs().amax(-1).amin(1)
-            if not float(error.max()) <= tolerance * float(want.abs().max()):
-                return False
-        return True
-
-    def _check_sources(self) -> None:
-        """What projections are given that map others' outputs is what those give, of either sign."""
-        for scale in (1.0, _LARGE):
-            sample = self.sample(3, scale)
-            for emitter, features in self.links.items():
-                if emitter not in sample.seen.sources:
-                    continue
-                want = sample.made(features.rows)
-                got = sample.seen.sources[emitter].double().flatten(0, -2)
-                if want is None:
-                    continue
-                # In any order, since projections may be called several times.
-                error = (got[:, None] - features.factor * want[None]).abs().amax(-1).amin(1).max()
-                if float(error) <= row_tolerance(sample.seen.sources[emitter]) * float(want.abs().max()):
-                    continue
-                raise _Rejected(
-                    f"something that is not linear stands before its projection {emitter.plan.name!r}"
-                )
-
-    def _check_parameters(self, ways: list[_Way], scaling: float) -> None:
-        """Refuse layers in which other parameters change queries, keys or the factor on their products."""
-        own = set() if self.elements is None else self.own_parameters()
-        loose = [other for other in self.bench.loose if id(other.parameter) not in own]
-        culprit = None
-        if loose and not self._is_unchanged(ways, scaling, loose):
-            culprit = next((one for one in loose if not self._is_unchanged(ways, scaling, [one])), loose[0])
-        if culprit is not None:
-            raise _Rejected(
-                f"its learnt parameter {culprit.path!r} changes its queries, its keys or the factor "
-                "on their product"
-            )
-
-    def _is_unchanged(self, ways: list[_Way], scaling: float, loose: Sequence[Loose]) -> bool:
-        sample = self.sample(4, 1.0, varied=loose)
-        for way in ways:
-            if not all(
-                self._is_made(sample, way, side, numbers)
-                for side, numbers in zip(SIDES, way.sides, strict=True)
-            ):
-                return False
-            shifted = way.sides[1].rows.unique().cpu()
-            first, second = (self.sample(5, 0.1, varied=loose, shifted=part) for part in (None, shifted))
-            if any(len(own.seen.products) <= way.place for own in (first, second)):
-                return False
-            factor, _ = softmax_factor(*(own.seen.products[way.place] for own in (first, second)))
-            if not _is_close(factor, scaling):
-                return False
-        return True
-
-    def _check_wider(self, ways: list[_Way], scaling: float) -> bool:
-        """Refuse what mixes tokens or heads: in more tokens each vector is some rows of one, if turned.
-
-        Returns:
-            Whether they are turned.
-        """
-        wider = self.trial.wider
-        if wider is None or any(given.dim() > 3 for given in wider.given.values()):
-            return False
-        is_turned = False
-        first, second = (self.sample(seed, 1.0, trial=wider) for seed in (6, 7))
-        for way in ways:
-            if any(len(own.seen.products) <= way.place for own in (first, second)):
-                if self.trial.tokens == 1:
-                    raise _Rejected(
-                        f"it runs alone on single tokens only{first.seen.failed}, which do not tell whether it "
-                        "mixes them"
-                    )
-                return is_turned
-            shifted = way.sides[1].rows.unique().cpu()
-            small = [self.sample(1, 0.1, trial=wider, shifted=part) for part in (None, shifted)]
-            if all(len(own.seen.products) > way.place for own in small):
-                factor, _ = softmax_factor(*(own.seen.products[way.place] for own in small))
-                if factor is not None and not _is_close(factor, scaling):
-                    raise _Rejected("the factor on its products depends on how many tokens there are")
-            heads: list[Tensor] = []
-            for side, numbers in zip(SIDES, way.sides, strict=True):
-                got = [getattr(own.seen.products[way.place], side) for own in (first, second)]
-                tolerance = row_tolerance(got[0])
-                rows = numbers.rows.flatten(0, -2).unique(dim=0).cpu()
-                if any(tensor.shape[-1] != rows.shape[-1] for tensor in got):
-                    raise _Rejected(f"{NAMES[side]} change their width with the number of tokens")
-                made = [[own.made(row) for row in rows] for own in (first, second)]
-                if any(part is None for own in made for part in own):
-                    raise _Rejected(f"{NAMES[side]} are made otherwise of more tokens")
-                want = [numbers.factor * torch.cat(own) for own in made]  # type: ignore[arg-type]
-                vectors = [tensor.double().flatten(0, -2).cpu() for tensor in got]
-                wanted = torch.stack([part.norm(dim=-1) for part in (*want, want[0] - want[1])], -1)
-                lengths = torch.stack([part.norm(dim=-1) for part in (*vectors, vectors[0] - vectors[1])], -1)
-                error, nearest = (lengths[:, None] - wanted.cpu()[None]).abs().amax(-1).min(1)
-                heads.append((nearest // len(made[0][0])).view(*got[0].shape[:-1], 1))  # type: ignore[arg-type]
-                if not float(error.max()) <= tolerance * float(wanted.max()):
-                    raise _Rejected(
-                        f"{NAMES[side]} mix several tokens or heads, or depend on how many tokens there are"
-                    )
-                apart = (vectors[0][:, None] - want[0].cpu()[None]).abs().amax(-1).amin(1)
-                is_turned = is_turned or not float(apart.max()) <= tolerance * float(want[0].abs().max())
-
-            try:
-                head_pairs(*heads)
-            except UnreadLayer:
-                raise _Rejected("its products take vectors of several heads together") from None
-        return is_turned
-
-    def _bound(self, ways: list[_Way]) -> float | None:
-        """The bound that large queries and keys are clamped to, or None."""
-        large = self.sample(8, _LARGE)
-        bounds: set[float] = set()
-        for way in ways:
-            for side, numbers in zip(SIDES, way.sides, strict=True):
-                if self._is_made(large, way, side, numbers):
-                    continue
-                bound = math.nan
-                if len(large.seen.products) > way.place:
-                    bound = float(getattr(large.seen.products[way.place], side).abs().max())
-                if not math.isfinite(bound) or not self._is_made(large, way, side, numbers, bound):
-                    raise _Rejected(f"large ones of {NAMES[side]} are bounded, by no clamp to ± one number")
-                bounds.add(bound / abs(numbers.factor))
-        return min(bounds) if bounds else None
-
-    def clamped(self) -> str | None:
-        """That a clamp keeps the layer from being read, as a clause about it; None where none is seen.
-
-        Queries of numbers that are all large are ± one number then, at a token that nothing turns, and small ones
-        are smaller.
-        """
-        little = 1e-4
-        emissions = (random(8, 1e6), constant(torch.full((self.bench.size,), little)))
-        seen = [self.bench.run(self.trial, emission) for emission in emissions]
-        if not self.bench.emitters or not all(own.products for own in seen):
-            return None
-        for side in SIDES:
-            large, small = (getattr(own.products[0], side).abs().double() for own in seen)
-            bound, factor = float(large.max()), float(small.max()) / little
-            share = (large >= (1 - 1e-3) * bound).double().movedim(-2, 0).flatten(1).mean(1).max()
-            if float(share) > 0.99 and math.isfinite(bound) and 0 < factor * little < 0.5 * bound:
-                return (
-                    f"a clamp to ±{bound / factor:.3g} between projection and product changes {NAMES[side]}"
-                )
-        return None
-
-    def cause(self) -> str | None:
-        """What keeps the layer from being read, as a clause about it: a clamp or a cosine; None for others."""
-        return self.clamped() or self.normalized()
-
-    def normalized(self) -> str | None:
-        """That queries and keys are divided by their length.
-
-        Those of larger numbers are the same then, those of other numbers are not, and all are of one length.
-        """
-        given = ((8, 1.0), (8, 16.0), (9, 1.0))
-        seen = [self.bench.run(self.trial, random(seed, scale)) for seed, scale in given]
-        if not all(own.products for own in seen):
-            return None
-        for side in SIDES:
-            first, larger, other = (getattr(own.products[0], side).double() for own in seen)
-            if not first.shape == larger.shape == other.shape or not float(first.abs().sum()) > 0:
-                return None
-            allowed = 1e-3 * float(first.abs().max())
-            lengths = first.norm(dim=-1)
-            is_one = float(lengths.max() - lengths.min()) <= 1e-3 * float(lengths.max())
-            is_same, is_fixed = (float((first - own).abs().max()) <= allowed for own in (larger, other))
-            if not is_one or not is_same or is_fixed:
-                return None
-        return (
-            "its queries and keys are divided by their length in its own forward, as for a cosine similarity"
-        )
-
-
-def _is_close(first: float | None, second: float | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return math.isclose(first, second, rel_tol=1e-3)

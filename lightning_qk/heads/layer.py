@@ -1,6 +1,7 @@
 """Plan for reading one attention layer: located and compiled once, then read from live parameters."""
 
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -8,22 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import alive
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.dry_run import input_arguments
 from lightning_qk.heads.facts import (
-    CHANNELS,
     Constants,
     Finding,
     LayerFacts,
     Layout,
     Side,
-    attends_over_channels,
     describe,
-    gathered,
     learnt_factors,
 )
-from lightning_qk.heads.inferred_layout import Found, find_rows, rows_at
+from lightning_qk.heads.inferred_layout import Found, check_tokens, find_rows
 from lightning_qk.heads.layouts import KnownLayout, added_to_queries, borrows_keys, fitting_layouts
 from lightning_qk.heads.norms import (
     NormPlan,
@@ -36,7 +32,7 @@ from lightning_qk.heads.norms import (
     plan_qk_norm,
 )
 from lightning_qk.heads.position import NONE, RELATIVE_BIAS, Rotation, find_position, find_rotation
-from lightning_qk.heads.projection import Projection, adapter_around, with_adapter
+from lightning_qk.heads.projection import adapter_around, with_adapter
 from lightning_qk.heads.projections import (
     Affine,
     HeadProjections,
@@ -44,9 +40,10 @@ from lightning_qk.heads.projections import (
     NotTokenAttention,
     UnreadLayer,
 )
-from lightning_qk.heads.sharding import whole
+from lightning_qk.heads.sharding import alive, gathered, whole
 from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.sizes import Sizes, layer_sizes, softmax_scaling
+from lightning_qk.heads.trials import input_arguments
 
 _BY_RUNNING = "found by running"
 """Name of layouts that were inferred by running a layer."""
@@ -89,8 +86,7 @@ def locate(facts: LayerFacts) -> Layout:
         return _by_table(facts, finding.layout)
     if not facts.trusts_names:
         return _by_running(facts)
-    if attends_over_channels(module, layer.config):
-        raise NotTokenAttention(CHANNELS)
+    check_tokens(module, layer.config)
     first: UnreadLayer | None = None
     for known in fitting_layouts(module, facts.kv_source):
         try:
@@ -134,7 +130,7 @@ def _inferred(facts: LayerFacts, found: Found) -> Layout:
     query, key = (
         Side(
             own.projection,
-            rows_at(own.rows),
+            _rows_at(own.rows),
             None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
         )
         for side, own in (("query", found.query), ("key", found.key))
@@ -160,6 +156,22 @@ def _inferred(facts: LayerFacts, found: Found) -> Layout:
         is_added_to=found.is_added_to,
         is_turned=found.is_turned,
     )
+
+
+def _rows_at(places: Tensor) -> Callable[[Tensor, Sizes], Tensor]:
+    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
+    heads, d_head = places.shape
+    start = int(places[0, 0])
+    step = int(places[1, 0]) - start if heads > 1 else d_head
+    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
+    is_view = step >= d_head and torch.equal(places, regular)
+
+    def take(rows: Tensor, sizes: Sizes) -> Tensor:
+        if is_view:
+            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
+        return rows[places.to(rows.device)]
+
+    return take
 
 
 def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
@@ -218,7 +230,7 @@ def compile_reader(facts: LayerFacts, layout: Layout, fold_norm: bool = False) -
     feeding = None
     if fold_norm and self_attention and facts.key_layer is None:
         known = [*layout.inner_norms, *(norm.module for norm in behind)]
-        feeding = feeding_norm(*where, query.columns, _like(query), known)
+        feeding = feeding_norm(*where, query.columns, known)
     # Of what all keys share there is one a token.
     heads = 1 if sizes.shared else sizes.kv_heads
     rotation = find_rotation(*where, layer.config, sizes.d_head, heads=heads, is_cross=layer.is_cross)
@@ -489,8 +501,3 @@ def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
         f"{kind} has no known layout of q and k (its children: {children}), and running it alone does not tell: "
         f"{reason}"
     )
-
-
-def _like(affine: Projection) -> Tensor:
-    """A tensor of the device and type that a map's input has."""
-    return next(parameter for parameter in affine.module.parameters() if parameter.is_floating_point())

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import alive, gives_back
-from lightning_qk.architecture.origin import is_named
+from lightning_qk.architecture.dry_run import gives_back
+from lightning_qk.architecture.source_code import is_named
 from lightning_qk.heads.composition import latent
 from lightning_qk.heads.norms import NormPlan, plan_norm
 from lightning_qk.heads.projection import (
@@ -27,6 +27,7 @@ from lightning_qk.heads.projection import (
     projection_of,
 )
 from lightning_qk.heads.projections import UnreadLayer
+from lightning_qk.heads.sharding import alive
 from lightning_qk.heads.sizes import Sizes
 
 

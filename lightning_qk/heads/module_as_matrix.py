@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import alive, own_random_numbers, shadow
+from lightning_qk.architecture.dry_run import quietly, shadow
 from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.projections import Affine, UnreadLayer
-from lightning_qk.heads.sharding import check_access, is_dtensor, whole
+from lightning_qk.heads.sharding import alive, check_access, device_of, is_dtensor, whole
 
 # Unit vectors that a module is run on at a time.
 _BLOCK = 1024
@@ -71,7 +71,7 @@ class ModuleMatrix:
         what = f"its projection {name!r} is a {type(module).__name__}"
         for tensor in (*module.parameters(), *module.buffers()):
             check_access(tensor, f"its projection {name!r}")
-        with torch.no_grad(), own_random_numbers(_device(module)):
+        with quietly(module):
             self._way, self.rows = self._find_way(module, what)
             self.columns = self._way.columns
             if not self._closed(module):
@@ -83,7 +83,7 @@ class ModuleMatrix:
     def read(self) -> Affine:
         """The map as it is now, whole and differentiable; collective where a weight is sharded."""
         module = alive(self._module)
-        with full_precision(_device(module)):
+        with full_precision(device_of(module)):
             affine = closed_form(module) if self._closed(module) else None
             if affine is not None:
                 return _widened(affine)
@@ -94,7 +94,7 @@ class ModuleMatrix:
         """Whether the shorter way is right for the adapters that take part now; found out once for each set."""
         state = adapter_state(module)
         if state not in self._is_closed:
-            with torch.no_grad(), own_random_numbers(_device(module)):
+            with quietly(module):
                 varied = self._runnable(module, vary=True)
                 affine = closed_form(varied)
                 self._is_closed[state] = (
@@ -129,7 +129,7 @@ class ModuleMatrix:
                     way = _Way(columns, trailing, dtype, is_wide)
                     try:
                         out = _apply(
-                            copied, torch.zeros(3, columns, dtype=dtype, device=_device(module)), way
+                            copied, torch.zeros(3, columns, dtype=dtype, device=device_of(module)), way
                         )
                     except Exception:
                         continue
@@ -170,7 +170,7 @@ class ModuleMatrix:
         return self._run_copy(self._runnable(module))
 
     def _run_copy(self, copied: nn.Module) -> Affine:
-        eye = _unit_vectors(self._way.columns, self._way.dtype, _device(copied))
+        eye = _unit_vectors(self._way.columns, self._way.dtype, device_of(copied))
         bias = self._offset(copied)
         parts = [self._given(copied, block) - bias for block in eye.split(_BLOCK)]
         weight = torch.cat(parts).T if len(parts) > 1 else parts[0].T
@@ -178,7 +178,7 @@ class ModuleMatrix:
 
     def _offset(self, copied: nn.Module) -> Tensor:
         return self._given(
-            copied, torch.zeros(1, self._way.columns, dtype=self._way.dtype, device=_device(copied))
+            copied, torch.zeros(1, self._way.columns, dtype=self._way.dtype, device=device_of(copied))
         )[0]
 
     def _given(self, copied: nn.Module, tokens: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class ModuleMatrix:
             (uneven, exact),
             (large * signs, exact),
         )
-        device = _device(copied)
+        device = device_of(copied)
         with full_precision(device):
             for tokens, tolerance in tests:
                 tokens = tokens.to(device, self._way.dtype)
@@ -276,12 +276,6 @@ def _widened(affine: Affine) -> Affine:
     return Affine(
         at_least_float32(affine.weight), None if affine.bias is None else at_least_float32(affine.bias)
     )
-
-
-def _device(module: nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        return torch.device(tensor.device_mesh.device_type) if is_dtensor(tensor) else tensor.device  # type: ignore[attr-defined]
-    return torch.device("cpu")
 
 
 def _size(dtype: torch.dtype) -> int:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import Stop, Through, alive, run_copy
+from lightning_qk.architecture.dry_run import Stop, Through, quietly, run_alone, shadow
 from lightning_qk.heads.projections import Affine, UnreadLayer
-from lightning_qk.heads.sharding import is_dtensor, whole, whole_module
+from lightning_qk.heads.sharding import alive, device_of, is_dtensor, whole
 from lightning_qk.heads.sizes import Sizes
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
@@ -39,10 +39,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class NormPlan:
-    """How one norm is read; made once, since telling what a norm does takes runs of it and compares numbers.
-
-    The module is referred to weakly, and its parameters are read live by every :meth:`read`, which neither
-    compares nor waits for the device.
+    """How one norm is read; made once by :func:`plan_norm`, which runs it. The module is referred to weakly.
 
     Attributes:
         shape: of one input, normalized over its last dimension.
@@ -52,9 +49,7 @@ class NormPlan:
 
     def __init__(self, norm: nn.Module, shape: tuple[int, ...], *, centered: bool, shifted: bool) -> None:
         self._norm = weakref.ref(norm)
-        self.shape = shape
-        self.centered = centered
-        self.shifted = shifted
+        self.shape, self.centered, self.shifted = shape, centered, shifted
 
     @property
     def module(self) -> nn.Module:
@@ -63,23 +58,19 @@ class NormPlan:
 
     def read(self) -> Norm:
         """Gain and offset as they are now, differentiable; collective where they are sharded."""
-        norm = self.module
+        norm: Any = self.module
         if _is_stored(norm, self.shape):
-            # Read as stored: in bfloat16 the probe would round gain and offset together.
-            weight, bias = (None if value is None else whole(value) for value in (norm.weight, norm.bias))  # type: ignore[arg-type]
-            gain = torch.ones(self.shape, device=_home(norm)[0]) if weight is None else _wide(weight)
-            return Norm(
-                gain.expand(self.shape),
-                None if bias is None else _wide(bias).expand(self.shape),
-                centered=True,
+            # Read as stored: in bfloat16 a run would round gain and offset together.
+            weight, bias = (
+                None if value is None else _wide(whole(value)) for value in (norm.weight, norm.bias)
             )
-        up, down, _ = _probe(whole_module(norm), self.shape, check=False)
-        odd, offset = (_wide(up) - _wide(down)) / 2, (_wide(up) + _wide(down)) / 2
-        return Norm(
-            odd / _normalize(_alternating(norm, self.shape), self.centered),
-            offset if self.shifted else None,
-            self.centered,
-        )
+            gain = torch.ones(self.shape, device=device_of(norm)) if weight is None else weight
+            offset = None if bias is None else bias.expand(self.shape)
+            return Norm(gain.expand(self.shape), offset, centered=True)
+        signs = _signs(norm, self.shape)
+        odd, offset = _odd_and_even(shadow(norm, convert=whole), signs)
+        gain = odd / _normalize(_wide(signs), self.centered)
+        return Norm(gain, offset if self.shifted else None, self.centered)
 
     def is_sharded(self) -> bool:
         """Whether reading gathers."""
@@ -88,8 +79,6 @@ class NormPlan:
 
 def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
     """Find out what a norm does by running it, whatever its class and however it stores its gain.
-
-    Its forward is called directly, so that hooks on the module do not see the probe.
 
     Args:
         norm: the module.
@@ -100,19 +89,21 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
     """
     if _is_stored(norm, shape):
         return NormPlan(norm, shape, centered=True, shifted=norm.bias is not None)
-    with torch.no_grad():
-        module = whole_module(norm)
+    with quietly(norm):
+        run, signs = shadow(norm, convert=whole), _signs(norm, shape)
+        uneven = _AMPLITUDE * (1.5 + torch.cos(torch.arange(shape[-1], device=signs.device).double()))
+        uneven = uneven.to(signs.dtype).expand(shape)
         try:
-            up, down, seen = _probe(module, shape, check=True)
+            seen = run(uneven)
+            odd, offset = _odd_and_even(run, signs)
         except Exception:
             return None
-        if not all(isinstance(out, Tensor) and out.shape == shape for out in (up, down, seen)):
+        if not all(isinstance(out, Tensor) and out.shape == shape for out in (odd, seen)):
             return None
-        odd, offset = (_wide(up) - _wide(down)) / 2, (_wide(up) + _wide(down)) / 2
-        tolerance = 1e-4 if _home(norm)[1] in (torch.float32, torch.float64) else 3e-2
+        tolerance = 1e-4 if signs.dtype in (torch.float32, torch.float64) else 3e-2
         for centered in (False, True):
-            gain = odd / _normalize(_alternating(norm, shape), centered)
-            want = gain * _normalize(_wide(_uneven(norm, shape)), centered) + offset
+            gain = odd / _normalize(_wide(signs), centered)
+            want = gain * _normalize(_wide(uneven), centered) + offset
             scale = float(want.abs().max())
             if scale > 0 and float((_wide(seen) - want).abs().max()) <= tolerance * scale:
                 return NormPlan(norm, shape, centered=centered, shifted=bool(offset.abs().max() > 0))
@@ -124,30 +115,17 @@ def _is_stored(norm: nn.Module, shape: tuple[int, ...]) -> bool:
     return type(norm).forward is nn.LayerNorm.forward and tuple(norm.normalized_shape) == shape[-1:]  # type: ignore[arg-type]
 
 
-def _probe(norm: nn.Module, shape: tuple[int, ...], *, check: bool) -> tuple[Any, Any, Any]:
-    """What a norm makes of alternating signs, of their opposite and, to check, of something uneven."""
-    run = type(norm).forward
-    alternating = _alternating(norm, shape).to(_home(norm)[1])
-    return run(norm, alternating), run(norm, -alternating), run(norm, _uneven(norm, shape)) if check else None
+def _signs(norm: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """An input of alternating signs, on the device and in the type of the norm's parameters."""
+    dtype = next((own.dtype for own in norm.parameters()), torch.float32)
+    index = torch.arange(shape[-1], device=device_of(norm))
+    return (_AMPLITUDE * (1 - 2 * (index % 2))).to(dtype).expand(shape)
 
 
-def _alternating(norm: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    device, dtype = _home(norm)
-    index = torch.arange(shape[-1], device=device)
-    return _wide((_AMPLITUDE * (1 - 2 * (index % 2))).to(dtype).expand(shape))
-
-
-def _uneven(norm: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    device, dtype = _home(norm)
-    index = torch.arange(shape[-1], device=device)
-    return (_AMPLITUDE * (1.5 + torch.cos(index.double()))).to(dtype).expand(shape)
-
-
-def _home(norm: nn.Module) -> tuple[torch.device, torch.dtype]:
-    for tensor in norm.parameters():
-        device: torch.device | str = tensor.device_mesh.device_type if is_dtensor(tensor) else tensor.device  # type: ignore[attr-defined]
-        return torch.device(device), tensor.dtype
-    return torch.device("cpu"), torch.float32
+def _odd_and_even(run: nn.Module, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """What a norm makes of signs: the part that changes with them, and the part that does not."""
+    up, down = _wide(run(signs)), _wide(run(-signs))
+    return (up - down) / 2, (up + down) / 2
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -212,23 +190,24 @@ def plan_norm_of(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPla
     raise UnreadLayer(f"the norm of its {what} is a {type(norm).__name__}, which is no RMSNorm or LayerNorm")
 
 
-class _First(nn.Module):
-    """Stands for a child: the first of them to be called keeps its input and ends the run."""
+class _Target(nn.Module):
+    """Keeps the first tensor that it is given and ends the run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: Any = None
+        self.reached: Tensor | None = None
 
-    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> None:
-        self.given = x
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.reached = next(tensors, None)
         raise Stop
 
 
 def is_before_projections(module: nn.Module, plan: NormPlan, width: int) -> bool:
     """Whether a layer's norm that is named for queries or keys acts on the layer's input instead.
 
-    Told by which child the layer's forward calls first, where the norm's width alone does not tell: it is part of
-    no projection then.
+    It is part of no projection then. Told by which child the layer's forward calls first, where the norm's width
+    alone does not tell.
 
     Args:
         module: the attention layer.
@@ -237,13 +216,11 @@ def is_before_projections(module: nn.Module, plan: NormPlan, width: int) -> bool
     """
     if plan.shape != (width,):
         return False
-    children = {name: _First() for name, _ in module.named_children()}
+    children = {child: _Target() for child in module.children()}
     given = torch.zeros(1, 2, width)
     with suppress(Exception):  # `Stop`, or whatever a forward may raise that is given nothing else
-        run_copy(module, children, given)
-    return any(
-        children[name].given is given for name, child in module.named_children() if child is plan.module
-    )
+        run_alone(module, children, given)
+    return children[plan.module].reached is given
 
 
 def is_behind_rotation(module: nn.Module, plan: NormPlan) -> bool:
@@ -289,50 +266,34 @@ def fold_qk_norm(plan: NormPlan, rows: Affine) -> Affine:
 _OF_VALUES = re.compile(r"^(v|value)_?\w*(norm|ln)$", re.IGNORECASE)
 
 
-class _Target(nn.Module):
-    """Stands for the attention: keeps the first tensor that it is given and ends the run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reached: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        self.reached = next(tensors, None)
-        raise Stop
-
-
 class _Marker(nn.Module):
-    """Stands for a norm, or for what is of no interest: gives new tensors by which it is recognized."""
+    """Replaces a norm, or what is of no interest: gives new tensors by which it is recognized."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: list[Tensor] = []
+        self.gave: list[Tensor] = []
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.given.append(torch.zeros_like(x))
-        return self.given[-1]
+        self.gave.append(torch.zeros_like(x))
+        return self.gave[-1]
 
 
 def feeding_norm(
     module: nn.Module,
     ancestors: Sequence[nn.Module],
     width: int,
-    like: Tensor,
     known: Collection[nn.Module] = (),
 ) -> NormPlan | None:
     """Find the norm whose output is exactly what the attention layer is given.
 
-    The forward of the module around the layer is run, on a copy whose norms return marked tensors and whose
-    attention records what reaches it. Neither the model nor its hooks take part. Pre-norm layers are found in
-    this way whatever their names; post-norm layers, where the norm of the previous layer feeds this one, are
-    not.
+    The module around the layer is run alone, with norms that return marked tensors and an attention that records
+    what reaches it. Pre-norm layers are found whatever their names; post-norm layers, where the norm of the
+    previous layer feeds this one, are not.
 
     Args:
         module: the attention layer.
         ancestors: the modules that contain it, nearest first.
         width: d_model.
-        like: has the device and type of the input.
         known: norms of the layer that come behind its projections or are part of them.
 
     Returns:
@@ -346,44 +307,31 @@ def feeding_norm(
     if any(True for _ in inner):
         # A norm of the layer's own may come between its input and the projections.
         return None
+    like = next(own for own in module.parameters() if own.is_floating_point())
     child = module
     # A layer nests its attention at most this deep; what is beyond is the whole network.
     for parent in ancestors[:3]:
         if isinstance(parent, nn.ModuleList | nn.ModuleDict):
             return None
         given = torch.zeros(1, 2, width, device=like.device, dtype=like.dtype)
-        reached, markers = _run(parent, child, given)
-        if reached is None:
+        target = _Target()
+        stand_ins = {own: _stand_in(own) for own in parent.children()} | {child: target}
+        # A module that cannot be run alone proves nothing; what reached the target before that counts.
+        with suppress(Exception):
+            run_alone(parent, stand_ins, given)
+        if target.reached is None:
             return None
-        for marker, norm in markers.items():
-            if any(reached is out for out in marker.given):
-                return plan_norm(norm, (width,))
-        if reached is not given:
+        for norm, own in stand_ins.items():
+            if isinstance(own, _Marker) and any(target.reached is out for out in own.gave):
+                return plan_norm(norm, (width,)) if is_norm(norm) else None
+        if target.reached is not given:
             return None
         child = parent
     return None
 
 
-def _run(
-    parent: nn.Module, child: nn.Module, given: Tensor
-) -> tuple[Tensor | None, dict[_Marker, nn.Module]]:
-    """Run the parent up to the child; the tensor that reached it, and the norm of each marker."""
-    markers: dict[_Marker, nn.Module] = {}
-    target = _Target()
-    stand_ins: dict[str, nn.Module | None] = dict(parent._modules)
-    for name, module in parent.named_children():
-        if module is child:
-            stand_ins[name] = target
-        elif isinstance(module, nn.Identity | nn.Dropout):
-            stand_ins[name] = Through()
-        else:
-            marker = stand_ins[name] = _Marker()
-            if is_norm(module):
-                markers[marker] = module
-    # A module that cannot be run alone proves nothing; what reached the target before that counts.
-    with suppress(Exception):
-        run_copy(parent, stand_ins, given)
-    return target.reached, markers
+def _stand_in(module: nn.Module) -> nn.Module:
+    return Through() if isinstance(module, nn.Identity | nn.Dropout) else _Marker()
 
 
 def fold_layer_norm(norm: Norm, rows: Affine) -> Affine:

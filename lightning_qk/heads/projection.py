@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lightning_qk.architecture.dry_run import alive, make_weights, own_random_numbers, shadow, weight_hooks
-from lightning_qk.architecture.origin import is_known, is_named
+from lightning_qk.architecture.dry_run import make_weights, quietly, shadow, weight_hooks
+from lightning_qk.architecture.source_code import is_known, is_named
 from lightning_qk.heads.module_as_matrix import ModuleMatrix, is_plain
 from lightning_qk.heads.projections import Affine, InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sharding import check_access, is_dtensor, whole
+from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 
 
 class StoredWeight:
@@ -444,7 +444,7 @@ def _multiplies(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool 
     It is seen from what the module does to several vectors at a time, large ones among them. Both are tried, since
     a square weight does not tell.
     """
-    with torch.no_grad(), own_random_numbers(weight.device):
+    with quietly(module):
         weight, bias = whole(weight), None if bias is None else whole(bias)
         copy = shadow(module, convert=whole)
         for transposed in (False, True):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import Stop, Through, copy_with
+from lightning_qk.architecture.dry_run import Stop, Through, shadow
 from lightning_qk.architecture.source_code import names_in
 
 _HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal|position(al)?_?encoder", re.IGNORECASE)
@@ -136,7 +136,7 @@ def _run_holder(source: Source, position: int, tokens: int) -> Any:
     # Without the wrapper that changes frequencies with the length of the sequence.
     forward = inspect.unwrap(type(holder).forward)
     names = list(inspect.signature(forward).parameters)[1:]
-    copy = copy_with(holder, {})
+    copy = shadow(holder)
     if "position_ids" in names:
         known: dict[str, Any] = {"position_ids": positions}
         if "layer_type" in names:
@@ -155,7 +155,6 @@ def _run_holder(source: Source, position: int, tokens: int) -> Any:
         return given if all(part.dim() >= 2 and part.shape[-2] == tokens for part in parts) else None
     if names[:1] == ["hidden_states"] and len(names) == 1:
         # It counts tokens itself.
-        copy.__dict__.pop("cached_sequence_length", None)
         copy.__dict__["cached_sequence_length"] = None
         rows = _COUNTED
         given = forward(copy, torch.zeros(1, rows, 1, device=device))
@@ -233,9 +232,7 @@ class _AtPosition:
         self.module = module
 
     def __call__(self, *args: Tensor, position: int) -> tuple[Tensor, ...]:
-        # A copy, for the module may keep its tables.
-        copy = copy_with(self.module, {})
-        turned = type(self.module).forward(copy, *(_behind_others(x, position) for x in args))
+        turned = shadow(self.module)(*(_behind_others(x, position) for x in args))
         lasts = [
             part[..., -1, :].unflatten(0, (-1, x.shape[0])) for part, x in zip(turned, args, strict=True)
         ]
@@ -357,18 +354,15 @@ class Layer:
         """
         stubs = {name: _stub(name) for name in self.functions if name not in self.module._modules}
         ran: list[bool] = []
-        children, width, device = self._stand_ins(ran)
-        children.update(
-            (name, _ModuleStub(name, position)) for name in self.functions if name in self.module._modules
-        )
-        space: dict[str, Any] = {**stubs, "config": _UntilDispatch(self.config)}
-        copy = copy_with(self.module, children)
+        stand_ins, width, device = self._stand_ins(ran, position)
+        copy = shadow(self.module, stand_ins=stand_ins)
+        space: dict[str, Any] = dict(stubs)
         for name, method in self._methods.items():
             is_static = isinstance(inspect.getattr_static(type(self.module), name), staticmethod)
             patched = _patched(method, stubs)
             space[name] = patched if is_static else types.MethodType(patched, copy)
-        if getattr(self.module, "config", None) is None:
-            space.pop("config")
+        if getattr(self.module, "config", None) is not None:
+            space["config"] = _UntilDispatch(self.config)
         copy.__dict__.update(space)
         given = torch.zeros(1, self.tokens, width, device=device)
         known: dict[str, Any] = {}
@@ -405,15 +399,11 @@ class Layer:
         index = getattr(self.module, "layer_idx", None)
         if not isinstance(index, int):
             return False
-        lists = (
-            [
-                value
-                for name, value in vars(self.config).items()
-                if "rope" in name and isinstance(value, list | tuple) and index < len(value)
-            ]
-            if hasattr(self.config, "__dict__")
-            else []
-        )
+        lists = [
+            value
+            for name, value in getattr(self.config, "__dict__", {}).items()
+            if "rope" in name and isinstance(value, list | tuple) and index < len(value)
+        ]
         if all(value[index] for value in lists):
             return False
         try:
@@ -421,23 +411,25 @@ class Layer:
         except Exception:
             return False
 
-    def _stand_ins(self, ran: list[bool]) -> tuple[dict[str, nn.Module | None], int, torch.device]:
-        children: dict[str, nn.Module | None] = dict(self.module._modules)
+    def _stand_ins(
+        self, ran: list[bool], position: int
+    ) -> tuple[dict[nn.Module, nn.Module], int, torch.device]:
+        """What replaces the children, the width of the layer's input, and its device."""
+        stand_ins: dict[nn.Module, nn.Module] = {}
         width = 0
-        device = None
         for name, child in self.module.named_children():
-            if holds_angles(name, child):
-                children[name] = child
-                continue
             sizes = _projection_sizes(child)
-            if sizes is not None:
-                children[name] = _Zeros(sizes[1], ran)
+            if name in self.functions:
+                stand_ins[child] = _ModuleStub(name, position)
+            elif holds_angles(name, child):
+                continue
+            elif sizes is not None:
+                stand_ins[child] = _Zeros(sizes[1], ran)
                 width = width or sizes[0]
             else:
-                children[name] = Through()
+                stand_ins[child] = Through()
         tensor = next(iter(self.module.buffers()), next(iter(self.module.parameters()), None))
-        device = torch.device("cpu") if tensor is None else tensor.device
-        return children, width, device
+        return stand_ins, width, torch.device("cpu") if tensor is None else tensor.device
 
 
 def _projection_sizes(child: nn.Module) -> tuple[int, int] | None:

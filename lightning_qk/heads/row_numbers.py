@@ -7,7 +7,7 @@ angle zero.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -15,22 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.composition import Composition, Part, composed
-from lightning_qk.heads.dry_run import Trial
 from lightning_qk.heads.norms import plan_norm
 from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.running import (
     Bench,
-    Elements,
-    ElementSearch,
-    Emission,
     Emitter,
     Loose,
+    Passed,
     Seen,
     constant,
     random,
+    tolerance,
+    varied_parameters,
 )
-from lightning_qk.heads.sharding import whole
+from lightning_qk.heads.trials import Trial
 
 # Rows are numbered by digits to this base, small enough that half precision keeps them apart.
 _BASE = 32
@@ -90,40 +89,47 @@ class RowFollower:
 
     Attributes:
         runs: of zeros, of ones, and of each digit of the rows' numbers.
-        elements: how bare parameters are read, with the number of the first row of each; None for projections.
         links: projections that map what others give, and what they were found to be given.
         sources: the arguments that projections map.
-        biases: of bare parameters, by place of the product and side.
     """
 
     def __init__(self, bench: Bench, trial: Trial) -> None:
         self.bench, self.trial = bench, trial
         self.runs: list[Seen] = []
-        self.elements: ElementSearch | None = None
         self.links: dict[Emitter, Numbers] = {}
         self.sources: dict[Emitter, str] = {}
-        self.biases: dict[tuple[int, str], Elements] = {}
 
-    def tell(self) -> None:
-        """Run the layer on zeros, on ones and on the digits of its rows' numbers."""
-        size = self.bench.size
-        numbers = torch.arange(size)
-        told = [torch.zeros(size), torch.ones(size)]
+    @property
+    def size(self) -> int:
+        """How many rows there are in all."""
+        return self.bench.size
+
+    def own_parameters(self) -> set[int]:
+        """Parameters that are read as weights or biases, by id: none, where projections are."""
+        return set()
+
+    def number_rows(self) -> None:
+        """Run the layer on zeros, on ones and on the digits of its rows' numbers.
+
+        Raises:
+            NoProduct: a run comes to no softmax of a product.
+        """
+        numbers = torch.arange(self.bench.size)
         # No larger than one, where bounds are flat.
-        told += [(numbers // _BASE**place % _BASE) / _BASE for place in range(_digits(size))]
-        if not self.bench.emitters:
-            told = told[:1]
-            self.elements = ElementSearch(self.bench, self.trial)
-        for values in told:
-            self.runs.append(self.bench.run(self.trial, constant(values)))
-            for emitter in self.bench.emitters.values():
-                # Of several calls the last one in which it maps an argument as it is.
-                names = [self.trial.name_of(own) for own in emitter.given]
-                name = next((own for own in names[::-1] if own is not None), None)
-                if name is not None:
-                    self.sources[emitter] = name
-            if not self.runs[-1].products or len(self.runs[-1].products) != len(self.runs[0].products):
-                raise NoProduct(self.runs[-1].failed)
+        digits = [(numbers // _BASE**place % _BASE) / _BASE for place in range(_digits(self.bench.size))]
+        for values in (torch.zeros(self.bench.size), torch.ones(self.bench.size), *digits):
+            self._run(values)
+
+    def _run(self, values: Tensor) -> None:
+        self.runs.append(self.bench.run(self.trial, constant(values)))
+        for emitter in self.bench.emitters.values():
+            # Of several calls the last one in which it maps an argument as it is.
+            names = [self.trial.name_of(own) for own in emitter.given]
+            name = next((own for own in names[::-1] if own is not None), None)
+            if name is not None:
+                self.sources[emitter] = name
+        if not self.runs[-1].products or len(self.runs[-1].products) != len(self.runs[0].products):
+            raise NoProduct(self.runs[-1].failed)
 
     def numbers_of(self, place: int, side: str) -> Numbers:
         """The rows that one side of a product is.
@@ -131,24 +137,10 @@ class RowFollower:
         Raises:
             UnreadLayer: it is something else.
         """
-        if self.elements is None:
-            return read_numbers([getattr(run.products[place], side) for run in self.runs], NAMES[side])
-
-        def reading(trial: Trial, given: dict[int, Tensor]) -> Tensor:
-            seen = self.bench.run(trial, constant(torch.zeros(0)), given)
-            if len(seen.products) != len(self.runs[0].products):
-                raise UnreadLayer("it takes other products when its parameters change")
-            return getattr(seen.products[place], side).double()
-
-        found = self.elements.find(reading, NAMES[side])
-        self.biases[place, side] = found
-        return Numbers(found.numbers, found.factor)
+        return read_numbers([getattr(run.products[place], side) for run in self.runs], NAMES[side])
 
     def add_biases(self, place: int) -> None:
-        """Set which parameters are added to the bare ones that make a product."""
-        if self.elements is not None:
-            for side in SIDES:
-                self.elements.add_biases(self.biases[place, side])
+        """Set what is added to the rows that make a product: projections know it themselves."""
 
     def sample(
         self,
@@ -156,7 +148,7 @@ class RowFollower:
         scale: float,
         *,
         trial: Trial | None = None,
-        varied: Sequence[Loose] = (),
+        varied: Iterable[Loose] = (),
         shifted: Tensor | None = None,
         factors: Tensor | None = None,
     ) -> Sample:
@@ -170,30 +162,19 @@ class RowFollower:
             shifted: numbers of rows that get other values than without.
             factors: on what every row gives, (rows,).
         """
-        trial = trial or self.trial
-        given = {
-            id(loose.parameter): varied_values(loose.parameter, place) for place, loose in enumerate(varied)
-        }
-        if self.elements is not None:
-            return self._sample_bare(seed, scale, trial, given, shifted, factors)
-        trial = trial.drawn(seed)
-        emission: Emission = random(seed, scale)
+        trial = (trial or self.trial).drawn(seed)
+        first, second = random(seed, scale), random(seed + 100, scale)
+        mask = torch.zeros(self.bench.size)
         if shifted is not None:
-            mask = torch.zeros(self.bench.size)
             mask[shifted] = 1.0
-            first, second = emission, random(seed + 100, scale)
 
-            def emission(own: Emitter, shape: tuple[int, ...]) -> Tensor:
-                part = mask[own.first : own.first + own.plan.rows]
-                return first(own, shape) + part * second(own, shape)
+        def emission(own: Emitter, shape: tuple[int, ...]) -> Tensor:
+            out = first(own, shape)
+            if shifted is not None:
+                out = out + mask[own.rows] * second(own, shape)
+            return out if factors is None else out * factors[own.rows]
 
-        if factors is not None:
-            plain = emission
-
-            def emission(own: Emitter, shape: tuple[int, ...]) -> Tensor:
-                return plain(own, shape) * factors[own.first : own.first + own.plan.rows]
-
-        seen = self.bench.run(trial, emission, given)
+        seen = self.bench.run(trial, emission, varied_parameters(varied))
         # Of a projection that is called several times only what it makes of the layer's input, where it does.
         gave = {}
         for emitter in self.bench.emitters.values():
@@ -203,121 +184,22 @@ class RowFollower:
                 gave[emitter] = torch.cat([out.flatten(0, -2) for out in outs])
 
         def made(numbers: Tensor) -> Tensor | None:
-            parts = [(emitter, emitter.owns(numbers)) for emitter in self.bench.emitters.values()]
-            parts = [(emitter, mine) for emitter, mine in parts if bool(mine.any())]
-            if any(emitter not in gave for emitter, _ in parts):
+            owners = self._owners(numbers)
+            if any(emitter not in gave for emitter in owners):
                 return None
-            if len({len(gave[emitter]) for emitter, _ in parts}) != 1:
+            if len({len(gave[emitter]) for emitter in owners}) != 1:
                 return None
-            out = gave[parts[0][0]].new_zeros(len(gave[parts[0][0]]), len(numbers), dtype=torch.float64)
-            for emitter, mine in parts:
+            out = gave[owners[0]].new_zeros(len(gave[owners[0]]), len(numbers), dtype=torch.float64)
+            for emitter in owners:
+                mine = emitter.owns(numbers)
                 out[:, mine] = gave[emitter].double()[:, numbers[mine] - emitter.first]
             return out
 
         return Sample(seen, made)
 
-    def _sample_bare(
-        self,
-        seed: int,
-        scale: float,
-        trial: Trial,
-        given: dict[int, Tensor],
-        shifted: Tensor | None,
-        factors: Tensor | None,
-    ) -> Sample:
-        """The same, where weights are parameters: they and the layer's input are random."""
-        assert self.elements is not None
-        generator = torch.Generator().manual_seed(seed)
-
-        def drawn(shape: Sequence[int]) -> Tensor:
-            return torch.randn(tuple(shape), generator=generator)
-
-        weights: list[tuple[int, Projection, Tensor, Tensor | None]] = []
-        shift = torch.Generator().manual_seed(seed + 100)
-        for first, plan in self.elements.plans.values():
-            stored = plan.stored
-            assert stored is not None  # as of every parameter
-            assert stored.weight is not None
-            weight, stride = stored.weight, stored.stride
-            values = drawn(weight.shape) / plan.columns**0.5
-            if shifted is not None:
-                own = shifted[(shifted >= first) & (shifted < first + plan.rows)] - first
-                blocks = values.view(-1, plan.columns, stride)
-                blocks[own // stride, :, own % stride] += torch.randn(len(own), plan.columns, generator=shift)
-            if factors is not None:
-                own_factors = factors[first : first + plan.rows].view(-1, 1, stride)
-                values = (values.view(-1, plan.columns, stride) * own_factors).view(values.shape)
-            given[id(weight)] = values.to(weight)
-            weights.append((first, plan, given[id(weight)], None))
-        biases = torch.cat(
-            [torch.zeros(0), *(drawn((loose.parameter.numel(),)) for loose in self.bench.loose)]
-        )
-        used = torch.cat(
-            [torch.zeros(0, dtype=torch.long), *(own.biases.flatten().cpu() for own in self.biases.values())]
-        )
-        if factors is not None:
-            # Biases belong to rows too: without them products are as they were.
-            places = torch.cat([found.biases.flatten().cpu() for found in self.biases.values()])
-            biases[places[places >= 0]] = 0.0
-        start = 0
-        for loose in self.bench.loose:
-            stop = start + loose.parameter.numel()
-            if bool(((used >= start) & (used < stop)).any()):
-                given[id(loose.parameter)] = (
-                    biases[start:stop].view(loose.parameter.shape).to(loose.parameter)
-                )
-            start = stop
-        firsts = trial.first_names()
-        inputs = {
-            name: (scale * drawn(own.shape)).to(own)
-            for name, own in trial.given.items()
-            if firsts[name] == name
-        }
-        inputs = {name: inputs[first] for name, first in firsts.items()}
-        seen = self.bench.run(trial._replace(given=inputs), constant(torch.zeros(0)), given)
-        tokens = {name: own.flatten(0, -2).double() for name, own in inputs.items()}
-        added = {
-            int(number): int(bias)
-            for own in self.biases.values()
-            for number, bias in zip(
-                own.numbers.flatten().tolist(), own.biases.flatten().tolist(), strict=True
-            )
-        }
-
-        def made(numbers: Tensor) -> Tensor | None:
-            out = []
-            for own in tokens.values():
-                columns: list[Tensor] = []
-                for number in numbers.tolist():
-                    for first, plan, values, _ in weights:
-                        if first <= number < first + plan.rows and plan.columns == own.shape[-1]:
-                            row = plan.as_rows(values)[number - first].double()
-                            bias = added.get(number, -1)
-                            columns.append(own @ row + (float(biases[bias]) if bias >= 0 else 0.0))
-                if len(columns) == len(numbers):
-                    out.append(torch.stack(columns, -1))
-            return torch.cat(out) if out else None
-
-        return Sample(seen, made)
-
-    def size(self) -> int:
-        """How many rows there are in all."""
-        if self.elements is None:
-            return self.bench.size
-        return sum(plan.rows for _, plan in self.elements.plans.values())
-
-    def own_parameters(self) -> set[int]:
-        """Parameters that are read as weights or biases."""
-        assert self.elements is not None
-        found = set(self.elements.plans)
-        used = torch.cat([own.biases.flatten().cpu() for own in self.biases.values()])
-        start = 0
-        for loose in self.bench.loose:
-            stop = start + loose.parameter.numel()
-            if bool(((used >= start) & (used < stop)).any()):
-                found.add(id(loose.parameter))
-            start = stop
-        return found
+    def run_on_zeros(self, varied: Iterable[Loose] = ()) -> Seen:
+        """Run the layer such that all queries and keys are zero, with other values for some parameters."""
+        return self.bench.run(self.trial, constant(torch.zeros(self.bench.size)), varied_parameters(varied))
 
     def side(self, numbers: Tensor, what: str) -> FoundSide:
         """The projection that makes some rows of q or k, (heads, d_head).
@@ -325,62 +207,22 @@ class RowFollower:
         Raises:
             UnreadLayer: it maps something else than one of the layer's inputs.
         """
-        norm = self._norm_of(numbers)
-        if self.elements is not None:
-            return self._bare_side(numbers, norm, what)
-        given: set[str] = set()
+        found = self._normed(numbers)
+        norm = None if found is None else found[0]
         first, *others = self._owners(numbers)
         direct = None if others else self.sources.get(first)
         if direct is not None:
-            return FoundSide(first.plan, numbers - first.first, norm, direct, normed=False)
+            return FoundSide(first.plan, numbers - first.first, norm, direct)
+        given: set[str] = set()
         whole_map = composed(self._compose(numbers.flatten(), given, depth=3))
         if len(given) != 1:
             raise UnreadLayer(f"its {what} are made of several inputs ({', '.join(sorted(given)) or 'none'})")
         rows = torch.arange(numbers.numel()).view(numbers.shape)
-        return FoundSide(whole_map, rows, norm, given.pop(), whole_map.normed, _common(numbers))
+        return FoundSide(whole_map, rows, norm, given.pop(), whole_map.normed, common_rows(numbers))
 
-    def _bare_side(self, numbers: Tensor, norm: nn.Module | None, what: str) -> FoundSide:
-        """A side that bare parameters make; its input is the one that explains it."""
-        assert self.elements is not None
-        flat = numbers.flatten()
-        parts = []
-        for first, plan in self.elements.plans.values():
-            places = ((flat >= first) & (flat < first + plan.rows)).nonzero()[:, 0]
-            if len(places):
-                parts.append(Part(places, plan, flat[places] - first))
-        columns = {part.projection.columns for part in parts}
-        names = [name for name, own in self.trial.given.items() if own.shape[-1] in columns]
-        given = self._bare_source(numbers, names)
-        if given is None:
-            raise UnreadLayer(f"its {what} are made of none of its inputs, or of several")
-        if len(parts) == 1:
-            (part,) = parts
-            assert isinstance(part.rows, Tensor)  # as made above
-            return FoundSide(part.projection, part.rows.view(numbers.shape), norm, given)
-        return FoundSide(
-            composed(parts), torch.arange(len(flat)).view(numbers.shape), norm, given, shared=_common(numbers)
-        )
-
-    def _bare_source(self, numbers: Tensor, names: list[str]) -> str | None:
-        """The only input whose change changes some rows."""
-        if len(names) == 1:
-            return names[0]
-        wanted = set(numbers.flatten().tolist())
-        found = []
-        base = self.bench.run(self.trial, constant(torch.zeros(0)))
-        firsts = self.trial.first_names()
-        for name in dict.fromkeys(firsts[own] for own in names):
-            given = {
-                own: value + 1.0 if firsts[own] == name else value for own, value in self.trial.given.items()
-            }
-            seen = self.bench.run(self.trial._replace(given=given), constant(torch.zeros(0)))
-            for (place, side), own in self.biases.items():
-                if not wanted.issubset(own.numbers.flatten().tolist()):
-                    continue
-                before, after = (getattr(run.products[place], side) for run in (base, seen))
-                if bool((before != after).any()):
-                    found.append(name)
-        return found[0] if len(set(found)) == 1 else None
+    def check_rows(self, numbers: Tensor, what: str) -> None:
+        """Make sure that rows are those of projections of the layer's input; arguments as for :meth:`side`."""
+        self.side(numbers, what)
 
     def _owners(self, numbers: Tensor) -> list[Emitter]:
         """The projections that rows belong to."""
@@ -404,12 +246,12 @@ class RowFollower:
                 )
             self.links[emitter] = features
             source = Composition(self._compose(features.rows, given, depth - 1))
-            between = self._norm_of(features.rows)
-            norm = None if between is None else plan_norm(between, (emitter.plan.columns,))
+            between = self._normed(features.rows)
+            norm = None if between is None else plan_norm(between[0], (emitter.plan.columns,))
             if between is not None and norm is None:
                 raise UnreadLayer(
-                    f"the norm before its projection {emitter.plan.name!r} is a {type(between).__name__}, which "
-                    "is no RMSNorm or LayerNorm"
+                    f"the norm before its projection {emitter.plan.name!r} is a {type(between[0]).__name__}, "
+                    "which is no RMSNorm or LayerNorm"
                 )
             made.append(
                 Part(places, emitter.plan, rows, source, norm, functools.partial(float, features.factor))
@@ -419,36 +261,20 @@ class RowFollower:
     def _normed(self, numbers: Tensor) -> tuple[nn.Module, float] | None:
         """The norm that is given some rows, and the factor on them there."""
         wanted = set(numbers.flatten().tolist())
-        for call, (norm, _) in enumerate(self.runs[0].normed):
-            if any(len(run.normed) <= call or run.normed[call][0] is not norm for run in self.runs):
+        for place, passed in enumerate(self.runs[0].passed):
+            calls: list[Passed | None] = [next(iter(run.passed[place:]), None) for run in self.runs]
+            given = [call.given for call in calls if call is not None and call.norm is passed.norm]
+            if len(given) < len(self.runs):
                 continue
             with suppress(UnreadLayer):
-                found = read_numbers([run.normed[call][1] for run in self.runs], "its features")
+                found = read_numbers(given, "its features")
                 if wanted & set(found.rows.flatten().tolist()):
-                    return norm, found.factor
+                    return passed.norm, found.factor
         return None
-
-    def _norm_of(self, numbers: Tensor) -> nn.Module | None:
-        if self.elements is not None:
-            if self.runs[0].normed and self._is_normed_behind():
-                raise UnreadLayer("a norm stands behind projections that are bare parameters")
-            return None
-        found = self._normed(numbers)
-        return None if found is None else found[0]
-
-    def _is_normed_behind(self) -> bool:
-        """Whether a norm acts on what bare parameters make: on something else than the layer's input."""
-        inputs = list(self.trial.given.values())
-        return not all(
-            any(given.shape == own.shape and torch.equal(given, own) for own in inputs)
-            for _, given in self.runs[0].normed
-        )
 
     def factor_at(self, norm: nn.Module | None, numbers: Numbers) -> float:
         """The factor on rows where a norm takes them, which it divides out; 1 without a norm."""
-        if norm is None:
-            return 1.0
-        found = self._normed(numbers.rows)
+        found = None if norm is None else self._normed(numbers.rows)
         return 1.0 if found is None else found[1]
 
 
@@ -459,10 +285,10 @@ def read_numbers(seen: list[Tensor], what: str) -> Numbers:
     zero, one, *digits = (tensor.double() for tensor in seen)
     factor = one - zero
     scale = float(factor.abs().max()) if factor.numel() else 0.0
-    tolerance = row_tolerance(seen[0])
-    if not (scale > 0 and float((factor - factor.flatten()[0]).abs().max()) <= tolerance * scale):
+    allowed = tolerance(seen[0])
+    if not (scale > 0 and float((factor - factor.flatten()[0]).abs().max()) <= allowed * scale):
         raise UnreadLayer(f"{what} are not rows of its projections alone, each with one factor")
-    if not float(zero.abs().max()) <= tolerance * scale:
+    if not float(zero.abs().max()) <= allowed * scale:
         raise UnreadLayer(f"{what} have something added to them behind the projections")
     rows = torch.zeros(seen[0].shape, dtype=torch.long, device=seen[0].device)
     for place, digit in enumerate(digits):
@@ -522,7 +348,7 @@ def grouped(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[Tenso
     return torch.tensor([query for query, _ in pairs]), torch.tensor(distinct)
 
 
-def _common(numbers: Tensor) -> int:
+def common_rows(numbers: Tensor) -> int:
     """How many rows, the last ones of each head, all heads have in common."""
     if len(numbers) < 2:
         return 0
@@ -539,16 +365,3 @@ def _features(emitter: Emitter, runs: list[Seen]) -> Numbers | None:
         return None
     rows = numbers.rows.reshape(-1, numbers.rows.shape[-1]).cpu()
     return Numbers(rows[0], numbers.factor) if bool((rows == rows[0]).all()) else None
-
-
-def varied_values(parameter: Tensor, place: int) -> Tensor:
-    """Other values of a parameter, of the same size."""
-    plain = whole(parameter).detach()
-    wave = torch.arange(plain.numel(), device=plain.device, dtype=torch.float32)
-    wave = torch.cos(wave * (1.3 + 0.1 * place) + 1.0).view(plain.shape).to(plain.dtype)
-    return plain * (1 + 0.3 * wave) + 0.2 * wave + 0.1
-
-
-def row_tolerance(tensor: Tensor) -> float:
-    """Relative error that a type's rounding explains."""
-    return 1e-4 if tensor.dtype in (torch.float32, torch.float64) else 2e-2

@@ -1,18 +1,36 @@
-"""Weights that are spread over processes: made whole for one layer.
+"""Live weights, those that are spread over processes too: made whole for one layer.
 
 DTensors (FSDP2, tensor parallel) are gathered by their own collective, which is differentiable: the gradient of
 what was gathered ends on the local shard. The flat parameters of FSDP's first version are gathered for the
 time of a block. Gathering is collective: every process must read the same layers in the same order.
 """
 
+import itertools
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.projections import InaccessibleWeights
+
+
+def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
+    """The module that a plan refers to weakly.
+
+    Raises:
+        RuntimeError: it is gone.
+    """
+    module = reference()
+    if module is None:
+        raise RuntimeError(
+            "expected the modules of the model that was read first, got one that is gone: keep a reference to the "
+            "model, and call refresh() on the reader after replacing modules"
+        )
+    return module
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -32,14 +50,12 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor()
 
 
-def whole_module(module: nn.Module) -> nn.Module:
-    """A module whose own parameters are whole: itself where they are, else a copy of it that shares the rest."""
-    if not any(is_dtensor(parameter) for parameter in module.parameters(recurse=False)):
-        return module
-    copy = object.__new__(type(module))
-    parameters = {name: None if value is None else whole(value) for name, value in module._parameters.items()}
-    copy.__dict__.update({**module.__dict__, "_parameters": parameters})
-    return copy
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: that of its first parameter or buffer, or the CPU."""
+    tensor: Any = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if tensor is None:
+        return torch.device("cpu")
+    return torch.device(tensor.device_mesh.device_type) if is_dtensor(tensor) else tensor.device
 
 
 def check_access(tensor: Tensor, what: str) -> None:
@@ -77,8 +93,19 @@ def flat_root(chain: Sequence[nn.Module]) -> nn.Module | None:
     return flat_unit(reversed(chain))
 
 
+def gathered(
+    unit: "weakref.ref[nn.Module] | None", root: "weakref.ref[nn.Module] | None", *, grads: bool = False
+) -> AbstractContextManager[None]:
+    """Within this block the flat parameters of an FSDP unit are whole; with ``grads`` their gradients too."""
+    if unit is None:
+        return nullcontext()
+    own = unit()
+    assert own is not None  # it contains the layer, whose modules are alive
+    return _unflattened(own, None if root is None else root(), grads=grads)
+
+
 @contextmanager
-def unflattened(unit: nn.Module, root: nn.Module | None, *, grads: bool = False) -> Iterator[None]:
+def _unflattened(unit: nn.Module, root: nn.Module | None, *, grads: bool = False) -> Iterator[None]:
     """Make the flat parameters of one FSDP unit whole until the block ends; collective.
 
     Args:

@@ -1,5 +1,6 @@
-"""Find the attention layers of a model, their blocks, the layers whose keys they reuse, and local heads."""
+"""Find the attention layers of a model, their blocks, and local heads."""
 
+import itertools
 import re
 import sys
 import weakref
@@ -9,15 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import own_random_numbers
-from lightning_qk.architecture.origin import is_known
-from lightning_qk.architecture.source_code import calls_sdpa, names_softmax, uses_interface
-from lightning_qk.heads.dry_run import trials
-from lightning_qk.heads.layouts import borrows_keys, find_layout
+from lightning_qk.architecture.dry_run import quietly
+from lightning_qk.architecture.source_code import calls_sdpa, is_known, names_softmax, uses_interface
+from lightning_qk.heads.layouts import find_layout
 from lightning_qk.heads.projections import UnreadLayer
-from lightning_qk.heads.row_numbers import SIDES, varied_values
-from lightning_qk.heads.running import Bench, random
+from lightning_qk.heads.running import Bench, random, varied_parameters
 from lightning_qk.heads.sharding import is_dtensor
+from lightning_qk.heads.trials import trials
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
 # What surrounds attention carries its name too: outputs, biases, projections.
@@ -138,26 +137,16 @@ def _reaches_product(module: nn.Module) -> bool:
         return False
     if len(bench.emitters) + len(bench.loose) < 2 or len(bench.emitters) > _MOST_PROJECTIONS:
         return False
-    for own in (bench, Bench(module, is_bare=True)):
-        device = own.device()
-        with torch.no_grad(), own_random_numbers(device):
-            for place, trial in enumerate(trials(module, None, own.widths()[:3], device)):
-                if place >= 12:
-                    break
+    with quietly(module):
+        for own in (bench, Bench(module, is_bare=True)):
+            for trial in itertools.islice(trials(module, None, own.widths()[:3]), 12):
                 # Of bare parameters other values than their own, as they may be zero.
-                given = [
-                    {
-                        id(loose.parameter): scale * varied_values(loose.parameter, place)
-                        for loose in own.loose
-                    }
-                    for place, scale in ((0, 1.0), (1, 2.0))
-                ]
-                seen = [
-                    own.run(trial, random(seed, 1.0), given[seed] if not own.emitters else None)
-                    for seed in (0, 1)
-                ]
-                for first, second in zip(*(run.products for run in seen), strict=False):
-                    sides = [(getattr(first, side), getattr(second, side)) for side in SIDES]
+                given = {} if own.emitters else varied_parameters(own.loose)
+                doubled = {key: 2.0 * values for key, values in given.items()}
+                first = own.run(trial, random(0, 1.0), given).products
+                second = own.run(trial, random(1, 1.0), doubled).products
+                for one, other in zip(first, second, strict=False):
+                    sides = ((one.query, other.query), (one.key, other.key))
                     if all(a.shape == b.shape and not torch.equal(a, b) for a, b in sides):
                         return True
     return False
@@ -260,56 +249,6 @@ def _is_model(module: nn.Module) -> bool:
     # Not imported for this: without it there is no model of theirs. FSDP changes the class, not the ancestry.
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
-
-
-# Layers lend to layers of their own kind.
-_KIND = ("layer_type", "use_rope")
-
-
-class KVSource(NamedTuple):
-    """The layer whose keys a KV-sharing layer reuses: its qualified name and itself."""
-
-    name: str
-    module: nn.Module
-
-
-def kv_source(site: AttentionLayer) -> KVSource | None:
-    """Finds the layer whose keys a KV-sharing layer reuses; None for a layer with keys of its own.
-
-    It is the one whose index the layer holds, else the last one before it that is of its kind, has keys and,
-    where layers say so (``store_full_length_kv``), stores them.
-
-    Raises:
-        UnreadLayer: the layer has no keys of its own, and no such layer is found.
-    """
-    module = site.module
-    if not borrows_keys(module):
-        return None
-    parts = site.name.split(".")
-    for depth, ancestor in enumerate(site.ancestors):
-        # The module list that holds the layers, and the way from one of them to its attention.
-        place = len(parts) - 1 - depth
-        if not isinstance(ancestor, nn.ModuleList) or not parts[place].isdigit():
-            continue
-        index, path = int(parts[place]), ".".join(parts[place + 1 :])
-        own = getattr(module, "kv_shared_layer_index", None)
-        for earlier in [own] if isinstance(own, int) else range(index - 1, -1, -1):
-            found = _attention(ancestor[earlier], path)
-            if found is not None and _lends(found, module):
-                return KVSource(".".join([*parts[:place], str(earlier), *parts[place + 1 :]]), found)
-    raise UnreadLayer("it uses the keys of an earlier layer, which is not part of the module that was passed")
-
-
-def _attention(layer: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _lends(module: nn.Module, to: nn.Module) -> bool:
-    same = all(getattr(module, name, None) == getattr(to, name, None) for name in _KIND)
-    return same and not borrows_keys(module) and getattr(module, "store_full_length_kv", True)
 
 
 def local_heads(module: nn.Module, heads: int) -> slice | None:

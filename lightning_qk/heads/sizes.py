@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_qk.architecture.origin import is_named
+from lightning_qk.architecture.source_code import is_named
 from lightning_qk.heads.projections import UnreadLayer
 
 _D_HEAD = (

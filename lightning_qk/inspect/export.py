@@ -19,9 +19,8 @@ from lightning_qk._printable import cell
 from lightning_qk._version import __version__
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import Reading, record_of
-from lightning_qk.inspect.table import regimes_of
 from lightning_qk.record.atomic_write import whole_file
-from lightning_qk.record.verdicts import layer_regime
+from lightning_qk.record.verdicts import HeadHealth, LayerHealth, head_health, layer_health
 
 
 def check_targets(paths: Sequence[Path | None]) -> None:
@@ -99,13 +98,15 @@ def as_json(
 
 
 def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
-    regimes = regimes_of(reading)
+    judged_layers, judged_heads = _verdicts(reading)
     layers = []
     for place, label in enumerate(reading.labels):
-        heads = {
+        heads: dict[str, list[Any]] = {
             name: [_number(value) for value in reading.split(flat)[place].tolist()]
-            for name, flat in {**reading.values, **reading.attention}.items()
+            for name, flat in _named(reading).items()
         }
+        if reading.attention:
+            heads["verdict"] = [judged_heads[label, head].verdict for head in range(reading.heads[place])]
         eigenvalues = reading.eigenvalues.get(label) if with_eigenvalues else None
         layers.append(
             {
@@ -113,8 +114,9 @@ def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
                 "name": reading.names[place],
                 "heads": reading.heads[place],
                 "self_attention": reading.self_attention[place],
-                "regime": layer_regime(regimes[place]),
-                "per_head": {**heads, "regime": regimes[place]},
+                **({"verdict": judged_layers[label].verdict} if reading.attention else {}),
+                **{name: _number(float(flat[place])) for name, flat in reading.layer_values.items()},
+                "per_head": heads,
                 **({} if eigenvalues is None else {"eigenvalues": _pairs(eigenvalues)}),
             }
         )
@@ -128,6 +130,21 @@ def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
         "layers": layers,
         "notes": reading.notes,
     }
+
+
+def _verdicts(reading: Reading) -> tuple[dict[str, LayerHealth], dict[tuple[str, int], HeadHealth]]:
+    """Verdicts by layer and by head, which need attention that was measured."""
+    if not reading.attention:
+        return {}, {}
+    record = record_of([reading])
+    layers = {row.label: row for row in layer_health(record)}
+    return layers, {(row.label, row.head): row for row in head_health(record)}
+
+
+def _named(reading: Reading) -> dict[str, Tensor]:
+    """All numbers of heads by name, predicted ones as ``predicted/<statistic>``."""
+    predicted = {f"predicted/{name}": flat for name, flat in reading.predicted.items()}
+    return {**reading.values, **reading.attention, **predicted}
 
 
 def _pairs(values: Tensor) -> list[list[list[float | None]]]:
@@ -160,25 +177,25 @@ def as_csv(sources: Sequence[Sequence[Reading]]) -> str:
     """
     out = io.StringIO()
     all_readings = [reading for readings in sources for reading in readings]
-    names = list(
-        dict.fromkeys(name for reading in all_readings for name in (*reading.values, *reading.attention))
-    )
+    names = list(dict.fromkeys(name for reading in all_readings for name in _named(reading)))
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["checkpoint", "step", "layer", "name", "head", *map(cell, names), "regime"])
+    writer.writerow(["checkpoint", "step", "layer", "name", "head", *map(cell, names), "verdict"])
     for reading in all_readings:
-        split = {name: reading.split(flat) for name, flat in {**reading.values, **reading.attention}.items()}
-        for place, regimes in enumerate(regimes_of(reading)):
-            for head, regime in enumerate(regimes):
+        split = {name: reading.split(flat) for name, flat in _named(reading).items()}
+        _, judged = _verdicts(reading)
+        for place, label in enumerate(reading.labels):
+            for head in range(reading.heads[place]):
                 values = [float(split[name][place][head]) if name in split else math.nan for name in names]
+                row = judged.get((label, head))
                 writer.writerow(
                     [
                         cell(reading.title),
                         "" if reading.step is None else reading.step,
-                        cell(reading.labels[place]),
+                        cell(label),
                         cell(reading.names[place]),
                         head,
                         *("" if math.isnan(value) else f"{value:.9g}" for value in values),
-                        regime,
+                        "" if row is None else row.verdict,
                     ]
                 )
     return out.getvalue()
@@ -262,7 +279,8 @@ def logged_values(reading: Reading) -> dict[str, float]:
     a number that is not finite where there should be one is NaN or infinite in its aggregates.
     """
     out: dict[str, float] = {}
-    for group, statistics in (("qk", reading.values), ("attn", reading.attention)):
+    groups = (("qk", reading.values), ("attn", reading.attention), ("pred", reading.predicted))
+    for group, statistics in groups:
         for name, flat in statistics.items():
             layers = [
                 (label, part)
@@ -280,6 +298,17 @@ def logged_values(reading: Reading) -> dict[str, float]:
                 out[f"{group}/{label}/{name}"] = float(part.double().mean())
                 for head, value in enumerate(part.tolist()):
                     out[f"{group}/{label}/head_{head:02d}/{name}"] = value
+    for name, flat in reading.layer_values.items():
+        group = "attn" if name == "sink_heads" else "qk"
+        known = {
+            label: value
+            for label, value in zip(reading.labels, flat.tolist(), strict=True)
+            if not math.isnan(value)
+        }
+        out |= {f"{group}/{label}/{name}": value for label, value in known.items()}
+        if known:
+            out[f"{group}/{name}/mean"] = sum(known.values()) / len(known)
+            out[f"{group}/{name}/min"], out[f"{group}/{name}/max"] = min(known.values()), max(known.values())
     return out
 
 

@@ -1,5 +1,6 @@
 """Read a checkpoint's attention layers one after the other, and what their spectra are."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -10,19 +11,30 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.functional.spectrum import Support
+from lightning_qk.heads.facts import kv_source
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.position import ADDED_TO_LOGITS
 from lightning_qk.heads.projections import HeadProjections, UnreadLayer
-from lightning_qk.heads.sites import AttentionLayer, attention_sites, kv_source
+from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
 from lightning_qk.inspect.sources import Checkpoint
-from lightning_qk.metrics.eigenvalues import EigenvalueWorker
-from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, MOMENT_STATISTICS, QKSpectrum, extreme_values
+from lightning_qk.inspect.weights import (
+    OF_ANY_ATTENTION,
+    SOLVED_STATISTICS,
+    SUMMED_STATISTICS,
+    TRACE_STATISTICS,
+    cross_core,
+    solved_values,
+    summed_values,
+    trace_values,
+)
+from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.snapshots import Snapshots
 
+_LARGEST_NORM = 1 << 20
 Progress = Callable[[int, int], None]
 """Called with how many layers were read, and of how many."""
 
@@ -47,7 +59,9 @@ class Reading:
         shapes: label → widths and softmax scale.
         profile: label → measured linear share by relative position of the key, ``(heads, bins)``; empty without
             text.
+        layer_values: statistic → one number a layer, such as those of its heads summed; NaN where it has none.
         attention: the same as ``values`` of what was measured on text, or empty.
+        predicted: the same of what moments of tokens predict of it.
         facts: what else to say of the model.
         notes: sentences that a reader has to know.
         verification: whether what was read of the layers was compared with what a forward pass of the
@@ -64,7 +78,9 @@ class Reading:
     eigenvalues: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, LayerShape] = field(default_factory=dict)
     profile: dict[str, Tensor] = field(default_factory=dict)
+    layer_values: dict[str, Tensor] = field(default_factory=dict)
     attention: dict[str, Tensor] = field(default_factory=dict)
+    predicted: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     verification: str = NOT_VERIFIED
@@ -75,13 +91,14 @@ class Reading:
 
     def has_value(self, statistic: str, layer: int) -> bool:
         """Whether a layer has the statistic when all is well."""
-        if statistic in self.attention:
-            return bool(self.split(self.attention[statistic])[layer].isfinite().any())
-        return self.self_attention[layer] == (statistic != "singular_max")
+        for values in (self.attention, self.predicted):
+            if statistic in values:
+                return bool(self.split(values[statistic])[layer].isfinite().any())
+        return self.self_attention[layer] or statistic in OF_ANY_ATTENTION
 
 
 def iterate_layers(
-    model: nn.Module, weights: Weights, *, fold_norm: bool = False
+    model: nn.Module, weights: Weights, *, fold_norm: bool = True
 ) -> Iterator[tuple[AttentionLayer, LayerReader | str, HeadProjections | None]]:
     """Read the attention layers of a skeleton one by one, each with its own weights in place.
 
@@ -134,13 +151,14 @@ def _stand_ins(model: nn.Module, site: AttentionLayer, fold_norm: bool) -> Itera
         if lender is not None:
             modules.append(lender.module)
     if fold_norm:
-        # Norms are siblings of the layer; other siblings do not matter.
+        # Norms are siblings of the layer; other siblings do not matter, and embeddings are gigabytes.
         modules += [
             child
             for owner in site.ancestors[:3]
             if not isinstance(owner, nn.ModuleList | nn.ModuleDict)
             for child in owner.children()
             if not any(True for _ in child.children())
+            and all(parameter.numel() <= _LARGEST_NORM for parameter in child.parameters())
         ]
     placed = Placed(model, modules)
     try:
@@ -183,8 +201,9 @@ def read_checkpoint(
     checkpoint: Checkpoint,
     *,
     support: Support = "model",
-    fold_norm: bool = False,
+    fold_norm: bool = True,
     eigenvalues: bool = True,
+    summed: bool = False,
     trust: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Reading, nn.Module, Weights]:
@@ -193,8 +212,10 @@ def read_checkpoint(
     Args:
         checkpoint: from :func:`~lightning_qk.inspect.sources.open_source`.
         support: what spectra are averaged over, see :func:`~lightning_qk.functional.qk_moments`.
-        fold_norm: fold the gain of the norm that feeds a layer into its weights.
-        eigenvalues: solve the eigenproblems; False leaves ``spectral_radius`` and ``singular_max`` out.
+        fold_norm: fold the gain of the norm that feeds a layer into its weights, where one does.
+        eigenvalues: solve the eigenproblems; False leaves ``SOLVED_STATISTICS`` of
+            ``lightning_qk.inspect.weights`` out.
+        summed: statistics of each layer's heads summed also where they take long.
         trust: run code that comes with the model.
         progress: called after every layer.
 
@@ -205,7 +226,7 @@ def read_checkpoint(
         BadInput: the model holds no attention that can be read, or the checkpoint lacks weights.
     """
     with _naming(checkpoint):
-        return _read_checkpoint(checkpoint, support, fold_norm, eigenvalues, trust, progress)
+        return _read_checkpoint(checkpoint, support, fold_norm, eigenvalues, summed, trust, progress)
 
 
 @contextmanager
@@ -224,6 +245,7 @@ def _read_checkpoint(
     support: Support,
     fold_norm: bool,
     eigenvalues: bool,
+    summed: bool,
     trust: bool,
     progress: Progress | None,
 ) -> tuple[Reading, nn.Module, Weights]:
@@ -232,62 +254,81 @@ def _read_checkpoint(
     layers = [site.name for site in attention_sites(model)]
     weights.check_depth(layers)
     total = len(layers)
-    statistics = (*MOMENT_STATISTICS, *EXTREME_STATISTICS) if eigenvalues else MOMENT_STATISTICS
-    plans: dict[str, LayerReader] = {}
-    unread: dict[str, str] = {}
-    values: dict[str, list[Tensor]] = {name: [] for name in statistics}
-    spectra: dict[str, Tensor] = {}
-    facts: dict[str, set[str]] = {"positions": set(), "norms": set()}
-    # A layer's eigenproblems are solved while the next one is read.
-    worker = EigenvalueWorker(one_core=True)
-
-    def collect() -> None:
-        solved = worker.collect()
-        if solved is None:
-            return
-        for name, own in solved.spectra.items():
-            for statistic, value in extreme_values({name: own}, {name: plans[name].heads}).items():
-                values[statistic].append(value)
-            if own.is_complex():
-                spectra[name] = own
-
+    found = _Found(support, eigenvalues, summed)
     try:
         for count, (site, plan, heads) in enumerate(iterate_layers(model, weights, fold_norm=fold_norm), 1):
             if isinstance(plan, str) or heads is None:
-                unread[site.name] = str(plan)
+                found.unread[site.name] = str(plan)
             else:
-                plans[site.name] = plan
-                metric = QKSpectrum({site.name: plan.heads}, support, eigenvalues=False)
-                metric.update({site.name: heads})
-                for name, value in metric.compute().items():
-                    values[name].append(value)
-                if heads.position:
-                    facts["positions"].add(heads.position)
-                if heads.qk_norm:
-                    facts["norms"].add("between projections and dot product")
-                if eigenvalues:
-                    collect()
-                    worker.submit(count, metric.cores)
-                metric.cores = []  # metrics wait for the garbage collector
+                found.add(site.name, plan, heads)
             del heads
             if progress is not None:
                 progress(count, total)
-        collect()
+        found.collect()
     finally:
-        worker.close()
+        found.worker.close()
     checkpoint.notes = [*weights.notes(layers), *checkpoint.notes]
-    return _reading(checkpoint, model, plans, unread, values, spectra, facts), model, weights
+    return _reading(checkpoint, model, found, fold_norm), model, weights
 
 
-def _reading(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    plans: dict[str, LayerReader],
-    unread: dict[str, str],
-    values: dict[str, list[Tensor]],
-    spectra: dict[str, Tensor],
-    facts: dict[str, set[str]],
-) -> Reading:
+class _Found:
+    """What was read so far; a layer's eigenproblems are solved while the next one is read."""
+
+    def __init__(self, support: Support, eigenvalues: bool, summed: bool) -> None:
+        self.support, self.eigenvalues, self.summed = support, eigenvalues, summed
+        self.plans: dict[str, LayerReader] = {}
+        self.unread: dict[str, str] = {}
+        self.values: dict[str, dict[str, Tensor]] = {}
+        self.sums: dict[str, dict[str, float] | None] = {}
+        self.spectra: dict[str, Tensor] = {}
+        self.facts: dict[str, set[str]] = {"positions": set(), "norms": set()}
+        self.worker = EigenvalueWorker(one_core=True)
+        self._waiting: tuple[str, dict[str, Tensor], Tensor | None, int] | None = None
+
+    def add(self, name: str, plan: LayerReader, heads: HeadProjections) -> None:
+        """Read one layer, whose weights are in place."""
+        self.plans[name] = plan
+        if heads.position:
+            self.facts["positions"].add(heads.position)
+        if heads.qk_norm:
+            self.facts["norms"].add("between projections and dot product")
+        moments: dict[str, Tensor] = {}
+        core: Cores | None = None
+        energies: Tensor | None = None
+        if heads.self_attention:
+            moments, core, energies = trace_values(heads, self.support)
+            self.sums[name] = summed_values(heads, always=self.summed)
+        elif self.eigenvalues:
+            core = cross_core(heads)
+        self.values[name] = moments
+        if self.eigenvalues and core is not None:
+            self.collect()
+            self.worker.submit(len(self.plans), [core])
+            self._waiting = name, moments, energies, heads.query.shape[-1]
+
+    def collect(self) -> None:
+        """Wait for the layer that is being solved."""
+        solved = self.worker.collect()
+        if solved is None or self._waiting is None:
+            return
+        name, moments, energies, width = self._waiting
+        (own,) = solved.spectra.values()
+        if own.is_complex():
+            self.spectra[name] = own
+        energies = own.square() if energies is None else energies
+        self.values[name] = moments | solved_values(own, moments, energies, width)
+
+    def flat(self, statistic: str) -> Tensor:
+        """Values of all heads; NaN where a layer has none."""
+        parts = [
+            self.values[name].get(statistic, torch.full((plan.heads,), torch.nan)).float()
+            for name, plan in self.plans.items()
+        ]
+        return torch.cat(parts)
+
+
+def _reading(checkpoint: Checkpoint, model: nn.Module, found: _Found, fold_norm: bool) -> Reading:
+    plans, unread, facts = found.plans, found.unread, found.facts
     kind = type(model).__name__
     if not plans:
         if unread:
@@ -315,15 +356,27 @@ def _reading(
         names=list(plans),
         heads=[plan.heads for plan in plans.values()],
         self_attention=[plan.self_attention for plan in plans.values()],
-        values={name: torch.cat(parts) for name, parts in values.items() if parts},
-        eigenvalues={labels[name]: own for name, own in spectra.items()},
+        values={
+            name: found.flat(name) for name in (*TRACE_STATISTICS, *SOLVED_STATISTICS * found.eigenvalues)
+        },
+        eigenvalues={labels[name]: own for name, own in found.spectra.items()},
         shapes={
             labels[name]: LayerShape(plan.sizes.d_head, plan.width[0], float(plan.scaling))
             for name, plan in plans.items()
         },
-        facts=_facts(model, plans, facts),
+        facts={**_facts(model, plans, facts), "Norms in front": _folded(plans, fold_norm)},
         notes=notes,
     )
+    sums = [found.sums.get(name) for name in plans]
+    if any(sums):
+        reading.layer_values = {
+            statistic: torch.tensor([math.nan if own is None else own[statistic] for own in sums])
+            for statistic in SUMMED_STATISTICS
+        }
+    elif any(reading.self_attention):
+        reading.notes.append(
+            "symmetry and directionality of the heads summed are left out of layers this wide: add --summed"
+        )
     reading.notes += _not_finite(reading)
     return reading
 
@@ -342,6 +395,16 @@ def _facts(model: nn.Module, plans: dict[str, LayerReader], facts: dict[str, set
         "Positions": ", ".join(sorted(facts["positions"])) or "unknown",
         **({"Norms": ", ".join(facts["norms"])} if facts["norms"] else {}),
     }
+
+
+def _folded(plans: dict[str, LayerReader], fold_norm: bool) -> str:
+    """Whether norms that feed layers are part of the weights, in a few words."""
+    count = sum(plan.norm_folded for plan in plans.values())
+    if not fold_norm:
+        return "left out, as asked"
+    if not count:
+        return "none feeds a layer that can be folded"
+    return "folded into the weights" + ("" if count == len(plans) else f" of {count} of {len(plans)} layers")
 
 
 def _not_finite(reading: Reading) -> list[str]:
@@ -384,6 +447,8 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
     record.spectrum = History(first.labels, first.heads, points)
     if any(reading.attention for reading in readings):
         record.attention = History(first.labels, first.heads, points)
+    if any(reading.predicted for reading in readings):
+        record.histories["pred"] = History(first.labels, first.heads, points)
     spectra, profiles = Snapshots(points if side_by_side else 4), Snapshots(points)
     for place, reading in enumerate(readings):
         step = place if side_by_side or reading.step is None else reading.step
@@ -394,6 +459,8 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
         record.spectrum.append(step, reading.values)
         if reading.attention and record.attention is not None:
             record.attention.append(step, reading.attention)
+        if reading.predicted:
+            record.histories["pred"].append(step, reading.predicted)
         if reading.eigenvalues:
             spectra.append(step, reading.eigenvalues)
         if reading.profile:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_qk.architecture.origin import is_named
+from lightning_qk.architecture.source_code import is_named
 from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
+from lightning_qk.inspect.distributed import INDEX, DistributedStorage, extra_of
 from lightning_qk.inspect.documents import BadInput, check_counts, one_line, parse_json, read_json
 from lightning_qk.inspect.matching import StoredWeights, Weights
 from lightning_qk.inspect.storage import (
@@ -163,11 +164,11 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
             return [found]
     if inside:
         return _series(inside, options)
-    if (path / ".metadata").exists() or (path / "meta.pt").exists():
-        raise BadInput(
-            f"expected weights in one piece, got {path}, a checkpoint that Lightning saved in shards: turn "
-            "it into a file with `python -m lightning.pytorch.utilities.consolidate_checkpoint`"
-        )
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return [_gguf(files[0], options)]
+    if (path / INDEX).exists() or (path / "meta.pt").exists():
+        return [_distributed(path, options)]
     try:
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
     except OSError as error:
@@ -186,7 +187,7 @@ def _checkpoints_in(path: Path) -> list[Path]:
         found = [
             entry
             for entry in sorted(folder.iterdir())
-            if (entry.suffix == ".ckpt" and entry.is_file())
+            if (entry.suffix == ".ckpt" and (entry.is_file() or (entry / INDEX).is_file()))
             or (entry / _ADAPTER).is_file()
             or ((entry / _CONFIG).is_file() and not _of_something_else(entry / _CONFIG))
         ]
@@ -205,19 +206,26 @@ def _of_something_else(config: Path) -> bool:
 
 
 def _series(paths: list[Path], options: Options) -> list[Checkpoint]:
-    """Checkpoints by step; of several that have one step, the first by name."""
+    """Checkpoints by step; of several that have one step, the first by name. Damaged ones are left out."""
     numbered = all(_STEP.search(path.name) or path.suffix == ".ckpt" for path in paths)
     opened: dict[int, Checkpoint] = {}
-    left_out = []
+    left_out, damaged = [], {}
     for place, path in enumerate(paths):
-        one = _file(path, options) if path.is_file() else _folder(path, replace(options, series=False))[0]
+        try:
+            one = _file(path, options) if path.is_file() else _folder(path, replace(options, series=False))[0]
+        except BadInput as error:
+            damaged[path.name] = error
+            continue
         step = one.step if numbered and one.step is not None else place
         if step in opened:
             left_out.append(path.name)
             continue
         one.step = step
         opened[step] = one
+    if not opened:
+        raise next(iter(damaged.values()))
     checkpoints = [opened[step] for step in sorted(opened)]
+    checkpoints[-1].notes += [f"{name} left out: {error}" for name, error in damaged.items()]
     if left_out:
         checkpoints[-1].notes.append(f"{', '.join(left_out)} left out: of a step that another checkpoint has")
     return checkpoints
@@ -400,9 +408,11 @@ def _file(path: Path, options: Options) -> Checkpoint:
             tensors=len(storage.files),
             size=storage.size(),
         )
+    if path.suffix == ".gguf":
+        return _gguf(path, options)
     if path.suffix not in _TORCH_FILES:
         raise BadInput(
-            f"expected a file that ends with .safetensors or {', '.join(_TORCH_FILES)}, got {path}: pass a "
+            f"expected a file that ends with .safetensors, .gguf or {', '.join(_TORCH_FILES)}, got {path}: pass a "
             "checkpoint, or the folder of a model"
         )
     loaded = load_torch(path, trust=options.trust)
@@ -430,10 +440,44 @@ def _file(path: Path, options: Options) -> Checkpoint:
     )
 
 
+def _distributed(path: Path, options: Options) -> Checkpoint:
+    """A folder of shards, as torch.distributed.checkpoint and Lightning write it."""
+    storage = DistributedStorage(path)
+    extra = extra_of(path, trust=options.trust)
+    step = _plausible_step(extra.get("global_step"))
+    config, tokenizer = _config_of(extra, path, options, len(storage.files))
+    return Checkpoint(
+        str(path),
+        config,
+        lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+        step=_step_of(str(path)) if step is None else step,
+        tokenizer=tokenizer,
+        tensors=len(storage.files),
+        size=storage.size(),
+    )
+
+
+def _gguf(path: Path, options: Options) -> Checkpoint:
+    """A file of llama.cpp's."""
+    from lightning_qk.inspect.gguf_file import GgufFile
+
+    file = GgufFile(path)
+    return Checkpoint(
+        str(path),
+        _named_config(options) or file.config,
+        lambda model: StoredWeights(file.storage(model), model, prefix=options.prefix),
+        step=_step_of(str(path)),
+        tokenizer=str(path),
+        notes=["the numbers are those that the GGUF file's codes stand for"] if file.is_quantized else [],
+        tensors=file.tensors,
+    )
+
+
 def _config_of(
     loaded: Mapping[str, Any], path: Path, options: Options, tensors: int
 ) -> "tuple[PreTrainedConfig, str | None]":
     """The configuration of the network in a checkpoint, and where its tokenizer may be."""
+    folder = path if path.is_dir() else path.parent
     hyper = loaded.get("hyper_parameters")
     hints = {
         key: value
@@ -466,9 +510,8 @@ def _config_of(
     for name in names:
         with suppress(BadInput):
             return _any_config(name, options), name
-    if (path.parent / _CONFIG).is_file():
-        beside = _config(_local(path.parent), str(path.parent), options, tensors=tensors)
-        return beside, str(path.parent)
+    if (folder / _CONFIG).is_file():
+        return _config(_local(folder), str(folder), options, tensors=tensors), str(folder)
     raise BadInput(
         f"expected a checkpoint that says what model it holds, got {path}, whose hyperparameters do not: "
         "pass the folder or the hub's name of a model of the same configuration with --config"

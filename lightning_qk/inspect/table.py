@@ -2,76 +2,134 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 from torch import Tensor
 
 from lightning_qk._printable import printable
-from lightning_qk.inspect.read import Reading
-from lightning_qk.record.verdicts import SATURATED, UNIFORM, format_value, head_regimes, layer_regime
+from lightning_qk.inspect.read import Reading, record_of
+from lightning_qk.record.verdicts import FLAGGED, HeadHealth, format_value, head_health, layer_health
 
 
 class Column(NamedTuple):
     """One column of numbers.
 
     Attributes:
-        title: its head.
+        title: its head, with a line break where it has two lines.
         statistic: what is shown.
         peak: of a layer's heads the largest is shown, not the mean.
-        is_wide: left out where the terminal is narrow.
+        digits: after the point, of a number that is never large; None for three significant ones.
+        rank: the columns of the largest rank go first where the console is narrow.
     """
 
     title: str
     statistic: str
     peak: bool = False
-    is_wide: bool = False
+    digits: int | None = None
+    rank: int = 0
 
 
-_SPECTRUM = (
-    Column("eig mean", "eig_mean"),
-    Column("eig var", "eig_var"),
-    Column("sym var", "sym_var", is_wide=True),
-    Column("asymmetry", "asymmetry"),
-    Column("concentr.", "concentration", is_wide=True),
-    Column("max |eig|", "spectral_radius", peak=True),
-    Column("max sing.", "singular_max", peak=True),
+_WEIGHTS = (
+    Column("eig mean", "logit_eig_mean"),
+    Column("eig var", "logit_eig_var"),
+    Column("symm.", "symmetry", digits=2),
+    Column("sum's\nsymm.", "symmetry_summed", digits=2),
+    Column("direct.", "directionality", digits=2, rank=3),
+    Column("sum's\ndirect.", "directionality_summed", digits=2, rank=4),
+    Column("positiv.", "positivity", digits=2),
+    Column("ρ/circle", "circle_ratio", digits=2, rank=1),
+    Column("stable\nrank", "stable_rank", digits=1),
+    Column("effective\nrank", "effective_rank_energy", digits=1, rank=2),
+    Column("particip.\nrank", "participation_rank", digits=1, rank=5),
+    Column("max\nsing.", "singular_max", peak=True, rank=6),
 )
+_MAX_REASONS = 8
 _ATTENTION = (
-    Column("entropy", "entropy_normalized"),
-    Column("max|logit|", "max_abs_logit", peak=True),
-    Column("sink", "sink_first", is_wide=True),
-    Column("linear share", "linear_share", is_wide=True),
+    Column("entropy", "entropy_normalized", digits=3),
+    Column("predicted", "predicted/entropy_normalized", digits=3),
+    Column("first key", "sink_first", digits=3),
+    Column("predicted", "predicted/sink_first", digits=3, rank=2),
+    Column("linear\nshare", "linear_share", digits=3, rank=4),
+    Column("predicted", "predicted/linear_share", digits=3, rank=5),
+    Column("logit\nstd", "logit_std", digits=2, rank=3),
+    Column("predicted", "predicted/logit_std", digits=2, rank=6),
+    Column("max\n|logit|", "max_abs_logit", peak=True),
+    Column("sink\nheads", "sink_heads", digits=2, rank=1),
 )
-_WIDE = 118
 
 
 def print_reading(reading: Reading, console: Console, *, per_head: bool = False) -> None:
     """Print one line a layer, or a head, and below it what else there is to say."""
-    columns = _shown(reading, console)
-    table = _table(
-        _title(reading), ["layer", *(["head"] if per_head else ["heads"])], columns, "predicted regime"
-    )
-    regimes = regimes_of(reading)
-    for place, label in enumerate(reading.labels):
-        if not per_head:
-            cells = [_cell(_of_layer(reading, column, place)) for column in columns]
-            table.add_row(
-                escape(label), str(reading.heads[place]), *cells, _styled(layer_regime(regimes[place]))
-            )
-            continue
-        for head, regime in enumerate(regimes[place]):
-            parts = [reading.split(_flat(reading, column.statistic))[place][head] for column in columns]
-            table.add_row(escape(label), str(head), *(_cell(float(part)) for part in parts), _styled(regime))
-    console.print(table)
-    counts = Counter(regime for layer in regimes for regime in layer)
-    console.print(f"Heads by predicted regime: {_counted(counts)}", markup=False, highlight=False)
+    _print_values(reading, _WEIGHTS, console, per_head, _title(reading))
+    for line in weights_sentences(reading):
+        console.print(printable(line), markup=False, highlight=False)
+    if reading.attention:
+        record = record_of([reading])
+        rows = head_health(record)
+        found = {f"{row.label}/{row.head}": row.verdict for row in rows}
+        found |= {row.label: row.verdict for row in layer_health(record)}
+        _print_values(reading, _ATTENTION, console, per_head, "Attention on text", verdicts=found)
+        for line in [*text_sentences(reading), *verdict_sentences(rows)]:
+            console.print(printable(line), markup=False, highlight=False)
     console.print(f"Spectra {printable(reading.verification)}", markup=False, highlight=False)
     print_notes(reading.notes, console)
+
+
+def weights_sentences(reading: Reading) -> list[str]:
+    """What units the numbers of weights have, and what weights can say."""
+    lines = [
+        "Eigenvalues are those of W_QK times the softmax scale, in logits of tokens of variance 1. Norms in front "
+        f"of layers: {reading.facts.get('Norms in front', 'unknown')}."
+    ]
+    if not reading.attention:
+        if any(row.verdict == "fresh" for row in layer_health(record_of([reading]))):
+            lines.append("Its weights cannot be told from random ones: a fresh model.")
+        lines.append("Weights alone show no fault: --text measures attention and judges it.")
+    return lines
+
+
+def text_sentences(reading: Reading) -> list[str]:
+    """What attention was measured on, what it was predicted from, and the share of sinks."""
+    lines = [f"Measured on {reading.facts['Text']}."]
+    if reading.predicted:
+        lines.append(
+            f"Predicted from the moments of {reading.facts['Moments']}, for tokens drawn independently."
+        )
+    if "sink_heads" in reading.layer_values:
+        share = _weighted(reading, "sink_heads")
+        lines.append(
+            f"Sink₁, the share of heads whose first key takes over 0.3 (Gu et al.): {share:.2f}; sink_rate is of "
+            "keys."
+        )
+    return lines
+
+
+def verdict_sentences(rows: Sequence[HeadHealth]) -> list[str]:
+    """How many heads are flagged and how many described, and why the worst are."""
+    counts = Counter(row.verdict for row in rows)
+    flagged = [row for row in rows if row.verdict in FLAGGED]
+    described = ", ".join(f"{count} {name}" for name, count in counts.items() if name not in FLAGGED)
+    lines = [f"Heads flagged: {len(flagged)} of {len(rows)}. Described: {described or 'none'}."]
+    lines += [f"{row.label}, head {row.head}: {row.verdict}, {row.reason}" for row in flagged[:_MAX_REASONS]]
+    if len(flagged) > _MAX_REASONS:
+        lines.append(f"and {len(flagged) - _MAX_REASONS} heads more")
+    return lines
+
+
+def _weighted(reading: Reading, statistic: str) -> float:
+    """Mean over all heads of a number a layer."""
+    pairs = [
+        (float(value), heads)
+        for value, heads in zip(reading.layer_values[statistic], reading.heads, strict=True)
+        if not math.isnan(float(value))
+    ]
+    return sum(value * heads for value, heads in pairs) / max(sum(heads for _, heads in pairs), 1)
 
 
 def print_notes(notes: Iterable[str], console: Console) -> None:
@@ -80,75 +138,134 @@ def print_notes(notes: Iterable[str], console: Console) -> None:
         console.print(f"Note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _print_values(
+    reading: Reading,
+    columns: Sequence[Column],
+    console: Console,
+    per_head: bool,
+    title: str,
+    *,
+    verdicts: Mapping[str, str] | None = None,
+) -> None:
+    places = _places(reading, per_head)
+    last = None if verdicts is None else [verdicts.get(name, "-") for name, _ in places]
+    values = [(column, [_value(reading, column, *at) for _, at in places]) for column in columns]
+    _print_numbers(title, [name for name, _ in places], values, console, _cell, verdicts=last)
+
+
+def _places(reading: Reading, per_head: bool) -> list[tuple[str, tuple[int, int | None]]]:
+    """Name of each line, and the layer and head that it is of."""
+    if per_head:
+        return [
+            (f"{label}/{head}", (place, head))
+            for place, label in enumerate(reading.labels)
+            for head in range(reading.heads[place])
+        ]
+    return [(label, (place, None)) for place, label in enumerate(reading.labels)]
+
+
+def _print_table(
+    title: str,
+    names: Sequence[str],
+    columns: Sequence[tuple[Column, list[str]]],
+    verdicts: Sequence[str] | None,
+    console: Console,
+    *,
+    first: str = "layer",
+) -> None:
+    """Print what fits: columns of the largest rank are left out first, and no number is cut."""
+    columns = list(columns)
+
+    def width() -> int:
+        total = max(map(cell_len, (first, *names)), default=0)
+        for column, cells in columns:
+            total += 3 + max(map(cell_len, (*column.title.split("\n"), *cells)))
+        if verdicts is not None:
+            total += 3 + max(map(cell_len, ("verdict", *verdicts)), default=0)
+        return total + 2
+
+    while width() > console.width and any(column.rank for column, _ in columns):
+        columns.remove(max(columns, key=lambda one: one[0].rank))
+    table = Table(title=escape(title), title_justify="left", pad_edge=False)
+    table.add_column(first, justify="left", overflow="fold")
+    for column, _ in columns:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    if verdicts is not None:
+        table.add_column("verdict", justify="left", no_wrap=True)
+    for index, name in enumerate(names):
+        cells = [cells[index] for _, cells in columns]
+        last = [] if verdicts is None else [_styled(verdicts[index])]
+        table.add_row(escape(name), *cells, *last)
+    console.print(table)
+
+
 def print_evolution(readings: Sequence[Reading], console: Console) -> None:
     """Print one line a checkpoint, means over all heads."""
-    columns = _shown(readings[-1], console)
-    title = f"{len(readings)} checkpoints, means over all heads"
-    table = _table(title, ["step"], columns, "predicted regime of heads")
-    for reading in readings:
-        counts = Counter(regime for layer in regimes_of(reading) for regime in layer)
-        cells = [_cell(_reduced(_flat(reading, column.statistic), column.peak)) for column in columns]
-        table.add_row("-" if reading.step is None else str(reading.step), *cells, _counted(counts))
-    console.print(table)
+    columns = (*_WEIGHTS, *_ATTENTION) if readings[-1].attention else _WEIGHTS
+    _print_numbers(
+        f"{len(readings)} checkpoints, means over all heads",
+        ["-" if reading.step is None else str(reading.step) for reading in readings],
+        [
+            (column, [_reduced(_flat(reading, column.statistic), column.peak) for reading in readings])
+            for column in columns
+        ],
+        console,
+        _cell,
+        first="step",
+    )
 
 
 def print_comparison(first: Reading, other: Reading, console: Console, *, per_head: bool = False) -> None:
     """Print what one model has more of than another, layer by layer."""
-    columns = _shown(first, console)
-    title = f"{other.title} minus {first.title}"
-    table = _table(title, ["layer", *(["head"] if per_head else [])], columns, "predicted regime")
-    before, after = regimes_of(first), regimes_of(other)
-    for place, label in enumerate(first.labels):
-        if not per_head:
-            cells = [
-                _signed(_of_layer(other, column, place) - _of_layer(first, column, place))
-                for column in columns
-            ]
-            table.add_row(
-                escape(label), *cells, _change(layer_regime(before[place]), layer_regime(after[place]))
-            )
-            continue
-        for head in range(first.heads[place]):
-            cells = []
-            for column in columns:
-                old, new = (
-                    float(reading.split(_flat(reading, column.statistic))[place][head])
-                    for reading in (first, other)
-                )
-                cells.append(_signed(new - old))
-            table.add_row(escape(label), str(head), *cells, _change(before[place][head], after[place][head]))
-    console.print(table)
+    columns = (*_WEIGHTS, *_ATTENTION) if first.attention and other.attention else _WEIGHTS
+    places = _places(first, per_head)
+    _print_numbers(
+        f"{other.title} minus {first.title}",
+        [name for name, _ in places],
+        [
+            (column, [_value(other, column, *at) - _value(first, column, *at) for _, at in places])
+            for column in columns
+        ],
+        console,
+        _signed,
+    )
     print_notes(other.notes, console)
 
 
-def regimes_of(reading: Reading) -> list[list[str]]:
-    """The predicted regime of every head, layer by layer."""
-    parts = zip(
-        reading.split(reading.values["propagation"]),
-        reading.split(reading.values["localization"]),
-        strict=True,
-    )
-    return [head_regimes(propagation, localization) for propagation, localization in parts]
-
-
-def _shown(reading: Reading, console: Console) -> list[Column]:
-    """Columns that have a value somewhere, fewer where the console is narrow."""
-    return [
-        column
-        for column in (*_SPECTRUM, *_ATTENTION)
-        if (column.statistic in reading.values or column.statistic in reading.attention)
-        and (console.width >= _WIDE or not column.is_wide)
-        and (column.statistic != "singular_max" or not all(reading.self_attention))
-    ]
+def _print_numbers(
+    title: str,
+    names: Sequence[str],
+    columns: Sequence[tuple[Column, list[float]]],
+    console: Console,
+    cell: Callable[[float, int | None], str],
+    *,
+    verdicts: Sequence[str] | None = None,
+    first: str = "layer",
+) -> None:
+    known = [(column, values) for column, values in columns if any(not math.isnan(x) for x in values)]
+    texts = [(column, [cell(value, column.digits) for value in values]) for column, values in known]
+    _print_table(title, names, texts, verdicts, console, first=first)
 
 
 def _flat(reading: Reading, statistic: str) -> Tensor:
-    found = reading.values.get(statistic, reading.attention.get(statistic))
-    return torch.full((sum(reading.heads),), torch.nan) if found is None else found
+    if statistic.startswith("predicted/"):
+        found = reading.predicted.get(statistic.removeprefix("predicted/"))
+    else:
+        tables = (reading.values, reading.attention, reading.layer_values)
+        found = next((values[statistic] for values in tables if statistic in values), None)
+    if found is not None:
+        return found
+    return torch.full((sum(reading.heads),), torch.nan)
 
 
-def _of_layer(reading: Reading, column: Column, layer: int) -> float:
-    part = reading.split(_flat(reading, column.statistic))[layer]
+def _value(reading: Reading, column: Column, layer: int, head: int | None) -> float:
+    """Of a head, or of a layer: the mean of its heads or the largest."""
+    flat = _flat(reading, column.statistic)
+    if column.statistic in reading.layer_values:
+        return float(flat[layer]) if head is None else math.nan
+    part = reading.split(flat)[layer]
+    if head is not None:
+        return float(part[head])
     if reading.has_value(column.statistic, layer) and not part.isfinite().all():
         return math.nan if part.isnan().any() else float(part[part.isinf()][0])
     return _reduced(part, column.peak)
@@ -171,33 +288,16 @@ def _title(reading: Reading) -> str:
     return f"{reading.title}{step}: {reading.facts['Model']}"
 
 
-def _table(title: str, first: Sequence[str], columns: Sequence[Column], last: str) -> Table:
-    table = Table(title=escape(title), title_justify="left", pad_edge=False)
-    for place, name in enumerate(first):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for column in columns:
-        table.add_column(column.title, justify="right", no_wrap=True, overflow="ellipsis")
-    table.add_column(last, justify="left", overflow="fold")
-    return table
+def _cell(value: float, digits: int | None) -> str:
+    if digits is None or not math.isfinite(value) or abs(value) >= 1e4:
+        return format_value(value)
+    return f"{value:.{digits}f}"
 
 
-def _cell(value: float) -> str:
-    return format_value(value)
-
-
-def _signed(value: float) -> str:
-    text = format_value(value)
+def _signed(value: float, digits: int | None) -> str:
+    text = _cell(value, digits)
     return f"+{text}" if value > 0 else text
 
 
-def _styled(regime: str) -> str:
-    style = {SATURATED: "red", UNIFORM: "yellow"}.get(regime, "")
-    return f"[{style}]{escape(regime)}[/{style}]" if style else escape(regime)
-
-
-def _change(before: str, after: str) -> str:
-    return _styled(after) if before == after else f"{escape(before)} → {_styled(after)}"
-
-
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+def _styled(verdict: str) -> str:
+    return f"[red]{escape(verdict)}[/red]" if verdict in FLAGGED else escape(verdict)

@@ -1,6 +1,8 @@
 """Attention statistics of a checkpoint on text: here the model is built with all its weights and run."""
 
 import inspect
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.functional.attention import AttentionSums, MeanSums, attention_sums
+from lightning_qk.functional.attention import SINK_ATTENTION, AttentionSums, MeanSums, attention_sums
+from lightning_qk.functional.logits import AttentionLogits
+from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
+from lightning_qk.heads import head_projections
 from lightning_qk.inspect.documents import BadInput, one_line
 from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.read import Reading
@@ -18,6 +23,7 @@ from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.collector import AttentionCollector, LayerFacts
 from lightning_qk.metrics.means import HeadMeans
+from lightning_qk.tokens import TokenMomentsWarning, predict_attention, token_moments
 
 _ENOUGH_CHARACTERS = 40  # a token, at most, in any language
 
@@ -159,16 +165,26 @@ def measure(
             f"expected a model of text for --text, got a {type(model).__name__} that takes "
             f"{own.main_input_name}: leave --text out"
         )
-    ids = text_blocks(model, tokenizer_of(checkpoint, tokenizer), source, length, batches * batch_size)
+    count = batches * batch_size
+    # As much again behind it, to take moments of.
+    blocks = text_blocks(model, tokenizer_of(checkpoint, tokenizer), source, length, 2 * count)
+    ids, others = blocks[:count], blocks[count:]
     missing = fill(model, weights)
     if missing:
         reading.notes.append(
             f"{len(missing)} parameters that the checkpoint lacks are zero ({', '.join(missing[:3])})"
         )
     facts = map(LayerFacts, reading.heads, reading.self_attention)
+    causal: dict[str, bool] = {}
+
+    def measure_call(name: str, call: CapturedCall) -> dict[str, AttentionSums | MeanSums]:
+        logits = call.logits()
+        causal[name] = causal.get(name, True) and is_causal(logits)
+        return _measure(logits, call.self_attention)
+
     collector = AttentionCollector(
         model,
-        lambda name, call: _measure(call),
+        measure_call,
         modules={name: model.get_submodule(name) for name in reading.names},
         layers=dict(zip(reading.names, facts, strict=True)),
     )
@@ -189,6 +205,12 @@ def measure(
     values = metric.compute()
     collector.blank_positions(metric, values)
     reading.attention = {name: value for name, value in values.items() if not name.endswith("_se")}
+    position = HeadMeans(collector.heads, ["positional_share"])
+    collector.pool.into(position, "position")
+    reading.attention |= position.compute()
+    reading.layer_values["sink_heads"] = torch.tensor(
+        [_sink_heads(part) for part in reading.split(reading.attention["sink_first"])]
+    )
     curves = HeadMeans(collector.heads, [str(part) for part in range(PROFILE_BINS)])
     collector.pool.into(curves, "profile")
     profile = torch.stack(list(curves.compute().values())).reshape(PROFILE_BINS, -1).mT
@@ -197,6 +219,10 @@ def measure(
     reading.notes += [
         f"no attention of {name} is measured: {reason}" for name, reason in collector.left_out.items()
     ]
+    _predict(model, reading, others if len(others) else ids, ids.shape[1], causal)
+    reading.facts["Moments"] = (
+        f"the {others.numel()} tokens of the text behind them" if len(others) else "the same tokens"
+    )
     silent = collector.silent()
     if silent:
         reading.notes.append(f"no attention call of {len(silent)} layers was seen ({', '.join(silent[:3])})")
@@ -227,9 +253,63 @@ def text_blocks(model: nn.Module, tokenizer: Any, source: str, length: int, coun
     return ids
 
 
-def _measure(call: CapturedCall) -> dict[str, AttentionSums | MeanSums]:
-    logits = call.logits()
-    return {"attention": attention_sums(logits), "profile": profile_sums(logits)}
+def _measure(logits: AttentionLogits, own: bool | None) -> dict[str, AttentionSums | MeanSums]:
+    sums = attention_sums(logits)
+    share = positional_share(logits) if own else torch.full(logits.shape[1:2], torch.nan)
+    share = share.to(sums.total)
+    position = MeanSums(share.nan_to_num()[None, None], (~share.isnan()).to(share)[None, None])
+    return {"attention": sums, "profile": profile_sums(logits), "position": position}
+
+
+def is_causal(logits: AttentionLogits) -> bool:
+    """Whether the first query of a call sees one key alone."""
+    if min(logits.shape[2:]) < 2:
+        return False
+    return int(logits.chunk(slice(0, 2), logits.buffer(2)).keys.min()) == 1
+
+
+def _sink_heads(share: Tensor) -> float:
+    """Sink₁ of Gu et al.: the share of heads whose first key takes over 0.3."""
+    known = share[~share.isnan()]
+    return float((known > SINK_ATTENTION).double().mean()) if len(known) else math.nan
+
+
+def _predict(model: nn.Module, reading: Reading, ids: Tensor, length: int, causal: dict[str, bool]) -> None:
+    """Add the attention that moments of tokens predict; of layers without, a note says why."""
+    parts = [_arguments(model, part) for part in ids.split(4)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            moments, why = token_moments(model, parts), ""
+        except (ValueError, RuntimeError) as error:
+            moments, why = {}, one_line(error)
+    reasons = [str(one.message) for one in said if issubclass(one.category, TokenMomentsWarning)]
+    heads = head_projections(model)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in reading.names:
+        if name not in moments or name not in heads or name not in causal:
+            continue
+        try:
+            found[name] = predict_attention(heads[name], moments[name], length=length, is_causal=causal[name])
+        except (ValueError, RuntimeError) as error:
+            reasons.append(f"no attention of {name} is predicted: {one_line(error)}")
+    if why and not reasons:
+        reasons.append(f"no attention is predicted: {why}")
+    reading.notes += reasons
+    if not found:
+        return
+    unknown = [torch.full((count,), torch.nan) for count in reading.heads]
+    statistics = next(iter(found.values()))
+    reading.predicted = {
+        statistic: torch.cat(
+            [
+                found[name][statistic].float() if name in found else nothing
+                for name, nothing in zip(reading.names, unknown, strict=True)
+            ]
+        )
+        for statistic in statistics
+        if not statistic.endswith("_se")
+    }
 
 
 def _longest(config: Any) -> int | None:

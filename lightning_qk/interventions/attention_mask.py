@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.registry import Run
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
+from lightning_qk.functional.arguments import as_output
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.interventions.penalties import Auxiliary, Penalty
 from lightning_qk.interventions.replaced_attention import (
     EXTRA,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk._deprecated import old_spellings
-from lightning_qk.heads.edit import HeadScaler, head_scalers
 from lightning_qk.heads.reader import ProjectionReader, kept_reader
+from lightning_qk.interventions.head_scaler import HeadScaler, head_scalers
 from lightning_qk.interventions.layers import matching_layers
 
 

@@ -19,8 +19,9 @@ from lightning_qk.capture.conventions import soft_cap
 from lightning_qk.capture.intercept import AttentionInterceptor, Wrap
 from lightning_qk.capture.registry import Run
 from lightning_qk.capture.verify import OWN_SOFTMAX, attention_logits
+from lightning_qk.functional.arguments import as_output
 from lightning_qk.functional.hard_attention import hard_attention
-from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits, as_output
+from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.interventions.layers import Steered
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_qk.architecture.origin import is_named
+from lightning_qk.architecture.source_code import is_named
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.singular import leading_singular
-from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.interventions.head_scaler import head_scalers
 from lightning_qk.interventions.layers import matching_layers
 
 Projections = Literal["query_key", "all"]

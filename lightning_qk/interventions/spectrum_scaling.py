@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.precision import at_least_float32, full_precision
-from lightning_qk.heads.edit import HeadScaler, head_scalers
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.interventions.head_scaler import HeadScaler, head_scalers
 from lightning_qk.interventions.layers import matching_layers
 
 Statistic = Literal["frobenius_sq", "trace_sq"]

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from lightning_qk._deprecated import old_spellings
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.singular import starting_subspace, subspace_iteration
-from lightning_qk.heads.edit import HeadScaler, StoredRows, head_scalers
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.interventions.head_scaler import HeadScaler, StoredRows, head_scalers
 from lightning_qk.interventions.layers import matching_layers
 
 # Vectors that follow the largest singular directions.

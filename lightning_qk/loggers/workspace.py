@@ -126,7 +126,7 @@ GROUPS: tuple[Group, ...] = (
             _chart("Mean eigenvalue", *_over_heads("qk/eig_mean", "min", "mean", "max")),
             _chart("Spectral variance", *_over_heads("qk/eig_var", "min", "mean", "max")),
             _chart("Variance of the symmetric part", *_over_heads("qk/sym_var", "mean", "max")),
-            _chart("Localization, predicted", *_over_heads("qk/localization", "min", "mean", "max")),
+            _chart("Asymmetry of W_QK", *_over_heads("qk/asymmetry", "mean")),
             _chart("Asymmetry", "qk/asymmetry/mean"),
             _chart("Modulus of the eigenvalues", "qk/eigenvalues/modulus"),
         ),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_qk.metrics.means import HeadMeans
     from lightning_qk.metrics.singular import SingularValues
     from lightning_qk.metrics.spectrum import QKSpectrum
+    from lightning_qk.metrics.tokens import TokenStatistics
 
 __all__ = [
     "AttentionCollector",
@@ -25,6 +26,7 @@ __all__ = [
     "QKSpectrum",
     "SingularValues",
     "SumAccumulator",
+    "TokenStatistics",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -36,5 +38,6 @@ __getattr__, __dir__ = lazy(
         "means": ["HeadMeans"],
         "singular": ["SingularValues"],
         "spectrum": ["QKSpectrum"],
+        "tokens": ["TokenStatistics"],
     },
 )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
+from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.attention import POSITION_STATISTICS
 from lightning_qk.heads.reader import find_attention, kept_reader
@@ -142,6 +143,9 @@ class AttentionCollector:
         retry: an unexpected error of ``measure`` (such as memory that ran out) loses the layer in the current
             pool alone; else the layer is left out from then on.
         eager: no graphs of torch.compile run while enabled (``torch.compiler.set_stance``), so that they are kept.
+        operands: also keep the queries and keys of softmaxes that layers compute themselves.
+        entered: gets the name of each of some layers, and the hidden states that enter it, before its call; layer
+            names → modules are given with it.
 
     Attributes:
         modules: layer name → module, in the model's order.
@@ -166,6 +170,8 @@ class AttentionCollector:
         cached_calls: bool = True,
         retry: bool = False,
         eager: bool = False,
+        operands: bool = False,
+        entered: tuple[Callable[[str, Tensor], None], Mapping[str, nn.Module]] | None = None,
     ) -> None:
         self.model = model
         self.modules = dict(find_attention(model) if modules is None else modules)
@@ -193,8 +199,18 @@ class AttentionCollector:
             self._take,
             model=model,
             eager=eager,
+            operands=operands,
             generated=None if cached_calls else self._leave_call_out,
         )
+        self._inputs: HiddenCapture | None = None
+        if entered is not None:
+            listener, inputs = entered
+            self._inputs = HiddenCapture(
+                {},
+                lambda name, states, _: listener(name, states),
+                inputs={module: name for name, module in inputs.items()},
+                model=model,
+            )
         self._is_installed = False
 
     def know(self, layers: Mapping[str, _Facts]) -> list[str]:
@@ -228,16 +244,22 @@ class AttentionCollector:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
+        if self._inputs is not None:
+            self._inputs.enabled = value
         self._capture.enabled = value
 
     def install(self) -> None:
         """Get ready to capture; nothing is captured before :attr:`enabled` is set."""
+        if self._inputs is not None:
+            self._inputs.install()
         self._capture.install()
         self._is_installed = True
 
     def remove(self) -> None:
         """Leave the model as it was before :meth:`install`."""
         self._capture.remove()
+        if self._inputs is not None:
+            self._inputs.remove()
         self._is_installed = False
 
     def __enter__(self) -> "AttentionCollector":

@@ -1,4 +1,4 @@
-"""Singular values of ``W_QK`` and the size of its updates, of every head of a model."""
+"""Singular values of ``W_QK`` and of its updates, of every head of a model."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_qk.functional.singular import effective_rank, energy_concentration, update_core
 from lightning_qk.functional.spectrum import qk_singular_core
+from lightning_qk.functional.updates import UPDATE_FORMS, rank_statistics, update_cores
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, layer_batches
@@ -22,6 +23,12 @@ SINGULAR_STATISTICS = (
     "effective_rank",
     "logit_bound",
     "update_ratio",
+)
+
+UPDATE_STATISTICS = tuple(
+    f"update_{form}_{name}"
+    for form in UPDATE_FORMS
+    for name in ("norm", "sigma_1", "stable_rank", "effective_rank")
 )
 
 _WHOLE, _CHANGE = "singular/", "change/"
@@ -39,15 +46,23 @@ class SingularValues:
     - ``update_ratio``: ``σ₁(ΔW_QK) / σ₁(W_QK)``, of the change since the weights that were remembered before, see
       :func:`~lightning_qk.functional.update_ratio`. The first ones have none.
 
+    - with ``updates``, :data:`UPDATE_STATISTICS`: norm, spectral norm, stable and effective rank of that change's
+      parts of first and of second order, ``Δ₂`` and ``Δ₃``, see
+      :func:`~lightning_qk.functional.update_spectra`.
+
     Of weights that were read with the norm's gain folded in, all of this is that of the folded ones. A copy of all
     query and key weights is kept in the host's memory for the next change.
 
     Args:
         heads: layer name → number of query heads, in the model's order.
+        values: compute :data:`SINGULAR_STATISTICS`.
+        updates: compute :data:`UPDATE_STATISTICS`.
     """
 
-    def __init__(self, heads: Mapping[str, int]) -> None:
+    def __init__(self, heads: Mapping[str, int], *, values: bool = True, updates: bool = False) -> None:
         self.heads = dict(heads)
+        self._has_values, self._has_updates = values, updates
+        self.statistics = (*SINGULAR_STATISTICS * values, *UPDATE_STATISTICS * updates)
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
         self._scales: dict[str, float] = {}
         # Step → spectral norms, of the two newest steps: changes are against the older one.
@@ -86,10 +101,11 @@ class SingularValues:
         if isinstance(projections, ProjectionReader):
             layers = projections.layers
         for batch in layer_batches(projections, self.reading_order(layers)):
-            widths = batch.query.shape[-1] * batch.key.shape[-1]
-            self._scales |= {name: float(layers[name].scaling) * widths**0.5 for name in batch.names}
-            names = tuple(_WHOLE + name for name in batch.names)
-            found.append(Cores(names, qk_singular_core(batch.query, batch.key), bilinear=False))
+            if self._has_values:
+                widths = batch.query.shape[-1] * batch.key.shape[-1]
+                self._scales |= {name: float(layers[name].scaling) * widths**0.5 for name in batch.names}
+                names = tuple(_WHOLE + name for name in batch.names)
+                found.append(Cores(names, qk_singular_core(batch.query, batch.key), bilinear=False))
             old = [self._before.get(name) for name in batch.names]
             # Copies on the host: what was remembered is not changed by an optimizer that writes in place.
             query, key = (weight.to("cpu", copy=True) for weight in (batch.query, batch.key))
@@ -104,14 +120,20 @@ class SingularValues:
             ]
             if same:
                 before = [pair for pair in (old[place] for place in same) if pair is not None]
-                change = update_core(
+                weights = (
                     batch.query[same],
                     batch.key[same],
                     torch.stack([pair[0] for pair in before]).to(batch.query.device),
                     torch.stack([pair[1] for pair in before]).to(batch.key.device),
                 )
-                changed = tuple(_CHANGE + batch.names[place] for place in same)
-                found.append(Cores(changed, change, bilinear=False))
+                changed = [batch.names[place] for place in same]
+                changes = {_CHANGE: update_core(*weights)} if self._has_values else {}
+                if self._has_updates:
+                    changes |= zip(UPDATE_FORMS, update_cores(*weights), strict=True)
+                found += [
+                    Cores(tuple(prefix + name for name in changed), matrices, bilinear=False)
+                    for prefix, matrices in changes.items()
+                ]
             del batch  # before the next one is gathered, where weights are sharded
         return found
 
@@ -123,8 +145,24 @@ class SingularValues:
             spectra: what :func:`~lightning_qk.metrics.eigenvalues.solve` returned, with those of :meth:`cores`.
 
         Returns:
-            Name in :data:`SINGULAR_STATISTICS` → values of all heads, flat; NaN where there is none.
+            Name in ``statistics`` → values of all heads, flat; NaN where there is none.
         """
+        out = self._values(step, spectra) if self._has_values else {}
+        if self._has_updates:
+            out |= self._updates(spectra)
+        return {name: torch.cat([part.float().cpu() for part in column]) for name, column in out.items()}
+
+    def _updates(self, spectra: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        out: dict[str, list[Tensor]] = {name: [] for name in UPDATE_STATISTICS}
+        for form in UPDATE_FORMS:
+            for layer, count in self.heads.items():
+                solved = spectra.get(form + layer)
+                found = rank_statistics(torch.full((count, 1), torch.nan) if solved is None else solved)
+                for name, value in found.items():
+                    out[f"update_{form}_{name}"].append(value)
+        return out
+
+    def _values(self, step: int, spectra: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
         solved = {name: spectra[_WHOLE + name] for name in self.heads if _WHOLE + name in spectra}
         earlier = [other for other in self._norms if other < step]
         before = self._norms[max(earlier)] if earlier else {}
@@ -146,4 +184,4 @@ class SingularValues:
             known = before.get(layer)
             ratio = nothing if change is None or known is None else change[..., 0] / known
             out["update_ratio"].append(ratio)
-        return {name: torch.cat([part.float().cpu() for part in column]) for name, column in out.items()}
+        return out

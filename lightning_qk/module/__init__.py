@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 from lightning_qk._lazy import lazy
 
 if TYPE_CHECKING:
+    from lightning_qk.module.predictions import PredictionFile
     from lightning_qk.module.transformer import TransformerModule
 
-__all__ = ["TransformerModule"]
+__all__ = ["PredictionFile", "TransformerModule"]
 
-__getattr__, __dir__ = lazy(__name__, {"transformer": ["TransformerModule"]})
+__getattr__, __dir__ = lazy(
+    __name__, {"predictions": ["PredictionFile"], "transformer": ["TransformerModule"]}
+)

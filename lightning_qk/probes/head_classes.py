@@ -9,13 +9,14 @@ from lightning_qk.record.verdicts import (
     COLLAPSED_ENTROPY,
     DEAD_OUTPUT,
     POSITIONAL_SHARE,
+    QK_CLIP_LOGIT,
     SATURATED_PROBABILITY,
     UNIFORM_ENTROPY,
     is_saturated,
     is_sink,
 )
 
-KINDS = ("dead", "diffuse", "sink", "positional", "saturated", "semantic", "unknown")
+KINDS = ("dead", "saturated", "diffuse", "sink", "positional", "sharp", "semantic", "unknown")
 """The classes, in the order in which they are tried; the first that holds is the head's."""
 
 NUMBERS = (
@@ -29,12 +30,11 @@ NUMBERS = (
     "output",
     "weight",
     "eig_var",
-    "propagation",
 )
 """Numbers of a head in a report; any of them may be NaN."""
 
-HELPERS = ("entropy", "max_abs_logit")
-"""What classing uses besides, where it is known."""
+HELPERS = ("entropy", "max_abs_logit", "in_one_key")
+"""What classing uses besides, where it is known; ``in_one_key`` is 1 where the whole layer gives one key."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class HeadThresholds:
     are those of all verdicts, in ``lightning_qk.record.verdicts``:
 
     - dead: ``output`` is at most ``dead``; where it is not known, ``weight`` is.
+    - saturated, the one class that is a fault: the largest absolute logit is above 100, or the head is sharp and
+      the mean of its layer is, too.
     - diffuse: ``entropy_normalized`` is above ``diffuse``.
     - sink: ``sink_first`` or ``sink_top`` is above ``sink``, and well above what uniform attention gives.
     - positional: ``positional_share`` is at least ``positional``.
-    - saturated: ``max_prob`` is at least ``saturated``, ``entropy_normalized`` below ``collapsed``, or the largest
-      absolute logit above 100: content alone decides on one key.
+    - sharp: ``max_prob`` is at least ``saturated`` or ``entropy_normalized`` below ``collapsed``: content alone
+      decides on one key, which single heads of healthy models do.
     - semantic: what is left, and ``positional_share`` is known.
     - unknown: what is left.
 
@@ -97,32 +99,28 @@ def classify(numbers: Mapping[str, float], thresholds: HeadThresholds | None = N
     known = dict.fromkeys((*NUMBERS, *HELPERS), math.nan) | dict(numbers)  # no comparison with NaN holds
     output, entropy, spread = known["output"], known["entropy_normalized"], known["logit_std"]
     first, top, position = known["sink_first"], known["sink_top"], known["positional_share"]
-    predicted = known["propagation"]
-    propagation = "" if math.isnan(predicted) else f", predicted signal propagation {predicted:.2f}"
+    sharp = is_saturated(entropy, known["max_prob"], collapsed=limits.collapsed, one_key=limits.saturated)
+    largest = known["max_prob"]
+    one_key = f"one key takes {largest:.3f}, normalized entropy {entropy:.3f}, logits spread by {spread:.3g}"
     if output <= limits.dead:
         return "dead", f"its output has {output:.1e} of the norm of its layer's largest"
     if math.isnan(output) and known["weight"] <= limits.dead:
         return "dead", f"its W_QK has {known['weight']:.1e} of the norm of its layer's largest"
+    if known["max_abs_logit"] > QK_CLIP_LOGIT:
+        return "saturated", f"its largest |logit| is {known['max_abs_logit']:.4g}, above 100"
+    if sharp and known["in_one_key"] == 1:
+        return "saturated", f"{one_key}, as in its whole layer"
     if entropy > limits.diffuse:
         logits = "" if math.isnan(spread) else f", logits spread by {spread:.3g}"
-        return "diffuse", f"normalized entropy {entropy:.3f}{logits}{propagation}"
+        return "diffuse", f"normalized entropy {entropy:.3f}{logits}"
     if is_sink(first, known["entropy"], entropy, threshold=limits.sink):
         return "sink", f"the first key receives {first:.2f}"
     if is_sink(top, known["entropy"], entropy, threshold=limits.sink):
         return "sink", f"one key of a sequence receives {top:.2f}, the first {first:.2f}"
     if position >= limits.positional:
         return "positional", f"the offset explains {position:.2f} of its logits"
-    if is_saturated(
-        entropy,
-        known["max_prob"],
-        known["max_abs_logit"],
-        collapsed=limits.collapsed,
-        one_key=limits.saturated,
-    ):
-        return "saturated", (
-            f"one key takes {known['max_prob']:.3f}, normalized entropy {entropy:.3f}, logits spread by "
-            f"{spread:.3g}{propagation}"
-        )
+    if sharp:
+        return "sharp", one_key
     if position < limits.positional:
         reason = f"the offset explains {position:.2f} of its logits, normalized entropy {entropy:.3f}"
         return "semantic", reason

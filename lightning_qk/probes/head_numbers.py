@@ -10,7 +10,6 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import AttentionSums, MeanSums, attention_sums, finish
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.position import positional_share
-from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import qk_moments
 from lightning_qk.heads.reader import kept_reader
 from lightning_qk.metrics.collector import AttentionCollector
@@ -77,7 +76,7 @@ def _measure(layer: str, call: CapturedCall) -> dict[str, AttentionSums | MeanSu
 
 
 def weight_numbers(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Of the layers whose weights can be read: ``weight``, ``eig_var``, ``propagation``."""
+    """Of the layers whose weights can be read: ``weight``, ``eig_var``."""
     try:
         reader = kept_reader(model)
     except ValueError:
@@ -88,17 +87,9 @@ def weight_numbers(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             continue
         query, key = layer.query.detach(), layer.key.detach()
         moments = qk_moments(query, key)
-        scale = layer.scaling
-        propagation = signal_propagation_probability(
-            _THETA.to(moments["trace"])[:, None],
-            scale * moments["trace"],
-            scale**2 * moments["trace_sq"],
-            scale**2 * moments["frobenius_sq"],
-        )
         out[name] = {
             "weight": relative(moments["frobenius_sq"].sqrt()),
             "eig_var": moments["eig_var"],
-            "propagation": propagation.mean(0),
         }
     return out
 

@@ -15,12 +15,12 @@ from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.probes.head_classes import HELPERS, KINDS, NUMBERS, HeadThresholds, classify
 from lightning_qk.probes.head_numbers import measure_heads, relative
 from lightning_qk.record.history import History, RunRecord
-from lightning_qk.record.verdicts import format_value
+from lightning_qk.record.verdicts import format_value, is_one_key
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_STYLES = {"dead": "red", "saturated": "red", "diffuse": "yellow", "sink": "yellow", "unknown": "dim"}
+_STYLES = {"dead": "red", "saturated": "red", "unknown": "dim"}
 _COLUMNS = (
     ("layer", "layer"),
     ("head", "head"),
@@ -54,7 +54,6 @@ class HeadRow:
         output: root mean square norm of attention times values, over that of the layer's largest head.
         weight: Frobenius norm of W_QK, over that of the layer's largest head.
         eig_var: eigenvalue variance of W_QK.
-        propagation: predicted signal propagation probability, ½ uniform, 0 saturated.
     """
 
     layer: str
@@ -71,7 +70,6 @@ class HeadRow:
     output: float = math.nan
     weight: float = math.nan
     eig_var: float = math.nan
-    propagation: float = math.nan
 
     @property
     def sink(self) -> float:
@@ -82,7 +80,7 @@ class HeadRow:
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What each head is: positional, semantic, sink, diffuse, dead or saturated, and the numbers by which.
+    """What each head is: positional, semantic, sharp, sink, diffuse, dead or saturated, and the numbers by which.
 
     The rules and their order: :class:`~lightning_qk.probes.head_classes.HeadThresholds`. Classes describe, they do
     not prove, and depend on the data that the heads were measured on.
@@ -137,7 +135,7 @@ class HeadReport:
         """Class every head by the newest numbers of QKSpectrumMonitor, AttentionMonitor and PositionMonitor.
 
         They know less than a run of the model: nothing of a head's values, so that it is dead where its W_QK is.
-        Without a PositionMonitor, what is neither dead, diffuse, a sink nor saturated is unknown.
+        Without a PositionMonitor, what is neither dead, saturated, diffuse, a sink nor sharp is unknown.
 
         Args:
             record: of a run, or what :meth:`~lightning_qk.record.history.RunRecord.load` read.
@@ -223,14 +221,19 @@ class HeadReport:
 
 def _rows(values: Mapping[str, Mapping[str, Tensor]], thresholds: HeadThresholds | None) -> list[HeadRow]:
     rows = []
-    for label, numbers in values.items():
+    limits = thresholds or HeadThresholds()
+    for label, own in values.items():
+        lists = {name: value.reshape(-1).double().tolist() for name, value in own.items()}
+        alike = is_one_key(lists, collapsed=limits.collapsed, one_key=limits.saturated)
+        count = next(iter(own.values())).numel()
+        numbers = {**own, "in_one_key": torch.full((count,), float(alike))}
         names = [name for name in (*NUMBERS, *HELPERS) if name in numbers]
         table = torch.stack([numbers[name].reshape(-1).double().cpu() for name in names]).T.tolist()
         for head, row in enumerate(table):
             known = dict(zip(names, row, strict=True))
             kind, reason = classify(known, thresholds)
-            own = {name: known[name] for name in NUMBERS if name in known}
-            rows.append(HeadRow(label, head, kind, reason, **own))
+            kept = {name: known[name] for name in NUMBERS if name in known}
+            rows.append(HeadRow(label, head, kind, reason, **kept))
     return rows
 
 

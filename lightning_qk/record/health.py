@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 from lightning_qk._printable import printable
 from lightning_qk.record.history import RunRecord
-from lightning_qk.record.verdicts import VERDICTS, format_value, layer_health
+from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _MAX_REASONS = 12
-_STYLES = {"ok": "green", "sink": "yellow", "growing": "yellow", "no data": "dim"}
+_STYLES = {"ok": "green", "no data": "dim", "not judged": "dim", **dict.fromkeys(FLAGGED, "red")}
 
 
 def print_health(record: RunRecord, console: "Console | None" = None) -> None:
@@ -46,7 +46,7 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
             header, justify="left" if left else "right", no_wrap=title != "layer", overflow="fold"
         )
     for index, row in enumerate(rows):
-        style = _STYLES.get(row.verdict, "red")
+        style = _STYLES.get(row.verdict, "default")
         cells = [escape(texts[title][index]) for title in shown]
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     console.print(table)
@@ -66,12 +66,11 @@ _COLUMNS = {
     "entropy": "entropy_normalized",
     "sink": "sink_first",
     "max|logit|": "max_abs_logit",
-    "localization": "localization",
     "linear share": "linear_share",
     "verdict": "verdict",
 }
 # What is left out where a console is narrow: first all of these, then one after the other of those.
-_ONLY_WIDE = ("eig mean", "asym", "localization")
+_ONLY_WIDE = ("eig mean", "asym")
 _NEXT_OUT = ("linear share", "sink", "eig var")
 
 

@@ -15,12 +15,14 @@ class Newest:
         missing: why it has no numbers, or why they are not of the newest step; empty where neither holds.
         explains_nan: whether a NaN is known to be a fault or a value that does not exist by design.
         logits: its heads' largest logits at all kept steps, ``(points, heads)``; None where not recorded.
+        first_norm: squared norms of its heads' W_QK at the first kept step, of several; None where not recorded.
     """
 
     def __init__(self, history: History | None, label: str) -> None:
         self.values: dict[str, Tensor] = {}
         self.states: Tensor | None = None
         self.missing, self.explains_nan, self.logits, self.heads = "", False, None, 0
+        self.first_norm: Tensor | None = None
         if history is None or label not in history.layers:
             return
         place, reason = history.layers.index(label), history.reasons.get(label, "")
@@ -37,6 +39,8 @@ class Newest:
         self.missing = ""
         if "max_abs_logit" in history.values:
             self.logits = history.split(history.series("max_abs_logit"))[place]
+        if "frobenius_sq" in history.values and last > 0:
+            self.first_norm = history.split(history.values["frobenius_sq"][0])[place].double()
         if index != last:
             why = EMPTY[int(history.state(label, last)[0])]  # type: ignore[index]  # it is empty, so it is known
             self.missing = f"measured at step {history.steps[index]}: at step {history.steps[last]} {why}"

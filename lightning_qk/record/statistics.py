@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 ALWAYS, WITH_ROOM = "always", "with room"
 """When the report draws a statistic."""
 
-RUN_GROUPS = {"spectrum": "qk", "attention": "attn", "sinks": "attn", "position": "attn"}
+RUN_GROUPS = {
+    "spectrum": "qk",
+    "tokens": "qk/tokens",
+    "attention": "attn",
+    "sinks": "attn",
+    "position": "attn",
+}
 """History of a record → prefix of its log keys, where they differ."""
 
 
@@ -61,7 +67,25 @@ class Statistic:
 _ = Statistic
 # In the order of the report.
 # fmt: off
-_ALL = (
+PREDICTED = (
+    "entropy_normalized",
+    "entropy",
+    "sink_first",
+    "linear_share",
+    "logit_std",
+    "distance",
+    "distance_spread",
+    "max_prob",
+    "diagonal",
+    "participation",
+    "sink_rate",
+)
+"""Statistics that are predicted: means, which do not depend on how many rows are seen as maxima do."""
+
+SEMANTIC_SHARE = "semantic_share"
+"""What the moments do not explain."""
+
+_ALL: tuple[Statistic, ...] = (
     _("qk", "sym_var", "variance of the symmetric part's eigenvalues",
       "How far the eigenvalues of the symmetric part of W_QK spread. It is never negative, and LocAteR "
       "makes it smaller. Bao et al. link a small spread around a mean other than zero to localized "
@@ -74,9 +98,8 @@ _ALL = (
       "it keeps growing long after the loss has settled.",
       signed=True, drawn=WITH_ROOM, instead_of="sym_var", extremes=("min", "max"), per_layer=True),
     _("qk", "eig_mean", "eigenvalue mean",
-      "The mean eigenvalue of W_QK. Its sign says where attention goes in the model of Bao et al.: positive"
-      " to late keys, near the query, and negative to early ones. At zero no side is preferred.",
-      "it stays at zero in every layer while the variance shrinks: attention then heads for uniform.",
+      "The mean eigenvalue of W_QK. Its sign says where attention goes in the model of Bao et al., whose "
+      "tokens are a random walk: positive to late keys, near the query, and negative to early ones.",
       signed=True, drawn=ALWAYS, extremes=("min", "max"), heatmap=True),
     _("qk", "spectral_radius", "largest |eigenvalue|",
       "The largest eigenvalue of W_QK in absolute value: how strongly its favourite direction is amplified.",
@@ -90,16 +113,6 @@ _ALL = (
     _("qk", "asymmetry", "asymmetry of W_QK",
       "0 where W_QK is symmetric (two tokens want each other alike), 1 where it is antisymmetric. A random "
       "head has 0.5.", share=True, drawn=ALWAYS, heatmap=True),
-    _("qk", "localization", "predicted localization",
-      "How much likelier late tokens pass signal through the piecewise-linear softmax of Bao et al. than "
-      "early ones, predicted from the weights alone for tokens that are a Gaussian random walk: 1 is "
-      "attention localized on late tokens, -1 on early ones.",
-      "it stays at 0 in every layer: attention is uniform, or saturated where the largest logit is high.",
-      unit="late minus early", signed=True, drawn=ALWAYS, extremes=("min", "max")),
-    _("qk", "propagation", "predicted signal propagation",
-      "The predicted probability that a token passes signal, averaged over its position, in the model of "
-      "Bao et al. It is 0.5 while nothing saturates.", "it falls towards 0: the softmax saturates.",
-      unit="probability", share=True, drawn=ALWAYS),
     _("qk", "concentration", "eigenvalue concentration",
       "How much of the spectrum is its mean: 1 where all eigenvalues are the same.",
       share=True, drawn=WITH_ROOM),
@@ -116,17 +129,121 @@ _ALL = (
     _("qk", "update_ratio", "update of W_QK against W_QK",
       "How much W_QK moved since the measurement before, against its own size.", "it jumps.",
       drawn=WITH_ROOM, extremes=("max",), per_layer=True),
+    _("qk", "update_delta2_norm", "norm of Δ₂, the update of W_QK in first order",
+      "The Frobenius norm of what W_QK changed by since the measurement before, in first order: "
+      "ΔW_qᵀ W_k + W_qᵀ ΔW_k.",
+      "it jumps, or grows while the learning rate does not.", log=True, extremes=("max",), per_layer=True),
+    _("qk", "update_delta2_sigma_1", "spectral norm of Δ₂",
+      "The largest singular value of the update of W_QK in first order.",
+      "it jumps, or grows while the learning rate does not.", peak=True, log=True, extremes=("max",)),
+    _("qk", "update_delta2_stable_rank", "stable rank of Δ₂",
+      "How many directions the update of W_QK in first order has: its squared norm over its largest squared "
+      "singular value, at least 1 and at most twice the width of the head.",
+      "it falls towards 1 in a whole layer: all steps go one way.", unit="directions", drawn=WITH_ROOM,
+      extremes=("min",), per_layer=True),
+    _("qk", "update_delta2_effective_rank", "effective rank of Δ₂",
+      "How many directions the update of W_QK in first order has, by the entropy of its squared singular "
+      "values.",
+      "it falls towards 1 in a whole layer: all steps go one way.", unit="directions", extremes=("min",)),
+    _("qk", "update_delta3_norm", "norm of Δ₃, the update of W_QK in second order",
+      "The Frobenius norm of ΔW_qᵀ ΔW_k, what the update of W_QK has beyond first order.",
+      "it nears that of first order: steps are so large that the first order does not describe them.",
+      log=True, extremes=("max",)),
+    _("qk", "update_delta3_sigma_1", "spectral norm of Δ₃",
+      "The largest singular value of ΔW_qᵀ ΔW_k.", "it jumps.", peak=True, log=True, extremes=("max",)),
+    _("qk", "update_delta3_stable_rank", "stable rank of Δ₃",
+      "How many directions ΔW_qᵀ ΔW_k has: its squared norm over its largest squared singular value.",
+      "it falls towards 1 in a whole layer.", unit="directions", extremes=("min",)),
+    _("qk", "update_delta3_effective_rank", "effective rank of Δ₃",
+      "How many directions ΔW_qᵀ ΔW_k has, by the entropy of its squared singular values.",
+      "it falls towards 1 in a whole layer.", unit="directions", extremes=("min",)),
     _("qk", "energy_top_1", "energy of the first direction",
       "How much of W_QK's squared norm its strongest direction has: 1 where it has no other.",
       "it nears 1 in a whole layer.", share=True, extremes=("max",)),
     _("qk", "energy_top_4", "energy of the first four directions",
       "How much of W_QK's squared norm its four strongest directions have.", "it nears 1 in a whole layer.",
       share=True, extremes=("max",)),
+    _("qk", "logit_eig_mean", "eigenvalue mean, in logits",
+      "The mean eigenvalue of W_QK times the softmax scale, with the norm in front of the layer where it is "
+      "folded in: layers and models compare. In logits of tokens of variance 1. Bao et al.",
+      unit="logits", signed=True, drawn=ALWAYS),
+    _("qk", "logit_eig_var", "eigenvalue variance, in logits",
+      "The variance of the eigenvalues of W_QK times the softmax scale. It can be negative, since W_QK is not "
+      "symmetric. Bao et al.", unit="logits²", signed=True, drawn=ALWAYS),
+    _("qk", "logit_sym_var", "variance of the symmetric part, in logits",
+      "The variance of the eigenvalues of the symmetric part of W_QK times the softmax scale. Never negative.",
+      unit="logits²", drawn=WITH_ROOM),
+    _("qk", "positivity", "positivity of the eigenvalues",
+      "Σλ / Σ|λ|: 1 where all eigenvalues are real and positive, so that tokens look at their like, -1 where "
+      "all are negative, about 0 for random weights. After Elhage et al., there of another matrix.",
+      signed=True, drawn=ALWAYS),
+    _("qk", "symmetry", "symmetry of W_QK",
+      "tr W_QK² / ‖W_QK‖²: 1 symmetric, -1 antisymmetric, about 0 for random weights. Saponati et al., whose "
+      "score is (1 + symmetry) / 2.", signed=True, drawn=ALWAYS),
+    _("qk", "symmetry_summed", "symmetry of a layer's heads summed",
+      "The symmetry of the sum of W_QK over a layer's heads, as Saponati et al. give it for models: they find "
+      "bidirectional training symmetric.", signed=True),
+    _("qk", "directionality", "directionality of W_QK",
+      "Whether a few coordinates of the keys (1) or of the queries (-1) count far more than the others: excess "
+      "norm of columns against rows beyond two standard deviations. Saponati et al.",
+      signed=True, drawn=WITH_ROOM),
+    _("qk", "directionality_summed", "directionality of a layer's heads summed",
+      "The directionality of the sum of W_QK over a layer's heads, as Saponati et al. give it for models: they "
+      "find positive values after autoregressive training.", signed=True),
+    _("qk", "circle_ratio", "largest |eigenvalue| over the circle law's radius",
+      "How far the largest eigenvalue is beyond the disc that holds those of a random head of the same norm: "
+      "about 1 for random weights. Derived from the circle law for products.",
+      unit="radii", drawn=ALWAYS),
+    _("qk", "stable_rank", "stable rank of W_QK",
+      "The sum of the squared singular values over the largest: how many directions of the strongest's size. "
+      "Rudelson and Vershynin.", unit="directions", drawn=ALWAYS),
+    _("qk", "effective_rank_energy", "effective rank of W_QK by energy",
+      "How many directions W_QK uses, by the entropy of its squared singular values; effective_rank takes them "
+      "unsquared (Roy and Vetterli).", unit="directions", drawn=WITH_ROOM),
+    _("qk", "participation_rank", "participation rank of W_QK",
+      "‖W‖⁴ / tr (W Wᵀ)²: how many directions W_QK uses, from traces alone.",
+      unit="directions", drawn=WITH_ROOM),
+    _("qk", "localization", "localization of a random walk",
+      "How much likelier late tokens of a Gaussian random walk pass signal through the piecewise-linear softmax "
+      "of Bao et al. than early ones, by the weights. The paper's theory: tokens of real models are no such "
+      "walk, and over their heads it says next to nothing.",
+      unit="late minus early", signed=True, extremes=("min", "max")),
+    _("qk", "propagation", "signal propagation of a random walk",
+      "The probability that a token of a Gaussian random walk passes signal, averaged over its position, which "
+      "is at most 0.5, in the theory of Bao et al. Tokens of real models are no such walk.",
+      unit="probability", share=True),
     _("qk", "trace", "trace of W_QK", "The sum of the eigenvalues of W_QK.", signed=True),
     _("qk", "trace_sq", "trace of W_QK²", "The sum of the squared eigenvalues of W_QK.", signed=True),
     _("qk", "frobenius_sq", "squared Frobenius norm of W_QK",
       "The sum of the squares of all entries of W_QK: its size.",
       "it keeps growing while the loss stands still."),
+    _("qk/tokens", "sym_var", "variance of the symmetric part's eigenvalues, over tokens",
+      "How far the eigenvalues of the symmetric part of s Σ^½ W_QK Σ^½ spread, Σ the covariance of the layer's "
+      "own tokens and s the softmax scale. It is never negative.", "it keeps growing while the loss stands still.",
+      unit="logits²", drawn=ALWAYS, extremes=("max",), heatmap=True),
+    _("qk/tokens", "eig_mean", "eigenvalue mean, over tokens",
+      "The mean eigenvalue of s Σ^½ W_QK Σ^½: positive where tokens prefer their like, whatever the position.",
+      unit="logits", signed=True, drawn=ALWAYS, extremes=("min", "max"), heatmap=True),
+    _("qk/tokens", "eig_var", "eigenvalue variance, over tokens",
+      "How far the eigenvalues of s Σ^½ W_QK Σ^½ spread. It can be negative, since the form is not symmetric.",
+      unit="logits²", signed=True, drawn=WITH_ROOM, instead_of="sym_var", extremes=("min", "max"),
+      per_layer=True),
+    _("qk/tokens", "asymmetry", "asymmetry over tokens",
+      "0 where two tokens want each other alike, 1 where one wants what the other does not: half of one minus "
+      "the correlation of their two logits.", share=True, drawn=ALWAYS, heatmap=True),
+    _("qk/tokens", "trace", "preference for the own key",
+      "By how many logits a token's query prefers its own key to another token's, rotation aside: the trace of "
+      "s Σ^½ W_QK Σ^½.", unit="logits", signed=True, drawn=WITH_ROOM),
+    _("qk/tokens", "frobenius_sq", "variance of logits between tokens",
+      "The variance of the logit of two different tokens, by what differs from token to token in both, rotation "
+      "aside: ‖s Σ^½ W_QK Σ^½‖².", "it keeps growing while the loss stands still.",
+      unit="logits²", log=True, drawn=WITH_ROOM, extremes=("max",)),
+    _("qk/tokens", "trace_sq", "covariance of mutual logits",
+      "The covariance of the logit of one token for another with that of the other for the one.",
+      unit="logits²", signed=True),
+    _("qk/tokens", "concentration", "eigenvalue concentration, over tokens",
+      "How much of the spectrum of s Σ^½ W_QK Σ^½ is its mean: 1 where all eigenvalues are the same.",
+      share=True),
     _("attn", "entropy_normalized", "normalized attention entropy",
       "How evenly a query spreads its attention: 1 is uniform, 0 a single key.",
       "a whole layer falls towards 0 (entropy collapse, Zhai et al.) or stays at 1 after the warm-up, where"
@@ -162,6 +279,9 @@ _ALL = (
     _("attn", "sink_rate", "share of keys that are sinks",
       "The share of keys that receive more than 0.3 of attention on average (Gu et al.).",
       share=True, drawn=WITH_ROOM, extremes=("max",)),
+    _("attn", "sink_heads", "Sink₁: share of heads that are sinks",
+      "The share of heads whose first key takes over 0.3 of attention on average (Gu et al., with 64 tokens).",
+      share=True),
     _("attn", "diagonal", "attention to the own position",
       "The share of attention that a token gives to itself.",
       unit="probability", share=True, drawn=WITH_ROOM),
@@ -317,6 +437,39 @@ _ALL = (
 # fmt: on
 del _
 
+
+def _predicted(one: Statistic) -> Statistic:
+    """A statistic of attention as what a layer's token moments predict of it."""
+    return replace(
+        one,
+        group="pred",
+        title=f"predicted {one.title}",
+        meaning="What independent Gaussian tokens with the layer's own moments of queries and keys would give. "
+        f"{one.meaning}",
+        worry="",
+        drawn=ALWAYS if one.name == "entropy_normalized" else WITH_ROOM,
+        instead_of="",
+        extremes=(),
+        per_layer=False,
+        heatmap=False,
+    )
+
+
+_ALL += (
+    Statistic(
+        "pred",
+        SEMANTIC_SHARE,
+        "what token moments do not explain",
+        "The share of attention that has to be moved, at least, to come from the attention that the moments of "
+        "queries and keys predict to the measured one: what tokens say to each other beyond their statistics.",
+        unit="share of attention",
+        share=True,
+        drawn=ALWAYS,
+        extremes=("max",),
+    ),
+    *(_predicted(one) for one in _ALL if one.group == "attn" and one.name in PREDICTED),
+)
+
 STATISTICS = {f"{one.group}/{one.name}": one for one in _ALL}
 """Log key without its place and reduction → statistic."""
 
@@ -347,6 +500,8 @@ def describe(statistic: str, group: str = "") -> Statistic:
 def of_key(key: str) -> Statistic | None:
     """The statistic that a log key is of, whatever layer, head, loop or reduction it names; None where unknown."""
     group, *parts = key.split("/")
+    if key.startswith("qk/tokens/"):
+        group, parts = "qk/tokens", parts[1:]
     names = (f"{group}/{part}" for part in (*parts[:1], *parts[::-1]))
     return next((STATISTICS[name] for name in names if name in STATISTICS), None)
 

@@ -1,45 +1,38 @@
 """The one judge of layers and heads: every threshold with its source, and what is said of a record.
 
-The table, the report, HeadReport, ``inspect`` and the guard share these numbers. A verdict says where to look and
-proves nothing: one saturated head, or some sinks, are common in healthy models.
+The table, the report, HeadReport, ``inspect`` and the guard share these numbers. Only what was measured flags a
+head or a layer; weights alone say at most that nothing was learnt into them yet. A sink, a head that looks at a
+position and a sharp one are described: healthy models are full of them (``benchmarks/verdicts.py``).
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from lightning_qk.functional.attention import SINK_ATTENTION
 from lightning_qk.guard.detectors import Sensitivity
 from lightning_qk.record.history import RunRecord
-from lightning_qk.record.newest import Newest
-from lightning_qk.record.states import NOT_FINITE
+from lightning_qk.record.known_layer import KnownLayer
 
 QK_CLIP_LOGIT = 100.0
 """Saturated above it: where Kimi K2 (arXiv 2507.20534) scales query and key weights down."""
 DIVERGED_LOGIT = 1e4
 """Every run of Wortsman et al. 2023 (arXiv 2309.14322) with larger attention logits diverged."""
 COLLAPSED_ENTROPY = Sensitivity.entropy
-"""Saturated below it, in normalized entropy: 0.05, ours. Zhai et al. 2023 (arXiv 2303.06296) give no number. A
-layer is judged by the mean of its heads, since a single such head is common in healthy models."""
+"""Below it, in normalized entropy: a layer is saturated, by the mean of its heads, and a head of another layer is
+sharp. 0.05, ours. Zhai et al. 2023 (arXiv 2303.06296) give no number."""
 SATURATED_PROBABILITY = 0.95
-"""Saturated from here on in the largest probability of a row, unless a sink or the position explains it. Ours."""
-SATURATED_PROPAGATION = 0.1
-"""Saturated below it, where only the weights are known. Ours: averaged over positions, signal passes with
-probability ½ where nothing saturates, be attention uniform or localized, and with less as the softmax does."""
-GROWING_LOGIT, GROWN_BY, GROWN_POINTS = 10.0, 1.5, 6
-"""Growing: a logit above a tenth of where Kimi K2 clips, half as large again as two thirds through at least six
-kept steps. Ours."""
+"""The same from here on in the largest probability of a row, unless a sink or the position explains it. Ours."""
+FEWEST_TOKENS = 16
+"""Of fewer tokens no entropy is too low: one key of four is no collapse. Ours."""
+ALIKE_COSINE = Sensitivity.cosine
+"""Collapsed above it, in the mean cosine of the tokens that leave a layer, over eight measurements, where
+attention is uniform besides."""
 UNIFORM_ENTROPY = 0.98
 """Uniform above it, in normalized entropy. Ours: attention spread evenly over a share a of n keys has normalized
 entropy 1 + ln a / ln n, so that a is over 87 % at n = 1024. Noci et al. 2022 (arXiv 2206.03126) tie uniform
 attention to rank collapse; a freshly initialized model is here too."""
-LOCALIZED_FROM = 0.5
-"""Predicted as localized from here on, in (late − early) / (late + early), and as uniform below: one half of the
-positions passes at least three times as much signal as the other. Ours."""
 SINK_BEYOND_UNIFORM = 0.25
 """A sink takes at least this share of what uniform attention would leave to the other keys: where Gu et al.'s 0.3
 (arXiv 2410.10781, ``SINK_ATTENTION``) lies for the 64 tokens that they measured. Over up to 9 tokens even uniform
@@ -54,16 +47,21 @@ DEAD_OUTPUT = 1e-3
 
 VERDICTS = {
     "non-finite": "weights, logits or statistics are NaN or infinite",
-    "saturated": "logits above 100, nearly one key a query, or weights that let next to no signal pass",
-    "growing": "logits grew by half or more over the last third of the run",
-    "uniform": "looks everywhere alike, as in a fresh model",
-    "sink": "much attention goes to the first key; common in language models",
+    "saturated": "logits above 100, or a layer with nearly one key a query",
+    "growing": "logits that will pass 110 within five measurements if they go on",
+    "collapsed": "attention is uniform and tokens are alike: rank collapse",
     "no data": "nothing was measured",
-    "ok": "nothing stands out",
+    "not judged": "attention was not measured: weights alone are no fault",
+    "fresh": "weights that cannot be told from random ones: nothing was learnt into them yet",
+    "uniform": "looks everywhere alike",
+    "sharp": "nearly one key a query",
+    "positional": "the distance explains more of its logits than the content",
+    "sink": "much attention goes to the first key; common in language models",
+    "ok": "nothing to say",
 }
-"""Verdict → what it says, the worst first."""
-
-SATURATED, UNIFORM, LATE, EARLY, UNKNOWN = "saturated", "uniform", "localized", "localized (early)", "-"
+"""Verdict → what it says: faults, the worst first, then what is no fault."""
+FLAGGED = ("non-finite", "saturated", "growing", "collapsed")
+"""Faults, by measurement. The other verdicts describe."""
 
 
 def is_saturated(
@@ -109,48 +107,20 @@ def is_sink(
     """
     if not (entropy > 0 and normalized > 0):
         return share > threshold
-    logarithm = entropy / normalized
-    tokens = math.e * math.exp(min(logarithm, 100.0))
-    for _ in range(8):  # Stirling's formula for log(n!) / n, solved for n
-        tokens = math.exp(min(logarithm, 100.0) + 1 - math.log(2 * math.pi * tokens) / (2 * tokens))
+    tokens = _tokens(entropy, normalized)
     uniform = min((math.log(tokens) + 0.5772 + 0.5 / tokens) / tokens, 1.0)
     return share > max(threshold, uniform + SINK_BEYOND_UNIFORM * (1 - uniform))
 
 
-def head_regimes(propagation: Tensor, localization: Tensor) -> list[str]:
-    """The regime of each head in the model of Bao et al., ICML 2024 (arXiv 2402.02098), by the softmax scale.
-
-    For tokens that are a Gaussian random walk of identity covariance: ``"saturated"`` where next to no signal
-    passes the piecewise linear softmax, the side of entropy collapse; ``"localized"`` where that of late tokens
-    passes and that of early ones does not, ``"localized (early)"`` the other way round; ``"uniform"`` where all
-    pass alike, the side of rank collapse. It describes the weights under a model of the tokens and measures
-    nothing. Derived.
-
-    Args:
-        propagation: predicted propagation, averaged over positions, shape ``(heads,)``.
-        localization: that of the later half of the positions minus that of the earlier half.
-
-    Returns:
-        One regime a head; a dash for a head without values.
-    """
-    return [_regime(*pair) for pair in zip(propagation.tolist(), localization.tolist(), strict=True)]
-
-
-def _regime(propagation: float, localization: float) -> str:
-    if math.isnan(propagation) or math.isnan(localization):
-        return UNKNOWN
-    if propagation < SATURATED_PROPAGATION:
-        return SATURATED
-    contrast = localization / (2 * propagation)  # (late − early) / (late + early)
-    if abs(contrast) < LOCALIZED_FROM:
-        return UNIFORM
-    return LATE if contrast > 0 else EARLY
-
-
-def layer_regime(regimes: Iterable[str]) -> str:
-    """The regimes of a layer's heads in a few words: the commonest first, with counts where there are several."""
-    counts = Counter(regimes).most_common()
-    return counts[0][0] if len(counts) == 1 else ", ".join(f"{count} {name}" for name, count in counts)
+def _tokens(entropy: float, normalized: float) -> float:
+    """How long sequences were, if causal; NaN where unknown."""
+    if not (entropy > 0 and normalized > 0):
+        return math.nan
+    logarithm = min(entropy / normalized, 100.0)
+    tokens = math.e * math.exp(logarithm)
+    for _ in range(8):  # Stirling's formula for log(n!) / n, solved for n
+        tokens = math.exp(logarithm + 1 - math.log(2 * math.pi * tokens) / (2 * tokens))
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -184,8 +154,7 @@ class LayerHealth:
         entropy_normalized: attention entropy over the log of the number of keys.
         sink_first: attention to the first key.
         max_abs_logit: largest absolute logit of any head.
-        localization: predicted localization, late minus early positions.
-        linear_share: its measured counterpart.
+        linear_share: share of pairs where signal can pass.
         verdict: one of :data:`VERDICTS`, the worst that holds.
         reason: why, with the worst head; empty for ``"ok"``.
     """
@@ -197,7 +166,6 @@ class LayerHealth:
     entropy_normalized: float
     sink_first: float
     max_abs_logit: float
-    localization: float
     linear_share: float
     verdict: str
     reason: str
@@ -209,26 +177,33 @@ def layer_health(record: RunRecord) -> list[LayerHealth]:
     Returns:
         One row a layer, in the order of the spectrum's history, then layers that only attention knows.
     """
-    histories = (record.spectrum, record.attention)
-    labels = dict.fromkeys(label for history in histories if history is not None for label in history.layers)
-    return [_judge_layer(_Layer(label, record)) for label in labels]
+    layers = _layers(record, (record.spectrum, record.attention))
+    is_fresh = _is_fresh(layers)
+    return [_judge_layer(layer, is_fresh) for layer in layers]
 
 
 def head_health(record: RunRecord) -> list[HeadHealth]:
-    """Judge every head by its newest statistics, the worst first.
-
-    Measured attention decides where there is any, and else what the weights predict.
+    """Judge every head by its newest statistics, faults first and the worst of them before others.
 
     Returns:
         One entry a head of every layer that was recorded.
     """
-    histories = [h for h in (record.spectrum, record.attention) if h is not None and h.steps]
-    found = []
-    for label in dict.fromkeys(label for history in histories for label in history.layers):
-        layer = _Layer(label, record)
-        found += [_judge_head(layer, head) for head in range(layer.heads)]
+    layers = _layers(record, [h for h in (record.spectrum, record.attention) if h is not None and h.steps])
+    is_fresh = _is_fresh(layers)
+    found = [row for layer in layers for row in _judge_heads(layer, is_fresh)]
     order = list(VERDICTS)
     return sorted(found, key=lambda row: (order.index(row.verdict), -row.badness))
+
+
+def _layers(record: RunRecord, histories: Sequence[Any]) -> list[KnownLayer]:
+    labels = dict.fromkeys(label for history in histories if history is not None for label in history.layers)
+    return [KnownLayer(label, record) for label in labels]
+
+
+def _is_fresh(layers: Sequence[KnownLayer]) -> bool:
+    """Whether no layer's weights can be told from random ones: a model is fresh as a whole, or not."""
+    known = [layer.is_random for layer in layers if layer.is_random is not None]
+    return bool(known) and all(known)
 
 
 _EXTREMES = (
@@ -276,78 +251,6 @@ def format_value(value: float) -> str:
     return f"{value:#.3g}" if abs(value) < 99.95 else f"{value:.0f}"
 
 
-class _Layer:
-    """What is known of a layer, read once for itself and all of its heads."""
-
-    def __init__(self, label: str, record: RunRecord) -> None:
-        self.label = label
-        self.spectrum, self.attention = Newest(record.spectrum, label), Newest(record.attention, label)
-        self.heads = self.attention.heads or self.spectrum.heads
-        values = {**Newest(record.position, label).values, **self.spectrum.values, **self.attention.values}
-        self._values = {name: value.tolist() for name, value in values.items()}
-        self.broken = self._broken()
-
-    def of(self, statistic: str, head: int) -> float:
-        """Newest value of a head; NaN where unknown."""
-        values = self._values.get(statistic, ())
-        return values[head] if head < len(values) else math.nan
-
-    def all(self, statistic: str) -> list[float]:
-        """Known values of all heads."""
-        return [value for value in self._values.get(statistic, ()) if not math.isnan(value)]
-
-    def mean(self, statistic: str) -> float:
-        """Mean over the heads."""
-        known = self.all(statistic)
-        return sum(known) / len(known) if known else math.nan
-
-    def worst(self, statistic: str, *, least: bool = False) -> tuple[int, float]:
-        """Index and value of the largest, or the least."""
-        values = self._values[statistic]
-        known = [head for head, value in enumerate(values) if not math.isnan(value)]
-        head = (min if least else max)(known, key=values.__getitem__)
-        return head, values[head]
-
-    def is_sink(self, head: int) -> bool:
-        """Whether the first key is a sink of a head."""
-        return is_sink(*(self.of(name, head) for name in ("sink_first", "entropy", "entropy_normalized")))
-
-    def grew_from(self, head: int) -> float:
-        """Largest logit of a head two thirds through the kept steps, where it has grown since then; else NaN."""
-        series, now = self.attention.logits, self.of("max_abs_logit", head)
-        if series is None or len(series) < GROWN_POINTS or not now > GROWING_LOGIT:
-            return math.nan
-        before = float(series[2 * len(series) // 3 - 1, head])
-        return before if now >= GROWN_BY * before else math.nan
-
-    def _broken(self) -> dict[int, tuple[str, str]]:
-        """Head → what of it is not finite, and how.
-
-        NaN alone means that a head has no value. States say which; where an older record has none, it is a
-        fault where a statistic is unknown of some heads of a layer, or beside others that are known.
-        """
-        found: dict[int, tuple[str, str]] = {}
-
-        def note(mask: Tensor, subject: str, how: str) -> None:
-            for head in mask.nonzero().flatten().tolist():
-                found.setdefault(head, (subject, how))
-
-        both = ((self.spectrum, "weights"), (self.attention, "logits"))
-        for newest, _ in both:
-            for name, value in newest.values.items():
-                note(value.isinf(), name, "is infinite")
-        for newest, subject in both:
-            if newest.states is not None:
-                note(newest.states == NOT_FINITE, subject, "hold NaN")
-        norm, logits = self.spectrum.values.get("frobenius_sq"), self.attention.values.get("max_abs_logit")
-        if norm is not None and not self.spectrum.explains_nan:
-            note(norm.isnan(), "weights", "hold NaN")
-        if logits is not None and not self.attention.explains_nan:
-            known = torch.stack([~value.isnan() for value in self.attention.values.values()]).any(dim=0)
-            note(logits.isnan() & (known | (~logits.isnan()).any()), "logits", "hold NaN")
-        return found
-
-
 _MEANS = tuple(
     name
     for name in LayerHealth.__annotations__
@@ -355,8 +258,8 @@ _MEANS = tuple(
 )
 
 
-def _judge_layer(layer: _Layer) -> LayerHealth:
-    verdict, reason = _layer_verdict(layer)
+def _judge_layer(layer: KnownLayer, is_fresh: bool) -> LayerHealth:
+    verdict, reason = _layer_verdict(layer, is_fresh)
     return LayerHealth(
         label=layer.label,
         max_abs_logit=max(layer.all("max_abs_logit"), default=math.nan),
@@ -366,7 +269,58 @@ def _judge_layer(layer: _Layer) -> LayerHealth:
     )
 
 
-def _layer_verdict(layer: _Layer) -> tuple[str, str]:
+def is_one_key(
+    numbers: Mapping[str, Sequence[float]],
+    *,
+    collapsed: float = COLLAPSED_ENTROPY,
+    one_key: float = SATURATED_PROBABILITY,
+) -> bool:
+    """Whether a layer as a whole gives nearly all attention of a query to one key.
+
+    Args:
+        numbers: statistic → values of the layer's heads; NaN is unknown.
+        collapsed: threshold of the mean entropy.
+        one_key: of the mean of the largest probabilities.
+    """
+
+    def mean(name: str) -> float:
+        known = [value for value in numbers.get(name, ()) if not math.isnan(value)]
+        return sum(known) / len(known) if known else math.nan
+
+    rows = list(zip(numbers.get("entropy", ()), numbers.get("entropy_normalized", ()), strict=False))
+    tokens = [count for row in rows if not math.isnan(count := _tokens(*row))]
+    if tokens and max(tokens) < FEWEST_TOKENS:
+        return False
+    shares = [value for value in numbers.get("sink_first", ()) if not math.isnan(value)]
+    sinks = len(_sinks(numbers))
+    explained = bool(sinks) and sinks >= SINK_HEADS * len(shares)
+    return is_saturated(
+        mean("entropy_normalized"),
+        mean("max_prob"),
+        explained=explained or mean("positional_share") >= POSITIONAL_SHARE,
+        collapsed=collapsed,
+        one_key=one_key,
+    )
+
+
+def _sinks(numbers: Mapping[str, Sequence[float]]) -> list[int]:
+    """Heads whose first key is a sink."""
+    names = ("sink_first", "entropy", "entropy_normalized")
+    columns = [numbers.get(name, ()) for name in names]
+    count = len(columns[0])
+    rows = zip(*(column if len(column) == count else [math.nan] * count for column in columns), strict=True)
+    return [head for head, row in enumerate(rows) if is_sink(*row)]
+
+
+def _is_uniform(layer: KnownLayer) -> bool:
+    return layer.mean("entropy_normalized") > UNIFORM_ENTROPY
+
+
+def _is_collapsed(layer: KnownLayer, is_fresh: bool) -> bool:
+    return _is_uniform(layer) and layer.cosine >= ALIKE_COSINE and not is_fresh
+
+
+def _layer_verdict(layer: KnownLayer, is_fresh: bool) -> tuple[str, str]:
     spectrum, attention = layer.spectrum, layer.attention
     for head, (subject, how) in layer.broken.items():
         return "non-finite", f"{'' if how == 'is infinite' else 'the '}{subject} of head {head} {how}"
@@ -376,12 +330,8 @@ def _layer_verdict(layer: _Layer) -> tuple[str, str]:
         if value > DIVERGED_LOGIT:
             return "saturated", f"head {head} has {size}: above 1e4 every run of Wortsman et al. diverged"
         return "saturated", f"head {head} has {size}, above the 100 where Kimi K2 clips"
-    sinks = [head for head in range(layer.heads) if layer.is_sink(head)]
-    known = len(layer.all("sink_first"))
-    sinks_rule = bool(sinks) and len(sinks) >= SINK_HEADS * known
     entropy, top = layer.mean("entropy_normalized"), layer.mean("max_prob")
-    explained = sinks_rule or layer.mean("positional_share") >= POSITIONAL_SHARE
-    if is_saturated(entropy, top, explained=explained):
+    if is_one_key(layer.numbers):
         if entropy < COLLAPSED_ENTROPY:
             head, value = layer.worst("entropy_normalized", least=True)
             number = f"normalized entropy {entropy:.3f}, least"
@@ -389,26 +339,32 @@ def _layer_verdict(layer: _Layer) -> tuple[str, str]:
             head, value = layer.worst("max_prob")
             number = f"largest probability {top:.3f}, most"
         return "saturated", f"mean {number} in head {head} ({value:.3f}): the side of entropy collapse"
-    for head in range(layer.heads):
-        before = layer.grew_from(head)
-        if not math.isnan(before):
-            return "growing", _grew(
-                f"the largest |logit| of head {head}", before, layer.of("max_abs_logit", head)
-            )
-    if entropy > UNIFORM_ENTROPY:
-        head, value = layer.worst("entropy_normalized")
-        return "uniform", (
-            f"mean normalized entropy {entropy:.3f}, most in head {head} ({value:.3f}): "
-            "no localization, as in a fresh model or towards rank collapse"
+    for head, course in layer.growing.items():
+        return "growing", _grew(f"the largest |logit| of head {head}", *course)
+    if _is_collapsed(layer, is_fresh):
+        return "collapsed", (
+            f"mean normalized entropy {entropy:.3f}, and tokens with a mean cosine of {layer.cosine:.3f} leave it"
         )
-    if attention.missing and not attention.is_measured:
+    if attention.missing and not attention.is_measured and not spectrum.is_measured:
         return "no data", attention.missing
     if attention.values and not attention.is_measured:
         unknown = "every attention statistic is NaN: NaN logits, or the layer did not run"
-        return "no data", unknown if attention.states is None else "at no row of it attention has a value"
+        why = unknown if attention.states is None else "at no row of it attention has a value"
+        return "no data", attention.missing or why
     if not attention.values and not spectrum.is_measured and not spectrum.has_no_value:
         return "no data", spectrum.missing or "nothing was recorded"
-    if sinks_rule:
+    if is_fresh:
+        return "fresh", attention.missing
+    if not attention.values:
+        return "not judged", attention.missing or "attention was not measured"
+    if _is_uniform(layer):
+        head, value = layer.worst("entropy_normalized")
+        return "uniform", (
+            f"mean normalized entropy {entropy:.3f}, most in head {head} ({value:.3f}): "
+            + _what_uniform_means(layer)
+        )
+    sinks = _sinks(layer.numbers)
+    if sinks and len(sinks) >= SINK_HEADS * len(layer.all("sink_first")):
         head, value = layer.worst("sink_first")
         return (
             "sink",
@@ -417,11 +373,21 @@ def _layer_verdict(layer: _Layer) -> tuple[str, str]:
     return "ok", attention.missing
 
 
-def _judge_head(layer: _Layer, head: int) -> HeadHealth:
-    return HeadHealth(layer.label, head, *_head_verdict(layer, head))
+def _what_uniform_means(layer: KnownLayer) -> str:
+    if math.isnan(layer.cosine):
+        return "whether tokens become alike, as in rank collapse, HiddenStateMonitor tells over time"
+    return f"tokens of mean cosine {layer.cosine:.2f} leave it, which is no rank collapse"
 
 
-def _head_verdict(layer: _Layer, head: int) -> tuple[str, str, float]:
+def _judge_heads(layer: KnownLayer, is_fresh: bool) -> Iterator[HeadHealth]:
+    whole = is_one_key(layer.numbers), _is_collapsed(layer, is_fresh), is_fresh
+    for head in range(layer.heads):
+        yield HeadHealth(layer.label, head, *_head_verdict(layer, head, *whole))
+
+
+def _head_verdict(
+    layer: KnownLayer, head: int, in_one_key: bool, in_collapsed: bool, is_fresh: bool
+) -> tuple[str, str, float]:
     """Verdict, reason and badness."""
     spectrum, attention = layer.spectrum, layer.attention
     if head in layer.broken:
@@ -437,34 +403,35 @@ def _head_verdict(layer: _Layer, head: int) -> tuple[str, str, float]:
         if logit > DIVERGED_LOGIT:
             source = "1e4, where every run of Wortsman et al. diverged"
         return "saturated", f"its largest |logit| is {format_value(logit)}, above {source}", logit
-    sink, top = layer.is_sink(head), layer.of("max_prob", head)
-    if is_saturated(entropy, top, explained=sink or layer.of("positional_share", head) >= POSITIONAL_SHARE):
-        number = "" if entropy < COLLAPSED_ENTROPY else f", largest probability {top:.3f}"
-        return "saturated", f"normalized entropy {entropy:.3f}{number}: nearly one key a query", 1 - entropy
-    before = layer.grew_from(head)
-    if not math.isnan(before):
-        return "growing", _grew("its largest |logit|", before, logit), logit / before
+    sink, top = head in _sinks(layer.numbers), layer.of("max_prob", head)
+    positional = layer.of("positional_share", head)
+    is_sharp = is_saturated(entropy, top)
+    number = f"normalized entropy {entropy:.3f}, largest probability {top:.3f}"
+    if math.isnan(top):
+        number = f"normalized entropy {entropy:.3f}"
+    if in_one_key and is_sharp:
+        return "saturated", f"{number}: nearly one key a query, as in its whole layer", 1 - entropy
+    if head in layer.growing:
+        before, now = layer.growing[head]
+        return "growing", _grew("its largest |logit|", before, now), now / max(before, 1e-30)
+    if in_collapsed and entropy > UNIFORM_ENTROPY:
+        return "collapsed", f"normalized entropy {entropy:.3f}, and tokens become alike", entropy
+    if is_fresh:
+        return "fresh", "its weights cannot be told from random ones", 0.0
+    if not attention.values:
+        return "not judged", attention.missing or "attention was not measured", 0.0
     if entropy > UNIFORM_ENTROPY:
         return "uniform", f"normalized entropy {entropy:.3f}: it looks everywhere alike", entropy
-    if not attention.values:
-        share, late = layer.of("propagation", head), layer.of("localization", head)
-        regime = _regime(share, late)
-        unseen = "attention was not measured"
-        if regime == SATURATED:
-            why = f"its weights predict that signal passes with probability {share:.3f}; {unseen}"
-            return "saturated", why, 1 - share
-        if regime == UNIFORM:
-            return (
-                "uniform",
-                f"its weights predict that early and late tokens pass alike; {unseen}",
-                -abs(late),
-            )
     if sink:
         share = layer.of("sink_first", head)
         return "sink", f"the first key receives {share:.2f} of its attention", share
+    if positional >= POSITIONAL_SHARE:
+        return "positional", f"the distance explains {positional:.2f} of its logits", positional
+    if is_sharp:
+        return "sharp", f"{number}: nearly one key a query", 1 - entropy
     return "ok", "", 0.0
 
 
 def _grew(subject: str, before: float, now: float) -> str:
     change = f"from {format_value(before)} to {format_value(now)}"
-    return f"{subject} grew {change} over the last third of the kept steps"
+    return f"{subject} grew {change} over the newest kept steps"

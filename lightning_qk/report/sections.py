@@ -1,12 +1,14 @@
 """What the sections of the report say and show of a record, and what they miss."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_qk._version import __version__
 from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.predictions import agreement
 from lightning_qk.record.statistics import describe
-from lightning_qk.record.verdicts import VERDICTS, HeadHealth, extreme_heads, layer_health
+from lightning_qk.record.verdicts import FLAGGED, VERDICTS, HeadHealth, extreme_heads, layer_health
 from lightning_qk.report.payload import shown_statistics
 
 PAPERS = (
@@ -23,6 +25,7 @@ PAPERS = (
 
 # How many rows of heads the tables have, at first and in all.
 _FIRST_ROWS, _MAX_ROWS = 10, 100
+_UNJUDGED = ("not judged", "no data")
 
 _COLUMNS = (
     ("eig_mean", "eigenvalue mean"),
@@ -31,7 +34,6 @@ _COLUMNS = (
     ("entropy_normalized", "normalized entropy"),
     ("sink_first", "first key"),
     ("max_abs_logit", "max |logit|"),
-    ("localization", "predicted localization"),
     ("linear_share", "linear share"),
 )
 _TIMES = {
@@ -50,6 +52,8 @@ _TIMES = {
         "on the batches of the run.",
     ),
 }
+# Statistics of which the page says how well they were predicted.
+_PREDICTED = ("entropy_normalized", "sink_first", "linear_share", "logit_std", "distance")
 _MONITORS = {"spectrum": "QKSpectrumMonitor()", "attention": "AttentionMonitor()"}
 
 
@@ -66,7 +70,7 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
     """
     model = next((value for name, value in record.info.items() if name.lower() == "model"), "")
     counts = Counter(row.verdict for row in heads)
-    worst = [row for row in heads if row.verdict != "ok"]
+    worst = [row for row in heads if row.verdict in (*FLAGGED, "no data")]
     missing: dict[str, list[str]] = {"heads": [], "theory": [], "eigenvalues": [], "times": []}
     times = _times(record, missing)
     content: dict[str, Any] = {
@@ -78,7 +82,9 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
             (verdict, counts[verdict], words) for verdict, words in VERDICTS.items() if counts[verdict]
         ],
         "worst": worst[:_MAX_ROWS],
-        "extremes": extreme_heads(record) if len(worst) < _FIRST_ROWS else [],
+        "extremes": extreme_heads(record)
+        if len(worst) < _FIRST_ROWS and any(row.verdict not in _UNJUDGED for row in heads)
+        else [],
         "more": max(len(worst) - _MAX_ROWS, 0),
         "first": _FIRST_ROWS,
         "maps": _maps(record, missing),
@@ -127,18 +133,30 @@ def _lead(record: RunRecord) -> str:
 
 
 def _summary(heads: list[HeadHealth]) -> str:
-    seen = sum(row.verdict != "ok" for row in heads)
-    if not seen:
-        return f"Nothing stands out in any of {len(heads)} heads."
-    count = f"{seen} of {len(heads)} heads" if seen < len(heads) else f"All {len(heads)} heads"
+    flagged = sum(row.verdict in FLAGGED for row in heads)
+    judged = sum(row.verdict not in _UNJUDGED for row in heads)
+    if not judged:
+        return (
+            f"No head of {len(heads)} is judged: attention was not measured, and weights alone show no fault. Add "
+            "AttentionMonitor() to the trainer's callbacks, or pass --text to lightning-qk inspect."
+        )
+    if not flagged:
+        return f"No head of {judged} is flagged by the newest measurement. What they do is no fault:"
     return (
-        f"{count} {'stand' if seen > 1 else 'stands'} out by the newest numbers, the worst first. A verdict says "
+        f"{flagged} of {judged} heads are flagged by the newest measurement, the worst first. A verdict says "
         "where to look. It is a threshold, not a proof."
     )
 
 
 def _maps(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, str]]:
-    titles = {"spectrum": "the weights", "attention": "attention", "sinks": "sinks", "position": "positions"}
+    titles = {
+        "spectrum": "the weights",
+        "attention": "attention",
+        "sinks": "sinks",
+        "position": "positions",
+        "tokens": "the weights over the layer's own tokens",
+        "pred": "predicted attention",
+    }
     found = [
         {"name": name, "title": titles.get(name, name)}
         for name in record.histories
@@ -186,10 +204,10 @@ def _scatters(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str
                 "x": x,
                 "y": y,
                 "alt": f"Scatter plot of {describe(y).title} against {describe(x).title}, one point a head",
-                "meaning": "Each point is a head. Bao et al. find that attention localizes, without its entropy "
-                "collapsing, where the eigenvalues concentrate: small variance around a mean other than zero.",
-                "worry": "the cloud moves down and to the right (entropy collapse), or gathers at the top with a "
-                "mean of zero (uniform attention).",
+                "meaning": "Each point is a head. In the model of Bao et al. attention localizes, without its "
+                "entropy collapsing, where the eigenvalues concentrate. Over the heads of a pretrained model "
+                "the two are hardly related (rank correlation 0.11 in SmolLM2): tokens count as much as weights.",
+                "worry": "over a run the cloud moves down and to the right together (entropy collapse).",
             }
         )
     else:
@@ -197,25 +215,37 @@ def _scatters(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str
             "Entropy against spectral variance needs both monitors on the same layers: add QKSpectrumMonitor() "
             "and AttentionMonitor() to the trainer's callbacks, or pass --text to lightning-qk inspect."
         )
-    if (
-        "propagation" in has.get("spectrum", ())
-        and "linear_share" in has.get("attention", ())
-        and _shared(record)
-    ):
-        found.append(
-            {
-                "plot": "passing",
-                "title": "Signal propagation, predicted and measured",
-                "x": "propagation",
-                "y": "linear_share",
-                "alt": "Scatter plot of measured against predicted signal propagation, one point a head",
-                "meaning": "On the dashed diagonal the prediction from the weights agrees with the real logits. "
-                "Heads off it see tokens that the model does not describe. Where logits are tiny, as in a fresh "
-                "model, prediction tends to 0.5 and measurement to 1.",
-                "worry": "points gather near zero on both axes: these heads pass no signal.",
-            }
-        )
+    found += _predictions(record, has)
     return found
+
+
+def _predictions(record: RunRecord, has: Mapping[str, list[str]]) -> list[dict[str, str]]:
+    """Entropy as token moments predict it against the measured one, and how well all statistics are predicted."""
+    name = "entropy_normalized"
+    if name not in has.get("pred", ()) or name not in has.get("attention", ()):
+        return []
+    found = {own: agreement(record, own) for own in _PREDICTED}
+    words = "; ".join(
+        f"{describe(own, 'attn').title} {known.correlation:.2f} and {known.error:.3g}"
+        for own, known in found.items()
+        if known is not None
+    )
+    if not words:
+        return []
+    return [
+        {
+            "plot": "predicted",
+            "title": "Attention, predicted by token moments and measured",
+            "x": name,
+            "y": name,
+            "alt": "Scatter plot of measured against predicted normalized entropy, one point a head",
+            "meaning": "Each point is a head. Predicted is the attention of independent Gaussian tokens with the "
+            "layer's own moments of queries and keys. On the dashed diagonal the moments explain the entropy; "
+            "what a head off it does follows from what tokens say to each other. Rank correlation over heads and "
+            f"mean absolute error at the newest step that has both: {words}.",
+            "worry": "",
+        }
+    ]
 
 
 def _has_curves(record: RunRecord, missing: dict[str, list[str]]) -> bool:
@@ -227,12 +257,12 @@ def _has_curves(record: RunRecord, missing: dict[str, list[str]]) -> bool:
     )
     if not predicted:
         missing["theory"].append(
-            "Predicted propagation over positions needs moments and softmax scale, which this record lacks: add "
+            "Signal propagation of a random walk needs moments and softmax scale, which this record lacks: add "
             "QKSpectrumMonitor() to the trainer's callbacks and run again."
         )
     if not measured:
         missing["theory"].append(
-            "Measured propagation over positions was not recorded: train with AttentionMonitor() in the trainer's "
+            "The linear share by position was not recorded: train with AttentionMonitor() in the trainer's "
             "callbacks to see it."
         )
     return measured or predicted

@@ -7,10 +7,8 @@ from lightning_qk.functional import attention_statistics
 from lightning_qk.functional.checks import integer
 from lightning_qk.functional.token_moments import (
     TokenMoments,
-    joint_moments,
-    position_means,
     rotate_tokens,
-    side_means,
+    token_classes,
 )
 from lightning_qk.heads import HeadProjections
 
@@ -28,10 +26,10 @@ def predict_attention(
 ) -> dict[str, Tensor]:
     """Statistics of attention over independent Gaussian tokens with a layer's own moments.
 
-    Tokens are drawn independently: each has the mean of its position and the joint covariance of query and key,
-    the first one its own mean; further tokens that are like first ones are a class of their own. They are
-    rotated by position as the layer does, and their attention measured. What
-    a model's measured attention has beyond it is what tokens say to each other ("semantic"). Derived.
+    Tokens are drawn independently, with the joint covariance of query and key and the mean of their position:
+    the first token's own mean, and at further positions, by their share there, that of tokens like first ones or
+    that of the others. They are rotated by position as the layer does, and their attention measured. What a
+    model's measured attention has beyond it is what tokens say to each other ("semantic"). Derived.
 
     Args:
         head: projections of the layer, for its scale and rotation.
@@ -91,29 +89,34 @@ def predict_logit_std(
         if getattr(moments, name) is not None:
             raise ValueError(f"expected logits without {name} for the closed form: use predict_attention")
     d_head = moments.d_head
-    mean, covariance = _joint(moments, length)
-    mean_q, mean_k = mean.split(d_head, -1)
+    share, means, covariance = token_classes(moments, length)
+    of_class = torch.stack([1 - share, share])
     cov_q, cov_k = covariance[..., :d_head, :d_head], covariance[..., d_head:, d_head:]
+    mean_k = torch.einsum("cn,chnd->hnd", of_class, means[..., d_head:])
+    apart = (means[1] - means[0])[..., d_head:] * (share * (1 - share)).sqrt()[:, None]
     rows = torch.linspace(1 if is_causal else 0, length - 1, min(_ROWS, length - 1)).long().unique()
     outer = torch.zeros_like(cov_k)
     total = torch.zeros_like(mean_k[:, 0])
     found, start = [], 0
     for row in rows.tolist():
         stop = row + 1 if is_causal else length
-        place = torch.arange(start, stop, device=mean.device)
+        place = torch.arange(start, stop, device=means.device)
         start = stop
         if len(place):
-            turned = _turned(mean_k[:, place], head, place)
+            turned, between = (_turned(part[:, place], head, place) for part in (mean_k, apart))
             # The first token has no spread of its own.
             spread = _turned_covariance(cov_k, head, place[place > 0])
-            outer = outer + turned.mT @ turned + spread
+            outer = outer + turned.mT @ turned + between.mT @ between + spread
             total = total + turned.sum(1)
-        here = torch.tensor([row], device=mean.device)
-        centre = _turned(mean_q[:, here], head, here)[:, 0]
+        here = torch.tensor([row], device=means.device)
         width = _turned_covariance(cov_q, head, here)
         m = total / stop
-        found.append(_root_mean(head.scaling, outer / stop - m[:, :, None] * m[:, None], centre, width))
-    return torch.stack(found).mean(0)
+        spread = outer / stop - m[:, :, None] * m[:, None]
+        for one, mean in zip(of_class[:, row], means[..., :d_head], strict=True):
+            if one > 0:
+                centre = _turned(mean[:, here], head, here)[:, 0]
+                found.append(one * _root_mean(head.scaling, spread, centre, width))
+    return torch.stack(found).sum(0) / len(rows)
 
 
 def _root_mean(scaling: float, spread: Tensor, centre: Tensor, width: Tensor) -> Tensor:
@@ -150,41 +153,30 @@ def _turned_covariance(covariance: Tensor, head: HeadProjections, place: Tensor)
     return out
 
 
-def _joint(moments: TokenMoments, length: int) -> tuple[Tensor, Tensor]:
-    """Joint means by position and covariance of (q, k), also of cross-attention, whose sides are independent."""
-    if moments.cross_scatter is not None:
-        return position_means(moments, length)
-    groups = moments.heads // moments.kv_heads
-    mean_q, cov_q = side_means(moments.query, length)
-    mean_k, cov_k = (part.repeat_interleave(groups, 0) for part in side_means(moments.key, length))
-    nothing = torch.zeros_like(cov_q)
-    covariance = torch.cat([torch.cat([cov_q, nothing], -1), torch.cat([nothing, cov_k], -1)], -2)
-    return torch.cat([mean_q, mean_k], -1), covariance
-
-
 def _drawn(
     moments: TokenMoments, length: int, sequences: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys ``(sequences, heads, length, d_head)``, float32, before rotation."""
-    mean, covariance = _joint(moments.regular(), length)
-    root = _root(covariance)
+    share, means, covariance = token_classes(moments, length)
     shape = (sequences, moments.heads, length, 2 * moments.d_head)
-    noise = torch.randn(shape, generator=generator).to(root.device)
-    if moments.cross_scatter is not None:
-        noise[:, :, 0] = 0
-    else:
-        noise[:, :, 0, moments.d_head :] = 0
-    tokens = mean.float() + noise @ root.mT
-    part = moments.like_first
-    if part is not None and float(part.query.count) > 0:
-        is_like_first = torch.rand(sequences, 1, length, 1, generator=generator).to(root.device)
-        is_like_first = is_like_first < float(part.query.count / moments.query.count)
-        is_like_first[:, :, 0] = False
-        mean, covariance = joint_moments(part)
-        noise = torch.randn(shape, generator=generator).to(root.device)
-        tokens = torch.where(is_like_first, mean.float()[:, None] + noise @ _root(covariance).mT, tokens)
+    noise = torch.randn(shape, generator=generator).to(covariance.device)
+    noise[:, :, 0, 0 if moments.cross_scatter is not None else moments.d_head :] = 0
+    is_like_first = _systematic(share.cpu(), sequences, generator).to(share.device)[:, None, :, None]
+    regular, alike = means.float()
+    tokens = torch.where(is_like_first, alike, regular) + noise @ _root(covariance).mT
     query, key = tokens.split(moments.d_head, -1)
     return query, key
+
+
+def _systematic(share: Tensor, sequences: int, generator: torch.Generator) -> Tensor:
+    """Tokens ``(sequences, length)``, marked by a share at each position; any run of positions has its number.
+
+    A sink at an early position decides what all later ones see, so that few independent draws say little.
+    """
+    shape = (len(share), sequences)
+    total = share[:, None].expand(shape).flatten().cumsum(0) + torch.rand((), generator=generator)
+    marked = (total.floor().diff(prepend=total.new_zeros(1)) > 0).view(shape)
+    return marked.gather(1, torch.rand(shape, generator=generator).argsort(1)).T
 
 
 def _root(covariance: Tensor) -> Tensor:

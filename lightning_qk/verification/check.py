@@ -1,6 +1,5 @@
 """Check, while a model runs, whether what was read of its layers is what their attention received."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import shadow
-from lightning_qk.architecture.origin import is_known
+from lightning_qk.architecture.source_code import is_known
 from lightning_qk.capture.call import is_recomputation
 from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.hooks.compiled import is_compiled
-from lightning_qk.capture.hooks.modules import hook_after, hook_before
-from lightning_qk.heads.dry_run import Trial, recorded_trials
+from lightning_qk.capture.hooks.modules import hook_after, hook_before, would_notice
 from lightning_qk.heads.facts import Finding, Side, settle
-from lightning_qk.heads.inferred_layout import find_rows
+from lightning_qk.heads.inferred_layout import Call, find_rows
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.layouts import fitting_layouts
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
-from lightning_qk.verification.compare import Added, Match, beyond, compare, tolerance
+from lightning_qk.heads.trials import Trial, recorded_trials
+from lightning_qk.verification.compare import Added, Match, beyond, compare
+from lightning_qk.verification.vectors import tolerance
 
 # Tensors that are kept of one call of a layer.
 _MOST = 48
@@ -111,14 +111,14 @@ class SelfCheck:
         if self._is_compiled:
             return  # a graph that is traced while somebody listens would be traced once more afterwards
         for name, module in self._sites.items():
-            if any(_would_notice(part) for part in module.modules()):
+            if any(would_notice(part) for part in module.modules()):
                 continue  # its capture knows what enters it, or nothing is known
             call = self._calls[name]
-            self._handles.append(hook_before(module, functools.partial(_keep_call, call)))
+            self._handles.append(hook_before(module, call.enter))
             for part in module.modules():
                 if part is not module:
-                    self._handles.append(hook_before(part, functools.partial(_keep_inputs, call)))
-                    self._handles.append(hook_after(part, functools.partial(_keep_output, call)))
+                    self._handles.append(hook_before(part, call.enter_part))
+                    self._handles.append(hook_after(part, call.leave_part))
         self._capture.install()
         self._capture.enabled = True
 
@@ -192,25 +192,18 @@ class SelfCheck:
             return _unchecked("the queries and keys of its softmax could not be told from each other")
         if any(hasattr(operand, "to_local") for operand in operands):
             return _unchecked("its queries are spread over processes")
-        inputs = [*call.inputs, *kept.inputs]
+        seen = _Seen(call, operands, (*call.inputs, *kept.inputs), kept.has_parts or bool(call.inputs))
         plan = self._reader.layers.get(name)
-        first = None if plan is None else self._compare(plan, call, operands, inputs, kept)
+        first = None if plan is None else _compare(plan, seen)
         if first is not None and first.status is not Status.DIFFERS:
             return first
-        again = self._read_again(name, call, operands, inputs, kept)
+        again = None if kept.arguments is None else self._read_again(name, seen, kept.arguments)
         if again is not None:
             return again
         unread = self._reasons.get(name) or self._reader.unread.get(name, "its weights were not read")
         return first or _unchecked(unread)
 
-    def _read_again(
-        self,
-        name: str,
-        call: CapturedCall,
-        operands: tuple[Tensor, Tensor],
-        inputs: Sequence[Tensor],
-        kept: "_Call",
-    ) -> Verified | None:
+    def _read_again(self, name: str, seen: "_Seen", arguments: Call) -> Verified | None:
         """Read a layer by running it as it was called and compare again; None unless that explains the call.
 
         One call by itself proves little: a factor that is 1, or an adapter that is 0, until it is learnt does not
@@ -218,9 +211,7 @@ class SelfCheck:
         queries. Without it a run must find nothing else, and the call must be explained with it and not without.
         """
         site = self._places[name]
-        if kept.arguments is None:
-            return None
-        ways = tuple(recorded_trials(site.module, site.config, *kept.arguments))[:1]
+        ways = tuple(recorded_trials(site.module, site.config, *arguments))[:1]
         findings = [Finding(ways=ways)]
         try:
             layer_reader(site, fold_norm=False, finding=findings[0])
@@ -229,75 +220,85 @@ class SelfCheck:
             layouts = [
                 layout
                 for layout in fitting_layouts(site.module)
-                if not self._explains(site, Finding(layout=layout), call, operands, inputs, kept)
+                if _explains(site, Finding(layout=layout), seen) is None
             ]
             findings = [
                 Finding(layout=layout, added=(added,))
                 for added, parameter in site.module.named_parameters(recurse=False)
                 if layouts
-                and parameter.numel() % operands[0].shape[-1] == 0
+                and parameter.numel() % seen.operands[0].shape[-1] == 0
                 and _is_all_that_is_added(site, added, ways)
                 for layout in layouts
             ]
         for finding in findings:
-            plan = self._explains(site, finding, call, operands, inputs, kept)
+            plan = _explains(site, finding, seen)
             if plan is not None:
                 self.findings[name], self._plans[name] = finding, plan
-                again = self._compare(plan, call, operands, inputs, kept)
-                return again._replace(status=Status.REREAD)
+                return _compare(plan, seen)._replace(status=Status.REREAD)
         return None
 
-    def _explains(self, site: AttentionLayer, finding: Finding, *seen: Any) -> LayerReader | None:
-        """How a layer is read by a finding, if that explains its call."""
-        try:
-            plan = layer_reader(site, fold_norm=False, finding=finding)
-            return plan if self._compare(plan, *seen).ok else None
-        except (UnreadLayer, RuntimeError):  # such as a parameter of another shape than the queries
-            return None
 
-    def _compare(
-        self,
-        plan: LayerReader,
-        call: CapturedCall,
-        operands: tuple[Tensor, Tensor],
-        inputs: Sequence[Tensor],
-        kept: "_Call",
-    ) -> Verified:
-        if plan.is_flat:
-            return _unchecked("its weights are flattened by FSDP's first version")
-        if plan.is_sharded():
-            return _unchecked("its weights are spread over processes")
-        read = plan.read()
-        if not all(bool(own.isfinite().all()) for own in (*operands, read.query, read.key)):
-            return _unchecked("its queries and keys, or their weights, are not finite")
-        match = compare(read, inputs, *operands, (_added(plan, plan.query), _added(plan, plan.key)))
-        if match is None:
+class _Seen(NamedTuple):
+    """An attention call, and what entered its layer.
+
+    Attributes:
+        call: itself.
+        operands: its queries and keys.
+        inputs: tensors that entered the layer, and that entered or left its parts.
+        has_inputs: what its projections map may be among them.
+    """
+
+    call: CapturedCall
+    operands: tuple[Tensor, Tensor]
+    inputs: tuple[Tensor, ...]
+    has_inputs: bool
+
+
+def _explains(site: AttentionLayer, finding: Finding, seen: _Seen) -> LayerReader | None:
+    """How a layer is read by a finding, if that explains its call."""
+    try:
+        plan = layer_reader(site, fold_norm=False, finding=finding)
+        return plan if _compare(plan, seen).ok else None
+    except (UnreadLayer, RuntimeError):  # such as a parameter of another shape than the queries
+        return None
+
+
+def _compare(plan: LayerReader, seen: _Seen) -> Verified:
+    if plan.is_flat:
+        return _unchecked("its weights are flattened by FSDP's first version")
+    if plan.is_sharded():
+        return _unchecked("its weights are spread over processes")
+    read = plan.read()
+    if not all(bool(own.isfinite().all()) for own in (*seen.operands, read.query, read.key)):
+        return _unchecked("its queries and keys, or their weights, are not finite")
+    match = compare(read, seen.inputs, *seen.operands, (_added(plan, plan.query), _added(plan, plan.key)))
+    if match is None:
+        return _unchecked("what enters its projections was not seen")
+    dtypes = [operand.dtype for operand in seen.operands] + [read.query.dtype]
+    kind = seen.operands[0].device.type
+    if torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))
+    allowed = tolerance(*dtypes)
+    is_self = _is_same(seen.inputs, match)
+    if not match.error <= allowed:
+        if not seen.has_inputs:
             return _unchecked("what enters its projections was not seen")
-        dtypes = [operand.dtype for operand in operands] + [read.query.dtype]
-        kind = operands[0].device.type
-        if torch.is_autocast_enabled(kind):
-            dtypes.append(torch.get_autocast_dtype(kind))
-        allowed = tolerance(*dtypes)
-        is_self = _is_same(inputs, match)
-        if not match.error <= allowed:
-            if not (kept.has_parts or call.inputs):
-                return _unchecked("what enters its projections was not seen")
-            is_query = match.query > allowed
-            side = "queries" if is_query else "keys"
-            reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
-            share = 0.0 if read.clip is None else beyond(read, inputs, match)[0 if is_query else 1]
-            if share > 0:
-                reason = (
-                    f"a clamp to ±{read.clip:.3g} between projection and product changes {share:.2g} of the "
-                    f"numbers in its {side}, so that they are not W x + b"
-                )
-            if math.isfinite(match.error):
-                reason += f": the largest difference of a head is {match.error:.2g} of its length"
-            return Verified(Status.DIFFERS, match.query, match.key, reason, is_self)
-        wrong = _wrong_scaling(read.scaling, call, match)
-        if wrong is not None:
-            return Verified(Status.DIFFERS, match.query, match.key, wrong, is_self)
-        return Verified(Status.VERIFIED, match.query, match.key, "", is_self)
+        is_query = match.query > allowed
+        side = "queries" if is_query else "keys"
+        reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
+        share = 0.0 if read.clip is None else beyond(read, seen.inputs, match)[0 if is_query else 1]
+        if share > 0:
+            reason = (
+                f"a clamp to ±{read.clip:.3g} between projection and product changes {share:.2g} of the "
+                f"numbers in its {side}, so that they are not W x + b"
+            )
+        if math.isfinite(match.error):
+            reason += f": the largest difference of a head is {match.error:.2g} of its length"
+        return Verified(Status.DIFFERS, match.query, match.key, reason, is_self)
+    wrong = _wrong_scaling(read.scaling, seen.call, match)
+    if wrong is not None:
+        return Verified(Status.DIFFERS, match.query, match.key, wrong, is_self)
+    return Verified(Status.VERIFIED, match.query, match.key, "", is_self)
 
 
 class _Call:
@@ -311,7 +312,7 @@ class _Call:
     """
 
     def __init__(self) -> None:
-        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.arguments: Call | None = None
         self.inputs: list[Tensor] = []
         self.has_parts = False
         self.is_done = False
@@ -321,13 +322,29 @@ class _Call:
         self.arguments, self.inputs = None, []
         self.is_done = self.is_done or is_done
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forget the call before."""
-        self.clear()
-        self.arguments = args, kwargs
-        self.add((args, kwargs))
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forget the call before, and keep what the layer gets."""
+        if self._is_watching():
+            self.clear()
+            self.arguments = args, kwargs
+            self._keep((args, kwargs))
 
-    def add(self, values: Any) -> None:
+    def enter_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what a part of the layer gets."""
+        if self._is_watching():
+            self.has_parts = True
+            self._keep((args, kwargs))
+
+    def leave_part(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Keep what a part of the layer gives."""
+        if self._is_watching():
+            self._keep(output)
+
+    def _is_watching(self) -> bool:
+        # Traced into graphs of torch.compile, as nothing.
+        return not (torch.compiler.is_compiling() or self.is_done or is_recomputation())
+
+    def _keep(self, values: Any) -> None:
         """Keep what plain tensors there are, each once; nothing is raised into the forward."""
         try:
             for tensor in _tensors(values):
@@ -335,36 +352,6 @@ class _Call:
                     self.inputs.append(tensor)
         except Exception:
             self.clear(is_done=True)
-
-
-def _watches(call: _Call) -> bool:
-    # Traced into graphs of torch.compile, as nothing.
-    return not (torch.compiler.is_compiling() or call.is_done or is_recomputation())
-
-
-def _keep_call(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _watches(call):
-        call.begin(args, kwargs)
-
-
-def _keep_inputs(call: _Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _watches(call):
-        call.has_parts = True
-        call.add((args, kwargs))
-
-
-def _keep_output(call: _Call, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if _watches(call):
-        call.add(output)
-
-
-def _would_notice(part: nn.Module) -> bool:
-    """Whether a part of torch takes another way through its forward where it has hooks, or was compiled."""
-    return (
-        isinstance(part, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerEncoder)
-        or getattr(part, "_compiled_call_impl", None) is not None
-        or hasattr(part, "_orig_mod")
-    )
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from lightning_qk.architecture.dry_run import quietly
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.verification.check import SelfCheck, Verified
 
@@ -39,8 +39,7 @@ def verify(model: nn.Module, batch: Any) -> dict[str, Verified]:
         True
     """
     reader = ProjectionReader(model, allow_empty=True)
-    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
-    with SelfCheck(model, reader).looking() as check, torch.no_grad(), torch.random.fork_rng(devices):
+    with SelfCheck(model, reader).looking() as check, quietly(model):
         call(model, batch)
         return check.conclude()
 

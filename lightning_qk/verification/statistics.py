@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import quietly
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import attention_sums, means
 from lightning_qk.heads.reader import find_attention
@@ -93,13 +94,7 @@ def check_statistics(model: nn.Module, batch: Any, heads: Mapping[str, int]) -> 
     """
     sites = find_attention(model)
     trace = Trace(model)
-    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
-    with (
-        CapturedCalls(model, sites, trace, heads) as captured,
-        torch.no_grad(),
-        torch.random.fork_rng(devices),
-        trace,
-    ):
+    with CapturedCalls(model, sites, trace, heads) as captured, quietly(model), trace:
         call(model, batch)
     events: dict[str, list[Event]] = {}
     found: dict[str, Agreement] = {}

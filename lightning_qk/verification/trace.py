@@ -6,11 +6,13 @@ operator that contains one) whose logits are products of two tensors neither of 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_qk.architecture.products import tensors_in
 from lightning_qk.functional.chunks import MASKED_BELOW
 
 PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "dot", "mv", "_scaled_mm"})
@@ -43,6 +45,7 @@ MOVES = frozenset(
 SCALINGS = frozenset({"mul", "mul_", "div", "div_"})
 
 
+@dataclass(eq=False, slots=True)
 class Node:
     """One result of one operation.
 
@@ -50,24 +53,22 @@ class Node:
         name: of the operation, as ATen calls it.
         parents: what its tensor arguments were made by.
         args: of the call, positional.
+        kwargs: of the call.
         tensor: the result. In-place operations may have changed it since.
-        stack: names of the modules that ran, outermost first.
+        stack: the modules that ran, outermost first.
+        version: of the tensor, at first.
     """
 
-    __slots__ = ("args", "kwargs", "name", "parents", "stack", "tensor", "version")
+    name: str
+    parents: list["Node"]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensor: Tensor
+    stack: tuple["Frame", ...]
+    version: int = field(init=False)
 
-    def __init__(
-        self,
-        name: str,
-        parents: list["Node"],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensor: Tensor,
-        stack: tuple["Frame", ...],
-    ) -> None:
-        self.name, self.parents, self.args, self.kwargs = name, parents, args, kwargs
-        self.tensor, self.stack = tensor, stack
-        self.version = tensor._version if not tensor.is_inference() else 0
+    def __post_init__(self) -> None:
+        self.version = 0 if self.tensor.is_inference() else self.tensor._version
 
     def factor(self) -> float | None:
         """The number that this operation multiplies one tensor by, or None where it does something else."""
@@ -81,14 +82,13 @@ class Node:
         return number if self.name.startswith("mul") else 1 / number
 
 
+@dataclass(eq=False, slots=True)
 class Frame:
     """One call of one module: its name, and the tensors that went into it and its parts and came out of them."""
 
-    __slots__ = ("module", "name", "tensors")
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
-        self.tensors: list[Tensor] = []
+    name: str
+    module: nn.Module
+    tensors: list[Tensor] = field(default_factory=list)
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Remember tensors that may be what the layer projects."""
@@ -103,6 +103,7 @@ class Frame:
                 self.tensors.append(tensor)
 
 
+@dataclass(eq=False, slots=True)
 class Product:
     """Two operands whose product, scaled, is (part of) the logits.
 
@@ -112,37 +113,34 @@ class Product:
         scale: the factor on their product, or None where it is no single number.
     """
 
-    __slots__ = ("key", "key_node", "query", "query_node", "scale")
-
-    def __init__(
-        self, query: Tensor, key: Tensor, query_node: Node | None, key_node: Node | None, scale: float | None
-    ) -> None:
-        self.query, self.key = query, key
-        self.query_node, self.key_node, self.scale = query_node, key_node, scale
+    query: Tensor
+    key: Tensor
+    query_node: Node | None
+    key_node: Node | None
+    scale: float | None
 
 
+@dataclass(eq=False, slots=True)
 class Event:
     """One softmax attention.
 
     Attributes:
         frames: the module calls around it, outermost first.
         products: what its logits are made of; more than one where terms of position are added.
+        probabilities: after the softmax, before dropout; None for a fused operator, and where they are not seen.
         fused: it ran as one operator.
-        probabilities: after the softmax, before dropout; None for a fused operator.
         empty: which rows of the probabilities have all of their keys hidden; None for a fused operator.
-        mask: of a fused operator: the additive or boolean mask, and whether it is causal.
+        mask: of a fused operator: the additive or boolean mask.
+        is_causal: of a fused operator.
     """
 
-    __slots__ = ("empty", "frames", "fused", "is_causal", "mask", "probabilities", "products")
-
-    def __init__(
-        self, frames: tuple[Frame, ...], products: list[Product], probabilities: Tensor | None
-    ) -> None:
-        self.frames, self.products, self.probabilities = frames, products, probabilities
-        self.fused = probabilities is None
-        self.empty: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.is_causal = False
+    frames: tuple[Frame, ...]
+    products: list[Product]
+    probabilities: Tensor | None = None
+    fused: bool = False
+    empty: Tensor | None = None
+    mask: Tensor | None = None
+    is_causal: bool = False
 
 
 class Trace(TorchDispatchMode):
@@ -200,12 +198,12 @@ class Trace(TorchDispatchMode):
         frame = Frame(self._names[module], module)
         self.ran.add(frame.name)
         self._stack.append(frame)
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         for outer in self._stack[-5:]:
             outer.add(tensors)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        tensors = list(_tensors(output))
+        tensors = list(tensors_in(output))
         while self._stack:
             frame = self._stack.pop()
             if frame.module is module:
@@ -218,11 +216,11 @@ class Trace(TorchDispatchMode):
         if self._paused:
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors_in((args, kwargs)))
         parents = [self._nodes[id(tensor)] for tensor in given if id(tensor) in self._nodes]
         output = func(*args, **kwargs)
         stack = tuple(self._stack)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             node = Node(name, list(parents), args, kwargs, tensor, stack)
             self._nodes[id(tensor)] = node
             self._keep.append(tensor)  # an id is only good while its tensor lives
@@ -248,11 +246,16 @@ class Trace(TorchDispatchMode):
         scale = named.get("scale")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         product = Product(query, key, self._node(query), self._node(key), scale)
-        event = Event(tuple(self._stack), [product], None)
         mask = named.get("attn_mask", named.get("attn_bias"))
-        event.mask = mask if isinstance(mask, Tensor) else None
-        event.is_causal = bool(named.get("is_causal", False))
-        self.events.append(event)
+        self.events.append(
+            Event(
+                tuple(self._stack),
+                [product],
+                fused=True,
+                mask=mask if isinstance(mask, Tensor) else None,
+                is_causal=bool(named.get("is_causal", False)),
+            )
+        )
 
     def _softmax(self, name: str, args: Any, output: Tensor) -> None:
         logits: Tensor = args[0]
@@ -271,9 +274,8 @@ class Trace(TorchDispatchMode):
             return
         elif axis != logits.dim() - 1:
             probabilities = output.transpose(axis, -1)
-        event = Event(tuple(self._stack), products, probabilities)
-        event.fused = False
-        event.empty = logits.amax(axis) <= MASKED_BELOW
+        empty = logits.amax(axis) <= MASKED_BELOW
+        event = Event(tuple(self._stack), products, probabilities, empty=empty)
         self.events.append(event)
         self._unused[id(output)] = event
 
@@ -330,7 +332,7 @@ class Trace(TorchDispatchMode):
             node = self._nodes.get(id(tensor))
             if node is None or node.name not in MOVES or len(node.parents) > 1:
                 return False
-            source = next(_tensors(node.args), None)
+            source = next(tensors_in(node.args), None)
             if source is None:
                 return False
             tensor = source
@@ -364,17 +366,6 @@ def ancestors(
         elif current.name not in through and not (is_through is not None and is_through(current)):
             continue
         todo.extend(current.parents)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
 
 
 def _number(value: Any) -> float | None:

@@ -17,6 +17,7 @@ from lightning_qk import (
     PositionMonitor,
     QKSpectrumMonitor,
     SinkMonitor,
+    TokenMonitor,
     locater_penalty,
 )
 
@@ -68,8 +69,9 @@ def run(folder: Path, processes: int) -> None:
     spectrum, attention = QKSpectrumMonitor(singular=True), AttentionMonitor(rows=None)
     sinks, position = SinkMonitor(rows=None, sequences=None), PositionMonitor(sequences=None)
     hidden = HiddenStateMonitor(tokens=None, sequences=None)
+    tokens = TokenMonitor(tokens=None, predict_every=1)
     watched = models.trainer(
-        [spectrum, attention, sinks, position, hidden],
+        [spectrum, attention, sinks, position, hidden, tokens],
         logger=CSVLogger(folder, version=str(processes)),
         val_check_interval=2,
         **arguments,
@@ -81,9 +83,12 @@ def run(folder: Path, processes: int) -> None:
         ("sinks", sinks),
         ("position", position),
         ("hidden", hidden),
+        ("tokens", tokens),
     ):
         history = monitor.history
         results[name] = {statistic: history.series(statistic) for statistic in history.statistics}
+    predicted = tokens._predictions.history
+    results["pred"] = {statistic: predicted.series(statistic) for statistic in predicted.statistics}
     results["metrics"] = {key: float(value) for key, value in watched.callback_metrics.items()}
     torch.save(results, folder / f"{processes}_{watched.global_rank}.pt")
 

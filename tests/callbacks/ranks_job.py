@@ -14,9 +14,24 @@ from ranks_failing import Failing
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_qk
-from lightning_qk import AttentionMonitor, HiddenStateMonitor, PositionMonitor, QKSpectrumMonitor, SinkMonitor
+from lightning_qk import (
+    AttentionMonitor,
+    HiddenStateMonitor,
+    PositionMonitor,
+    QKSpectrumMonitor,
+    SinkMonitor,
+    TokenMonitor,
+)
 from lightning_qk.callbacks.monitors import _base as _monitor
-from lightning_qk.callbacks.monitors import _captured, _listening, attention, hidden, spectrum
+from lightning_qk.callbacks.monitors import (
+    _captured,
+    _listening,
+    _predictions,
+    attention,
+    hidden,
+    spectrum,
+    tokens,
+)
 from lightning_qk.metrics import eigenvalues, means
 from lightning_qk.record import forgotten, history
 
@@ -28,6 +43,8 @@ PLACES = {
     "eigenproblems": (eigenvalues, "core_eigenvalues", (SPECTRUM,)),
     "solving at all": (eigenvalues, "solve_each", (SPECTRUM,)),
     "measuring a call": (attention, "attention_sums", (CALLS, STATES)),
+    "sums of tokens": (tokens, "token_sums", ("TokenMonitor", CALLS)),
+    "predicting": (_predictions, "predict_attention", ("TokenMonitor", CALLS)),
     "measuring states": (hidden, "hidden_sums", (STATES, CALLS)),
     "pooling": (means.HeadMeans, "update", (CALLS, "SinkMonitor", SPECTRUM)),
     "copying to the host": (_listening, "flat_values", (CALLS, "PositionMonitor", SPECTRUM)),
@@ -79,6 +96,7 @@ def monitors(names: tuple[str, ...]) -> list:
         SinkMonitor(),
         PositionMonitor(),
         HiddenStateMonitor(),
+        TokenMonitor(predict_every=1),
     ]
     return [one for one in every if type(one).__name__ in names]
 

@@ -19,6 +19,7 @@ from lightning_qk import (
     PositionMonitor,
     QKClip,
     SinkMonitor,
+    TokenMonitor,
 )
 from lightning_qk.callbacks.interventions import qk_clip
 from lightning_qk.guard.detector import CollapseDetector
@@ -104,6 +105,9 @@ KINDS = {
     ),
     "position": lambda **more: PositionMonitor(every_n_eval_batches=1, report=False, figures_every=0, **more),
     "hidden": lambda **more: HiddenStateMonitor(report=False, **more),
+    "tokens": lambda **more: TokenMonitor(
+        tokens=5, every_n_eval_batches=1, predict_every=1, report=False, figures_every=0, **more
+    ),
 }
 
 

@@ -61,6 +61,18 @@ def test_sinks_and_positions_are_pooled_over_ranks(results):
             assert torch.equal(value.nan_to_num(7.0), results["2_1"][group][name].nan_to_num(7.0))
 
 
+def test_token_moments_are_pooled_over_ranks_and_each_predicts_its_share(results):
+    assert results["1_0"]["tokens"]["trace"].isfinite().all()
+    assert results["1_0"]["pred"]["semantic_share"].isfinite().all()
+    for rank in ("2_0", "2_1"):
+        for group in ("tokens", "pred"):
+            for name, want in results["1_0"][group].items():
+                # The surrogate's softmax is that of slightly other moments.
+                torch.testing.assert_close(
+                    results[rank][group][name], want, rtol=1e-3, atol=1e-4, equal_nan=True, msg=name
+                )
+
+
 def test_spectra_and_logged_values_agree(results):
     for rank in ("2_0", "2_1"):
         for name, want in results["1_0"]["spectrum"].items():
@@ -69,7 +81,7 @@ def test_spectra_and_logged_values_agree(results):
             )
     assert results["2_0"]["metrics"].keys() == results["2_1"]["metrics"].keys()
     for key, value in results["2_0"]["metrics"].items():
-        if key.startswith(("attn/", "qk/", "hidden/")):
+        if key.startswith(("attn/", "qk/", "hidden/", "pred/")):
             assert value == pytest.approx(results["2_1"]["metrics"][key], rel=1e-5, abs=1e-7)
 
 

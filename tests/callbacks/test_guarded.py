@@ -11,6 +11,7 @@ from lightning_qk import (
     PositionMonitor,
     QKSpectrumMonitor,
     SinkMonitor,
+    TokenMonitor,
 )
 from lightning_qk.callbacks._guarded import HOOKS
 
@@ -21,6 +22,7 @@ KINDS = [
     PositionMonitor,
     SinkMonitor,
     AttentionProbes,
+    TokenMonitor,
 ]
 
 

@@ -33,6 +33,7 @@ MONITORS = {
     ),
     "QKSpectrumMonitor": ("per_head", "figures_every", "report"),
     "SinkMonitor": ("per_head", "figures_every", "report", "seed", "every_n_eval_batches", "cached_calls"),
+    "TokenMonitor": ("per_head", "figures_every", "report", "seed", "every_n_eval_batches", "cached_calls"),
 }
 
 
@@ -69,6 +70,7 @@ def test_settings_are_the_arguments():
         "fold_norm": False,
         "offsets": [0, 1],
         "singular": False,
+        "updates": False,
         "per_layer": ["eig_mean"],
         "per_head": False,
         "figures_every": 10,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import wandb
@@ -110,7 +111,13 @@ def test_a_job_from_fit_to_predict(config: Path, capsys: pytest.CaptureFixture[s
 
     for command in ("validate", "test", "predict"):
         assert main([command, "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
-    assert "test/perplexity" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "test/perplexity" in printed.out
+    rows = pq.read_table("predictions.parquet").to_pylist()
+    assert [row["row"] for row in rows] == list(range(len(rows)))
+    assert all(row["loss"] > 0 and row["tokens"] > 0 and isinstance(row["text"], str) for row in rows)
+    assert main(["predict", "--config", str(config), "--output", "predictions.xls"]) == 2
+    assert "ends in .parquet, .csv, .jsonl, got 'predictions.xls'" in capsys.readouterr().err
     assert (
         main(["fit", "--config", str(config), "--ckpt_path", str(checkpoint), "--trainer.max_steps", "3"])
         == 0

@@ -56,7 +56,7 @@ def test_a_test_split_without_labels_is_left_out() -> None:
 
 def test_a_row_without_text_is_told() -> None:
     bad = Dataset.from_dict({"text": ["t", None], "label": [0, 1]})
-    with pytest.raises(ValueError, match="expected text in the column 'text' of train, got None in row 1"):
+    with pytest.raises(ValueError, match="expected text in the column 'text' of train, got None in row 2"):
         encode_labels({"train": bad}, "label", ["0", "1"], "text", str)
 
 

@@ -80,7 +80,7 @@ class Plan:
         )
 
 
-MONITORS = ("spectrum", "singular", "attention", "hidden", "sinks", "position", "guard")
+MONITORS = ("spectrum", "singular", "attention", "hidden", "sinks", "position", "tokens", "guard")
 RANK_FAULTS = ("one_rank_linalg", "one_rank_memory", "one_rank_skips", "one_rank_logger", "uneven_validation")
 
 
@@ -450,6 +450,7 @@ def make_callback(name: str) -> Any:
         "hidden": lambda: qk.HiddenStateMonitor(),
         "sinks": lambda: qk.SinkMonitor(**few),
         "position": lambda: qk.PositionMonitor(sequences=None, **few),
+        "tokens": lambda: qk.TokenMonitor(predict_every=2, **few),
         "guard": lambda: qk.CollapseGuard(every_n_steps=1, checkpoint_every=2),
         "locater": lambda: qk.LocAteR(0.5, form="target"),
         "locater_warmup": lambda: qk.LocAteR(0.5, schedule="linear", warmup_steps=6),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import lightning_qk
 
-OURS = ("qk/", "attn/", "hidden/", "guard/")
+OURS = ("qk/", "attn/", "hidden/", "pred/", "guard/")
 
 
 def warm_up() -> None:

@@ -10,7 +10,7 @@ from fault_harness import FAULTS, INTERVENTIONS, MONITORS, RECORD, Nursery, Plan
 
 from lightning_qk.record.history import RunRecord
 
-ALL = ("spectrum", "attention", "hidden", "sinks", "position", "guard")
+ALL = ("spectrum", "attention", "hidden", "sinks", "position", "tokens", "guard")
 
 
 @pytest.fixture(scope="module")

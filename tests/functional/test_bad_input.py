@@ -95,7 +95,11 @@ CALLS = {
         "length": 64,
     },
     "sink_statistics": attention(value=True, threshold=0.3, per_sequence=False, **sampled()),
+    "stable_rank": {"singular_values": torch.rand(3, 4)},
     "update_ratio": {
+        **weights(), "query_before": torch.randn(H, 3, D), "key_before": torch.randn(2, 3, D),
+    },
+    "update_spectra": {
         **weights(), "query_before": torch.randn(H, 3, D), "key_before": torch.randn(2, 3, D),
     },
     "window_prior": {"width": 3},

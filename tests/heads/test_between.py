@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_qk import head_projections, verify
-from lightning_qk.heads.edit import head_scalers
-from lightning_qk.heads.facts import attends_over_channels
+from lightning_qk.heads.inferred_layout import check_tokens
 from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.interventions.head_scaler import head_scalers
 
 
 class Base(nn.Module):
@@ -180,12 +180,13 @@ def test_what_is_no_form_of_the_projections_is_refused_by_name(kind, reason):
 def test_attention_over_channels_is_no_attention_over_tokens(kind):
     assert isinstance(_refusal(kind), NotTokenAttention)
     # What is asked of classes whose names are believed.
-    assert attends_over_channels(kind())
+    with pytest.raises(NotTokenAttention):
+        check_tokens(kind())
 
 
 @pytest.mark.parametrize("kind", [ClampedAttention, TemperatureAttention, LengthAttention])
 def test_attention_over_tokens_is_none_over_channels(kind):
-    assert not attends_over_channels(kind())
+    check_tokens(kind())
 
 
 def test_a_clamp_is_named_and_its_weights_are_not_edited():

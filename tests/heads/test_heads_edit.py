@@ -12,8 +12,8 @@ from heads_zoo import ZOO, build, feed
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.interventions.head_scaler import head_scalers
 from lightning_qk.interventions.qk_clip import clip_qk
 
 

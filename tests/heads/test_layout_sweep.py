@@ -21,8 +21,8 @@ from sweep import (
 )
 from torch import nn
 
-from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.interventions.head_scaler import head_scalers
 from lightning_qk.interventions.qk_clip import clip_qk
 
 SEPARATE = (

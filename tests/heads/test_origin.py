@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrizations
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from lightning_qk.architecture.origin import is_known
+from lightning_qk.architecture.source_code import is_known
 
 
 def _layer(kind=LlamaAttention):

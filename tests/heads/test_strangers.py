@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.origin import is_known
+from lightning_qk.architecture.source_code import is_known
 from lightning_qk.functional import qk_moments
 from lightning_qk.heads.layer import layer_reader
 from lightning_qk.heads.projections import UnreadLayer

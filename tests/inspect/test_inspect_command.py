@@ -48,18 +48,28 @@ def refusal(capsys: pytest.CaptureFixture[str], *line: str | Path) -> str:
     return seen.err
 
 
-def test_a_table_of_layers(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_of_layers(
+    llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["inspect", str(llama)]) == 0
     seen = capsys.readouterr()
     assert seen.err == ""
     assert all(
-        word in seen.out for word in ("LlamaForCausalLM", "layer_00", "layer_01", "eig var", "max |eig|")
+        word in seen.out for word in ("LlamaForCausalLM", "layer_00", "layer_01", "eig var", "ρ/circle")
     )
-    assert "Heads by predicted regime: 8 uniform" in seen.out
+    assert max(map(len, seen.out.splitlines())) <= 80
+    text = " ".join(seen.out.split())
+    assert "folded into the weights" in text
+    assert "cannot be told from random ones: a fresh model" in text
+    assert not any(word in text for word in ("regime", "uniform", "saturated", "flagged", "verdict"))
     assert main(["inspect", str(llama), "--per-head", "--moments-only"]) == 0
     seen = capsys.readouterr()
     assert len(re.findall("layer_0", seen.out)) == 8
-    assert "max |eig|" not in seen.out
+    assert "ρ/circle" not in seen.out
+    assert "symm." in seen.out
+    assert main(["inspect", str(llama), "--no-fold-norm"]) == 0
+    assert "left out, as asked" in " ".join(capsys.readouterr().out.split())
 
 
 def test_files_hold_what_was_read(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +304,7 @@ def test_wrong_places(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "expected weights in" in refusal(capsys, tmp_path / "bare")
     (tmp_path / "sharded").mkdir()
     (tmp_path / "sharded" / "meta.pt").touch()
-    assert "consolidate" in refusal(capsys, tmp_path / "sharded")
+    assert "expected the index of a checkpoint in shards" in refusal(capsys, tmp_path / "sharded")
 
 
 def shard_of(folder: Path, name: str) -> Path:

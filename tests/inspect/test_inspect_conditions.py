@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.export import check_condition, logged_values, parse_condition
 from lightning_qk.inspect.read import Reading
-from lightning_qk.record.verdicts import head_regimes, layer_regime
 
 
 def reading() -> Reading:
@@ -26,7 +23,7 @@ def reading() -> Reading:
         values={
             "eig_var": torch.tensor([1.0, 3.0, nan, nan]),
             "frobenius_sq": torch.tensor([1.0, 3.0, nan, nan]),
-            "singular_max": torch.tensor([nan, nan, 5.0, 7.0]),
+            "singular_max": torch.tensor([4.0, 8.0, 5.0, 7.0]),
         },
     )
 
@@ -39,8 +36,8 @@ def test_values_have_the_keys_of_the_log() -> None:
     assert values["qk/layer_00/head_01/eig_var"] == 3
     # Of a statistic that a layer cannot have there is no key, and it takes no part.
     assert values["qk/singular_max/mean"] == 6
+    assert values["qk/cross_layer_00/singular_max"] == 6
     assert "qk/cross_layer_00/eig_var" not in values
-    assert "qk/layer_00/singular_max" not in values
 
 
 @pytest.mark.parametrize(
@@ -78,20 +75,3 @@ def test_what_is_no_condition(text: str) -> None:
 def test_an_unknown_key_has_a_suggestion() -> None:
     with pytest.raises(BadInput, match="did you mean 'qk/eig_var/max'"):
         check_condition(parse_condition("qk/eigvar/max>3"), logged_values(reading()))
-
-
-@given(st.floats(0, 1), st.floats(-1, 1))
-def test_every_head_has_one_regime_and_turning_it_round_mirrors_it(passes: float, late: float) -> None:
-    mirrored = {"localized": "localized (early)", "localized (early)": "localized"}
-    one, other = (head_regimes(torch.tensor([passes]), torch.tensor([sign * late]))[0] for sign in (1, -1))
-    assert other == mirrored.get(one, one)
-    assert (one == "saturated") == (torch.tensor(passes) < 0.1)
-
-
-def test_regimes() -> None:
-    propagation = torch.tensor([0.5, 0.5, 0.5, 0.02, math.nan])
-    localization = torch.tensor([0.0, 0.95, -0.95, 0.01, 0.0])
-    regimes = head_regimes(propagation, localization)
-    assert regimes == ["uniform", "localized", "localized (early)", "saturated", "-"]
-    assert layer_regime(["uniform", "saturated", "uniform"]) == "2 uniform, 1 saturated"
-    assert layer_regime(["uniform"] * 3) == "uniform"

@@ -69,7 +69,7 @@ def test_cross_attention_without_eigenvalues_is_not_sick() -> None:
     history = History(["layer_00", "cross_layer_00"], [1, 1])
     history.append(0, {"frobenius_sq": torch.ones(2), "eig_mean": torch.tensor([0.1, math.nan])})
     rows = layer_health(RunRecord(spectrum=history))
-    assert [row.verdict for row in rows] == ["ok", "ok"]
+    assert [row.verdict for row in rows] == ["not judged", "not judged"]
     assert math.isnan(rows[1].eig_mean)
 
 

@@ -12,6 +12,7 @@ from lightning_qk import (
     PositionMonitor,
     QKSpectrumMonitor,
     SinkMonitor,
+    TokenMonitor,
 )
 from lightning_qk.loggers.workspace import GROUPS
 from lightning_qk.record.statistics import (
@@ -33,6 +34,7 @@ MONITORS = [
     PositionMonitor(),
     HiddenStateMonitor(),
     AttentionProbes(),
+    TokenMonitor(offsets=(0, 16)),
 ]
 ROOT = Path(__file__).parents[2]
 

@@ -67,8 +67,8 @@ def written(record: RunRecord, tmp_path: Path) -> str:
 def test_the_page_holds_every_part(tmp_path: Path) -> None:
     text = written(simulated_record(), tmp_path)
     page = Page(text)
-    assert page.plots()[:7] == ["map", "map", "entropy", "passing", "propagation", "plane", "within"]
-    assert page.plots().count("time") == 6 + 4
+    assert page.plots()[:7] == ["map", "map", "entropy", "propagation", "plane", "within", "time"]
+    assert page.plots().count("time") == 4 + 4
     assert page.plots().count("scalar") == 2
     assert "<title>Attention report: GPT2LMHeadModel</title>" in text
     for words in ("GPT2LMHeadModel", "124,439,808", "layer_02 was captured without its mask.", "Bao et al."):
@@ -79,6 +79,25 @@ def test_the_page_holds_every_part(tmp_path: Path) -> None:
     assert {attrs["href"] for tag, attrs in page.tags if tag == "a"} == {f"#{anchor}" for anchor in anchors}
     assert all(attrs.get("aria-label") for _, attrs in page.tags if "data-plot" in attrs)
     assert 'class="hint">No' not in text
+
+
+def test_predictions_are_drawn_against_what_was_measured(tmp_path: Path) -> None:
+    record = simulated_record()
+    attention = record.attention
+    assert attention is not None
+    predicted = History(attention.layers, attention.heads)
+    measured = attention.values["entropy_normalized"][-1]
+    predicted.append(attention.steps[-1], {"entropy_normalized": measured.square(), "sink_first": measured})
+    record.histories = {**record.histories, "pred": predicted}
+    text = written(record, tmp_path)
+    page = Page(text)
+    assert page.plots().count("predicted") == 1
+    drawn = {one["name"] for one in page.data()[0]["histories"]["pred"]["statistics"]}
+    assert "entropy_normalized" in drawn
+    error = float((measured - measured.square()).abs().mean())
+    assert f"normalized attention entropy 1.00 and {error:.3g}" in text
+    record.histories = {name: one for name, one in record.histories.items() if name != "attention"}
+    assert "predicted" not in Page(written(record, tmp_path)).plots()
 
 
 def test_nothing_comes_from_outside(tmp_path: Path) -> None:
@@ -171,14 +190,14 @@ def test_missing_parts_are_left_out_with_what_to_add(part: str, tmp_path: Path) 
     text = written(record, tmp_path)
     plots = Page(text).plots()
     sentences = {
-        "spectrum": ("No spectrum statistics were recorded: add QKSpectrumMonitor()", "passing"),
-        "attention": ("No attention statistics were recorded: add AttentionMonitor()", "passing"),
+        "spectrum": ("No spectrum statistics were recorded: add QKSpectrumMonitor()", "entropy"),
+        "attention": ("No attention statistics were recorded: add AttentionMonitor()", "entropy"),
         "eigenvalues": ("No eigenvalues were recorded: add QKSpectrumMonitor()", "plane"),
         "snapshots": (
-            "Measured propagation over positions was not recorded: train with AttentionMonitor()",
+            "The linear share by position was not recorded: train with AttentionMonitor()",
             None,
         ),
-        "shapes": ("Predicted propagation over positions needs moments and softmax scale", None),
+        "shapes": ("Signal propagation of a random walk needs moments and softmax scale", None),
         "scalars": (None, "scalar"),
     }
     sentence, gone = sentences.get(part, (None, None))

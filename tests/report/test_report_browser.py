@@ -204,7 +204,7 @@ def test_every_figure_draws(opened: Any) -> None:
     names = page.evaluate(
         "document.querySelector('#propagation').data.map((one) => one.name).filter(Boolean)"
     )
-    assert names == ["predicted, step 40", "measured, step 40"]
+    assert names == ["random walk, step 40", "measured, step 40"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

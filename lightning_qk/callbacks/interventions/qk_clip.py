@@ -15,14 +15,11 @@ from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
 from lightning_qk.callbacks._trainer import logging_step, projection_reader, refuse_deepspeed, shorten
 from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
-from lightning_qk.capture.call import UnsupportedCallError
-from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
-from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.max_logits import max_logits
-from lightning_qk.heads.edit import HeadScaler
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.sites import attention_sites, local_heads
+from lightning_qk.heads.sites import attention_sites
+from lightning_qk.interventions.head_scaler import HeadScaler
 from lightning_qk.interventions.layers import matching_unread, no_products
 from lightning_qk.interventions.qk_clip import (
     apply_clip,
@@ -32,6 +29,7 @@ from lightning_qk.interventions.qk_clip import (
     clippable_layers,
 )
 from lightning_qk.loggers.loggers import log_scalars
+from lightning_qk.metrics.collector import AttentionCollector, Maxima
 
 
 class QKClip(Intervention):
@@ -89,7 +87,7 @@ class QKClip(Intervention):
     group = "clip"
     tau = OldName("cap")
 
-    live: ClassVar[tuple[str, ...]] = ("_reading", "_editors", "_largest", "_cached_calls")
+    live: ClassVar[tuple[str, ...]] = ("_reading", "_editors")
 
     @old_spellings(tau="cap")
     def __init__(
@@ -125,8 +123,6 @@ class QKClip(Intervention):
         self._editors: dict[str, HeadScaler] = {}
         self._labels: dict[str, str] = {}
         # Of the calls since the last step.
-        self._largest: dict[str, Tensor] = {}
-        self._cached_calls = CachedCalls()
         # Smallest γ of each query head since the last logged step.
         self._smallest: dict[str, Tensor] = {}
         # Why layers are to be left alone, found on this process since the last step.
@@ -161,7 +157,6 @@ class QKClip(Intervention):
         reader = projection_reader(trainer, pl_module)
         self._is_due = False
         self._steps_before = trainer.global_step
-        self._largest.clear()
         editors = clippable_layers(reader, self.modules, trained=False)
         refuse_frozen([name for name, editor in editors.items() if editor.is_frozen], self.when)
         configs = {site.name: site.config for site in attention_sites(pl_module)}
@@ -191,11 +186,15 @@ class QKClip(Intervention):
     def _listen(self, pl_module: LightningModule, reader: ProjectionReader) -> None:
         """Hook the attention of the layers that are still clipped."""
         self.release()
-        names = {reader.layers[name].module: name for name in self._editors}
-        hear = partial(self._hear, reader)
-        capture = AttentionCapture(names, hear, model=pl_module, generated=lambda name: None)
-        self._reading = _Reading(reader, capture)
-        capture.install()
+        collector = AttentionCollector(
+            pl_module,
+            partial(self._measure, reader),
+            modules={name: reader.layers[name].module for name in self._editors},
+            layers=reader.layers,
+            cached_calls=False,
+        )
+        self._reading = _Reading(reader, collector)
+        collector.install()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -203,7 +202,7 @@ class QKClip(Intervention):
         """Listen."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._reading is not None:
-            self._reading.capture.enabled = True
+            self._reading.collector.enabled = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -212,7 +211,7 @@ class QKClip(Intervention):
         reading = self._reading
         if reading is None:
             return
-        reading.capture.enabled = False
+        reading.collector.enabled = False
         if not self.has_stepped(trainer):
             return
         self._steps += 1
@@ -228,31 +227,14 @@ class QKClip(Intervention):
     def release(self) -> None:
         """Leave the attention interface as it was."""
         if self._reading is not None:
-            self._reading.capture.remove()
+            self._reading.collector.remove()
             self._reading = None
 
-    def _hear(self, reader: ProjectionReader, name: str, call: CapturedCall) -> None:
-        editor = self._editors[name]
-        if editor.is_frozen:
-            return
-        plan, heads = reader.layers[name], editor.heads
-        if plan.self_attention and self._cached_calls.has(name, call):
-            return
-        where = local_heads(call.module, heads)
-        here = heads if where is None else where.stop - where.start
-        products = call.products(self_attention=plan.self_attention, heads=here, position=plan.position)
-        found = max_logits(products, above=None if self._is_due else self.cap)
-        if len(found) != here:
-            raise UnsupportedCallError(
-                f"its weights have {here} heads and its attention was called with {len(found)}: check how the "
-                "layer splits its heads"
-            )
-        if where is not None:
-            placed = found.new_full((heads,), -torch.inf)
-            placed[where] = found
-            found = placed
-        before = self._largest.get(name)
-        self._largest[name] = found if before is None else torch.maximum(before, found)
+    def _measure(self, reader: ProjectionReader, name: str, call: CapturedCall) -> Maxima | None:
+        if self._editors[name].is_frozen:
+            return None
+        products = call.products(position=reader.layers[name].position)
+        return Maxima(max_logits(products, above=None if self._is_due else self.cap)[None, None])
 
     def _clip(self, trainer: Trainer, pl_module: LightningModule, reading: "_Reading") -> None:
         """Find the maxima of all ranks and scale the weights; collective calls, the same on every rank."""
@@ -266,7 +248,7 @@ class QKClip(Intervention):
             self.say(f"a step was not clipped ({reason}); training goes on", key="a step was not clipped")
             return
         finally:
-            self._largest.clear()
+            reading.collector.pool.reset()
         if not len(flat):
             return
         largest, waiting = self._of_all_ranks(trainer, flat)
@@ -324,8 +306,8 @@ class QKClip(Intervention):
 
     def _doubt(self, pl_module: LightningModule, reading: "_Reading") -> None:
         """Find the layers that cannot be clipped any more, as far as this process can tell."""
-        reader, capture = reading
-        for name, reason in capture.problems.items():
+        reader, collector = reading
+        for name, reason in collector.left_out.items():
             self._doubts.setdefault(name, reason)
         try:
             if reader.refresh():
@@ -377,11 +359,12 @@ class QKClip(Intervention):
 
         Its form is fixed at the start, whatever becomes of a layer.
         """
+        largest = reading.collector.pool.sums()
         self._doubt(pl_module, reading)
         device = pl_module.device
         parts, doubts, frozen = [], [], []
         for name, heads in self._heads.items():
-            found = self._largest.get(name)
+            found = largest[name].maximum[0, 0] if name in largest else None
             editor = self._editors.get(name)
             if found is None or editor is None or found.shape != (heads,):
                 found = torch.full((heads,), -torch.inf, device=device)
@@ -463,4 +446,4 @@ class _Reading(NamedTuple):
     """What exists while a fit is watched."""
 
     reader: ProjectionReader
-    capture: AttentionCapture
+    collector: AttentionCollector

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._trainer import refuse_deepspeed
 from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
-from lightning_qk.heads.edit import head_scalers
 from lightning_qk.heads.reader import ProjectionReader, find_attention
+from lightning_qk.interventions.head_scaler import head_scalers
 from lightning_qk.interventions.layers import matching_layers
 from lightning_qk.interventions.sigma_reparam import (
     Projections,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_qk.callbacks.monitors.probes import AttentionProbes
     from lightning_qk.callbacks.monitors.sinks import SinkMonitor
     from lightning_qk.callbacks.monitors.spectrum import QKSpectrumMonitor
+    from lightning_qk.callbacks.monitors.tokens import TokenMonitor
 
 __all__ = [
     "AttentionMonitor",
@@ -23,6 +24,7 @@ __all__ = [
     "PositionMonitor",
     "QKSpectrumMonitor",
     "SinkMonitor",
+    "TokenMonitor",
 ]
 
 __getattr__, __dir__ = lazy(
@@ -36,5 +38,6 @@ __getattr__, __dir__ = lazy(
         "probes": ["AttentionProbes"],
         "sinks": ["SinkMonitor"],
         "spectrum": ["QKSpectrumMonitor"],
+        "tokens": ["TokenMonitor"],
     },
 )

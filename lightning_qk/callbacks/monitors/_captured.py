@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from lightning_qk.callbacks._layers import WatchedReader, matches
@@ -19,7 +19,6 @@ from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.collector import AttentionCollector, SumAccumulator
-from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.states import NO_VALUE
 
 _MANY = 2**31
@@ -97,8 +96,12 @@ class CaptureMonitor(ListeningMonitor):
         """
 
     @abstractmethod
-    def metric(self, heads: dict[str, int]) -> HeadMeans:
+    def metric(self, heads: dict[str, int]) -> Any:
         """What the calls of all ranks are pooled in: layer name → heads."""
+
+    def also_captured(self, modules: Mapping[str, nn.Module], reader: WatchedReader) -> dict[str, Any]:
+        """Further arguments of the AttentionCollector, for the modules that are watched."""
+        return {}
 
     # Listening
 
@@ -132,6 +135,7 @@ class CaptureMonitor(ListeningMonitor):
             layers=reader.layers,
             cached_calls=self.cached_calls,
             retry=True,
+            **self.also_captured(modules, reader),
         )
         self._take_facts(self._collector, reader)
         self.listen(trainer, self._collector)

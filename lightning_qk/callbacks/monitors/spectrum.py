@@ -18,7 +18,7 @@ from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
 from lightning_qk.loggers.loggers import log_histogram
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker, Solved
-from lightning_qk.metrics.singular import SINGULAR_STATISTICS, SingularValues
+from lightning_qk.metrics.singular import SINGULAR_STATISTICS, UPDATE_STATISTICS, SingularValues
 from lightning_qk.metrics.spectrum import (
     MOMENTS,
     SPECTRUM_STATISTICS,
@@ -68,13 +68,17 @@ class QKSpectrumMonitor(Monitor):
       ``qk/logit_bound`` and ``qk/update_ratio`` (since the measurement before), ``/mean`` and ``/max``, and
       sigma_1 and update_ratio for each layer, cross-attention included: see
       :class:`~lightning_qk.metrics.singular.SingularValues`;
+    - with ``updates``, ``qk/update_delta2_<statistic>`` and ``qk/update_delta3_<statistic>`` for norm, sigma_1,
+      stable_rank and effective_rank: what ``W_QK`` has changed by since the measurement before, in first and
+      second order, see :func:`~lightning_qk.functional.update_spectra`; ``/mean``, with ``/max`` of norms and
+      ``/min`` of ranks, and update_delta2_norm and update_delta2_stable_rank for each layer;
     - ``qk/heatmap/<statistic>`` layer × head figures and ``qk/eigenvalues/modulus``, ``qk/eigenvalues/real``
       histograms, to loggers that can show them.
 
     Traces and norms are logged at once. The eigenproblems are solved in a worker thread while training goes
-    on: what comes of them (``spectral_radius``, ``singular_max``, the histograms, all of ``singular``) is logged
-    at the next measurement, before a validation, at the end of the epoch, with a checkpoint or at the end of
-    training, whichever comes first, under the step that it belongs to.
+    on: what comes of them (``spectral_radius``, ``singular_max``, the histograms, all of ``singular`` and
+    ``updates``) is logged at the next measurement, before a validation, at the end of the epoch, with a checkpoint
+    or at the end of training, whichever comes first, under the step that it belongs to.
 
     At the end of training the monitors print a table of the layers' health and write one HTML report into the
     run's folder. Weights that are not finite are named and training goes on, as it does whatever the model looks
@@ -91,13 +95,15 @@ class QKSpectrumMonitor(Monitor):
             ``W_q^T R_Δ W_k`` with Δ = −offset, see :func:`~lightning_qk.functional.qk_eigenvalues`.
         singular: also log singular values and the size of updates. Keeps a copy of all query and key weights in
             the host's memory.
+        updates: also log norms and ranks of updates. Keeps the same copy; checkpoints between two measurements
+            have it too, so that a resumed run misses none.
         options: see :class:`~lightning_qk.callbacks.monitors.Monitor`.
     """
 
     group = "qk"
     statistics: tuple[str, ...] = SPECTRUM_STATISTICS
     layer_statistics: tuple[str, ...] = logged_by_layer("qk", SPECTRUM_STATISTICS)
-    extremes = logged_extremes("qk", (*SPECTRUM_STATISTICS, *SINGULAR_STATISTICS))
+    extremes = logged_extremes("qk", (*SPECTRUM_STATISTICS, *SINGULAR_STATISTICS, *UPDATE_STATISTICS))
     figure_statistics = logged_as_heatmap("qk", SPECTRUM_STATISTICS)
     witness = "trace"
     subject = "query and key weights"
@@ -114,11 +120,12 @@ class QKSpectrumMonitor(Monitor):
         fold_norm: bool = False,
         offsets: Sequence[int] = (),
         singular: bool = False,
+        updates: bool = False,
         **options: Unpack[MonitorOptions],
     ) -> None:
         support_size(torch.empty(1, 1), support)
         self.support: Support = support
-        self.offsets = _checked_offsets(offsets)
+        self.offsets = checked_offsets(offsets)
         self.layer_statistics = (
             *type(self).layer_statistics,
             *(at_offset(name, offset) for offset in self.offsets for name in type(self).layer_statistics),
@@ -132,6 +139,11 @@ class QKSpectrumMonitor(Monitor):
         if singular:
             self.layer_statistics = (*self.layer_statistics, "sigma_1", "update_ratio")
             self.statistics = (*self.statistics, *SINGULAR_STATISTICS)
+        self.updates = updates
+        if updates:
+            by_layer = ("update_delta2_norm", "update_delta2_stable_rank")
+            self.layer_statistics = (*self.layer_statistics, *by_layer)
+            self.statistics = (*self.statistics, *UPDATE_STATISTICS)
         self.fold_norm = fold_norm
         super().__init__(every_n_steps, **options)
 
@@ -194,7 +206,8 @@ class QKSpectrumMonitor(Monitor):
         }
         self._note_positions(layers)
         metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
-        self._layers = _Layers(reader, metric, SingularValues(heads) if self.singular else None)
+        singular = SingularValues(heads, values=self.singular, updates=self.updates)
+        self._layers = _Layers(reader, metric, singular if singular.statistics else None)
         self._late_values = self._no_late_values()
 
     def _choose(self, reader: WatchedReader, left_out: Mapping[str, str]) -> bool:
@@ -443,9 +456,9 @@ class QKSpectrumMonitor(Monitor):
     def _no_late_values(self) -> dict[str, Tensor]:
         """What a process has where it solved nothing."""
         nothing_solved = extreme_values({}, self._heads, self.offsets)
-        if self.singular:
-            size = sum(self._heads.values())
-            nothing_solved |= {name: torch.full((size,), torch.nan) for name in SINGULAR_STATISTICS}
+        if self._layers is not None and self._layers.singular is not None:
+            nothing = torch.full((sum(self._heads.values()),), torch.nan)
+            nothing_solved |= {name: nothing.clone() for name in self._layers.singular.statistics}
         return nothing_solved
 
     def _complete_history(self) -> None:
@@ -477,7 +490,7 @@ class QKSpectrumMonitor(Monitor):
         """Cross-attention has singular values alone, and self-attention these where they are asked for."""
         has = super().has_value(name, flat)
         heads = self._heads
-        if not heads or name in SINGULAR_STATISTICS:
+        if not heads or name in (*SINGULAR_STATISTICS, *UPDATE_STATISTICS):
             return has
         for layer, part in zip(heads, has.split(list(heads.values())), strict=True):
             part.fill_((layer in self._cross) == (name == "singular_max"))
@@ -493,11 +506,11 @@ class QKSpectrumMonitor(Monitor):
             record.snapshots["eigenvalues"] = self._snapshots
 
 
-def _checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+def checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
+    """Distances between key and query, each once, in the order of their first mention."""
     given = tuple(offsets)
     if any(isinstance(offset, bool) or not isinstance(offset, int) for offset in given):
         raise ValueError(
             f"expected offsets to be integers, got {offsets!r}: pass distances such as (0, 1, 16)"
         )
-    # The order of keys in the log is that of the first mention.
     return tuple(dict.fromkeys(given))

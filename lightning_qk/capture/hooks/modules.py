@@ -83,6 +83,15 @@ def hook_before(module: nn.Module, function: Callable[..., Any]) -> Handle:
     return Handle(module.register_forward_pre_hook(Hook(function, module), with_kwargs=True))
 
 
+def would_notice(part: nn.Module) -> bool:
+    """Whether a part of torch takes another way through its forward where it is observed, or was compiled."""
+    return (
+        isinstance(part, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerEncoder)
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or hasattr(part, "_orig_mod")
+    )
+
+
 def _take_off(module: nn.Module) -> None:
     """Take hooks off that a copy took along."""
     for book in _BOOKS:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
-from lightning_qk.architecture.origin import is_named
-from lightning_qk.architecture.source_code import uses_interface
+from lightning_qk.architecture.source_code import is_named, uses_interface
 from lightning_qk.capture import registry
 from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
 from lightning_qk.capture.captured import CapturedCall, SoftmaxCall, sdpa_call
+from lightning_qk.capture.hooks.modules import would_notice
 from lightning_qk.capture.hooks.multihead import read_functional
 from lightning_qk.capture.hooks.traces import Trace, Traces, far_down
 
@@ -101,7 +101,7 @@ def observed(module: nn.Module, reason: str | None = None) -> Iterator[None]:
         or is_recomputation()
         or not registry.is_watched(module)
         or (reason is None and frames and frames[-1].module is module)
-        or any(_would_notice(part) for part in module.modules())
+        or any(would_notice(part) for part in module.modules())
     ):
         yield
         if reason is not None:
@@ -137,14 +137,6 @@ def suspended() -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _would_notice(part: nn.Module) -> bool:
-    return (
-        isinstance(part, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerEncoder)
-        or getattr(part, "_compiled_call_impl", None) is not None
-        or hasattr(part, "_orig_mod")
-    )
 
 
 def _deliver_late(module: nn.Module, call: SoftmaxCall, version: int) -> None:

@@ -78,6 +78,7 @@ class Page {
       },
       entropy: () => this.drawScatter(card, false),
       passing: () => this.drawScatter(card, true),
+      predicted: () => this.drawScatter(card, true, "pred"),
       propagation: () => this.drawPropagation(card),
       plane: () => this.drawPlane(card),
       within: () => this.drawWithin(),
@@ -153,8 +154,8 @@ class Page {
     return made;
   }
 
-  drawScatter(card, diagonal) {
-    const x = this.statistic("spectrum", card.dataset.x);
+  drawScatter(card, diagonal, from = "spectrum") {
+    const x = this.statistic(from, card.dataset.x);
     const y = this.statistic("attention", card.dataset.y);
     return Plots.scatter({ x, y, step: this.step, marked: this.head, diagonal });
   }
@@ -295,7 +296,7 @@ class Page {
     $("step").value = index;
     $("step").setAttribute("aria-valuetext", this.stepName(this.step));
     $("step-name").textContent = `${this.stepName(this.step)} (${index + 1} of ${this.steps.length})`;
-    if (this.observer) this.redraw("map", "entropy", "passing", "propagation", "plane", "within", "time");
+    if (this.observer) this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane", "within", "time");
     if (this.head) this.fill();
   }
 
@@ -426,14 +427,14 @@ class Page {
     this.fill();
     $("panel-title").focus();
     this.remember(`#head=${encodeURIComponent(head.layer)}/${head.index}`);
-    this.redraw("map", "entropy", "passing", "propagation", "plane");
+    this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane");
   }
 
   close() {
     this.head = null;
     $("panel").hidden = true;
     this.remember("#");
-    this.redraw("map", "entropy", "passing", "propagation", "plane");
+    this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane");
     if (this.from) this.from.focus();
   }
 

@@ -338,7 +338,7 @@ const Plots = {
         });
       }
     };
-    add(predicted, predicted ? `predicted, ${predicted.when}` : "", "one", "solid", "circle");
+    add(predicted, predicted ? `random walk, ${predicted.when}` : "", "one", "solid", "circle");
     add(measured, measured ? `measured, ${measured.when}` : "", "two", "dash", "diamond");
     return {
       traces,

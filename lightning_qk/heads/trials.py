@@ -5,11 +5,13 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from lightning_qk.heads.sharding import device_of
 
 
 class Trial(NamedTuple):
@@ -37,28 +39,21 @@ class Trial(NamedTuple):
 
     def call(self, module: nn.Module) -> Any:
         """Call a module in this way, on copies of its inputs: it may write into them."""
-        copies = {id(own): own.clone() for own in self.given.values()}
-        named = {**self.arguments, **{name: copies[id(own)] for name, own in self.given.items()}}
+        named = {**self.arguments, **self.mapped(Tensor.clone).given}
         first = [named.pop(name) for name in self.positional]
         return module(*first, *self.rest, **named)
 
-    def first_names(self) -> dict[str, str]:
-        """For each input the first that is the same tensor."""
-        return {
-            name: next(other for other, own in self.given.items() if own is tensor)
-            for name, tensor in self.given.items()
-        }
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Trial":
+        """The same call on changed inputs; what was one tensor stays one."""
+        distinct = {id(own): own for own in self.given.values()}
+        changed = {key: change(own) for key, own in distinct.items()}
+        return self._replace(given={name: changed[id(own)] for name, own in self.given.items()})
 
     def drawn(self, seed: int) -> "Trial":
         """The same call on other inputs: random ones with a mean of either sign, which a forward may ask."""
         generator = torch.Generator().manual_seed(seed)
-        shift, firsts = 0.5 if seed % 2 else -0.5, self.first_names()
-        values = {
-            name: (torch.randn(own.shape, generator=generator) + shift).to(own)
-            for name, own in self.given.items()
-            if firsts[name] == name
-        }
-        return self._replace(given={name: values[first] for name, first in firsts.items()})
+        shift = 0.5 if seed % 2 else -0.5
+        return self.mapped(lambda own: (torch.randn(own.shape, generator=generator) + shift).to(own))
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The argument whose tokens a tensor holds, as they are; None for none."""
@@ -73,26 +68,9 @@ class Trial(NamedTuple):
         return None
 
 
-_INPUTS = frozenset(
-    {
-        "query",
-        "key",
-        "value",
-        "q",
-        "k",
-        "v",
-        "keys",
-        "values",
-        "queries",
-        "Q",
-        "K",
-        "V",
-        "queries_in",
-        "keys_in",
-    }
-    | {f"{kind}{end}" for kind in ("query", "key", "value") for end in ("_states", "_input", "s_input")}
-    | {f"{kind}_{end}" for kind in "qkv" for end in ("in", "input", "states")}
-    | {f"{start}_{kind}" for kind in "qkv" for start in ("x", "input", "inputs")}
+_INPUTS = re.compile(
+    r"query|key|value|queries|keys|values|[qkvQKV]|(query|key|value)(_states|_input|s_input)|(queries|keys)_in"
+    r"|[qkv]_(in|input|states)|(x|input|inputs)_[qkv]"
 )
 # Tokens that keys may be made of instead.
 _CROSSED = frozenset({"encoder_hidden_states", "key_value_states", "encoder_states", "memory", "context"})
@@ -128,19 +106,18 @@ _KNOWN = frozenset(
 )
 
 
-def trials(module: nn.Module, config: Any, widths: Sequence[int], device: torch.device) -> Iterator[Trial]:
+def trials(module: nn.Module, config: Any, widths: Sequence[int]) -> Iterator[Trial]:
     """Ways to call a layer, likeliest first: masks, widths, shapes, rotations, and tokens of an encoder.
 
     Args:
         module: the layer.
         config: the nearest configuration, or None.
         widths: that the input may have.
-        device: of the weights.
     """
     parameters = _parameters(module)
-    dtype = _dtype(module)
     for inputs in dict.fromkeys((_input_names(parameters), _required_names(parameters))):
-        yield from _trials(module, parameters, inputs, config, widths, device, dtype)
+        if inputs:
+            yield from _trials(module, parameters, inputs, _plain_attention(config), widths)
 
 
 def _trials(
@@ -149,9 +126,9 @@ def _trials(
     inputs: tuple[str, ...],
     config: Any,
     widths: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
 ) -> Iterator[Trial]:
+    types = (own.dtype for own in module.parameters() if own.is_floating_point() and own.element_size() > 1)
+    device, dtype = device_of(module), next(types, torch.float32)
     crossed = [own.name for own in parameters if own.name in _CROSSED and own.name not in inputs]
     forms = _rotations(device, dtype) if any(own.name in _ANGLES for own in parameters) else [None]
     outer_names = [*inputs[1:], *crossed]
@@ -183,28 +160,26 @@ def _trials(
         if masked == "added":
             arguments["attention_mask"] = torch.zeros(full[0], 1, tokens, keys, device=device, dtype=dtype)
         elif masked:
-            fill = torch.ones if masked == "ones" else torch.zeros
-            arguments.update((name, fill(tokens, keys, device=device, dtype=torch.bool)) for name in needed)
+            mask = torch.full((tokens, keys), masked == "ones", device=device)
+            arguments.update((name, mask) for name in needed)
         more = _WIDER.get(shape)
-        return Trial(
-            given,
-            arguments,
-            _plain_attention(config),
-            wider=None if more is None else trial(masked, width, other, more, form),
-            tokens=count,
-        )
+        wider = None if more is None else trial(masked, width, other, more, form)
+        return Trial(given, arguments, config, wider=wider, tokens=count)
 
     for masked, width, other, shape, form in itertools.product(masks, widths, others, shapes, forms):
-        if inputs and (other is None or len(shape) <= 3):
+        if other is None or len(shape) <= 3:
             yield trial(masked, width, other, shape, form)
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter]:
     """The arguments of a module's forward, behind the module itself."""
     own = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
-    if own is not None:
-        return list(inspect.signature(own).parameters.values())
-    return list(inspect.signature(type(module).forward).parameters.values())[1:]
+    parameters = list(inspect.signature(type(module).forward if own is None else own).parameters.values())
+    return parameters[1:] if own is None else parameters
+
+
+def _is_named(own: inspect.Parameter) -> bool:
+    return own.kind in (own.POSITIONAL_ONLY, own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY)
 
 
 def input_arguments(module: nn.Module) -> list[str]:
@@ -212,9 +187,10 @@ def input_arguments(module: nn.Module) -> list[str]:
     return [
         own.name
         for own in _parameters(module)
-        if own.kind in (own.POSITIONAL_ONLY, own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY)
+        if _is_named(own)
         and (
-            own.name in _INPUTS | _CROSSED
+            own.name in _CROSSED
+            or _INPUTS.fullmatch(own.name)
             or _OTHERS.search(own.name)
             or (own.default is own.empty and not _NO_TOKENS.search(own.name))
         )
@@ -230,33 +206,23 @@ def _token_counts(module: nn.Module) -> list[int]:
         if tensor is not None and 2 <= tensor.dim() <= 4 and tensor.shape[-1] == tensor.shape[-2]
         for size in tensor.shape[-1:]
     ]
-    found += [
-        size**2
-        for owner in (module,)
-        for name in ("window_size", "win_size", "ws")
-        if isinstance(size := _side(getattr(owner, name, None)), int)
-    ]
+    for name in ("window_size", "win_size", "ws"):
+        size = getattr(module, name, None)
+        size = size[0] if isinstance(size, list | tuple) and size else size
+        if isinstance(size, int) and not isinstance(size, bool):
+            found.append(size**2)
     return [size for size in dict.fromkeys(found) if 3 < size <= 256][:4]
 
 
-def _side(value: Any) -> int | None:
-    value = value[0] if isinstance(value, list | tuple) and value else value
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def _input_names(parameters: list[inspect.Parameter]) -> tuple[str, ...]:
-    if not parameters or parameters[0].kind in (
-        inspect.Parameter.VAR_POSITIONAL,
-        inspect.Parameter.VAR_KEYWORD,
-    ):
+    """The first argument, and those behind it that are named for queries, keys and values."""
+    if not parameters or not _is_named(parameters[0]):
         return ()
-    first = parameters[0].name
-    others = [
+    return parameters[0].name, *(
         own.name
         for own in parameters[1:]
-        if own.name in _INPUTS and own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD
-    ]
-    return (first, *others)
+        if _INPUTS.fullmatch(own.name) and own.default is own.empty and own.kind is own.POSITIONAL_OR_KEYWORD
+    )
 
 
 def _required_names(parameters: list[inspect.Parameter]) -> tuple[str, ...]:
@@ -264,15 +230,13 @@ def _required_names(parameters: list[inspect.Parameter]) -> tuple[str, ...]:
     return tuple(
         own.name
         for place, own in enumerate(parameters)
-        if own.kind in (own.POSITIONAL_ONLY, own.POSITIONAL_OR_KEYWORD, own.KEYWORD_ONLY)
-        and (place == 0 or (own.default is own.empty and not _NO_TOKENS.search(own.name)))
+        if _is_named(own) and (place == 0 or (own.default is own.empty and not _NO_TOKENS.search(own.name)))
     )
 
 
-def _is_wanted(parameter: inspect.Parameter) -> bool:
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-        return False
-    return parameter.name in _KNOWN or parameter.default is parameter.empty
+def _is_wanted(own: inspect.Parameter) -> bool:
+    is_open = own.kind in (own.VAR_POSITIONAL, own.VAR_KEYWORD)
+    return not is_open and (own.name in _KNOWN or own.default is own.empty)
 
 
 def _argument(name: str, form: Any, shape: tuple[int, ...], tokens: int, device: torch.device) -> Any:
@@ -298,10 +262,8 @@ def _argument(name: str, form: Any, shape: tuple[int, ...], tokens: int, device:
 
 def _rotations(device: torch.device, dtype: torch.dtype) -> list[Any]:
     """Rotations by the angle zero, in the forms that models take: cos and sin, complex numbers, angles, none."""
-    one, zero = (
-        torch.ones(1, 1, 1, device=device, dtype=dtype),
-        torch.zeros(1, 1, 1, device=device, dtype=dtype),
-    )
+    one = torch.ones(1, 1, 1, device=device, dtype=dtype)
+    zero = torch.zeros_like(one)
     wide = tuple(part.expand(1, 1, 2).contiguous() for part in (one, zero))
     flat = tuple(part[0] for part in (one, zero))
     unit = torch.ones(1, 1, 1, device=device, dtype=torch.complex64)
@@ -321,13 +283,6 @@ class _Eager:
 def _plain_attention(config: Any) -> Any:
     implementation = getattr(config, "_attn_implementation", None)
     return None if implementation in (None, "eager", "sdpa") else _Eager(config)
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    for tensor in module.parameters():
-        if tensor.is_floating_point() and tensor.element_size() > 1:
-            return tensor.dtype
-    return torch.float32
 
 
 def recorded_trials(
@@ -400,10 +355,9 @@ def _shorter(trial: Trial) -> Trial | None:
     others = [*trial.arguments.values(), *trial.rest]
     if any(isinstance(own, Tensor) for own in others) or any(own.dim() != 3 for own in trial.given.values()):
         return None
-    drawn = {id(own): own[:, : own.shape[1] - 1] for own in trial.given.values() if own.shape[1] > 2}
-    if len(drawn) != len({id(own) for own in trial.given.values()}):
+    if any(own.shape[1] <= 2 for own in trial.given.values()):
         return None
-    return trial._replace(given={name: drawn[id(own)] for name, own in trial.given.items()})
+    return trial.mapped(lambda own: own[:, :-1])
 
 
 def _brings_tokens(name: str, tensor: Tensor) -> bool:
