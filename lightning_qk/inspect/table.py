@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_qk._printable import printable
+from lightning_qk.inspect.healthy import Reference
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.record.verdicts import FLAGGED, HeadHealth, format_value, head_health, layer_health
 
@@ -230,6 +231,31 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
         _signed,
     )
     print_notes(other.notes, console)
+
+
+def print_against(reading: Reading, known: Reference, console: Console, *, per_head: bool = False) -> None:
+    """Print where a model's layers, or heads, lie among those of a healthy one."""
+    columns = (*_WEIGHTS, *_ATTENTION) if reading.attention else _WEIGHTS
+    places = _places(reading, per_head)
+    title = known.facts.get("Title", known.name)
+    unit = "heads" if per_head else "layers"
+
+    def share(column: Column, at: tuple[int, int | None]) -> float:
+        value = _value(reading, column, *at)
+        return known.share_below(column.statistic, value, of_layers=not per_head, peak=column.peak)
+
+    _print_numbers(
+        f"{reading.title} against {title}: share of its {unit} that lie lower",
+        [name for name, _ in places],
+        [(column._replace(digits=2), [share(column, at) for _, at in places]) for column in columns],
+        console,
+        _cell,
+    )
+    lines = [f"0 and 1 are below and above all {unit} of {title}; that is another model, and no fault."]
+    if reading.attention:
+        lines.append(f"Its attention was measured on {known.facts.get('Text', 'another text')}.")
+    for line in lines:
+        console.print(printable(line), markup=False, highlight=False)
 
 
 def _print_numbers(
