@@ -89,7 +89,6 @@ MOVED = {
     "lightning_qk.inspect.conditions": "lightning_qk.inspect.export",
     "lightning_qk.inspect.errors": "lightning_qk.inspect.documents",
     "lightning_qk.inspect.patterns": "lightning_qk.inspect.documents",
-    "lightning_qk.inspect.weights": "lightning_qk.inspect.matching",
     "lightning_qk.interventions.attention_prior": "lightning_qk.interventions.penalties",
     "lightning_qk.interventions.auxiliary": "lightning_qk.interventions.penalties",
     "lightning_qk.interventions.entropy_band": "lightning_qk.interventions.penalties",

@@ -1,7 +1,6 @@
 """The base of all callbacks: of both Lightning packages, with their arguments, order, state of a fit, record."""
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,6 +9,7 @@ import lightning.pytorch
 from lightning.pytorch import Trainer
 from torch import nn
 
+from lightning_qk._deprecated import OldName
 from lightning_qk._packages import is_lightning, loaded_package
 from lightning_qk.record.history import RunRecord
 
@@ -27,6 +27,8 @@ class Callback(lightning.pytorch.Callback):
     live: ClassVar[tuple[str, ...]] = ()
     """Attributes of :meth:`begin` that only a running fit needs, such as hooks and threads. Copies and pickles
     have their first values; those of all bases count."""
+
+    account = OldName("event_log")
 
     _fit: "tuple[weakref.ref[Any], weakref.ref[nn.Module]] | None" = None
 
@@ -53,12 +55,6 @@ class Callback(lightning.pytorch.Callback):
 
     def contribute(self, record: RunRecord) -> None:
         """Add what this callback remembers to the run's record."""
-
-    @property
-    def account(self) -> Any:
-        """Old name of ``event_log``."""
-        warnings.warn(f"{type(self).__name__}.account is event_log now", DeprecationWarning, stacklevel=2)
-        return getattr(self, "event_log", None)
 
     # State of one fit
 
@@ -131,7 +127,7 @@ def arguments(kind: type) -> list[str]:
     for base in kind.__mro__:
         if "__init__" not in vars(base):
             continue
-        _, *parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        _, *parameters = inspect.signature(inspect.unwrap(vars(base)["__init__"])).parameters.values()
         names += [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
         if not any(one.kind is one.VAR_KEYWORD for one in parameters):
             break

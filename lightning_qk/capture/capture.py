@@ -6,13 +6,13 @@ the softmax of layers that compute attention themselves. While nothing is captur
 """
 
 import functools
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_qk._deprecated import OldName
 from lightning_qk.architecture.source_code import calls_sdpa, calls_softmax, uses_interface
 from lightning_qk.capture import registry
 from lightning_qk.capture.call import UnreadableFunctionError, UnsupportedCallError
@@ -35,6 +35,7 @@ class Capture(ABC):
     """
 
     _what: str
+    heard = OldName("seen")
 
     def __init__(self, model: nn.Module | None, generated: Callable[[str], None] | None) -> None:
         self._model = model
@@ -43,12 +44,6 @@ class Capture(ABC):
         self._undo: list[Callable[[], None]] | None = None
         self.problems: dict[str, str] = {}
         self.seen: set[str] = set()
-
-    @property
-    def heard(self) -> set[str]:
-        """The old name of :attr:`seen`."""
-        warnings.warn(f"{type(self).__name__}.heard is seen now", DeprecationWarning, stacklevel=2)
-        return self.seen
 
     @property
     def enabled(self) -> bool:

@@ -6,23 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_qk._deprecated import old_spellings
 from lightning_qk.heads.reader import ProjectionReader, kept_reader
 from lightning_qk.interventions.head_scaler import HeadScaler, head_scalers
 from lightning_qk.interventions.layers import matching_layers
 
 
+@old_spellings(tau="cap")
 def clip_qk(
     model: nn.Module | ProjectionReader,
     max_logits: Mapping[str, Tensor],
-    tau: float = 100.0,
+    cap: float = 100.0,
     alpha: float = 0.5,
 ) -> dict[str, Tensor]:
-    r"""Scale the query and key weights of heads whose largest logit is above ``tau``, in place.
+    r"""Scale the query and key weights of heads whose largest logit is above ``cap``, in place.
 
     After Kimi K2 (arXiv 2507.20534 [V]) and Megatron-LM's form of it [V]. With S_h the largest
-    ``scaling q·k`` of a head, and ``γ = min(1, τ / max S_h)`` over the heads that share a key, the key's weight
+    ``scaling q·k`` of a head, and ``γ = min(1, cap / max S_h)`` over the heads that share a key, the key's weight
     and bias are multiplied by ``γ^(1−α)`` and those of all its queries by ``γ^α``: all products of the group,
-    those of heads that were below ``tau`` among them, become γ times what they were, whatever rotation follows.
+    those of heads that were below ``cap`` among them, become γ times what they were, whatever rotation follows.
     Eigenvalues of W_QK are scaled by γ, and their variance by γ². In latent attention (DeepSeek's) one part of the
     keys is shared by all heads: it stays, and the queries' part that it meets is multiplied by γ (as Kimi K2
     does); what expands the latents is scaled elsewhere.
@@ -34,7 +36,7 @@ def clip_qk(
         model: any module that contains Hugging Face transformers, or its reader.
         max_logits: qualified layer name → S_h, ``(heads,)``, see :func:`~lightning_qk.functional.max_logits`.
             A head whose S_h is not finite is left alone, and so is its group.
-        tau: the largest logit that is left as it is.
+        cap: the largest logit that is left as it is.
         alpha: share of the queries.
 
     Returns:
@@ -43,9 +45,9 @@ def clip_qk(
     Raises:
         ValueError: a layer that the model lacks, weights that are not plain trainable parameters of the layer
             (adapters, quantization, parametrizations, FSDP's first version, sharing), or a layer with a norm
-            between the projections and the products; shapes that do not fit; tau or alpha out of range.
+            between the projections and the products; shapes that do not fit; cap or alpha out of range.
     """
-    check_clip(tau, alpha)
+    check_clip(cap, alpha)
     reader = model if isinstance(model, ProjectionReader) else kept_reader(model)
     unknown = [name for name in max_logits if name not in reader.layers]
     if unknown:
@@ -61,19 +63,19 @@ def clip_qk(
                 f"expected max_logits[{name!r}] of shape {(editor.heads,)}, one a query head, got "
                 f"{tuple(max_logits[name].shape)}"
             )
-        factors[name] = clip_factors(max_logits[name], editor.kv_heads, tau)
+        factors[name] = clip_factors(max_logits[name], editor.kv_heads, cap)
     for name, gamma in factors.items():
         apply_clip(editors[name], gamma, alpha)
     return factors
 
 
-def clip_factors(max_logits: Tensor, kv_heads: int, tau: float) -> Tensor:
+def clip_factors(max_logits: Tensor, kv_heads: int, cap: float) -> Tensor:
     """γ of each key head.
 
     Args:
         max_logits: of the query heads, ``(heads,)``.
         kv_heads: number of key heads; heads that share one follow each other.
-        tau: the largest logit that is left as it is.
+        cap: the largest logit that is left as it is.
 
     Returns:
         Shape ``(kv_heads,)``: in (0, 1].
@@ -81,7 +83,7 @@ def clip_factors(max_logits: Tensor, kv_heads: int, tau: float) -> Tensor:
     largest = max_logits.detach().reshape(kv_heads, -1)
     usable = ~(largest.isnan() | largest.isposinf()).any(1)
     largest = largest.amax(1)
-    return torch.where(usable & (largest > tau), tau / largest, 1.0)
+    return torch.where(usable & (largest > cap), cap / largest, 1.0)
 
 
 def apply_clip(editor: HeadScaler, gamma: Tensor, alpha: float) -> None:
@@ -133,9 +135,9 @@ def clippable_layers(
     return clip_editors(reader, matching_layers(reader, modules), trained=trained)
 
 
-def check_clip(tau: float, alpha: float) -> None:
-    """Raises ValueError unless ``tau`` is finite and above 0 and ``alpha`` in [0, 1]."""
-    if not math.isfinite(tau) or tau <= 0:
-        raise ValueError(f"expected a finite tau above 0, got {tau}: Kimi K2 uses 100")
+def check_clip(cap: float, alpha: float) -> None:
+    """Raises ValueError unless ``cap`` is finite and above 0 and ``alpha`` in [0, 1]."""
+    if not math.isfinite(cap) or cap <= 0:
+        raise ValueError(f"expected a finite cap above 0, got {cap}: Kimi K2 uses 100")
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha between 0 and 1, got {alpha}: 0.5 shares γ evenly")

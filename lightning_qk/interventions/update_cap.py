@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_qk._deprecated import old_spellings
 from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.functional.singular import starting_subspace, subspace_iteration
 from lightning_qk.heads.reader import ProjectionReader
@@ -32,14 +33,14 @@ class Capped(NamedTuple):
 
 
 class UpdateCapper:
-    r"""Scales an optimizer's updates of query and key weights: ``σ₁(ΔW) ≤ τ σ₁(W)``.
+    r"""Scales an optimizer's updates of query and key weights: ``σ₁(ΔW) ≤ cap · σ₁(W)``.
 
-    After Qi et al. 2025 (arXiv 2505.21910 [S]), who shrink the learning rate of a step to ``τ σ₁(W)/σ₁(ΔW)``,
+    After Qi et al. 2025 (arXiv 2505.21910 [S]), who shrink the learning rate of a step to ``cap · σ₁(W)/σ₁(ΔW)``,
     since attention collapses by updates of few, large directions. Here what the optimizer has done is scaled,
-    for each matrix by itself: right after the step ``W ← W_before + min(1, τ σ₁(W_before)/σ₁(ΔW)) ΔW``, as if its
-    learning rate (and weight decay) had been smaller. The optimizer's state is untouched; matrices whose update
-    is small enough stay bit-identical. The matrices are all of a layer's query rows together and all of its key
-    rows; biases are left alone.
+    for each matrix by itself: right after the step ``W ← W_before + min(1, cap · σ₁(W_before)/σ₁(ΔW)) ΔW``, as if
+    its learning rate (and weight decay) had been smaller. The optimizer's state is untouched; matrices whose
+    update is small enough stay bit-identical. The matrices are all of a layer's query rows together and all of its
+    key rows; biases are left alone.
 
     σ₁ is estimated by power iterations of eight vectors at once, which start from those of the last step: the
     estimate is at most σ₁. It falls short of it by less than a percent where a few directions stand out or
@@ -48,7 +49,7 @@ class UpdateCapper:
 
     Args:
         model: any module that contains Hugging Face transformers.
-        tau: largest ratio of an update.
+        cap: largest ratio of an update.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         iterations: of the power iteration, each step.
         trained: frozen weights are refused; else their updates are capped at the steps at which they train.
@@ -67,17 +68,18 @@ class UpdateCapper:
             whole parameters of their own.
     """
 
+    @old_spellings(tau="cap")
     def __init__(
         self,
         model: nn.Module | ProjectionReader,
-        tau: float,
+        cap: float,
         *,
         modules: str | Sequence[str] | None = None,
         iterations: int = 4,
         trained: bool = True,
     ) -> None:
-        check_cap(tau, iterations)
-        self.tau, self.iterations = tau, iterations
+        check_cap(cap, iterations)
+        self._cap, self.iterations = cap, iterations
         reader = model if isinstance(model, ProjectionReader) else ProjectionReader(model)
         names = matching_layers(reader, modules)
         self.spare: Callable[[str, str], None] | None = None
@@ -245,8 +247,8 @@ class UpdateCapper:
         step, of_update = subspace_iteration(update, of_update, self.iterations)
         ratio = step / size
         # A step of 0, and one that is not finite, is left alone.
-        is_large = (ratio > self.tau) & ratio.isfinite()
-        factor = torch.where(is_large, self.tau / ratio, 1.0)
+        is_large = (ratio > self._cap) & ratio.isfinite()
+        factor = torch.where(is_large, self._cap / ratio, 1.0)
         capped = torch.where(is_large, wide + factor * update, at_least_float32(after))
         return Capped(factor, ratio), (of_weight, of_update), capped.to(after.dtype)
 
@@ -280,10 +282,11 @@ class UpdateCapper:
         return end
 
 
+@old_spellings(tau="cap")
 def cap_updates(
     model: nn.Module,
     optimizer: Optimizer,
-    tau: float,
+    cap: float,
     *,
     modules: str | Sequence[str] | None = None,
     iterations: int = 4,
@@ -293,14 +296,14 @@ def cap_updates(
     Returns:
         A function that ends it.
     """
-    return UpdateCapper(model, tau, modules=modules, iterations=iterations).follow(optimizer)
+    return UpdateCapper(model, cap, modules=modules, iterations=iterations).follow(optimizer)
 
 
-def check_cap(tau: float, iterations: int) -> None:
-    """Raises ValueError unless ``tau`` is finite and above 0 and there is at least one iteration."""
-    if not math.isfinite(tau) or tau <= 0:
+def check_cap(cap: float, iterations: int) -> None:
+    """Raises ValueError unless ``cap`` is finite and above 0 and there is at least one iteration."""
+    if not math.isfinite(cap) or cap <= 0:
         raise ValueError(
-            f"expected a finite tau above 0, got {tau}: 0.01 lets σ₁ change by a hundredth a step"
+            f"expected a finite cap above 0, got {cap}: 0.01 lets σ₁ change by a hundredth a step"
         )
     if iterations < 1:
         raise ValueError(f"expected at least 1 power iteration, got {iterations}")

@@ -15,8 +15,8 @@ ARGUMENTS = {
     "AttentionPrior": {"weight": 1.0, "prior": "window"},
     "EntropyBand": {"low": 0.5, "high": 0.6, "weight": 1.0},
     "LocAteR": {"weight": 0.3, "form": "target"},
-    "QKClip": {"tau": 1.0},
-    "UpdateCap": {"tau": 1e-4, "iterations": 1},
+    "QKClip": {"cap": 1.0},
+    "UpdateCap": {"cap": 1e-4, "iterations": 1},
 }
 KINDS = {
     name: value

@@ -43,9 +43,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with Term(divergence(torch.eye(16)), WEIGHT).listening("gpt2") as term:
         want, _ = fit(term)
-    got, trainer = fit(callbacks=[AttentionPrior("diagonal", WEIGHT)])
+    got, trainer = fit(callbacks=[AttentionPrior(weight=WEIGHT, prior="diagonal")])
     none, _ = fit()
-    gated, _ = fit(callbacks=[DifferentiableAttentionMask(16, weight=0.01)], model=build("llama"))
+    gated, _ = fit(callbacks=[DifferentiableAttentionMask(max_length=16, weight=0.01)], model=build("llama"))
     results = {
         "term": want,
         "callback": got,

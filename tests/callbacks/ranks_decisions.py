@@ -112,7 +112,7 @@ CHANGING = {
         "on_train_batch_start",
         SECOND,
     ),
-    "attention's penalty": (lambda: AttentionPrior("diagonal"), penalties.Auxiliary, "take", ALWAYS),
+    "attention's penalty": (lambda: AttentionPrior(prior="diagonal"), penalties.Auxiliary, "take", ALWAYS),
 }
 """The same of what changes a training: both processes have the same weights."""
 

@@ -22,11 +22,14 @@ WEIGHT = 3.0
 N = 16
 WINDOW = ((torch.arange(N)[:, None] - torch.arange(N)).abs() < 3).float()
 PENALTIES = {
-    "band": (lambda: EntropyBand(0.5, 0.6, WEIGHT), band(0.5, 0.6, "head")),
-    "rows": (lambda: EntropyBand(0.5, 0.6, WEIGHT, per="row"), band(0.5, 0.6, "row")),
-    "diagonal": (lambda: AttentionPrior("diagonal", WEIGHT), divergence(torch.eye(N))),
-    "window": (lambda: AttentionPrior("window", WEIGHT, window=3), divergence(WINDOW)),
-    "uniform": (lambda: AttentionPrior("uniform", WEIGHT, heads=[0, 3]), divergence(torch.ones(1), [0, 3])),
+    "band": (lambda: EntropyBand(weight=WEIGHT, low=0.5, high=0.6), band(0.5, 0.6, "head")),
+    "rows": (lambda: EntropyBand(weight=WEIGHT, low=0.5, high=0.6, per="row"), band(0.5, 0.6, "row")),
+    "diagonal": (lambda: AttentionPrior(weight=WEIGHT, prior="diagonal"), divergence(torch.eye(N))),
+    "window": (lambda: AttentionPrior(weight=WEIGHT, prior="window", window=3), divergence(WINDOW)),
+    "uniform": (
+        lambda: AttentionPrior(weight=WEIGHT, prior="uniform", heads=[0, 3]),
+        divergence(torch.ones(1), [0, 3]),
+    ),
 }
 
 
@@ -201,12 +204,12 @@ def test_a_prior_of_each_example():
 
     with Term(divergence(priors[:4, None]), WEIGHT).listening("gpt2") as term:
         want = run(Bare, term)
-    assert_same(run(Batches, callbacks=[AttentionPrior("grounding", WEIGHT)]), want, run(Bare))
+    assert_same(run(Batches, callbacks=[AttentionPrior(weight=WEIGHT, prior="grounding")]), want, run(Bare))
 
 
 def test_batches_that_can_bring_no_prior_are_said_once_and_trained_on():
     losses = []
-    for callbacks in ([], [AttentionPrior("grounding")]):
+    for callbacks in ([], [AttentionPrior(prior="grounding")]):
         torch.manual_seed(0)
         job = models.Job()
         with warnings.catch_warnings(record=True) as said:
@@ -223,7 +226,7 @@ def test_two_penalties_a_monitor_and_locater():
     callbacks = [
         PENALTIES["band"][0](),
         PENALTIES["window"][0](),
-        AttentionPrior("uniform", 1.0, name="flat", modules="*.h.0.*"),
+        AttentionPrior(weight=1.0, prior="uniform", name="flat", modules="*.h.0.*"),
         LocAteR(1e-3),
     ]
     with Term(band(0.5, 0.6, "head"), WEIGHT).listening("gpt2") as one:
@@ -262,7 +265,7 @@ def test_nothing_is_left_behind():
 
 def test_evaluation_is_free_and_unchanged():
     calls = []
-    callback = EntropyBand(0.5, 0.6, 1.0)
+    callback = EntropyBand(weight=1.0, low=0.5, high=0.6)
     job = models.Job(build("gpt2"))
     trainer = models.trainer([callback], max_steps=1, limit_val_batches=1, num_sanity_val_steps=1)
 
@@ -319,11 +322,11 @@ class OwnAttention(torch.nn.Module):
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (lambda: EntropyBand(0.9, 0.1), "low <= high"),
+        (lambda: EntropyBand(low=0.9, high=0.1), "low <= high"),
         (lambda: EntropyBand(per="token"), "per"),
         (lambda: EntropyBand(weight=-1.0), "weight"),
-        (lambda: AttentionPrior(torch.eye(3)), "into the batch"),
-        (lambda: AttentionPrior("window", window=0), "window"),
+        (lambda: AttentionPrior(prior=torch.eye(3)), "into the batch"),
+        (lambda: AttentionPrior(prior="window", window=0), "window"),
         (lambda: AttentionPrior(heads=[]), "heads"),
     ],
 )
@@ -343,7 +346,7 @@ def test_what_cannot_be_done_is_refused_before_any_work():
     with pytest.raises(ValueError, match="different names"):
         models.trainer([EntropyBand(), EntropyBand()]).fit(models.Job(), models.tokens())
     with pytest.raises(ValueError, match="EncDec"):
-        models.trainer([AttentionPrior("diagonal", modules="*EncDec*")]).fit(
+        models.trainer([AttentionPrior(prior="diagonal", modules="*EncDec*")]).fit(
             models.Job(models.t5()), models.tokens()
         )
     with pytest.raises(ValueError, match=r"below 4, got \[4\]"):

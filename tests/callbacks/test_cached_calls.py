@@ -330,7 +330,7 @@ def test_calls_with_a_cache_by_hand_are_not_clipped_by(monkeypatch):
 
 
 PENALTIES = {
-    "band": lambda: EntropyBand(0.5, 0.6, 1.0),
+    "band": lambda: EntropyBand(weight=1.0, low=0.5, high=0.6),
     "prior": lambda: AttentionPrior(weight=1.0, prior="window"),
 }
 

@@ -100,7 +100,7 @@ def test_the_first_clip_of_a_layer_is_told_once_also_over_a_resume(tmp_path):
 @pytest.mark.parametrize(
     ("callback", "curve"),
     [
-        (lambda: EntropyBand(0.5, 0.6, 1.0), "entropy_band/"),
+        (lambda: EntropyBand(weight=1.0, low=0.5, high=0.6), "entropy_band/"),
         (UpdateCap, "update_cap/factor/min"),
         (SigmaReparam, "sigma_reparam/gain/mean"),
         (lambda: LocAteR(0.1), "locater/penalty"),

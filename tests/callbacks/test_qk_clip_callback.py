@@ -97,18 +97,18 @@ def test_logits_of_twice_tau_are_halved(name):
     data = models.tokens(4)
     batch = next(iter(data))
     before = first_layer(model, batch)
-    tau = largest(before).max().item() / 2
-    clip = QKClip(tau, modules="*.0.*")
+    cap = largest(before).max().item() / 2
+    clip = QKClip(cap, modules="*.0.*")
     models.trainer([clip], max_steps=1).fit(models.Job(model, lr=0.0), data)
     after = first_layer(model, batch)
     (layer,) = clip.gammas
     kv_heads = clip.gammas[layer].numel()
-    gamma = (tau / largest(before).view(kv_heads, -1).amax(1)).clamp(max=1)
+    gamma = (cap / largest(before).view(kv_heads, -1).amax(1)).clamp(max=1)
     torch.testing.assert_close(clip.gammas[layer], gamma)
     assert gamma.min() == pytest.approx(0.5)
     factor = gamma.repeat_interleave(4 // kv_heads)[:, None, None]
     torch.testing.assert_close(after, factor * before, rtol=1e-4, atol=1e-5)
-    assert largest(after).max() == pytest.approx(tau, rel=1e-5)
+    assert largest(after).max() == pytest.approx(cap, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,12 +157,12 @@ def test_windows_and_latents(make):
     model = make()
     batch = next(iter(models.tokens(4)))
     before = first_layer(model, batch)
-    tau = largest(before).median().item()
-    clip = QKClip(tau, alpha=0.3, modules="*.0.*")
+    cap = largest(before).median().item()
+    clip = QKClip(cap, alpha=0.3, modules="*.0.*")
     models.trainer([clip], max_steps=1).fit(models.Job(model, lr=0.0), models.tokens(4))
     (gamma,) = clip.gammas.values()
     group = 4 // len(gamma)
-    torch.testing.assert_close(gamma, (tau / largest(before).view(-1, group).amax(1)).clamp(max=1))
+    torch.testing.assert_close(gamma, (cap / largest(before).view(-1, group).amax(1)).clamp(max=1))
     factor = gamma.repeat_interleave(group)[:, None, None]
     torch.testing.assert_close(first_layer(model, batch), factor * before, rtol=1e-4, atol=1e-5)
 
@@ -307,10 +307,10 @@ def test_it_holds_the_logits_and_goes_with_the_rest(tmp_path):
     header = rows.splitlines()[0].split(",")
     for key in (
         "clip/gamma/min",
-        "clip/gamma/layer_01",
+        "clip/layer_01/gamma",
         "clip/clipped_heads",
         "clip/max_logit/max",
-        "clip/max_logit/layer_00",
+        "clip/layer_00/max_logit",
         "clip/layer_00/head_03/gamma",
         "clip/layer_01/head_00/max_logit",
     ):
@@ -358,7 +358,7 @@ def test_a_norm_of_queries_and_keys_is_refused():
         models.trainer([QKClip()]).fit(models.Job(qwen3()), models.tokens())
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((0.0,), "tau above 0"), ((float("nan"),), "finite tau")])
+@pytest.mark.parametrize(("arguments", "message"), [((0.0,), "cap above 0"), ((float("nan"),), "finite cap")])
 def test_tau_is_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         QKClip(*arguments)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lightning_qk import AttentionMonitor, HiddenStateMonitor, PositionMonitor, QKSpectrumMonitor, SinkMonitor
+from lightning_qk import (
+    AttentionMonitor,
+    HiddenStateMonitor,
+    PositionMonitor,
+    QKSpectrumMonitor,
+    SinkMonitor,
+    TokenMonitor,
+)
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import DID_NOT_RUN, KNOWN, NO_DATA, NO_VALUE, NOT_FINITE
 from lightning_qk.record.verdicts import head_health, layer_health
@@ -24,6 +31,7 @@ def watchers() -> list:
         SinkMonitor(rows=None, sequences=None, **quiet),
         PositionMonitor(sequences=None, **quiet),
         HiddenStateMonitor(report=False),
+        TokenMonitor(tokens=None, predict_every=1, **quiet),
     ]
 
 

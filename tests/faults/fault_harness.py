@@ -459,9 +459,9 @@ def make_callback(name: str) -> Any:
         "sigma_reparam": lambda: qk.SigmaReparam(),
         "soft_cap": lambda: qk.SoftCap(2.0),
         "spectrum_scaling": lambda: qk.SpectrumScaling(0.5),
-        "attention_mask": lambda: qk.DifferentiableAttentionMask(16, weight=0.01),
-        "attention_prior": lambda: qk.AttentionPrior("diagonal", 0.5),
-        "entropy_band": lambda: qk.EntropyBand(0.6, 0.7, 0.5),
+        "attention_mask": lambda: qk.DifferentiableAttentionMask(max_length=16, weight=0.01),
+        "attention_prior": lambda: qk.AttentionPrior(weight=0.5, prior="diagonal"),
+        "entropy_band": lambda: qk.EntropyBand(weight=0.5, low=0.6, high=0.7),
         "hard_attention": lambda: qk.HardAttention(),
         "guard_clips": lambda: qk.CollapseGuard(
             qk.QKClip(5.0), every_n_steps=1, rollback=True, lr_factor=0.5, lr_warmup=2, checkpoint_every=2

@@ -37,12 +37,12 @@ def test_products_of_every_head_are_scaled_by_its_gamma(name):
         changed = copy.deepcopy(model)
         if plan.normalizes or plan.position == "relative product" or plan.key_layer or layer in lenders:
             with pytest.raises(ValueError, match="modules="):
-                clip_qk(changed, {layer: largest}, tau=1.0, alpha=0.3)
+                clip_qk(changed, {layer: largest}, cap=1.0, alpha=0.3)
             assert all(
                 torch.equal(a, b) for a, b in zip(changed.parameters(), model.parameters(), strict=True)
             )
             continue
-        gamma = clip_qk(changed, {layer: largest}, tau=1.0, alpha=0.3)[layer]
+        gamma = clip_qk(changed, {layer: largest}, cap=1.0, alpha=0.3)[layer]
         want = (1 / largest.view(plan.sizes.kv_heads, -1).amax(1)).clamp(max=1)
         torch.testing.assert_close(gamma, want)
         after = run(changed, inputs)[layer]
@@ -58,7 +58,7 @@ def test_nothing_else_is_changed():
     model = models.gpt2()
     before = copy.deepcopy(model.state_dict())
     name = next(iter(ProjectionReader(model)))
-    clip_qk(model, {name: torch.tensor([1.0, 8.0, 1.0, 1.0])}, tau=2.0)
+    clip_qk(model, {name: torch.tensor([1.0, 8.0, 1.0, 1.0])}, cap=2.0)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {f"{name}.c_attn.weight", f"{name}.c_attn.bias"} or changed == {f"{name}.c_attn.weight"}
     ratio = model.state_dict()[f"{name}.c_attn.weight"] / before[f"{name}.c_attn.weight"]
@@ -96,7 +96,7 @@ def test_biases_and_half_precision_are_scaled(make):
     name = next(iter(reader))
     before = reader.layers[name].copy()
     assert before.query_bias is not None
-    clip_qk(model, {name: torch.full((4,), 16.0)}, tau=1.0)
+    clip_qk(model, {name: torch.full((4,), 16.0)}, cap=1.0)
     after = reader[name]
     for side in ("query", "query_bias", "key", "key_bias"):
         old = getattr(before, side)
@@ -155,5 +155,5 @@ def test_one_layer_that_is_called_often_is_scaled_once():
     reader = ProjectionReader(model)
     (name,) = reader
     before = reader[name].query.clone()
-    clip_qk(reader, {name: torch.full((4,), 4.0)}, tau=1.0)
+    clip_qk(reader, {name: torch.full((4,), 4.0)}, cap=1.0)
     torch.testing.assert_close(reader[name].query, before / 2)

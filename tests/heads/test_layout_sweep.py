@@ -173,7 +173,7 @@ def test_the_largest_logit_after_a_clip_is_tau(make):
     layer = model["layer"]
     inputs, before = _given(layer, (5, WIDTH))
     tau = 0.5 * float(_largest(before).min())
-    clip_qk(model, {"layer": _largest(before)}, tau=tau, alpha=0.3)
+    clip_qk(model, {"layer": _largest(before)}, cap=tau, alpha=0.3)
     layer(*inputs)
     largest = _largest(layer.seen).view(before["k"].shape[1], -1).amax(1)
     torch.testing.assert_close(largest, torch.full_like(largest, tau), rtol=1e-4, atol=0)

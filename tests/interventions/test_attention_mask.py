@@ -118,7 +118,7 @@ def fit(callback, job=None, *, more=(), **kwargs):
 
 @pytest.mark.parametrize("setup", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
 def test_gates_are_trained_logged_and_exported(setup):
-    callback = DifferentiableAttentionMask(16, weight=0.01)
+    callback = DifferentiableAttentionMask(max_length=16, weight=0.01)
     start = Start()
     job, trainer = fit(callback, more=[start], **setup)
     gates = [gate.logits for gate in job.attention_gates.values()]
@@ -135,7 +135,7 @@ def test_gates_are_trained_logged_and_exported(setup):
 
 
 def test_evaluation_takes_the_exported_mask():
-    callback = DifferentiableAttentionMask(16)
+    callback = DifferentiableAttentionMask(max_length=16)
     job, _ = fit(callback)
     model = job.inner["network"].eval()
     batch = next(iter(models.tokens(4)))
@@ -167,9 +167,9 @@ def test_evaluation_takes_the_exported_mask():
 
 
 def test_a_resumed_run_goes_on_with_its_gates(tmp_path):
-    job, trainer = fit(DifferentiableAttentionMask(16), enable_checkpointing=False)
+    job, trainer = fit(DifferentiableAttentionMask(max_length=16), enable_checkpointing=False)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    callback = DifferentiableAttentionMask(16)
+    callback = DifferentiableAttentionMask(max_length=16)
     other = models.Job(models.llama(), lr=0.1)
     models.trainer([callback], max_steps=3).fit(other, models.tokens(), ckpt_path=tmp_path / "last.ckpt")
     for one, two in zip(job.attention_gates.values(), other.attention_gates.values(), strict=True):
@@ -205,9 +205,9 @@ def test_the_price_has_the_gradient_of_a_loss_term():
 
 def test_refusals():
     with pytest.raises(ValueError, match="max_length"):
-        DifferentiableAttentionMask(0)
+        DifferentiableAttentionMask(max_length=0)
     with pytest.raises(ValueError, match="cross-attention alone"):
-        fit(DifferentiableAttentionMask(16, modules="*EncDec*"), models.Job(models.t5()))
+        fit(DifferentiableAttentionMask(max_length=16, modules="*EncDec*"), models.Job(models.t5()))
     with pytest.raises(ValueError, match="fit first"):
         DifferentiableAttentionMask().export()
 
@@ -216,7 +216,7 @@ def test_refusals():
             return torch.optim.SGD(self.inner.parameters(), lr=0.1)
 
     with pytest.raises(ValueError, match=r"self\.attention_gates\.parameters"):
-        fit(DifferentiableAttentionMask(16), Chosen(models.llama()))
+        fit(DifferentiableAttentionMask(max_length=16), Chosen(models.llama()))
 
 
 @pytest.mark.slow
@@ -245,7 +245,9 @@ def test_useless_offsets_are_closed():
     found = {}
     for weight in (0.0, 0.03):
         L.seed_everything(0, verbose=False)
-        callback = DifferentiableAttentionMask(16, weight=weight, initial=2.0, modules="*layers.0.*")
+        callback = DifferentiableAttentionMask(
+            max_length=16, weight=weight, initial=2.0, modules="*layers.0.*"
+        )
         job = Copy()
         trainer = models.trainer([callback], max_steps=800, max_epochs=-1)
         trainer.fit(job, models.tokens(512, 16, 32))

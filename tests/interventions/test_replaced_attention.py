@@ -124,7 +124,9 @@ def test_callbacks_are_at_work_in_training_and_evaluation_and_leave_nothing():
     model = models.llama()
     config = model.config.to_dict()
     monitor = AttentionMonitor(rows=None, every_n_eval_batches=1)
-    job, trainer = fit([SoftCap(0.5), monitor, EntropyBand(0.2, 0.3, 0.1)], model, val_check_interval=2)
+    job, trainer = fit(
+        [SoftCap(0.5), monitor, EntropyBand(weight=0.1, low=0.2, high=0.3)], model, val_check_interval=2
+    )
     assert dict(vars(AttentionInterface)) == before
     assert model.config.to_dict() == config
     metrics = trainer.callback_metrics

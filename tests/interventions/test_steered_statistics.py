@@ -47,9 +47,9 @@ def monitor(**kwargs):
 
 
 REMEDIES = {
-    "mask": lambda: DifferentiableAttentionMask(32, initial=0.3),
-    "closed mask": lambda: DifferentiableAttentionMask(32, initial=-6.0),
-    "prior": lambda: AttentionPrior("window", 0.1, window=3),
+    "mask": lambda: DifferentiableAttentionMask(max_length=32, initial=0.3),
+    "closed mask": lambda: DifferentiableAttentionMask(max_length=32, initial=-6.0),
+    "prior": lambda: AttentionPrior(weight=0.1, prior="window", window=3),
     "cap": lambda: SoftCap(0.7),
 }
 

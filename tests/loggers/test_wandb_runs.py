@@ -168,7 +168,7 @@ def test_settings_are_in_the_config(big: Big) -> None:
     assert settings["AttentionMonitor"]["rows"] == 64
     assert settings["AttentionMonitor"]["per_head"] is False
     assert settings["QKSpectrumMonitor"]["support"] == "model"
-    assert settings["QKClip"]["tau"] == 100.0
+    assert settings["QKClip"]["cap"] == 100.0
     assert settings["CollapseGuard"]["action"] == "warn"
 
 
@@ -325,7 +325,7 @@ def test_layers_on_request(tmp_path: Path, finished: None) -> None:
         "attn/layer_00/waiver_mass",
     } <= keys
     assert not any("sink_output" in key for key in keys)
-    assert {"clip/gamma/layer_00", "clip/max_logit/layer_01"} <= keys
+    assert {"clip/layer_00/gamma", "clip/layer_01/max_logit"} <= keys
     assert run.config["lightning_qk"]["HiddenStateMonitor"]["per_layer"] == ["cosine", "token_norm"]
 
 

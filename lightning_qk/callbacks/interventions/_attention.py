@@ -18,22 +18,11 @@ from lightning_qk.interventions.penalties import AttentionPenalty, Auxiliary, Me
 
 
 class AttentionIntervention(Intervention):
-    """Base of the callbacks that change attention calls.
-
-    Args:
-        modules: glob pattern or patterns on qualified names of attention layers; None for all.
-        name: tells several of these callbacks in one trainer apart.
-    """
+    """Base of the callbacks that change attention calls."""
 
     reads_weights = False
-    group: str
-    """Prefix of the log keys."""
 
     live: ClassVar[tuple[str, ...]] = ("_steering", "_modules")
-
-    def __init__(self, modules: Patterns = None, name: str | None = None) -> None:
-        self.name = name
-        super().__init__(modules)
 
     def begin(self) -> None:
         """Forget the fit before."""
@@ -47,15 +36,6 @@ class AttentionIntervention(Intervention):
     def state_key(self) -> str:
         """Several of these can be in one trainer, on other modules."""
         return self._generate_state_key(name=self.name, modules=self.modules)
-
-    @property
-    def prefix(self) -> str:
-        """Of the log keys."""
-        return self.group if self.name is None else f"{self.group}/{self.name}"
-
-    def title(self, trainer: Trainer) -> str:
-        """Its name in the run's config."""
-        return type(self).__name__ if self.name is None else f"{type(self).__name__} {self.name}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the trainer, and that no two of these have one name."""

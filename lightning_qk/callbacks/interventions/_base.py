@@ -30,15 +30,22 @@ class Intervention(Callback):
     Each ``setup`` of a fit calls :meth:`begin`: a second fit with the same object is that of a new one. A
     checkpoint is restored after ``setup``.
 
+    Args:
+        modules: glob pattern or patterns on qualified names of attention layers; None for all.
+        name: part of the log keys, which tells several of these callbacks in one trainer apart; None for no part.
+
     Attributes:
-        modules: glob patterns on qualified names of attention layers; None for all.
         event_log: curves and events for the run's report.
     """
 
     reads_weights: ClassVar[bool] = True
     """Whether it acts on query and key weights as they are read, which are checked then."""
 
-    def __init__(self, modules: Patterns = None) -> None:
+    group: str
+    """Prefix of the log keys."""
+
+    def __init__(self, modules: Patterns = None, name: str | None = None) -> None:
+        self.name = name
         self.modules = kept_patterns(modules)
         self._is_fit = True
         super().__init__()
@@ -58,7 +65,13 @@ class Intervention(Callback):
     @property
     def state_key(self) -> str:
         """Several of these can be in one trainer, on other modules."""
-        return self._generate_state_key(modules=self.modules)
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(modules=self.modules, **named)
+
+    @property
+    def prefix(self) -> str:
+        """Of the log keys."""
+        return self.group if self.name is None else f"{self.group}/{self.name}"
 
     # Lightning's hooks
 
@@ -84,7 +97,7 @@ class Intervention(Callback):
 
     def title(self, trainer: Trainer) -> str:
         """Its name in the run's config."""
-        return type(self).__name__
+        return type(self).__name__ if self.name is None else f"{type(self).__name__} {self.name}"
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_qk._deprecated import old_spellings
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
 from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
@@ -34,9 +35,9 @@ class DifferentiableAttentionMask(PenaltyIntervention):
     share of visible pairs whose gate was open, means over layers. With a name, ``attention_mask/<name>/…``.
 
     Args:
+        weight: price of the mask's L1 norm (of the mean over layers).
         max_length: offsets up to so many positions have gates of their own; None takes the configuration's
             ``max_position_embeddings``.
-        weight: price of the mask's L1 norm (of the mean over layers).
         temperature: of the gates' sampling.
         initial: mean of the gates' logits at the start: 0 opens half of them; 3, nearly all, is gentler on a
             pretrained model.
@@ -58,11 +59,12 @@ class DifferentiableAttentionMask(PenaltyIntervention):
 
     live: ClassVar[tuple[str, ...]] = ("_sites",)
 
+    @old_spellings(("max_length",))
     def __init__(
         self,
-        max_length: int | None = None,
         *,
         weight: float = 1e-4,
+        max_length: int | None = None,
         temperature: float = 1.0,
         initial: float = 0.0,
         modules: Patterns = None,
@@ -156,6 +158,7 @@ class DifferentiableAttentionMask(PenaltyIntervention):
         """The learnt mask.
 
         Args:
+        weight: price of the mask's L1 norm (of the mean over layers).
             n: length of the sequences; None for offsets.
 
         Returns:

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_qk._deprecated import old_spellings
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
 from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
@@ -29,13 +30,13 @@ class AttentionPrior(PenaltyIntervention):
     Logged key: ``attention_prior/kl``, before it is weighted, in nats. With a name, ``attention_prior/<name>/kl``.
 
     Args:
+        weight: coefficient of the divergence.
         prior: ``"diagonal"``, the token itself; ``"window"``, the same mass on keys fewer than ``window``
             positions away; ``"uniform"``, the same mass on every visible key; a function ``prior(batch, head,
             position, key)`` of index tensors; or any other text: the key under which each batch, a dictionary,
             brings a tensor that broadcasts to (batch, heads, n, m), or one of (batch, n, m). The tensor is
             taken out of the batch before the module's step sees it; a batch without it gets no pull, and one that
             cannot bring it, being no dictionary, none either, which is said once.
-        weight: coefficient of the divergence.
         window: of ``prior="window"``.
         heads: indices of the query heads that are pulled, in every layer; None for all.
         modules: glob pattern or patterns on qualified names of attention layers; None for all. Cross-attention
@@ -54,11 +55,12 @@ class AttentionPrior(PenaltyIntervention):
 
     live: ClassVar[tuple[str, ...]] = ("_function", "_target")
 
+    @old_spellings(("prior", "weight"))
     def __init__(
         self,
-        prior: str | PriorFunction = "diagonal",
-        weight: float = 0.1,
         *,
+        weight: float = 0.1,
+        prior: str | PriorFunction = "diagonal",
         window: int = 8,
         heads: Sequence[int] | None = None,
         modules: Patterns = None,

@@ -2,6 +2,7 @@
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk._deprecated import old_spellings
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
 from lightning_qk.interventions.penalties import Per, band_measure, check_band
@@ -24,9 +25,9 @@ class EntropyBand(PenaltyIntervention):
     With a name, ``entropy_band/<name>/…``.
 
     Args:
+        weight: coefficient of the penalty, which is at most 1.
         low: lower bound of normalized entropy, in [0, 1].
         high: upper bound, in [0, 1].
-        weight: coefficient of the penalty, which is at most 1.
         per: ``"head"``: a head's mean over the batch's rows is held in the band; ``"row"``: every row is.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         name: tells several of these callbacks in one trainer apart.
@@ -40,12 +41,13 @@ class EntropyBand(PenaltyIntervention):
     group = "entropy_band"
     logged = ("penalty", "entropy", "outside")
 
+    @old_spellings(("low", "high", "weight"))
     def __init__(
         self,
+        *,
+        weight: float = 0.1,
         low: float = 0.1,
         high: float = 0.95,
-        weight: float = 0.1,
-        *,
         per: Per = "head",
         modules: Patterns = None,
         name: str | None = None,

@@ -123,8 +123,7 @@ class LocAteR(Intervention):
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.cross_attention = cross_attention
-        self.name = name
-        super().__init__(modules)
+        super().__init__(modules, name)
 
     def begin(self) -> None:
         """Forget the fit before."""

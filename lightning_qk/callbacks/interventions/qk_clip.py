@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_qk._deprecated import OldName, old_spellings
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
@@ -32,17 +33,17 @@ from lightning_qk.metrics.collector import AttentionCollector, Maxima
 
 
 class QKClip(Intervention):
-    r"""Holds the attention logits of every head at ``tau``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
+    r"""Holds the attention logits of every head at ``cap``: the clip of Kimi K2 (arXiv 2507.20534 [V]).
 
     After each optimizer step, with S the largest ``scaling q·k`` of a head since the last step, over all
-    micro-batches, ranks and rows that are no padding, ``γ = min(1, τ/S)`` scales the head's query weights and
+    micro-batches, ranks and rows that are no padding, ``γ = min(1, cap/S)`` scales the head's query weights and
     biases by γ^α and its key's by γ^(1−α). Calls within transformers' ``generate``, and those of self-attention
     with a cache of keys, do not count. Heads that share a key take the smallest γ of their group, all of
     them. See :func:`~lightning_qk.clip_qk` for what is scaled and what is not. Gradients, optimizers' states and
-    the forward pass are untouched; a step whose logits stay below ``tau`` changes nothing at all.
+    the forward pass are untouched; a step whose logits stay below ``cap`` changes nothing at all.
 
     Every step is watched. The maxima are bounded first, by ``|scaling| max‖q‖ max‖k‖``; products are taken only
-    of heads whose bound is above ``tau``, and of all heads on logged steps. Weights may be sharded by FSDP2 or
+    of heads whose bound is above ``cap``, and of all heads on logged steps. Weights may be sharded by FSDP2 or
     tensor parallel; two small collective calls a step find the maxima of all ranks, a step that clips takes one
     more, and the processor waits for the device once a step, and once a layer for its bounds.
 
@@ -51,22 +52,25 @@ class QKClip(Intervention):
     - ``clip/gamma/min``: the smallest γ since the last logged step, 1 where nothing was clipped;
     - ``clip/clipped_heads``: how many query heads were clipped since the last logged step;
     - ``clip/max_logit/max``: the logged step's largest logit before its clip;
-    - ``clip/gamma/layer_03`` and ``clip/max_logit/layer_03`` with ``per_layer=True``: the same of each layer;
+    - ``clip/layer_03/gamma`` and ``clip/layer_03/max_logit`` with ``per_layer=True``: the same of each layer;
     - ``clip/layer_03/head_05/gamma`` and ``…/max_logit`` with ``per_head=True``.
 
+    With a name, ``clip/<name>/…``.
+
     Args:
-        tau: the largest logit that is left as it is.
+        cap: the largest logit that is left as it is.
         alpha: share of γ that the queries take.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         when: ``"always"`` refuses layers that are frozen at the start; ``"unfrozen"`` waits, and clips a layer at
             the steps at which its query and key weights train.
         per_layer: also log two scalars a layer.
         per_head: also log two scalars a head.
+        name: tells several of these callbacks in one trainer apart.
 
     Attributes:
         gammas: qualified layer name → γ of each key head at the last step, ``(kv_heads,)``.
         maxima: qualified layer name → largest logit of each query head before the last clip, ``(heads,)``;
-            one that is at most ``tau`` may be a bound, on steps that are not logged.
+            one that is at most ``cap`` may be a bound, on steps that are not logged.
         left: qualified layer name → why it is not clipped any more.
         event_log: curves and the first clip of every layer, for the run's report.
 
@@ -80,26 +84,31 @@ class QKClip(Intervention):
             processes, which is said once.
     """
 
+    group = "clip"
+    tau = OldName("cap")
+
     live: ClassVar[tuple[str, ...]] = ("_reading", "_editors")
 
+    @old_spellings(tau="cap")
     def __init__(
         self,
-        tau: float = 100.0,
+        cap: float = 100.0,
         *,
         alpha: float = 0.5,
         modules: Patterns = None,
         when: When = "always",
         per_layer: bool = False,
         per_head: bool = False,
+        name: str | None = None,
     ) -> None:
-        check_clip(tau, alpha)
+        check_clip(cap, alpha)
         check_when(when)
-        self.tau = float(tau)
+        self.cap = float(cap)
         self.alpha = float(alpha)
         self.when: When = when
         self.per_layer = per_layer
         self.per_head = per_head
-        super().__init__(modules)
+        super().__init__(modules, name)
 
     def begin(self) -> None:
         """Forget the fit before."""
@@ -225,7 +234,7 @@ class QKClip(Intervention):
         if self._editors[name].is_frozen:
             return None
         products = call.products(position=reader.layers[name].position)
-        return Maxima(max_logits(products, above=None if self._is_due else self.tau)[None, None])
+        return Maxima(max_logits(products, above=None if self._is_due else self.cap)[None, None])
 
     def _clip(self, trainer: Trainer, pl_module: LightningModule, reading: "_Reading") -> None:
         """Find the maxima of all ranks and scale the weights; collective calls, the same on every rank."""
@@ -247,7 +256,7 @@ class QKClip(Intervention):
         self.gammas = {}
         step = logging_step(trainer)
         for name, editor in self._editors.items():
-            gamma = clip_factors(self.maxima[name], editor.kv_heads, self.tau)
+            gamma = clip_factors(self.maxima[name], editor.kv_heads, self.cap)
             self.gammas[name] = torch.ones_like(gamma) if name in waiting else gamma
         # Every rank clips the same heads, so that all ask each other, or none.
         if any(bool((gamma < 1).any()) for gamma in self.gammas.values()):
@@ -342,7 +351,7 @@ class QKClip(Intervention):
         self.event_log.add_event(
             step,
             f"QKClip clipped {self._labels[name]} for the first time: head {head} had a logit of "
-            f"{float(largest[head]):.4g}, above {self.tau:g} (γ {float(gamma.min()):.3g})",
+            f"{float(largest[head]):.4g}, above {self.cap:g} (γ {float(gamma.min()):.3g})",
         )
 
     def _own_maxima(self, pl_module: LightningModule, reading: "_Reading") -> Tensor:
@@ -407,24 +416,28 @@ class QKClip(Intervention):
         if not smallest:
             return
         gammas = torch.cat(list(smallest.values()))
-        scalars = {"clip/gamma/min": gammas.min().item(), "clip/clipped_heads": float((gammas < 1).sum())}
+        prefix = self.prefix
+        scalars = {
+            f"{prefix}/gamma/min": gammas.min().item(),
+            f"{prefix}/clipped_heads": float((gammas < 1).sum()),
+        }
         largest = torch.cat(list(self.maxima.values())).max().item() if self.maxima else -math.inf
         if largest > -math.inf:
-            scalars["clip/max_logit/max"] = largest
+            scalars[f"{prefix}/max_logit/max"] = largest
         pl_module.log_dict(scalars, logger=False, on_step=True, on_epoch=False)
         step = logging_step(trainer)
-        self.event_log.add_points(step, {"clip/max_logit/max": math.nan, **scalars})
+        self.event_log.add_points(step, {f"{prefix}/max_logit/max": math.nan, **scalars})
         for name, by_head in smallest.items():
-            label, maxima = self._labels[name], self.maxima.get(name)
+            layer, maxima = f"{prefix}/{self._labels[name]}", self.maxima.get(name)
             if maxima is None:
                 continue
             if self.per_layer:
-                scalars[f"clip/gamma/{label}"] = by_head.min().item()
-                scalars[f"clip/max_logit/{label}"] = maxima.max().item()
+                scalars[f"{layer}/gamma"] = by_head.min().item()
+                scalars[f"{layer}/max_logit"] = maxima.max().item()
             if self.per_head:
                 for head, (gamma, own) in enumerate(zip(by_head, maxima, strict=True)):
-                    scalars[f"clip/{label}/head_{head:02d}/gamma"] = gamma.item()
-                    scalars[f"clip/{label}/head_{head:02d}/max_logit"] = own.item()
+                    scalars[f"{layer}/head_{head:02d}/gamma"] = gamma.item()
+                    scalars[f"{layer}/head_{head:02d}/max_logit"] = own.item()
         found = {key: value for key, value in scalars.items() if value > -math.inf}
         self.log_safely(lambda: log_scalars(trainer, found, step))
 

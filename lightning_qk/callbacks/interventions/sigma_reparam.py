@@ -32,7 +32,8 @@ class SigmaReparam(Intervention):
     :func:`~lightning_qk.plain_state_dict` makes one of the other kind plain. To validate, test or predict from a
     checkpoint with these keys, keep the callback in the trainer.
 
-    Logged keys, at the trainer's ``log_every_n_steps``: ``sigma_reparam/gain/mean``, ``/min`` and ``/max``.
+    Logged keys, at the trainer's ``log_every_n_steps``: ``sigma_reparam/gain/mean``, ``/min`` and ``/max``;
+    with a name, ``sigma_reparam/<name>/…``.
 
     Args:
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
@@ -41,12 +42,15 @@ class SigmaReparam(Intervention):
             their keys.
         when: ``"always"`` refuses layers that are frozen at the start; ``"unfrozen"`` reparametrizes them all the
             same, with γ frozen too: they train as others do once both are unfrozen.
+        name: tells several of these callbacks in one trainer apart.
 
     Raises:
         TypeError: the trainer is none of Lightning's.
         ValueError: at the start alone: the module holds no attention once its ``configure_model`` has run,
             weights that cannot be reparametrized, or a strategy that shards them.
     """
+
+    group = "sigma_reparam"
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class SigmaReparam(Intervention):
         projections: Projections = "query_key",
         remove_at_end: bool = False,
         when: When = "always",
+        name: str | None = None,
     ) -> None:
         check_when(when)
         if projections not in ("query_key", "all"):
@@ -62,7 +67,7 @@ class SigmaReparam(Intervention):
         self.projections: Projections = projections
         self.remove_at_end = remove_at_end
         self.when: When = when
-        super().__init__(modules)
+        super().__init__(modules, name)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reparametrize, or see to it that it is done once the network is built."""
@@ -116,7 +121,7 @@ class SigmaReparam(Intervention):
             return
         gains = torch.cat(found).cpu()
         scalars = {
-            f"sigma_reparam/gain/{name}": getattr(gains, name)().item() for name in ("mean", "min", "max")
+            f"{self.prefix}/gain/{name}": getattr(gains, name)().item() for name in ("mean", "min", "max")
         }
         self.log_step(trainer, pl_module, scalars, {})
 

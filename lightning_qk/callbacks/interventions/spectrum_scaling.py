@@ -21,19 +21,22 @@ class SpectrumScaling(Intervention):
     its end, before a checkpoint is written; training is never touched.
 
     Logged keys: ``spectrum_scaling/factor/mean``, ``/min`` and ``/max`` over all heads, at the start of validation
-    and test loops (the sanity check's not).
+    and test loops (the sanity check's not). With a name, ``spectrum_scaling/<name>/…``.
 
     Args:
         gamma: γ.
         eps: ε.
         statistic: what η is: ``"frobenius_sq"`` or ``"trace_sq"``.
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
+        name: tells several of these callbacks in one trainer apart.
 
     Raises:
         TypeError: the trainer is none of Lightning's.
         ValueError: what the scaling cannot do exactly, when a fit or a loop outside of one starts; see its class.
             Where it turns out in a fit's later validation, that one is of the weights as they are, which is said.
     """
+
+    group = "spectrum_scaling"
 
     live: ClassVar[tuple[str, ...]] = ("_scaler",)
 
@@ -44,11 +47,12 @@ class SpectrumScaling(Intervention):
         eps: float = 1.0,
         statistic: Statistic = "frobenius_sq",
         modules: Patterns = None,
+        name: str | None = None,
     ) -> None:
         check_scaling(gamma, eps, statistic)
         self.gamma, self.eps = float(gamma), float(eps)
         self.statistic: Statistic = statistic
-        super().__init__(modules)
+        super().__init__(modules, name)
 
     def begin(self) -> None:
         """Forget the fit before."""
@@ -89,7 +93,7 @@ class SpectrumScaling(Intervention):
             return
         if not (trainer.sanity_checking or trainer.predicting):
             scalars = {
-                f"spectrum_scaling/factor/{name}": getattr(factors, name)().item()
+                f"{self.prefix}/factor/{name}": getattr(factors, name)().item()
                 for name in ("mean", "min", "max")
             }
             step = logging_step(trainer)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_qk._deprecated import OldName, old_spellings
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import failed_anywhere
@@ -16,7 +17,7 @@ from lightning_qk.interventions.update_cap import Capped, UpdateCapper, check_ca
 
 
 class UpdateCap(Intervention):
-    r"""Scales each optimizer step's update of query and key weights so that ``σ₁(ΔW) ≤ τ σ₁(W)``.
+    r"""Scales each optimizer step's update of query and key weights so that ``σ₁(ΔW) ≤ cap · σ₁(W)``.
 
     After Qi et al. 2025 (arXiv 2505.21910 [S]): as if the learning rate of that matrix and step had been smaller.
     See :class:`~lightning_qk.interventions.update_cap.UpdateCapper` for what is scaled and how exactly. It works
@@ -25,17 +26,20 @@ class UpdateCap(Intervention):
 
     Logged keys, at the trainer's ``log_every_n_steps``, each over the steps since the last logged one:
 
-    - ``update_cap/factor/min`` and ``update_cap/factor/layer_03``: the smallest factor on an update, 1 for none;
-    - ``update_cap/ratio/max`` and ``update_cap/ratio/layer_03``: the largest σ₁(ΔW)/σ₁(W) before the cap;
+    - ``update_cap/factor/min`` and ``update_cap/layer_03/factor``: the smallest factor on an update, 1 for none;
+    - ``update_cap/ratio/max`` and ``update_cap/layer_03/ratio``: the largest σ₁(ΔW)/σ₁(W) before the cap;
     - ``update_cap/capped``: how many query and key matrices were capped.
 
+    With a name, ``update_cap/<name>/…``.
+
     Args:
-        tau: largest ratio of an update. The default lets σ₁ change by a hundredth a step (ours; the source that
+        cap: largest ratio of an update. The default lets σ₁ change by a hundredth a step (ours; the source that
             was at hand gives no number).
         modules: glob pattern or patterns on qualified names of attention layers; None for all.
         iterations: of the power iteration that estimates σ₁, each step.
         when: ``"always"`` refuses layers that are frozen at the start; ``"unfrozen"`` waits, and caps a layer's
             updates once its query and key weights train.
+        name: tells several of these callbacks in one trainer apart.
 
     Raises:
         TypeError: the trainer is none of Lightning's.
@@ -45,22 +49,27 @@ class UpdateCap(Intervention):
             not be capped on one process, is left as it is from then on, on all processes, which is said once.
     """
 
+    group = "update_cap"
+    tau = OldName("cap")
+
     live: ClassVar[tuple[str, ...]] = ("_ends", "_capper", "_factors", "_ratios")
 
+    @old_spellings(tau="cap")
     def __init__(
         self,
-        tau: float = 0.01,
+        cap: float = 0.01,
         *,
         modules: Patterns = None,
         iterations: int = 4,
         when: When = "always",
+        name: str | None = None,
     ) -> None:
-        check_cap(tau, iterations)
+        check_cap(cap, iterations)
         check_when(when)
-        self.tau = float(tau)
+        self.cap = float(cap)
         self.iterations = iterations
         self.when: When = when
-        super().__init__(modules)
+        super().__init__(modules, name)
 
     def begin(self) -> None:
         """Forget the fit before."""
@@ -102,7 +111,7 @@ class UpdateCap(Intervention):
         reader = projection_reader(trainer, pl_module)
         capper = UpdateCapper(
             reader,
-            self.tau,
+            self.cap,
             modules=self.modules,
             iterations=self.iterations,
             trained=False,
@@ -145,15 +154,15 @@ class UpdateCap(Intervention):
         self._ratios.clear()
         factors, ratios = table.unbind(1)
         scalars = {
-            "update_cap/factor/min": factors.min().item(),
-            "update_cap/ratio/max": ratios.max().item(),
-            "update_cap/capped": float((factors < 1).sum()),
+            f"{self.prefix}/factor/min": factors.min().item(),
+            f"{self.prefix}/ratio/max": ratios.max().item(),
+            f"{self.prefix}/capped": float((factors < 1).sum()),
         }
         layers: dict[str, float] = {}
         for name in dict.fromkeys(name for name, _ in keys if name in self._labels):
             own = [place for place, key in enumerate(keys) if key[0] == name]
-            layers[f"update_cap/factor/{self._labels[name]}"] = factors[own].min().item()
-            layers[f"update_cap/ratio/{self._labels[name]}"] = ratios[own].max().item()
+            layers[f"{self.prefix}/{self._labels[name]}/factor"] = factors[own].min().item()
+            layers[f"{self.prefix}/{self._labels[name]}/ratio"] = ratios[own].max().item()
         self.log_step(trainer, pl_module, scalars, layers)
 
     def release(self) -> None:
