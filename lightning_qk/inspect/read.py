@@ -20,7 +20,7 @@ from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.skeleton import Placed, build_skeleton
 from lightning_qk.inspect.sources import Checkpoint
-from lightning_qk.inspect.weights import (
+from lightning_qk.inspect.layer_values import (
     OF_ANY_ATTENTION,
     SOLVED_STATISTICS,
     SUMMED_STATISTICS,
@@ -214,7 +214,7 @@ def read_checkpoint(
         support: what spectra are averaged over, see :func:`~lightning_qk.functional.qk_moments`.
         fold_norm: fold the gain of the norm that feeds a layer into its weights, where one does.
         eigenvalues: solve the eigenproblems; False leaves ``SOLVED_STATISTICS`` of
-            ``lightning_qk.inspect.weights`` out.
+            ``lightning_qk.inspect.layer_values`` out.
         summed: statistics of each layer's heads summed also where they take long.
         trust: run code that comes with the model.
         progress: called after every layer.
