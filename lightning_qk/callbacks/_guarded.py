@@ -116,7 +116,7 @@ class Attempts(GuardedHooks, Callback):
         try:
             self.release()
         except Exception as error:
-            self.note(f"what stood in the model could not be taken away ({describe_error(error)})")
+            self.note(f"its hooks could not be removed from the model ({describe_error(error)})")
 
     def hook_failed(self, hook: str, error: Exception) -> None:
         """Say so and watch nothing more; what was seen until then is still reported."""

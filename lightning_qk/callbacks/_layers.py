@@ -41,7 +41,7 @@ def matches(name: str, modules: Patterns) -> bool:
 
 
 def matching(names: Iterable[str], modules: Patterns) -> list[str]:
-    """Those of some names that match one of the patterns."""
+    """The names that match one of the patterns."""
     return [name for name in names if matches(name, modules)]
 
 
@@ -63,11 +63,11 @@ def chosen_sites(model: nn.Module, modules: Patterns) -> list[AttentionLayer]:
 
 
 def training_layers(trainer: Trainer, pl_module: nn.Module, layers: Iterable[str]) -> set[str]:
-    """Of some layers, those whose network the optimizers change.
+    """The layers that belong to networks that the optimizers change.
 
     A layer trains where one of its own parameters does (those of an adapter count), or one of its stack: the list
     of blocks that it is in. So a layer that is frozen among others that train counts, and a teacher, a copy of
-    averaged weights or a frozen reference does not. Where nothing can be told, or no layer trains, all do.
+    averaged weights or a frozen reference does not. Where nothing is known, or no layer trains, all do.
 
     Args:
         trainer: the trainer, from ``on_fit_start``.

@@ -138,7 +138,7 @@ class SelfCheck(GuardedHooks, Callback):
             try:
                 self._check.settle(agreed)
             except Exception as error:
-                # The callbacks are told all the same, as on the other processes.
+                # The callbacks get the verdicts all the same, as on the other processes.
                 self._give_up(error)
         wrong = {name: own.reason for name, own in agreed.items() if own.status is Status.DIFFERS}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

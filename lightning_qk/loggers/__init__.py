@@ -1,4 +1,4 @@
-"""The only room that knows a logger.
+"""The only package that knows a logger.
 
 May import record and report.
 """

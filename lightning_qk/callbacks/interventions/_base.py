@@ -70,7 +70,7 @@ class Intervention(Callback):
 
     @property
     def prefix(self) -> str:
-        """Of the log keys."""
+        """Prefix of the log keys, with the name."""
         return self.group if self.name is None else f"{self.group}/{self.name}"
 
     # Lightning's hooks

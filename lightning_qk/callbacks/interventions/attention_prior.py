@@ -137,7 +137,7 @@ class AttentionPrior(PenaltyIntervention):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and let go of the batch's prior."""
+        """Log, and drop the batch's prior."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._target = None
 

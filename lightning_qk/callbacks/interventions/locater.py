@@ -140,7 +140,7 @@ class LocAteR(Intervention):
         self._warned = False
         self._warned_idle = False
         self._is_off = False
-        # How many steps in a row had no penalty, the same on every process; and what is to be told at the next.
+        # How many steps in a row had no penalty, the same on every process; and what is to be said at the next.
         self._lost = 0
         self._unsaid: Exception | None = None
         self._trained: tuple[int, ...] | None = None
@@ -211,7 +211,7 @@ class LocAteR(Intervention):
             return
         self._stepped = True
         self._newest = None
-        # What failed after the last agreement is told at this one: nothing known to one process decides.
+        # A failure after the last agreement is shared at this one: nothing that one process alone knows decides.
         error, self._unsaid = self._unsaid, None
         has_agreed = False
 
@@ -248,7 +248,7 @@ class LocAteR(Intervention):
         self.log_safely(lambda: self._log(trainer, pl_module, value, step.weight, reached))
 
     def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
-        """Before each step."""
+        """True before each step, while there is a penalty."""
         return hook == "on_before_optimizer_step" and self._penalty is not None and not self._is_off
 
     def _prepare(
@@ -289,7 +289,7 @@ class LocAteR(Intervention):
         self._trained = None
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, penalty: LocaterPenalty) -> None:
-        """Of the layers that can be penalized, keep those of networks that train, as it is now."""
+        """Keep the layers that can be penalized and belong to networks that train now."""
         trained = tuple(
             id(parameter)
             for optimizer in trainer.optimizers
@@ -368,7 +368,7 @@ class LocAteR(Intervention):
         self.history = History.from_state_dict(kept["history"])
 
     def release(self) -> None:
-        """Let go of the model."""
+        """Drop all references to the model."""
         self._penalty, self._newest, self._aims = None, None, None
 
     def contribute(self, record: RunRecord) -> None:
@@ -419,4 +419,4 @@ class _Step(NamedTuple):
 
 
 _NOTHING = _Step(Settings("variance", "model", None, 1.0), 1.0, 1.0, ())
-"""Of a process on which it failed: computed to the end, and not used."""
+"""The step of a process on which it failed: computed to the end, and not used."""

@@ -66,7 +66,7 @@ class SpectrumScaling(Intervention):
             describe_config(trainer, {self.title(trainer): self.settings()})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what could not be scaled at the first validation."""
+        """Raise where weights could not be scaled at the first validation."""
         self._make(trainer, pl_module).check()
 
     def _make(self, trainer: Trainer, pl_module: LightningModule) -> SpectrumScaler:

@@ -174,7 +174,7 @@ class Monitor(Watching):
 
     @property
     def place(self) -> int:
-        """Behind what may change weights."""
+        """After callbacks that may change weights."""
         return OBSERVES
 
     # Lightning's hooks
@@ -309,7 +309,7 @@ class Monitor(Watching):
         return self._is_due
 
     def begin_batch(self, is_due: bool) -> None:
-        """Before a batch: get ready to listen when it is to be measured."""
+        """Get ready, before a batch, to capture it where it is to be measured."""
 
     def end_batch(self) -> None:
         """After a batch: stop listening."""

@@ -74,7 +74,7 @@ class CaptureMonitor(ListeningMonitor):
         self.cached_calls = cached_calls
 
     def begin_listening(self) -> None:
-        """Nothing was heard yet of the layers that are found next."""
+        """Forget the calls of the layers found before."""
         super().begin_listening()
         self._reader: WatchedReader | None = None
         self._collector: AttentionCollector | None = None
@@ -158,7 +158,7 @@ class CaptureMonitor(ListeningMonitor):
             self._step_pool.leave_out(self._take_facts(collector, reader))
 
     def known_layers(self) -> dict[str, int]:
-        """Of all layers of which heads are known by now."""
+        """Layers with known numbers of heads, and these numbers."""
         return {name: self._heads[name] for name in self._names if name in self._heads}
 
     def remember_known(self, heads: dict[str, int]) -> None:

@@ -72,7 +72,7 @@ class Predictions(LogKeys):
             facts: layer name → what this process' calls say besides.
             surrogates: sequences to draw.
             seed: of a generator of their own.
-            note: is told once what cannot be predicted.
+            note: called once with what cannot be predicted.
         """
 
         def own() -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ _SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 class ProbeOptions(TypedDict, total=False):
-    """Those of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about steps."""
+    """Options of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about steps."""
 
     per_layer: PerLayer
     per_head: bool
@@ -233,7 +233,7 @@ class AttentionProbes(Monitor):
             return
         if self._directory is None:
             self._directory = run_directory(trainer)  # validation without a fit around it
-        # Every process comes to the probes, whatever it could not find or stand at.
+        # Every process comes to the probes, whatever it could not find or hook.
         self._is_probed = True
         self.here(lambda: self._stand(pl_module))
 
@@ -458,7 +458,7 @@ def _with_prefix(values: _Values, prefix: str) -> _Values:
 
 
 def _chosen(values: _Values, modules: Patterns) -> _Values:
-    """Of the layers that patterns match."""
+    """Values of the layers that patterns match."""
     return {
         statistic: {layer: value for layer, value in layers.items() if matches(layer, modules)}
         for statistic, layers in values.items()
