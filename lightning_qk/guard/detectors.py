@@ -45,6 +45,8 @@ class Sensitivity:
             stands still.
         lasting: readings in a row at which the loss has to stand still before that counts.
         patience: readings in a row that have to be alarming.
+        update: how many times the update of a layer's ``W_QK`` between two readings, ``‖Δ₂‖_F``, may be what it
+            was a window before; 0 looks at no updates. ``docs/attention-health.md`` has what that is worth.
     """
 
     window: int = 8
@@ -59,6 +61,7 @@ class Sensitivity:
     growth: float = 30.0
     lasting: int = 4
     patience: int = 2
+    update: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("horizon", "logit", "stall", "rise"):
@@ -67,11 +70,20 @@ class Sensitivity:
         for name in ("onset", "entropy", "cosine", "identical"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {getattr(self, name)}: correct it")
+        if self.update != 0 and not self.update > 1:
+            raise ValueError(
+                f"expected update above 1, or 0 to look at no updates, got {self.update}: correct it"
+            )
         if self.window < 4 or min(self.patience, self.lasting) < 1 or self.growth <= 1:
             raise ValueError(
                 "expected a window of at least 4, patience and lasting of at least 1 and growth above 1, got "
                 f"{self.window}, {self.patience}, {self.lasting} and {self.growth}: raise them"
             )
+
+    @property
+    def watches_updates(self) -> bool:
+        """Whether updates of the weights are looked at."""
+        return self.update > 0
 
 
 class Finding(NamedTuple):
@@ -378,6 +390,26 @@ class SpectralGrowth(_OfLayers):
             score,
             f"the squared norm of W_QK in {layers[index]} has grown {float(grown[index].exp()):.3g}-fold to "
             f"{float(newest[index]):.3g} in {self.span} while the loss stands still",
+        )
+
+
+class UpdateGrowth(_OfLayers):
+    """Updates of query and key weights that become much larger than they were, whatever the loss does."""
+
+    name = "updates"
+    statistic = "qk/update_delta2_norm"
+
+    def judge(self, reading: Reading, values: Tensor, stall: float) -> Finding:
+        """The finding of the newest numbers against the oldest of the window."""
+        if len(self.window) < self.sensitivity.window:
+            return NOTHING
+        grown = self.level() - self.window.rows()[:_LEAST].nanmedian(0).values
+        score, index = _largest(grown / math.log(self.sensitivity.update))
+        newest, layers, _ = layer_means(values, reading, self.statistic)
+        return Finding(
+            max(score, 0.0),
+            f"the update of W_QK in {layers[index]} between two readings has grown "
+            f"{float(grown[index].exp()):.3g}-fold to a norm of {float(newest[index]):.3g} in {self.span}",
         )
 
 

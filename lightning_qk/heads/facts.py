@@ -283,6 +283,7 @@ class LayerFacts:
         kv_source: the layer whose keys it uses instead of its own.
         key_layer: its qualified name.
         clip: the bound that its forward clamps q and k to, by its configuration.
+        constants: the numbers that it keeps beside its parameters.
         unit: the FSDP unit that flattens the weights.
         root: the outermost of all units, where it is known to be.
     """
@@ -293,6 +294,7 @@ class LayerFacts:
     kv_source: nn.Module | None
     key_layer: str | None
     clip: float | None
+    constants: Constants
     unit: "weakref.ref[nn.Module] | None"
     root: "weakref.ref[nn.Module] | None"
 
@@ -316,10 +318,10 @@ def describe(
     reason = finding.reason or (unsupported(module) if trusts_names else None)
     if reason is not None:
         raise UnreadLayer(reason)
+    source, clip, constants = kv_source(layer), configured_clip(module, layer.config), Constants(module)
     chain = (module, *layer.ancestors, *wrappers)
     # The outermost unit of a part of a model need not be the root: the root has to be seen to be one.
     unit, root = flat_unit(chain), flat_root(chain)
-    source = kv_source(layer)
     if source is not None and unit is not None:
         raise InaccessibleWeights(
             f"its keys are those of {source.name}, which FSDP keeps flat in a unit of its own: use FSDP2 "
@@ -331,7 +333,8 @@ def describe(
         trusts_names,
         None if source is None else source.module,
         None if source is None else source.name,
-        configured_clip(module, layer.config),
+        clip,
+        constants,
         None if unit is None else weakref.ref(unit),
         weakref.ref(root) if root is not None and root is chain[-1] else None,
     )

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.facts import (
-    Constants,
     Finding,
     LayerFacts,
     Layout,
@@ -80,48 +79,41 @@ def locate(facts: LayerFacts) -> Layout:
     Raises:
         UnreadLayer: neither finds them.
     """
-    layer, finding = facts.layer, facts.finding
-    module = layer.module
-    if finding.layout is not None:
-        return _by_table(facts, finding.layout)
-    if not facts.trusts_names:
-        return _by_running(facts)
-    check_tokens(module, layer.config)
+    if facts.finding.layout is not None:
+        return _by_table(facts, facts.finding.layout)
     first: UnreadLayer | None = None
-    for known in fitting_layouts(module, facts.kv_source):
-        try:
-            return replace(_by_table(facts, known), clip=facts.clip)
-        except UnreadLayer as reason:  # noqa: PERF203
-            first = first or reason
-            if not known.tentative:
-                break
+    if facts.trusts_names:
+        module = facts.layer.module
+        check_tokens(module, facts.layer.config)
+        for known in fitting_layouts(module, facts.kv_source):
+            try:
+                return replace(_by_table(facts, known), clip=facts.clip)
+            except UnreadLayer as reason:  # noqa: PERF203
+                first = first or reason
+                if not known.tentative:
+                    break
     if isinstance(first, InaccessibleWeights):
         raise first
+    return _by_running(facts, first)
+
+
+def _by_running(facts: LayerFacts, first: UnreadLayer | None) -> Layout:
+    """The layout that a run of the layer alone shows; ``first`` is why an entry of the table does not fit."""
+    module = facts.layer.module
+    if borrows_keys(module):
+        raise first or UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
     try:
-        found = None if facts.kv_source is not None else find_rows(module, layer.config)
+        found = find_rows(module, facts.layer.config, ways=facts.finding.ways)
+        # What contradicts the layer's own sizes counts only if it runs to its end so.
+        if first is None or found.complete:
+            return _inferred(facts, found)
     except InaccessibleWeights:
         raise
     except UnreadLayer as reason:
-        found = None
-        if first is None:
-            first = UnreadLayer(_why_run(module, reason))
-    # What contradicts the layer's own sizes counts only if it runs to its end so.
-    if found is None or (first is not None and not found.complete):
-        assert first is not None  # the layer that lends keys is found by an entry of the table
-        raise first
-    return _inferred(facts, found)
-
-
-def _by_running(facts: LayerFacts) -> Layout:
-    module = facts.layer.module
-    if borrows_keys(module):
-        raise UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
-    try:
-        return _inferred(facts, find_rows(module, facts.layer.config, ways=facts.finding.ways))
-    except (InaccessibleWeights, NotTokenAttention):
-        raise
-    except UnreadLayer as reason:
-        raise UnreadLayer(_why_run(module, reason)) from None
+        if first is None and isinstance(reason, NotTokenAttention):
+            raise
+        raise first or UnreadLayer(_why_run(module, reason)) from None
+    raise first
 
 
 def _inferred(facts: LayerFacts, found: Found) -> Layout:
@@ -281,7 +273,7 @@ class LayerReader:
         self.name, self.key_layer = facts.layer.name, facts.key_layer
         self._layer = weakref.ref(facts.layer.module)
         self._unit, self._root = facts.unit, facts.root
-        self._constants = Constants(facts.layer.module)
+        self._constants = facts.constants
         self.layout, self.query, self.key = layout.name, layout.query, layout.key
         self.sizes, self.scaling = layout.sizes, layout.scaling
         self.width = layout.query.projection.columns, layout.key.projection.columns

@@ -84,6 +84,12 @@ class SingularValues:
         self._before = {name: (pair[0], pair[1]) for name, pair in state["before"].items()}
         self._norms = {int(step): dict(norms) for step, norms in state["norms"].items()}
 
+    def forget(self) -> None:
+        """The next call of :meth:`cores` has no change."""
+        # Of no weights' shape; the state still tells that it is not to be read from what is loaded.
+        nothing = torch.empty(0)
+        self._before = dict.fromkeys(self._before, (nothing, nothing))
+
     def reading_order(self, layers: Iterable[str]) -> list[str]:
         """The layers among the given ones that :meth:`cores` reads, in its order."""
         return [name for name in layers if name in self.heads]

@@ -431,6 +431,8 @@ _ALL: tuple[Statistic, ...] = (
       "How much alike the tokens of a layer are, over what is an alarm.", "it reaches 1."),
     _("guard", "spectrum", "score of the spectrum",
       "How far W_QK has grown while the loss stands still, over what is an alarm.", "it reaches 1."),
+    _("guard", "updates", "score of the updates",
+      "How far the update of W_QK in a layer has grown over a window, over what is an alarm.", "it reaches 1."),
     _("guard", "lr_factor", "factor on the learning rate",
       "What the guard has multiplied the learning rate by."),
 )

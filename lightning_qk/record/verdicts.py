@@ -345,7 +345,7 @@ def _layer_verdict(layer: KnownLayer, is_fresh: bool) -> tuple[str, str]:
         return "collapsed", (
             f"mean normalized entropy {entropy:.3f}, and tokens with a mean cosine of {layer.cosine:.3f} leave it"
         )
-    if attention.missing and not attention.is_measured and not spectrum.is_measured:
+    if attention.missing and not attention.is_measured:
         return "no data", attention.missing
     if attention.values and not attention.is_measured:
         unknown = "every attention statistic is NaN: NaN logits, or the layer did not run"

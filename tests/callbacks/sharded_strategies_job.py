@@ -15,7 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_qk import AttentionMonitor, HiddenStateMonitor, LocAteR, QKSpectrumMonitor, locater_penalty
+from lightning_qk import (
+    AttentionMonitor,
+    HiddenStateMonitor,
+    LocAteR,
+    QKSpectrumMonitor,
+    TokenMonitor,
+    locater_penalty,
+)
 
 WEIGHT = 0.5
 
@@ -106,21 +113,29 @@ def fit(folder: Path, processes: int, module: models.Job | None = None, **argume
     keep, spectrum = KeepGradients(), QKSpectrumMonitor(report=False, singular=True)
     attention = AttentionMonitor(rows=None, report=False)
     hidden = HiddenStateMonitor(tokens=None, sequences=None, report=False)
+    tokens = TokenMonitor(tokens=None, predict_every=1, report=False)
     as_loss = module is not None and module.extra_loss is not None
     trainer = models.trainer(
-        [spectrum, attention, hidden, *([] if as_loss else [LocAteR(WEIGHT)]), keep],
+        [spectrum, attention, hidden, tokens, *([] if as_loss else [LocAteR(WEIGHT)]), keep],
         max_steps=2,
         use_distributed_sampler=False,
         default_root_dir=folder,
         **arguments,
     )
     trainer.fit(module or Configured(), data(processes))
-    histories = {"spectrum": spectrum.history, "attention": attention.history, "hidden": hidden.history}
+    histories = {
+        "spectrum": spectrum.history,
+        "attention": attention.history,
+        "hidden": hidden.history,
+        "tokens": tokens.history,
+        "pred": tokens._predictions.history,
+    }
     return {
         "gradients": keep.gradients,
         **{key: {name: own.series(name) for name in own.statistics} for key, own in histories.items() if own},
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         "notes": spectrum.notes + attention.notes + hidden.notes,
+        "notes of tokens": tokens.notes,
     }
 
 

@@ -16,7 +16,7 @@ from lightning_qk import CollapseGuard, QKClip
 from lightning_qk.callbacks.guard import _acting, _healthy, _pending, _rate, _remedy, _watch
 from lightning_qk.callbacks.guard import guard as module
 from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME
-from lightning_qk.guard.detector import CollapseDetector
+from lightning_qk.guard.detector import CollapseDetector, Sensitivity
 
 STEPS = 12
 ERRORS = [
@@ -99,7 +99,13 @@ def test_a_fault_inside_neither_ends_nor_changes_a_training(where, name, plain, 
         raise error
 
     monkeypatch.setattr(where, name, fail)
-    guard = CollapseGuard(every_n_steps=1, rollback=True, checkpoint_every=1)
+    watches_updates = where in (_watch.ReadingSource, _watch.QuietSpectrum)
+    guard = CollapseGuard(
+        every_n_steps=1,
+        rollback=True,
+        checkpoint_every=1,
+        sensitivity=Sensitivity(update=1e6) if watches_updates else None,
+    )
     weights, own = train(guard, tmp_path)
     assert torch.equal(weights, plain)
     assert len(own) <= 2

@@ -11,6 +11,7 @@ from guard_job import Sharpen
 
 from lightning_qk import AttentionMonitor, CollapseGuard, QKClip, QKSpectrumMonitor
 from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, holds
+from lightning_qk.guard.detector import Sensitivity
 
 STEPS = 24
 
@@ -32,7 +33,7 @@ class Saves(L.Callback):
 def callbacks(kind, guard):
     own = [AttentionMonitor(1, rows=None, report=False, figures_every=0)]
     own += [QKSpectrumMonitor(1, report=False, figures_every=0)]
-    return {"quiet": [guard], "before": [guard, *own], "after": [*own, guard]}[kind]
+    return {"quiet": [guard], "updates": [guard], "before": [guard, *own], "after": [*own, guard]}[kind]
 
 
 def fit(folder, seed, kind="quiet", every=1, path=None, save=(), steps=STEPS, checkpoint_every=2):
@@ -43,6 +44,7 @@ def fit(folder, seed, kind="quiet", every=1, path=None, save=(), steps=STEPS, ch
         lr_factor=0.5,
         lr_warmup=3,
         checkpoint_every=checkpoint_every,
+        sensitivity=Sensitivity(update=3.0) if kind == "updates" else None,
     )
     torch.manual_seed(seed)
     job = models.Job(lr=1e-3, optimizer="adamw")
@@ -69,7 +71,10 @@ def same(one, other):
     assert torch.equal(one[1], other[1])
 
 
-@pytest.mark.parametrize(("kind", "every"), [("quiet", 1), ("quiet", 3), ("before", 1), ("after", 2)])
+@pytest.mark.parametrize(
+    ("kind", "every"),
+    [("quiet", 1), ("quiet", 3), ("updates", 1), ("updates", 2), ("before", 1), ("after", 2)],
+)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, seed, kind, every):
     at = (4, 13, 17)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lightning_qk import AttentionMonitor, HiddenStateMonitor, PositionMonitor, QKSpectrumMonitor, SinkMonitor
+from lightning_qk import (
+    AttentionMonitor,
+    HiddenStateMonitor,
+    PositionMonitor,
+    QKSpectrumMonitor,
+    SinkMonitor,
+    TokenMonitor,
+)
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import DID_NOT_RUN, KNOWN, NO_DATA, NO_VALUE, NOT_FINITE
 from lightning_qk.record.verdicts import head_health, layer_health
@@ -24,6 +31,7 @@ def watchers() -> list:
         SinkMonitor(rows=None, sequences=None, **quiet),
         PositionMonitor(sequences=None, **quiet),
         HiddenStateMonitor(report=False),
+        TokenMonitor(tokens=None, predict_every=1, **quiet),
     ]
 
 
@@ -55,7 +63,7 @@ def test_cross_attention_is_healthy():
     fit(Pairs(models.t5()), models.tokens(), callbacks)
     record = record_of(callbacks)
     assert not [note for note in record.notes if ALARM in note]
-    assert {row.verdict for row in layer_health(record)} <= {"ok", "sink", "saturated", "uniform"}
+    assert {row.verdict for row in layer_health(record)} <= {"ok", "sink", "fresh", "uniform"}
     assert not [row for row in head_health(record) if row.verdict in ("non-finite", "no data")]
     spectrum = callbacks[0].history
     cross = [label for label in spectrum.layers if "cross" in label]

@@ -347,7 +347,10 @@ def test_what_is_not_finite_is_named():
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[0, 3] = torch.nan
     callback = monitor(predict_every=1)
-    models.trainer([callback], max_steps=1).fit(models.Job(model, lr=0.0), models.tokens(4))
+    trainer = models.trainer([callback], max_steps=1)
+    trainer.fit(models.Job(model, lr=0.0), models.tokens(4))
+    # A mean of the heads that are left would look healthy.
+    assert trainer.callback_metrics["pred/entropy/mean"].isnan()
     assert any("not finite" in note and "h.1" in note for note in callback.notes)
     assert callback.states[:4].tolist() == [KNOWN] * 4
     assert NOT_FINITE in callback.states[4:].tolist()

@@ -253,3 +253,40 @@ def test_a_trend_is_that_of_most_rows():
 def test_refuses_what_means_nothing(arguments):
     with pytest.raises(ValueError, match="expected"):
         Sensitivity(**arguments)
+
+
+def with_updates(readings, norm):
+    """The same readings with norms of the second layer's updates."""
+    for reading in readings:
+        index = reading.step // 4 - 1
+        update = torch.ones(4)
+        update[2:] = norm(index)
+        yield Reading(
+            reading.step, reading.losses, {**reading.values, "qk/update_delta2_norm": update}, PLACES
+        )
+
+
+def test_updates_are_looked_at_only_where_asked_for():
+    def jump(index):
+        return 1.0 if index < 20 else 12.0
+
+    assert not alarms(with_updates(series(), jump))
+    silent = CollapseDetector()
+    verdicts = [silent.observe(reading) for reading in with_updates(series(12), jump)]
+    assert "updates" not in verdicts[-1].scores
+    (alarm,) = alarms(with_updates(series(), jump), update=6.0)
+    assert alarm.scores["updates"] >= 1
+    assert "the update of W_QK in h.1 between two readings has grown 12-fold to a norm of 12" in alarm.reason
+    assert 4 * 21 < alarm.step <= 4 * 24
+    assert not alarms(with_updates(series(), jump), update=15.0)
+    # One that is far out, growth by less than that a window, and none at the first reading.
+    assert not alarms(with_updates(series(), lambda i: 50.0 if i == 30 else 1.0), update=6.0)
+    assert not alarms(with_updates(series(), lambda i: 1.1**i), update=6.0)
+    late = with_updates(series(), lambda i: math.nan if i == 0 else jump(i))
+    assert len(alarms(late, update=6.0)) == 1
+
+
+def test_update_is_off_or_above_one():
+    assert not Sensitivity().watches_updates
+    with pytest.raises(ValueError, match="update above 1"):
+        Sensitivity(update=0.5)

@@ -108,7 +108,11 @@ class Acting(Callback):
             done.append(f"{' and '.join(names)} set in")
         if done:
             self.detector.restart()
+            self.forget_weights()
         return done
+
+    def forget_weights(self) -> None:
+        """Weights may have been put back: what they are next is no update of training's."""
 
     def _tightened(self, trainer: Trainer, went_back: bool) -> bool:
         """On all ranks or on none."""

@@ -12,12 +12,15 @@ from lightning_qk.callbacks._trainer import logging_step, say
 from lightning_qk.callbacks.monitors import AttentionMonitor, Monitor, QKSpectrumMonitor
 from lightning_qk.capture.hooks import generate
 from lightning_qk.capture.hooks.modules import hook_before
+from lightning_qk.functional.updates import UPDATE_FORMS
 from lightning_qk.guard.reading import Place
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.metrics.eigenvalues import solve_each
 from lightning_qk.record.history import History, RunRecord
 
 ATTENTION = ("entropy_normalized", "logit_std", "max_abs_logit")
 SPECTRUM = ("sym_var", "frobenius_sq")
+UPDATES = ("update_delta2_norm", "update_delta2_stable_rank")
 COSINE = "hidden/cosine"
 _M = TypeVar("_M", bound=Monitor)
 
@@ -34,6 +37,8 @@ class _Quiet(Monitor):
         Without a report there is no folder to agree on either.
         """
         self.start_counting(trainer)
+        # Steps that a guard does not ask for are not measured, the last of an epoch either.
+        self._steps_measured = 1
         self.find_layers(trainer, pl_module)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
@@ -72,10 +77,32 @@ class QuietAttention(_Quiet, AttentionMonitor):
 
 
 class QuietSpectrum(_Quiet, QKSpectrumMonitor):
-    """Traces and norms of the weights, for a guard; no eigenproblem is solved."""
+    """Traces and norms of the weights, for a guard; no eigenproblem is solved but those of updates."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run's start is of no interest."""
+
+    def after_measuring(self, trainer: Trainer) -> None:
+        """Solve the updates' eigenproblems, where they are asked for, in the process that judges; at once."""
+        if self.updates and trainer.is_global_zero:
+            self.attempt(lambda: self._solve_updates(self.step_of(trainer)), "solving eigenproblems")
+
+    def _solve_updates(self, step: int) -> None:
+        if self._layers is None or self._layers.singular is None:
+            return
+        spectra, _ = solve_each([part for part in self._cores if part.names[0].startswith(UPDATE_FORMS)])
+        self.history.complete(step, self._layers.singular.values(step, spectra))
+
+    def recall(self, state: dict[str, Any] | None) -> None:
+        """Take up what the next update is against, of a checkpoint; collective where weights are sharded."""
+        self._singular_state = state
+        self._recall_weights()
+
+    def forget_weights(self) -> None:
+        """Weights were put back: the next update is none of training's."""
+        if self._layers is not None and self._layers.singular is not None:
+            self._layers.singular.forget()
+            self._step_of_weights = None
 
     def contribute(self, record: RunRecord) -> None:
         """Nothing is left to report."""
@@ -181,11 +208,11 @@ class ReadingSource:
     Args:
         every_n_steps: cadence of the guard; None follows the trainer's ``log_every_n_steps``.
         rows: query rows that a quiet monitor samples.
-
+        updates: also read :data:`UPDATES`, which a monitor of the trainer has only later: a quiet one measures.
     """
 
-    def __init__(self, every_n_steps: int | None, rows: int) -> None:
-        self.every_n_steps, self.rows = every_n_steps, rows
+    def __init__(self, every_n_steps: int | None, rows: int, *, updates: bool = False) -> None:
+        self.every_n_steps, self.rows, self.updates = every_n_steps, rows, updates
         self.quiet: list[_Quiet] = []
         self.attention: Monitor | None = None
         self.spectrum: Monitor | None = None
@@ -203,14 +230,17 @@ class ReadingSource:
         callbacks = list(callbacks)
         every = _cadence(trainer, self.every_n_steps)
         self.attention = _fitting(callbacks, AttentionMonitor, trainer, every)
-        self.spectrum = _fitting(callbacks, QKSpectrumMonitor, trainer, every)
+        if not self.updates:
+            self.spectrum = _fitting(callbacks, QKSpectrumMonitor, trainer, every)
         if self.attention is None:
             self.attention = QuietAttention(
                 self.every_n_steps, rows=self.rows, every_n_eval_batches=0, figures_every=0, report=False
             )
             self.quiet.append(self.attention)
         if self.spectrum is None:
-            self.spectrum = QuietSpectrum(self.every_n_steps, figures_every=0, report=False)
+            self.spectrum = QuietSpectrum(
+                self.every_n_steps, updates=self.updates, figures_every=0, report=False
+            )
             self.quiet.append(self.spectrum)
         for monitor in self.quiet:
             monitor.start(trainer, pl_module)
@@ -224,6 +254,21 @@ class ReadingSource:
         self.hidden = HiddenCosine(pl_module)
         watched = [(type(one).__name__, one.watched()) for one in self.quiet]
         return repr((watched, self.spectrum is None, list(self.hidden.modules)))
+
+    def updates_state(self, trainer: Trainer) -> dict[str, Any] | None:
+        """What a resumed run needs to miss no update."""
+        watched = self.spectrum if self.updates else None
+        return None if watched is None else watched.singular_state(trainer.global_step)  # type: ignore[attr-defined]
+
+    def recall(self, state: dict[str, Any] | None) -> None:
+        """Take up what :meth:`updates_state` described, once the checkpoint's weights are there."""
+        if self.updates and isinstance(self.spectrum, QuietSpectrum) and state is not None:
+            self.spectrum.recall(state)
+
+    def forget_weights(self) -> None:
+        """Weights were put back."""
+        if isinstance(self.spectrum, QuietSpectrum):
+            self.spectrum.forget_weights()
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was: nothing is watched any more."""
@@ -278,7 +323,7 @@ class ReadingSource:
         places: dict[str, list[Place]] = {}
         for group, monitor, names in (
             ("attn", self.attention, ATTENTION),
-            ("qk", self.spectrum, SPECTRUM),
+            ("qk", self.spectrum, (*SPECTRUM, *UPDATES * self.updates)),
         ):
             if monitor is None or monitor.history.steps[-1:] != [step]:
                 continue

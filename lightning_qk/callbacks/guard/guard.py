@@ -71,8 +71,9 @@ class CollapseGuard(Acting):
 
     Logged keys: ``guard/score``, the largest of the detectors' scores, alarming from 1 on; ``guard/loss``,
     ``guard/logits``, ``guard/entropy``, ``guard/rank`` and ``guard/spectrum``, each detector's; ``guard/fired``,
-    how
-    many alarms were given; and ``guard/lr_factor`` where ``lr_factor`` is below 1.
+    how many alarms were given; ``guard/lr_factor`` where ``lr_factor`` is below 1; and ``guard/updates`` with
+    ``Sensitivity(update=…)``, which also looks at what ``W_QK`` changes by between two readings. For that the
+    guard keeps a copy of all query and key weights in the host's memory, and in checkpoints.
 
     Args:
         action: ``"warn"``; ``"alert"``, an alert of Weights & Biases, a warning where there is none; ``"stop"``,
@@ -149,6 +150,8 @@ class CollapseGuard(Acting):
         super().begin()
         self.verdicts: list[Verdict] = []
         self._watch: ReadingSource | None = None
+        # What a checkpoint had for the next update of the weights.
+        self._updates_state: dict[str, Any] | None = None
         self._losses = StepLosses()
         self._pending: Pending | None = None
         self._is_due = False
@@ -213,7 +216,9 @@ class CollapseGuard(Acting):
         self._trouble, self._lost, self._gave_up, self._cannot_save = None, 0, False, False
         self._said.clear()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        watch = self._watch = ReadingSource(self.every_n_steps, self.rows)
+        watch = self._watch = ReadingSource(
+            self.every_n_steps, self.rows, updates=self.sensitivity.watches_updates
+        )
         try:
             all_or_none(trainer, lambda: watch.begin(trainer, pl_module, callbacks), facts=str)
         except Exception as error:
@@ -236,6 +241,10 @@ class CollapseGuard(Acting):
         if self.rollback and self._healthy.step is None and self.rolled_back_to is None:
             self._save(trainer, logging_step(trainer) - 1)
             self._confirm(trainer, at_once=True)
+        watch, state = self._watch, self._updates_state
+        self._updates_state = None
+        if watch is not None:
+            self._try(lambda: watch.recall(state), "the update since the last reading is not known")
         self._remedy.call("on_train_start", trainer, pl_module)
         self._remedy.agree(trainer, pl_module)
 
@@ -334,7 +343,20 @@ class CollapseGuard(Acting):
             **self._losses.state_dict(),
             "is_due": self._is_due,
             "pending": None if self._pending is None else self._pending.state_dict(),
+            **self._updates_in_state(),
         }
+
+    def _updates_in_state(self) -> dict[str, Any]:
+        trainer, _ = self.running()
+        if trainer is None or self._watch is None:
+            return {}
+        state = self._watch.updates_state(trainer)
+        return {} if state is None else {"updates": state}
+
+    def forget_weights(self) -> None:
+        """The next update would be a step back."""
+        if self._watch is not None:
+            self._watch.forget_weights()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what a checkpoint's run had seen."""
@@ -347,6 +369,7 @@ class CollapseGuard(Acting):
         self._healthy.load_state_dict(state_dict["healthy"])
         self._losses.load_state_dict(state_dict)
         self._is_due = bool(state_dict.get("is_due", False))
+        self._updates_state = state_dict.get("updates")
         pending = state_dict.get("pending")
         self._pending = None if pending is None else Pending.from_state_dict(pending)
 

@@ -30,6 +30,7 @@ class Predictions(LogKeys):
     Attributes:
         history: of the steps that were predicted.
         step: the newest of them; None before the first.
+        states: states of heads at that step; None where unknown.
     """
 
     group = "pred"
@@ -40,6 +41,7 @@ class Predictions(LogKeys):
         self.set_keys(None, False)
         self.history = History([], [])
         self.step: int | None = None
+        self.states: Tensor | None = None
         self._values: dict[str, Tensor] = {}
         # A step whose measured statistics may come yet.
         self._open: int | None = None
@@ -105,21 +107,22 @@ class Predictions(LogKeys):
     def overall(self, counted: Tensor | None) -> dict[str, float]:
         """Aggregates of the newest prediction."""
         self.counted = counted
-        return self.over_the_model(self._values)
+        return self.over_the_model(self._values, states=self.states)
 
     def publish(self, trainer: Trainer, monitor: LogKeys) -> None:
         """Send the newest prediction to the history and the loggers."""
         if self.step is None:
             return
-        self.history.append(self.step, self._values)
+        self.history.append(self.step, self._values, self.states)
         self._open = self.step
         self._log(trainer, monitor, self._values, self.step)
 
     def _log(self, trainer: Trainer, monitor: LogKeys, values: dict[str, Tensor], step: int) -> None:
         self.per_head, self.counted = monitor.per_head, monitor.counted
         self.per_layer = monitor.per_layer if isinstance(monitor.per_layer, bool) else False
-        scalars = self.worth_logging(self.over_the_model(values))
-        log_scalars(trainer, scalars | self.by_layer_and_head(self.history, values), step)
+        states = self.history.states_at(step)
+        scalars = self.worth_logging(self.over_the_model(values, states=states))
+        log_scalars(trainer, scalars | self.by_layer_and_head(self.history, values, states=states), step)
 
     def compare(self, trainer: Trainer, monitor: LogKeys) -> None:
         """Log the semantic share of the newest prediction, where attention was measured at the same step."""

@@ -314,11 +314,18 @@ class QKSpectrumMonitor(Monitor):
         if self._worker.pending is not None:
             self.attempt(self._complete_history)
         state = super().state_dict()
-        if self._layers is not None and self._layers.singular is not None:
-            trainer, _ = self.running()
-            is_new = trainer is not None and trainer.global_step == self._step_of_weights
-            state["singular"] = self._layers.singular.state_dict(weights=not is_new)
+        trainer, _ = self.running()
+        if trainer is not None and (singular := self.singular_state(trainer.global_step)) is not None:
+            state["singular"] = singular
         return state
+
+    def singular_state(self, global_step: int) -> dict[str, Any] | None:
+        """What the next change of the weights is against, if anything; weights only where they changed since."""
+        if self._layers is None or self._layers.singular is None:
+            return None
+        is_new = global_step == self._step_of_weights
+        state = self._layers.singular.state_dict(weights=not is_new)
+        return state if is_new or state["before"] else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint."""
