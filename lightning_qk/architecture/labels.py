@@ -115,6 +115,12 @@ def _unique(labels: dict[str, str]) -> dict[str, str]:
     return out
 
 
+def shorten(names: Sequence[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def matches(name: str, patterns: str | Sequence[str] | None) -> bool:
     """Whether a layer's name matches one of some glob patterns; None matches all."""
     patterns = [patterns] if isinstance(patterns, str) else patterns

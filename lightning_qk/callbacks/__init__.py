@@ -5,7 +5,7 @@ May import everything but inspect, module, data and cli.
 
 from typing import TYPE_CHECKING
 
-from lightning_qk._lazy import lazy
+from lightning_qk._packages import lazy
 from lightning_qk.callbacks import guard, interventions, monitors
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import GuardedHooks
-from lightning_qk.callbacks._trainer import describe_error, say, shorten
+from lightning_qk.callbacks._trainer import describe_error, say
 from lightning_qk.callbacks.callback import Callback
 from lightning_qk.heads.facts import forget_changed
 from lightning_qk.heads.reader import ProjectionReader

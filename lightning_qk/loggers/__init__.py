@@ -5,7 +5,7 @@ May import record and report.
 
 from typing import TYPE_CHECKING
 
-from lightning_qk._lazy import lazy
+from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.loggers.loggers import log_scalars

@@ -65,7 +65,9 @@ def test_values_are_those_of_one_process(results, case, rank):
     same(got["attention"], want["attention"], 1e-4)
     same(got["hidden"], want["hidden"], 1e-3)
     moments = ("qk/tokens/", "pred/")
-    if case.startswith(("tp", "fsdp ")):  # named: heads, or the weights that a rotation is checked by, are apart
+    if case.startswith(
+        ("tp", "fsdp ")
+    ):  # named: heads, or the weights that a rotation is checked by, are apart
         assert any("spread over processes" in note for note in got["notes of tokens"])
         assert all(value.isnan().all() for value in got["tokens"].values())
     else:

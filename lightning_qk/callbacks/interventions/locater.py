@@ -10,16 +10,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, training_layers
-from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed
+from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed, reason_of
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     logging_step,
     loss_scale,
     projection_reader,
     say,
-    shorten,
 )
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.functional.spectrum import Support, support_size
@@ -270,7 +270,7 @@ class LocAteR(Intervention):
     def _lose(self, trainer: Trainer, error: Exception) -> None:
         """A step without its penalty, on all processes; for good where there is one, or after a few in a row."""
         self._lost += 1
-        reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         if not is_distributed(trainer) or self._lost >= MOST_FAILURES:
             self._is_off = True
             self.say(f"the penalty is left off from here on ({reason}); training goes on")

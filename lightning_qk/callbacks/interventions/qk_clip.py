@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk._deprecated import OldName, old_spellings
-from lightning_qk.architecture.labels import layer_labels
+from lightning_qk.architecture.labels import layer_labels, shorten
 from lightning_qk.callbacks._layers import Patterns
-from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
-from lightning_qk.callbacks._trainer import logging_step, projection_reader, refuse_deepspeed, shorten
+from lightning_qk.callbacks._ranks import all_or_none, failed_anywhere, is_distributed, reason_of
+from lightning_qk.callbacks._trainer import describe_error, logging_step, projection_reader, refuse_deepspeed
 from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.max_logits import max_logits
@@ -244,7 +244,7 @@ class QKClip(Intervention):
                 trainer, lambda: self._own_maxima(pl_module, reading), facts=lambda own: str(len(own))
             )
         except Exception as error:
-            reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+            reason = reason_of(error)
             self.say(f"a step was not clipped ({reason}); training goes on", key="a step was not clipped")
             return
         finally:
@@ -277,7 +277,7 @@ class QKClip(Intervention):
                     before[name] = [(parameter, parameter.clone()) for parameter in own]
                 apply_clip(editor, gamma, self.alpha)
             except Exception as error:
-                doubts[name] = f"its weights could not be scaled ({type(error).__name__}: {error})"
+                doubts[name] = f"its weights could not be scaled ({describe_error(error)})"
         for name, reason in failed_anywhere(trainer, list(self._heads), doubts).items():
             for parameter, kept in before.get(name, ()):
                 parameter.copy_(kept)
@@ -314,7 +314,7 @@ class QKClip(Intervention):
                 self._find_again(reader)
                 self._listen(pl_module, reader)
         except Exception as error:
-            reason = f"the model's attention cannot be found again ({type(error).__name__}: {error})"
+            reason = f"the model's attention cannot be found again ({describe_error(error)})"
             self._doubts = {**dict.fromkeys(self._editors, reason), **self._doubts}
         for name, editor in self._editors.items():
             problem = editor.problem()

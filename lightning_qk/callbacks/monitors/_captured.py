@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_qk.callbacks._layers import WatchedReader, matches
-from lightning_qk.callbacks._trainer import logging_step, shorten
+from lightning_qk.architecture.labels import matches, shorten
+from lightning_qk.callbacks._layers import WatchedReader
+from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks.monitors._base import MonitorOptions
 from lightning_qk.callbacks.monitors._keys import without_errors
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor

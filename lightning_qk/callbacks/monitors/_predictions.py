@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._ranks import all_or_none, fill_from_others
-from lightning_qk.callbacks._trainer import describe_error, shorten
+from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._keys import LogKeys
 from lightning_qk.functional.token_moments import TokenMoments
 from lightning_qk.heads.projections import HeadProjections

@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_qk.architecture.labels import layer_labels
-from lightning_qk.callbacks._layers import Patterns, matches, matching
-from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.architecture.labels import layer_labels, matches, shorten
+from lightning_qk.callbacks._layers import Patterns, matching
+from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._base import OnUnreadable, at_least
 from lightning_qk.callbacks.monitors._keys import PerLayer
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor
@@ -166,7 +166,7 @@ class HiddenStateMonitor(ListeningMonitor):
             raise
         except Exception as error:
             # It says nothing of the block: memory that ran out, say. This measurement is lost.
-            pool.lost[name] = f"measuring it failed ({type(error).__name__}: {error})"
+            pool.lost[name] = f"measuring it failed ({describe_error(error)})"
 
     def known_layers(self) -> dict[str, int]:
         """Each has one value."""

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_qk.callbacks._layers import Patterns, matches, matching
+from lightning_qk.architecture.labels import matches
+from lightning_qk.callbacks._layers import Patterns, matching
 from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_states
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,

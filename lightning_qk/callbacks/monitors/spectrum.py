@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import WatchedReader
 from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
 from lightning_qk.callbacks._self_check import self_check_of
-from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.monitors._base import Monitor, MonitorOptions, flat_values
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.layer import LayerReader

@@ -206,7 +206,9 @@ class TokenMonitor(CaptureMonitor):
         if head is None:
             raise UnsupportedCallError("its weights cannot be read")
         if call.heads not in (None, head.heads):
-            raise UnsupportedCallError("its heads are spread over processes, whose moments are not put together")
+            raise UnsupportedCallError(
+                "its heads are spread over processes, whose moments are not put together"
+            )
         tokens = self._calls.read(name, call, tokens=self.tokens, generator=self._generator)
         if name not in self._facts or (self._prediction_is_due() and name not in self._renewed):
             facts = call_facts(tokens, call, head, longest=LENGTH // 2)
