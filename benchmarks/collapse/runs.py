@@ -69,7 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "data": {**_TEXT, "batch_size": 16},
     },
     # A fifth of the labels is drawn at random, for all runs of the family: without, the loss goes to nothing,
-    # and a tenth of nothing cannot be told from noise.
+    # and a tenth of nothing is lost in noise.
     "vit": {
         "task": "image_classification",
         "model": {
