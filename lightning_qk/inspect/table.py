@@ -90,7 +90,7 @@ def weights_sentences(reading: Reading) -> list[str]:
     ]
     if not reading.attention:
         if any(row.verdict == "fresh" for row in layer_health(record_of([reading]))):
-            lines.append("Its weights cannot be told from random ones: a fresh model.")
+            lines.append("Its weights do not differ from random ones: a fresh model.")
         lines.append("Weights alone show no fault: --text measures attention and judges it.")
     return lines
 
@@ -285,7 +285,7 @@ def _flat(reading: Reading, statistic: str) -> Tensor:
 
 
 def _value(reading: Reading, column: Column, layer: int, head: int | None) -> float:
-    """Of a head, or of a layer: the mean of its heads or the largest."""
+    """Value of a head, or of a layer: the mean of its heads or the largest."""
     flat = _flat(reading, column.statistic)
     if column.statistic in reading.layer_values:
         return float(flat[layer]) if head is None else math.nan
