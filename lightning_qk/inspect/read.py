@@ -17,9 +17,6 @@ from lightning_qk.heads.position import ADDED_TO_LOGITS
 from lightning_qk.heads.projections import HeadProjections, UnreadLayer
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.inspect.documents import BadInput
-from lightning_qk.inspect.matching import Weights
-from lightning_qk.inspect.skeleton import Placed, build_skeleton
-from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.inspect.layer_values import (
     OF_ANY_ATTENTION,
     SOLVED_STATISTICS,
@@ -30,6 +27,9 @@ from lightning_qk.inspect.layer_values import (
     summed_values,
     trace_values,
 )
+from lightning_qk.inspect.matching import Weights
+from lightning_qk.inspect.skeleton import Placed, build_skeleton
+from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.snapshots import Snapshots

@@ -78,7 +78,7 @@ def _columns_that_fit(texts: dict[str, list[str]], width: int) -> dict[str, str]
     """Columns that fit into a width, each with its title, which may have two lines.
 
     Args:
-        texts: title → what stands in the column.
+        texts: title → text of the column.
         width: of the console, in cells.
     """
     from rich.cells import cell_len
