@@ -72,7 +72,7 @@ _COLUMNS = {
     "verdict": "verdict",
 }
 _LEGEND = {
-    "entropy": "entropy: 0 is one key, 1 evenly spread",
+    "entropy": "entropy: 0 is one key, 1 all alike",
     "sink": "sink: share of the first key",
     "max|logit|": "logits: nats",
 }
