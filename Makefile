@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-models models test-slow lint docs dist coverage benchmark comparison tour paper paper-quick clean
+.PHONY: quickstart test test-oldest test-models models test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -60,6 +60,14 @@ comparison: $(VENV)/.test .venv-comparison/.done
 
 tour: $(VENV)/.examples
 	$(BIN)/python examples/refresh_tour.py
+
+# docs/atlas.md and the numbers of inspect --against, from both pretrained models.
+atlas: models
+	$(BIN)/python benchmarks/atlas.py --measure
+
+# The notebook top to bottom with a few steps; what the repository keeps of it stays.
+tour-quick: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow tests/examples/test_tour.py
 
 coverage: $(VENV)/.core
 	$(BIN)/python -m tools.coverage --jobs 2 --output docs/coverage.md

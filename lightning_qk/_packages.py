@@ -1,12 +1,37 @@
-"""The two packages that hold PyTorch Lightning: ``lightning`` and ``pytorch_lightning``.
+"""Packages: names of ours that are imported on first use, and the two that contain PyTorch Lightning.
 
-They are the same code under two names, and a job is written with one of them. Their classes are not each other's,
-so that what asks for one by ``isinstance`` misses the other's; here it is asked for by name.
+``lightning`` and ``pytorch_lightning`` are the same code under two names, and a job is written with one of them.
+Their classes differ, so that ``isinstance`` with a class of one misses those of the other; :func:`is_lightning`
+compares names.
 """
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
+
+
+def lazy(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package that imports its public names on first use (PEP 562).
+
+    Args:
+        package: its ``__name__``.
+        homes: module of the package → names that it defines.
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{package}.{home[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *home})
+
 
 _HOMES = ("lightning.pytorch.", "pytorch_lightning.")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 TEXT_TASKS = ("causal_lm", "masked_lm", "sequence_classification")
-"""Those that :class:`~lightning_qk.TextDataModule` makes batches for."""
+"""Tasks that :class:`~lightning_qk.TextDataModule` makes batches for."""
 
 CLASSIFICATION_TASKS = ("sequence_classification", "image_classification")
 
@@ -11,14 +11,14 @@ TASKS = (*TEXT_TASKS, "image_classification")
 
 
 def check_task(task: str, known: Sequence[str] = TASKS) -> None:
-    """Make sure that a task is known.
+    """Raises unless a task is known.
 
     Args:
-        task: any word.
-        known: those that are possible here.
+        task: name of a task.
+        known: the known tasks.
 
     Raises:
-        ValueError: it is not; the message names those that are.
+        ValueError: it is unknown; the message names the known ones.
     """
     if task not in known:
         raise ValueError(f"expected a task out of {', '.join(known)}, got {task!r}: pick one of them")

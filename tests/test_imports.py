@@ -74,7 +74,7 @@ def test_every_public_name_resolves():
 
 
 FLOORS = [
-    {"_deprecated", "_lazy", "_moved", "_packages", "_printable", "_version", "tasks"},
+    {"_deprecated", "_moved", "_packages", "_printable", "_version", "tasks"},
     {"functional", "guard"},
     {"architecture"},
     {"heads"},

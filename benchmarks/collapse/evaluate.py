@@ -1,5 +1,6 @@
 """Show recorded runs to the guard's detectors, and judge the warnings by what became of the runs."""
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from runs import Run
 from truth import MARGIN, Reference, Truth, final
 
-from lightning_qk.callbacks.guard._watch import ATTENTION, COSINE, SPECTRUM
+from lightning_qk.callbacks.guard._watch import ATTENTION, COSINE, SPECTRUM, UPDATES
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
 from lightning_qk.guard.reading import Place, Reading
 
@@ -21,14 +22,24 @@ def readings(record: Mapping[str, Any]) -> Iterator[Reading]:
         "qk": _places(spectrum),
         "hidden": [Place(layer) for layer in attention["layers"]],
     }
-    columns = {f"attn/{name}": torch.tensor(attention["values"][name]) for name in ATTENTION}
-    columns |= {f"qk/{name}": torch.tensor(spectrum["values"][name]) for name in SPECTRUM}
+    columns = {f"attn/{name}": by_step(record, name)[1] for name in ATTENTION}
+    columns |= {f"qk/{name}": by_step(record, name)[1] for name in (*SPECTRUM, *UPDATES)}
     columns[COSINE] = torch.tensor(record["cosine"]["values"])
     last = 0
     for index, step in enumerate(record["cosine"]["steps"]):
         values = {name: column[index] for name, column in columns.items()}
         yield Reading(step, record["loss"][last:step], values, places)
         last = step
+
+
+def by_step(record: Mapping[str, Any], statistic: str) -> tuple[list[int], torch.Tensor, list[int]]:
+    """Steps of the record's readings, from 1, a statistic's values at each, and heads of each layer."""
+    group = next(record[name] for name in ("attention", "spectrum") if statistic in record[name]["values"])
+    steps = record["cosine"]["steps"]
+    # Monitors count steps from 0, and that of weights also remembers the start.
+    at = {step + 1: values for step, values in zip(group["steps"], group["values"][statistic], strict=True)}
+    nothing = [math.nan] * sum(group["heads"])
+    return steps, torch.tensor([at.get(step, nothing) for step in steps]), group["heads"]
 
 
 def _places(group: Mapping[str, Any]) -> list[Place]:

@@ -28,8 +28,8 @@ sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parents[1]))
 
 from evaluate import first_alarm, rescued, summary, told  # noqa: E402
-from runs import DRIVEN, FAMILIES, REFERENCES, ROUGH, Run  # noqa: E402
-from train import EVERY, train  # noqa: E402
+from runs import DRIVEN, EVERY, REFERENCES, ROUGH, Run  # noqa: E402
+from train import train  # noqa: E402
 from truth import MARGIN, final, judge, reference  # noqa: E402
 
 from lightning_qk.guard.detector import Sensitivity  # noqa: E402
@@ -198,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(argv)
     start = time.perf_counter()
-    results = benchmark(["vit"] if given.quick else list(FAMILIES), given.cache, given.jobs)
+    results = benchmark(
+        ["vit"] if given.quick else list(dict.fromkeys(run.family for run in DRIVEN)), given.cache, given.jobs
+    )
     results["bars"] = {name: met(results[name]) for name in ("chosen_on", "reported_on")}
     results["made"] = {
         "quick": given.quick,

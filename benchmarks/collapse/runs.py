@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+EVERY = 4
+"""Steps between measurements."""
+
 _TEXT = {"block_size": 64, "batch_size": 8, "max_characters": 400_000}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -19,6 +22,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "depth": "n_layer",
         "data": _TEXT,
+    },
+    # The deep and narrow model of MSign (arXiv 2602.01734), nanoGPT of 5 M parameters.
+    "deep": {
+        "task": "causal_lm",
+        "model": {
+            "model_type": "gpt2",
+            "n_embd": 48,
+            "n_head": 6,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+        "depth": "n_layer",
+        "data": {**_TEXT, "block_size": 32},
     },
     "llama": {
         "task": "causal_lm",
@@ -51,7 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "data": {**_TEXT, "batch_size": 16},
     },
     # A fifth of the labels is drawn at random, for all runs of the family: without, the loss goes to nothing,
-    # and a tenth of nothing cannot be told from noise.
+    # and a tenth of nothing is lost in noise.
     "vit": {
         "task": "image_classification",
         "model": {
@@ -89,6 +107,7 @@ class Run:
         clip: bound of the gradient's norm; None for no bound.
         betas: of AdamW.
         qk_scale: factor of query and key weights at the start.
+        query_scale: factor of query weights at the start, besides.
         init_scale: factor of all matrices inside the layers at the start.
         skip: what the skip connection around each layer passes on.
         rounding: ``"fp16"``: products of queries and keys in half precision before they are scaled, which overflow
@@ -98,6 +117,7 @@ class Run:
         ramp: (from, to, factor): between these steps the learning rate grows to so many times what it was.
         resume: step at which the run is ended and resumed from its checkpoint.
         fresh_optimizer: the resumed run starts with an optimizer that remembers nothing.
+        every: steps between measurements.
         reference: one of the healthy runs that define what is healthy in the family.
         reports: of the half that figures are reported on; nothing is chosen on it.
     """
@@ -113,6 +133,7 @@ class Run:
     clip: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     qk_scale: float = 1.0
+    query_scale: float = 1.0
     init_scale: float = 1.0
     skip: float = 1.0
     rounding: str | None = None
@@ -121,6 +142,7 @@ class Run:
     ramp: tuple[int, int, float] | None = None
     resume: int | None = None
     fresh_optimizer: bool = False
+    every: int = EVERY
     reference: bool = False
     reports: bool = False
 
@@ -136,14 +158,36 @@ def _references() -> list[Run]:
     out = [
         Run(f"{family}-reference-{seed}", family, seed, reference=True)
         for family in FAMILIES
-        for seed in seeds
+        for seed in (seeds if family != "deep" else seeds[:1])
     ]
-    return [_bert(run) if run.family == "bert" else run for run in out]
+    own = {"bert": _bert, "deep": _deep}
+    return [own.get(run.family, replace)(run) for run in out]
 
 
 def _bert(run: Run, layers: int = 2) -> Run:
     """Predicting masked bytes takes longer to learn, and fewer layers learn it sooner."""
     return replace(run, steps=400, layers=layers)
+
+
+def _deep(run: Run, peak: float = 1.0) -> Run:
+    """MSign's recipe, reduced: 8 of 24 layers and 1,000 of 30,000 steps.
+
+    As there, queries start from zero and all else four times as large. The rate that fails after 20,000 steps does
+    nothing in 1,000; so here it rises slowly, to ``peak`` times what it was.
+    """
+    ramp = (200, 1000, peak) if peak != 1 else None
+    return replace(
+        run,
+        steps=1000,
+        layers=8,
+        lr=4e-3,
+        warmup=100,
+        betas=(0.9, 0.95),
+        init_scale=4,
+        query_scale=0,
+        ramp=ramp,
+        every=8,
+    )
 
 
 # What is meant to fail, the causes in turn; whether it does is decided by the loss.
@@ -211,3 +255,25 @@ def _drawn(runs: list[Run]) -> list[Run]:
 REFERENCES = _references()
 DRIVEN = _drawn(_DRIVEN)
 ROUGH = _drawn(_ROUGH)
+
+
+def _halves(failing: list[Run], rough: list[Run]) -> list[Run]:
+    """Every other recipe of either kind chooses, the rest report."""
+    return [replace(run, reports=bool(i % 2)) for kind in (failing, rough) for i, run in enumerate(kind)]
+
+
+# Every other one chooses, the rest report.
+_HEALTHY = (
+    *("vit-fresh-optimizer", "vit-noise", "vit-garbage", "vit-high-rate", "llama-resume", "vit-sharp-start"),
+    *("llama-small-batches", "llama-bf16-weights", "gpt2-fresh-optimizer", "llama-high-rate"),
+    *("gpt2-high-rate", "gpt2-garbage"),
+)
+_DRAWN = {run.name: run for run in ROUGH}
+COMPARED = _halves([run for run in DRIVEN if run.reports], [_DRAWN[name] for name in _HEALTHY])
+"""Runs on which alarms of single statistics are compared, in two halves of their own."""
+
+SLOW = [
+    *(_deep(Run("deep-slow", "deep", seed, reports=True), peak=20) for seed in (1, 2)),
+    *(_deep(Run("deep-healthy", "deep", seed, reports=True)) for seed in (21,)),
+]
+"""A failure that takes its time, and the same without its cause; nothing is chosen on it."""

@@ -22,8 +22,6 @@ from lightning_qk import (
 )
 from lightning_qk.callbacks.guard._watch import HiddenCosine
 
-EVERY = 4
-
 
 def _prepare(network: nn.Module, run: Run) -> None:
     """Scale weights at the start."""
@@ -33,7 +31,7 @@ def _prepare(network: nn.Module, run: Run) -> None:
                 if parameter.dim() == 2 and "layer" in name.replace(".h.", ".layer."):
                     parameter.mul_(run.init_scale)
         for layer in head_projections(network).values():  # views of the live weights
-            layer.query.mul_(run.qk_scale)
+            layer.query.mul_(run.qk_scale * run.query_scale)
             layer.key.mul_(run.qk_scale)
 
 
@@ -150,7 +148,8 @@ def half_products(
 class Record(L.Callback):
     """Keeps losses, gradient norms and the cosines of tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.loss: list[float] = []
         self.gradient: list[float] = []
         self.cosine: dict[str, list[Any]] = {"steps": [], "values": []}
@@ -161,7 +160,7 @@ class Record(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
         assert self._hidden is not None
-        if (trainer.global_step + 1) % EVERY == 0:
+        if (trainer.global_step + 1) % self.every == 0:
             self._hidden.listen(batch)
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
@@ -172,7 +171,7 @@ class Record(L.Callback):
         assert self._hidden is not None
         self.loss.append(float(outputs["loss"]))
         self._hidden.stop()
-        if trainer.global_step % EVERY == 0:
+        if trainer.global_step % self.every == 0:
             self.cosine["steps"].append(trainer.global_step)
             self.cosine["values"].append(self._hidden.compute(trainer, module.device).tolist())
 
@@ -209,7 +208,7 @@ def _data(run: Run, cache: str) -> dict[str, Any]:
 
 
 def train(run: Run, cache: str, extra: Sequence[L.Callback] = (), monitors: bool = True) -> dict[str, Any]:
-    """Train a run; its losses at all steps and the monitors' numbers at every fourth."""
+    """Train a run; its losses at all steps and the monitors' numbers at its cadence."""
     import transformers
 
     warnings.filterwarnings("ignore")
@@ -221,9 +220,10 @@ def train(run: Run, cache: str, extra: Sequence[L.Callback] = (), monitors: bool
     AttentionMaskInterface.register("half_products", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     torch.set_num_threads(1)
     start = time.process_time()
-    record = Record()
-    spectrum = QKSpectrumMonitor(EVERY, figures_every=0, report=False)
-    attention = AttentionMonitor(EVERY, rows=16, every_n_eval_batches=0, figures_every=0, report=False)
+    record = Record(run.every)
+    every = run.every
+    spectrum = QKSpectrumMonitor(every, singular=True, updates=True, figures_every=0, report=False)
+    attention = AttentionMonitor(every, rows=16, every_n_eval_batches=0, figures_every=0, report=False)
     with tempfile.TemporaryDirectory() as folder:
         ends = [run.steps] if run.resume is None else [run.resume, run.steps]
         path = None
@@ -237,7 +237,7 @@ def train(run: Run, cache: str, extra: Sequence[L.Callback] = (), monitors: bool
                 max_epochs=-1,
                 callbacks=callbacks,
                 gradient_clip_val=run.clip,
-                log_every_n_steps=EVERY,
+                log_every_n_steps=every,
                 limit_val_batches=0,
                 logger=False,
                 enable_checkpointing=False,

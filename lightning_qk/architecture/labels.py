@@ -16,7 +16,7 @@ def layer_labels(names: Sequence[str], cross: Collection[str] = ()) -> dict[str,
 
     Names that differ only in their integer components form one family. A model with one family gets
     ``layer_00``, ``layer_01``, …; the index is the integer that varies (several are joined by ``_``, and the
-    first one counts where none varies). Families are told apart by the fewest words of their names:
+    first one counts where none varies). Families are distinguished by the fewest words of their names:
     ``encoder_layer_00`` and ``decoder_layer_00``, or ``student_layer_00`` and ``teacher_layer_00``.
     Cross-attention has ``cross`` in front of ``layer``: ``decoder_cross_layer_00``.
 
@@ -113,6 +113,12 @@ def _unique(labels: dict[str, str]) -> dict[str, str]:
             taken.add(candidate)
         out[name] = candidate
     return out
+
+
+def shorten(names: Sequence[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def matches(name: str, patterns: str | Sequence[str] | None) -> bool:

@@ -39,7 +39,7 @@ class Product(NamedTuple):
 
 
 class Following(TorchFunctionMode):
-    """Keeps what every function of torch made of what, and finds the products that softmaxes are taken of."""
+    """Records inputs and outputs of every function of torch, and finds the products under softmaxes."""
 
     def __init__(self, passed: Sequence[Any] = ()) -> None:
         """Begin.
@@ -151,7 +151,7 @@ class Following(TorchFunctionMode):
         self.products.append(Product(own, others_own, None, own.shape[-1] ** -0.5))
 
     def _behind(self, logits: Tensor) -> Iterator[Product]:
-        """The products that a tensor was made of by functions of single numbers."""
+        """The products that a tensor was computed from by elementwise functions."""
         open_ends = [(logits, len(self.made), False)]
         seen: set[tuple[int, int]] = set()
         while open_ends:

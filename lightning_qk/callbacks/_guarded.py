@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import lightning.pytorch
 from lightning.pytorch import Trainer
 
-from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, finish_together, has_others
+from lightning_qk.callbacks._ranks import all_or_none, finish_together, has_others, reason_of
 from lightning_qk.callbacks._trainer import describe_error, say
 from lightning_qk.callbacks.callback import Callback
 
@@ -116,7 +116,7 @@ class Attempts(GuardedHooks, Callback):
         try:
             self.release()
         except Exception as error:
-            self.note(f"what stood in the model could not be taken away ({describe_error(error)})")
+            self.note(f"its hooks could not be removed from the model ({describe_error(error)})")
 
     def hook_failed(self, hook: str, error: Exception) -> None:
         """Say so and watch nothing more; what was seen until then is still reported."""
@@ -203,7 +203,7 @@ class Attempts(GuardedHooks, Callback):
             raise self._failure
 
     def _note_failure(self, what: str, times: int, error: Exception) -> None:
-        reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         if times >= MOST_FAILURES:
             self.note(f"it stopped {what} after {times} failures in a row ({reason}); training goes on")
         elif times == 1:

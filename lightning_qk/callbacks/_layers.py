@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.architecture.labels import matches, no_match
+from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.heads.layer import layer_reader
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
@@ -33,15 +33,8 @@ def kept_patterns(modules: Patterns) -> str | list[str] | None:
     return patterns
 
 
-def matches(name: str, modules: Patterns) -> bool:
-    """Whether a qualified name matches one of the patterns; None is every name."""
-    if modules is None:
-        return True
-    return any(fnmatchcase(name, pattern) for pattern in ([modules] if isinstance(modules, str) else modules))
-
-
 def matching(names: Iterable[str], modules: Patterns) -> list[str]:
-    """Those of some names that match one of the patterns."""
+    """The names that match one of the patterns."""
     return [name for name in names if matches(name, modules)]
 
 
@@ -54,20 +47,16 @@ def chosen_sites(model: nn.Module, modules: Patterns) -> list[AttentionLayer]:
     sites = list(attention_sites(model))
     chosen = [site for site in sites if matches(site.name, modules)]
     if not chosen:
-        names = shorten([site.name for site in sites])
-        raise ValueError(
-            f"expected modules={modules!r} to match at least one attention layer, but it matches none of "
-            f"{len(sites)} ({names}): use * for any part of a name"
-        )
+        raise no_match([site.name for site in sites], {}, modules)
     return chosen
 
 
 def training_layers(trainer: Trainer, pl_module: nn.Module, layers: Iterable[str]) -> set[str]:
-    """Of some layers, those whose network the optimizers change.
+    """The layers that belong to networks that the optimizers change.
 
     A layer trains where one of its own parameters does (those of an adapter count), or one of its stack: the list
     of blocks that it is in. So a layer that is frozen among others that train counts, and a teacher, a copy of
-    averaged weights or a frozen reference does not. Where nothing can be told, or no layer trains, all do.
+    averaged weights or a frozen reference does not. Where nothing is known, or no layer trains, all do.
 
     Args:
         trainer: the trainer, from ``on_fit_start``.
@@ -171,4 +160,4 @@ class WatchedReader(ProjectionReader):
             except UnreadLayer as reason:  # noqa: PERF203
                 self.unread[site.name] = str(reason)
             except Exception as error:
-                self.unread[site.name] = f"its weights could not be read ({type(error).__name__}: {error})"
+                self.unread[site.name] = f"its weights could not be read ({describe_error(error)})"

@@ -15,11 +15,18 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qk.callbacks._trainer import describe_error
+
 _T = TypeVar("_T")
 
 
 class FailedTogether(RuntimeError):
     """Something failed on at least one process, and is given up on all of them; raised on each."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why something was given up, in one line: of one process, or as agreed on by all."""
+    return str(error) if isinstance(error, FailedTogether) else describe_error(error)
 
 
 def is_distributed(trainer: Trainer) -> bool:
@@ -68,7 +75,7 @@ def device_of(trainer: Trainer) -> torch.device:
 
 
 def _first_error(error: Exception | None) -> str:
-    own = None if error is None else f"{type(error).__name__}: {error}"
+    own = None if error is None else describe_error(error)
     found: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, own)
     rank, text = next((rank, text) for rank, text in enumerate(found) if text is not None)

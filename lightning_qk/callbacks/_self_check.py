@@ -8,8 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import GuardedHooks
-from lightning_qk.callbacks._trainer import describe_error, say, shorten
+from lightning_qk.callbacks._trainer import describe_error, say
 from lightning_qk.callbacks.callback import Callback
 from lightning_qk.heads.facts import forget_changed
 from lightning_qk.heads.reader import ProjectionReader
@@ -138,7 +139,7 @@ class SelfCheck(GuardedHooks, Callback):
             try:
                 self._check.settle(agreed)
             except Exception as error:
-                # The callbacks are told all the same, as on the other processes.
+                # The callbacks get the verdicts all the same, as on the other processes.
                 self._give_up(error)
         wrong = {name: own.reason for name, own in agreed.items() if own.status is Status.DIFFERS}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 import math
 import os
 import sys
-from collections.abc import Sequence
 
 import torch
 import transformers
@@ -33,12 +32,6 @@ def refuse_deepspeed(trainer: Trainer, name: str) -> None:
             f"expected a strategy whose optimizer steps the parameters themselves for {name}, got DeepSpeed, "
             "which steps copies of its own: use DDP or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
         )
-
-
-def shorten(names: Sequence[str]) -> str:
-    """The first three of a list, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def say(sentence: str) -> None:

@@ -108,10 +108,10 @@ join_packages()
 
 
 def check_lightning(trainer: object, name: str) -> None:
-    """Refuse what is no Trainer of ``lightning`` or ``pytorch_lightning``.
+    """Raises unless it is a Trainer of ``lightning`` or ``pytorch_lightning``.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is another object.
     """
     join_packages()
     if not is_lightning(trainer, "Trainer"):

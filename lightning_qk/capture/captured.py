@@ -241,7 +241,7 @@ class SoftmaxCall(CapturedCall):
     def _products(self, position: str | None) -> AttentionLogits:
         if self.relative or position not in PRODUCTS:
             raise UnsupportedCallError(
-                "it takes its softmax itself, of logits from which q · k cannot be told; with "
+                "it takes its softmax itself, of logits from which q · k cannot be separated; with "
                 'attn_implementation="sdpa" or "eager" they may be, where the model has one'
             )
         return self._logits()
@@ -279,8 +279,8 @@ class SoftmaxCall(CapturedCall):
                 return logits.reshape(-1, heads, n, m)  # key heads, and the query heads of each
         known = "of unknown number" if heads is None else f"of which there are {heads}"
         raise UnsupportedCallError(
-            f"its softmax gets logits of shape {tuple(logits.shape)}, whose heads, {known}, cannot be told from "
-            "the batch: it has no statistics"
+            f"its softmax gets logits of shape {tuple(logits.shape)}, whose heads, {known}, cannot be "
+            "distinguished from the batch: it has no statistics"
         )
 
 

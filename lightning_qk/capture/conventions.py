@@ -207,7 +207,7 @@ def _visible(
     window: int | None = None,
     offset: int | None = None,
 ) -> VisibleKeys:
-    """Of the first m keys."""
+    """The masks of the first m keys."""
     key = call.key[:, :, :m]
     # A call whose function is not tried may lack values.
     value = call.value[:, :, :m] if isinstance(call.value, Tensor) else call.value
@@ -347,8 +347,8 @@ def _refuse_chunks(call: AttentionCall, m: int) -> None:
     kinds, index = getattr(config, "layer_types", None), getattr(call.module, "layer_idx", None)
     if kinds is None or index is None or kinds[index] == "chunked_attention":
         raise UnsupportedCallError(
-            f"attention implementation {call.implementation!r} is not told where chunks of {chunk} keys begin, "
-            f'which {m} keys exceed: load the model with attn_implementation="sdpa"'
+            f"attention implementation {call.implementation!r} gets no argument for where chunks of {chunk} keys "
+            f'begin, which {m} keys exceed: load the model with attn_implementation="sdpa"'
         )
 
 

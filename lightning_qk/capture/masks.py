@@ -131,7 +131,7 @@ def packed_function(
 
 
 def _places(starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Of each token its sequence (−1 outside of all) and its place in it."""
+    """Each token's sequence (−1 outside of all) and its place in it."""
     starts = starts.long()
     token = torch.arange(length, device=starts.device)
     sequence = torch.bucketize(token, starts, right=True) - 1

@@ -9,7 +9,7 @@ from lightning_qk.inspect.documents import BadInput
 
 
 def folder() -> Path:
-    """Where the configs lie: in the package of a wheel (setup.py puts them there), else beside it."""
+    """Folder of the configs: in the package of a wheel (setup.py puts them there), else beside it."""
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -65,7 +65,7 @@ def _check_text(path: Path) -> None:
 
 
 def _near(path: Path) -> list[str]:
-    """What may have been meant: the package's names, and files of the same folder."""
+    """Suggestions for a name: the package's configs, and files of the same folder."""
     try:
         files = [str(other) for other in path.parent.glob("*.y*ml")]
     except OSError:

@@ -284,6 +284,8 @@ def _print(title: str, facts: dict[str, str], layers: Sequence[Layer]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from lightning_qk.architecture.labels import shorten
+
     console = Console()
     table = Table(title=escape(printable(f"{title} ({facts['model']})")), header_style="bold")
     table.add_column("layer", overflow="fold")
@@ -298,7 +300,7 @@ def _print(title: str, facts: dict[str, str], layers: Sequence[Layer]) -> None:
     console.print(table)
     console.print(f"Run on {printable(facts['inputs'])}", markup=False, highlight=False)
     for reason, labels in _reasons(layers).items():
-        shown = ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+        shown = shorten(labels)
         console.print(f"{shown}: {printable(reason)}", markup=False, highlight=False)
     count = len(layers)
     console.print(

@@ -15,6 +15,7 @@ from lightning_qk.inspect.documents import BadInput, one_line
 
 if TYPE_CHECKING:
     from lightning_qk.inspect.export import Condition
+    from lightning_qk.inspect.healthy import Reference
     from lightning_qk.inspect.read import Reading
     from lightning_qk.inspect.sources import Checkpoint
 
@@ -42,7 +43,7 @@ examples:
   lightning-qk inspect runs/base runs/tuned --compare
   lightning-qk inspect runs/version_0/checkpoints --html evolution.html
   lightning-qk inspect last.ckpt --moments-only --fail-on 'qk/eig_var/max>3' --json report.json
-  lightning-qk inspect runs/tuned --text stdlib
+  lightning-qk inspect runs/tuned --text stdlib --against smollm2
 """
 
 
@@ -110,6 +111,12 @@ def _parser(prog: str) -> OneLineParser:
         "what each further checkpoint has more of than the first, layer by layer; of one folder of "
         "checkpoints, the newest than the oldest",
     )
+    shown.add_argument(
+        "--against",
+        metavar="NAME",
+        help="where each layer, or head, lies among those of a healthy model: minilm (an encoder) or smollm2 (a "
+        "language model); with --text stdlib of attention too",
+    )
     flag(shown, "--moments-only", "leave out eigenvalues and singular values, which take the longest")
     flag(shown, "--no-fold-norm", "leave the norm that feeds a layer out of its weights")
     flag(shown, "--fold-norm", argparse.SUPPRESS)  # the default since 0.3; lines that ask for it still run
@@ -171,8 +178,10 @@ def _run(options: argparse.Namespace, prog: str) -> int:
         write_html,
         write_text,
     )
+    from lightning_qk.inspect.healthy import reference
 
     conditions = [parse_condition(text) for text in options.fail_on]
+    known = None if options.against is None else reference(options.against)
     check_targets([options.json, options.csv, options.html])
     with quiet():
         sources = _read_all(options)
@@ -188,7 +197,7 @@ def _run(options: argparse.Namespace, prog: str) -> int:
     if options.csv is not None:
         write_text(options.csv, as_csv(sources))
     if "-" not in (str(options.json), str(options.csv)):
-        _print(sources, pairs, per_head=options.per_head)
+        _print(sources, pairs, known, per_head=options.per_head)
     for line in broken:
         print(printable(f"{prog}: {line}"), file=sys.stderr)
     return 1 if broken else 0
@@ -315,10 +324,16 @@ def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> li
     return lines
 
 
-def _print(sources: "list[list[Reading]]", pairs: "list[tuple[Reading, Reading]]", *, per_head: bool) -> None:
+def _print(
+    sources: "list[list[Reading]]",
+    pairs: "list[tuple[Reading, Reading]]",
+    known: "Reference | None",
+    *,
+    per_head: bool,
+) -> None:
     from rich.console import Console
 
-    from lightning_qk.inspect.table import print_comparison, print_evolution, print_reading
+    from lightning_qk.inspect.table import print_against, print_comparison, print_evolution, print_reading
 
     console = Console()
     for readings in sources if not pairs else [sources[0][:1]]:
@@ -327,3 +342,6 @@ def _print(sources: "list[list[Reading]]", pairs: "list[tuple[Reading, Reading]]
         print_reading(readings[-1], console, per_head=per_head)
     for first, other in pairs:
         print_comparison(first, other, console, per_head=per_head)
+    if known is not None:
+        for readings in sources:
+            print_against(readings[-1], known, console, per_head=per_head)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_qk._lazy import lazy
+from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.data.stdlib import stdlib_snippets, stdlib_texts

@@ -58,7 +58,7 @@ def check_fields(path: Path, *, encoding: str = "utf-8") -> None:
 
 
 def hint_of_header(columns: Sequence[str]) -> str:
-    """What to say of a header that is none: names that are numbers, or as long as text."""
+    """The message for a first row that is not a header: names that are numbers, or as long as text."""
     strange = [name for name in columns if name.strip().lstrip("-").isdigit() or len(name) > 40]
     return "its first row looks like data: add a header line, or " if strange else ""
 

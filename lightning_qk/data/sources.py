@@ -76,7 +76,7 @@ def check_files(paths: Sequence[str]) -> list[Path]:
 
 
 def _check_encoding(path: Path, encoding: str) -> None:
-    """Decode a file once, so that a wrong encoding is told with its place."""
+    """Decode a file once, so that an error of encoding names its place."""
     try:
         decoder = codecs.getincrementaldecoder(encoding)()
     except LookupError as error:
@@ -94,7 +94,7 @@ def _check_encoding(path: Path, encoding: str) -> None:
                 # The decoder counts from the bytes that it kept of the chunk before.
                 position = before - pending + getattr(error, "start", 0)
                 raise ValueError(
-                    f"expected {encoding} text in {path}, got a byte that is none at position {position}: "
+                    f"expected {encoding} text in {path}, got an invalid byte at position {position}: "
                     "save the file as UTF-8 again, or pass its encoding="
                 ) from error
             if not chunk:
@@ -277,7 +277,7 @@ def encode_labels(
         where: gives what a split was read from, for messages.
 
     Raises:
-        ValueError: a label that is none of the classes, or a row without text.
+        ValueError: a label that is not one of the classes, or a row without text.
     """
     from datasets import Dataset
 

@@ -182,7 +182,7 @@ class TextDataModule(pl.LightningDataModule):
         return getattr(getattr(self.trainer, "lightning_module", None), "pretrained", None)
 
     def _follow_the_model(self) -> None:
-        """Begin anew where data were prepared by hand before there was a trainer, with another tokenizer."""
+        """Start over where data were prepared by hand before there was a trainer, with another tokenizer."""
         if (
             self._tokenizer_name
             or self._tokenizer is None

@@ -1,4 +1,4 @@
-"""What functions of attention are given: one checked call, or its parts."""
+"""Arguments of functions of attention: one checked call, or its parts."""
 
 from torch import Tensor
 

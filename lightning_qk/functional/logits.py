@@ -147,21 +147,21 @@ class AttentionLogits(ABC):
     @property
     @abstractmethod
     def _values(self) -> Tensor:
-        """The tensor whose device and dtype count."""
+        """The tensor that decides device and dtype."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the chunks."""
+        """Dtype of the chunks."""
         return self._values.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the chunks."""
+        """Device of the chunks."""
         return self._values.device
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of statistics: float64 where the call is, else float32."""
+        """Dtype of statistics: float64 where the call is, else float32."""
         return torch.float64 if self._values.dtype == torch.float64 else torch.float32
 
     @abstractmethod
@@ -509,7 +509,7 @@ class GivenLogits(AttentionLogits):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the chunks."""
+        """Dtype of the chunks."""
         return torch.float64 if self.wide else self.result_dtype
 
     def in_range(self) -> GivenLogits:

@@ -224,7 +224,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 PROFILE_BINS = 10
-"""Into how many equal parts of [0, 1] relative positions fall where nothing else is said."""
+"""Default number of equal bins for relative positions in [0, 1]."""
 
 # In a row with few keys the window is wide and a part holds hardly one: such rows say nothing about position.
 MIN_KEYS = 16

@@ -254,7 +254,7 @@ def check_same_layer(query: Tensor, key: Tensor, query_before: Tensor, key_befor
 
 
 def _largest_singular(weight: Tensor) -> Tensor:
-    """Of ``(..., heads, d_head, width)``, by the Gram matrix of the rows: the largest loses no digits there."""
+    """σ₁ of ``(..., heads, d_head, width)``, by the Gram matrix of the rows: the largest loses no digits there."""
     scale = weight.abs().amax((-2, -1), keepdim=True)
     scaled = torch.where(scale > 0, weight / scale, weight)
     finite = scaled.isfinite().all(-1).all(-1)

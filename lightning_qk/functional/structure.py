@@ -18,7 +18,7 @@ def positivity(eigenvalues: Tensor) -> Tensor:
     r"""``Σ λ / Σ |λ|``: how far eigenvalues are positive, in [−1, 1].
 
     1 where all are real and positive: every direction attends to itself. About 0 for random weights. As copying
-    heads are told by in the analysis of transformer circuits (Elhage et al. 2021), there of another matrix.
+    heads are identified by in the analysis of transformer circuits (Elhage et al. 2021), there of another matrix.
 
     Args:
         eigenvalues: shape ``(..., d_head)``, complex, in conjugate pairs, or real.

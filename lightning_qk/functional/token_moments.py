@@ -110,7 +110,7 @@ class TokenMoments:
     in any order. Memory is ``O(heads · d_head²)``: positions share means, about four for each doubling.
 
     Tokens whose keys are more than half-way from the others' mean to the first token's are further sinks. Their
-    means are apart from the others' (they are among the tokens of all other attributes); none are told apart where
+    means are apart from the others' (they are among the tokens of all other attributes); none are separated where
     the keys of first tokens are not apart. Which tokens these are is decided when a call is added, by the moments
     until then.
 

@@ -19,7 +19,7 @@ from lightning_qk.functional.precision import full_precision
 from lightning_qk.functional.token_moments import SideMoments, TokenMoments, _like_first, slots
 
 _SLOTS = 46
-"""Of positions up to 8192 tokens; later ones share the last."""
+"""Number of slots for positions, up to 8192 tokens; later ones share the last."""
 
 
 class TokenSums(NamedTuple):

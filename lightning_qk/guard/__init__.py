@@ -5,7 +5,7 @@ Imports torch alone.
 
 from typing import TYPE_CHECKING
 
-from lightning_qk._lazy import lazy
+from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.guard.detector import CollapseDetector, Verdict

@@ -226,7 +226,7 @@ class Detector:
         return (trend >= _TREND) | (sign * (self.level() - self.start()) >= _AWAY)
 
     def course(self, index: int, sign: int, digits: int) -> str:
-        """From where to where the logarithm of a place went, in words: over the window, or since the start."""
+        """The change of a place's logarithm in words: over the window, or since the start."""
         column = self.window.rows()[:, index]
         known = column[column.isfinite()].exp()
         first, now = float(known[0]), float(known[-1])

@@ -81,7 +81,7 @@ class Window:
         return torch.stack(list(self._rows))
 
     def median(self) -> Tensor:
-        """Of each column, numbers that are NaN left out, shape ``(places,)``."""
+        """Median of each column, NaN left out, shape ``(places,)``."""
         return self.rows().nanmedian(0).values
 
     def trend(self) -> tuple[Tensor, Tensor]:

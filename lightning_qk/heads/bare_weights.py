@@ -314,7 +314,7 @@ class BareFollower(RowFollower):
                 parts.append(Part(places, weight.plan, flat[places] - weight.first))
         given = self._source(numbers, {part.projection.columns for part in parts})
         if given is None:
-            raise UnreadLayer(f"its {what} are made of none of its inputs, or of several")
+            raise UnreadLayer(f"its {what} are computed from none of its inputs, or from several")
         if len(parts) == 1:
             (part,) = parts
             assert isinstance(part.rows, Tensor)  # as made above

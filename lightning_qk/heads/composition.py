@@ -49,7 +49,7 @@ class Composition:
         self.parts = parts
         widths = {part.projection.columns if part.source is None else part.source.columns for part in parts}
         if len(widths) != 1:
-            raise UnreadLayer("its q or k is made of inputs of several widths")
+            raise UnreadLayer("its q or k is computed from inputs of several widths")
         self.columns: int = widths.pop()
         places = torch.cat([part.places for part in parts])
         self._order = None if bool((places.diff() == 1).all()) else places.argsort()

@@ -31,7 +31,7 @@ class Finding(NamedTuple):
         layout: the layout by which it has to be read, since that gave what its attention received.
         added: parameters of the layer that are added to its queries besides.
         reason: why it has to be left out; None to read it.
-        self_attention: whether queries and keys are made of the same tokens; None where that was not seen.
+        self_attention: whether queries and keys are computed from the same tokens; None where that was not seen.
     """
 
     ways: tuple[Trial, ...] = ()

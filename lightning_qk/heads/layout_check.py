@@ -91,9 +91,7 @@ class LayoutCheck:
         """Refuse sides that are not what projections give, or projections of something else than is given."""
         for passed in self._rows.runs[0].passed:
             if self._rows.trial.name_of(passed.given) is not None and not passed.is_scale_free():
-                raise Rejected(
-                    f"what stands before its projections is a {type(passed.norm).__name__}, which is no norm"
-                )
+                raise Rejected(f"its projections are fed by a {type(passed.norm).__name__}, which is no norm")
         plain = self._rows.sample(2, 1.0)
         for way in self._ways:
             for side, numbers in zip(SIDES, way.sides, strict=True):
@@ -188,7 +186,7 @@ class LayoutCheck:
                 error = (given[:, None] - features.factor * want[None]).abs().amax(-1).amin(1).max()
                 if not float(error) <= tolerance(got) * float(want.abs().max()):
                     raise Rejected(
-                        f"something that is not linear stands before its projection {emitter.plan.name!r}"
+                        f"something that is not linear precedes its projection {emitter.plan.name!r}"
                     )
 
     def _check_parameters(self) -> None:
@@ -216,7 +214,7 @@ class LayoutCheck:
         return True
 
     def _check_wider(self) -> bool:
-        """Refuse what mixes tokens or heads: in more tokens each vector is some rows of one, if turned.
+        """Raises where tokens or heads are mixed: with more tokens each vector is some rows of one, if turned.
 
         Returns:
             Whether they are turned.

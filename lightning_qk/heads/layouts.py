@@ -41,7 +41,7 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
 
 
 class Source(ABC):
-    """What holds the weights of one side of a layer."""
+    """Parameters that hold the weights of one side of a layer."""
 
     @abstractmethod
     def fits(self, module: nn.Module, kv_source: nn.Module | None = None) -> bool:

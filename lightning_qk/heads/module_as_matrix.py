@@ -162,7 +162,7 @@ class ModuleMatrix:
         copied = shadow(module, convert=convert)
         for layer in copied.modules():
             if not all(is_plain(own) for own in layer.parameters(recurse=False)):
-                # In evaluation mode a quantized layer may pack its codes anew, and keep them so.
+                # In evaluation mode a quantized layer may repack its codes, and keep them so.
                 layer.training = True
         return copied
 

@@ -49,7 +49,7 @@ class HeadProjections:
             or a video; ``"alibi"``, ``"relative bias"`` (a number for each relative position, as in T5 and Swin)
             or ``"relative product"`` (products with embeddings of relative positions, as in DeBERTa and
             Transformer-XL), which are added to ``q · k``, so that a spectrum is that of the content part;
-            ``"none"``: the logits are ``q · k`` alone. None where it cannot be told.
+            ``"none"``: the logits are ``q · k`` alone. None where it is not known.
         qk_norm: a norm stands between projection and dot product. Its gain is folded into the weights (for
             LayerNorm, the removal of the mean too; its offset is left out); the head is then not bilinear and
             the spectrum is that of the form before normalization. It may stand within the projection too:

@@ -87,7 +87,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         return model
 
     def refresh(self) -> bool:
-        """Plan anew if modules of the model were replaced (an adapter merged, say), or what layers keep beside
+        """Plan again if modules of the model were replaced (an adapter merged, say), or what layers keep beside
         their parameters changed what they compute (a temperature, say); whether that was so.
 
         Values, devices, types and ties of the weights are live in any case.
@@ -102,7 +102,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         return True
 
     def _renew(self) -> bool:
-        """Plan those layers anew whose own numbers changed; whether any is read otherwise now."""
+        """Plans layers again if their own numbers changed; returns whether any is read differently now."""
         stale = [name for name, plan in self.layers.items() if not plan.is_current()]
         if not stale:
             return False

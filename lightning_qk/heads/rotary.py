@@ -346,7 +346,7 @@ class Layer:
         """Run to the first call of a rotary function; None where the forward does without.
 
         Args:
-            position: that all tokens stand at.
+            position: of all tokens.
             angles: what the model gives the layer for it.
 
         Raises:

@@ -216,7 +216,9 @@ class RowFollower:
         given: set[str] = set()
         whole_map = composed(self._compose(numbers.flatten(), given, depth=3))
         if len(given) != 1:
-            raise UnreadLayer(f"its {what} are made of several inputs ({', '.join(sorted(given)) or 'none'})")
+            raise UnreadLayer(
+                f"its {what} are computed from several inputs ({', '.join(sorted(given)) or 'none'})"
+            )
         rows = torch.arange(numbers.numel()).view(numbers.shape)
         return FoundSide(whole_map, rows, norm, given.pop(), whole_map.normed, common_rows(numbers))
 
@@ -279,7 +281,7 @@ class RowFollower:
 
 
 def read_numbers(seen: list[Tensor], what: str) -> Numbers:
-    """Read the numbers of rows from what the layer made of zeros, of ones, and of their digits."""
+    """Read the numbers of rows from what the layer returned for zeros, for ones, and for their digits."""
     if any(tensor.shape != seen[0].shape for tensor in seen):
         raise UnreadLayer(f"{what} change their shape from run to run")
     zero, one, *digits = (tensor.double() for tensor in seen)

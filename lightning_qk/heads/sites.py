@@ -214,7 +214,7 @@ def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
         found = _block_of(site, own)
         if found is None:
             without[site.name] = (
-                "it stands in no list of blocks (nn.ModuleList or nn.Sequential), so that no block's output is "
+                "it is in no list of blocks (nn.ModuleList or nn.Sequential), so that no block's output is "
                 "known"
             )
             continue

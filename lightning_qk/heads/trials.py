@@ -72,9 +72,9 @@ _INPUTS = re.compile(
     r"query|key|value|queries|keys|values|[qkvQKV]|(query|key|value)(_states|_input|s_input)|(queries|keys)_in"
     r"|[qkv]_(in|input|states)|(x|input|inputs)_[qkv]"
 )
-# Tokens that keys may be made of instead.
+# Tokens that keys may be computed from instead.
 _CROSSED = frozenset({"encoder_hidden_states", "key_value_states", "encoder_states", "memory", "context"})
-# Shapes of the input, with None for its width; a single token in the second stands at position 0, wherever
+# Shapes of the input, with None for its width; a single token in the second has position 0, wherever
 # positions are counted.
 _SHAPES: tuple[tuple[int | None, ...], ...] = (
     (2, 3, None),

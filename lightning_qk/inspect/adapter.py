@@ -75,7 +75,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_ALPHA
         ):
             raise BadInput(
-                f"expected finite numbers for lora_alpha and alpha_pattern in {where}, got one that is none "
+                f"expected finite numbers for lora_alpha and alpha_pattern in {where}, got another value "
                 f"for {name!r}: correct its adapter_config.json"
             )
     for name in _REFUSED:

@@ -17,10 +17,7 @@ from lightning_qk.heads.position import ADDED_TO_LOGITS
 from lightning_qk.heads.projections import HeadProjections, UnreadLayer
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.inspect.documents import BadInput
-from lightning_qk.inspect.matching import Weights
-from lightning_qk.inspect.skeleton import Placed, build_skeleton
-from lightning_qk.inspect.sources import Checkpoint
-from lightning_qk.inspect.weights import (
+from lightning_qk.inspect.layer_values import (
     OF_ANY_ATTENTION,
     SOLVED_STATISTICS,
     SUMMED_STATISTICS,
@@ -30,6 +27,9 @@ from lightning_qk.inspect.weights import (
     summed_values,
     trace_values,
 )
+from lightning_qk.inspect.matching import Weights
+from lightning_qk.inspect.skeleton import Placed, build_skeleton
+from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.metrics.eigenvalues import Cores, EigenvalueWorker
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.snapshots import Snapshots
@@ -214,7 +214,7 @@ def read_checkpoint(
         support: what spectra are averaged over, see :func:`~lightning_qk.functional.qk_moments`.
         fold_norm: fold the gain of the norm that feeds a layer into its weights, where one does.
         eigenvalues: solve the eigenproblems; False leaves ``SOLVED_STATISTICS`` of
-            ``lightning_qk.inspect.weights`` out.
+            ``lightning_qk.inspect.layer_values`` out.
         summed: statistics of each layer's heads summed also where they take long.
         trust: run code that comes with the model.
         progress: called after every layer.

@@ -126,7 +126,7 @@ def _numel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def _length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-    """Of a range."""
+    """Length of a range."""
     given = [
         value
         for value in (*args, *(kwargs.get(name) for name in ("start", "end", "step")))

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_qk._printable import printable
+from lightning_qk.inspect.healthy import Reference
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.record.verdicts import FLAGGED, HeadHealth, format_value, head_health, layer_health
 
@@ -89,7 +90,7 @@ def weights_sentences(reading: Reading) -> list[str]:
     ]
     if not reading.attention:
         if any(row.verdict == "fresh" for row in layer_health(record_of([reading]))):
-            lines.append("Its weights cannot be told from random ones: a fresh model.")
+            lines.append("Its weights do not differ from random ones: a fresh model.")
         lines.append("Weights alone show no fault: --text measures attention and judges it.")
     return lines
 
@@ -232,6 +233,31 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
     print_notes(other.notes, console)
 
 
+def print_against(reading: Reading, known: Reference, console: Console, *, per_head: bool = False) -> None:
+    """Print where a model's layers, or heads, lie among those of a healthy one."""
+    columns = (*_WEIGHTS, *_ATTENTION) if reading.attention else _WEIGHTS
+    places = _places(reading, per_head)
+    title = known.facts.get("Title", known.name)
+    unit = "heads" if per_head else "layers"
+
+    def share(column: Column, at: tuple[int, int | None]) -> float:
+        value = _value(reading, column, *at)
+        return known.share_below(column.statistic, value, of_layers=not per_head, peak=column.peak)
+
+    _print_numbers(
+        f"{reading.title} against {title}: share of its {unit} that lie lower",
+        [name for name, _ in places],
+        [(column._replace(digits=2), [share(column, at) for _, at in places]) for column in columns],
+        console,
+        _cell,
+    )
+    lines = [f"0 and 1 are below and above all {unit} of {title}; that is another model, and no fault."]
+    if reading.attention:
+        lines.append(f"Its attention was measured on {known.facts.get('Text', 'another text')}.")
+    for line in lines:
+        console.print(printable(line), markup=False, highlight=False)
+
+
 def _print_numbers(
     title: str,
     names: Sequence[str],
@@ -259,7 +285,7 @@ def _flat(reading: Reading, statistic: str) -> Tensor:
 
 
 def _value(reading: Reading, column: Column, layer: int, head: int | None) -> float:
-    """Of a head, or of a layer: the mean of its heads or the largest."""
+    """Value of a head, or of a layer: the mean of its heads or the largest."""
     flat = _flat(reading, column.statistic)
     if column.statistic in reading.layer_values:
         return float(flat[layer]) if head is None else math.nan

@@ -78,7 +78,7 @@ def no_products(plan: LayerReader, config: Any = None) -> str | None:
     if calls_sdpa(module) or isinstance(module, nn.MultiheadAttention) or plan.position in PRODUCTS:
         return None
     return (
-        f"it takes its softmax itself, of logits from which q · k cannot be told ({plan.position}); with "
+        f"it takes its softmax itself, of logits from which q · k cannot be separated ({plan.position}); with "
         'attn_implementation="sdpa" it may be, where the model has it'
     )
 

@@ -117,7 +117,7 @@ def clip_editors(
         if plan.is_capped:
             raise ValueError(
                 f"expected logits that are q · k, got {name}, which bounds them by a function of its own, "
-                "behind which their size is not told: leave the layer out with modules="
+                "behind which their size is not known: leave the layer out with modules="
             )
         if plan.position == "relative product":
             raise ValueError(

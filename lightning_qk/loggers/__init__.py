@@ -1,11 +1,11 @@
-"""The only room that knows a logger.
+"""The only package that knows a logger.
 
 May import record and report.
 """
 
 from typing import TYPE_CHECKING
 
-from lightning_qk._lazy import lazy
+from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.loggers.loggers import log_scalars

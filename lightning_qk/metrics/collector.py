@@ -40,7 +40,7 @@ Measure = Callable[[str, CapturedCall], Sums | Mapping[str, Sums] | None]
 
 
 class LayerFacts(NamedTuple):
-    """What is known of a layer before its first call.
+    """Facts of a layer that are known before its first call.
 
     Attributes:
         heads: number of query heads, over all processes; None where unknown.

@@ -15,7 +15,7 @@ from lightning_qk.heads.reader import ProjectionReader, layer_batches
 from lightning_qk.metrics.eigenvalues import Cores
 
 ENERGY_OF = (1, 4)
-"""How many leading directions the concentration of energy is taken of."""
+"""Number of leading directions in the concentration of energy."""
 
 SINGULAR_STATISTICS = (
     "sigma_1",
@@ -91,7 +91,7 @@ class SingularValues:
         self._before = dict.fromkeys(self._before, (nothing, nothing))
 
     def reading_order(self, layers: Iterable[str]) -> list[str]:
-        """Of some layers those that :meth:`cores` reads, in its order."""
+        """The layers among the given ones that :meth:`cores` reads, in its order."""
         return [name for name in layers if name in self.heads]
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class SingularValues:
         """Statistics of one step.
 
         Args:
-            step: whose weights they are. Steps come in order; one may come twice.
+            step: the step of the weights. Steps come in order; one may come twice.
             spectra: what :func:`~lightning_qk.metrics.eigenvalues.solve` returned, with those of :meth:`cores`.
 
         Returns:

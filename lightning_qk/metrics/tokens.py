@@ -45,7 +45,7 @@ class TokenStatistics(Metric):
     Args:
         layers: layer name → :class:`TokenLayer`, in the model's order.
         support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
-        offsets: how many positions keys stand before their query; see :class:`~lightning_qk.QKSpectrumMonitor`.
+        offsets: how many positions keys precede their query; see :class:`~lightning_qk.QKSpectrumMonitor`.
 
     Attributes:
         statistics: names of what :meth:`compute` returns.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_qk.record.atomic_write import whole_file
 
 _IGNORED = -100
-"""The label of what is no target."""
+"""The label of tokens that are not targets."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """How a text begins that a spreadsheet would compute."""
 

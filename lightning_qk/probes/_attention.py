@@ -159,7 +159,7 @@ def is_causal(attention: Attention) -> bool:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Of the last axis, nats."""
+    """Entropy over the last axis, in nats."""
     return torch.special.entr(probabilities).sum(-1)
 
 

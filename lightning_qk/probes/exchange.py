@@ -140,7 +140,7 @@ def _permuted(batch: Mapping[str, Any], source: Tensor) -> dict[str, Any]:
 
 
 def _change(before: Tensor, after: Tensor, source: Tensor, of: str) -> Tensor:
-    """Of each sequence and head, ``(batch, heads)``."""
+    """Change of each sequence and head, ``(batch, heads)``."""
     if of == "attention":
         index = source.to(after.device)[:, None, None].expand_as(after)
         back = torch.zeros_like(after).scatter(-1, index, after)

@@ -76,7 +76,7 @@ def _measure(layer: str, call: CapturedCall) -> dict[str, AttentionSums | MeanSu
 
 
 def weight_numbers(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Of the layers whose weights can be read: ``weight``, ``eig_var``."""
+    """``weight`` and ``eig_var`` of the layers with weights that can be read."""
     try:
         reader = kept_reader(model)
     except ValueError:

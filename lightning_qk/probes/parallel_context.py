@@ -45,7 +45,7 @@ class ParallelContextEntropy(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Of each token: which part it belongs to, its place in it, and whether it asks; all ``(batch, n)``."""
+    """The part that each token belongs to, its place in it, and whether it asks; all ``(batch, n)``."""
 
     part: Tensor
     place: Tensor
@@ -185,7 +185,7 @@ def _entropies(
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    """Of the computation: sdpa wants a mask in the type of its queries."""
+    """Dtype of the computation: sdpa wants a mask in the type of its queries."""
     device = next(model.parameters()).device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -204,7 +204,7 @@ def _sees(attention: Attention, expected: Tensor) -> bool:
 
 
 def _checked_positions(model: nn.Module, batch: Mapping[str, Any], valid: Tensor) -> tuple[int, bool]:
-    """At which number the model's positions begin, and whether it is causal.
+    """The number of the model's first position, and whether it is causal.
 
     The longest sequence is run without padding: as the model masks and numbers it, and with both spelled out.
     """
@@ -229,8 +229,8 @@ def _checked_positions(model: nn.Module, batch: Mapping[str, Any], valid: Tensor
             output = model(**one, attention_mask=mask, position_ids=places + offset)
         except (IndexError, RuntimeError, ValueError):
             continue
-        told = read_output(model, output, ones, "all")
-        difference = (told.values.double() - own.values.double()).norm()
+        with_mask = read_output(model, output, ones, "all")
+        difference = (with_mask.values.double() - own.values.double()).norm()
         if bool(difference <= tolerance * own.values.double().norm()):
             return offset, causal[0]
     raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention
@@ -179,7 +180,7 @@ def results(collector: AttentionCollector, values: Mapping[str, _Value]) -> dict
         )
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, own in left_out.items() if own == reason]
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        listed = shorten(names)
         warnings.warn(f"{listed} left out: {reason}", ProbeWarning, stacklevel=3)
     return out
 

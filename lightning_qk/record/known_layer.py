@@ -77,7 +77,7 @@ class KnownLayer:
         }
 
     def _is_random(self) -> bool | None:
-        """Whether the layer's weights cannot be told from random ones that nothing was learnt into.
+        """Whether the layer's weights do not differ from random ones that nothing was learnt into.
 
         Of weights drawn independently, ``ξ² d / F`` and ``η d / F`` have mean 1 and deviation √2, and norms F of
         heads a relative deviation of about ``2 / √(d d_head)`` (derived). Learning moves all three. Besides,

@@ -296,7 +296,7 @@ def _whole(value: Any, what: str, least: int = -_LARGEST_STEP) -> int:
 def _number(value: Any, what: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or (math.isfinite(value) and abs(value) > 1e300):
-        _refuse(f"{what} holds what is no number")
+        _refuse(f"{what} holds something that is not a number")
     return float(value)
 
 

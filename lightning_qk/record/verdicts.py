@@ -25,7 +25,7 @@ sharp. 0.05, ours. Zhai et al. 2023 (arXiv 2303.06296) give no number."""
 SATURATED_PROBABILITY = 0.95
 """The same from here on in the largest probability of a row, unless a sink or the position explains it. Ours."""
 FEWEST_TOKENS = 16
-"""Of fewer tokens no entropy is too low: one key of four is no collapse. Ours."""
+"""With fewer tokens no entropy is too low: one key of four is no collapse. Ours."""
 ALIKE_COSINE = Sensitivity.cosine
 """Collapsed above it, in the mean cosine of the tokens that leave a layer, over eight measurements, where
 attention is uniform besides."""
@@ -52,7 +52,7 @@ VERDICTS = {
     "collapsed": "attention is uniform and tokens are alike: rank collapse",
     "no data": "nothing was measured",
     "not judged": "attention was not measured: weights alone are no fault",
-    "fresh": "weights that cannot be told from random ones: nothing was learnt into them yet",
+    "fresh": "weights that do not differ from random ones: nothing was learnt into them yet",
     "uniform": "looks everywhere alike",
     "sharp": "nearly one key a query",
     "positional": "the distance explains more of its logits than the content",
@@ -149,7 +149,8 @@ class LayerHealth:
     Attributes:
         label: the layer.
         eig_mean: eigenvalue mean of W_QK.
-        eig_var: eigenvalue variance of W_QK.
+        eig_var: eigenvalue variance of W_QK; may be negative.
+        sym_var: that of its symmetric part, which is not.
         asymmetry: 0 for a symmetric W_QK, 1 for an antisymmetric one.
         entropy_normalized: attention entropy over the log of the number of keys.
         sink_first: attention to the first key.
@@ -162,6 +163,7 @@ class LayerHealth:
     label: str
     eig_mean: float
     eig_var: float
+    sym_var: float
     asymmetry: float
     entropy_normalized: float
     sink_first: float
@@ -201,7 +203,7 @@ def _layers(record: RunRecord, histories: Sequence[Any]) -> list[KnownLayer]:
 
 
 def _is_fresh(layers: Sequence[KnownLayer]) -> bool:
-    """Whether no layer's weights can be told from random ones: a model is fresh as a whole, or not."""
+    """Whether no layer's weights differ from random ones: a model is fresh as a whole, or not."""
     known = [layer.is_random for layer in layers if layer.is_random is not None]
     return bool(known) and all(known)
 
@@ -417,7 +419,7 @@ def _head_verdict(
     if in_collapsed and entropy > UNIFORM_ENTROPY:
         return "collapsed", f"normalized entropy {entropy:.3f}, and tokens become alike", entropy
     if is_fresh:
-        return "fresh", "its weights cannot be told from random ones", 0.0
+        return "fresh", "its weights do not differ from random ones", 0.0
     if not attention.values:
         return "not judged", attention.missing or "attention was not measured", 0.0
     if entropy > UNIFORM_ENTROPY:

@@ -5,7 +5,7 @@ May import functional, architecture and record.
 
 from typing import TYPE_CHECKING
 
-from lightning_qk._lazy import lazy
+from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.report.figures import heatmap, to_png

@@ -225,7 +225,7 @@ def _upper_half(values: Tensor, pack: Pack) -> dict[str, Any]:
 
 
 def _radius(record: RunRecord, label: str, step: int, shape: LayerShape | None, heads: int) -> Tensor:
-    """Of each head's disc; NaN where norm or width are not known."""
+    """Radius of each head's disc; NaN where norm or width are not known."""
     unknown = torch.full((heads,), math.nan)
     history = record.spectrum
     if (

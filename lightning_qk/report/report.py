@@ -17,7 +17,7 @@ from lightning_qk.report.payload import make_payload
 from lightning_qk.report.sections import page_content
 
 MAX_BYTES = 4_900_000
-"""What a page may come to."""
+"""Largest size of a page."""
 
 
 def write_report(record: RunRecord, path: str | Path) -> Path:

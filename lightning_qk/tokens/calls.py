@@ -90,7 +90,7 @@ class TokenCalls:
         return hook_before(module, keep)
 
     def clear(self) -> None:
-        """Let go of what was kept."""
+        """Free what was kept."""
         self._entered.clear()
         self._given.clear()
 
@@ -196,12 +196,12 @@ def call_facts(
         longest: at most so many tokens are looked at for what is added by position.
 
     Raises:
-        UnsupportedCallError: the factor on the products cannot be told.
+        UnsupportedCallError: the factor on the products is not known.
     """
     logits = tokens.logits
     bias, unexplained = _added(logits, call, head, longest)
     if unexplained is not None and call.scaling is None:
-        raise UnsupportedCallError(f"the factor on its products cannot be told, and {unexplained}")
+        raise UnsupportedCallError(f"the factor on its products is not known, and {unexplained}")
     return {
         "softcap": getattr(logits, "softcap", None),
         "sliding_window": _window(logits),
@@ -292,7 +292,7 @@ def _scaling(call: CapturedCall, head: HeadProjections) -> float:
     """The factor on the products: the call's, or else the layer's, which is checked where a bias is added."""
     scaling = call.scaling
     if scaling is None and head.position in ("none", "rotary"):
-        raise UnsupportedCallError("the factor between its queries, keys and logits cannot be told")
+        raise UnsupportedCallError("the factor between its queries, keys and logits is not known")
     return head.scaling if scaling is None else float(scaling)
 
 
@@ -316,7 +316,7 @@ def _agree(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None, rota
 
 
 def _window(logits: AttentionLogits) -> int | None:
-    """The sliding window of a call, told by how far the last two rows of its first sequence reach."""
+    """The sliding window of a call, from how far the last two rows of its first sequence reach."""
     window: int | None = getattr(logits, "sliding_window", None)
     n, m = logits.shape[2:]
     if window is not None or n < 3 or n != m or not logits.self_attention:

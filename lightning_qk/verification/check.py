@@ -51,7 +51,7 @@ class Verified(NamedTuple):
             Under a rotation by position it is that of ``q·q``, ``k·k`` and ``q·k``.
         key: likewise of its keys.
         reason: what differs, or why nothing was compared; empty for verified layers.
-        self_attention: whether queries and keys were made of the same tensor; None where that was not seen.
+        self_attention: whether queries and keys were computed from the same tensor; None where that was not seen.
     """
 
     status: Status
@@ -123,7 +123,7 @@ class SelfCheck:
         self._capture.enabled = True
 
     def remove(self) -> None:
-        """Leave everything as it was, and let go of what was kept."""
+        """Remove all hooks and free the tensors."""
         self._capture.remove()
         for handle in self._handles:
             handle.remove()
@@ -189,7 +189,7 @@ class SelfCheck:
     def _check(self, name: str, call: CapturedCall, kept: "_Call") -> Verified:
         operands = call.operands
         if operands is None:
-            return _unchecked("the queries and keys of its softmax could not be told from each other")
+            return _unchecked("it is not known which operand of its softmax is the query and which the key")
         if any(hasattr(operand, "to_local") for operand in operands):
             return _unchecked("its queries are spread over processes")
         seen = _Seen(call, operands, (*call.inputs, *kept.inputs), kept.has_parts or bool(call.inputs))
@@ -318,7 +318,7 @@ class _Call:
         self.is_done = False
 
     def clear(self, *, is_done: bool = False) -> None:
-        """Let go of the tensors."""
+        """Free the tensors."""
         self.arguments, self.inputs = None, []
         self.is_done = self.is_done or is_done
 
@@ -403,8 +403,8 @@ def _is_all_that_is_added(site: AttentionLayer, name: str, ways: Sequence[Trial]
 def _decided(plan: LayerReader, is_same: bool | None) -> bool | None:
     """What a call decides on whether a layer is self-attention; None where that was known, or is not seen.
 
-    Queries and keys that are made of one tensor come from the same tokens. The converse holds only of layers that
-    take them as arguments of their own.
+    Queries and keys that are computed from one tensor come from the same tokens. The converse holds only of layers
+    that take them as arguments of their own.
     """
     takes_both = not plan.is_decided or isinstance(plan.module, nn.MultiheadAttention)
     if is_same is None or is_same is plan.self_attention:

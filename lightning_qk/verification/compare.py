@@ -3,7 +3,7 @@
 Nothing here knows layouts or names. Tensors that entered the layer are projected with the weights that were
 read, and the result is looked for among the received vectors:
 
-- equal up to one positive number, where nothing stands in between;
+- equal up to one positive number, where nothing lies in between;
 - equal up to one positive number a token, head and segment, behind a norm of queries and keys;
 - rotated by position as it was read; or, where positions are not 0, 1, …, or the rotation is of another kind,
   under a rotation that is the same for queries and keys of one position, so that ``q·q``, ``k·k`` and ``q·k`` of
@@ -46,7 +46,7 @@ from lightning_qk.verification.vectors import (
 
 # Numbers in the largest set that is searched.
 _SEARCHED = 2**24
-# Numbers in a vector that are enough for it to be told from all others.
+# Numbers in a vector that are enough to identify it.
 _FEATURES = 4
 
 
@@ -104,7 +104,7 @@ class _Side(NamedTuple):
         weight: ``(heads, d_head, d_in)``.
         bias: ``(heads, d_head)``, or None.
         added: what a norm behind the projection does besides.
-        tokens: what they may be made of; nothing for the keys of another layer.
+        tokens: what they may be computed from; nothing for the keys of another layer.
         received: ``(tokens, heads, d_head)``, in every way that their axes allow.
     """
 
@@ -151,7 +151,7 @@ def compare(
             for width in read.width
         ]
         if read.key_layer is not None:
-            tokens[1] = []  # made of what entered another layer
+            tokens[1] = []  # computed from the input of another layer
         elif not tokens[1]:
             return None
         if not tokens[0]:

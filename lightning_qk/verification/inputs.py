@@ -113,11 +113,11 @@ class InputMaker:
         return [*first, (4 * patch, 4 * patch), (64, 64), (128, 128), (224, 224)]
 
     def channels(self) -> int:
-        """Of an image."""
+        """Number of channels of an image."""
         return self.field("num_channels", "in_channels", "in_chans", "input_channels", default=3)
 
     def width(self, *names: str) -> int:
-        """Of hidden states."""
+        """Width of hidden states."""
         return self.field(*names, "hidden_size", "d_model", "embed_dim", default=64)
 
     # Candidates

@@ -129,8 +129,8 @@ def verify_statistics(captured: CapturedCalls, name: str, events: list[Event]) -
         return Agreement(math.nan, captured.problems[name])
     calls = captured.calls.get(name, [])
     if not calls:
-        return Agreement(math.nan, "no attention call of it was heard")
-    others = Agreement(math.nan, f"{len(calls)} calls were heard and {len(events)} softmaxes seen")
+        return Agreement(math.nan, "no attention call of it was captured")
+    others = Agreement(math.nan, f"{len(calls)} calls were captured and {len(events)} softmaxes seen")
     if len(calls) > len(events):
         return others
     # Some layers compute their logits twice and throw one result away: what is left over has to be a repetition.

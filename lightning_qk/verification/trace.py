@@ -17,7 +17,7 @@ from lightning_qk.functional.chunks import MASKED_BELOW
 
 PRODUCTS = frozenset({"bmm", "baddbmm", "mm", "addmm", "dot", "mv", "_scaled_mm"})
 _SOFTMAX = frozenset({"_softmax", "_safe_softmax", "logsumexp", "_log_softmax"})
-# What ends the way from a softmax back to the products that its logits are made of.
+# Where the search from a softmax back to the products in its logits ends.
 _BARRIERS = frozenset(
     {
         *_SOFTMAX,
@@ -126,7 +126,7 @@ class Event:
 
     Attributes:
         frames: the module calls around it, outermost first.
-        products: what its logits are made of; more than one where terms of position are added.
+        products: the terms of its logits; more than one where terms of position are added.
         probabilities: after the softmax, before dropout; None for a fused operator, and where they are not seen.
         fused: it ran as one operator.
         empty: which rows of the probabilities have all of their keys hidden; None for a fused operator.
@@ -186,7 +186,7 @@ class Trace(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        # What nothing was made of is no part of the model.
+        # A tensor that nothing was computed from is not part of the model.
         unused = {id(event) for event in self._unused.values()}
         self.events = [event for event in self.events if id(event) not in unused]
         for hook in self._hooks:
@@ -227,7 +227,7 @@ class Trace(TorchDispatchMode):
             place = tensor.untyped_storage().data_ptr()
             owner = self._owners.setdefault(place, node)
             if name.endswith("_") and owner is not node:
-                # A part of a larger tensor was written: that is made of it too.
+                # A part of a larger tensor was written, which then depends on it too.
                 owner.parents.append(node)
         for tensor in given:
             self._unused.pop(id(tensor), None)
@@ -280,7 +280,7 @@ class Trace(TorchDispatchMode):
         self._unused[id(output)] = event
 
     def _products(self, logits: Tensor, axis: int) -> Iterator[Product]:
-        """Products of two activations that the logits are made of."""
+        """Products of two activations among the terms of the logits."""
         start = self._nodes.get(id(logits))
         if start is None:
             return

@@ -119,7 +119,7 @@ def fitted(want: Tensor, got: Tensor) -> Tensor:
 
 
 def cosines(query: Tensor, key: Tensor) -> Tensor:
-    """Of every token and head: of its query and key, and of each with that of the next head."""
+    """Cosines of every token and head: of its query and key, and of each with that of the next head."""
     query, key = _unit(query), _unit(key)
     pairs = ((query, key), (query, query.roll(1, 1)), (key, key.roll(1, 1)))
     return torch.stack([(one * other).sum(-1) for one, other in pairs], dim=-1)

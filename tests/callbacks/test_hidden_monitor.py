@@ -237,7 +237,7 @@ def test_bad_arguments(make, message):
 
 
 def test_a_module_without_blocks():
-    with pytest.raises(ValueError, match="attention stands in a list of blocks, found none in Job"):
+    with pytest.raises(ValueError, match="attention in a list of blocks, found none in Job"):
         models.trainer([monitor(on_unreadable="raise")]).fit(
             models.Job(torch.nn.Linear(2, 2)), models.tokens()
         )

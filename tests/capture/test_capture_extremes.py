@@ -40,5 +40,5 @@ def test_a_learnt_sink_does_not_count():
 )
 def test_logits_that_are_no_products_are_refused(options, position):
     call, _ = softmax_call(**options)
-    with pytest.raises(UnsupportedCallError, match=r"q · k cannot be told.*attn_implementation"):
+    with pytest.raises(UnsupportedCallError, match=r"q · k cannot be separated.*attn_implementation"):
         max_logits(call.products(self_attention=True, heads=3, position=position))

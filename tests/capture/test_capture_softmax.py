@@ -256,7 +256,7 @@ def test_trouble_in_looking_on_is_no_trouble_of_the_model(monkeypatch):
     assert len(heard.problems) == 2
 
 
-def test_heads_are_told_from_the_batch():
+def test_heads_are_distinguished_from_the_batch():
     def call(*shape: int) -> SoftmaxCall:
         return SoftmaxCall(nn.Identity(), torch.randn(*shape, 5, 6), 8)
 
@@ -265,7 +265,7 @@ def test_heads_are_told_from_the_batch():
     assert call(2, 3, 4).by_head(4).shape == (6, 4, 5, 6)
     assert call(2, 4, 3).by_head(4).shape == (6, 4, 5, 6)
     for shape, heads in (((7,), 4), ((8,), None), ((2, 3), 4)):
-        with pytest.raises(UnsupportedCallError, match="cannot be told"):
+        with pytest.raises(UnsupportedCallError, match="cannot be distinguished"):
             call(*shape).by_head(heads)
 
 

@@ -70,6 +70,7 @@ def test_the_wheel_has_all_that_it_needs_and_no_more(wheel: Path) -> None:
     assert "lightning_qk/py.typed" in names
     assert {Path(name).name for name in names if name.startswith("lightning_qk/configs/")} >= CONFIGS
     assert {Path(name).name for name in names if "/report/templates/" in name} >= ASSETS
+    assert {"minilm.parquet", "smollm2.parquet"} <= {Path(name).name for name in names}
     assert {name.split("/")[0] for name in names} == {
         "lightning_qk",
         f"lightning_qk-{lightning_qk.__version__}.dist-info",

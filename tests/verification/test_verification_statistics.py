@@ -39,7 +39,7 @@ def test_right_statistics_pass_and_wrong_ones_fail(model_type: str, implementati
         captured.calls[name][0][statistic] = wrong
         assert statistic in verify_statistics(captured, name, events).reason
         captured.calls[name][0][statistic] = right
-    assert "calls were heard" in verify_statistics(captured, name, []).reason
+    assert "calls were captured" in verify_statistics(captured, name, []).reason
     captured.calls.clear()
     assert "no attention call" in verify_statistics(captured, name, events).reason
 

@@ -255,10 +255,10 @@ class ReadingSource:
         watched = [(type(one).__name__, one.watched()) for one in self.quiet]
         return repr((watched, self.spectrum is None, list(self.hidden.modules)))
 
-    def updates_state(self, trainer: Trainer) -> dict[str, Any] | None:
+    def updates_state(self, global_step: int) -> dict[str, Any] | None:
         """What a resumed run needs to miss no update."""
-        watched = self.spectrum if self.updates else None
-        return None if watched is None else watched.singular_state(trainer.global_step)  # type: ignore[attr-defined]
+        spectrum = self.spectrum if self.updates else None
+        return spectrum.singular_state(global_step) if isinstance(spectrum, QuietSpectrum) else None
 
     def recall(self, state: dict[str, Any] | None) -> None:
         """Take up what :meth:`updates_state` described, once the checkpoint's weights are there."""

@@ -232,6 +232,9 @@ class CollapseGuard(Acting):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
+        watch, state = self._watch, self._updates_state
+        if watch is not None:
+            self._try(lambda: watch.recall(state), "the update since the last reading is not known")
         gone = self._healthy.begin(trainer, self._folder(trainer))
         if gone is not None:
             self._say(
@@ -241,10 +244,6 @@ class CollapseGuard(Acting):
         if self.rollback and self._healthy.step is None and self.rolled_back_to is None:
             self._save(trainer, logging_step(trainer) - 1)
             self._confirm(trainer, at_once=True)
-        watch, state = self._watch, self._updates_state
-        self._updates_state = None
-        if watch is not None:
-            self._try(lambda: watch.recall(state), "the update since the last reading is not known")
         self._remedy.call("on_train_start", trainer, pl_module)
         self._remedy.agree(trainer, pl_module)
 
@@ -324,6 +323,9 @@ class CollapseGuard(Acting):
         self._try(self._rate.detach, "learning rates could not be left")
         if watch is not None:
             quiet = list(watch.quiet)
+            # For a checkpoint after the fit.
+            step = trainer.global_step
+            self._try(lambda: self._remember_updates(watch, step), "the newest update is not remembered")
             self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
             for monitor in quiet:
                 monitor.stop()  # each by itself, whatever became of the others
@@ -343,15 +345,21 @@ class CollapseGuard(Acting):
             **self._losses.state_dict(),
             "is_due": self._is_due,
             "pending": None if self._pending is None else self._pending.state_dict(),
-            **self._updates_in_state(),
+            "updates": self._updates_now(),
         }
 
-    def _updates_in_state(self) -> dict[str, Any]:
+    def _updates_now(self) -> dict[str, Any] | None:
+        """What a resumed run needs to miss no update; None where none is looked at."""
         trainer, _ = self.running()
-        if trainer is None or self._watch is None:
-            return {}
-        state = self._watch.updates_state(trainer)
-        return {} if state is None else {"updates": state}
+        watch = self._watch
+        if trainer is not None and watch is not None:
+            step = trainer.global_step
+            self._try(lambda: self._remember_updates(watch, step), "the newest update is not remembered")
+        return self._updates_state
+
+    def _remember_updates(self, watch: ReadingSource, step: int) -> None:
+        self._updates_state = None
+        self._updates_state = watch.updates_state(step)
 
     def forget_weights(self) -> None:
         """The next update would be a step back."""

@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
-from lightning_qk.callbacks._trainer import DeepSpeedStrategy, logging_step, shorten
+from lightning_qk.callbacks._trainer import DeepSpeedStrategy, describe_error, logging_step
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.heads.sites import AttentionLayer
@@ -217,7 +218,7 @@ class PenaltyIntervention(AttentionIntervention):
             return {key: values.get(key, nan).to(device, torch.float32) for key in self.logged}
         except Exception as error:
             self.say(
-                f"the penalty of a step is not known ({type(error).__name__}: {error}); it goes on to work",
+                f"the penalty of a step is not known ({describe_error(error)}); it goes on to work",
                 key="a penalty is not known",
             )
             return dict.fromkeys(self.logged, nan)

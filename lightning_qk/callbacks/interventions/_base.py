@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._event_log import EventLog
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
 from lightning_qk.callbacks._self_check import add_self_check
-from lightning_qk.callbacks._trainer import is_logged_step, logging_step, say, shorten
+from lightning_qk.callbacks._trainer import describe_error, is_logged_step, logging_step, say
 from lightning_qk.callbacks.callback import Callback, check_lightning
 from lightning_qk.loggers.loggers import describe_config, log_scalars
 from lightning_qk.record.history import RunRecord
@@ -70,7 +71,7 @@ class Intervention(Callback):
 
     @property
     def prefix(self) -> str:
-        """Of the log keys."""
+        """Prefix of the log keys, with the name."""
         return self.group if self.name is None else f"{self.group}/{self.name}"
 
     # Lightning's hooks
@@ -199,7 +200,7 @@ class Intervention(Callback):
             action()
         except Exception as error:
             self._cannot_log = True
-            self.say(f"nothing more is logged ({type(error).__name__}: {error}); it goes on to work")
+            self.say(f"nothing more is logged ({describe_error(error)}); it goes on to work")
 
     def log_step(
         self,

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_qk._deprecated import old_spellings
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
-from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer

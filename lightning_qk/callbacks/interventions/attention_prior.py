@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_qk._deprecated import old_spellings
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
-from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
 from lightning_qk.functional.entropy import PriorFunction
 from lightning_qk.heads.sizes import head_count
@@ -137,7 +137,7 @@ class AttentionPrior(PenaltyIntervention):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log, and let go of the batch's prior."""
+        """Log, and drop the batch's prior."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._target = None
 

@@ -10,16 +10,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, training_layers
-from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed
+from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed, reason_of
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     logging_step,
     loss_scale,
     projection_reader,
     say,
-    shorten,
 )
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.functional.spectrum import Support, support_size
@@ -140,7 +140,7 @@ class LocAteR(Intervention):
         self._warned = False
         self._warned_idle = False
         self._is_off = False
-        # How many steps in a row had no penalty, the same on every process; and what is to be told at the next.
+        # How many steps in a row had no penalty, the same on every process; and what is to be said at the next.
         self._lost = 0
         self._unsaid: Exception | None = None
         self._trained: tuple[int, ...] | None = None
@@ -211,7 +211,7 @@ class LocAteR(Intervention):
             return
         self._stepped = True
         self._newest = None
-        # What failed after the last agreement is told at this one: nothing known to one process decides.
+        # A failure after the last agreement is shared at this one: nothing that one process alone knows decides.
         error, self._unsaid = self._unsaid, None
         has_agreed = False
 
@@ -248,7 +248,7 @@ class LocAteR(Intervention):
         self.log_safely(lambda: self._log(trainer, pl_module, value, step.weight, reached))
 
     def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
-        """Before each step."""
+        """True before each step, while there is a penalty."""
         return hook == "on_before_optimizer_step" and self._penalty is not None and not self._is_off
 
     def _prepare(
@@ -270,7 +270,7 @@ class LocAteR(Intervention):
     def _lose(self, trainer: Trainer, error: Exception) -> None:
         """A step without its penalty, on all processes; for good where there is one, or after a few in a row."""
         self._lost += 1
-        reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
         if not is_distributed(trainer) or self._lost >= MOST_FAILURES:
             self._is_off = True
             self.say(f"the penalty is left off from here on ({reason}); training goes on")
@@ -289,7 +289,7 @@ class LocAteR(Intervention):
         self._trained = None
 
     def _choose(self, trainer: Trainer, pl_module: LightningModule, penalty: LocaterPenalty) -> None:
-        """Of the layers that can be penalized, keep those of networks that train, as it is now."""
+        """Keep the layers that can be penalized and belong to networks that train now."""
         trained = tuple(
             id(parameter)
             for optimizer in trainer.optimizers
@@ -368,7 +368,7 @@ class LocAteR(Intervention):
         self.history = History.from_state_dict(kept["history"])
 
     def release(self) -> None:
-        """Let go of the model."""
+        """Drop all references to the model."""
         self._penalty, self._newest, self._aims = None, None, None
 
     def contribute(self, record: RunRecord) -> None:
@@ -419,4 +419,4 @@ class _Step(NamedTuple):
 
 
 _NOTHING = _Step(Settings("variance", "model", None, 1.0), 1.0, 1.0, ())
-"""Of a process on which it failed: computed to the end, and not used."""
+"""The step of a process on which it failed: computed to the end, and not used."""

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk._deprecated import OldName, old_spellings
-from lightning_qk.architecture.labels import layer_labels
+from lightning_qk.architecture.labels import layer_labels, shorten
 from lightning_qk.callbacks._layers import Patterns
-from lightning_qk.callbacks._ranks import FailedTogether, all_or_none, failed_anywhere, is_distributed
-from lightning_qk.callbacks._trainer import logging_step, projection_reader, refuse_deepspeed, shorten
+from lightning_qk.callbacks._ranks import all_or_none, failed_anywhere, is_distributed, reason_of
+from lightning_qk.callbacks._trainer import describe_error, logging_step, projection_reader, refuse_deepspeed
 from lightning_qk.callbacks.interventions._base import Intervention, When, check_when, refuse_frozen
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.max_logits import max_logits
@@ -79,8 +79,8 @@ class QKClip(Intervention):
         ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
             weights of a layer are frozen or no plain parameters of its own, a norm of queries or keys takes
             every scale out again, a layer adds positions to logits of which it takes the softmax itself, or
-            DeepSpeed holds copies of the weights. A layer whose logits turn out not to be told, or whose weights
-            another callback brings into another form (by pruning, say), is left as it is from then on, on all
+            DeepSpeed holds copies of the weights. A layer with unknown logits, or with weights that another
+            callback brings into another form (by pruning, say), is left as it is from then on, on all
             processes, which is said once.
     """
 
@@ -128,13 +128,13 @@ class QKClip(Intervention):
         # Why layers are to be left alone, found on this process since the last step.
         self._doubts: dict[str, str] = {}
         self._steps = 0
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def kept(self) -> dict[str, Any]:
         """What was done so far, for the report, and which layers are left alone."""
         return {
             **super().kept(),
-            "told": sorted(self._told),
+            "told": sorted(self._reported),
             "left": dict(self.left),
             "smallest": {name: gamma.cpu() for name, gamma in self._smallest.items()},
             "steps": self._steps,
@@ -143,7 +143,7 @@ class QKClip(Intervention):
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Go on with a checkpoint's run."""
         super().go_on(kept)
-        self._told = set(kept.get("told", ()))
+        self._reported = set(kept.get("told", ()))
         self._smallest = dict(kept.get("smallest", {}))
         self._steps = int(kept.get("steps", 0))
         self._doubts |= kept.get("left", {})
@@ -153,7 +153,7 @@ class QKClip(Intervention):
         refuse_deepspeed(trainer, type(self).__name__)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers and stand at their attention; raise where one cannot be clipped exactly."""
+        """Find the layers and hook their attention; raise where one cannot be clipped exactly."""
         reader = projection_reader(trainer, pl_module)
         self._is_due = False
         self._steps_before = trainer.global_step
@@ -164,7 +164,7 @@ class QKClip(Intervention):
             reason = no_products(reader.layers[name], configs.get(name))
             if reason is not None:
                 raise ValueError(
-                    f"expected attention whose logits can be told, got {name} ({reason}): leave such a layer out "
+                    f"expected attention with known logits, got {name} ({reason}): leave such a layer out "
                     "with QKClip(modules=…)"
                 )
         for name, reason in matching_unread(reader, self.modules).items():
@@ -221,7 +221,7 @@ class QKClip(Intervention):
             self.log_safely(lambda: self._publish(trainer, pl_module))
 
     def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
-        """After each step."""
+        """True after each step, while there are hooks."""
         return hook == "on_train_batch_end" and has_stepped and self._reading is not None
 
     def release(self) -> None:
@@ -244,7 +244,7 @@ class QKClip(Intervention):
                 trainer, lambda: self._own_maxima(pl_module, reading), facts=lambda own: str(len(own))
             )
         except Exception as error:
-            reason = str(error) if isinstance(error, FailedTogether) else f"{type(error).__name__}: {error}"
+            reason = reason_of(error)
             self.say(f"a step was not clipped ({reason}); training goes on", key="a step was not clipped")
             return
         finally:
@@ -277,7 +277,7 @@ class QKClip(Intervention):
                     before[name] = [(parameter, parameter.clone()) for parameter in own]
                 apply_clip(editor, gamma, self.alpha)
             except Exception as error:
-                doubts[name] = f"its weights could not be scaled ({type(error).__name__}: {error})"
+                doubts[name] = f"its weights could not be scaled ({describe_error(error)})"
         for name, reason in failed_anywhere(trainer, list(self._heads), doubts).items():
             for parameter, kept in before.get(name, ()):
                 parameter.copy_(kept)
@@ -302,7 +302,7 @@ class QKClip(Intervention):
             before = self._smallest.get(name)
             self._smallest[name] = by_head if before is None else torch.minimum(before, by_head)
         if self._steps == 1:
-            self._name_unheard(waiting)
+            self._name_uncalled(waiting)
 
     def _doubt(self, pl_module: LightningModule, reading: "_Reading") -> None:
         """Find the layers that cannot be clipped any more, as far as this process can tell."""
@@ -314,7 +314,7 @@ class QKClip(Intervention):
                 self._find_again(reader)
                 self._listen(pl_module, reader)
         except Exception as error:
-            reason = f"the model's attention cannot be found again ({type(error).__name__}: {error})"
+            reason = f"the model's attention cannot be found again ({describe_error(error)})"
             self._doubts = {**dict.fromkeys(self._editors, reason), **self._doubts}
         for name, editor in self._editors.items():
             problem = editor.problem()
@@ -344,9 +344,9 @@ class QKClip(Intervention):
 
     def _tell(self, name: str, gamma: Tensor, largest: Tensor, step: int) -> None:
         """Remember the first clip of a layer."""
-        if name in self._told or not bool((gamma < 1).any()):
+        if name in self._reported or not bool((gamma < 1).any()):
             return
-        self._told.add(name)
+        self._reported.add(name)
         head = int(largest.argmax())
         self.event_log.add_event(
             step,
@@ -397,7 +397,7 @@ class QKClip(Intervention):
         self._editors.pop(name, None)
         self._smallest.pop(name, None)
 
-    def _name_unheard(self, waiting: set[str]) -> None:
+    def _name_uncalled(self, waiting: set[str]) -> None:
         silent = [
             name
             for name, found in self.maxima.items()

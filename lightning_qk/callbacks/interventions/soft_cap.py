@@ -32,9 +32,9 @@ class SoftCap(Replacement):
 
     Raises:
         TypeError: the trainer is one of the package ``pytorch_lightning``.
-        ValueError: a cap that is none, patterns that match no layer, a layer that has a soft cap already, whose
-            function another remedy replaces, or whose call does not pass through transformers' interface or
-            cannot be read.
+        ValueError: a cap that is not positive and finite, patterns that match no layer, a layer that has a soft
+            cap already, with a function that another remedy replaces, or with a call that does not pass through
+            transformers' interface or cannot be read.
     """
 
     group = "soft_cap"

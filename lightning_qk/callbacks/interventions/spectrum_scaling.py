@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks._layers import Patterns
-from lightning_qk.callbacks._trainer import logging_step, projection_reader
+from lightning_qk.callbacks._trainer import describe_error, logging_step, projection_reader
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.interventions.spectrum_scaling import SpectrumScaler, Statistic, check_scaling
 from lightning_qk.loggers.loggers import describe_config, log_scalars
@@ -66,7 +66,7 @@ class SpectrumScaling(Intervention):
             describe_config(trainer, {self.title(trainer): self.settings()})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what could not be scaled at the first validation."""
+        """Raise where weights could not be scaled at the first validation."""
         self._make(trainer, pl_module).check()
 
     def _make(self, trainer: Trainer, pl_module: LightningModule) -> SpectrumScaler:
@@ -89,7 +89,7 @@ class SpectrumScaling(Intervention):
             self.release()
             if not self._is_fit:
                 raise
-            self.say(f"the weights are not scaled ({type(error).__name__}: {error}); training goes on")
+            self.say(f"the weights are not scaled ({describe_error(error)}); training goes on")
             return
         if not (trainer.sanity_checking or trainer.predicting):
             scalars = {

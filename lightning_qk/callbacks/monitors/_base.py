@@ -12,16 +12,17 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
 from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
+    describe_error,
     is_last_chance,
     is_logged_step,
     logging_step,
     run_directory,
-    shorten,
 )
 from lightning_qk.callbacks.callback import OBSERVES, check_lightning, observe_last
 from lightning_qk.callbacks.monitors._keys import PerLayer, without_errors
@@ -174,7 +175,7 @@ class Monitor(Watching):
 
     @property
     def place(self) -> int:
-        """Behind what may change weights."""
+        """After callbacks that may change weights."""
         return OBSERVES
 
     # Lightning's hooks
@@ -309,7 +310,7 @@ class Monitor(Watching):
         return self._is_due
 
     def begin_batch(self, is_due: bool) -> None:
-        """Before a batch: get ready to listen when it is to be measured."""
+        """Get ready, before a batch, to capture it where it is to be measured."""
 
     def end_batch(self) -> None:
         """After a batch: stop listening."""
@@ -409,7 +410,7 @@ class Monitor(Watching):
             if self.report and all(monitor._reported for monitor in monitors if monitor.report):
                 write_run(trainer, pl_module, Path(self._directory or trainer.default_root_dir), self.note)
         except Exception as error:
-            self.note(f"the report could not be written ({type(error).__name__}: {error})")
+            self.note(f"the report could not be written ({describe_error(error)})")
 
     def note_non_finite(self, states: Tensor | None, when: str) -> None:
         """Name the layers and heads that are not finite, the first time: NaN soon spreads to all."""

@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_qk.callbacks._layers import WatchedReader, matches
-from lightning_qk.callbacks._trainer import logging_step, shorten
+from lightning_qk.architecture.labels import matches, shorten
+from lightning_qk.callbacks._layers import WatchedReader
+from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks.monitors._base import MonitorOptions
 from lightning_qk.callbacks.monitors._keys import without_errors
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor
@@ -74,7 +75,7 @@ class CaptureMonitor(ListeningMonitor):
         self.cached_calls = cached_calls
 
     def begin_listening(self) -> None:
-        """Nothing was heard yet of the layers that are found next."""
+        """Forget the calls of the layers found before."""
         super().begin_listening()
         self._reader: WatchedReader | None = None
         self._collector: AttentionCollector | None = None
@@ -158,7 +159,7 @@ class CaptureMonitor(ListeningMonitor):
             self._step_pool.leave_out(self._take_facts(collector, reader))
 
     def known_layers(self) -> dict[str, int]:
-        """Of all layers of which heads are known by now."""
+        """Layers with known numbers of heads, and these numbers."""
         return {name: self._heads[name] for name in self._names if name in self._heads}
 
     def remember_known(self, heads: dict[str, int]) -> None:

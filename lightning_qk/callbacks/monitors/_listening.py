@@ -28,7 +28,7 @@ class ListeningMonitor(Monitor):
     seed: int
 
     def begin(self) -> None:
-        """Nothing was heard yet."""
+        """Forget the fit before."""
         super().begin()
         self._capture: AttentionCollector | HiddenCapture | None = None
         self._generator = torch.Generator()
@@ -38,7 +38,7 @@ class ListeningMonitor(Monitor):
         self.begin_listening()
 
     def begin_listening(self) -> None:
-        """Nothing was heard yet of the layers that are found next."""
+        """Forget the calls of the layers found before."""
         self._names: tuple[str, ...] = ()
         # Layers of which processes have agreed on why they are left out.
         self._told: set[str] = set()

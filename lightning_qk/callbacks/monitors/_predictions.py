@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._ranks import all_or_none, fill_from_others
-from lightning_qk.callbacks._trainer import describe_error, shorten
+from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._keys import LogKeys
 from lightning_qk.functional.token_moments import TokenMoments
 from lightning_qk.heads.projections import HeadProjections
@@ -74,7 +75,7 @@ class Predictions(LogKeys):
             facts: layer name → what this process' calls say besides.
             surrogates: sequences to draw.
             seed: of a generator of their own.
-            note: is told once what cannot be predicted.
+            note: called once with what cannot be predicted.
         """
 
         def own() -> dict[str, Tensor]:

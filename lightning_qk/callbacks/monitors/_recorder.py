@@ -61,7 +61,7 @@ class CallRecorder:
         self._handles: list[Handle] = []
 
     def install(self) -> None:
-        """Begin to stand before the models' forward."""
+        """Hook the models' forward."""
         for index, door in enumerate(self._doors):
             if door is None:
                 continue

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.callbacks._trainer import model_info
+from lightning_qk.callbacks._trainer import describe_error, model_info
 from lightning_qk.callbacks.callback import OBSERVES, Callback
 from lightning_qk.loggers.loggers import log_file
 from lightning_qk.record.history import RunRecord
@@ -50,7 +50,7 @@ def _write_history(trainer: Trainer, record: RunRecord, folder: Path, note: Call
     try:
         path = write_history(record, folder / HISTORY_NAME)
     except Exception as error:
-        note(f"the history of the heads could not be written ({type(error).__name__}: {error})")
+        note(f"the history of the heads could not be written ({describe_error(error)})")
         return
     description = (
         "Every head at every kept step: step, layer, layer_index, head, key, value. Read it with "

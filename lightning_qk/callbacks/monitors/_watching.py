@@ -6,11 +6,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.architecture.labels import layer_labels
+from lightning_qk.architecture.labels import layer_labels, shorten
 from lightning_qk.callbacks._guarded import Attempts, Refused
 from lightning_qk.callbacks._layers import Patterns, matching, training_layers
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none
-from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.monitors._keys import LogKeys
 from lightning_qk.record.history import History
 

@@ -89,7 +89,7 @@ class AttentionMonitor(CaptureMonitor):
         self.rows = rows
 
     def begin_listening(self) -> None:
-        """Nothing was heard yet."""
+        """Forget the fit before."""
         super().begin_listening()
         self._measured = 0
         self._profile_generator = torch.Generator()

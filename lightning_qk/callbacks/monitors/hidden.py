@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_qk.architecture.labels import layer_labels
-from lightning_qk.callbacks._layers import Patterns, matches, matching
-from lightning_qk.callbacks._trainer import shorten
+from lightning_qk.architecture.labels import layer_labels, matches, shorten
+from lightning_qk.callbacks._layers import Patterns, matching
+from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._base import OnUnreadable, at_least
 from lightning_qk.callbacks.monitors._keys import PerLayer
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor
@@ -30,7 +30,7 @@ _EMBEDDING = "the input of "
 
 
 class HiddenOptions(TypedDict, total=False):
-    """Those of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about heads."""
+    """Options of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about heads."""
 
     per_layer: PerLayer
     report: bool
@@ -56,7 +56,7 @@ class HiddenStateMonitor(ListeningMonitor):
 
     All micro-batches of a logged step and all ranks are pooled; every sequence weighs the same. Padding is left
     out by the ``attention_mask`` that the model is given. Packed documents count as one sequence. Blocks that
-    were not heard, and masks that could not be told, are named once in the log.
+    were not called, and masks that are not known, are named once in the log.
 
     Args:
         every_n_steps: measure at every n-th optimizer step; None follows the trainer's
@@ -120,7 +120,7 @@ class HiddenStateMonitor(ListeningMonitor):
             without,
             kind="block",
             nothing=(
-                f"expected a model whose attention stands in a list of blocks, found none in "
+                f"expected a model with attention in a list of blocks, found none in "
                 f"{type(pl_module).__name__}: build the network in __init__ or configure_model"
             ),
             unread="whose output is known",
@@ -166,7 +166,7 @@ class HiddenStateMonitor(ListeningMonitor):
             raise
         except Exception as error:
             # It says nothing of the block: memory that ran out, say. This measurement is lost.
-            pool.lost[name] = f"measuring it failed ({type(error).__name__}: {error})"
+            pool.lost[name] = f"measuring it failed ({describe_error(error)})"
 
     def known_layers(self) -> dict[str, int]:
         """Each has one value."""
@@ -181,7 +181,7 @@ class HiddenStateMonitor(ListeningMonitor):
         metric.update(pool.sums())
 
     def name_missing(self, seen: Collection[str]) -> None:
-        """Name the blocks that were not heard, and those of which calls or masks are not known."""
+        """Name the blocks that were not called, and those with calls or masks that are not known."""
         if isinstance(self._capture, HiddenCapture) and self._capture.unmasked:
             names = sorted(self._capture.unmasked)
             self.note(

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_qk.callbacks._layers import Patterns, matches, matching
+from lightning_qk.architecture.labels import matches
+from lightning_qk.callbacks._layers import Patterns, matching
 from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_states
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
@@ -51,7 +52,7 @@ _SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
 class ProbeOptions(TypedDict, total=False):
-    """Those of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about steps."""
+    """Options of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about steps."""
 
     per_layer: PerLayer
     per_head: bool
@@ -233,7 +234,7 @@ class AttentionProbes(Monitor):
             return
         if self._directory is None:
             self._directory = run_directory(trainer)  # validation without a fit around it
-        # Every process comes to the probes, whatever it could not find or stand at.
+        # Every process comes to the probes, whatever it could not find or hook.
         self._is_probed = True
         self.here(lambda: self._stand(pl_module))
 
@@ -458,7 +459,7 @@ def _with_prefix(values: _Values, prefix: str) -> _Values:
 
 
 def _chosen(values: _Values, modules: Patterns) -> _Values:
-    """Of the layers that patterns match."""
+    """Values of the layers that patterns match."""
     return {
         statistic: {layer: value for layer, value in layers.items() if matches(layer, modules)}
         for statistic, layers in values.items()

@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import WatchedReader
 from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
 from lightning_qk.callbacks._self_check import self_check_of
-from lightning_qk.callbacks._trainer import shorten
 from lightning_qk.callbacks.monitors._base import Monitor, MonitorOptions, flat_values
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.layer import LayerReader
@@ -90,7 +90,7 @@ class QKSpectrumMonitor(Monitor):
         support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
         fold_norm: read the weights with the gain of the norm that feeds them, see
             :func:`~lightning_qk.head_projections`.
-        offsets: how many positions keys stand before their query, such as ``(0, 1, 16)``; negative: after it,
+        offsets: how many positions keys precede their query, such as ``(0, 1, 16)``; negative: after it,
             which causal models do not see. Rotary position encoding makes a form of its own at each:
             ``W_q^T R_Δ W_k`` with Δ = −offset, see :func:`~lightning_qk.functional.qk_eigenvalues`.
         singular: also log singular values and the size of updates. Keeps a copy of all query and key weights in
@@ -188,7 +188,7 @@ class QKSpectrumMonitor(Monitor):
         )
         layers = reader.layers
         check = self_check_of(trainer)
-        # What cannot be read alone may yet be told by its first call.
+        # A layer that cannot be read alone may be read at its first call.
         self._awaits = self.on_unreadable == "warn" and check is not None and check.is_awaited
         if not self._choose(reader, {} if self._awaits else reader.unread):
             return
@@ -281,7 +281,7 @@ class QKSpectrumMonitor(Monitor):
         self._worker.submit(-1, self._cores)
 
     def _recall_weights(self) -> None:
-        """Of a resumed run, what the next change of the weights is against."""
+        """Load the weights that the next change is measured against, in a resumed run."""
         if self._layers is None or self._layers.singular is None or self._singular_state is None:
             return
         reader, _, singular = self._layers

@@ -70,7 +70,7 @@ class TokenMonitor(CaptureMonitor):
         every_n_steps: measure at every n-th optimizer step; None follows the trainer's ``log_every_n_steps``.
         tokens: tokens to sample in each sequence; None for all of them.
         support: what the spectrum is averaged over, see :func:`~lightning_qk.functional.qk_moments`.
-        offsets: how many positions keys stand before their query, see :class:`~lightning_qk.QKSpectrumMonitor`.
+        offsets: how many positions keys precede their query, see :class:`~lightning_qk.QKSpectrumMonitor`.
         predict_every: predict at the first measurement, every n-th after it, and the last one; 0 for never.
         surrogates: how many sequences to draw for a prediction.
         options: see :class:`~lightning_qk.callbacks.monitors.CaptureMonitor`.
@@ -122,7 +122,7 @@ class TokenMonitor(CaptureMonitor):
         self._predictions = Predictions()
 
     def begin_listening(self) -> None:
-        """Nothing was heard yet of the layers that are found next."""
+        """Forget the calls of the layers found before."""
         super().begin_listening()
         # What is known of layers without their weights, the same on every process.
         self._known: dict[str, HeadProjections] = {}
@@ -160,7 +160,7 @@ class TokenMonitor(CaptureMonitor):
             if reason is not None:
                 collector.left_out.setdefault(name, reason)
             elif name in self._unread:
-                collector.left_out.pop(name, None)  # its call has told how it is read
+                collector.left_out.pop(name, None)  # its call has shown how it is read
         self._unread = set(reader.unread)
         return changed
 
@@ -178,7 +178,7 @@ class TokenMonitor(CaptureMonitor):
         return layer.read()
 
     def known_layers(self) -> dict[str, int]:
-        """Those whose weights could be read once."""
+        """Layers with weights that could be read once, and their numbers of heads."""
         return {name: self._known[name].heads for name in self._names if name in self._known}
 
     def watched(self) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ class Hook:
 
     Args:
         function: what it does; None for nothing, of a copy.
-        module: whose hook it is.
+        module: the module with the hook.
     """
 
     def __init__(self, function: Callable[..., Any] | None, module: nn.Module | None) -> None:
@@ -109,7 +109,7 @@ class Wrapped:
 
     Args:
         wrapper: what is called.
-        original: what stood there.
+        original: what was there before.
     """
 
     def __init__(self, wrapper: Callable[..., Any], original: Any) -> None:

@@ -34,7 +34,7 @@ TRACE_STATISTICS = (
     "directionality",
     "participation_rank",
 )
-"""Of self-attention: what follows from traces and norms."""
+"""Statistics of self-attention that follow from traces and norms."""
 SOLVED_STATISTICS = (
     "spectral_radius",
     "circle_ratio",
@@ -43,11 +43,11 @@ SOLVED_STATISTICS = (
     "stable_rank",
     "effective_rank_energy",
 )
-"""What takes an eigenproblem."""
+"""Statistics that take an eigenproblem."""
 OF_ANY_ATTENTION = ("singular_max", "stable_rank", "effective_rank_energy")
-"""Of cross-attention there are these alone."""
+"""The only statistics of cross-attention."""
 SUMMED_STATISTICS = ("symmetry_summed", "directionality_summed")
-"""Of a layer's heads summed: one number a layer."""
+"""Statistics of a layer's heads summed: one number a layer."""
 
 # Multiplications of the sum over heads up to which it is made without being asked for: about 0.2 s on one core.
 _CHEAP = 10_000_000_000

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk import head_projections
+from lightning_qk.inspect.layer_values import SOLVED_STATISTICS, TRACE_STATISTICS
 from lightning_qk.inspect.read import Reading, read_checkpoint, record_of
 from lightning_qk.inspect.sources import Options, open_source
-from lightning_qk.inspect.weights import SOLVED_STATISTICS, TRACE_STATISTICS
 from lightning_qk.record.statistics import describe
 from lightning_qk.record.verdicts import head_health
 
@@ -88,7 +88,7 @@ def test_cross_attention_has_ranks_alone(tmp_path: Path) -> None:
 
 
 def test_wide_layers_are_summed_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_qk.inspect.weights._CHEAP", 100)
+    monkeypatch.setattr("lightning_qk.inspect.layer_values._CHEAP", 100)
     found = read(models.llama(), tmp_path)
     assert not found.layer_values
     assert any("--summed" in note for note in found.notes)
