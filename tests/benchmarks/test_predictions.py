@@ -84,7 +84,7 @@ def test_attention_of_minilm_is_predicted(predictions):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("length", [128, 512])
 def test_attention_of_smollm2_is_predicted(predictions, length):
-    # Of 8 sequences of 512 tokens of this text, distance comes to 0.92 in every third layer; of 32 of WikiText-2 to
-    # 0.97 in all of them (docs/atlas.md): early sinks, which few sequences have, decide it.
+    # Distance, of 8 sequences of 512 tokens of this text and every third layer, comes to 0.92; of 32 of WikiText-2
+    # and all layers, to 0.97: docs/atlas.md.
     but = ("distance",) if length == 512 else ()
     assert_met(predictions, "smollm2", length, but=but, tokens=4096, layers=3)
