@@ -120,7 +120,7 @@ def _parser(prog: str) -> OneLineParser:
     flag(shown, "--moments-only", "leave out eigenvalues and singular values, which take the longest")
     flag(shown, "--no-fold-norm", "leave the norm that feeds a layer out of its weights")
     flag(shown, "--fold-norm", argparse.SUPPRESS)  # the default since 0.3; lines that ask for it still run
-    flag(shown, "--summed", "symmetry and directionality of each layer's heads summed, also of wide layers")
+    flag(shown, "--summed", "directionality, and symmetry of each layer's heads summed, also of wide layers")
     shown.add_argument(
         "--support",
         choices=("model", "head"),

@@ -53,12 +53,15 @@ SUMMED_STATISTICS = ("symmetry_summed", "directionality_summed")
 _CHEAP = 10_000_000_000
 
 
-def trace_values(heads: HeadProjections, support: Support) -> tuple[dict[str, Tensor], Cores, Tensor]:
+def trace_values(
+    heads: HeadProjections, support: Support, *, directions: bool = True
+) -> tuple[dict[str, Tensor], Cores, Tensor]:
     """Statistics of a layer of self-attention that need no eigenproblem.
 
     Args:
         heads: projections of the layer.
         support: what spectra are averaged over.
+        directions: also directionality, which takes as long as all else.
 
     Returns:
         Each of :data:`TRACE_STATISTICS` → ``(heads,)``; the core to solve for eigenvalues; σ² of each head in
@@ -76,11 +79,12 @@ def trace_values(heads: HeadProjections, support: Support) -> tuple[dict[str, Te
             "logit_eig_var": scale**2 * values["eig_var"],
             "logit_sym_var": scale**2 * values["sym_var"],
             "symmetry": values["trace_sq"] / frobenius_sq,
-            "directionality": directionality(*row_column_norms(heads.query, heads.key)),
             # tr (W Wᵀ)² = tr (G_q G_k)²; each over F, so that fourth powers stay in range.
             "participation_rank": 1
             / ((square * square.mT) / frobenius_sq[:, None, None].square()).sum((-2, -1)),
         }
+        if directions:
+            values["directionality"] = directionality(*row_column_norms(heads.query, heads.key))
         energies = squared_singular_values(products.gram_query, products.gram_key)
     return values, Cores(("",), products.core[None], bilinear=True), energies
 
@@ -114,6 +118,11 @@ def solved_values(
     return {name: value.to("cpu", torch.float32) for name, value in out.items()}
 
 
+def is_wide(heads: HeadProjections) -> bool:
+    """Whether directions and the sum over heads take long."""
+    return heads.query.shape[-1] ** 2 * heads.key.shape[0] * heads.key.shape[1] > _CHEAP
+
+
 def summed_values(heads: HeadProjections, *, always: bool = False) -> dict[str, float] | None:
     """:data:`SUMMED_STATISTICS` of the layer's heads summed, or None where that costs much.
 
@@ -121,8 +130,7 @@ def summed_values(heads: HeadProjections, *, always: bool = False) -> dict[str, 
         heads: projections of a layer of self-attention.
         always: whatever it costs.
     """
-    width = heads.query.shape[-1]
-    if not always and width**2 * heads.key.shape[0] * heads.key.shape[1] > _CHEAP:
+    if not always and is_wide(heads):
         return None
     found = summed_form(heads.query, heads.key)
     return {

@@ -23,6 +23,7 @@ from lightning_qk.inspect.layer_values import (
     SUMMED_STATISTICS,
     TRACE_STATISTICS,
     cross_core,
+    is_wide,
     solved_values,
     summed_values,
     trace_values,
@@ -296,7 +297,8 @@ class _Found:
         core: Cores | None = None
         energies: Tensor | None = None
         if heads.self_attention:
-            moments, core, energies = trace_values(heads, self.support)
+            directions = self.summed or not is_wide(heads)
+            moments, core, energies = trace_values(heads, self.support, directions=directions)
             self.sums[name] = summed_values(heads, always=self.summed)
         elif self.eigenvalues:
             core = cross_core(heads)
@@ -357,7 +359,9 @@ def _reading(checkpoint: Checkpoint, model: nn.Module, found: _Found, fold_norm:
         heads=[plan.heads for plan in plans.values()],
         self_attention=[plan.self_attention for plan in plans.values()],
         values={
-            name: found.flat(name) for name in (*TRACE_STATISTICS, *SOLVED_STATISTICS * found.eigenvalues)
+            name: found.flat(name)
+            for name in (*TRACE_STATISTICS, *SOLVED_STATISTICS * found.eigenvalues)
+            if name != "directionality" or any(name in own for own in found.values.values())
         },
         eigenvalues={labels[name]: own for name, own in found.spectra.items()},
         shapes={
@@ -375,7 +379,7 @@ def _reading(checkpoint: Checkpoint, model: nn.Module, found: _Found, fold_norm:
         }
     elif any(reading.self_attention):
         reading.notes.append(
-            "symmetry and directionality of the heads summed are left out of layers this wide: add --summed"
+            "directionality, and symmetry of the heads summed, are left out of layers this wide: add --summed"
         )
     reading.notes += _not_finite(reading)
     return reading
