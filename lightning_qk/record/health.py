@@ -50,6 +50,8 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         cells = [escape(texts[title][index]) for title in shown]
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     console.print(table)
+    legend = [words for title, words in _LEGEND.items() if title in shown]
+    console.print("; ".join(legend), style="dim", markup=False, highlight=False)
     reasons = sorted((row for row in rows if row.reason), key=lambda row: list(VERDICTS).index(row.verdict))
     for row in reasons[:_MAX_REASONS]:
         console.print(printable(f"{row.label}: {row.verdict}, {row.reason}"), markup=False, highlight=False)
@@ -61,7 +63,7 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
 _COLUMNS = {
     "layer": "label",
     "eig mean": "eig_mean",
-    "eig var": "eig_var",
+    "sym var": "sym_var",
     "asym": "asymmetry",
     "entropy": "entropy_normalized",
     "sink": "sink_first",
@@ -69,9 +71,15 @@ _COLUMNS = {
     "linear share": "linear_share",
     "verdict": "verdict",
 }
+_LEGEND = {
+    "entropy": "entropy: 0 is one key, 1 all alike",
+    "sink": "sink: share of the first key",
+    "max|logit|": "logits: nats",
+}
+"""In one line below the table, which fits 80 columns."""
 # What is left out where a console is narrow: first all of these, then one after the other of those.
 _ONLY_WIDE = ("eig mean", "asym")
-_NEXT_OUT = ("linear share", "sink", "eig var")
+_NEXT_OUT = ("linear share", "sink", "sym var")
 
 
 def _columns_that_fit(texts: dict[str, list[str]], width: int) -> dict[str, str]:

@@ -149,7 +149,8 @@ class LayerHealth:
     Attributes:
         label: the layer.
         eig_mean: eigenvalue mean of W_QK.
-        eig_var: eigenvalue variance of W_QK.
+        eig_var: eigenvalue variance of W_QK; may be negative.
+        sym_var: that of its symmetric part, which is not.
         asymmetry: 0 for a symmetric W_QK, 1 for an antisymmetric one.
         entropy_normalized: attention entropy over the log of the number of keys.
         sink_first: attention to the first key.
@@ -162,6 +163,7 @@ class LayerHealth:
     label: str
     eig_mean: float
     eig_var: float
+    sym_var: float
     asymmetry: float
     entropy_normalized: float
     sink_first: float

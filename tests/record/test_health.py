@@ -117,7 +117,7 @@ def test_long_names_cut_no_number_and_no_verdict(width: int) -> None:
     labels = LONG_NAMES[width]
     spectrum, attention = (History(labels, [2] * len(labels)) for _ in range(2))
     heads = 2 * len(labels)
-    spectrum.append(5, {"eig_var": torch.full((heads,), -5.6e-4)})
+    spectrum.append(5, {"sym_var": torch.full((heads,), 5.6e-4)})
     sick = {
         "entropy_normalized": 0.807,
         "sink_first": 4.1e-4,
@@ -146,7 +146,9 @@ def test_many_reasons_are_cut_and_the_worst_come_first() -> None:
     record.attention.values["max_abs_logit"][-1][-1] = 150.0
     out = io.StringIO()
     print_health(record, Console(file=out, width=100))
-    below = out.getvalue().split("┘")[1].strip().splitlines()
+    legend, *below = out.getvalue().split("┘")[1].strip().splitlines()
+    assert legend.startswith("entropy: 0 is one key")
+    assert len(legend) <= 80
     assert below[0].startswith("layer_29: saturated")
     assert below[-1] == "and 18 layers more"
 

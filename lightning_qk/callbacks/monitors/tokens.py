@@ -63,8 +63,8 @@ class TokenMonitor(CaptureMonitor):
     WikiText-2, 64 tokens each give the moments of SmolLM2's and MiniLM's heads with median errors of 0.5 % (mean)
     to 6 % (variances) of the spectrum's size, 128 of 0.3 to 3 %, and 256 of 0.2 to 1.5 %. Predictions draw
     ``surrogates`` sequences of at most 2048 tokens for every head at every ``predict_every``-th measurement and
-    at the end, each process for its share of the layers. Memory is about ``24 d_head² + 800 d_head`` bytes
-    a head, twice while a step is reduced and once until the next: 21 MiB for the 144 heads of GPT-2.
+    at the end, each process for its share of the layers. Memory is about ``24 d_head² + 1600 d_head``
+    bytes a head, twice while a step is reduced and once until the next: 27 MiB for the 144 heads of GPT-2.
 
     Args:
         every_n_steps: measure at every n-th optimizer step; None follows the trainer's ``log_every_n_steps``.
