@@ -235,7 +235,6 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
 
 def print_against(reading: Reading, known: Reference, console: Console, *, per_head: bool = False) -> None:
     """Print where a model's layers, or heads, lie among those of a healthy one."""
-    columns = (*_WEIGHTS, *_ATTENTION) if reading.attention else _WEIGHTS
     places = _places(reading, per_head)
     title = known.facts.get("Title", known.name)
     unit = "heads" if per_head else "layers"
@@ -244,13 +243,16 @@ def print_against(reading: Reading, known: Reference, console: Console, *, per_h
         value = _value(reading, column, *at)
         return known.share_below(column.statistic, value, of_layers=not per_head, peak=column.peak)
 
-    _print_numbers(
-        f"{reading.title} against {title}: share of its {unit} that lie lower",
-        [name for name, _ in places],
-        [(column._replace(digits=2), [share(column, at) for _, at in places]) for column in columns],
-        console,
-        _cell,
-    )
+    heading = f"{reading.title} against {title}: share of its {unit} that lie lower"
+    tables = [(heading, _WEIGHTS), ("The same of attention on text", _ATTENTION)]
+    for text, columns in tables if reading.attention else tables[:1]:
+        _print_numbers(
+            text,
+            [name for name, _ in places],
+            [(column._replace(digits=2), [share(column, at) for _, at in places]) for column in columns],
+            console,
+            _cell,
+        )
     lines = [f"0 and 1 are below and above all {unit} of {title}; that is another model, and no fault."]
     if reading.attention:
         lines.append(f"Its attention was measured on {known.facts.get('Text', 'another text')}.")
