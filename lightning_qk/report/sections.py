@@ -109,6 +109,7 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         *((section["anchor"], section["title"]) for section in times),
         *([("curves", "Curves of the run")] if content["scalars"] else []),
         ("layers", "Every layer in numbers"),
+        ("run", "This run"),
     ]
     return content
 
