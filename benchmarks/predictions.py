@@ -29,7 +29,7 @@ from lightning_qk import head_projections, predict_attention, token_moments
 from lightning_qk.capture import AttentionCapture, CapturedCall
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads import HeadProjections, find_attention
-from lightning_qk.tokens import predict_logit_std
+from lightning_qk.tokens import predict_closed_form
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "predictions.json"
@@ -42,6 +42,7 @@ STATISTICS = (
     "max_prob",
     "diagonal",
 )
+CLOSED = ("entropy_normalized", "sink_first", "linear_share", "logit_std")
 ASKED = {
     "smollm2": {"entropy_normalized": 0.96, "sink_first": 0.90, "linear_share": 0.94, "logit_std": 0.97,
                 "distance": 0.95},
@@ -198,10 +199,11 @@ def compare(
             out["predicted"].setdefault(key, []).append(found[key])
             out["measured"].setdefault(key, []).append(known.values[name][key])
         try:
-            closed = predict_logit_std(heads[name], moments[name], **options)
-        except ValueError:  # a window, a cap or a bias
-            closed = torch.full_like(found["logit_std"], torch.nan)
-        out["closed"].setdefault("logit_std", []).append(closed)
+            closed = predict_closed_form(heads[name], moments[name], **options)
+        except ValueError:  # a window, a cap, a bias or learnt sinks
+            closed = {key: torch.full_like(found[key], torch.nan) for key in CLOSED}
+        for key in CLOSED:
+            out["closed"].setdefault(key, []).append(closed[key])
     return {
         kind: {key: torch.cat(one).double() for key, one in values.items()} for kind, values in out.items()
     }
@@ -209,10 +211,12 @@ def compare(
 
 def rows_of(found: dict[str, dict[str, Tensor]], asked: dict[str, float]) -> list[dict[str, Any]]:
     """Rank correlation and mean absolute error of every statistic."""
-    pairs = [(key, found["predicted"][key], found["measured"][key]) for key in STATISTICS]
-    closed = found["closed"]["logit_std"]
-    if bool(closed.isfinite().all()):
-        pairs.insert(4, ("logit_std, closed form", closed, found["measured"]["logit_std"]))
+    pairs = []
+    for key in STATISTICS:
+        pairs.append((key, found["predicted"][key], found["measured"][key]))
+        closed = found["closed"].get(key)
+        if closed is not None and bool(closed.isfinite().all()):
+            pairs.append((f"{key}, closed form", closed, found["measured"][key]))
     return [
         {
             "statistic": key,

@@ -9,6 +9,7 @@ from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.functional.token_moments import TokenMoments
+    from lightning_qk.tokens.closed_form import predict_closed_form
     from lightning_qk.tokens.collect import TokenMomentsWarning, token_moments
     from lightning_qk.tokens.predict import predict_attention, predict_logit_std
 
@@ -16,6 +17,7 @@ __all__ = [
     "TokenMoments",
     "TokenMomentsWarning",
     "predict_attention",
+    "predict_closed_form",
     "predict_logit_std",
     "token_moments",
 ]
@@ -23,6 +25,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "closed_form": ["predict_closed_form"],
         "collect": ["TokenMoments", "TokenMomentsWarning", "token_moments"],
         "predict": ["predict_attention", "predict_logit_std"],
     },

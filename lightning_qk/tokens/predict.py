@@ -84,10 +84,7 @@ def predict_logit_std(
     Raises:
         ValueError: as :func:`predict_attention`; also a soft cap, a bias or a window, which have no such form.
     """
-    _check(head, moments, length)
-    for name in ("softcap", "offset_bias", "sliding_window"):
-        if getattr(moments, name) is not None:
-            raise ValueError(f"expected logits without {name} for the closed form: use predict_attention")
+    check_closed_form(head, moments, length)
     d_head = moments.d_head
     share, means, covariance = token_classes(moments, length)
     of_class = torch.stack([1 - share, share])
@@ -103,18 +100,18 @@ def predict_logit_std(
         place = torch.arange(start, stop, device=means.device)
         start = stop
         if len(place):
-            turned, between = (_turned(part[:, place], head, place) for part in (mean_k, apart))
+            turned, between = (rotated(part[:, place], head, place) for part in (mean_k, apart))
             # The first token has no spread of its own.
-            spread = _turned_covariance(cov_k, head, place[place > 0])
+            spread = rotated_covariance(cov_k, head, place[place > 0])
             outer = outer + turned.mT @ turned + between.mT @ between + spread
             total = total + turned.sum(1)
         here = torch.tensor([row], device=means.device)
-        width = _turned_covariance(cov_q, head, here)
+        width = rotated_covariance(cov_q, head, here)
         m = total / stop
         spread = outer / stop - m[:, :, None] * m[:, None]
         for one, mean in zip(of_class[:, row], means[..., :d_head], strict=True):
             if one > 0:
-                centre = _turned(mean[:, here], head, here)[:, 0]
+                centre = rotated(mean[:, here], head, here)[:, 0]
                 found.append(one * _root_mean(head.scaling, spread, centre, width))
     return torch.stack(found).sum(0) / len(rows)
 
@@ -131,23 +128,31 @@ def _root_mean(scaling: float, spread: Tensor, centre: Tensor, width: Tensor) ->
     return abs(scaling) * mean.sqrt() * (1 - (variance / (8 * mean.square())).clamp_max(0.25))
 
 
-def _turned(vectors: Tensor, head: HeadProjections, place: Tensor) -> Tensor:
+def rotated(vectors: Tensor, head: HeadProjections, place: Tensor) -> Tensor:
     """Vectors ``(heads, n, d_head)`` rotated by position."""
     if head.rotary is None:
         return vectors
     return rotate_tokens(vectors[None], head.rotary, place[None])[0]
 
 
-def _turned_covariance(covariance: Tensor, head: HeadProjections, place: Tensor) -> Tensor:
-    """``Σ_p R_p C R_pᵀ`` over positions, ``(heads, d_head, d_head)``."""
+def rotated_covariance(
+    covariance: Tensor, head: HeadProjections, place: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """``Σ_p w_p R_p C R_pᵀ`` over positions, ``(heads, d_head, d_head)``; without weights they are 1."""
+    if weight is None:
+        weight = torch.ones(len(place), dtype=covariance.dtype, device=covariance.device)
     if head.rotary is None or not len(place):
-        return covariance * len(place)
+        return covariance * weight.sum()
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp_min(0).sqrt()[:, None]).mT  # (heads, directions, d_head)
     heads, d_head, _ = root.shape
     out = torch.zeros_like(covariance)
-    for some in place.split(64):
-        lines = root[:, :, None].expand(-1, -1, len(some), -1).reshape(1, heads * d_head, len(some), d_head)
+    for some, own in zip(place.split(64), weight.to(root).sqrt().split(64), strict=True):
+        lines = (
+            (root[:, :, None] * own[:, None])
+            .expand(-1, -1, len(some), -1)
+            .reshape(1, heads * d_head, len(some), d_head)
+        )
         turned = rotate_tokens(lines, head.rotary, some[None]).reshape(heads, -1, d_head)
         out = out + turned.mT @ turned
     return out
@@ -190,6 +195,14 @@ def _bias(moments: TokenMoments, length: int) -> Tensor | None:
     known = (moments.offset_bias.shape[1] + 1) // 2
     place = torch.arange(length, device=moments.offset_bias.device)
     return moments.offset_bias[:, place[None] - place[:, None] + known - 1].float()[None]
+
+
+def check_closed_form(head: HeadProjections, moments: TokenMoments, length: int) -> None:
+    """Raises ValueError for what has no closed form, or as :func:`predict_attention`."""
+    _check(head, moments, length)
+    for name in ("softcap", "offset_bias", "sliding_window"):
+        if getattr(moments, name) is not None:
+            raise ValueError(f"expected logits without {name} for the closed form: use predict_attention")
 
 
 def _check(head: HeadProjections, moments: TokenMoments, length: int) -> None:
