@@ -33,14 +33,14 @@ def test_decoders_encoders_and_both_are_compared(predictions, kind):
     for layer in model.modules():
         if type(layer).__name__ == "T5Attention":  # of logits of a standard deviation of 6
             layer.q.weight.data *= 0.1
-    found = predictions.compare(model, Letters(), predictions.texts_of_python(), 24, tokens=400, surrogates=2)
+    found = predictions.compare(model, Letters(), predictions.texts_of_python(), 24, tokens=400, surrogates=8)
     heads = predictions.head_projections(model)
     of_self = sum(one.heads for one in heads.values() if one.self_attention)
     assert {len(values) for values in found["predicted"].values()} == {of_self}
     assert {*found["measured"]} == {*predictions.STATISTICS}
     for name in ("entropy_normalized", "sink_first", "distance"):
         got, want = (found[part][name] for part in ("predicted", "measured"))
-        torch.testing.assert_close(got, want, rtol=0.2, atol=0.05)
+        torch.testing.assert_close(got, want, rtol=0.3, atol=0.05)
     rows = predictions.rows_of(found, {"distance": 0.5})
     assert [row["asked"] for row in rows if row["asked"]] == [0.5]
 

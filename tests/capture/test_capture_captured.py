@@ -28,4 +28,4 @@ def test_the_old_name_of_what_was_seen():
     capture = AttentionCapture({}, lambda name, call: None)
     capture.seen.add("layer")
     with pytest.warns(DeprecationWarning, match="heard is seen now"):
-        assert capture.seen == {"layer"}
+        assert capture.heard == {"layer"}

@@ -365,7 +365,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "bytes",
         {"source": "{tmp}/latin.txt"},
-        r"utf-8 text in .*latin\.txt, got a byte .* at position 1048580",
+        r"utf-8 text in .*latin\.txt, got an invalid byte at position 1048580",
     ),
     ("encoding", {"source": "{tmp}/good.txt", "encoding": "utf-9"}, "got 'utf-9'"),
     ("json", {"source": "{tmp}/broken.json"}, "expected json rows .*broken.json"),
