@@ -25,7 +25,7 @@ _NODES = ((-2.856970013872806, 0.011257411327720693), (-1.355626179974266, 0.222
 class _Group(NamedTuple):
     """Keys of one kind that a row sees: how many, their mean, and their spread around it; by head."""
 
-    count: float
+    keys: float
     mean: Tensor
     spread: Tensor
 
@@ -125,9 +125,9 @@ def _row(
     groups: list[_Group], centre: Tensor, width: Tensor, scaling: float, has_first: bool
 ) -> dict[str, Tensor]:
     """The statistics of one row, averaged over its queries."""
-    n = sum(group.count for group in groups)
+    n = sum(group.keys for group in groups)
     # Distances are from the largest group's mean; of that of the first group the query's part is the coordinate.
-    base = max(groups, key=lambda group: group.count).mean
+    base = max(groups, key=lambda group: group.keys).mean
     ways = [group.mean - base for group in groups]
     gap = [scaling * (centre * way).sum(-1) for way in ways]
     lead = ways[0] if has_first else ways[-1]
@@ -139,8 +139,8 @@ def _row(
     inner = [torch.einsum("hd,hde,he->h", centre, group.spread, centre) for group in groups]
     inner = [one + (group.spread * width.mT).sum((-2, -1)) for one, group in zip(inner, groups, strict=True)]
     variance = [(scaling**2 * one).clamp_min(0) for one in inner]
-    parts = [_energy(group.count, one) for group, one in zip(groups, variance, strict=True)]
-    share = torch.tensor([group.count / n for group in groups], dtype=centre.dtype)
+    parts = [_energy(group.keys, one) for group, one in zip(groups, variance, strict=True)]
+    share = torch.tensor([group.keys / n for group in groups], dtype=centre.dtype)
     out: dict[str, Tensor] = {}
     for node, weight in _NODES:
         step = node * lead_spread.sqrt()
