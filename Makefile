@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-models models test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick paper paper-quick clean
+.PHONY: quickstart test test-oldest test-models models test-long test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -24,6 +24,10 @@ test: $(VENV)/.test
 
 test-oldest: $(VENV)/.oldest
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/heads tests/capture tests/inspect --ignore=tests/heads/test_heads_sharded.py
+
+# Slow tests of what training is promised: processes, faults, jobs of many shapes, kernels, the stories of the README.
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow tests/callbacks tests/faults tests/jobs tests/heads tests/functional/test_kernel.py tests/test_stories.py tests/test_finetune_pretrained.py tests/tools/coverage/test_coverage_weights.py
 
 # What real models must show: MiniLM of the test extras, and SmolLM2.
 test-models: models

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
@@ -35,9 +36,24 @@ def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
 
 
 def test_every_block_is_of_a_language_that_is_tested():
-    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert {language for language, _ in BLOCKS} == {"python", "bash", "diff", "text"}
     assert PYTHON
     assert COMMANDS
+
+
+def test_the_lines_to_add_are_those_of_a_job():
+    """Lines of the first block are Python with names that the package has."""
+    [block] = [code for language, code in BLOCKS if language == "diff"]
+    added = "\n".join(line[1:].strip() for line in block.splitlines() if line.startswith("+"))
+    namespace = {}
+    exec(added.replace("callbacks=", "callbacks = ").rstrip(","), namespace)
+    assert all(isinstance(one, L.Callback) for one in namespace["callbacks"])
+
+
+def test_the_table_is_that_of_the_command():
+    [block] = [code for language, code in BLOCKS if language == "text"]
+    titles = [cell.strip() for cell in block.splitlines()[2].split("┃")]
+    assert {"layer", "sym var", "entropy", "sink", "max|logit|", "linear share", "verdict"} <= set(titles)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -80,18 +96,6 @@ def test_commands_are_real(command, monkeypatch):
     else:
         assert program in ("python3", ".venv/bin/pip", "pip")
         assert shutil.which("python3")
-
-
-def test_the_models_that_the_readme_names_are_among_those_tested():
-    sys.path.insert(0, str(ROOT / "tests" / "heads"))
-    from heads_zoo import ZOO
-
-    tested = {re.sub("[^a-z0-9]", "", name.lower()) for name in ZOO}
-    text = (ROOT / "README.md").read_text()
-    listed = re.search(r"sharded weights: (.*?) and their kin", text, re.DOTALL)[1]
-    for name in re.split(r",\s+", listed):
-        plain = re.sub("[^a-z0-9]", "", name.lower())
-        assert any(plain in known for known in tested), name
 
 
 def test_the_coverage_that_the_readme_tells_is_that_of_the_table():

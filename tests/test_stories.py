@@ -84,6 +84,7 @@ def test_metrics_are_watched_in_wandb_without_an_account(tmp_path):
     assert len([*INSTALL, *marked("# new"), *marked("# W&B"), "python job.py"]) <= MOST
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_pretrained_model_is_fine_tuned_from_one_config(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")

@@ -98,7 +98,7 @@ def test_half_precision(results):
 @pytest.mark.parametrize(
     ("name", "launcher"),
     [
-        ("ddp", []),
+        pytest.param("ddp", [], marks=pytest.mark.slow),
         pytest.param(
             "fsdp2",
             ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],

@@ -35,7 +35,8 @@ def run(*arguments: str, **environment: str) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_interpreted(which):
     cases = str(HERE / "kernel_cases.py")
     out = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, cases, TRITON_INTERPRET="1")
