@@ -106,9 +106,18 @@ def _front_door(app: Sphinx, error: Exception | None) -> None:
         Path(app.outdir, "index.html").write_text(f"<!doctype html>{go}\n", encoding="utf-8")
 
 
+def _new_names(app: Sphinx, documented: Any, bound: bool) -> None:
+    """Pages show arguments by their new names; the old ones stand behind them in the signature for jsonargparse."""
+    function = getattr(documented, "__init__", documented) if isinstance(documented, type) else documented
+    if hasattr(function, "__wrapped__"):
+        vars(function).pop("__signature__", None)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """What sphinx calls."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+    # Before sphinx reads defaults from the source, whose arguments have to be those of the signature.
+    app.connect("autodoc-before-process-signature", _new_names, priority=400)
     app.connect("autodoc-skip-member", _skip)
     app.connect("missing-reference", _exists)
     app.connect("build-finished", _front_door)

@@ -158,7 +158,6 @@ class DifferentiableAttentionMask(PenaltyIntervention):
         """The learnt mask.
 
         Args:
-        weight: price of the mask's L1 norm (of the mean over layers).
             n: length of the sequences; None for offsets.
 
         Returns:
