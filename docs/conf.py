@@ -107,10 +107,11 @@ def _front_door(app: Sphinx, error: Exception | None) -> None:
 
 
 def _new_names(app: Sphinx, documented: Any, bound: bool) -> None:
-    """Pages show arguments by their new names; the old ones stand behind them in the signature for jsonargparse."""
+    """Pages show arguments by their new names; the old ones are in the signature too, for jsonargparse."""
     function = getattr(documented, "__init__", documented) if isinstance(documented, type) else documented
-    if hasattr(function, "__wrapped__"):
+    while hasattr(function, "__wrapped__"):
         vars(function).pop("__signature__", None)
+        function = function.__wrapped__
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
