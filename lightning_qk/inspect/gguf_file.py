@@ -46,17 +46,22 @@ class GgufFile:
             raise BadInput(
                 f"expected the package gguf to read {path}, got none: pip install 'lightning-qk[gguf]'"
             ) from error
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, load_gguf_checkpoint
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            load_gguf_checkpoint,
+        )
 
         self.path = path
         try:
-            self._tensors = {one.name: one for one in gguf.GGUFReader(str(path)).tensors}
+            reader = gguf.GGUFReader(str(path))
+            self._tensors = {one.name: one for one in reader.tensors}
             if any(int(one.n_elements) > _MOST_NUMBERS for one in self._tensors.values()):
                 raise ValueError("one of its tensors is larger than any model's")
-            self._parsed = load_gguf_checkpoint(str(path))
-            fields = self._parsed["config"]
+            fields = load_gguf_checkpoint(str(path))["config"]
             self.config = _config(fields, len(self._tensors), path)
-            kind = TENSOR_PROCESSORS.get(_architecture(path), TENSOR_PROCESSORS.get(fields["model_type"]))
+            named = str(reader.fields["general.architecture"].contents())
+            kind = TENSOR_PROCESSORS.get(named, TENSOR_PROCESSORS.get(fields["model_type"], TensorProcessor))
         except BadInput:
             raise
         except Exception as error:  # a damaged file runs into anything
@@ -64,7 +69,7 @@ class GgufFile:
                 f"expected a whole GGUF file of a model that transformers loads, got {path} ({one_line(error)}): "
                 "download it again, or pass the model that it was made from"
             ) from error
-        self._processor = _plain_processor(fields) if kind is None else kind(config=fields)
+        self._processor = kind(config=fields)
         self.tensors = len(self._tensors)
         self.is_quantized = any(one.tensor_type.name not in _PLAIN for one in self._tensors.values())
 
@@ -78,9 +83,7 @@ class GgufFile:
 
         try:
             names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
-        except (
-            Exception
-        ) as error:  # NotImplementedError for an architecture, whatever else for a strange model
+        except Exception as error:  # an architecture or a model that it does not know
             raise BadInput(
                 f"expected a GGUF file whose tensors transformers can name, got {self.path} ({one_line(error)}): "
                 "pass the model that it was made from"
@@ -131,18 +134,6 @@ class _GgufStorage(Storage):
     def reading(self) -> Iterator[Get]:
         """Within this block tensors can be read."""
         yield lambda name: self._file.read(self._names[name])
-
-
-def _architecture(path: Path) -> str:
-    import gguf
-
-    return str(gguf.GGUFReader(str(path)).fields["general.architecture"].contents())
-
-
-def _plain_processor(fields: dict[str, Any]) -> Any:
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor
-
-    return TensorProcessor(config=fields)
 
 
 def _config(fields: dict[str, Any], tensors: int, path: Path) -> "PreTrainedConfig":
