@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 # Layers as wide as those of 7 B.
-WIDE = {"layers": 4, "width": 4096, "heads": 32, "kv_heads": 8, "mlp": 8192, "vocabulary": 128256}
+WIDE = {"layers": 8, "width": 4096, "heads": 32, "kv_heads": 8, "mlp": 8192, "vocabulary": 128256}
 LAYER = 4 * (4096 * 4096 + 1024 * 4096)
 PEAKS = """
 import json, pathlib, re, sys
@@ -41,8 +41,12 @@ def inspection() -> ModuleType:
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_no_more_than_a_layer_is_in_memory(inspection: ModuleType, tmp_path: Path) -> None:
-    """Twice as many layers need no more, and none needs the memory of the embeddings, which are 2 GB."""
-    assert inspection.write_checkpoint(tmp_path, WIDE) == 4 * LAYER / 2
+    """Four times as many layers need no more, and none needs the memory of the embeddings, which are 2 GB.
+
+    What an allocator keeps, and what of the files is mapped, differs by most of a layer from machine to machine:
+    were layers kept, it would be six.
+    """
+    assert inspection.write_checkpoint(tmp_path, WIDE) == WIDE["layers"] * LAYER / 2
     done = subprocess.run(
         [sys.executable, "-c", PEAKS, str(tmp_path)],
         capture_output=True,
@@ -51,8 +55,8 @@ def test_no_more_than_a_layer_is_in_memory(inspection: ModuleType, tmp_path: Pat
         env=inspection.environment(1),
     )
     peaks = json.loads(done.stdout.rpartition("PEAKS")[2])
-    assert len(peaks) == 4
-    assert peaks[-1] < peaks[1] + LAYER
+    assert len(peaks) == WIDE["layers"]
+    assert peaks[-1] < peaks[1] + 2 * LAYER
     assert peaks[-1] < 1.5e9
 
 
