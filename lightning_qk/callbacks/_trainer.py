@@ -1,7 +1,6 @@
 """Questions to a Lightning Trainer: is this step logged, under which number, and where do files go."""
 
 import math
-import os
 import sys
 
 import torch
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_qk._packages import either
 from lightning_qk._version import __version__
 from lightning_qk.callbacks._output import beside_bars, inform
+from lightning_qk.callbacks._run_facts import describe_run
 from lightning_qk.heads.reader import ProjectionReader
 
 # For isinstance, of either package.
@@ -113,34 +113,6 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
     return scaler._scale
 
 
-def run_directory(trainer: Trainer) -> str:
-    """Folder of this run: the first logger's own, the same on every rank.
-
-    A collective call under several processes, which all of them come to whatever a logger raises.
-    """
-    try:
-        folder = _own_directory(trainer)
-    except Exception:  # a logger that cannot be reached, say
-        folder = None
-    return trainer.strategy.broadcast(folder or trainer.default_root_dir)
-
-
-def _own_directory(trainer: Trainer) -> str | None:
-    """What this process takes for the run's folder. Not ``trainer.log_dir``, which is a collective call."""
-    logger = trainer.logger
-    if logger is None:
-        return None
-    # TensorBoard's and CSV's log_dir is a folder of the run; of other loggers it is save_dir, which many runs
-    # share: theirs is where ModelCheckpoint puts their checkpoints.
-    own = getattr(logger, "log_dir", None)
-    if own is not None:
-        return str(own)
-    if logger.save_dir is None:
-        return None
-    parts = [str(part) for part in (logger.name, logger.version) if part is not None]
-    return os.path.join(logger.save_dir, *parts)
-
-
 def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     """Facts about a run that its report prints."""
     kinds = sorted({type(model).__name__ for model in _whole_models(pl_module)})
@@ -150,6 +122,7 @@ def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         "LightningModule": type(pl_module).__name__,
         "Parameters": f"{parameters:,}",
         "Optimizer steps": f"{trainer.global_step:,}",
+        **describe_run(trainer),
         "Precision": str(trainer.precision),
         "Processes": str(trainer.world_size),
         "Device": str(pl_module.device),

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_qk.cli._job_callbacks import KeepLast, SaveConfig, additions, newest_checkpoint
+from lightning_qk.cli._quiet import prepare_loggers, quiet_libraries
 from lightning_qk.data.text import TextDataModule
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.module import TransformerModule
@@ -14,14 +17,6 @@ from lightning_qk.module.predictions import PredictionFile
 
 def _data_seed(seed: bool | int) -> int:
     return 0 if isinstance(seed, bool) else seed
-
-
-class _SaveConfig(SaveConfigCallback):
-    """Saves the config beside the logs; without a logger there is no place for it that is surely free."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.loggers:
-            super().setup(trainer, pl_module, stage)
 
 
 class _JobCLI(LightningCLI):
@@ -36,6 +31,24 @@ class _JobCLI(LightningCLI):
         if subcommand == "predict":
             _add_output(parser)
         return parser
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        own = additions(given if isinstance(given, list) else [given], config)
+        trainer = super()._instantiate_trainer(config, [*callbacks, *own])
+        if trainer.checkpoint_callbacks:
+            # Behind the one that says where, and not in its place.
+            trainer.callbacks.append(KeepLast())  # type: ignore[attr-defined]
+        prepare_loggers(trainer.loggers)
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        options = super()._prepare_subcommand_kwargs(subcommand)
+        if options.get("ckpt_path") == "last":
+            # Lightning looks in the folder of the run that begins, and starts anew where that has none.
+            options["ckpt_path"] = str(newest_checkpoint(self.trainer))
+            rank_zero_info(f"lightning-qk: from {options['ckpt_path']}")
+        return options
 
     def before_predict(self) -> None:
         # Logits of all tokens are larger than any memory, and nobody would get them.
@@ -82,16 +95,17 @@ def run(args: list[str], prog: str) -> None:
     Raises:
         argparse.ArgumentError: the arguments do not make a job.
     """
-    _JobCLI(
-        TransformerModule,
-        TextDataModule,
-        args=args,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_kwargs=_parser_options(prog),
-        save_config_callback=_SaveConfig,
-        save_config_kwargs={"config_filename": "lightning_qk_config.yaml", "overwrite": True},
-    )
+    with quiet_libraries():
+        _JobCLI(
+            TransformerModule,
+            TextDataModule,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs=_parser_options(prog),
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+        )
 
 
 def _parser(command: str) -> LightningArgumentParser:

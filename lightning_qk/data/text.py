@@ -213,6 +213,22 @@ class TextDataModule(pl.LightningDataModule):
             rank_zero_info(f"lightning-qk: {line}")
         self._splits = {name: load_from_disk(str(entry / name)) for name in info["splits"]}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the data are, as plain values; ``rows`` of each split are known after :meth:`setup`."""
+        classifies = self.task == "sequence_classification"
+        facts: dict[str, Any] = {
+            "source": self._where(),
+            **({"config_name": self.config_name} if self.config_name else {}),
+            **{f"{name}_files": ", ".join(files) for name, files in self.files.items() if files},
+            "tokenizer": self._tokenizer_name or self._tokenizer_of or "bytes",
+            "max_length" if classifies else "block_size": self.max_length if classifies else self.block_size,
+            "batch_size": self.batch_size,
+        }
+        if self._splits is not None:
+            facts["rows"] = {name: len(rows) for name, rows in self._splits.items()}
+        return facts
+
     def train_dataloader(self) -> DataLoader:
         """Batches to train on. Their order follows from ``seed`` and the epoch alone."""
         return self._loader("train")

@@ -102,7 +102,8 @@ def test_a_job_from_fit_to_predict(config: Path, capsys: pytest.CaptureFixture[s
 
     saved = yaml.safe_load(Path("logs/lightning_qk_config.yaml").read_text())
     assert saved["model"]["lr"] == 1e-3
-    [checkpoint] = Path("logs/checkpoints").glob("*.ckpt")
+    checkpoint = Path("logs/checkpoints/last.ckpt")
+    assert len(list(checkpoint.parent.glob("*.ckpt"))) == 2
     module = TransformerModule.load_from_checkpoint(checkpoint)
     assert module.lr == 1e-3
     assert module.network.config.vocab_size == 263

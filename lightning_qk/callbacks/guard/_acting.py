@@ -7,12 +7,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks._event_log import EventLog
 from lightning_qk.callbacks._ranks import all_or_none
-from lightning_qk.callbacks._trainer import run_directory, say
+from lightning_qk.callbacks._trainer import say
 from lightning_qk.callbacks.callback import Callback
 from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckpoint
 from lightning_qk.callbacks.guard._pending import in_words
 from lightning_qk.callbacks.guard._rate import RateLimit
 from lightning_qk.callbacks.guard._remedy import Dormant
+from lightning_qk.callbacks.run_directory import run_directory
 from lightning_qk.guard.detector import CollapseDetector
 
 

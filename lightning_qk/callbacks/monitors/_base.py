@@ -17,18 +17,19 @@ from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
 from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import has_others
+from lightning_qk.callbacks._run_facts import run_settings
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
     describe_error,
     is_last_chance,
     is_logged_step,
     logging_step,
-    run_directory,
 )
 from lightning_qk.callbacks.callback import OBSERVES, check_lightning, observe_last
 from lightning_qk.callbacks.monitors._keys import PerLayer, without_errors
 from lightning_qk.callbacks.monitors._report import write_run
 from lightning_qk.callbacks.monitors._watching import OnUnreadable, Watching
+from lightning_qk.callbacks.run_directory import run_directory
 from lightning_qk.loggers.loggers import describe_config, log_scalars, shows_pictures
 from lightning_qk.loggers.pictures import Pictures
 from lightning_qk.record.forgotten import Forgotten
@@ -196,6 +197,7 @@ class Monitor(Watching):
             if self.has_heads:
                 add_self_check(trainer)
             describe_config(trainer, {type(self).__name__: self.settings()})
+            self.attempt(lambda: describe_config(trainer, run_settings(trainer)), "describing the run")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes, and find the layers: the same on every process, or raise on all."""

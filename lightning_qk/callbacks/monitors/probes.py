@@ -20,11 +20,11 @@ from lightning_qk.callbacks._trainer import (
     FSDPStrategy,
     ModelParallelStrategy,
     logging_step,
-    run_directory,
 )
 from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable, flat_values
 from lightning_qk.callbacks.monitors._keys import PerLayer
 from lightning_qk.callbacks.monitors._recorder import CallRecorder, models_and_doors
+from lightning_qk.callbacks.run_directory import run_directory
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.probes import ProbeMeans

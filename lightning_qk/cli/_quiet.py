@@ -1,0 +1,78 @@
+"""Lines of libraries on the command's own runs that nobody can act on, silenced where they come from."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Beginnings of what Lightning logs: advertisements, and what it does by itself.
+_LINES = (
+    "💡 Tip:",
+    "TPU available: False",
+    "HPU available: False",
+    "Loading `train_dataloader` to estimate",
+    "Trainer already configured with model summary callbacks",
+)
+# Of warnings: a call inside Lightning, and advice about workers, of which a job's config decides.
+_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The '\w+_dataloader' does not have many workers",
+    r"Checkpoint directory .* exists and is not empty",
+)
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
+
+
+class _StandardError:
+    """``sys.stderr`` as it is when something is written, such as rich's that keeps lines apart from a bar."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_LINES)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence these lines inside of the block, and write others of Lightning's above its progress bar."""
+    handlers = [
+        handler
+        for name in _LOGGERS
+        for handler in logging.getLogger(name).handlers
+        if type(handler) is logging.StreamHandler
+    ]
+    streams = [handler.stream for handler in handlers]
+    for handler in handlers:
+        handler.addFilter(_is_of_use)
+        handler.stream = _StandardError()  # setStream flushes the old one, which may be closed
+    try:
+        with warnings.catch_warnings():
+            for message in _WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for handler, stream in zip(handlers, streams, strict=True):
+            handler.removeFilter(_is_of_use)
+            handler.stream = stream
+
+
+def prepare_loggers(loggers: Iterable[Any]) -> None:
+    """Have W&B's logger begin without warnings of an argument that nobody gave and of a folder that is not there.
+
+    Args:
+        loggers: of a trainer, before its run.
+    """
+    for logger in loggers:
+        options = getattr(logger, "_wandb_init", None)
+        if isinstance(options, dict):
+            if options.get("anonymous") is None:
+                options.pop("anonymous", None)
+            if options.get("dir"):
+                Path(options["dir"]).mkdir(parents=True, exist_ok=True)
