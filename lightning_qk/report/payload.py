@@ -12,6 +12,7 @@ from lightning_qk.functional.spectrum import circle_law_radius, circle_law_share
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.statistics import describe, drawn_statistics
 from lightning_qk.record.verdicts import HeadHealth
+from lightning_qk.report.colors import color_scale
 from lightning_qk.report.packing import Pack
 
 # The curve of predicted propagation has as many points as that of the measured one, between which it is smooth.
@@ -131,6 +132,7 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
     for statistic in shown_statistics(name, history, secondary=cut.secondary):
         style = describe(statistic, name)
         series = history.series(statistic)[index]
+        scale = color_scale(series, style)
         statistics.append(
             {
                 "name": statistic,
@@ -139,7 +141,8 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
                 "share": style.share,
                 "signed": style.signed,
                 "peak": style.peak,
-                "decades": not style.share and _spans_decades(series),
+                "scale": scale.kind,
+                "limits": [scale.low, scale.high],
                 "meaning": style.meaning,
                 "worry": style.worry,
                 # Heads before steps: what a head's history needs stands together.
@@ -152,12 +155,6 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
         "steps": [history.steps[i] for i in index],
         "statistics": statistics,
     }
-
-
-def _spans_decades(values: Tensor, ratio: float = 100.0) -> bool:
-    """Whether positive values lie so far apart that a logarithmic scale is wanted."""
-    values = values[values.isfinite()]
-    return bool(values.numel()) and bool(values.min() > 0) and bool(values.max() > ratio * values.min())
 
 
 def _shape(record: RunRecord, label: str) -> LayerShape | None:

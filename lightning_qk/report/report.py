@@ -1,12 +1,9 @@
 """One self-contained HTML page about a run, from its record.
 
-The page draws its figures itself, with Plotly: step, statistic and head are chosen there. Data and library travel
-within it, compressed, so that it needs no network and no other file. Without a script its tables remain.
+The page draws its figures itself (``templates/report_chart.js``): step, statistic and head are chosen there. Data
+travel within it, compressed, so that it needs no network and no other file. Without a script its tables remain.
 """
 
-import base64
-import gzip
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,15 +13,17 @@ from lightning_qk.record.verdicts import format_value, head_health
 from lightning_qk.report.payload import make_payload
 from lightning_qk.report.sections import page_content
 
-MAX_BYTES = 4_900_000
+MAX_BYTES = 2_950_000
 """Largest size of a page."""
+
+_SCRIPTS = ("report_data", "report_chart", "report_plots", "report")
 
 
 def write_report(record: RunRecord, path: str | Path) -> Path:
     """Write the report of a run: one HTML file that needs no network and no other file.
 
     The file appears whole or not at all. Parts that the record does not hold are named in a sentence, with what to
-    add to see them. Long histories and large models are thinned until the file is below 5 MB.
+    add to see them. Long histories and large models are thinned until the file is below 3 MB.
 
     Args:
         record: the run.
@@ -56,24 +55,15 @@ def _render(record: RunRecord) -> str:
     draws = any(history.steps for history in record.histories.values()) or bool(record.eigenvalues)
     draws = draws or bool(content["scalars"])
     if not draws:
-        return template.render(**content, payload="", plotly="", script="", notes=record.notes)
-    library = _library()
-    script = "\n".join(_asset(name) for name in ("report_data.js", "report_plots.js", "report.js"))
+        return template.render(**content, payload="", script="", notes=record.notes)
+    script = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     # The page without its data first, to know how much room there is.
-    bare = template.render(**content, payload="-", plotly=library, script=script, notes=record.notes)
+    bare = template.render(**content, payload="-", script=script, notes=record.notes)
     payload = make_payload(record, heads, MAX_BYTES - len(bare.encode()) - 1000)
     return template.render(
-        **content, payload=payload.text, plotly=library, script=script, notes=[*record.notes, *payload.notes]
+        **content, payload=payload.text, script=script, notes=[*record.notes, *payload.notes]
     )
 
 
 def _asset(name: str) -> str:
     return files("lightning_qk.report").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-@cache
-def _library() -> str:
-    """Plotly's script, compressed: 4.8 MB come to 2 MB of text."""
-    from plotly.offline import get_plotlyjs
-
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode("ascii")

@@ -78,14 +78,14 @@ def until(page: Any, condition: str) -> None:
 def bring(page: Any, selector: str) -> None:
     """Into the middle of the window, clear of the bar at its top, and drawn."""
     page.evaluate(f"document.querySelector('{selector}').scrollIntoView({{ block: 'center' }})")
-    until(page, f"document.querySelector('{selector}').data !== undefined")
+    until(page, f"document.querySelector('{selector}').chart !== undefined")
     page.wait_for_timeout(200)
 
 
 def cells(page: Any, name: str = "spectrum") -> list[list[float]]:
     """What a heatmap shows."""
     bring(page, f"#map-{name}")
-    return page.evaluate(f"document.querySelector('#map-{name}').data[0].z")
+    return page.evaluate(f"document.querySelector('#map-{name}').chart.marks[0].rows")
 
 
 def box_of_cell(page: Any, layer: int, head: int, name: str = "spectrum") -> tuple[float, float]:
@@ -93,11 +93,8 @@ def box_of_cell(page: Any, layer: int, head: int, name: str = "spectrum") -> tup
     return page.evaluate(
         """([name, layer, head]) => {
             const plot = document.querySelector(`#map-${name}`);
-            const box = plot.getBoundingClientRect(), full = plot._fullLayout;
-            return [
-                box.left + full.xaxis._offset + full.xaxis.l2p(head),
-                box.top + full.yaxis._offset + full.yaxis.l2p(layer),
-            ];
+            const box = plot.chart.svg.getBoundingClientRect(), { x, y } = plot.chart.axes;
+            return [box.left + x.at(head), box.top + y.at(layer)];
         }""",
         [name, layer, head],
     )
@@ -128,11 +125,11 @@ def test_a_click_opens_a_head_and_escape_closes_it(opened: Any) -> None:
     page.mouse.click(*box_of_cell(page, 1, 2))
     page.wait_for_selector("#panel:not([hidden])")
     assert page.locator("#panel-title").inner_text() == "layer_01, head 2"
-    charts = page.locator("#panel .chart .plot-container")
+    charts = page.locator("#panel .chart .chart-svg")
     assert charts.count() >= 10
     widths = [box["width"] for box in (charts.nth(i).bounding_box() for i in range(3))]
     assert max(widths) < 320  # two beside each other
-    shown = page.evaluate("document.querySelector('#panel .chart').data.at(-1).y")
+    shown = page.evaluate("document.querySelector('#panel .chart').chart.marks.at(-1).y")
     want = simulated_record().spectrum.series("sym_var")[:, 6].tolist()
     assert shown == pytest.approx(want, rel=1e-3)
     page.get_by_role("button", name="Next head").click()
@@ -158,18 +155,16 @@ def test_a_point_and_a_row_open_a_head(opened: Any) -> None:
     bring(page, "#entropy")
     x, y, head = page.evaluate(
         """() => {
-            const plot = document.querySelector("#entropy"), box = plot.getBoundingClientRect();
-            const { xaxis, yaxis } = plot._fullLayout, points = plot.data[0];
+            const { svg, axes, marks } = document.querySelector("#entropy").chart;
+            const box = svg.getBoundingClientRect(), points = marks[0], { layer, index } = points.heads[7];
             return [
-                box.left + xaxis._offset + xaxis.d2p(points.x[7]),
-                box.top + yaxis._offset + yaxis.d2p(points.y[7]),
-                points.customdata[7],
+                box.left + axes.x.at(points.x[7]), box.top + axes.y.at(points.y[7]), `${layer}, head ${index}`,
             ];
         }"""
     )
     page.mouse.click(x, y)
     page.wait_for_selector("#panel:not([hidden])")
-    assert page.locator("#panel-title").inner_text() == head.replace("/", ", head ")
+    assert page.locator("#panel-title").inner_text() == head
 
 
 def test_the_keyboard_is_enough(opened: Any) -> None:
@@ -197,12 +192,12 @@ def test_every_figure_draws(opened: Any) -> None:
     plots = page.locator("[data-plot]")
     for index in range(plots.count()):
         plots.nth(index).scroll_into_view_if_needed()
-        plots.nth(index).locator(".plot-container").wait_for()
+        plots.nth(index).locator(".chart-svg").wait_for()
     assert page.locator('[data-plot][aria-busy="true"]').count() == 0
     # The circle's radius, and the two curves over positions.
-    assert page.evaluate("Math.max(...document.querySelector('#plane').data[2].x)") > 0
+    assert page.evaluate("Math.max(...document.querySelector('#plane').chart.marks[2].x)") > 0
     names = page.evaluate(
-        "document.querySelector('#propagation').data.map((one) => one.name).filter(Boolean)"
+        "document.querySelector('#propagation').chart.marks.map((one) => one.name).filter(Boolean)"
     )
     assert names == ["random walk, step 40", "measured, step 40"]
 
@@ -216,7 +211,7 @@ def test_light_and_dark(opened: Any, scheme: str) -> None:
         return page.evaluate("parseInt(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])")
 
     def ink() -> int:
-        color = "getComputedStyle(document.querySelector('#map-spectrum .xtick text')).fill"
+        color = "getComputedStyle(document.querySelector('#map-spectrum .xtick')).fill"
         return page.evaluate(f"parseInt({color}.match(/\\d+/)[0])")
 
     assert (ground() > 200) == (scheme == "light")
@@ -230,7 +225,7 @@ def test_on_paper_the_page_is_light(opened: Any) -> None:
     page = opened(simulated_record(), color_scheme="dark")
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator('[data-plot][aria-busy="true"]').count() == 0  # those below the window too
-    ink = "parseInt(getComputedStyle(document.querySelector('#map-spectrum .xtick text')).fill.match(/[0-9]+/)[0])"
+    ink = "parseInt(getComputedStyle(document.querySelector('#map-spectrum .xtick')).fill.match(/[0-9]+/)[0])"
     assert page.evaluate(ink) < 100
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.documentElement.dataset.theme") is None
@@ -348,7 +343,7 @@ def test_whatever_was_recorded_draws(opened: Any, kind: str) -> None:
     assert plots.count() > 0
     for index in range(plots.count()):
         plots.nth(index).scroll_into_view_if_needed()
-        plots.nth(index).locator(".plot-container").wait_for()
+        plots.nth(index).locator(".chart-svg").wait_for()
     if kind == "whole":
         page.evaluate("window.lightningQK.open({ layer: 'layer_01', index: 1 })")
         titles = page.locator("#panel h4").all_inner_texts()

@@ -48,7 +48,18 @@ class Page {
         }
       }
     }, { rootMargin: "300px" });
-    for (const card of this.plots.keys()) this.observer.observe(card);
+    const sizes = new ResizeObserver((entries) => {
+      for (const { target } of entries) {
+        // Height follows from the width.
+        if (target.dataset.width === undefined || Number(target.dataset.width) === target.clientWidth) continue;
+        target.dataset.stale = "yes";
+        if (this.visible.has(target)) this.draw(target);
+      }
+    });
+    for (const card of this.plots.keys()) {
+      this.observer.observe(card);
+      sizes.observe(card);
+    }
     this.rows();
     this.panelKeys();
     const wanted = decodeURIComponent(location.hash).match(/^#head=(.+)\/(\d+)$/);
@@ -84,7 +95,7 @@ class Page {
       within: () => this.drawWithin(),
       scalar: () => {
         const curve = this.data.scalars[Number(card.dataset.index)];
-        return Plots.curve({ steps: curve.steps, values: this.data.array(curve.values) });
+        return Plots.curve({ name: curve.name, steps: curve.steps, values: this.data.array(curve.values) });
       },
     };
     return drawers[plot];
@@ -97,34 +108,15 @@ class Page {
   draw(card) {
     const made = this.plots.get(card)();
     card.dataset.stale = "no";
-    this.put(card, made);
+    card.dataset.width = card.clientWidth;
+    Chart.draw(card, made, (head) => this.open(head, card));
     card.setAttribute("aria-busy", "false");
   }
 
-  put(element, { traces, layout }) {
-    Plotly.react(element, traces, layout, {
-      responsive: true,
-      displaylogo: false,
-      displayModeBar: false,
-      scrollZoom: false,
-      doubleClick: "reset",
-    });
-    if (!element.dataset.listening) {
-      element.dataset.listening = "yes";
-      element.on("plotly_click", (event) => this.clicked(element, event.points[0]));
-    }
-  }
-
-  clicked(element, point) {
-    if (!point) return;
-    if (element.dataset.plot === "map") {
-      const history = this.histories[element.dataset.history];
-      const head = { layer: history.layers[Math.round(point.y)], index: Math.round(point.x) };
-      if (history.place(head) >= 0) this.open(head, element);
-    } else if (typeof point.customdata === "string") {
-      const cut = point.customdata.lastIndexOf("/");
-      this.open({ layer: point.customdata.slice(0, cut), index: Number(point.customdata.slice(cut + 1)) }, element);
-    }
+  // `Page.headOf("layer/3")`: labels may have slashes.
+  static headOf(id) {
+    const cut = id.lastIndexOf("/");
+    return { layer: id.slice(0, cut), index: Number(id.slice(cut + 1)) };
   }
 
   // All figures of some kinds, those out of sight when they are scrolled to.
@@ -402,8 +394,7 @@ class Page {
 
   rows() {
     for (const row of document.querySelectorAll("[data-head]")) {
-      const cut = row.dataset.head.lastIndexOf("/");
-      const head = { layer: row.dataset.head.slice(0, cut), index: Number(row.dataset.head.slice(cut + 1)) };
+      const head = Page.headOf(row.dataset.head);
       const button = row.querySelector("button");
       button.disabled = false;
       row.addEventListener("click", () => this.open(head, button));
@@ -506,7 +497,7 @@ class Page {
     body.replaceChildren(...wanted.map(([box]) => box));
     for (const [box, made] of wanted) {
       box.classList.toggle("wide", box.dataset.key === "curve" || box.dataset.key === "plane");
-      if (made) this.put(box.children[2], made());
+      if (made) Chart.draw(box.children[2], made());
     }
   }
 
@@ -529,9 +520,7 @@ class Page {
     return;
   }
   try {
-    const [library, packed] = await Promise.all([Data.inflate("plotly"), Data.inflate("data")]);
-    document.head.append(make("script", { textContent: new TextDecoder().decode(library) }));
-    const page = new Page(Data.unpack(packed));
+    const page = new Page(Data.unpack(await Data.inflate("data")));
     page.start();
     window.lightningQK = page;
     $("loading").hidden = true;
