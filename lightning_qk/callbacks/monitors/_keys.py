@@ -23,7 +23,7 @@ def without_errors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class LogKeys:
     """Aggregates of per-head values under their log keys; base of the monitors, which set the attributes.
 
-    Values are tensors on the CPU. There are thousands of small sums, of which numpy's calls cost a tenth of torch's.
+    Values are tensors on the CPU. Their sums are small and many: numpy's calls cost a tenth of torch's.
 
     Attributes:
         counted: which heads count in aggregates over the model; None for all.
