@@ -1,4 +1,4 @@
-"""Colours of layer × head pictures: one scale for the report and for figures in loggers, which no outlier takes."""
+"""Colours of layer × head pictures: one scale for report and loggers, which no outlier takes."""
 
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def _limits(values: Tensor) -> tuple[float, float]:
     least = torch.where(filled, torch.inf, known).amin(-1)
     most = torch.where(filled, -torch.inf, known).amax(-1)
     spread = above - below
-    # Nearly all heads alike: the others are all there is to see.
-    low = torch.where(spread > 0, torch.maximum(least, below - spread), least)
-    high = torch.where(spread > 0, torch.minimum(most, above + spread), most)
-    return float(low.min()), float(high.max())
+    low, high = torch.maximum(least, below - spread).min(), torch.minimum(most, above + spread).max()
+    if low == high:  # nearly all heads are alike at every step: the others are all there is to see
+        low, high = least.min(), most.max()
+    return float(low), float(high)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import circle_law_radius, circle_law_share
+from lightning_qk.record.advice import guard_alarms
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.statistics import describe, drawn_statistics
 from lightning_qk.record.verdicts import HeadHealth
@@ -85,6 +86,7 @@ def _packed(record: RunRecord, heads: list[HeadHealth], cut: Cut) -> tuple[str, 
             for name, history in record.histories.items()
             if history.steps
         },
+        "alarms": [[alarm.step, alarm.sentence] for alarm in guard_alarms(record)],
         "points": {str(step): name for step, name in record.points.items()},
         "verdicts": {
             f"{row.label}/{row.head}": [row.verdict, row.reason] for row in heads if row.verdict != "ok"

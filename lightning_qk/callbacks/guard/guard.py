@@ -486,16 +486,17 @@ class CollapseGuard(Acting):
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         done = []
+        reason = verdict.reason if self._watch is None else self._watch.with_labels(verdict.reason)
         if self.action == "stop":
             trainer.should_stop = True
             done.append("training is stopped")
         if self._remedy.callbacks or self.lr_factor < 1 or self.rollback:
             done += self._help(trainer, pl_module)
-        sentence = f"step {verdict.step}: {verdict.reason}"
+        sentence = f"step {verdict.step}: {reason}"
         if done:
             sentence += f"; {', '.join(done)}"
         self.event_log.add_event(
-            verdict.step, f"CollapseGuard: {verdict.reason}{''.join(f'; {one}' for one in done)}"
+            verdict.step, f"CollapseGuard: {reason}{''.join(f'; {one}' for one in done)}"
         )
         try:
             is_sent = self.action == "alert" and log_alert(trainer, "CollapseGuard", sentence)

@@ -64,7 +64,6 @@ class Page {
     this.panelKeys();
     const wanted = decodeURIComponent(location.hash).match(/^#head=(.+)\/(\d+)$/);
     if (wanted) this.open({ layer: wanted[1], index: Number(wanted[2]) });
-    document.documentElement.dataset.ready = "yes";
   }
 
   // What a step is called.
@@ -93,6 +92,12 @@ class Page {
       propagation: () => this.drawPropagation(card),
       plane: () => this.drawPlane(card),
       within: () => this.drawWithin(),
+      verdicts: () => this.drawVerdicts(),
+      loss: () => {
+        const curve = this.data.scalars[Number(card.dataset.index)];
+        const values = this.data.array(curve.values);
+        return Plots.curve({ name: curve.name, steps: curve.steps, values, events: this.data.alarms, height: 190 });
+      },
       scalar: () => {
         const curve = this.data.scalars[Number(card.dataset.index)];
         return Plots.curve({ name: curve.name, steps: curve.steps, values: this.data.array(curve.values) });
@@ -144,6 +149,13 @@ class Page {
     $(`when-${name}`).textContent = this.stepName(shown) + (this.change ? ` minus ${this.stepName(history.steps[0])}` : "");
     $(`note-${name}`).textContent = made.note;
     return made;
+  }
+
+  // Every head's verdict: layers that attention does not know are those of the weights.
+  drawVerdicts() {
+    const known = ["attention", "spectrum"].map((name) => this.histories[name]).filter(Boolean);
+    const heads = new Map(known.reverse().flatMap((one) => one.layers.map((layer, i) => [layer, one.heads[i]])));
+    return Plots.verdicts({ heads, verdicts: this.data.verdicts, marked: this.head });
   }
 
   drawScatter(card, diagonal, from = "spectrum") {
@@ -288,7 +300,7 @@ class Page {
     $("step").value = index;
     $("step").setAttribute("aria-valuetext", this.stepName(this.step));
     $("step-name").textContent = `${this.stepName(this.step)} (${index + 1} of ${this.steps.length})`;
-    if (this.observer) this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane", "within", "time");
+    if (this.observer) this.redraw("map", "verdicts", "entropy", "passing", "predicted", "propagation", "plane", "within", "time");
     if (this.head) this.fill();
   }
 
@@ -418,20 +430,20 @@ class Page {
     this.fill();
     $("panel-title").focus();
     this.remember(`#head=${encodeURIComponent(head.layer)}/${head.index}`);
-    this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane");
+    this.redraw("map", "verdicts", "entropy", "passing", "predicted", "propagation", "plane");
   }
 
   close() {
     this.head = null;
     $("panel").hidden = true;
     this.remember("#");
-    this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane");
+    this.redraw("map", "verdicts", "entropy", "passing", "predicted", "propagation", "plane");
     if (this.from) this.from.focus();
   }
 
   remember(hash) {
     try {
-      history.replaceState(null, "", hash);
+      window.history.replaceState(null, "", hash);
     } catch {
       // Not allowed everywhere; the page works without.
     }
@@ -521,7 +533,11 @@ class Page {
   }
   try {
     const page = new Page(Data.unpack(await Data.inflate("data")));
+    const kept = Follower.take();
     page.start();
+    if (kept) Follower.restore(page, kept);
+    page.follower = new Follower(page);
+    document.documentElement.dataset.ready = "yes";
     window.lightningQK = page;
     $("loading").hidden = true;
   } catch (error) {

@@ -68,7 +68,7 @@ class Axis {
   static even(low, high, count, percent) {
     const rough = (high - low) / count;
     const power = 10 ** Math.floor(Math.log10(rough));
-    const step = power * [1, 2, 5, 10].find((one) => one * power >= rough * 0.999);
+    const step = power * [1, 2, 5, 10].find((one) => one * power >= rough * 0.7);
     const ticks = [];
     const first = Math.ceil(low / step - 1e-9);
     for (let i = first; i * step <= high + 1e-9 * step && ticks.length < 40; i++) ticks.push(i * step);
@@ -134,7 +134,6 @@ const Chart = {
     const hole = Shape.make("clipPath", { id: clip });
     hole.append(Shape.make("rect", { x: box.left, y: box.top - 4, width: box.right - box.left + 4, height: box.bottom - box.top + 8 }));
     root.append(hole);
-    if (cells) root.append(Shape.make("rect", { x: box.left, y: box.top, width: box.right - box.left, height: box.bottom - box.top, fill: "url(#no-value)" }));
     root.append(Chart.axes(x, y, box, { grid: !cells, label, width, height: chart.height, titleGap: left }));
     const inside = Shape.make("g", { "clip-path": `url(#${clip})` });
     for (const rule of (chart.rules || []).filter((one) => Number.isFinite(one.x))) inside.append(Chart.rule(rule, x, box));
@@ -266,13 +265,18 @@ const Chart = {
   cells(mark, x, y) {
     const group = Shape.make("g", { class: "cells" });
     const texts = Shape.make("g", { class: "heatmap-label" });
-    mark.rows.forEach((row, i) =>
-      row.forEach((value, j) => {
-        if (!Number.isFinite(value)) return;
+    const columns = Math.round(x.range[1] - x.range[0]);
+    mark.rows.forEach((row, i) => {
+      for (let j = 0; j < columns; j++) {
+        const value = row[j];
         const [a, b] = [x.at(j - 0.5), x.at(j + 0.5) - mark.gap];
         const [c, d] = [y.at(i - 0.5), y.at(i + 0.5) - mark.gap];
+        if (!Number.isFinite(value)) {
+          group.append(Shape.make("rect", { x: a.toFixed(1), y: c.toFixed(1), width: (b - a).toFixed(1), height: (d - c).toFixed(1), fill: "url(#no-value)" }));
+          continue;
+        }
         const color = mark.color(value);
-        group.append(Shape.make("rect", { x: a.toFixed(1), y: c.toFixed(1), width: (b - a).toFixed(1), height: (d - c).toFixed(1), fill: color.fill }));
+        group.append(Shape.make("rect", { x: a.toFixed(1), y: c.toFixed(1), width: (b - a).toFixed(1), height: (d - c).toFixed(1) }, { fill: color.fill }));
         const beyond = mark.beyond(value);
         if (beyond) {
           const r = Math.max(3, Math.min(8, 0.45 * Math.min(b - a, d - c)));
@@ -281,8 +285,8 @@ const Chart = {
         }
         const words = mark.texts && mark.texts[i][j];
         if (words) texts.append(Shape.text(words, ((a + b) / 2).toFixed(1), ((c + d) / 2 + 4).toFixed(1), { "text-anchor": "middle", fill: color.ink }));
-      })
-    );
+      }
+    });
     group.append(texts);
     return group;
   },

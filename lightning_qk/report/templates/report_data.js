@@ -163,26 +163,30 @@ class Scale {
   static limits(steps, kind) {
     const ends = steps.map((values) => Scale.robust(values, kind === "log")).filter(([low]) => Number.isFinite(low));
     if (!ends.length) return [0, 1];
-    let [low, high] = [Math.min(...ends.map((one) => one[0])), Math.max(...ends.map((one) => one[1]))];
+    const widest = (from) => [Math.min(...ends.map((one) => one[from])), Math.max(...ends.map((one) => one[from + 1]))];
+    let [low, high] = widest(0);
+    // Nearly all heads are alike at every step: the others are all there is to see.
+    if (low === high) [low, high] = widest(2);
     if (kind === "signed") high = Math.max(-low, high, 0) || 1;
     if (kind === "signed") low = -high;
     if (low === high) [low, high] = kind === "log" ? [low / 2, high * 2] : [low - 0.5 * Math.abs(low || 1), high + 0.5 * Math.abs(high || 1)];
     return [low, high];
   }
 
+  // Robust limits of a step, and the plain ones.
   static robust(values, log) {
     const known = values.filter((value) => Number.isFinite(value) && (!log || value > 0)).map((value) => (log ? Math.log10(value) : value));
-    if (!known.length) return [NaN, NaN];
+    if (!known.length) return [NaN];
     known.sort((a, b) => a - b);
     const at = (share) => {
       const place = share * (known.length - 1);
       const left = Math.floor(place);
       return known[left] + (place - left) * ((known[left + 1] ?? known[left]) - known[left]);
     };
-    let [low, high] = [known[0], known[known.length - 1]];
+    const [least, most] = [known[0], known[known.length - 1]];
     const [below, above] = [at(0.1), at(0.9)];
-    if (above > below) [low, high] = [Math.max(low, 2 * below - above), Math.min(high, 2 * above - below)];
-    return log ? [10 ** low, 10 ** high] : [low, high];
+    const found = [Math.max(least, 2 * below - above), Math.min(most, 2 * above - below), least, most];
+    return log ? found.map((value) => 10 ** value) : found;
   }
 
   color(value) {

@@ -112,6 +112,47 @@ const Plots = {
     };
   },
 
+  // Every head's verdict: a row a layer.
+  verdicts({ heads, verdicts, marked }) {
+    const layers = Array.from(heads.keys());
+    const columns = Math.max(...heads.values());
+    const height = Math.max(90, Math.min(360, 22 * layers.length)) + 48;
+    const [of, words] = [(i, j) => `${layers[i]}/${j}`, (id) => verdicts[id] || ["ok", ""]];
+    const every = Math.max(1, Math.ceil(layers.length / ((height - 48) / 14)));
+    const colors = { ok: "good-bg", "no data": "plain", "not judged": "plain" };
+    const faults = ["non-finite", "saturated", "growing", "collapsed"];
+    const names = layers.flatMap((_, i) => Array.from({ length: heads.get(layers[i]) }, (_, j) => words(of(i, j))[0]));
+    const boxes = [];
+    if (marked && heads.has(marked.layer)) {
+      const y = layers.indexOf(marked.layer);
+      boxes.push({ x0: marked.index - 0.5, x1: marked.index + 0.5, y0: y - 0.5, y1: y + 0.5, color: Style.color("mark"), width: 3 });
+    }
+    let count = 0;
+    return {
+      height,
+      x: { title: "head", range: [-0.5, columns - 0.5], ticks: Array.from({ length: columns }, (_, at) => ({ at, text: String(at) })) },
+      y: { title: "layer", range: [layers.length - 0.5, -0.5], ticks: layers.map((text, at) => ({ at, text })).filter((_, i) => i % every === 0) },
+      boxes,
+      marks: [
+        {
+          kind: "cells",
+          rows: layers.map((layer) => Array.from({ length: heads.get(layer) }, () => count++)),
+          texts: null,
+          gap: 1,
+          color: (place) => {
+            const name = names[place];
+            return { fill: Style.color(faults.includes(name) ? "fault" : colors[name] || Plots.described[name] || "plain"), ink: Style.color("ink") };
+          },
+          beyond: () => 0,
+          hover: (i, j) => `${layers[i]}, head ${j}\n${words(of(i, j)).filter(Boolean).join(": ")}`,
+          pick: (i, j) => ({ layer: layers[i], index: j }),
+        },
+      ],
+    };
+  },
+
+  described: { fresh: "is-fresh", uniform: "is-uniform", sharp: "is-sharp", positional: "is-positional", sink: "is-sink" },
+
   // A statistic of each layer over the steps: the mean of its heads, or the largest where that counts.
   overTime({ statistic, step, name }) {
     const history = statistic.history;
