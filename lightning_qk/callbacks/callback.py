@@ -13,8 +13,9 @@ from lightning_qk._deprecated import OldName
 from lightning_qk._packages import is_lightning, loaded_package
 from lightning_qk.record.history import RunRecord
 
-EDITS, OBSERVES, JUDGES, WRITES = range(4)
-"""Places among a trainer's callbacks: what may change weights, monitors, a guard, what writes checkpoints."""
+EDITS, OBSERVES, SUMS_UP, JUDGES, WRITES = range(5)
+"""Places among a trainer's callbacks: what may change weights, monitors, the one of them that judges by what all
+have measured, a guard, what writes checkpoints."""
 
 
 class Callback(lightning.pytorch.Callback):

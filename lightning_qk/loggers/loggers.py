@@ -280,7 +280,7 @@ def _define_wandb_summaries(logger: "Logger", keys: "Iterable[str]") -> None:
         done.add(key)
         # A whole key in the registry is a number of the run; others end with their reduction.
         of_run = STATISTICS.get(key)
-        extreme = "max" if of_run and "max" in of_run.extremes else key.rsplit("/", 1)[-1]
+        extreme = of_run.extremes[0] if of_run and of_run.extremes else key.rsplit("/", 1)[-1]
         if extreme in ("min", "max"):
             run.define_metric(_with_prefix(logger, key), summary=f"{extreme},last", **axis)
 
