@@ -365,7 +365,7 @@ class Monitor(Watching):
         history.append(step, values, self.states)
         if history.forgotten is not None and history.forgotten.problem is not None:
             self.note(history.forgotten.problem)
-        self.note_non_finite(self.states, f"at step {step}")
+        self.note_non_finite(self.states, step)
         self.attempt(lambda: self.conclude(trainer, step), "judging heads")
         # Of its own: what a logger does not take is still remembered.
         self.attempt(lambda: self.log_values(trainer, without_errors(values), step))
@@ -433,22 +433,27 @@ class Monitor(Watching):
         except Exception as error:
             self.note(f"the report could not be written ({describe_error(error)})")
 
-    def note_non_finite(self, states: Tensor | None, when: str) -> None:
+    def note_non_finite(self, states: Tensor | None, step: int) -> None:
         """Name the layers and heads that are not finite, the first time: NaN soon spreads to all."""
+        when = "before the first step" if step < 0 else f"at step {step}"
         history = self.history
         if self._found_non_finite or states is None:
             return
-        found = []
+        found, first = [], ""
         for label, heads in zip(history.layers, history.split(states), strict=True):
             bad = [str(index) for index, state in enumerate(heads.tolist()) if state == NOT_FINITE]
             if bad:
+                first = first or (f"{label}/head_{int(bad[0]):02d}" if self.has_heads else label)
                 module = next(module for module, own in self.labels.items() if own == label)
                 found.append(f"{module} (head {', '.join(bad)})" if self.has_heads else module)
         if found:
             self._found_non_finite = True
             self.note(
                 f"{self.subject} are not finite {when} in {shorten(found)}: training goes on; look for a "
-                "learning rate that is too high, or an overflow in half precision"
+                "learning rate that is too high, or an overflow in half precision",
+                "non-finite",
+                where=first,
+                step=step,
             )
 
     def _measure_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

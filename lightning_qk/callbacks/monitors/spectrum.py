@@ -277,7 +277,7 @@ class QKSpectrumMonitor(Monitor):
 
     def _remember_start(self, values: dict[str, Tensor]) -> None:
         self.history.append(-1, values, self.states)
-        self.note_non_finite(self.states, "before the first step")
+        self.note_non_finite(self.states, -1)
         self._worker.submit(-1, self._cores)
 
     def _recall_weights(self) -> None:
