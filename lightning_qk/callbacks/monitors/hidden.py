@@ -12,7 +12,7 @@ from lightning_qk.architecture.labels import layer_labels, matches, shorten
 from lightning_qk.callbacks._layers import Patterns, matching
 from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._base import OnUnreadable, at_least
-from lightning_qk.callbacks.monitors._keys import PerLayer
+from lightning_qk.callbacks.monitors._keys import Families, PerLayer
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
@@ -34,6 +34,8 @@ class HiddenOptions(TypedDict, total=False):
     """Options of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about heads."""
 
     per_layer: PerLayer
+    families: Families
+    exclude: Families
     report: bool
     modules: Patterns
     on_unreadable: OnUnreadable
@@ -69,8 +71,8 @@ class HiddenStateMonitor(ListeningMonitor):
         seed: of the monitor's own random generator; torch's global one is never touched.
         cached_calls: also measure forwards within transformers' ``generate``. By default they are left out, and
             said once.
-        options: ``per_layer``, ``report``, ``modules`` (names of blocks, or of the attention layers in them) and
-            ``on_unreadable``, see :class:`~lightning_qk.callbacks.monitors.Monitor`.
+        options: ``per_layer``, ``families``, ``exclude``, ``report``, ``modules`` (names of blocks, or of the
+            attention layers in them) and ``on_unreadable``, see :class:`~lightning_qk.callbacks.monitors.Monitor`.
     """
 
     group = "hidden"

@@ -278,7 +278,7 @@ class QKSpectrumMonitor(Monitor):
 
     def _remember_start(self, values: dict[str, Tensor]) -> None:
         self.history.append(-1, values, self.states)
-        self.note_non_finite(self.states, "before the first step")
+        self.note_non_finite(self.states, -1)
         self._worker.submit(-1, self._cores)
 
     def _recall_weights(self) -> None:
@@ -488,7 +488,7 @@ class QKSpectrumMonitor(Monitor):
             return
         self.attempt(lambda: self.log_values(trainer, values, solved.step))
         eigenvalues = [value.flatten() for value in self._eigenvalues.values() if value.is_complex()]
-        if trainer.is_global_zero and eigenvalues:
+        if trainer.is_global_zero and eigenvalues and self.is_logged("eigenvalues"):
             flat = torch.cat(eigenvalues)
             log_histogram(trainer, "qk/eigenvalues/modulus", flat.abs(), solved.step)
             log_histogram(trainer, "qk/eigenvalues/real", flat.real, solved.step)
@@ -503,12 +503,16 @@ class QKSpectrumMonitor(Monitor):
             part.fill_((layer in self._cross) == (name == "singular_max"))
         return has
 
+    def contribute_history(self, record: RunRecord) -> None:
+        """Add the history, and the widths that it is compared with."""
+        super().contribute_history(record)
+        record.shapes = dict(self._shapes)
+
     def contribute(self, record: RunRecord) -> None:
         """Add the history, the eigenvalues and what they are compared with to the record."""
         super().contribute(record)
         record.eigenvalues = self._complex_by_label()
         record.eigenvalues_step = self._eigenvalues_step
-        record.shapes = dict(self._shapes)
         if len(self._snapshots):
             record.snapshots["eigenvalues"] = self._snapshots
 
