@@ -403,7 +403,7 @@ def _file(path: Path, options: Options) -> Checkpoint:
         return Checkpoint(
             str(path),
             config,
-            lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+            lambda model: StoredWeights(storage, model, prefix=options.prefix),
             tokenizer=str(path.parent),
             tensors=len(storage.files),
             size=storage.size(),
@@ -449,7 +449,7 @@ def _distributed(path: Path, options: Options) -> Checkpoint:
     return Checkpoint(
         str(path),
         config,
-        lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+        lambda model: StoredWeights(storage, model, prefix=options.prefix),
         step=_step_of(str(path)) if step is None else step,
         tokenizer=tokenizer,
         tensors=len(storage.files),
