@@ -6,13 +6,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, training_layers
+from lightning_qk.callbacks._output import inform
 from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed, reason_of
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
@@ -182,7 +182,7 @@ class LocAteR(Intervention):
         others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
         if others and self.modules is None:
             why = left_out(reader.layers[others[0]], self.cross_attention)
-            rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
+            inform(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
         self._penalty = penalty
         self._trained = None
         self._choose(trainer, pl_module, penalty)

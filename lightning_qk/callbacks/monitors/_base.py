@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
+from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
@@ -357,7 +358,10 @@ class Monitor(Watching):
         overall = self.over_the_model(without_errors(values), states=self.states)
         # The loggers get them with the others. Of plain numbers Lightning would copy each to the device.
         shared = dict(zip(overall, torch.tensor(list(overall.values())).unbind(), strict=True))
-        pl_module.log_dict(shared, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
+        if at_epoch_end:
+            log_agreed(pl_module, shared)
+        else:
+            pl_module.log_dict(shared, logger=False, on_step=True, on_epoch=False)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the statistics of one step to the history and the loggers."""
