@@ -227,9 +227,7 @@ def _predictions(record: RunRecord, has: Mapping[str, list[str]]) -> list[dict[s
         return []
     found = {own: agreement(record, own) for own in _PREDICTED}
     words = "; ".join(
-        f"{describe(own, 'attn').title} {known.correlation:.2f} and {known.error:.3g}"
-        for own, known in found.items()
-        if known is not None
+        f"{describe(own, 'attn').title} {known.words}" for own, known in found.items() if known is not None
     )
     if not words:
         return []
