@@ -89,6 +89,19 @@ def is_last_chance(trainer: Trainer, batch_idx: int, steps_a_batch: int) -> bool
     return math.isfinite(batches) and batch_idx // together >= (int(batches) - 1) // together
 
 
+def ends_with_epoch(trainer: Trainer) -> bool:
+    """Whether the run is known to end with the current epoch, in ``on_train_epoch_end``.
+
+    A callback further back in the list that stops the run then is not foreseen.
+    """
+    epochs = trainer.max_epochs
+    return bool(
+        trainer.should_stop
+        or 0 <= trainer.max_steps <= trainer.global_step
+        or (epochs is not None and 0 <= epochs <= trainer.current_epoch + 1)
+    )
+
+
 def projection_reader(
     trainer: Trainer, pl_module: LightningModule, *, fold_norm: bool = False
 ) -> ProjectionReader:
