@@ -79,7 +79,7 @@ def main() -> None:
     print(f"writing, in a thread of its own: {writing:.2f} s, {cpu:.2f} s of CPU")
     lost = slower * beside
     print(
-        f"Python code beside it: {100 * slower:.0f} % slower for {beside:.2f} s: {100 * lost / 30:.2f} % every 30 s"
+        f"Python code beside it: {100 * slower:.0f} % slower for {beside:.1f} s: {100 * lost / 30:.2f} % every 30 s"
     )
 
 
