@@ -77,10 +77,8 @@ def main() -> None:
     print(f"record {sizes['.safetensors'] / 1e6:.2f} MB")
     print(f"gathering, in the training's thread: {1e3 * gathering:.1f} ms")
     print(f"writing, in a thread of its own: {writing:.2f} s, {cpu:.2f} s of CPU")
-    lost = slower * beside
-    print(
-        f"Python code beside it: {100 * slower:.0f} % slower for {beside:.1f} s: {100 * lost / 30:.2f} % every 30 s"
-    )
+    print(f"Python code beside it: {100 * slower:.0f} % slower for {beside:.1f} s")
+    print(f"of every 30 s: {100 * slower * beside / 30:.2f} %")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class _Server(ThreadingHTTPServer):
         """As the base's, without the name that it asks of the network."""
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -152,7 +152,7 @@ def _problem(place: Path) -> str:
 
 
 def _where(server: ThreadingHTTPServer, place: Path) -> list[str]:
-    host, port = server.server_address[:2]
+    host, port = str(server.server_address[0]), server.server_address[1]
     lines = [f"Report of {place}: http://{host}:{port}/ (Ctrl-C ends it)"]
     if host in _LOOPBACK:
         try:

@@ -327,9 +327,9 @@ class Monitor(Watching):
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the run's record, and the loss and the means of some statistics as curves."""
-        steps, values = self._loss.points()
-        if len(steps) > len(record.scalars.get(LossCurve.NAME, ([], []))[0]):
-            record.scalars = {LossCurve.NAME: (steps, values), **record.scalars}
+        loss = self._loss.points()
+        if len(loss[0]) > len(record.scalars.get(LossCurve.NAME, ([], []))[0]):
+            record.scalars = {LossCurve.NAME: loss, **record.scalars}
         self.contribute_history(record)
         for name in self.curve_statistics:
             if name in self.history.values:
