@@ -112,7 +112,7 @@ def shoot(page: Path, output: Path) -> list[Path]:
 
 def _keep(png: bytes, path: Path) -> None:
     """A picture of few colours in a third of the bytes."""
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256, kmeans=1).save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -157,7 +157,7 @@ const Chart = {
     const group = Shape.make("g", { class: "axes" });
     const line = (x1, y1, x2, y2, kind) => group.append(Shape.make("line", { x1, y1, x2, y2, class: kind }));
     let free = -Infinity;
-    for (const { at, text } of x.ticks) {
+    for (const { at, text } of Chart.apart(x)) {
       const place = x.at(at);
       if (grid) line(place, box.top, place, box.bottom, "grid");
       const half = 3.3 * text.length;
@@ -183,6 +183,18 @@ const Chart = {
       group.append(title);
     }
     return group;
+  },
+
+  // Of evenly spaced ticks every n-th, so that their texts stay apart.
+  apart(x) {
+    const places = x.ticks.map(({ at }) => x.at(at));
+    if (places.length < 3) return x.ticks;
+    const gap = Math.abs(places[1] - places[0]);
+    if (Math.abs(places[places.length - 1] - places[0]) < 0.99 * gap * (places.length - 1)) return x.ticks;
+    const widest = Math.max(...x.ticks.map(({ text }) => 6.6 * text.length));
+    const least = Math.ceil((widest + 6) / gap);
+    const every = [1, 2, 4, 5, 8, 10].find((one) => one >= least) || least;
+    return x.ticks.filter((_, i) => i % every === 0);
   },
 
   title(words, room, x, y) {
