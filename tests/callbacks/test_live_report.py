@@ -88,6 +88,18 @@ def test_the_page_follows_the_run(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*partial*"))
 
 
+def test_a_monitor_that_measures_seldom_holds_nothing_back(tmp_path: Path) -> None:
+    steps = []
+
+    def look(trainer: L.Trainer) -> None:
+        if (tmp_path / RECORD).exists():
+            steps.append(RunRecord.load(tmp_path / RECORD).spectrum.steps[-1])  # type: ignore[union-attr]
+
+    own = [QKSpectrumMonitor(figures_every=0, report_every=1e-9), AttentionMonitor(5, figures_every=0)]
+    fit(tmp_path, *own, After(look))
+    assert sorted(set(steps)) == [1, 3]
+
+
 def test_the_loss_is_that_of_the_steps(tmp_path: Path) -> None:
     job = fit(tmp_path, *monitors(0))
     steps, values = RunRecord.load(tmp_path / RECORD).scalars["train/loss"]

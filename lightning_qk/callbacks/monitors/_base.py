@@ -455,9 +455,9 @@ class Monitor(Watching):
         if not trainer.is_global_zero or self._reported or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._reported = True
-        if self._page is not None:
-            self._page.close()
         monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
+        for page in (monitor._page for monitor in monitors if monitor._page is not None):
+            page.close()
         try:
             if self.figures_every and len(self.history):
                 self.log_figures(trainer, self.history.steps[-1])
@@ -530,9 +530,10 @@ class Monitor(Watching):
             self.attempt(lambda: self._rewrite(trainer, pl_module), "rewriting the report")
 
     def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The report of the run up to now, from the last of the monitors that measure a step."""
-        monitors = [one for one in trainer.callbacks if isinstance(one, Monitor) and one.report]  # type: ignore[attr-defined]
-        if self is monitors[-1] and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """The report of the run up to now: from the monitor that measures most often, the last of several."""
+        monitors = [one for one in reversed(trainer.callbacks) if isinstance(one, Monitor) and one.report]  # type: ignore[attr-defined]
+        often = min(monitors, key=lambda one: one.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self is often and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._page = self._page or LivePage.as_asked(one.report_every for one in monitors)
             self._page.keep(trainer, pl_module, Path(self._directory or trainer.default_root_dir))
 
