@@ -40,7 +40,9 @@ FORMS: dict[str, Change] = {
     "weight_norm, columns": each(lambda module: weight_norm(module, dim=1)),
     "weight_norm, whole": each(lambda module: weight_norm(module, dim=None)),
     "parametrizations.weight_norm": each(parametrizations.weight_norm),
-    "parametrizations.weight_norm, whole": each(lambda module: parametrizations.weight_norm(module, dim=None)),
+    "parametrizations.weight_norm, whole": each(
+        lambda module: parametrizations.weight_norm(module, dim=None)
+    ),
     "spectral_norm": each(with_spectral_norm),
     "parametrizations.spectral_norm": each(parametrizations.spectral_norm),
     "pruning": each(lambda module: prune.random_unstructured(module, "weight", amount=0.3)),
@@ -66,7 +68,11 @@ def plain(model: nn.Module) -> dict[str, Tensor]:
         if hasattr(module, "weight_orig") or hasattr(module, "weight_v"):
             for hook in module._forward_pre_hooks.values():
                 hook(module, ())  # what a forward does first
-        if hasattr(module, "weight_orig") or hasattr(module, "weight_v") or parametrize.is_parametrized(module):
+        if (
+            hasattr(module, "weight_orig")
+            or hasattr(module, "weight_v")
+            or parametrize.is_parametrized(module)
+        ):
             effective[f"{name}.weight"] = module.weight.detach().clone()
     return effective
 
