@@ -123,8 +123,10 @@ class KnownLayer:
 
         both = ((self.spectrum, "weights"), (self.attention, "logits"))
         for newest, _ in both:
-            for name, value in newest.values.items():
-                note(value.isinf(), name, "is infinite")
+            # Of all at once: next to never is one of them infinite.
+            if newest.values and bool(torch.stack(list(newest.values.values())).isinf().any()):
+                for name, value in newest.values.items():
+                    note(value.isinf(), name, "is infinite")
         for newest, subject in both:
             if newest.states is not None:
                 note(newest.states == NOT_FINITE, subject, "hold NaN")

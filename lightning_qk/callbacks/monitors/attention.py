@@ -169,7 +169,7 @@ class AttentionMonitor(CaptureMonitor):
         super().publish(trainer, pl_module, values)
         health = self._health_at(self.step_of(trainer))
         if pl_module is not None and health:
-            pl_module.log_dict(health, logger=False)
+            pl_module.log_dict(health, logger=False, on_step=True, on_epoch=False)
 
     def conclude(self, trainer: Trainer, step: int) -> None:
         """Judge the heads that count, by what all monitors have measured."""
