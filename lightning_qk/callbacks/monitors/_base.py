@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
+from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
@@ -54,9 +55,11 @@ def flat_values(metric: Metric) -> dict[str, Tensor]:
 
     torchmetrics makes scalars of a model's only head. One copy from the device brings all statistics.
     """
-    values = metric.compute()
-    table = torch.stack([value.detach().reshape(-1).float() for value in values.values()]).cpu()
-    return dict(zip(values, table, strict=True))
+    with torch.no_grad():
+        values = metric.compute()
+        flat = [value if value.dim() == 1 else value.reshape(-1) for value in values.values()]
+        table = torch.stack(flat).to("cpu", torch.float32)
+        return dict(zip(values, table.unbind(), strict=True))
 
 
 def at_least(least: int, **values: int | None) -> None:
@@ -353,8 +356,12 @@ class Monitor(Watching):
         Those decide on every process: it is done on all of them, whatever failed on one.
         """
         overall = self.over_the_model(without_errors(values), states=self.states)
-        # The loggers get them with the others.
-        pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
+        # The loggers get them with the others. Of plain numbers Lightning would copy each to the device.
+        shared = dict(zip(overall, torch.tensor(list(overall.values())).unbind(), strict=True))
+        if at_epoch_end:
+            log_agreed(pl_module, shared)
+        else:
+            pl_module.log_dict(shared, logger=False, on_step=True, on_epoch=False)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the statistics of one step to the history and the loggers."""

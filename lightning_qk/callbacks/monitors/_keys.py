@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +21,11 @@ Families = str | Sequence[str] | None
 def without_errors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Standard errors stay in the history: three more keys for each statistic would bury the rest."""
     return {name: flat for name, flat in values.items() if not name.endswith("_se")}
+
+
+def _numbers(values: Mapping[str, Tensor]) -> Iterable[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]]:
+    """The same as arrays."""
+    return zip(values, torch.stack(list(values.values())).numpy() if values else (), strict=True)
 
 
 class LogKeys:
@@ -100,8 +105,8 @@ class LogKeys:
         scalars: dict[str, float] = {}
         counted = None if self.counted is None else self.counted.numpy()
         broken = self._broken_heads(values, states)
-        for name, flat in values.items():
-            numbers, bad = flat.numpy(), broken.get(name)
+        for name, numbers in _numbers(values):
+            bad = broken.get(name)
             if counted is not None and counted.shape == numbers.shape:
                 numbers, bad = numbers[counted], None if bad is None else bad[counted]
             finite = numbers[np.isfinite(numbers)]
@@ -122,8 +127,8 @@ class LogKeys:
         if states is None or not (broken := states.numpy() == NOT_FINITE).any():
             return {}
         return {
-            name: broken & ~np.isfinite(flat.numpy()) & self.has_value(name, flat).numpy()
-            for name, flat in values.items()
+            name: broken & ~np.isfinite(numbers) & self.has_value(name, values[name]).numpy()
+            for name, numbers in _numbers(values)
         }
 
     def by_layer_and_head(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk.callbacks._output import end_progress_bar
 from lightning_qk.callbacks._trainer import describe_error, model_info
 from lightning_qk.callbacks.callback import OBSERVES, SUMS_UP, Callback
 from lightning_qk.loggers.loggers import log_file
@@ -35,6 +36,7 @@ def write_run(
         record.notes += [one for one in getattr(callback, "notes", ()) if one not in record.notes]
     if not any(len(history) for history in record.histories.values()):
         return
+    end_progress_bar(trainer)
     # First what needs no disk.
     print_health(record)
     record.save(folder / RECORD_NAME)

@@ -24,6 +24,7 @@ from lightning_qk.functional.attention import (
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
 from lightning_qk.metrics.attention import AttentionStatistics
+from lightning_qk.metrics.later import Later, attention_later
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
@@ -111,25 +112,31 @@ class AttentionMonitor(CaptureMonitor):
         super().begin()
         self._health = History(["run"], [1])
 
-    def measure_call(self, name: str, call: CapturedCall) -> AttentionSums | dict[str, Any]:
+    def measure_call(self, name: str, call: CapturedCall) -> AttentionSums | Later | dict[str, Any]:
         """All statistics of sampled rows, and the report's curves where they are due."""
         logits = call.logits()
-        sums = attention_sums(logits, rows=self.rows, generator=self._generator)
+        sums = attention_later(logits, "", self._sums) or self._sums(logits)
         if self._pool is self._step_pool and self._profile_is_due():
-            what = "measuring the report's curves over positions"
-            profile = self.attempt(lambda: self._profile(logits), what)
+            few = logits.sequences(slice(_PROFILE_SEQUENCES))
+            profile = attention_later(few, _PROFILE, self._profile_sums) or self._profile_sums(few)
             if profile is not None:
                 return {"": sums, _PROFILE: profile}
         return sums
+
+    def _sums(self, logits: AttentionLogits) -> AttentionSums:
+        return attention_sums(logits, rows=self.rows, generator=self._generator)
 
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As every monitor of attention."""
         super().find_layers(trainer, pl_module)
         self._profile_generator.manual_seed(self.seed + trainer.global_rank)
 
-    def _profile(self, logits: AttentionLogits) -> MeanSums:
-        few = logits.sequences(slice(_PROFILE_SEQUENCES))
-        return profile_sums(few, rows=_PROFILE_ROWS, generator=self._profile_generator)
+    def _profile_sums(self, logits: AttentionLogits) -> MeanSums | None:
+        """None where it fails, which says nothing of the statistics."""
+        return self.attempt(
+            lambda: profile_sums(logits, rows=_PROFILE_ROWS, generator=self._profile_generator),
+            "measuring the report's curves over positions",
+        )
 
     def _profile_is_due(self) -> bool:
         count = self._measured

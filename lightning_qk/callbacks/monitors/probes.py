@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from lightning_qk.architecture.labels import matches
 from lightning_qk.callbacks._layers import Patterns, matching
+from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_states
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
@@ -430,7 +431,7 @@ class AttentionProbes(Monitor):
         counts = trainer.strategy.broadcast(counts)
         if counts is not None:
             scalars = {f"{self.group}/heads/{kind}": float(count) for kind, count in counts.items()}
-            pl_module.log_dict(scalars, logger=False, on_step=False, on_epoch=True)
+            log_agreed(pl_module, scalars)
             if self.is_logged("heads"):
                 log_scalars(trainer, scalars, logging_step(trainer))
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -387,16 +388,15 @@ class QKSpectrumMonitor(Monitor):
             if not cores.bilinear
             for name, matrices in zip(cores.names, cores.matrices, strict=True)
         }
-        bad = ~(values["trace"].isfinite() & values["frobenius_sq"].isfinite())
-        parts = []
-        for name, part in zip(metric.heads, bad.split(list(metric.heads.values())), strict=True):
+        finite = np.isfinite(values["trace"].numpy()) & np.isfinite(values["frobenius_sq"].numpy())
+        states, end = np.where(finite, KNOWN, NOT_FINITE), 0
+        for name, heads in metric.heads.items():
+            own, end = slice(end, end + heads), end + heads
             if name not in reader.layers:
-                parts.append(torch.full_like(part, LEFT_OUT, dtype=torch.long))
+                states[own] = LEFT_OUT
             elif name in broken:
-                parts.append(torch.where(broken[name].cpu(), NOT_FINITE, NO_VALUE))
-            else:
-                parts.append(torch.where(part, NOT_FINITE, KNOWN))
-        return torch.cat(parts)
+                states[own] = np.where(broken[name].cpu().numpy(), NOT_FINITE, NO_VALUE)
+        return torch.from_numpy(states)
 
     def _keep_known(self, layers: _Layers) -> None:
         """Where modules were replaced, go on with the layers that are what they were at the start."""
