@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -186,8 +187,8 @@ class AttentionMonitor(CaptureMonitor):
             monitor.contribute_history(record)
         labels = self.history.layers
         if self.counted is not None:
-            parts = zip(labels, self.history.split(self.counted), strict=True)
-            labels = tuple(label for label, heads in parts if bool(heads.any()))
+            of_heads = np.repeat(labels, self.history.heads)
+            labels = tuple(set(of_heads[self.counted.numpy()].tolist()))
         self._health.append(step, {"health": torch.tensor([healthy_share(record, labels)])})
 
     def of_run(self, step: int) -> dict[str, float]:
