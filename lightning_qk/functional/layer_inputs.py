@@ -1,8 +1,8 @@
 r"""The covariance of what enters a layer, as a thin factor: Σ = root^T root.
 
 Whatever depends on weights and Σ through ``W Σ W'^T`` alone is that of the weights ``W root^T``, of shape
-``(d_head, tokens)`` in place of ``(d_head, d_model)``: no matrix of d_model × d_model is needed, and the gradient by
-W is the one by ``W root^T``, times root. Derived.
+``(d_head, tokens)`` in place of ``(d_head, d_model)``: no matrix of d_model × d_model is needed, and the gradient
+by W is the one by ``W root^T``, times root. Derived.
 """
 
 import torch
