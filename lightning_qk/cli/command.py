@@ -21,9 +21,9 @@ def _fit_and_kin(args: list[str]) -> int:
 
         print(job_help(args[0], _PROG))
         return 0
-    from lightning_qk.cli._configs import resolve_arguments
+    from lightning_qk.cli._job_arguments import job_arguments
 
-    args = ["--help" if arg == "--help-all" else arg for arg in resolve_arguments(args)]
+    args = ["--help" if arg == "--help-all" else arg for arg in job_arguments(args)]
     from argparse import ArgumentError
 
     from lightning_qk.cli._lightning_cli import run

@@ -13,7 +13,9 @@ from torch import nn
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
 from lightning_qk.inspect.distributed import INDEX, DistributedStorage, extra_of
 from lightning_qk.inspect.documents import BadInput, check_counts, one_line, parse_json, read_json
+from lightning_qk.inspect.forms import as_weights
 from lightning_qk.inspect.matching import StoredWeights, Weights
+from lightning_qk.inspect.quantization import PLAIN, Quantization, quantization_of
 from lightning_qk.inspect.storage import (
     Storage,
     folder_storage,
@@ -254,27 +256,49 @@ def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None =
     """A model that transformers saved."""
     given = _named_config(options)
     if given is not None:
-        _check_plain(given, where)
+        own = read_json(path, "a configuration") if (path := fetch(_CONFIG)) is not None else {}
+        said = quantization_of(own or given, where)
         storage = folder_storage(fetch, where, trust=options.trust)
     else:
         # The files bound what a configuration may ask for.
-        _check_plain(_fields(fetch, where), where)
+        said = quantization_of(_fields(fetch, where), where)
         try:
             storage = folder_storage(fetch, where, trust=options.trust)
         except BadInput:
             _config(fetch, where, options, hub=hub, tensors=0)  # its own error comes first
             raise
     config = given or _config(fetch, where, options, hub=hub, tensors=len(storage.files))
-    _check_plain(config, where)
+    if not said.method and any(name.endswith(".qweight") for name in storage.files):
+        said = _beside(fetch, where)
     return Checkpoint(
         where,
         config,
-        lambda model: StoredWeights(storage, model, prefix=options.prefix),
+        _weights(storage, said, options),
         step=_step_of(where),
         tokenizer=hub or where,
         tensors=len(storage.files),
         size=storage.size(),
     )
+
+
+def _beside(fetch: Fetch, where: str) -> Quantization:
+    """What a file of its own says of GPTQ, as it was kept before transformers knew it."""
+    path = fetch("quantize_config.json")
+    if path is None:
+        return PLAIN
+    return quantization_of(
+        {"quantization_config": {"quant_method": "gptq", **read_json(path, "a configuration")}}, where
+    )
+
+
+def _weights(
+    storage: Storage, quantization: Quantization, options: Options, *, within: bool = False
+) -> Callable[[nn.Module], Weights]:
+    def weights(model: nn.Module) -> Weights:
+        whole = as_weights(storage, quantization, known=model.state_dict().keys())
+        return StoredWeights(whole, model, within=within, prefix=options.prefix)
+
+    return weights
 
 
 def _fields(fetch: Fetch, where: str) -> dict[str, Any]:
@@ -318,23 +342,6 @@ def _config(
         raise BadInput(
             f"expected a configuration that transformers knows, got {path}: {one_line(error)}{hint}"
         ) from error
-
-
-def _check_plain(config: "PreTrainedConfig | dict[str, Any]", where: str) -> None:
-    name = "quantization_config"
-    quantized = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
-    if not quantized:
-        return
-    method = (
-        quantized.get("quant_method")
-        if isinstance(quantized, Mapping)
-        else getattr(quantized, "quant_method", "")
-    )
-    raise BadInput(
-        f"expected weights that are kept as numbers, got {where}, which is quantized "
-        f"({getattr(method, 'value', method)}): dequantize it and save it again, or pass the model that it "
-        "was made from"
-    )
 
 
 def _adapter(fetch: Fetch, where: str, options: Options) -> Checkpoint:
@@ -399,11 +406,10 @@ def _file(path: Path, options: Options) -> Checkpoint:
         config = _named_config(options) or _config(
             _local(path.parent), str(path.parent), options, tensors=len(storage.files)
         )
-        _check_plain(config, str(path))
         return Checkpoint(
             str(path),
             config,
-            lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+            _weights(storage, quantization_of(config, str(path)), options),
             tokenizer=str(path.parent),
             tensors=len(storage.files),
             size=storage.size(),
@@ -432,7 +438,7 @@ def _file(path: Path, options: Options) -> Checkpoint:
     return Checkpoint(
         str(path),
         config,
-        lambda model: StoredWeights(storage, model, within=True, prefix=options.prefix),
+        _weights(storage, quantization_of(config, str(path)), options, within=True),
         step=_step_of(str(path)) if step is None else step,
         tokenizer=tokenizer,
         tensors=len(names),
@@ -449,7 +455,7 @@ def _distributed(path: Path, options: Options) -> Checkpoint:
     return Checkpoint(
         str(path),
         config,
-        lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+        _weights(storage, quantization_of(config, str(path)), options),
         step=_step_of(str(path)) if step is None else step,
         tokenizer=tokenizer,
         tensors=len(storage.files),

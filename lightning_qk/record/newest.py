@@ -32,15 +32,15 @@ class Newest:
         last = len(history.steps) - 1
         index = next((i for i in range(last, -1, -1) if not are_empty(history.state(label, i))), last)
         self.states = states = history.state(label, index)
-        self.values = {
-            name: history.split(flat[index])[place].double() for name, flat in history.values.items()
-        }
+        begin = sum(history.heads[:place])
+        own = slice(begin, begin + self.heads)
+        self.values = {name: flat[index][own].double() for name, flat in history.values.items()}
         self.explains_nan = states is not None or _is_cross(history, place)
         self.missing = ""
         if "max_abs_logit" in history.values:
-            self.logits = history.split(history.series("max_abs_logit"))[place]
+            self.logits = history.series("max_abs_logit")[:, own]
         if "frobenius_sq" in history.values and last > 0:
-            self.first_norm = history.split(history.values["frobenius_sq"][0])[place].double()
+            self.first_norm = history.values["frobenius_sq"][0][own].double()
         if index != last:
             why = EMPTY[int(history.state(label, last)[0])]  # type: ignore[index]  # it is empty, so it is known
             self.missing = f"measured at step {history.steps[index]}: at step {history.steps[last]} {why}"

@@ -6,7 +6,7 @@ position and a sharp one are described: healthy models are full of them (``bench
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ VERDICTS = {
 """Verdict → what it says: faults, the worst first, then what is no fault."""
 FLAGGED = ("non-finite", "saturated", "growing", "collapsed")
 """Faults, by measurement. The other verdicts describe."""
+_UNJUDGED = ("no data", "not judged")
 
 
 def is_saturated(
@@ -195,6 +196,24 @@ def head_health(record: RunRecord) -> list[HeadHealth]:
     found = [row for layer in layers for row in _judge_heads(layer, is_fresh)]
     order = list(VERDICTS)
     return sorted(found, key=lambda row: (order.index(row.verdict), -row.badness))
+
+
+def healthy_share(record: RunRecord, layers: Collection[str] | None = None) -> float:
+    """The share of heads that are not flagged, between 0 and 1; NaN where nothing was measured of any.
+
+    Heads without data, and those of which weights alone are known, do not count. It is what the table of a run
+    says, as one number: below 1 a head has a fault, and 0 says that all have.
+
+    Args:
+        record: the run.
+        layers: labels of the layers that count; None for all.
+    """
+    known = [
+        row
+        for row in head_health(record)
+        if row.verdict not in _UNJUDGED and (layers is None or row.label in layers)
+    ]
+    return sum(row.verdict not in FLAGGED for row in known) / len(known) if known else math.nan
 
 
 def _layers(record: RunRecord, histories: Sequence[Any]) -> list[KnownLayer]:
@@ -382,20 +401,24 @@ def _what_uniform_means(layer: KnownLayer) -> str:
 
 
 def _judge_heads(layer: KnownLayer, is_fresh: bool) -> Iterator[HeadHealth]:
-    whole = is_one_key(layer.numbers), _is_collapsed(layer, is_fresh), is_fresh
+    whole = is_one_key(layer.numbers), _is_collapsed(layer, is_fresh), is_fresh, _sinks(layer.numbers)
     for head in range(layer.heads):
         yield HeadHealth(layer.label, head, *_head_verdict(layer, head, *whole))
 
 
 def _head_verdict(
-    layer: KnownLayer, head: int, in_one_key: bool, in_collapsed: bool, is_fresh: bool
+    layer: KnownLayer,
+    head: int,
+    in_one_key: bool,
+    in_collapsed: bool,
+    is_fresh: bool,
+    sinks: Collection[int],
 ) -> tuple[str, str, float]:
     """Verdict, reason and badness."""
     spectrum, attention = layer.spectrum, layer.attention
     if head in layer.broken:
         return "non-finite", f"its {' '.join(layer.broken[head])}", 0.0
-    own = {name: layer.of(name, head) for name in (*spectrum.values, *attention.values)}
-    if all(math.isnan(value) for value in own.values()):
+    if all(math.isnan(layer.of(name, head)) for name in (*spectrum.values, *attention.values)):
         if spectrum.has_no_value and not attention.missing:
             return "ok", "", 0.0
         return "no data", attention.missing or spectrum.missing or "nothing is known of it", 0.0
@@ -405,7 +428,7 @@ def _head_verdict(
         if logit > DIVERGED_LOGIT:
             source = "1e4, where every run of Wortsman et al. diverged"
         return "saturated", f"its largest |logit| is {format_value(logit)}, above {source}", logit
-    sink, top = head in _sinks(layer.numbers), layer.of("max_prob", head)
+    sink, top = head in sinks, layer.of("max_prob", head)
     positional = layer.of("positional_share", head)
     is_sharp = is_saturated(entropy, top)
     number = f"normalized entropy {entropy:.3f}, largest probability {top:.3f}"

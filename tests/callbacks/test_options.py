@@ -73,6 +73,8 @@ def test_settings_are_the_arguments():
         "updates": False,
         "per_layer": ["eig_mean"],
         "per_head": False,
+        "families": None,
+        "exclude": [],
         "figures_every": 10,
         "report": True,
         "modules": ["*.0.*"],

@@ -58,7 +58,7 @@ class _Quiet(Monitor):
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is left to log."""
 
-    def note(self, sentence: str) -> None:
+    def note(self, sentence: str, kind: str = "note", **facts: Any) -> None:
         """Say something once, as the guard."""
         if sentence not in self.notes:
             self.notes.append(sentence)

@@ -6,14 +6,20 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, training_layers
-from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed, reason_of
+from lightning_qk.callbacks._output import inform
+from lightning_qk.callbacks._ranks import (
+    FailedTogether,
+    agree,
+    finish_with,
+    is_distributed,
+    reason_of,
+)
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     logging_step,
@@ -22,18 +28,15 @@ from lightning_qk.callbacks._trainer import (
     say,
 )
 from lightning_qk.callbacks.interventions._base import Intervention
+from lightning_qk.callbacks.interventions._step_inputs import StepInputs
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.record.history import History, RunRecord
-from lightning_qk.regularizers.locater import (
-    Form,
-    LocaterPenalty,
-    Settings,
-    check_form,
-    left_out,
-)
+from lightning_qk.regularizers.locater import LocaterPenalty
+from lightning_qk.regularizers.settings import Form, Settings, check_form, left_out
 
 Schedule = Literal["constant", "linear"]
+Sigma = Literal["identity", "tokens"]
 
 
 class LocAteR(Intervention):
@@ -52,6 +55,13 @@ class LocAteR(Intervention):
     optimization the optimizers of ``self.optimizers()`` have to step: Lightning does not see the steps of
     others.
 
+    With ``sigma="tokens"`` the penalty is that of the token-aware spectrum, of ``s Σ^½ W_QK Σ^½`` with the softmax
+    scale s and the covariance Σ of what enters each layer: in units of logits, whatever the model's width, norms
+    and initialization. Σ is that of ``tokens`` tokens of the step itself, from all its micro-batches and processes
+    (first tokens of sequences and padding left out), held constant, so that every process has the same gradient.
+    Of a rotary head it is the form at distance 0, as of the weights. Layers whose inputs cannot be seen are named
+    once and have no penalty.
+
     Layers of networks that do not train (teachers, frozen references, averaged copies) have no penalty. A layer
     that cannot be read is left out, which is said; once training has begun nothing is raised: where the penalty
     cannot be computed any more it is left off, which is said too. What fails on one of several processes costs
@@ -64,11 +74,13 @@ class LocAteR(Intervention):
         weight: coefficient of the penalty. Its scale depends on the model (0.6 for a fresh GPT-2, 30 for a
             pretrained MiniLM): start where ``weight`` times the logged ``locater/penalty`` is some percent of
             the loss. No value carries over from one model to another: ``examples/paper`` has the sweeps.
+        sigma: ``"identity"``: of the weights alone. ``"tokens"``: over the tokens of each step.
         form: ``"variance"`` or ``"target"``, see :func:`~lightning_qk.locater_penalty`.
         support: ``"model"`` or ``"head"``, see :func:`~lightning_qk.functional.qk_moments`.
         target: for ``form="target"`` the mean that eigenvalues are held at; None holds each head at its mean at
             the start of training (kept in checkpoints).
         nu: for ``form="target"``, how strongly the mean is held, against 1 on the scale.
+        tokens: for ``sigma="tokens"``, how many to take of each step.
         schedule: ``"constant"``, or ``"linear"``: grows from 0 to ``weight`` over ``warmup_steps``.
         warmup_steps: optimizer steps of the linear warm-up.
         modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``;
@@ -83,16 +95,18 @@ class LocAteR(Intervention):
             the gradients.
     """
 
-    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest")
+    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest", "_inputs", "moments")
 
     def __init__(
         self,
         weight: float,
         *,
+        sigma: Sigma = "identity",
         form: Form = "variance",
         support: Support = "model",
         target: float | None = None,
         nu: float = 1.0,
+        tokens: int = 512,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
         modules: Patterns = None,
@@ -108,6 +122,17 @@ class LocAteR(Intervention):
             raise ValueError(f"expected a finite target, got {target}")
         check_form(form, 0.0 if form == "target" else target)
         support_size(torch.empty(1, 1), support)
+        if sigma not in get_args(Sigma):
+            raise ValueError(
+                f"expected sigma to be 'identity' or 'tokens', got {sigma!r}: pass one of the two"
+            )
+        if tokens < 2:
+            raise ValueError(f"expected tokens of at least 2, got {tokens}: a covariance needs several")
+        if sigma == "tokens" and cross_attention:
+            raise ValueError(
+                "expected cross_attention=False with sigma='tokens', got True: queries and keys of different "
+                "tokens have no covariance; leave it out"
+            )
         if schedule not in get_args(Schedule):
             raise ValueError(f"expected schedule to be 'constant' or 'linear', got {schedule!r}")
         if warmup_steps < 0 or (schedule == "linear") != (warmup_steps > 0):
@@ -116,6 +141,8 @@ class LocAteR(Intervention):
                 f"with {schedule!r}: set both"
             )
         self.weight = float(weight)
+        self.sigma: Sigma = sigma
+        self.tokens = tokens
         self.form: Form = form
         self.support: Support = support
         self.target = target
@@ -132,7 +159,9 @@ class LocAteR(Intervention):
         self._start_means: dict[str, Tensor] = {}
         self._left: dict[str, str] = {}
         self._penalty: LocaterPenalty | None = None
-        self._aims: Mapping[str, Tensor] | None = None
+        self._inputs: StepInputs | None = None
+        self.moments: dict[str, Tensor] | None = None
+        self._aims: dict[str, Tensor] | None = None
         self._prefix = "locater"
         self._batches = 0
         self._stepped = False
@@ -176,22 +205,29 @@ class LocAteR(Intervention):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
         reader = projection_reader(trainer, pl_module)
-        penalty = LocaterPenalty(reader, modules=self.modules, cross_attention=self.cross_attention)
+        by_tokens = self.sigma == "tokens"
+        penalty = LocaterPenalty(
+            reader, modules=self.modules, cross_attention=self.cross_attention, by_tokens=by_tokens
+        )
         for name, reason in matching_unread(reader, self.modules).items():
             self.say(f"{name} is left out: {reason}")
-        others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
+        reasons = {
+            name: left_out(plan, self.cross_attention, by_tokens) for name, plan in reader.layers.items()
+        }
+        others = [name for name, reason in reasons.items() if reason]
         if others and self.modules is None:
-            why = left_out(reader.layers[others[0]], self.cross_attention)
-            rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
+            inform(f"LocAteR: {shorten(others)} left out: {others[0]} is one {reasons[others[0]]}")
         self._penalty = penalty
         self._trained = None
         self._choose(trainer, pl_module, penalty)
+        if by_tokens:
+            self._listen(trainer, pl_module, penalty)
         self._aims = None
         self._batches, self._stepped, self._is_due = 0, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the heads' means at the start, unless a checkpoint brought them."""
-        if self._penalty is not None and self.form == "target" and self.target is None:
+        """Take the heads' means at the start, unless a checkpoint brought them; those of tokens come later."""
+        if self._penalty is not None and self.sigma == "identity":
             self._hold_means(self._penalty)
 
     def on_train_batch_start(
@@ -201,6 +237,8 @@ class LocAteR(Intervention):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batches += 1
         self._newest = None
+        if self._inputs is not None:
+            self._inputs.begin_batch()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -221,6 +259,9 @@ class LocAteR(Intervention):
             self.agreements += 1
             agree(trainer, error or own)
 
+        if self._inputs is not None:
+            self.moments, own = self._inputs.pool()
+            error = error or own
         try:
             step = self._prepare(trainer, pl_module, optimizer, penalty)
         except Exception as own:
@@ -258,13 +299,17 @@ class LocAteR(Intervention):
         if penalty.refresh():
             self._trained = None
         self._choose(trainer, pl_module, penalty)
-        if self.form == "target" and self.target is None:
-            self._hold_means(penalty)
+        if self._inputs is not None:
+            if not set(penalty.names) <= set(self._inputs.widths):
+                self._listen(trainer, pl_module, penalty)
+                self._trained = None  # those that joined have tokens from the next step on
+            penalty.keep_only([name for name in penalty.names if name in (self.moments or {})])
+        self._hold_means(penalty)
         weight = self.current_weight(logging_step(trainer))
         scale = loss_scale(trainer, optimizer)
         # With several optimizers every parameter still gets it once: each its own.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu)
+        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu, self.moments)
         return _Step(settings, weight, weight if scale is None else weight * scale, parameters)
 
     def _lose(self, trainer: Trainer, error: Exception) -> None:
@@ -308,11 +353,23 @@ class LocAteR(Intervention):
 
     def _hold_means(self, penalty: LocaterPenalty) -> None:
         """Take the means of layers that have none yet: all at the start, else those that joined."""
+        if self.form != "target" or self.target is not None:
+            return
         new = [name for name in penalty.names if name not in self._start_means]
+        if self.moments is not None:
+            new = [name for name in new if bool(self.moments[name].any())]
         if new:
-            found = penalty.means(self.support)
+            found = penalty.means(self.support, self.moments)
             self._start_means = {**self._start_means, **{name: found[name].cpu() for name in new}}
             self._aims = None
+
+    def _listen(self, trainer: Trainer, pl_module: LightningModule, penalty: LocaterPenalty) -> None:
+        """Sample what enters the layers, from the next forward on."""
+        if self._inputs is not None:
+            self._inputs.remove()
+        widths = {name: penalty.reader.layers[name].width[0] for name in penalty.names}
+        self._inputs = StepInputs(trainer, pl_module, widths, self.tokens)
+        self._inputs.install()
 
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, value: Tensor, weight: float, reached: bool
@@ -334,6 +391,12 @@ class LocAteR(Intervention):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the penalty of logged steps, and say so once when it is not finite."""
+        if self._inputs is not None:
+            self._inputs.end_batch()
+            for name, why in self._inputs.unseen().items():
+                self.say(
+                    f"{name} has no penalty: what enters it is not known, since {why}", key=f"unseen {why}"
+                )
         value = self._newest
         if not self._is_due or value is None:
             return
@@ -369,6 +432,9 @@ class LocAteR(Intervention):
 
     def release(self) -> None:
         """Drop all references to the model."""
+        if self._inputs is not None:
+            self._inputs.remove()
+        self._inputs, self.moments = None, None
         self._penalty, self._newest, self._aims = None, None, None
 
     def contribute(self, record: RunRecord) -> None:
@@ -399,6 +465,10 @@ class LocAteR(Intervention):
         if self._aims is None:
             # Once, since copying to the device waits for it.
             self._aims = {name: mean.to(pl_module.device) for name, mean in self._start_means.items()}
+            if self._penalty is not None:
+                for name in self._penalty.names:  # of which no token was seen yet
+                    heads = self._penalty.reader.layers[name].heads
+                    self._aims.setdefault(name, torch.zeros(heads, device=pl_module.device))
         return self._aims
 
 

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
+from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
@@ -25,7 +26,7 @@ from lightning_qk.callbacks._trainer import (
     run_directory,
 )
 from lightning_qk.callbacks.callback import OBSERVES, check_lightning, observe_last
-from lightning_qk.callbacks.monitors._keys import PerLayer, without_errors
+from lightning_qk.callbacks.monitors._keys import Families, PerLayer, without_errors
 from lightning_qk.callbacks.monitors._report import write_run
 from lightning_qk.callbacks.monitors._watching import OnUnreadable, Watching
 from lightning_qk.loggers.loggers import describe_config, log_scalars, shows_pictures
@@ -41,6 +42,8 @@ class MonitorOptions(TypedDict, total=False):
 
     per_layer: PerLayer
     per_head: bool
+    families: Families
+    exclude: Families
     figures_every: int
     report: bool
     modules: Patterns
@@ -52,9 +55,11 @@ def flat_values(metric: Metric) -> dict[str, Tensor]:
 
     torchmetrics makes scalars of a model's only head. One copy from the device brings all statistics.
     """
-    values = metric.compute()
-    table = torch.stack([value.detach().reshape(-1).float() for value in values.values()]).cpu()
-    return dict(zip(values, table, strict=True))
+    with torch.no_grad():
+        values = metric.compute()
+        flat = [value if value.dim() == 1 else value.reshape(-1) for value in values.values()]
+        table = torch.stack(flat).to("cpu", torch.float32)
+        return dict(zip(values, table.unbind(), strict=True))
 
 
 def at_least(least: int, **values: int | None) -> None:
@@ -85,6 +90,10 @@ class Monitor(Watching):
         per_layer: names of statistics to log for each layer; None for the monitor's own choice, True for all of
             them (in evaluation loops too), False for none.
         per_head: also log one scalar a head.
+        families: log statistics of these families alone, such as ``["health", "entropy"]``, see
+            :data:`~lightning_qk.record.families.FAMILIES`; None for all. The table, the report, the file with
+            every head and ``trainer.callback_metrics`` have all that is measured in any case.
+        exclude: families that are not logged.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
         report: write the report at the end.
         modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
@@ -123,6 +132,8 @@ class Monitor(Watching):
         *,
         per_layer: PerLayer = None,
         per_head: bool = False,
+        families: Families = None,
+        exclude: Families = (),
         figures_every: int = 10,
         report: bool = True,
         modules: Patterns = None,
@@ -146,7 +157,7 @@ class Monitor(Watching):
         self.every_n_steps = every_n_steps
         self.figures_every = figures_every
         self.report = report
-        self.set_keys(per_layer, per_head)
+        self.set_keys(per_layer, per_head, families, exclude)
 
     def begin(self) -> None:
         """Nothing was seen yet."""
@@ -295,8 +306,7 @@ class Monitor(Watching):
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the run's record, and the means of some statistics as curves."""
-        if self.record_field and self.history.layers:
-            setattr(record, self.record_field, self.history)
+        self.contribute_history(record)
         for name in self.curve_statistics:
             if name in self.history.values:
                 curve = self.history.series(name).nanmean(-1).tolist()
@@ -304,6 +314,11 @@ class Monitor(Watching):
                 if known:
                     steps, values = zip(*known, strict=True)
                     record.scalars[f"{self.group}/{name}/mean"] = (list(steps), list(values))
+
+    def contribute_history(self, record: RunRecord) -> None:
+        """Add what layers and heads are judged by."""
+        if self.record_field and self.history.layers:
+            setattr(record, self.record_field, self.history)
 
     def can_measure_at_the_end(self) -> bool:
         """Whether there is something to measure after the last step, where no step was measured."""
@@ -341,8 +356,12 @@ class Monitor(Watching):
         Those decide on every process: it is done on all of them, whatever failed on one.
         """
         overall = self.over_the_model(without_errors(values), states=self.states)
-        # The loggers get them with the others.
-        pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
+        # The loggers get them with the others. Of plain numbers Lightning would copy each to the device.
+        shared = dict(zip(overall, torch.tensor(list(overall.values())).unbind(), strict=True))
+        if at_epoch_end:
+            log_agreed(pl_module, shared)
+        else:
+            pl_module.log_dict(shared, logger=False, on_step=True, on_epoch=False)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the statistics of one step to the history and the loggers."""
@@ -353,7 +372,8 @@ class Monitor(Watching):
         history.append(step, values, self.states)
         if history.forgotten is not None and history.forgotten.problem is not None:
             self.note(history.forgotten.problem)
-        self.note_non_finite(self.states, f"at step {step}")
+        self.note_non_finite(self.states, step)
+        self.attempt(lambda: self.conclude(trainer, step), "judging heads")
         # Of its own: what a logger does not take is still remembered.
         self.attempt(lambda: self.log_values(trainer, without_errors(values), step))
         if not trainer.is_global_zero:
@@ -362,11 +382,18 @@ class Monitor(Watching):
             self.log_figures(trainer, step)
         self._logged += 1
 
+    def conclude(self, trainer: Trainer, step: int) -> None:
+        """Make something of a step that is in the history now, before it is logged; no collective call."""
+
     def log_values(self, trainer: Trainer, values: Mapping[str, Tensor], step: int) -> None:
         """Aggregates to the loggers."""
         states = self.history.states_at(step)
-        overall = self.worth_logging(self.over_the_model(values, states=states))
+        overall = self.worth_logging(self.over_the_model(values, states=states)) | self.of_run(step)
         log_scalars(trainer, overall | self.by_layer_and_head(self.history, values, states=states), step)
+
+    def of_run(self, step: int) -> dict[str, float]:
+        """Numbers of the whole run that are logged with the aggregates of a step."""
+        return {}
 
     def log_figures(self, trainer: Trainer, step: int) -> None:
         """Draw layer × head heatmaps of the newest values, once a step, in a thread."""
@@ -377,7 +404,8 @@ class Monitor(Watching):
             return
         self._drawn = step
         for name in self.figure_statistics:
-            if name in history.values and history.values[name][-1].isfinite().any():
+            is_drawn = self.is_logged(name) and name in history.values
+            if is_drawn and history.values[name][-1].isfinite().any():
                 # Of its own: the history goes on.
                 newest = History(history.layers, history.heads)
                 newest.append(step, {name: history.values[name][-1]})
@@ -412,22 +440,27 @@ class Monitor(Watching):
         except Exception as error:
             self.note(f"the report could not be written ({describe_error(error)})")
 
-    def note_non_finite(self, states: Tensor | None, when: str) -> None:
+    def note_non_finite(self, states: Tensor | None, step: int) -> None:
         """Name the layers and heads that are not finite, the first time: NaN soon spreads to all."""
+        when = "before the first step" if step < 0 else f"at step {step}"
         history = self.history
         if self._found_non_finite or states is None:
             return
-        found = []
+        found, first = [], ""
         for label, heads in zip(history.layers, history.split(states), strict=True):
             bad = [str(index) for index, state in enumerate(heads.tolist()) if state == NOT_FINITE]
             if bad:
+                first = first or (f"{label}/head_{int(bad[0]):02d}" if self.has_heads else label)
                 module = next(module for module, own in self.labels.items() if own == label)
                 found.append(f"{module} (head {', '.join(bad)})" if self.has_heads else module)
         if found:
             self._found_non_finite = True
             self.note(
                 f"{self.subject} are not finite {when} in {shorten(found)}: training goes on; look for a "
-                "learning rate that is too high, or an overflow in half precision"
+                "learning rate that is too high, or an overflow in half precision",
+                "non-finite",
+                where=first,
+                step=step,
             )
 
     def _measure_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,22 +2,30 @@
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_qk.record.families import checked_families
 from lightning_qk.record.history import History
 from lightning_qk.record.states import NOT_FINITE
+from lightning_qk.record.statistics import describe
 
 PerLayer = bool | str | Sequence[str] | None
+Families = str | Sequence[str] | None
 
 
 def without_errors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Standard errors stay in the history: three more keys for each statistic would bury the rest."""
     return {name: flat for name, flat in values.items() if not name.endswith("_se")}
+
+
+def _numbers(values: Mapping[str, Tensor]) -> Iterable[tuple[str, np.ndarray[Any, np.dtype[np.float32]]]]:
+    """The same as arrays."""
+    return zip(values, torch.stack(list(values.values())).numpy() if values else (), strict=True)
 
 
 class LogKeys:
@@ -40,15 +48,22 @@ class LogKeys:
 
     per_layer: bool | tuple[str, ...] | None
     per_head: bool
+    families: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
     counted: Tensor | None = None
 
-    def set_keys(self, per_layer: PerLayer, per_head: bool) -> None:
+    def set_keys(
+        self, per_layer: PerLayer, per_head: bool, families: Families = None, exclude: Families = ()
+    ) -> None:
         """Keep the arguments; for the end of ``__init__``.
 
         Raises:
-            ValueError: ``per_layer`` names something that is no statistic of this monitor.
+            ValueError: ``per_layer`` names something that is no statistic of this monitor, or is not to be logged;
+                a family is unknown.
         """
         self.per_head = per_head
+        self.families = None if families is None else checked_families("families", families)
+        self.exclude = checked_families("exclude", exclude or ())
         if per_layer is None or isinstance(per_layer, bool):
             self.per_layer = per_layer
             return
@@ -60,6 +75,20 @@ class LogKeys:
             raise ValueError(
                 f"expected per_layer to be True, False or names among {names}, got {unknown[0]!r}: correct it"
             )
+        silent = [name for name in self.per_layer if not self.is_logged(name)]
+        if silent:
+            raise ValueError(
+                f"expected per_layer to name statistics of families that are logged, got {silent[0]!r}: add the "
+                f"family {describe(silent[0], self.group).family!r} to families, or take it out of exclude"
+            )
+
+    def is_logged(self, statistic: str) -> bool:
+        """Whether loggers get a statistic, by its family."""
+        return self.logs_family(describe(statistic, self.group).family)
+
+    def logs_family(self, family: str) -> bool:
+        """Whether loggers get statistics of a family."""
+        return family not in self.exclude and (self.families is None or family in self.families)
 
     def has_value(self, name: str, flat: Tensor) -> Tensor:
         """Which heads have a value of a statistic when all is well, boolean, of the shape of ``flat``."""
@@ -76,8 +105,8 @@ class LogKeys:
         scalars: dict[str, float] = {}
         counted = None if self.counted is None else self.counted.numpy()
         broken = self._broken_heads(values, states)
-        for name, flat in values.items():
-            numbers, bad = flat.numpy(), broken.get(name)
+        for name, numbers in _numbers(values):
+            bad = broken.get(name)
             if counted is not None and counted.shape == numbers.shape:
                 numbers, bad = numbers[counted], None if bad is None else bad[counted]
             finite = numbers[np.isfinite(numbers)]
@@ -98,8 +127,8 @@ class LogKeys:
         if states is None or not (broken := states.numpy() == NOT_FINITE).any():
             return {}
         return {
-            name: broken & ~np.isfinite(flat.numpy()) & self.has_value(name, flat).numpy()
-            for name, flat in values.items()
+            name: broken & ~np.isfinite(numbers) & self.has_value(name, values[name]).numpy()
+            for name, numbers in _numbers(values)
         }
 
     def by_layer_and_head(
@@ -119,7 +148,8 @@ class LogKeys:
         scalars: dict[str, float] = {}
         broken = self._broken_heads(values, states)
         ends = list(itertools.accumulate(history.heads))
-        for name in values if self.per_head else [name for name in values if name in by_layer]:
+        names = [name for name in values if self.is_logged(name)]
+        for name in names if self.per_head else [name for name in names if name in by_layer]:
             numbers, bad = values[name].numpy(), broken.get(name)
             is_finite = np.isfinite(numbers)
             for label, heads, end in zip(history.layers, history.heads, ends, strict=True):
@@ -149,11 +179,14 @@ class LogKeys:
     def worth_logging(self, overall: Mapping[str, float], *, is_evaluation: bool = False) -> dict[str, float]:
         """What loggers get of :meth:`over_the_model`: every mean, and the extremes that tell something.
 
-        A dashboard of all of them would bury these. ``trainer.callback_metrics`` has them all.
+        A dashboard of all of them would bury these, and ``trainer.callback_metrics`` has them all. Statistics of
+        families that are not logged are left out.
         """
         kept: dict[str, float] = {}
         for key, value in overall.items():
             *_, statistic, reduction = key.split("/")
+            if not self.is_logged(statistic):
+                continue
             wanted = () if is_evaluation else self.extremes.get(statistic, ())
             if reduction == "mean" or reduction in wanted:
                 kept[key] = value

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk.callbacks._output import end_progress_bar
 from lightning_qk.callbacks._trainer import describe_error, model_info
-from lightning_qk.callbacks.callback import OBSERVES, Callback
+from lightning_qk.callbacks.callback import OBSERVES, SUMS_UP, Callback
 from lightning_qk.loggers.loggers import log_file
 from lightning_qk.record.history import RunRecord
 
@@ -30,11 +31,12 @@ def write_run(
 
     record = RunRecord(info=model_info(trainer, pl_module))
     own = [callback for callback in trainer.callbacks if isinstance(callback, Callback)]  # type: ignore[attr-defined]
-    for callback in sorted(own, key=lambda one: one.place != OBSERVES):
+    for callback in sorted(own, key=lambda one: one.place not in (OBSERVES, SUMS_UP)):
         callback.contribute(record)
         record.notes += [one for one in getattr(callback, "notes", ()) if one not in record.notes]
     if not any(len(history) for history in record.histories.values()):
         return
+    end_progress_bar(trainer)
     # First what needs no disk.
     print_health(record)
     record.save(folder / RECORD_NAME)

@@ -241,7 +241,7 @@ class TokenMonitor(CaptureMonitor):
 
     def adjust(self, metric: TokenStatistics, values: dict[str, Tensor]) -> None:
         """Remember the moments of a step."""
-        if self.predict_every and self._pool is self._step_pool:
+        if self._predicts and self._pool is self._step_pool:
             self._pooled = metric
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
@@ -260,7 +260,12 @@ class TokenMonitor(CaptureMonitor):
     # Predictions
 
     def _prediction_is_due(self) -> bool:
-        return self.predict_every > 0 and self._measured % self.predict_every == 0
+        return self._predicts and self._measured % self.predict_every == 0
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether attention is predicted: where no logger is to get it, it is not worth its time."""
+        return self.predict_every > 0 and self.logs_family("predictions")
 
     def _predict(self, trainer: Trainer) -> None:
         """Predict the attention of the newest measurement; a collective call. Where it fails, it does on all."""
