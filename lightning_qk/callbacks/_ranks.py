@@ -150,6 +150,15 @@ def total(trainer: Trainer, values: Tensor) -> Tensor:
     return values
 
 
+def gathered(trainer: Trainer, values: Tensor) -> list[Tensor]:
+    """The values of every rank, of one shape, in their order; a collective call."""
+    if not is_distributed(trainer):
+        return [values]
+    every = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(every, values)
+    return every
+
+
 def alone(metric: Metric) -> Metric:
     """Keep a metric from reducing its states when it is computed: :func:`reduce_states` does it."""
     metric.sync_on_compute = False

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lightning_qk._packages import either
 from lightning_qk._version import __version__
 from lightning_qk.callbacks._output import beside_bars, inform
-from lightning_qk.callbacks._run_facts import describe_run
 from lightning_qk.heads.reader import ProjectionReader
 
 # For isinstance, of either package.
@@ -89,6 +88,19 @@ def is_last_chance(trainer: Trainer, batch_idx: int, steps_a_batch: int) -> bool
     return math.isfinite(batches) and batch_idx // together >= (int(batches) - 1) // together
 
 
+def ends_with_epoch(trainer: Trainer) -> bool:
+    """Whether the run is known to end with the current epoch, in ``on_train_epoch_end``.
+
+    A callback further back in the list that stops the run then is not foreseen.
+    """
+    epochs = trainer.max_epochs
+    return bool(
+        trainer.should_stop
+        or 0 <= trainer.max_steps <= trainer.global_step
+        or (epochs is not None and 0 <= epochs <= trainer.current_epoch + 1)
+    )
+
+
 def projection_reader(
     trainer: Trainer, pl_module: LightningModule, *, fold_norm: bool = False
 ) -> ProjectionReader:
@@ -115,6 +127,9 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
 
 def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     """Facts about a run that its report prints."""
+    # Callbacks, whose facts these are, import this module.
+    from lightning_qk.callbacks._run_facts import describe_run
+
     kinds = sorted({type(model).__name__ for model in _whole_models(pl_module)})
     parameters = sum(parameter.numel() for parameter in pl_module.parameters())
     return {

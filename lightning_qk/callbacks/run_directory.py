@@ -10,11 +10,16 @@ def run_directory(trainer: Trainer) -> str:
 
     A collective call under several processes, which all of them come to whatever a logger raises.
     """
+    return trainer.strategy.broadcast(own_run_directory(trainer))
+
+
+def own_run_directory(trainer: Trainer) -> str:
+    """What this process takes for the run's folder, which counts on rank zero; no collective call."""
     try:
         folder = _own_directory(trainer)
     except Exception:  # a logger that cannot be reached, say
         folder = None
-    return trainer.strategy.broadcast(folder or trainer.default_root_dir)
+    return folder or str(trainer.default_root_dir)
 
 
 def _own_directory(trainer: Trainer) -> str | None:

@@ -1,23 +1,18 @@
 """LocAteR: localized attention regularization, a penalty on the scale of QK-eigenspectra."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.labels import matches, no_match
-from lightning_qk.functional.checks import floating, number
-from lightning_qk.functional.precision import at_least_float32
-from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.functional.checks import number
+from lightning_qk.functional.spectrum import Support
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.heads.reader import ProjectionReader, group_layers, kept_reader, read_together, stack
-from lightning_qk.regularizers import closed_form
+from lightning_qk.heads.reader import ProjectionReader, kept_reader, read_together
 from lightning_qk.regularizers.closed_form import head_penalties, penalties_and_gradients
-
-Form = Literal["variance", "target"]
-Target = float | Mapping[str, Tensor]
+from lightning_qk.regularizers.settings import Form, Settings, Target, batches, select_layers
 
 
 def locater_penalty(
@@ -29,6 +24,7 @@ def locater_penalty(
     nu: float = 1.0,
     modules: str | Sequence[str] | None = None,
     cross_attention: bool = False,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     r"""The penalty that concentrates the QK-eigenspectrum of every head.
 
@@ -43,6 +39,10 @@ def locater_penalty(
 
     Both forms are ours (derived): the paper's coefficient and the way it holds the mean are not stated in
     the text read. The plain ``tr W_QK²`` would be unbounded below for a non-symmetric ``W_QK``.
+
+    With ``moments`` it is that of the token-aware spectrum: of ``s Σ^½ W_QK Σ^½``, s the softmax scale and Σ the
+    covariance of the tokens that enter the layer, in units of logits. The tokens are held constant: the gradient
+    is by W_q and W_k through the projections alone, and biases have none, since a covariance does not know them.
 
     Add ``weight * locater_penalty(model)`` to a loss, or use the callback
     :class:`~lightning_qk.LocAteR`, whose gradient is the same.
@@ -65,7 +65,10 @@ def locater_penalty(
         modules: glob pattern or patterns on qualified names of attention layers, such as
             ``"*.layers.[0-3].*"``; None for all.
         cross_attention: also penalize cross-attention whose queries and keys have the same width. Its
-            spectrum relates two spaces, so that it is left out unless asked for.
+            spectrum relates two spaces, so that it is left out unless asked for. Not with ``moments``.
+        moments: layer name → factor ``(tokens, d_model)`` of the covariance of what enters the layer,
+            Σ = factor^T factor, such as :meth:`lightning_qk.tokens.LayerInputs.moments` gives; None: Σ = 1
+            and no scale. All penalized layers have to be among them.
 
     Returns:
         A scalar, differentiable in the model's weights, float32 at least. Never negative.
@@ -73,7 +76,8 @@ def locater_penalty(
     Raises:
         ValueError: unknown form or support, a target missing, of another shape or given to the wrong form, a
             target or ν that is not finite, patterns that match no layer, no layers, a model without readable
-            attention, or one that FSDP's first version flattens (use the callback).
+            attention, moments missing or of another width, or a model that FSDP's first version flattens (use
+            the callback).
         TypeError: neither a module nor a mapping.
 
     Example:
@@ -84,12 +88,14 @@ def locater_penalty(
         >>> model.h[0].attn.c_attn.weight.grad is not None
         True
     """
-    settings = Settings(form, support, target, nu)
+    settings = Settings(form, support, target, nu, moments)
     settings.check()
     projections = model_or_projections
     if isinstance(projections, nn.Module):
         projections = kept_reader(projections)
-    names = select_layers(projections, modules=modules, cross_attention=cross_attention)
+    names = select_layers(
+        projections, modules=modules, cross_attention=cross_attention, by_tokens=moments is not None
+    )
     alone: list[LayerReader] = []
     if isinstance(projections, ProjectionReader):
         alone = [projections.layers[name] for name in names if projections.is_sharded(name)]
@@ -101,7 +107,7 @@ def locater_penalty(
     sharded = {layer.name for layer in alone}
     totals = [
         head_penalties(batch.query, batch.key, settings.of(batch)).sum()
-        for batch in _batches({name: projections[name] for name in names if name not in sharded})
+        for batch in batches({name: projections[name] for name in names if name not in sharded}, settings)
     ]
     if alone:
         parameters = list(dict.fromkeys(p for layer in alone for p in layer.parameters()))
@@ -124,6 +130,7 @@ class LocaterPenalty:
         reader: of the model.
         modules: see :func:`locater_penalty`.
         cross_attention: see :func:`locater_penalty`.
+        by_tokens: only layers that have a token-aware spectrum.
 
     Raises:
         ValueError: patterns match no layer.
@@ -135,10 +142,12 @@ class LocaterPenalty:
         *,
         modules: str | Sequence[str] | None = None,
         cross_attention: bool = False,
+        by_tokens: bool = False,
     ) -> None:
         self.reader = reader
         self._modules = modules
         self._cross_attention = cross_attention
+        self._by_tokens = by_tokens
         self.names = self._select()
 
     def refresh(self) -> bool:
@@ -156,29 +165,31 @@ class LocaterPenalty:
         """Restrict the penalty to some of the chosen layers, until modules are replaced."""
         self.names = [name for name in self._select() if name in names]
 
-    def means(self, support: Support) -> dict[str, Tensor]:
+    def means(self, support: Support, moments: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Layer → mean of each head's eigenvalues, shape ``(heads,)``, on the weights' device."""
         means = {}
+        settings = Settings("variance", support, None, 1.0, moments)
         with torch.no_grad(), self.reader.to_the_end(self.names):
             for name in self.names:
-                for batch in _batches({name: self.reader[name]}):
+                for batch in batches({name: self.reader[name]}, settings):
                     trace = (_match(batch.query, batch.key) * batch.query).sum((-2, -1))
-                    means[name] = (trace / support_size(batch.query, support))[0]
+                    means[name] = (trace / batch.n)[0]
                     del batch  # before the next layer is gathered
         return means
 
     @torch.no_grad()
-    def value(self, settings: "Settings") -> Tensor:
+    def value(self, settings: Settings) -> Tensor:
         """The penalty, detached. Layers are gathered to the end whatever fails."""
         with self.reader.to_the_end(self.names):
             return _sum([total for part in self._parts() for total in self._values(settings, part)])
 
     def add_gradient(
         self,
-        settings: "Settings",
+        settings: Settings,
         weight: float | Tensor,
         parameters: Collection[Tensor],
         agree: Callable[[Exception | None], None] = _raise,
+        weigh: Callable[[Tensor], float | Tensor] | None = None,
     ) -> tuple[Tensor, bool]:
         """Add the gradient of ``weight`` times the penalty to ``.grad`` of those parameters that it depends on.
 
@@ -191,6 +202,8 @@ class LocaterPenalty:
             parameters: what may be changed; frozen ones among them are left alone.
             agree: called before anything is added, with the error that there was, to raise where there was one:
                 on any of several processes. Layers are gathered to the end whatever has failed.
+            weigh: gets the squared norms of the gradients that are there and of what is to be added to them, over
+                the same weights, ``(2,)``, on this process; returns a further factor. Not with flat parameters.
 
         Returns:
             The penalty before it is weighted, detached; and whether any parameter depends on it.
@@ -225,80 +238,27 @@ class LocaterPenalty:
         except Exception as failed:
             error = error or failed
         agree(error)
+        if weigh is not None:
+            shares.scale(weigh(shares.squares().to(total.device)))
         shares.add()
         return total, reached or bool(shares)
 
-    def _values(self, settings: "Settings", part: list[str]) -> list[Tensor]:
+    def _values(self, settings: Settings, part: list[str]) -> list[Tensor]:
         return [
             head_penalties(batch.query, batch.key, settings.of(batch)).sum()
-            for batch in _batches({name: self.reader[name] for name in part})
+            for batch in batches({name: self.reader[name] for name in part}, settings)
         ]
 
     def _select(self) -> list[str]:
-        return select_layers(self.reader, modules=self._modules, cross_attention=self._cross_attention)
+        return select_layers(
+            self.reader,
+            modules=self._modules,
+            cross_attention=self._cross_attention,
+            by_tokens=self._by_tokens,
+        )
 
     def _parts(self) -> Iterator[list[str]]:
         return read_together(self.reader, self.names)
-
-
-class Settings(NamedTuple):
-    """Which penalty: arguments of :func:`locater_penalty`."""
-
-    form: Form
-    support: Support
-    target: Target | None
-    nu: float
-
-    def check(self) -> None:
-        """Raise ValueError for an unknown form or support, or a target that does not go with the form."""
-        check_form(self.form, self.target)
-        number(self.nu, "nu")
-        for aim in self.target.values() if isinstance(self.target, Mapping) else ():
-            floating(aim, "target")
-        if self.target is not None and not isinstance(self.target, Mapping):
-            number(self.target, "target")
-        support_size(torch.empty(1, 1), self.support)
-
-    def of(self, batch: "_Batch") -> closed_form.Form:
-        """The form for layers of one shape."""
-        n = support_size(batch.query, self.support)
-        if self.form == "variance":
-            return closed_form.Form(n, -1.0, 0.0)
-        if isinstance(self.target, Mapping):
-            aims = [self._aim(name, batch.query) for name in batch.names]
-            return closed_form.Form(n, self.nu, torch.stack(aims))
-        assert self.target is not None  # check_form
-        return closed_form.Form(n, self.nu, float(self.target))
-
-    def _aim(self, name: str, query: Tensor) -> Tensor:
-        """The target of a layer's heads, beside its weights."""
-        assert isinstance(self.target, Mapping)
-        aim, heads = self.target.get(name), query.shape[-3]
-        if aim is None or tuple(aim.shape) not in ((), (heads,)):
-            got = "none" if aim is None else f"shape {tuple(aim.shape)}"
-            raise ValueError(
-                f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a "
-                "head for every layer that is penalized"
-            )
-        return aim.to(query).expand(heads)
-
-
-class _Batch(NamedTuple):
-    """Layers of one shape, in float32 at least."""
-
-    names: list[str]
-    query: Tensor
-    key: Tensor
-
-
-def _batches(heads: Mapping[str, HeadProjections]) -> Iterator[_Batch]:
-    for names in group_layers(heads, lambda head: (head.query, head.key)):
-        query, key = (
-            at_least_float32(stack([getattr(heads[name], side) for name in names]))
-            for side in ("query", "key")
-        )
-        dtype = torch.promote_types(query.dtype, key.dtype)
-        yield _Batch(names, query.to(dtype), key.to(dtype))
 
 
 def _match(query: Tensor, key: Tensor) -> Tensor:
@@ -306,9 +266,15 @@ def _match(query: Tensor, key: Tensor) -> Tensor:
     return key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
 
 
-def _sum(totals: list[Tensor]) -> Tensor:
+def _sum(totals: list[Tensor], dim: int | None = None) -> Tensor:
     # Layers may live on several devices; the sum is taken where the first one is.
-    return torch.stack([total.to(totals[0].device) for total in totals]).sum()
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum(dim)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard of this process."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
 
 
 class _Shares:
@@ -347,6 +313,25 @@ class _Shares:
                 before = self._views.get(place)
                 self._views[place] = view, gradient if before is None else before[1] + gradient
 
+    def squares(self) -> Tensor:
+        """Squared norms of the gradients that are there and of what is to be added, ``(2,)``, of local shards."""
+        pulled: dict[nn.Parameter, Tensor] = {}
+        for parameter, share in self._pulled:
+            pulled[parameter] = share + pulled[parameter] if parameter in pulled else share
+        pairs = [
+            *self._views.values(),
+            *((torch.zeros_like(one) if own.grad is None else own.grad, one) for own, one in pulled.items()),
+        ]
+        sums = [
+            torch.stack([_local(side).to(torch.float32).square().sum() for side in pair]) for pair in pairs
+        ]
+        return _sum(sums, 0) if sums else torch.zeros(2)
+
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiply all of it."""
+        self._views = {place: (view, part * factor) for place, (view, part) in self._views.items()}
+        self._pulled = [(parameter, share * factor) for parameter, share in self._pulled]
+
     def add(self) -> None:
         """Add all of it."""
         for parameter, grad in self._made.items():
@@ -373,7 +358,7 @@ def _gradients(
         heads = {name: layer.read() for name, layer in layers.items()}
     totals = []
     with torch.no_grad():
-        for batch in _batches(heads):
+        for batch in batches(heads, settings):
             sides = (
                 _any_wanted(layers, batch.names, "query", wanted),
                 _any_wanted(layers, batch.names, "key", wanted),
@@ -383,7 +368,7 @@ def _gradients(
             )
             totals.append(values.sum())
             if any(sides):
-                shares.put(layers, heads, batch.names, gradients, wanted)
+                shares.put(layers, heads, batch.names, [batch.back(one) for one in gradients], wanted)
     return totals
 
 
@@ -444,90 +429,13 @@ def _shares(
     with torch.enable_grad():
         head = layer.copy() if layer.is_flat else layer.read()
     with torch.no_grad():
-        (batch,) = _batches({layer.name: head})
+        (batch,) = batches({layer.name: head}, settings)
         sides = _wants(layer, "query", wanted), _wants(layer, "key", wanted)
         values, *found = penalties_and_gradients(batch.query, batch.key, settings.of(batch), 1.0, sides)
-        for side, gradient in zip(("query", "key"), found, strict=True):
+        for side, gradient in zip(("query", "key"), map(batch.back, found), strict=True):
             if gradient is None:
                 continue
             for parameter, share in _pulled(layer, getattr(head, side), side, gradient[0], wanted):
                 before = gradients.get(id(parameter))
                 gradients[id(parameter)] = share if before is None else before + share
     return values.sum()
-
-
-def check_form(form: str, target: object) -> None:
-    """Raise ValueError unless form and target go together."""
-    if form not in get_args(Form):
-        raise ValueError(f"expected form to be 'variance' or 'target', got {form!r}: pass one of the two")
-    if form == "target" and target is None:
-        raise ValueError(
-            "expected a target mean with form='target', got None: pass target=, a number or one tensor a layer"
-        )
-    if form == "variance" and target is not None:
-        raise ValueError(
-            f"expected no target with form='variance', which keeps the mean free, got {target!r}: leave "
-            "target out or pass form='target'"
-        )
-
-
-def select_layers(
-    projections: Mapping[str, HeadProjections],
-    *,
-    modules: str | Sequence[str] | None = None,
-    cross_attention: bool = False,
-) -> list[str]:
-    """Names of the penalized layers, by name pattern and kind; nothing is gathered.
-
-    Raises:
-        ValueError: nothing is left.
-    """
-    if not isinstance(projections, Mapping):
-        raise TypeError(
-            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass "
-            "the model or what head_projections returned for it"
-        )
-    if not projections:
-        raise ValueError(
-            "expected at least one layer, got an empty mapping: pass what head_projections returned"
-        )
-    layers: Mapping[str, LayerReader | HeadProjections] = projections
-    if isinstance(projections, ProjectionReader):
-        layers = projections.layers
-    chosen = [
-        name
-        for name, layer in layers.items()
-        if matches(name, modules) and left_out(layer, cross_attention) is None
-    ]
-    if not chosen:
-        matched = [name for name in layers if matches(name, modules)]
-        if matched:
-            reason = left_out(layers[matched[0]], cross_attention)
-            more = f" (and {len(matched) - 1} more)" if len(matched) > 1 else ""
-            raise ValueError(
-                "expected at least one attention layer whose spectrum can be penalized, got "
-                f"{matched[0]}{more}, {reason}: {_way_out(layers, matched, cross_attention)}"
-            )
-        unread = projections.unread if isinstance(projections, ProjectionReader) else {}
-        unread = {name: reason for name, reason in unread.items() if matches(name, modules)}
-        raise no_match(projections, unread, modules)
-    return chosen
-
-
-def left_out(layer: LayerReader | HeadProjections, cross_attention: bool) -> str | None:
-    """Why a layer has no penalty, as a clause about it; None where it has one."""
-    if layer.self_attention:
-        return None
-    if layer.width[0] != layer.width[1]:
-        return f"which relates queries of width {layer.width[0]} to keys of width {layer.width[1]}"
-    if cross_attention:
-        return None
-    return "which is not known to be self-attention: its keys may be those of other tokens"
-
-
-def _way_out(
-    layers: Mapping[str, LayerReader | HeadProjections], matched: Sequence[str], cross_attention: bool
-) -> str:
-    if not cross_attention and any(left_out(layers[name], True) is None for name in matched):
-        return "pass cross_attention=True to penalize it all the same"
-    return "the penalty needs queries and keys of one space"

@@ -1,4 +1,4 @@
-"""Moments of a model's queries and keys, and the attention that they predict.
+"""Moments of a model's queries, keys and layer inputs, and the attention that they predict.
 
 May import functional, architecture, heads and capture.
 """
@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from lightning_qk.functional.token_moments import TokenMoments
     from lightning_qk.tokens.closed_form import predict_closed_form
     from lightning_qk.tokens.collect import TokenMomentsWarning, token_moments
+    from lightning_qk.tokens.layer_inputs import LayerInputs
     from lightning_qk.tokens.predict import predict_attention, predict_logit_std
 
 __all__ = [
+    "LayerInputs",
     "TokenMoments",
     "TokenMomentsWarning",
     "predict_attention",
@@ -27,6 +29,7 @@ __getattr__, __dir__ = lazy(
     {
         "closed_form": ["predict_closed_form"],
         "collect": ["TokenMoments", "TokenMomentsWarning", "token_moments"],
+        "layer_inputs": ["LayerInputs"],
         "predict": ["predict_attention", "predict_logit_std"],
     },
 )

@@ -61,6 +61,8 @@ def run(folder: Path, processes: int) -> None:
     cases = {
         "term": (job(lambda module: WEIGHT * locater_penalty(module)), []),
         "callback": (job(), [LocAteR(WEIGHT)]),
+        # As many tokens as the eight sequences of all processes have besides their first ones: all of them.
+        "share by tokens": (job(), [LocAteR("20%", sigma="tokens", tokens=8 * 15)]),
     }
     for name, (module, callbacks) in cases.items():
         keep = KeepGradients()

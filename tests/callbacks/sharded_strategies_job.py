@@ -109,14 +109,20 @@ def data(processes: int) -> DataLoader:
     return DataLoader(dataset, batch_size=8 // processes, sampler=sampler)
 
 
-def fit(folder: Path, processes: int, module: models.Job | None = None, **arguments) -> dict:
+def fit(
+    folder: Path,
+    processes: int,
+    module: models.Job | None = None,
+    locater: LocAteR | None = None,
+    **arguments,
+) -> dict:
     keep, spectrum = KeepGradients(), QKSpectrumMonitor(report=False, singular=True)
     attention = AttentionMonitor(rows=None, report=False)
     hidden = HiddenStateMonitor(tokens=None, sequences=None, report=False)
     tokens = TokenMonitor(tokens=None, predict_every=1, report=False)
     as_loss = module is not None and module.extra_loss is not None
     trainer = models.trainer(
-        [spectrum, attention, hidden, tokens, *([] if as_loss else [LocAteR(WEIGHT)]), keep],
+        [spectrum, attention, hidden, tokens, *([] if as_loss else [locater or LocAteR(WEIGHT)]), keep],
         max_steps=2,
         use_distributed_sampler=False,
         default_root_dir=folder,
@@ -139,6 +145,11 @@ def fit(folder: Path, processes: int, module: models.Job | None = None, **argume
     }
 
 
+def by_tokens() -> LocAteR:
+    """All tokens of a step's eight sequences besides their first ones, of all processes together."""
+    return LocAteR("10%", sigma="tokens", tokens=8 * 15)
+
+
 def run(folder: Path, processes: int) -> None:
     results = {}
     setups = {
@@ -150,12 +161,15 @@ def run(folder: Path, processes: int) -> None:
     if processes == 1:
         for setup, arguments in setups.items():
             results[setup] = fit(folder, 1, **arguments)
+        results["tokens"] = fit(folder, 1, locater=by_tokens())
         torch.save(results, folder / "alone.pt")
         return
     two = {"devices": 2}
     for setup in ("plain", "clipped", "half"):
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         results[f"fsdp2 {setup}"] = fit(folder, 2, strategy=strategy, **two, **setups[setup])
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    results["fsdp2 tokens"] = fit(folder, 2, locater=by_tokens(), strategy=strategy, **two)
     for name, blocks in (("blocks", True), ("whole", False)):
         # Gathered weights of the outermost group stay so between forward and backward.
         module = Configured(lambda job: WEIGHT * locater_penalty(job), blocks)

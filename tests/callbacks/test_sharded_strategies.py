@@ -16,6 +16,7 @@ CONFIGS = TESTS.parent / "configs"
 CASES = [
     "fsdp2 plain",
     "fsdp2 clipped",
+    "fsdp2 tokens",
     "fsdp2 loss blocks plain",
     "fsdp2 loss whole plain",
     "tp plain",

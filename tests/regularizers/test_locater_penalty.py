@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_qk import HeadProjections, head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.regularizers.locater import LocaterPenalty, Settings
+from lightning_qk.regularizers.locater import LocaterPenalty
+from lightning_qk.regularizers.settings import Settings
 
 
 class NoWaiting(TorchDispatchMode):

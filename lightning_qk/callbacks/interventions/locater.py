@@ -1,7 +1,7 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -13,7 +13,13 @@ from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, training_layers
 from lightning_qk.callbacks._output import inform
-from lightning_qk.callbacks._ranks import FailedTogether, agree, finish_with, is_distributed, reason_of
+from lightning_qk.callbacks._ranks import (
+    FailedTogether,
+    agree,
+    finish_with,
+    is_distributed,
+    reason_of,
+)
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     logging_step,
@@ -22,18 +28,16 @@ from lightning_qk.callbacks._trainer import (
     say,
 )
 from lightning_qk.callbacks.interventions._base import Intervention
+from lightning_qk.callbacks.interventions._share import GradientShare, parse_weight
+from lightning_qk.callbacks.interventions._step_inputs import StepInputs
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.record.history import History, RunRecord
-from lightning_qk.regularizers.locater import (
-    Form,
-    LocaterPenalty,
-    Settings,
-    check_form,
-    left_out,
-)
+from lightning_qk.regularizers.locater import LocaterPenalty
+from lightning_qk.regularizers.settings import Form, Settings, check_form, left_out
 
 Schedule = Literal["constant", "linear"]
+Sigma = Literal["identity", "tokens"]
 
 
 class LocAteR(Intervention):
@@ -52,6 +56,13 @@ class LocAteR(Intervention):
     optimization the optimizers of ``self.optimizers()`` have to step: Lightning does not see the steps of
     others.
 
+    With ``sigma="tokens"`` the penalty is that of the token-aware spectrum, of ``s Σ^½ W_QK Σ^½`` with the softmax
+    scale s and the covariance Σ of what enters each layer: in units of logits, whatever the model's width, norms
+    and initialization. Σ is that of ``tokens`` tokens of the step itself, from all its micro-batches and processes
+    (first tokens of sequences and padding left out), held constant, so that every process has the same gradient.
+    Of a rotary head it is the form at distance 0, as of the weights. Layers whose inputs cannot be seen are named
+    once and have no penalty.
+
     Layers of networks that do not train (teachers, frozen references, averaged copies) have no penalty. A layer
     that cannot be read is left out, which is said; once training has begun nothing is raised: where the penalty
     cannot be computed any more it is left off, which is said too. What fails on one of several processes costs
@@ -61,14 +72,17 @@ class LocAteR(Intervention):
     trainer has several of these callbacks, ``locater/<name>/penalty`` and ``locater/<name>/weight``.
 
     Args:
-        weight: coefficient of the penalty. Its scale depends on the model (0.6 for a fresh GPT-2, 30 for a
-            pretrained MiniLM): start where ``weight`` times the logged ``locater/penalty`` is some percent of
-            the loss. No value carries over from one model to another: ``examples/paper`` has the sweeps.
+        weight: ``"10%"``: a share. Over the first ten steps the norm of the penalty's gradient on query and key
+            weights is that share of the norm of the loss's; the coefficient that this takes (their median) is
+            logged and kept. Or a number, the coefficient itself, whose scale depends on the model;
+            ``examples/paper`` has the sweeps.
+        sigma: ``"identity"``: of the weights alone. ``"tokens"``: over the tokens of each step.
         form: ``"variance"`` or ``"target"``, see :func:`~lightning_qk.locater_penalty`.
         support: ``"model"`` or ``"head"``, see :func:`~lightning_qk.functional.qk_moments`.
         target: for ``form="target"`` the mean that eigenvalues are held at; None holds each head at its mean at
             the start of training (kept in checkpoints).
         nu: for ``form="target"``, how strongly the mean is held, against 1 on the scale.
+        tokens: for ``sigma="tokens"``, how many to take of each step.
         schedule: ``"constant"``, or ``"linear"``: grows from 0 to ``weight`` over ``warmup_steps``.
         warmup_steps: optimizer steps of the linear warm-up.
         modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``;
@@ -83,31 +97,42 @@ class LocAteR(Intervention):
             the gradients.
     """
 
-    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest")
+    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest", "_inputs", "moments")
 
     def __init__(
         self,
-        weight: float,
+        weight: float | str,
         *,
+        sigma: Sigma = "identity",
         form: Form = "variance",
         support: Support = "model",
         target: float | None = None,
         nu: float = 1.0,
+        tokens: int = 512,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
         modules: Patterns = None,
         cross_attention: bool = False,
         name: str | None = None,
     ) -> None:
-        for argument, value in (("weight", weight), ("nu", nu)):
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"expected a finite {argument} of at least 0, got {value}: pass 0 to switch it off"
-                )
+        coefficient, share = parse_weight(weight)
+        if not math.isfinite(nu) or nu < 0:
+            raise ValueError(f"expected a finite nu of at least 0, got {nu}: pass 0 to switch it off")
         if target is not None and not math.isfinite(target):
             raise ValueError(f"expected a finite target, got {target}")
         check_form(form, 0.0 if form == "target" else target)
         support_size(torch.empty(1, 1), support)
+        if sigma not in get_args(Sigma):
+            raise ValueError(
+                f"expected sigma to be 'identity' or 'tokens', got {sigma!r}: pass one of the two"
+            )
+        if tokens < 2:
+            raise ValueError(f"expected tokens of at least 2, got {tokens}: a covariance needs several")
+        if sigma == "tokens" and cross_attention:
+            raise ValueError(
+                "expected cross_attention=False with sigma='tokens', got True: queries and keys of different "
+                "tokens have no covariance; leave it out"
+            )
         if schedule not in get_args(Schedule):
             raise ValueError(f"expected schedule to be 'constant' or 'linear', got {schedule!r}")
         if warmup_steps < 0 or (schedule == "linear") != (warmup_steps > 0):
@@ -115,7 +140,10 @@ class LocAteR(Intervention):
                 f"expected warmup_steps above 0 with schedule='linear' and 0 with 'constant', got {warmup_steps} "
                 f"with {schedule!r}: set both"
             )
-        self.weight = float(weight)
+        self.weight: float | str = coefficient if share is None else f"{100 * share:g}%"
+        self._asked_share = share
+        self.sigma: Sigma = sigma
+        self.tokens = tokens
         self.form: Form = form
         self.support: Support = support
         self.target = target
@@ -132,7 +160,9 @@ class LocAteR(Intervention):
         self._start_means: dict[str, Tensor] = {}
         self._left: dict[str, str] = {}
         self._penalty: LocaterPenalty | None = None
-        self._aims: Mapping[str, Tensor] | None = None
+        self._inputs: StepInputs | None = None
+        self.moments: dict[str, Tensor] | None = None
+        self._aims: dict[str, Tensor] | None = None
         self._prefix = "locater"
         self._batches = 0
         self._stepped = False
@@ -140,6 +170,7 @@ class LocAteR(Intervention):
         self._warned = False
         self._warned_idle = False
         self._is_off = False
+        self.share = None if self._asked_share is None else GradientShare(self._asked_share)
         # How many steps in a row had no penalty, the same on every process; and what is to be said at the next.
         self._lost = 0
         self._unsaid: Exception | None = None
@@ -152,10 +183,9 @@ class LocAteR(Intervention):
         return self._generate_state_key(form=self.form, modules=self.modules, **named)
 
     def current_weight(self, step: int) -> float:
-        """The coefficient at an optimizer step, counted from 0."""
-        if self.schedule == "linear":
-            return self.weight * min(1.0, step / self.warmup_steps)
-        return self.weight
+        """The coefficient at an optimizer step, counted from 0; of a share as far as it was measured."""
+        weight = float(self.weight) if self.share is None else self.share.weight
+        return weight * min(1.0, step / self.warmup_steps) if self.schedule == "linear" else weight
 
     def check_strategy(self, trainer: Trainer) -> None:
         """Refuse DeepSpeed, and one name twice."""
@@ -176,22 +206,34 @@ class LocAteR(Intervention):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
         reader = projection_reader(trainer, pl_module)
-        penalty = LocaterPenalty(reader, modules=self.modules, cross_attention=self.cross_attention)
+        by_tokens = self.sigma == "tokens"
+        if self.share is not None and any(plan.is_flat for plan in reader.layers.values()):
+            raise ValueError(
+                f"expected a number for weight where FSDP flattens the weights, got {self.weight}: pass a number, "
+                "or use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+            )
+        penalty = LocaterPenalty(
+            reader, modules=self.modules, cross_attention=self.cross_attention, by_tokens=by_tokens
+        )
         for name, reason in matching_unread(reader, self.modules).items():
             self.say(f"{name} is left out: {reason}")
-        others = [name for name, plan in reader.layers.items() if left_out(plan, self.cross_attention)]
+        reasons = {
+            name: left_out(plan, self.cross_attention, by_tokens) for name, plan in reader.layers.items()
+        }
+        others = [name for name, reason in reasons.items() if reason]
         if others and self.modules is None:
-            why = left_out(reader.layers[others[0]], self.cross_attention)
-            inform(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
+            inform(f"LocAteR: {shorten(others)} left out: {others[0]} is one {reasons[others[0]]}")
         self._penalty = penalty
         self._trained = None
         self._choose(trainer, pl_module, penalty)
+        if by_tokens:
+            self._listen(trainer, pl_module, penalty)
         self._aims = None
         self._batches, self._stepped, self._is_due = 0, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the heads' means at the start, unless a checkpoint brought them."""
-        if self._penalty is not None and self.form == "target" and self.target is None:
+        """Take the heads' means at the start, unless a checkpoint brought them; those of tokens come later."""
+        if self._penalty is not None and self.sigma == "identity":
             self._hold_means(self._penalty)
 
     def on_train_batch_start(
@@ -201,6 +243,8 @@ class LocAteR(Intervention):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batches += 1
         self._newest = None
+        if self._inputs is not None:
+            self._inputs.begin_batch()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -221,6 +265,9 @@ class LocAteR(Intervention):
             self.agreements += 1
             agree(trainer, error or own)
 
+        if self._inputs is not None:
+            self.moments, own = self._inputs.pool()
+            error = error or own
         try:
             step = self._prepare(trainer, pl_module, optimizer, penalty)
         except Exception as own:
@@ -229,11 +276,14 @@ class LocAteR(Intervention):
         try:
             try:
                 # Weights would come to differ in silence where one process had the gradient and another had not.
-                if step.weight == 0:
+                weigh = self._weigher(trainer, optimizer, pl_module)
+                if step.weight == 0 and weigh is None:
                     value = finish_with(finish, lambda: penalty.value(step.settings))
                     reached = True
                 else:
-                    value, reached = penalty.add_gradient(step.settings, step.factor, step.parameters, finish)
+                    value, reached = penalty.add_gradient(
+                        step.settings, 1.0 if weigh else step.factor, step.parameters, finish, weigh
+                    )
             except Exception as own:
                 if not has_agreed:
                     finish(own)
@@ -245,7 +295,29 @@ class LocAteR(Intervention):
                 self._unsaid = own
             return
         self._lost = 0
-        self.log_safely(lambda: self._log(trainer, pl_module, value, step.weight, reached))
+        weight = step.weight if weigh is None else self.current_weight(logging_step(trainer))
+        self.log_safely(lambda: self._log(trainer, pl_module, value, weight, reached))
+
+    def _weigher(
+        self, trainer: Trainer, optimizer: Optimizer, pl_module: LightningModule
+    ) -> Callable[[Tensor], float | Tensor] | None:
+        """What measures a share at this step and gives the factor; None where nothing is to be measured."""
+        share = self.share
+        if share is None or share.is_known:
+            return None
+
+        def weigh(squares: Tensor) -> float | Tensor:
+            scale = loss_scale(trainer, optimizer)
+            share.see(trainer, squares.to(pl_module.device), scale)
+            if share.is_known:
+                inform(
+                    f"LocAteR: weight={share.weight:.4g} from here on, for {self.weight} of the norm of the "
+                    f"loss's gradient on query and key weights (median of {len(share.ratios)} steps)"
+                )
+            weight = self.current_weight(logging_step(trainer))
+            return weight if scale is None else weight * scale
+
+        return weigh
 
     def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
         """True before each step, while there is a penalty."""
@@ -258,13 +330,17 @@ class LocAteR(Intervention):
         if penalty.refresh():
             self._trained = None
         self._choose(trainer, pl_module, penalty)
-        if self.form == "target" and self.target is None:
-            self._hold_means(penalty)
+        if self._inputs is not None:
+            if not set(penalty.names) <= set(self._inputs.widths):
+                self._listen(trainer, pl_module, penalty)
+                self._trained = None  # those that joined have tokens from the next step on
+            penalty.keep_only([name for name in penalty.names if name in (self.moments or {})])
+        self._hold_means(penalty)
         weight = self.current_weight(logging_step(trainer))
         scale = loss_scale(trainer, optimizer)
         # With several optimizers every parameter still gets it once: each its own.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu)
+        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu, self.moments)
         return _Step(settings, weight, weight if scale is None else weight * scale, parameters)
 
     def _lose(self, trainer: Trainer, error: Exception) -> None:
@@ -308,11 +384,23 @@ class LocAteR(Intervention):
 
     def _hold_means(self, penalty: LocaterPenalty) -> None:
         """Take the means of layers that have none yet: all at the start, else those that joined."""
+        if self.form != "target" or self.target is not None:
+            return
         new = [name for name in penalty.names if name not in self._start_means]
+        if self.moments is not None:
+            new = [name for name in new if bool(self.moments[name].any())]
         if new:
-            found = penalty.means(self.support)
+            found = penalty.means(self.support, self.moments)
             self._start_means = {**self._start_means, **{name: found[name].cpu() for name in new}}
             self._aims = None
+
+    def _listen(self, trainer: Trainer, pl_module: LightningModule, penalty: LocaterPenalty) -> None:
+        """Sample what enters the layers, from the next forward on."""
+        if self._inputs is not None:
+            self._inputs.remove()
+        widths = {name: penalty.reader.layers[name].width[0] for name in penalty.names}
+        self._inputs = StepInputs(trainer, pl_module, widths, self.tokens)
+        self._inputs.install()
 
     def _log(
         self, trainer: Trainer, pl_module: LightningModule, value: Tensor, weight: float, reached: bool
@@ -334,6 +422,12 @@ class LocAteR(Intervention):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remember the penalty of logged steps, and say so once when it is not finite."""
+        if self._inputs is not None:
+            self._inputs.end_batch()
+            for name, why in self._inputs.unseen().items():
+                self.say(
+                    f"{name} has no penalty: what enters it is not known, since {why}", key=f"unseen {why}"
+                )
         value = self._newest
         if not self._is_due or value is None:
             return
@@ -359,16 +453,22 @@ class LocAteR(Intervention):
 
     def kept(self) -> dict[str, Any]:
         """The heads' means at the start and the penalty's history."""
-        return {**super().kept(), "start_means": self._start_means, "history": self.history.state_dict()}
+        kept = {**super().kept(), "start_means": self._start_means, "history": self.history.state_dict()}
+        return kept if self.share is None else {**kept, "share": self.share.state_dict()}
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Hold the means that the first run started from."""
         super().go_on(kept)
         self._start_means, self._aims = kept["start_means"] or {}, None
         self.history = History.from_state_dict(kept["history"])
+        if self.share is not None:
+            self.share.load_state_dict(kept.get("share", {}))
 
     def release(self) -> None:
         """Drop all references to the model."""
+        if self._inputs is not None:
+            self._inputs.remove()
+        self._inputs, self.moments = None, None
         self._penalty, self._newest, self._aims = None, None, None
 
     def contribute(self, record: RunRecord) -> None:
@@ -399,6 +499,10 @@ class LocAteR(Intervention):
         if self._aims is None:
             # Once, since copying to the device waits for it.
             self._aims = {name: mean.to(pl_module.device) for name, mean in self._start_means.items()}
+            if self._penalty is not None:
+                for name in self._penalty.names:  # of which no token was seen yet
+                    heads = self._penalty.reader.layers[name].heads
+                    self._aims.setdefault(name, torch.zeros(heads, device=pl_module.device))
         return self._aims
 
 

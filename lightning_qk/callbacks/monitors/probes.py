@@ -22,7 +22,7 @@ from lightning_qk.callbacks._trainer import (
     logging_step,
 )
 from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable, flat_values
-from lightning_qk.callbacks.monitors._keys import PerLayer
+from lightning_qk.callbacks.monitors._keys import Families, PerLayer
 from lightning_qk.callbacks.monitors._recorder import CallRecorder, models_and_doors
 from lightning_qk.callbacks.run_directory import run_directory
 from lightning_qk.heads.reader import find_attention, kept_reader
@@ -57,6 +57,8 @@ class ProbeOptions(TypedDict, total=False):
 
     per_layer: PerLayer
     per_head: bool
+    families: Families
+    exclude: Families
     modules: Patterns
     on_unreadable: OnUnreadable
 
@@ -104,8 +106,8 @@ class AttentionProbes(Monitor):
         heads: also class every head of the first model that is called (rank 0's batches), log how many are of each
             class and write the table, ``lightning_qk_heads.csv``, into the run's folder.
         seed: of the probes' own random generators.
-        options: ``per_layer`` (None: no statistic), ``per_head``, ``modules`` and ``on_unreadable``, see
-            :class:`~lightning_qk.callbacks.monitors.Monitor`.
+        options: ``per_layer`` (None: no statistic), ``per_head``, ``families``, ``exclude``, ``modules`` and
+            ``on_unreadable``, see :class:`~lightning_qk.callbacks.monitors.Monitor`.
 
     Raises:
         ValueError: an unknown probe, an argument out of range, or ``irrelevant`` without what is irrelevant; with
@@ -430,7 +432,8 @@ class AttentionProbes(Monitor):
         if counts is not None:
             scalars = {f"{self.group}/heads/{kind}": float(count) for kind, count in counts.items()}
             log_agreed(pl_module, scalars)
-            log_scalars(trainer, scalars, logging_step(trainer))
+            if self.is_logged("heads"):
+                log_scalars(trainer, scalars, logging_step(trainer))
 
     def _class_counts(self, trainer: Trainer, recorder: CallRecorder) -> Mapping[str, int] | None:
         report = self._report_heads(trainer, recorder)

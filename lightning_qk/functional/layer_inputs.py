@@ -1,0 +1,71 @@
+r"""The covariance of what enters a layer, as a thin factor: Σ = root^T root.
+
+Whatever depends on weights and Σ through ``W Σ W'^T`` alone is that of the weights ``W root^T``, of shape
+``(d_head, tokens)`` in place of ``(d_head, d_model)``: no matrix of d_model × d_model is needed, and the gradient
+by W is the one by ``W root^T``, times root. Derived.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional.checks import floating
+from lightning_qk.functional.precision import full_precision
+
+
+def sample_tokens(
+    hidden: Tensor, mask: Tensor | None, tokens: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens of a batch besides the first one of each sequence, evenly over it at random places.
+
+    Of exactly as many tokens as there are, each is taken once. Nothing waits for the device.
+
+    Args:
+        hidden: ``(batch, n, d)``.
+        mask: tokens that count, boolean ``(batch, n)``; None: all of them.
+        tokens: how many to take; where there are fewer, some are taken several times.
+        generator: on the CPU, where places are drawn from.
+
+    Returns:
+        Tokens ``(tokens, d)``, a copy, and how many of the batch's each stands for, ``(tokens,)``, float32: 0
+        where the batch has none.
+    """
+    valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask
+    counted = (valid & (valid.long().cumsum(1) > 1)).flatten().long().cumsum(0)
+    total = counted[-1]
+    drawn = torch.rand(tokens, generator=generator, dtype=torch.float64).to(hidden.device)
+    place = (torch.arange(tokens, device=hidden.device) + drawn) * (total.double() / tokens)
+    # The (place + 1)-th token that counts; the end of the last one's interval rounds into it.
+    wanted = torch.minimum(place.long(), (total - 1).clamp_min(0)) + 1
+    index = torch.searchsorted(counted, wanted).clamp_max(len(counted) - 1)
+    weight = (total.float() / tokens).expand(tokens)
+    return hidden.flatten(0, 1).index_select(0, index), weight
+
+
+def covariance_root(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+    r"""The factor of the tokens' covariance, ``(tokens, d)``: Σ = root^T root.
+
+    Args:
+        tokens: ``(tokens, d)``, floating.
+        weight: how many tokens each stands for, ``(tokens,)``; 0 leaves it out, whatever it holds. None: one each.
+
+    Returns:
+        float32 at least; all zero where no token counts.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    floating(tokens, "tokens")
+    if weight is None:
+        weight = tokens.new_ones(len(tokens))
+    if tokens.dim() != 2 or tuple(weight.shape) != (len(tokens),):
+        raise ValueError(
+            f"expected tokens (tokens, d) and one weight each, got {tuple(tokens.shape)} and "
+            f"{tuple(weight.shape)}: flatten batch and sequence into one axis"
+        )
+    with torch.no_grad(), full_precision(tokens.device):
+        kind = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+        share = weight.to(kind) / weight.sum().clamp_min(torch.finfo(kind).tiny)
+        counted = torch.where((weight > 0)[:, None], tokens.to(kind), 0.0)
+        # About a token, so that a large mean takes no digits from the spread.
+        about = counted - counted[(weight > 0).long().argmax()]
+        return share.sqrt()[:, None] * torch.where((weight > 0)[:, None], about - share @ about, 0.0)

@@ -1,0 +1,214 @@
+"""Which penalty on which layers: LocAteR's settings, and layers of one shape as the penalty sees them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.architecture.labels import matches, no_match
+from lightning_qk.functional.checks import floating, number
+from lightning_qk.functional.precision import at_least_float32, full_precision
+from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.heads.layer import LayerReader
+from lightning_qk.heads.projections import HeadProjections
+from lightning_qk.heads.reader import ProjectionReader, group_layers, stack
+from lightning_qk.regularizers import closed_form
+
+Form = Literal["variance", "target"]
+Target = float | Mapping[str, Tensor]
+
+
+class Settings(NamedTuple):
+    """Which penalty: arguments of :func:`locater_penalty`."""
+
+    form: Form
+    support: Support
+    target: Target | None
+    nu: float
+    moments: Mapping[str, Tensor] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for an unknown form or support, or a target that does not go with the form."""
+        check_form(self.form, self.target)
+        number(self.nu, "nu")
+        for aim in self.target.values() if isinstance(self.target, Mapping) else ():
+            floating(aim, "target")
+        if self.target is not None and not isinstance(self.target, Mapping):
+            number(self.target, "target")
+        support_size(torch.empty(1, 1), self.support)
+
+    def of(self, batch: "LayerBatch") -> closed_form.Form:
+        """The form for layers of one shape."""
+        n = batch.n
+        if self.form == "variance":
+            return closed_form.Form(n, -1.0, 0.0)
+        if isinstance(self.target, Mapping):
+            aims = [self._aim(name, batch.query) for name in batch.names]
+            return closed_form.Form(n, self.nu, torch.stack(aims))
+        assert self.target is not None  # check_form
+        return closed_form.Form(n, self.nu, float(self.target))
+
+    def _aim(self, name: str, query: Tensor) -> Tensor:
+        """The target of a layer's heads, beside its weights."""
+        assert isinstance(self.target, Mapping)
+        aim, heads = self.target.get(name), query.shape[-3]
+        if aim is None or tuple(aim.shape) not in ((), (heads,)):
+            got = "none" if aim is None else f"shape {tuple(aim.shape)}"
+            raise ValueError(
+                f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a "
+                "head for every layer that is penalized"
+            )
+        return aim.to(query).expand(heads)
+
+
+class LayerBatch(NamedTuple):
+    """Layers of one shape, in float32 at least.
+
+    Attributes:
+        names: of the layers.
+        query: ``(layers, heads, d_head, d_model)``, or seen through tokens ``(layers, heads, d_head, tokens)``.
+        key: likewise.
+        n: size of the support.
+        roots: ``(layers, tokens, d_model)``, scaled, that weights are seen through; None: they are as they are.
+    """
+
+    names: list[str]
+    query: Tensor
+    key: Tensor
+    n: int
+    roots: Tensor | None
+
+    def back(self, gradient: Tensor | None) -> Tensor | None:
+        """The gradient by weights from that by what is seen of them."""
+        if gradient is None or self.roots is None:
+            return gradient
+        with full_precision(gradient.device):
+            return (gradient.flatten(1, 2) @ self.roots).unflatten(1, gradient.shape[1:3])
+
+
+def batches(heads: Mapping[str, HeadProjections], settings: Settings) -> Iterator[LayerBatch]:
+    """Layers of one shape together, seen through the tokens where there are moments."""
+    for names in group_layers(heads, lambda head: (head.query, head.key)):
+        query, key = (
+            at_least_float32(stack([getattr(heads[name], side) for name in names]))
+            for side in ("query", "key")
+        )
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(dtype), key.to(dtype)
+        n = support_size(query, settings.support)
+        if settings.moments is None:
+            yield LayerBatch(names, query, key, n, None)
+            continue
+        roots = _roots(settings.moments, {name: heads[name] for name in names}, query)
+        with full_precision(query.device):
+            query, key = (
+                (side.flatten(1, 2) @ roots.mT).unflatten(1, side.shape[1:3]) for side in (query, key)
+            )
+        yield LayerBatch(names, query, key, n, roots)
+
+
+def _roots(moments: Mapping[str, Tensor], heads: Mapping[str, HeadProjections], like: Tensor) -> Tensor:
+    """Factors of ``s Σ`` of some layers, ``(layers, tokens, d_model)``; rows of zeros make them as long."""
+    found = []
+    for name, head in heads.items():
+        root = moments.get(name)
+        if root is None or root.dim() != 2 or root.shape[1] != head.width[0]:
+            got = "none" if root is None else f"shape {tuple(root.shape)}"
+            raise ValueError(
+                f"expected moments of shape (tokens, {head.width[0]}) for layer {name!r}, got {got}: pass a "
+                "factor of the covariance of what enters each penalized layer"
+            )
+        found.append(root.detach().to(like) * abs(float(head.scaling)) ** 0.5)
+    longest = max(len(root) for root in found)
+    return torch.stack([nn.functional.pad(root, (0, 0, 0, longest - len(root))) for root in found])
+
+
+def check_form(form: str, target: object) -> None:
+    """Raise ValueError unless form and target go together."""
+    if form not in get_args(Form):
+        raise ValueError(f"expected form to be 'variance' or 'target', got {form!r}: pass one of the two")
+    if form == "target" and target is None:
+        raise ValueError(
+            "expected a target mean with form='target', got None: pass target=, a number or one tensor a layer"
+        )
+    if form == "variance" and target is not None:
+        raise ValueError(
+            f"expected no target with form='variance', which keeps the mean free, got {target!r}: leave "
+            "target out or pass form='target'"
+        )
+
+
+def select_layers(
+    projections: Mapping[str, HeadProjections],
+    *,
+    modules: str | Sequence[str] | None = None,
+    cross_attention: bool = False,
+    by_tokens: bool = False,
+) -> list[str]:
+    """Names of the penalized layers, by name pattern and kind; nothing is gathered.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    if not isinstance(projections, Mapping):
+        raise TypeError(
+            f"expected a module or a mapping of projections by name, got {type(projections).__name__}: pass "
+            "the model or what head_projections returned for it"
+        )
+    if not projections:
+        raise ValueError(
+            "expected at least one layer, got an empty mapping: pass what head_projections returned"
+        )
+    layers: Mapping[str, LayerReader | HeadProjections] = projections
+    if isinstance(projections, ProjectionReader):
+        layers = projections.layers
+    chosen = [
+        name
+        for name, layer in layers.items()
+        if matches(name, modules) and left_out(layer, cross_attention, by_tokens) is None
+    ]
+    if not chosen:
+        matched = [name for name in layers if matches(name, modules)]
+        if matched:
+            reason = left_out(layers[matched[0]], cross_attention, by_tokens)
+            more = f" (and {len(matched) - 1} more)" if len(matched) > 1 else ""
+            raise ValueError(
+                "expected at least one attention layer whose spectrum can be penalized, got "
+                f"{matched[0]}{more}, {reason}: "
+                f"{_way_out(layers, matched, cross_attention, by_tokens)}"
+            )
+        unread = projections.unread if isinstance(projections, ProjectionReader) else {}
+        unread = {name: reason for name, reason in unread.items() if matches(name, modules)}
+        raise no_match(projections, unread, modules)
+    return chosen
+
+
+def left_out(
+    layer: LayerReader | HeadProjections, cross_attention: bool, by_tokens: bool = False
+) -> str | None:
+    """Why a layer has no penalty, as a clause about it; None where it has one."""
+    if by_tokens and layer.self_attention and layer.key_layer is not None:
+        return f"whose keys are those of {layer.key_layer}, so that its queries and keys have other inputs"
+    if layer.self_attention:
+        return None
+    if by_tokens:
+        return "which is not known to be self-attention, and has no token-aware spectrum then"
+    if layer.width[0] != layer.width[1]:
+        return f"which relates queries of width {layer.width[0]} to keys of width {layer.width[1]}"
+    if cross_attention:
+        return None
+    return "which is not known to be self-attention: its keys may be those of other tokens"
+
+
+def _way_out(
+    layers: Mapping[str, LayerReader | HeadProjections],
+    matched: Sequence[str],
+    cross_attention: bool,
+    by_tokens: bool,
+) -> str:
+    if by_tokens:
+        return "leave moments (or sigma='tokens') out, or such layers by modules="
+    if not cross_attention and any(left_out(layers[name], True) is None for name in matched):
+        return "pass cross_attention=True to penalize it all the same"
+    return "the penalty needs queries and keys of one space"

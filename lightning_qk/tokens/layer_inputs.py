@@ -1,0 +1,137 @@
+"""Sample the tokens that enter attention layers, in the forwards of a running model."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qk.architecture.labels import matches
+from lightning_qk.capture.hidden import HiddenCapture
+from lightning_qk.functional.layer_inputs import covariance_root, sample_tokens
+from lightning_qk.heads.sites import attention_sites
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LayerInputs:
+    """Takes tokens of what enters each attention layer of a model, besides the first one of every sequence.
+
+    A context manager; within it every forward is sampled, save those of ``generate`` and those that a checkpoint
+    repeats. Padding is left out where a two-dimensional ``attention_mask`` says what it is. Tokens are constants:
+    they carry no gradient. Compiled models are sampled too.
+
+    Args:
+        model: any module that contains attention.
+        modules: glob pattern or patterns on qualified names of attention layers; None for all.
+        tokens: how many to take of each forward.
+        keep: how many to keep of each layer, the newest ones; None: eight times ``tokens``.
+        seed: of the places that they are drawn at.
+
+    Attributes:
+        names: of the layers.
+
+    Example:
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> from lightning_qk import locater_penalty
+        >>> config = AutoConfig.for_model("gpt2", n_layer=1, n_head=2, n_embd=8, vocab_size=9)
+        >>> model, batch = AutoModelForCausalLM.from_config(config), torch.randint(9, (2, 16))
+        >>> with LayerInputs(model, tokens=8) as inputs:
+        ...     loss = model(input_ids=batch, labels=batch).loss
+        >>> penalty = locater_penalty(model, moments=inputs.moments())
+        >>> (loss + 0.1 * penalty).backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        modules: str | Sequence[str] | None = None,
+        tokens: int = 512,
+        keep: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if tokens < 2:
+            raise ValueError(f"expected at least 2 tokens, got {tokens}: a covariance needs several")
+        self.tokens = tokens
+        self._keep = max(tokens, 8 * tokens if keep is None else keep)
+        self._generator = torch.Generator().manual_seed(seed)
+        sites = [site for site in attention_sites(model) if matches(site.name, modules)]
+        self.names = [site.name for site in sites]
+        # nn.MultiheadAttention may have the tokens on its first axis.
+        self._turned = {
+            site.name
+            for site in sites
+            if isinstance(site.module, nn.MultiheadAttention) and not site.module.batch_first
+        }
+        self._capture = HiddenCapture(
+            {},
+            self._hear,
+            inputs={site.module: site.name for site in sites},
+            models={
+                site.module: [owner for owner in site.ancestors if hasattr(owner, "config")] for site in sites
+            },
+            model=model,
+            generated=lambda name: None,
+        )
+        self._taken: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> "Self":
+        self.install()
+        self.enabled = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether forwards are sampled."""
+        return self._capture.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if value != self._capture.enabled:
+            self._capture.enabled = value
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Layer → why its tokens cannot be taken."""
+        return self._capture.problems
+
+    @property
+    def seen(self) -> set[str]:
+        """Layers with a forward that was sampled."""
+        return self._capture.seen
+
+    def install(self) -> None:
+        """Hook the layers, switched off."""
+        self._capture.install()
+
+    def remove(self) -> None:
+        """Take the hooks away; what was taken stays."""
+        self._capture.remove()
+
+    def clear(self) -> None:
+        """Forget what was taken."""
+        self._taken.clear()
+
+    def taken(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Tokens ``(tokens, d)`` of a layer and how many each stands for; None where there are none."""
+        return self._taken.get(name)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Layer name → factor of the covariance of its tokens, for ``locater_penalty(…, moments=)``."""
+        return {name: covariance_root(*self._taken[name]) for name in self.names if name in self._taken}
+
+    def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
+        if name in self._turned:
+            states = states.transpose(0, 1)
+        if mask is not None:
+            mask = mask.to(states.device)
+        tokens, weight = sample_tokens(states, mask, self.tokens, generator=self._generator)
+        before = self._taken.get(name)
+        if before is not None and before[0].shape[1] == tokens.shape[1]:
+            tokens, weight = torch.cat([before[0], tokens]), torch.cat([before[1], weight])
+        self._taken[name] = tokens[-self._keep :], weight[-self._keep :]

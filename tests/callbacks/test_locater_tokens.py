@@ -1,0 +1,266 @@
+"""The callback's token-aware penalty: its gradient is that of a loss term with the same tokens, constants."""
+
+import warnings
+
+import lightning as L
+import models
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lightning_qk import LocAteR, locater_penalty
+from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.tokens import LayerInputs
+
+WEIGHT = 3.0
+
+
+class Recorder(L.Callback):
+    """Gradients that the optimizer steps with, and the moments that LocAteR had."""
+
+    def __init__(self, locater: LocAteR | None = None) -> None:
+        self.locater = locater
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.moments: list[dict[str, torch.Tensor]] = []
+        self.penalties: list[float] = []
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self.keep(pl_module))
+
+    def keep(self, pl_module):
+        self.gradients.append(
+            {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
+        )
+        if self.locater is not None:
+            self.moments.append(dict(self.locater.moments))
+
+    def on_train_batch_end(self, trainer, *args):
+        if "locater/penalty" in trainer.callback_metrics:
+            self.penalties.append(trainer.callback_metrics["locater/penalty"].item())
+
+
+def still(model: torch.nn.Module) -> torch.nn.Module:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def fit(make=models.gpt2, locater=None, loss=None, **kwargs) -> Recorder:
+    L.seed_everything(3, verbose=False)
+    recorder = Recorder(locater)
+    job = models.Job(still(make()), loss=loss, lr=0.01)
+    callbacks = [recorder] if locater is None else [locater, recorder]
+    models.trainer(callbacks, **{"max_steps": 2, **kwargs}).fit(job, models.tokens())
+    return recorder
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [models.gpt2, models.llama])
+def test_gradient_equals_that_of_a_loss_term(make, setup):
+    target = {"form": "target", "target": 0.3} if make is models.llama else {}
+    callback = fit(make, LocAteR(WEIGHT, sigma="tokens", tokens=24, **target), **setup)
+    steps = iter(range(100))
+    micro = setup.get("accumulate_grad_batches", 1)
+
+    def term(job):
+        moments = callback.moments[next(steps) // micro]
+        return WEIGHT * locater_penalty(job, moments=moments, **target)
+
+    loss, without = fit(make, loss=term, **setup), fit(make, **setup)
+    for one, other, plain in zip(callback.gradients, loss.gradients, without.gradients, strict=True):
+        assert one.keys() == other.keys()
+        for name, want in other.items():
+            assert (one[name] - want).norm() <= 1e-5 * want.norm().clamp_min(1e-9), name
+        assert any(not torch.allclose(one[name], plain[name]) for name in plain)
+
+
+def lora() -> torch.nn.Module:
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(models.llama(), LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_the_gradient_reaches_adapters_alone():
+    callback = fit(lora, LocAteR(WEIGHT, sigma="tokens", tokens=24))
+    moments = iter(callback.moments)
+    loss = fit(lora, loss=lambda job: WEIGHT * locater_penalty(job, moments=next(moments)))
+    for one, other in zip(callback.gradients, loss.gradients, strict=True):
+        assert all("lora_" in name for name in one)
+        for name, want in other.items():
+            assert (one[name] - want).norm() <= 1e-5 * want.norm().clamp_min(1e-9), name
+
+
+def test_tokens_are_those_of_all_micro_batches_of_the_step_and_no_others():
+    seen = []
+
+    def watch(module, args, kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    class Watch(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            layer = pl_module.inner["network"].transformer.h[1].attn
+            self.handle = layer.register_forward_pre_hook(watch, with_kwargs=True)
+
+        def on_validation_start(self, *_):
+            self.before = len(seen)
+
+        def on_validation_end(self, *_):
+            del seen[self.before :]
+
+    L.seed_everything(3, verbose=False)
+    batch, length = next(iter(models.tokens())).shape
+    locater = LocAteR(WEIGHT, sigma="tokens", tokens=2 * batch * (length - 1))
+    recorder = Recorder(locater)
+    trainer = models.trainer([locater, Watch(), recorder], accumulate_grad_batches=2, val_check_interval=1)
+    trainer.fit(models.Job(), models.tokens(), models.tokens())
+    for step, moments in enumerate(recorder.moments):
+        hidden = torch.cat(seen[2 * step : 2 * step + 2])[:, 1:].flatten(0, 1)
+        root = next(own for name, own in moments.items() if ".h.1." in name)
+        want = torch.cov(hidden.double().T, correction=0)
+        torch.testing.assert_close((root.mT @ root).double(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_and_first_tokens_are_left_out():
+    model = still(models.bert()).eval()
+    batch = torch.randint(5, 50, (3, 12))
+    mask = torch.ones_like(batch)
+    mask[0, 7:] = 0
+    with LayerInputs(model, tokens=6 + 11 + 11) as inputs:
+        model(input_ids=batch, attention_mask=mask)
+    first = inputs.names[0]
+    hidden = model.bert.embeddings(batch)
+    want = torch.cov(hidden[:, 1:][mask[:, 1:].bool()].T, correction=0)
+    root = inputs.moments()[first]
+    torch.testing.assert_close(root.mT @ root, want, rtol=1e-4, atol=1e-6)
+
+
+def test_generation_recomputation_and_what_comes_after_are_not_sampled():
+    model = still(models.gpt2())
+    batch = torch.randint(5, 50, (2, 12))
+    with LayerInputs(model, tokens=8) as inputs:
+        model.generate(batch, max_new_tokens=2, do_sample=False)
+        assert not inputs.moments()
+        model.gradient_checkpointing_enable()
+        model.train()
+        model(input_ids=batch, labels=batch).loss.backward()
+        assert {len(root) for root in inputs.moments().values()} == {8}
+    model(input_ids=batch)
+    assert {len(root) for root in inputs.moments().values()} == {8}
+
+
+def test_the_newest_tokens_are_kept():
+    model = still(models.gpt2()).eval()
+    batches = torch.randint(5, 50, (5, 2, 12))
+    with LayerInputs(model, tokens=22, keep=50) as inputs:
+        for batch in batches:
+            model(input_ids=batch)
+        name = inputs.names[1]
+        tokens, weight = inputs.taken(name)
+        inputs.clear()
+        model(input_ids=batches[-1])
+    assert tokens.shape == (50, 32)
+    assert torch.equal(weight, torch.ones(50))
+    torch.testing.assert_close(tokens[-22:], inputs.taken(name)[0])
+
+
+def test_the_same_under_torch_compile():
+    def compiled():
+        return torch.compile(models.gpt2(), backend="aot_eager")
+
+    eager = fit(locater=LocAteR(WEIGHT, sigma="tokens", tokens=24))
+    graphs = fit(compiled, LocAteR(WEIGHT, sigma="tokens", tokens=24))
+    for one, other in zip(eager.gradients, graphs.gradients, strict=True):
+        plain = {name.replace("_orig_mod.", ""): grad for name, grad in other.items()}
+        for name, want in one.items():
+            assert (plain[name.replace("_orig_mod.", "")] - want).norm() <= 1e-4 * want.norm().clamp_min(1e-6)
+
+
+def test_the_target_form_holds_the_means_of_the_first_tokens(tmp_path):
+    def job_and_callback(steps, checkpoint=None):
+        L.seed_everything(3, verbose=False)
+        job, locater = models.Job(lr=0.05), LocAteR(WEIGHT, sigma="tokens", form="target", nu=5.0)
+        trainer = models.trainer([locater], max_steps=steps, default_root_dir=tmp_path, max_epochs=-1)
+        trainer.fit(job, models.tokens(), ckpt_path=checkpoint)
+        return locater, trainer
+
+    first, trainer = job_and_callback(1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert first._start_means
+    assert all(mean.any() for mean in first._start_means.values())
+    resumed, _ = job_and_callback(3, tmp_path / "one.ckpt")
+    for name, mean in first._start_means.items():
+        assert torch.equal(resumed._start_means[name], mean)
+
+
+def test_inputs_that_are_not_seen_are_told_and_cost_no_training():
+    class Packed(models.Job):
+        """Calls forward itself, past all hooks."""
+
+        def on_fit_start(self):
+            for block in self.inner["network"].transformer.h:
+                block.__class__ = _Direct
+
+    class _Direct(type(models.gpt2().transformer.h[0])):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states + self.attn.forward(self.ln_1(hidden_states))[0]
+
+    job = Packed()
+    trainer = models.trainer([LocAteR(WEIGHT, sigma="tokens")], max_steps=2)
+    with pytest.warns(UserWarning, match="what enters it is not known, since no forward of it was seen"):
+        trainer.fit(job, models.tokens())
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["locater/penalty"].item() == 0
+
+
+def test_a_token_that_is_not_finite_is_left_out():
+    class Broken(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            def spoil(module, args, kwargs):
+                hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+                hidden[0, 3] = torch.inf
+                locater._inputs._inputs._hear(name, hidden.detach(), None)
+
+            name = next(iter(locater._inputs.widths))
+            layer = pl_module.get_submodule(name)
+            self.handle = layer.register_forward_pre_hook(spoil, with_kwargs=True)
+
+    locater = LocAteR(WEIGHT, sigma="tokens", tokens=64)
+    recorder = Recorder(locater)
+    models.trainer([locater, Broken(), recorder], max_steps=2).fit(models.Job(), models.tokens())
+    assert all(grad.isfinite().all() for step in recorder.gradients for grad in step.values())
+
+
+def test_frozen_copies_are_left_out():
+    class Distilled(models.Job):
+        def __init__(self):
+            super().__init__()
+            self.teacher = models.gpt2().requires_grad_(False)
+
+    locater = LocAteR(WEIGHT, sigma="tokens")
+    job = Distilled()
+    recorder = Recorder(locater)
+    models.trainer([locater, recorder], max_steps=1).fit(job, models.tokens())
+    assert set(recorder.moments[0]) == {name for name in ProjectionReader(job) if "teacher" not in name}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sigma": "cov"}, "'identity' or 'tokens', got 'cov'"),
+        ({"sigma": "tokens", "tokens": 1}, "tokens of at least 2"),
+        ({"sigma": "tokens", "cross_attention": True}, "have no covariance"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LocAteR(1.0, **arguments)
