@@ -390,6 +390,7 @@ class _FormStorage(Storage):
                 if group.refused or group.form.make is None:
                     raise self._refusal(name, group, group.refused)
                 parts = {one: get(part) for one, part in group.parts.items()}
+                self.decoded |= group.form.codes
                 try:
                     return group.form.make(parts, self._quantization)
                 except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:

@@ -37,6 +37,10 @@ _MOST_NETWORKS = 64
 _COPY = re.compile(
     r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])"
 )
+# Names of adapters' tensors: those of PEFT, loralib, torchtune and LyCORIS.
+_ADAPTERS = re.compile(
+    r"(?:^|[._])(?:lora|dora|hada|lokr|ia3|b?oft|vera|vblora|fourierft|hra|randlora)_|\.base_layer\."
+)
 _NUMBER = re.compile(r"\d+")
 # Constants of attention, not weights, that older versions of transformers also saved.
 _CONSTANTS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids|relative_position_index)$")
@@ -145,11 +149,28 @@ class StoredWeights:
         self.left_over = {name: below[key] for name, key in found.left_over.items()}
         self.collisions = [(below[kept], below[other]) for kept, other in found.collisions]
         self._ties = _tied(model)
+        self._check_adapters(below.values())
+        if not self.origins and any("flat_param" in name for name in stored):
+            raise BadInput(
+                f"expected tensors by name, got {where}, which holds those that FSDP makes of them: save it with "
+                "FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT) instead"
+            )
         if not self.origins:
             raise BadInput(
                 f"expected the weights of a {type(model).__name__} in {where}, got none of its names among "
                 f"{len(stored)} tensors (such as {', '.join(stored[:3]) or 'none'}): its configuration is "
                 "that of another model"
+            )
+
+    def _check_adapters(self, keys: Iterable[str]) -> None:
+        """Raises BadInput for adapters beside the weights that they change."""
+        used = {key for origin in self.origins.values() for key, _ in origin.sources}
+        found = [key for key in keys if key not in used and _ADAPTERS.search(key)]
+        if found:
+            raise BadInput(
+                f"expected a checkpoint without adapters, got {self._where} with {len(found)} tensors of adapters "
+                f"that are not merged into its weights ({listed(found)}): save what PEFT's "
+                "model.merge_and_unload() gives, or the adapter with save_pretrained and pass its folder"
             )
 
     def has(self, name: str) -> bool:
@@ -183,8 +204,7 @@ class StoredWeights:
         if not value.is_floating_point() or value.element_size() < 2:
             raise BadInput(
                 f"expected weights that are kept as numbers, got {names[0]!r} in {self._where} as "
-                f"{str(value.dtype).removeprefix('torch.')}: quantized checkpoints are not read; dequantize "
-                "it and save it again"
+                f"{str(value.dtype).removeprefix('torch.')} without scales: pass the model that it was made from"
             )
         if value.shape != shape:
             raise BadInput(
@@ -234,6 +254,8 @@ class StoredWeights:
                 f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, "
                 f"such as {self.collisions[0][0]}, not {self.collisions[0][1]}"
             )
+        if self._storage.decoded:
+            notes.append(f"{self._where} is quantized: the numbers are those that its codes stand for")
         deeper, unknown = self._of_attention(layers)
         if deeper:
             notes.append(

@@ -69,9 +69,9 @@ def quantization_of(config: Any, where: str) -> Quantization:
         if given.get("transform_config"):
             raise _refused("compressed-tensors with rotations", where)
         sparsity = given.get("sparsity_config")
-        layout = sparsity.get("format") if isinstance(sparsity, Mapping) else None
-        if layout not in (None, "dense"):
-            raise _refused(f"compressed-tensors in the form {layout}", where)
+        sparse = sparsity.get("format") if isinstance(sparsity, Mapping) else None
+        if sparse not in (None, "dense"):
+            raise _refused(f"compressed-tensors in the form {sparse}", where)
         groups = given.get("config_groups")
         fields = [
             group["weights"]

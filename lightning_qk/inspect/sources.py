@@ -13,8 +13,9 @@ from torch import nn
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
 from lightning_qk.inspect.distributed import INDEX, DistributedStorage, extra_of
 from lightning_qk.inspect.documents import BadInput, check_counts, one_line, parse_json, read_json
+from lightning_qk.inspect.foreign import foreign_format
 from lightning_qk.inspect.forms import as_weights
-from lightning_qk.inspect.matching import StoredWeights, Weights
+from lightning_qk.inspect.matching import StoredWeights, Weights, listed
 from lightning_qk.inspect.quantization import PLAIN, Quantization, quantization_of
 from lightning_qk.inspect.storage import (
     Storage,
@@ -156,6 +157,10 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
     if not (options.series and inside):
         if fetch(_ADAPTER) is not None:
             return [_adapter(fetch, str(path), options)]
+        if fetch(_CONFIG) is not None and not has_weights(fetch) and not inside:
+            other = _other_weights(path, options)
+            if other is not None:
+                return [other]
         if fetch(_CONFIG) is not None or (options.config is not None and has_weights(fetch)):
             found = _pretrained(fetch, str(path), options)
             if inside:
@@ -166,11 +171,9 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
             return [found]
     if inside:
         return _series(inside, options)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return [_gguf(files[0], options)]
-    if (path / INDEX).exists() or (path / "meta.pt").exists():
-        return [_distributed(path, options)]
+    other = _other_weights(path, options)
+    if other is not None:
+        return [other]
     try:
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
     except OSError as error:
@@ -179,6 +182,29 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
         f"expected a folder with config.json, adapter_config.json or checkpoints, got {path}, which holds "
         f"{holds}: pass the folder that save_pretrained wrote, or a .ckpt file"
     )
+
+
+def _other_weights(path: Path, options: Options) -> Checkpoint | None:
+    """A folder's weights in another format than transformers', or None.
+
+    Raises:
+        BadInput: they are in a format that is not read, or there are several files of them.
+    """
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise BadInput(
+            f"expected one GGUF file in {path}, got {len(files)}: pass one of them "
+            f"({listed([file.name for file in files])})"
+        )
+    if files:
+        return _gguf(files[0], options)
+    if (path / INDEX).exists() or (path / "meta.pt").exists():
+        return _distributed(path, options)
+    foreign = foreign_format(path)
+    if foreign is not None:
+        what, convert = foreign
+        raise BadInput(f"expected weights that are read, got {path}, which holds {what}: {convert}")
+    return None
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
@@ -422,15 +448,10 @@ def _file(path: Path, options: Options) -> Checkpoint:
             "checkpoint, or the folder of a model"
         )
     loaded = load_torch(path, trust=options.trust)
-    names = list(state_dict(loaded))
+    names = list(state_dict(loaded, path))
     if not names:
         raise BadInput(f"expected a checkpoint with a state_dict, got {path}, which holds no tensors by name")
-    if any(".lora_A." in name for name in names):
-        raise BadInput(
-            f"expected a checkpoint without adapters, got {path}, whose model has LoRA layers: save the "
-            "adapter with save_pretrained and pass its folder"
-        )
-    extra = loaded if isinstance(loaded, Mapping) else {}
+    extra = loaded if isinstance(loaded, Mapping) else {"model": loaded}
     step = _plausible_step(extra.get("global_step"))
     config, tokenizer = _config_of(extra, path, options, len(names))
     del loaded
@@ -494,6 +515,9 @@ def _config_of(
     given = _named_config(options)
     if given is not None:
         return given, options.config
+    own = _of_modules(loaded)
+    if own is not None:
+        return own, str(folder)
     kept = loaded.get("transformer_config")
     if isinstance(kept, str):
         from lightning_qk.module.network import config_from_text
@@ -522,6 +546,18 @@ def _config_of(
         f"expected a checkpoint that says what model it holds, got {path}, whose hyperparameters do not: "
         "pass the folder or the hub's name of a model of the same configuration with --config"
     )
+
+
+def _of_modules(loaded: Mapping[str, Any]) -> "PreTrainedConfig | None":
+    """The configuration of the first model of transformers' that was saved whole, as a module."""
+    from transformers import PreTrainedConfig
+
+    for saved in loaded.values():
+        for module in saved.modules() if isinstance(saved, nn.Module) else ():
+            config = getattr(module, "config", None)
+            if isinstance(config, PreTrainedConfig) and config.model_type:
+                return config
+    return None
 
 
 def _check_text(text: str, tensors: int, path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from lightning_qk.functional.attention import SINK_ATTENTION
 from lightning_qk.guard.detectors import Sensitivity
 from lightning_qk.record.history import RunRecord
-from lightning_qk.record.known_layer import KnownLayer
+from lightning_qk.record.known_layer import KnownLayer, growing_heads
+from lightning_qk.record.newest import Rows
 
 QK_CLIP_LOGIT = 100.0
 """Saturated above it: where Kimi K2 (arXiv 2507.20534) scales query and key weights down."""
@@ -218,7 +219,9 @@ def healthy_share(record: RunRecord, layers: Collection[str] | None = None) -> f
 
 def _layers(record: RunRecord, histories: Sequence[Any]) -> list[KnownLayer]:
     labels = dict.fromkeys(label for history in histories if history is not None for label in history.layers)
-    return [KnownLayer(label, record) for label in labels]
+    growing = growing_heads(record.attention)
+    rows = {name: Rows(history) for name, history in record.histories.items()}
+    return [KnownLayer(label, record, rows, growing.get(label, {})) for label in labels]
 
 
 def _is_fresh(layers: Sequence[KnownLayer]) -> bool:

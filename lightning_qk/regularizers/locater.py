@@ -189,6 +189,7 @@ class LocaterPenalty:
         weight: float | Tensor,
         parameters: Collection[Tensor],
         agree: Callable[[Exception | None], None] = _raise,
+        weigh: Callable[[Tensor], float | Tensor] | None = None,
     ) -> tuple[Tensor, bool]:
         """Add the gradient of ``weight`` times the penalty to ``.grad`` of those parameters that it depends on.
 
@@ -201,6 +202,8 @@ class LocaterPenalty:
             parameters: what may be changed; frozen ones among them are left alone.
             agree: called before anything is added, with the error that there was, to raise where there was one:
                 on any of several processes. Layers are gathered to the end whatever has failed.
+            weigh: gets the squared norms of the gradients that are there and of what is to be added to them, over
+                the same weights, ``(2,)``, on this process; returns a further factor. Not with flat parameters.
 
         Returns:
             The penalty before it is weighted, detached; and whether any parameter depends on it.
@@ -235,6 +238,8 @@ class LocaterPenalty:
         except Exception as failed:
             error = error or failed
         agree(error)
+        if weigh is not None:
+            shares.scale(weigh(shares.squares().to(total.device)))
         shares.add()
         return total, reached or bool(shares)
 
@@ -261,9 +266,15 @@ def _match(query: Tensor, key: Tensor) -> Tensor:
     return key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
 
 
-def _sum(totals: list[Tensor]) -> Tensor:
+def _sum(totals: list[Tensor], dim: int | None = None) -> Tensor:
     # Layers may live on several devices; the sum is taken where the first one is.
-    return torch.stack([total.to(totals[0].device) for total in totals]).sum()
+    return torch.stack([total.to(totals[0].device) for total in totals]).sum(dim)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard of this process."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
 
 
 class _Shares:
@@ -301,6 +312,25 @@ class _Shares:
                 # Tied weights have one gradient for several layers.
                 before = self._views.get(place)
                 self._views[place] = view, gradient if before is None else before[1] + gradient
+
+    def squares(self) -> Tensor:
+        """Squared norms of the gradients that are there and of what is to be added, ``(2,)``, of local shards."""
+        pulled: dict[nn.Parameter, Tensor] = {}
+        for parameter, share in self._pulled:
+            pulled[parameter] = share + pulled[parameter] if parameter in pulled else share
+        pairs = [
+            *self._views.values(),
+            *((torch.zeros_like(one) if own.grad is None else own.grad, one) for own, one in pulled.items()),
+        ]
+        sums = [
+            torch.stack([_local(side).to(torch.float32).square().sum() for side in pair]) for pair in pairs
+        ]
+        return _sum(sums, 0) if sums else torch.zeros(2)
+
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiply all of it."""
+        self._views = {place: (view, part * factor) for place, (view, part) in self._views.items()}
+        self._pulled = [(parameter, share * factor) for parameter, share in self._pulled]
 
     def add(self) -> None:
         """Add all of it."""

@@ -102,8 +102,10 @@ def batches(heads: Mapping[str, HeadProjections], settings: Settings) -> Iterato
             continue
         roots = _roots(settings.moments, {name: heads[name] for name in names}, query)
         with full_precision(query.device):
-            seen = ((side.flatten(1, 2) @ roots.mT).unflatten(1, side.shape[1:3]) for side in (query, key))
-            yield LayerBatch(names, *seen, n, roots)
+            query, key = (
+                (side.flatten(1, 2) @ roots.mT).unflatten(1, side.shape[1:3]) for side in (query, key)
+            )
+        yield LayerBatch(names, query, key, n, roots)
 
 
 def _roots(moments: Mapping[str, Tensor], heads: Mapping[str, HeadProjections], like: Tensor) -> Tensor:

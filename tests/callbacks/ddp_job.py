@@ -62,7 +62,7 @@ def run(folder: Path, processes: int) -> None:
         "term": (job(lambda module: WEIGHT * locater_penalty(module)), []),
         "callback": (job(), [LocAteR(WEIGHT)]),
         # As many tokens as the eight sequences of all processes have besides their first ones: all of them.
-        "by tokens": (job(), [LocAteR(WEIGHT, sigma="tokens", tokens=8 * 15)]),
+        "share by tokens": (job(), [LocAteR("20%", sigma="tokens", tokens=8 * 15)]),
     }
     for name, (module, callbacks) in cases.items():
         keep = KeepGradients()

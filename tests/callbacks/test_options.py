@@ -77,6 +77,7 @@ def test_settings_are_the_arguments():
         "exclude": [],
         "figures_every": 10,
         "report": True,
+        "report_every": None,
         "modules": ["*.0.*"],
         "on_unreadable": "warn",
     }

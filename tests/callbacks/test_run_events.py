@@ -1,6 +1,7 @@
 """Events of real runs: alarms, clips, NaN and what was left out, as a program reads them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -11,7 +12,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_qk import AttentionMonitor, CollapseGuard, QKClip, QKSpectrumMonitor, UpdateCap
-from lightning_qk.record.events import EVENTS_NAME, read_events
+from lightning_qk.callbacks._event_log import write_events
+from lightning_qk.record.events import EVENTS_NAME, Event, read_events
 
 
 def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -138,6 +140,18 @@ def test_a_fault_in_writing_ends_nothing(tmp_path: Path) -> None:
         trainer.fit(models.Job(), models.tokens())
     assert len([one for one in said if "events could not be written" in str(one.message)]) == 1
     assert trainer.global_step == 3
+
+
+def test_the_first_rank_alone_writes(tmp_path: Path) -> None:
+    class Rank(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    for rank in (1, 0):
+        state = SimpleNamespace(fn="fit")
+        trainer = Rank(is_global_zero=not rank, fast_dev_run=False, state=state, logger=None)
+        trainer.default_root_dir = str(tmp_path)
+        write_events(trainer, [Event(1, "note", "a test", "a sentence")])
+        assert (tmp_path / EVENTS_NAME).exists() == (rank == 0)
 
 
 def test_tries_and_tests_leave_no_file(tmp_path: Path) -> None:

@@ -488,15 +488,16 @@ class CollapseGuard(Acting):
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         done = []
+        reason = verdict.reason if self._watch is None else self._watch.with_labels(verdict.reason)
         if self.action == "stop":
             trainer.should_stop = True
             done.append("training is stopped")
         if self._remedy.callbacks or self.lr_factor < 1 or self.rollback:
             done += self._help(trainer, pl_module)
-        sentence = f"step {verdict.step}: {verdict.reason}"
+        sentence = f"step {verdict.step}: {reason}"
         if done:
             sentence += f"; {', '.join(done)}"
-        said = f"CollapseGuard: {verdict.reason}{''.join(f'; {one}' for one in done)}"
+        said = f"CollapseGuard: {reason}{''.join(f'; {one}' for one in done)}"
         alarm = self._event(
             "alarm", said, verdict.step, where=self._where(verdict), value=verdict.score, threshold=1.0
         )

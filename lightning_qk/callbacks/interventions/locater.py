@@ -1,7 +1,7 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -28,6 +28,7 @@ from lightning_qk.callbacks._trainer import (
     say,
 )
 from lightning_qk.callbacks.interventions._base import Intervention
+from lightning_qk.callbacks.interventions._share import GradientShare, parse_weight
 from lightning_qk.callbacks.interventions._step_inputs import StepInputs
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.interventions.layers import matching_unread
@@ -71,9 +72,10 @@ class LocAteR(Intervention):
     trainer has several of these callbacks, ``locater/<name>/penalty`` and ``locater/<name>/weight``.
 
     Args:
-        weight: coefficient of the penalty. Its scale depends on the model (0.6 for a fresh GPT-2, 30 for a
-            pretrained MiniLM): start where ``weight`` times the logged ``locater/penalty`` is some percent of
-            the loss. No value carries over from one model to another: ``examples/paper`` has the sweeps.
+        weight: ``"10%"``: a share. Over the first ten steps the norm of the penalty's gradient on query and key
+            weights is that share of the norm of the loss's; the coefficient that this takes (their median) is
+            logged and kept. Or a number, the coefficient itself, whose scale depends on the model;
+            ``examples/paper`` has the sweeps.
         sigma: ``"identity"``: of the weights alone. ``"tokens"``: over the tokens of each step.
         form: ``"variance"`` or ``"target"``, see :func:`~lightning_qk.locater_penalty`.
         support: ``"model"`` or ``"head"``, see :func:`~lightning_qk.functional.qk_moments`.
@@ -99,7 +101,7 @@ class LocAteR(Intervention):
 
     def __init__(
         self,
-        weight: float,
+        weight: float | str,
         *,
         sigma: Sigma = "identity",
         form: Form = "variance",
@@ -113,11 +115,9 @@ class LocAteR(Intervention):
         cross_attention: bool = False,
         name: str | None = None,
     ) -> None:
-        for argument, value in (("weight", weight), ("nu", nu)):
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"expected a finite {argument} of at least 0, got {value}: pass 0 to switch it off"
-                )
+        coefficient, share = parse_weight(weight)
+        if not math.isfinite(nu) or nu < 0:
+            raise ValueError(f"expected a finite nu of at least 0, got {nu}: pass 0 to switch it off")
         if target is not None and not math.isfinite(target):
             raise ValueError(f"expected a finite target, got {target}")
         check_form(form, 0.0 if form == "target" else target)
@@ -140,7 +140,8 @@ class LocAteR(Intervention):
                 f"expected warmup_steps above 0 with schedule='linear' and 0 with 'constant', got {warmup_steps} "
                 f"with {schedule!r}: set both"
             )
-        self.weight = float(weight)
+        self.weight: float | str = coefficient if share is None else f"{100 * share:g}%"
+        self._asked_share = share
         self.sigma: Sigma = sigma
         self.tokens = tokens
         self.form: Form = form
@@ -169,6 +170,7 @@ class LocAteR(Intervention):
         self._warned = False
         self._warned_idle = False
         self._is_off = False
+        self.share = None if self._asked_share is None else GradientShare(self._asked_share)
         # How many steps in a row had no penalty, the same on every process; and what is to be said at the next.
         self._lost = 0
         self._unsaid: Exception | None = None
@@ -181,10 +183,9 @@ class LocAteR(Intervention):
         return self._generate_state_key(form=self.form, modules=self.modules, **named)
 
     def current_weight(self, step: int) -> float:
-        """The coefficient at an optimizer step, counted from 0."""
-        if self.schedule == "linear":
-            return self.weight * min(1.0, step / self.warmup_steps)
-        return self.weight
+        """The coefficient at an optimizer step, counted from 0; of a share as far as it was measured."""
+        weight = float(self.weight) if self.share is None else self.share.weight
+        return weight * min(1.0, step / self.warmup_steps) if self.schedule == "linear" else weight
 
     def check_strategy(self, trainer: Trainer) -> None:
         """Refuse DeepSpeed, and one name twice."""
@@ -206,6 +207,11 @@ class LocAteR(Intervention):
         """Find the layers; raise here, before any work, where there are none."""
         reader = projection_reader(trainer, pl_module)
         by_tokens = self.sigma == "tokens"
+        if self.share is not None and any(plan.is_flat for plan in reader.layers.values()):
+            raise ValueError(
+                f"expected a number for weight where FSDP flattens the weights, got {self.weight}: pass a number, "
+                "or use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
+            )
         penalty = LocaterPenalty(
             reader, modules=self.modules, cross_attention=self.cross_attention, by_tokens=by_tokens
         )
@@ -270,11 +276,14 @@ class LocAteR(Intervention):
         try:
             try:
                 # Weights would come to differ in silence where one process had the gradient and another had not.
-                if step.weight == 0:
+                weigh = self._weigher(trainer, optimizer, pl_module)
+                if step.weight == 0 and weigh is None:
                     value = finish_with(finish, lambda: penalty.value(step.settings))
                     reached = True
                 else:
-                    value, reached = penalty.add_gradient(step.settings, step.factor, step.parameters, finish)
+                    value, reached = penalty.add_gradient(
+                        step.settings, 1.0 if weigh else step.factor, step.parameters, finish, weigh
+                    )
             except Exception as own:
                 if not has_agreed:
                     finish(own)
@@ -286,7 +295,29 @@ class LocAteR(Intervention):
                 self._unsaid = own
             return
         self._lost = 0
-        self.log_safely(lambda: self._log(trainer, pl_module, value, step.weight, reached))
+        weight = step.weight if weigh is None else self.current_weight(logging_step(trainer))
+        self.log_safely(lambda: self._log(trainer, pl_module, value, weight, reached))
+
+    def _weigher(
+        self, trainer: Trainer, optimizer: Optimizer, pl_module: LightningModule
+    ) -> Callable[[Tensor], float | Tensor] | None:
+        """What measures a share at this step and gives the factor; None where nothing is to be measured."""
+        share = self.share
+        if share is None or share.is_known:
+            return None
+
+        def weigh(squares: Tensor) -> float | Tensor:
+            scale = loss_scale(trainer, optimizer)
+            share.see(trainer, squares.to(pl_module.device), scale)
+            if share.is_known:
+                rank_zero_info(
+                    f"LocAteR: weight={share.weight:.4g} from here on, for {self.weight} of the norm of the "
+                    f"loss's gradient on query and key weights (median of {len(share.ratios)} steps)"
+                )
+            weight = self.current_weight(logging_step(trainer))
+            return weight if scale is None else weight * scale
+
+        return weigh
 
     def agrees_in(self, hook: str, *, has_stepped: bool) -> bool:
         """True before each step, while there is a penalty."""
@@ -422,13 +453,16 @@ class LocAteR(Intervention):
 
     def kept(self) -> dict[str, Any]:
         """The heads' means at the start and the penalty's history."""
-        return {**super().kept(), "start_means": self._start_means, "history": self.history.state_dict()}
+        kept = {**super().kept(), "start_means": self._start_means, "history": self.history.state_dict()}
+        return kept if self.share is None else {**kept, "share": self.share.state_dict()}
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Hold the means that the first run started from."""
         super().go_on(kept)
         self._start_means, self._aims = kept["start_means"] or {}, None
         self.history = History.from_state_dict(kept["history"])
+        if self.share is not None:
+            self.share.load_state_dict(kept.get("share", {}))
 
     def release(self) -> None:
         """Drop all references to the model."""

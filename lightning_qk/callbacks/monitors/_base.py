@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
+from lightning_qk.callbacks._loss import LossCurve, batch_loss
 from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._self_check import add_self_check
@@ -27,6 +28,7 @@ from lightning_qk.callbacks._trainer import (
 )
 from lightning_qk.callbacks.callback import OBSERVES, check_lightning, observe_last
 from lightning_qk.callbacks.monitors._keys import Families, PerLayer, without_errors
+from lightning_qk.callbacks.monitors._live import LivePage
 from lightning_qk.callbacks.monitors._report import write_run
 from lightning_qk.callbacks.monitors._watching import OnUnreadable, Watching
 from lightning_qk.loggers.loggers import describe_config, log_scalars, shows_pictures
@@ -46,6 +48,7 @@ class MonitorOptions(TypedDict, total=False):
     exclude: Families
     figures_every: int
     report: bool
+    report_every: float | None
     modules: Patterns
     on_unreadable: OnUnreadable
 
@@ -95,7 +98,9 @@ class Monitor(Watching):
             every head and ``trainer.callback_metrics`` have all that is measured in any case.
         exclude: families that are not logged.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
-        report: write the report at the end.
+        report: write the report at the end, and while the run goes on.
+        report_every: seconds between two writings while it goes on, at least: 0 for none before the end, None for
+            30. The smallest of all monitors counts. A thread writes, after a measurement, on rank zero.
         modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
             for all of them.
         on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
@@ -124,7 +129,7 @@ class Monitor(Watching):
     has_heads: bool = True
     """Whether layers have heads to be named; without, each has one value."""
 
-    live: ClassVar[tuple[str, ...]] = ("_pictures",)
+    live: ClassVar[tuple[str, ...]] = ("_pictures", "_ended_by", "_page")
 
     def __init__(
         self,
@@ -136,6 +141,7 @@ class Monitor(Watching):
         exclude: Families = (),
         figures_every: int = 10,
         report: bool = True,
+        report_every: float | None = None,
         modules: Patterns = None,
         on_unreadable: OnUnreadable = "warn",
     ) -> None:
@@ -147,6 +153,10 @@ class Monitor(Watching):
             )
         if figures_every < 0:
             raise ValueError(f"expected figures_every to be 0 (never) or more, got {figures_every}")
+        if report_every is not None and not 0 <= report_every < math.inf:
+            raise ValueError(
+                f"expected report_every to be 0 (only at the end) or more seconds, got {report_every}: correct it"
+            )
         if on_unreadable not in get_args(OnUnreadable):
             raise ValueError(
                 f"expected on_unreadable to be 'warn' or 'raise', got {on_unreadable!r}: pass 'warn' to watch "
@@ -157,6 +167,7 @@ class Monitor(Watching):
         self.every_n_steps = every_n_steps
         self.figures_every = figures_every
         self.report = report
+        self.report_every = report_every
         self.set_keys(per_layer, per_head, families, exclude)
 
     def begin(self) -> None:
@@ -165,7 +176,10 @@ class Monitor(Watching):
         self.states: Tensor | None = None
         self._snapshots = Snapshots()
         self._pictures = Pictures()
+        self._loss = LossCurve()
         self._directory: str | None = None
+        self._ended_by: BaseException | None = None
+        self._page: LivePage | None = None
         self._steps_before = 0
         self._at_the_end = False
         self._begin_counting(0)
@@ -234,6 +248,7 @@ class Monitor(Watching):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log once the optimizer has stepped."""
+        self.attempt(lambda: self._loss.hear(batch_loss(trainer, pl_module, outputs)), "keeping the loss")
         self.here(self.end_batch)
         self._end_step(trainer, pl_module)
 
@@ -260,9 +275,11 @@ class Monitor(Watching):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the report of what was seen until then, and the model as it was: teardown may not follow."""
+        self._ended_by = exception
         try:
             self.finish(trainer, pl_module)
         finally:
+            self._ended_by = None
             self.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -273,6 +290,8 @@ class Monitor(Watching):
         """The history, and what is kept of a few steps, so that a resumed run reports the whole run."""
         self._end_step_before_saving()
         state = {"history": self.history.state_dict()} if self.history.layers else {}
+        if self._loss.points()[0]:
+            state["loss"] = self._loss.state_dict()
         return {**state, "snapshots": self._snapshots.state_dict()} if len(self._snapshots) else state
 
     def _end_step_before_saving(self) -> None:
@@ -293,6 +312,8 @@ class Monitor(Watching):
             self.history = History.from_state_dict(state_dict["history"])
         if "snapshots" in state_dict:
             self._snapshots = Snapshots.from_state_dict(state_dict["snapshots"])
+        if "loss" in state_dict:
+            self._loss.load_state_dict(state_dict["loss"])
 
     # What a monitor says
 
@@ -305,7 +326,10 @@ class Monitor(Watching):
         """
 
     def contribute(self, record: RunRecord) -> None:
-        """Add the history to the run's record, and the means of some statistics as curves."""
+        """Add the history to the run's record, and the loss and the means of some statistics as curves."""
+        loss = self._loss.points()
+        if len(loss[0]) > len(record.scalars.get(LossCurve.NAME, ([], []))[0]):
+            record.scalars = {LossCurve.NAME: loss, **record.scalars}
         self.contribute_history(record)
         for name in self.curve_statistics:
             if name in self.history.values:
@@ -370,6 +394,7 @@ class Monitor(Watching):
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
         history.append(step, values, self.states)
+        self._loss.close(step)
         if history.forgotten is not None and history.forgotten.problem is not None:
             self.note(history.forgotten.problem)
         self.note_non_finite(self.states, step)
@@ -431,12 +456,15 @@ class Monitor(Watching):
             return
         self._reported = True
         monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
+        for page in (monitor._page for monitor in monitors if monitor._page is not None):
+            page.close()
         try:
             if self.figures_every and len(self.history):
                 self.log_figures(trainer, self.history.steps[-1])
             self.log_late(trainer)
             if self.report and all(monitor._reported for monitor in monitors if monitor.report):
-                write_run(trainer, pl_module, Path(self._directory or trainer.default_root_dir), self.note)
+                folder = Path(self._directory or trainer.default_root_dir)
+                write_run(trainer, pl_module, folder, self.note, self._ended_by)
         except Exception as error:
             self.note(f"the report could not be written ({describe_error(error)})")
 
@@ -498,6 +526,16 @@ class Monitor(Watching):
         self.share(trainer, pl_module, values)
         self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
         self.after_measuring(trainer)
+        if trainer.is_global_zero and self.report:
+            self.attempt(lambda: self._rewrite(trainer, pl_module), "rewriting the report")
+
+    def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The report of the run up to now: from the monitor that measures most often, the last of several."""
+        monitors = [one for one in reversed(trainer.callbacks) if isinstance(one, Monitor) and one.report]  # type: ignore[attr-defined]
+        often = min(monitors, key=lambda one: one.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self is often and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._page = self._page or LivePage.as_asked(one.report_every for one in monitors)
+            self._page.keep(trainer, pl_module, Path(self._directory or trainer.default_root_dir))
 
     def after_measuring(self, trainer: Trainer) -> None:
         """After a measurement that every process has: begin what is logged late."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -176,7 +177,7 @@ class AttentionMonitor(CaptureMonitor):
         super().publish(trainer, pl_module, values)
         health = self._health_at(self.step_of(trainer))
         if pl_module is not None and health:
-            pl_module.log_dict(health, logger=False)
+            pl_module.log_dict(health, logger=False, on_step=True, on_epoch=False)
 
     def conclude(self, trainer: Trainer, step: int) -> None:
         """Judge the heads that count, by what all monitors have measured."""
@@ -186,8 +187,8 @@ class AttentionMonitor(CaptureMonitor):
             monitor.contribute_history(record)
         labels = self.history.layers
         if self.counted is not None:
-            parts = zip(labels, self.history.split(self.counted), strict=True)
-            labels = tuple(label for label, heads in parts if bool(heads.any()))
+            of_heads = np.repeat(labels, self.history.heads)
+            labels = tuple(set(of_heads[self.counted.numpy()].tolist()))
         self._health.append(step, {"health": torch.tensor([healthy_share(record, labels)])})
 
     def of_run(self, step: int) -> dict[str, float]:
