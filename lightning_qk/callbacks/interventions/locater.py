@@ -310,7 +310,7 @@ class LocAteR(Intervention):
             scale = loss_scale(trainer, optimizer)
             share.see(trainer, squares.to(pl_module.device), scale)
             if share.is_known:
-                rank_zero_info(
+                inform(
                     f"LocAteR: weight={share.weight:.4g} from here on, for {self.weight} of the norm of the "
                     f"loss's gradient on query and key weights (median of {len(share.ratios)} steps)"
                 )
