@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-models models test-long test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick paper paper-quick clean
+.PHONY: quickstart test test-oldest test-models models test-long test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick screenshots paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -54,6 +54,10 @@ dist: $(VENV)/.test
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 	LIGHTNING_QK_DIST=dist $(BIN)/python -m pytest tests/packaging
+
+# docs/images/report-*.png, of a run that is trained for them. Needs chromium on the path.
+screenshots: $(VENV)/.test
+	$(BIN)/python docs/screenshots.py
 
 benchmark: $(VENV)/.core
 	$(BIN)/python benchmarks/run.py

@@ -53,6 +53,7 @@ SHOWN = (
     "effective_rank_energy",
 )
 LENGTH, BATCHES = 128, 8
+CLOSED = ", closed form"
 
 
 def source(name: str) -> str:
@@ -121,20 +122,33 @@ def _quantiles(references: Sequence[Reference]) -> str:
 
 
 def _comparisons(comparisons: Sequence[dict[str, Any]]) -> str:
+    """A row for drawn tokens, one for the closed form, and one for what was asked."""
+    names = list(dict.fromkeys(row["statistic"] for one in comparisons for row in one["rows"]))
+    names = [name for name in names if not name.endswith(CLOSED)]
     rows = [
-        "| model | moments → measured | tokens | statistic | rank correlation | error |",
-        "|---|---|---:|---|---:|---:|",
+        "| model, moments → measured | tokens | by | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|---|---:|---|" + "---:|" * len(names),
     ]
     for one in comparisons:
         title = TITLES.get(one["model"], one["model"])
-        where = f"{title}, {one['heads']} heads | {one['moments']} → {one['measured']}"
-        for row in one["rows"]:
-            asked = row["asked"]
-            value = f"{row['spearman']:.3f}"
-            if asked is not None:
-                value += f" (asked: {asked:.2f}{'' if row['spearman'] >= asked else ', **missed**'})"
-            rows.append(f"| {where} | {one['length']} | {row['statistic']} | {value} | {row['error']:.3f} |")
+        where = f"{title}, {one['heads']} heads, {one['moments']} → {one['measured']} | {one['length']}"
+        known = {row["statistic"]: row for row in one["rows"]}
+        cells: dict[str, list[str]] = {"drawn tokens": [], "closed form": [], "asked": []}
+        for name in names:
+            row, closed = known.get(name), known.get(name + CLOSED)
+            asked = None if row is None else row["asked"]
+            missed = row is not None and asked is not None and row["spearman"] < asked
+            cells["drawn tokens"].append(_figures(row) + ", **missed**" * missed)
+            cells["closed form"].append(_figures(closed))
+            cells["asked"].append("" if asked is None else f"{asked:.2f}")
+        for by, values in cells.items():
+            if any(values):
+                rows.append(f"| {where} | {by} | {' | '.join(values)} |")
     return "\n".join(rows)
+
+
+def _figures(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['spearman']:.3f} / {row['error']:.3g}"
 
 
 def _far(known: Reference) -> str:

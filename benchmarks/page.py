@@ -37,7 +37,8 @@ def render(figures: dict[str, Any]) -> str:
         repeats=found["repeats"],
         inspect_threads=found["threads"],
         peak=f"{found['peak']['inspect'] / 1e9:.2f}",
-        **{name: f"{found[name]:.2g}" for name in ("ratio", "bare", "moments_read")},
+        load=f"{found['load']:g}",
+        **{name: f"{found[name]:.2g}" for name in ("ratio_work", "bare_work", "moments_read_work")},
     )
 
 

@@ -262,7 +262,10 @@ def main() -> None:
         )
         rows = rows_of(found, ASKED.get(given.model, {}))
         seconds, heads = round(time.perf_counter() - start), len(found["measured"]["distance"])
-        print(f"{given.model} n={length} heads={heads} {seconds} s: {titles[0]} → {titles[1]}")
+        print(
+            f"{given.model} n={length} heads={heads} {seconds} s: {titles[0]} → {titles[1]}, "
+            f"{max(8, given.tokens // length)} sequences each at most"
+        )
         for row in rows:
             asked = "" if row["asked"] is None else f"  asked {row['asked']:.2f}"
             print(f"  {row['statistic']:24} {row['spearman']:.3f} / {row['error']:.3f}{asked}", flush=True)

@@ -5,7 +5,8 @@
 SmolLM2 and MiniLM are found as ``benchmarks/predictions.py`` finds them; toys are trained here for a minute. The
 query weights of the scaled models are multiplied by 20. What ``lightning-qk inspect --text`` says is what counts.
 With ``--runs`` also the records that ``benchmarks/collapse/run.py`` has in its cache: what the table at the end of
-each run says of its heads, and whether a layer that the guard's alarm names is flagged.
+each run says of its heads, whether a layer that the guard's alarm names is flagged, and ``attn/health``: its least
+and last value, and the first step with one below 1.
 """
 
 import argparse
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lightning_qk import head_projections
 from lightning_qk.cli import main as command
 from lightning_qk.record.history import History, LayerShape, RunRecord
-from lightning_qk.record.verdicts import FLAGGED, head_health, layer_health
+from lightning_qk.record.verdicts import FLAGGED, head_health, healthy_share, layer_health
 
 FACTOR = 20.0
 TOYS: dict[str, dict[str, Any]] = {
@@ -178,7 +179,10 @@ def of_runs(cache: Path) -> bool:
 
     rough = {run.name for run in ROUGH}
     heads, flagged, missed = 0, 0, []
-    print(f"{'run':22} {'meant to':8} {'flagged':>8}  layers; what the guard names first")
+    print(
+        f"{'run':22} {'meant to':8} {'flagged':>8} {'health':>12} {'below 1':>7} {'alarm':>5}  "
+        "layers; what the guard names first"
+    )
     for path in sorted(cache.glob("*.json")):
         found = json.loads(path.read_text())
         if "attention" not in found:
@@ -193,14 +197,39 @@ def of_runs(cache: Path) -> bool:
         if not is_rough and any(layers[label] not in FLAGGED for label in named):
             missed.append(found["name"])
         said = ", ".join(named) or ("-" if alarm is None else alarm.reason[:40])
+        steps, course = health_of_run(record)
+        below = next((str(step + 1) for step, one in zip(steps, course, strict=True) if one < 1), "-")
         print(
-            f"{found['name']:22} {'train' if is_rough else 'fail':8} {count / len(rows):8.1%}  "
-            f"{' '.join(layers.values())}; {said}"
+            f"{found['name']:22} {'train' if is_rough else 'fail':8} {count / len(rows):8.1%} "
+            f"{min(course):5.2f}, {course[-1]:5.2f} {below:>7} {'-' if alarm is None else alarm.step:>5}  "
+            f"{' '.join(layers.values())}; {said}",
+            flush=True,
         )
     print(
         f"runs meant to train: {flagged} of {heads} heads flagged; named and not flagged: {missed or 'none'}"
     )
     return heads == 0 or flagged <= 0.02 * heads
+
+
+def health_of_run(record: RunRecord) -> tuple[list[int], list[float]]:
+    """What ``attn/health`` would have been at every step of a run: steps, from 0, and values."""
+    assert record.attention is not None
+    grown = RunRecord(shapes=record.shapes)
+    histories = {name: History(one.layers, one.heads, len(one) + 2) for name, one in record.histories.items()}
+    taken = dict.fromkeys(histories, 0)
+    grown.histories = histories
+    course = []
+    for step in record.attention.steps:
+        for name, whole in record.histories.items():
+            # Cosines were kept by the number of steps done, the others by the step's own.
+            while taken[name] < len(whole) and whole.steps[taken[name]] <= step + (name == "hidden"):
+                index = taken[name]
+                histories[name].append(
+                    whole.steps[index], {key: column[index] for key, column in whole.values.items()}
+                )
+                taken[name] += 1
+        course.append(healthy_share(grown))
+    return record.attention.steps, course
 
 
 def _record_of(found: dict[str, Any]) -> RunRecord:

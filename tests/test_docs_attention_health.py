@@ -36,3 +36,11 @@ def test_the_guards_figures_are_those_of_its_benchmark():
     assert f"a median lead of {found['median_lead']:.2f} of" in text
     assert f"{found['false_alarms']} false alarms in {found['healthy']} healthy runs" in text
     assert f"brought {found['rescued']} of the {found['failing']} within 10 %" in text
+
+
+def test_what_the_guard_says_of_them_now_is_on_the_page():
+    found = json.loads((ROOT / "benchmarks" / "collapse" / "results.json").read_text())["again"]
+    text = " ".join(PAGE.split())
+    assert f"warns of {found['warned_before']} of {found['failing']}, at a median lead of" in text
+    rest = f"with {found['false_alarms']} false alarms in {found['healthy']}"
+    assert f"lead of {found['median_lead']:.2f}, {rest}" in text

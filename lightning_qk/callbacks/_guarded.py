@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 import lightning.pytorch
 from lightning.pytorch import Trainer
 
+from lightning_qk.callbacks._event_log import write_events
 from lightning_qk.callbacks._ranks import all_or_none, finish_together, has_others, reason_of
-from lightning_qk.callbacks._trainer import describe_error, say
+from lightning_qk.callbacks._trainer import describe_error, logging_step, say
 from lightning_qk.callbacks.callback import Callback
+from lightning_qk.record.events import Event
 
 _T = TypeVar("_T")
 
@@ -209,8 +211,20 @@ class Attempts(GuardedHooks, Callback):
         elif times == 1:
             self.note(f"{what} failed once ({reason}); it is tried again, and training goes on")
 
-    def note(self, sentence: str) -> None:
-        """Say something once, in the log and in the report."""
-        if sentence not in self.notes:
-            self.notes.append(sentence)
-            say(f"{type(self).__name__}: {sentence}")
+    def note(self, sentence: str, kind: str = "note", *, where: str = "", step: int | None = None) -> None:
+        """Say something once, in the log, in the report and in the file of events.
+
+        Args:
+            sentence: what is said.
+            kind: what it is as an event, see :data:`~lightning_qk.record.events.KINDS`.
+            where: the layer.
+            step: that it is about; None for the one that the trainer is at.
+        """
+        if sentence in self.notes:
+            return
+        self.notes.append(sentence)
+        say(f"{type(self).__name__}: {sentence}")
+        trainer, _ = self.running()
+        if trainer is not None:
+            at = logging_step(trainer) if step is None else step
+            write_events(trainer, [Event(at, kind, type(self).__name__, sentence, where)])

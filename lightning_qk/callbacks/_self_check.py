@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import GuardedHooks
+from lightning_qk.callbacks._output import inform
 from lightning_qk.callbacks._trainer import describe_error, say
 from lightning_qk.callbacks.callback import Callback
 from lightning_qk.heads.facts import forget_changed
@@ -149,7 +149,7 @@ class SelfCheck(GuardedHooks, Callback):
         lines = summary(self.verdicts, shorten) if self.verdicts else []
         for line in lines:
             if line not in self.lines:
-                tell = say if "left out" in line else rank_zero_info
+                tell = say if "left out" in line else inform
                 tell(f"lightning-qk: {line}")
         self.lines = lines
 

@@ -7,12 +7,13 @@ import sys
 import torch
 import transformers
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qk._packages import either
 from lightning_qk._version import __version__
+from lightning_qk.callbacks._output import beside_bars, inform
 from lightning_qk.heads.reader import ProjectionReader
 
 # For isinstance, of either package.
@@ -37,9 +38,10 @@ def refuse_deepspeed(trainer: Trainer, name: str) -> None:
 def say(sentence: str) -> None:
     """Warn on rank zero. Where warnings are errors (``python -W error``), log: a notice ends no training."""
     try:
-        rank_zero_warn(sentence)
+        with beside_bars():
+            rank_zero_warn(sentence)
     except Exception:
-        rank_zero_info(sentence)
+        inform(sentence)
 
 
 def describe_error(error: BaseException) -> str:
@@ -87,6 +89,19 @@ def is_last_chance(trainer: Trainer, batch_idx: int, steps_a_batch: int) -> bool
     return math.isfinite(batches) and batch_idx // together >= (int(batches) - 1) // together
 
 
+def ends_with_epoch(trainer: Trainer) -> bool:
+    """Whether the run is known to end with the current epoch, in ``on_train_epoch_end``.
+
+    A callback further back in the list that stops the run then is not foreseen.
+    """
+    epochs = trainer.max_epochs
+    return bool(
+        trainer.should_stop
+        or 0 <= trainer.max_steps <= trainer.global_step
+        or (epochs is not None and 0 <= epochs <= trainer.current_epoch + 1)
+    )
+
+
 def projection_reader(
     trainer: Trainer, pl_module: LightningModule, *, fold_norm: bool = False
 ) -> ProjectionReader:
@@ -116,11 +131,16 @@ def run_directory(trainer: Trainer) -> str:
 
     A collective call under several processes, which all of them come to whatever a logger raises.
     """
+    return trainer.strategy.broadcast(own_run_directory(trainer))
+
+
+def own_run_directory(trainer: Trainer) -> str:
+    """What this process takes for the run's folder, which counts on rank zero; no collective call."""
     try:
         folder = _own_directory(trainer)
     except Exception:  # a logger that cannot be reached, say
         folder = None
-    return trainer.strategy.broadcast(folder or trainer.default_root_dir)
+    return folder or str(trainer.default_root_dir)
 
 
 def _own_directory(trainer: Trainer) -> str | None:

@@ -11,10 +11,12 @@ from torch import nn
 
 from lightning_qk._deprecated import OldName
 from lightning_qk._packages import is_lightning, loaded_package
+from lightning_qk.callbacks._event_log import resumed_steps
 from lightning_qk.record.history import RunRecord
 
-EDITS, OBSERVES, JUDGES, WRITES = range(4)
-"""Places among a trainer's callbacks: what may change weights, monitors, a guard, what writes checkpoints."""
+EDITS, OBSERVES, SUMS_UP, JUDGES, WRITES = range(5)
+"""Places among a trainer's callbacks: what may change weights, monitors, the one of them that judges by what all
+have measured, a guard, what writes checkpoints."""
 
 
 class Callback(lightning.pytorch.Callback):
@@ -79,6 +81,11 @@ class Callback(lightning.pytorch.Callback):
         self._is_fresh = False
         self._fit = weakref.ref(trainer), weakref.ref(pl_module)
         return begins
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember at which step the run goes on, for the file of events."""
+        if trainer.state.fn == "fit":
+            resumed_steps[trainer] = int(checkpoint.get("global_step", 0))
 
     def running(self) -> tuple[Any, Any]:
         """The trainer and the module of the fit; None where they are gone."""

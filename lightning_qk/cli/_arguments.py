@@ -93,7 +93,7 @@ def explain(error: Exception, command: str, prog: str) -> str:
         name = f"{attribute['module']}.{attribute['name']}"
         return f"expected a class_path that exists, got {name}{hint or '; correct it'}"
     if key and path:
-        options = _init_args(path["path"])
+        options = init_args(path["path"])
         hint = did_you_mean(key["key"], options)
         return f"expected init_args of {path['path']} ({', '.join(options)}), got {key['key']!r}{hint}"
     if key and key["dashes"] == "":
@@ -140,7 +140,8 @@ def _plain_types(types: list[str]) -> list[str]:
     return [*listed, *dict.fromkeys(others)]
 
 
-def _init_args(class_path: str) -> list[str]:
+def init_args(class_path: str) -> list[str]:
+    """Names of the arguments of a class."""
     from importlib import import_module
 
     from lightning_qk.callbacks.callback import arguments

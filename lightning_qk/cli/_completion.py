@@ -66,11 +66,13 @@ def whole(
     from lightning_qk.cli import _configs
     from lightning_qk.cli._verify import parser as verify_parser
     from lightning_qk.cli.inspect import _parser as inspect_parser
+    from lightning_qk.cli.watch import parser as watch_parser
     from lightning_qk.cli.workspace import parser as workspace_parser
 
     ready = {
         "inspect": inspect_parser(prog),
         "verify": verify_parser(f"{prog} verify"),
+        "watch": watch_parser(f"{prog} watch"),
         "wandb-workspace": workspace_parser(f"{prog} wandb-workspace"),
         "completion": parser(prog),
         **parsers,

@@ -110,6 +110,7 @@ _TRAINER = (
     ("--trainer.max_steps N", "end after so many steps"),
     ("--trainer.log_every_n_steps N", "how often the monitors look"),
     ("--trainer.accelerator NAME", "auto, cpu, cuda, ..."),
+    ("--NAME.ARGUMENT X", "an argument of a callback of the config, such as --locater.weight 0.01"),
     ("--trainer.callbacks+=CLASS", "one callback more, such as lightning_qk.CollapseGuard"),
 )
 _EXAMPLES = {
@@ -131,13 +132,16 @@ def job_help(command: str, prog: str) -> str:
         ("-c, --config CONFIG", "a YAML file or one of the package's configs; later ones are laid over it"),
         (
             "--ckpt_path FILE",
-            "checkpoint to go on from" if command == "fit" else "checkpoint with the weights",
+            "checkpoint to go on from; last: the newest of the run's folder"
+            if command == "fit"
+            else "checkpoint with the weights",
         ),
         *(
             [("--output FILE", "predictions.parquet, or another .parquet, .csv or .jsonl file")]
             if command == "predict"
             else []
         ),
+        ("--run_dir DIR", "folder for all that the run writes: logs, checkpoints, record, report, config"),
         ("--seed_everything N", "of weights, batches and dropout"),
         ("--print_config", "print the whole configuration, all defaults in it, and stop"),
         ("--trainer.callbacks.help CLASS", "the options of a callback, such as lightning_qk.LocAteR"),

@@ -115,5 +115,5 @@ def option_names(command: str) -> list[str]:
 def option_strings(command: str) -> list[str]:
     """A command's options as they are typed, such as ``--model.lr``."""
     typed = [name for action in _parser(command)._actions for name in action.option_strings]
-    own = ["--help", "--help-all", "--print_config", "--seed_everything"]
+    own = ["--help", "--help-all", "--print_config", "--run_dir", "--seed_everything"]
     return sorted({*own, *(name for name in typed if name.startswith("--") and name != "--print_shtab")})

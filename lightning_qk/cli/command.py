@@ -21,9 +21,9 @@ def _fit_and_kin(args: list[str]) -> int:
 
         print(job_help(args[0], _PROG))
         return 0
-    from lightning_qk.cli._configs import resolve_arguments
+    from lightning_qk.cli._job_arguments import job_arguments
 
-    args = ["--help" if arg == "--help-all" else arg for arg in resolve_arguments(args)]
+    args = ["--help" if arg == "--help-all" else arg for arg in job_arguments(args)]
     from argparse import ArgumentError
 
     from lightning_qk.cli._lightning_cli import run
@@ -131,6 +131,13 @@ def report_parser() -> OneLineParser:
     return parser
 
 
+def _watch(args: list[str]) -> int:
+    """Serve a run's report."""
+    from lightning_qk.cli.watch import run
+
+    return run(args[1:], f"{_PROG} watch")
+
+
 def _verify(args: list[str]) -> int:
     """Compare what is read of a model with what its forward computes."""
     from lightning_qk.cli._verify import run
@@ -214,6 +221,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "report": (
         "make a run's HTML report again: lightning-qk report runs/job/lightning_qk_record.safetensors",
         _report,
+    ),
+    "watch": (
+        "show a run's report in a browser while the run goes on: lightning-qk watch runs/job",
+        _watch,
     ),
     "configs": ("list or print the ready configs: lightning-qk configs quickstart > job.yaml", _configs),
     "completion": ("print completions for bash, zsh or fish: lightning-qk completion bash", _completion),

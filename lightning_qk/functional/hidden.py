@@ -162,13 +162,8 @@ def hidden_sums(
     if sequences is not None and integer(sequences, "sequences") < 1:
         raise ValueError(f"expected sequences to be at least 1, or None for all of them, got {sequences}")
     if sequences is not None and sequences < states.shape[0]:
-        device = "cpu" if generator is None else generator.device
-        drawn = torch.randperm(states.shape[0], generator=generator, device=device)[:sequences]
-        drawn = drawn.to(states.device)
-        part = hidden_sums(
-            states[drawn], mask=None if mask is None else valid[drawn], tokens=tokens, generator=generator
-        )
-        stands_for = states.shape[0] / sequences
+        some, mask, stands_for = draw_sequences(states, None if mask is None else valid, sequences, generator)
+        part = hidden_sums(some, mask=mask, tokens=tokens, generator=generator)
         return HiddenSums(part.total * stands_for, part.weight * stands_for, part.maximum)
     batch, n, d = states.shape
     with full_precision(states.device):
@@ -226,6 +221,18 @@ def hidden_sums(
         total = torch.where(weight > 0, total, torch.zeros_like(total))
         largest = torch.where(is_there, top[:, 0], torch.full_like(top[:, 0], -torch.inf))
         return HiddenSums(total, weight, largest[None])
+
+
+def draw_sequences(
+    states: Tensor, mask: Tensor | None, sequences: int | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None, float]:
+    """Some sequences of a batch with their mask, drawn without replacement, and how many each stands for."""
+    batch = states.shape[0]
+    if sequences is None or sequences >= batch:
+        return states, mask, 1.0
+    device = "cpu" if generator is None else generator.device
+    drawn = torch.randperm(batch, generator=generator, device=device)[:sequences].to(states.device)
+    return states[drawn], None if mask is None else mask[drawn], batch / sequences
 
 
 def _check(

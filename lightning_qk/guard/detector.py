@@ -23,6 +23,8 @@ class Verdict:
         fired: it was alarming for as many readings as patience asks for, and no alarm had been given for it yet.
         reason: why, in one sentence with place and numbers; empty without an alarm.
         scores: detector → score.
+        layer: qualified name of the attention layer that it is about; empty for the whole run.
+        head: index of the head; None for the whole layer.
     """
 
     step: int
@@ -30,6 +32,8 @@ class Verdict:
     fired: bool
     reason: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+    layer: str = ""
+    head: int | None = None
 
     @property
     def is_healthy(self) -> bool:
@@ -80,7 +84,9 @@ class CollapseDetector:
             self._is_silent = True
         scores = {name: min(finding.score, 1e6) for name, finding in findings.items()}
         reason = findings[worst].reason if score >= 1 else ""
-        return Verdict(reading.step, score, fired, reason, scores)
+        place = findings[worst].place if score >= 1 else None
+        layer, head = ("", None) if place is None else place
+        return Verdict(reading.step, score, fired, reason, scores, layer, head)
 
     def restart(self) -> None:
         """Forgets all readings, as after a step back to a checkpoint."""

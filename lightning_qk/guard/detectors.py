@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.guard.reading import Reading, Window, median_and_error, sure
+from lightning_qk.guard.reading import Place, Reading, Window, median_and_error, sure
 
 _TINY = 1e-12
 _TREND = math.log(1.1)
@@ -92,10 +92,12 @@ class Finding(NamedTuple):
     Attributes:
         score: 1 and more is an alarm.
         reason: why, with place and numbers, in words that a sentence can begin with.
+        place: where; None for the whole run.
     """
 
     score: float
     reason: str
+    place: Place | None = None
 
 
 NOTHING = Finding(0.0, "")
@@ -291,7 +293,8 @@ class LogitGrowth(Detector):
         # NaN alone is a head without measured rows.
         if bool(values.isinf().any()):
             index = int(values.isinf().nonzero()[0])
-            return Finding(math.inf, f"the logits of {reading.place(self.statistic, index)} are not finite")
+            where = reading.place(self.statistic, index)
+            return Finding(math.inf, f"the logits of {where} are not finite", where)
         if len(self.window) < _LEAST:
             return NOTHING
         ahead = logits_ahead(self.window, self.sensitivity)
@@ -299,10 +302,12 @@ class LogitGrowth(Detector):
         place = "the largest logit of {}"
         still, at = self._lasting(ahead, stall)
         if score >= still:
-            name = place.format(reading.place(self.statistic, index))
-            return Finding(score, f"{name} {self.course(index, 1, 4)}" if score > 0 else "")
-        name = place.format(reading.place(self.statistic, at))
-        return Finding(still, f"{name} stays at {self._newest(at).exp():.4g} while the loss stands still")
+            where = reading.place(self.statistic, index)
+            course = f"{place.format(where)} {self.course(index, 1, 4)}" if score > 0 else ""
+            return Finding(score, course, where)
+        where = reading.place(self.statistic, at)
+        stays = f"stays at {self._newest(at).exp():.4g} while the loss stands still"
+        return Finding(still, f"{place.format(where)} {stays}", where)
 
 
 class _OfLayers(Detector):
@@ -332,12 +337,15 @@ class EntropyCollapse(_OfLayers):
         if score >= still:
             course = self.course(index, -1, 3) if score > 0 else ""
             return Finding(
-                score, f"the normalized entropy of {layers[index]} {course}, least in head {heads[index]}"
+                score,
+                f"the normalized entropy of {layers[index]} {course}, least in head {heads[index]}",
+                Place(layers[index]),
             )
         return Finding(
             still,
             f"the normalized entropy of {layers[at]} stays at {self._newest(at).exp():.3g} while the loss stands "
             f"still, least in head {heads[at]}",
+            Place(layers[at]),
         )
 
 
@@ -365,11 +373,10 @@ class RankCollapse(Detector):
         if identical >= alike:
             name = reading.place(self.statistic, index)
             start = float(self.start()[index])
-            return Finding(
-                identical, f"{place.format(name, self._newest(index))}, after {start:.4g} at first"
-            )
+            course = f"{place.format(name, self._newest(index))}, after {start:.4g} at first"
+            return Finding(identical, course, name)
         name = reading.place(self.statistic, at)
-        return Finding(alike, f"{place.format(name, self._newest(at))} while the loss stands still")
+        return Finding(alike, f"{place.format(name, self._newest(at))} while the loss stands still", name)
 
 
 class SpectralGrowth(_OfLayers):
@@ -390,6 +397,7 @@ class SpectralGrowth(_OfLayers):
             score,
             f"the squared norm of W_QK in {layers[index]} has grown {float(grown[index].exp()):.3g}-fold to "
             f"{float(newest[index]):.3g} in {self.span} while the loss stands still",
+            Place(layers[index]),
         )
 
 
@@ -410,6 +418,7 @@ class UpdateGrowth(_OfLayers):
             max(score, 0.0),
             f"the update of W_QK in {layers[index]} between two readings has grown "
             f"{float(grown[index].exp()):.3g}-fold to a norm of {float(newest[index]):.3g} in {self.span}",
+            Place(layers[index]),
         )
 
 

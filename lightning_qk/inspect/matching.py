@@ -17,14 +17,29 @@ from torch import Tensor, nn
 from lightning_qk.inspect.documents import BadInput, one_line
 from lightning_qk.inspect.storage import Get, Storage
 
-# Parts that compiling and sharding insert into names.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_forward_module)\.")
+# Parts that compiling, sharding, checkpointing and data parallelism insert into names, anywhere.
+_WRAPPER_PARTS = frozenset(
+    [
+        "_orig_mod",
+        "_fsdp_wrapped_module",
+        "_fpw_module",
+        "_forward_module",
+        "_checkpoint_wrapped_module",
+        "module",
+    ]
+)
+# Parts of a prefix that are tried.
+_DEEPEST = 8
 
 # Prefixes that are tried: those of one network differ by what its class puts before its names.
 _MOST_NETWORKS = 64
 # Names of networks that are copies of another one.
 _COPY = re.compile(
     r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])"
+)
+# Names of adapters' tensors: those of PEFT, loralib, torchtune and LyCORIS.
+_ADAPTERS = re.compile(
+    r"(?:^|[._])(?:lora|dora|hada|lokr|ia3|b?oft|vera|vblora|fourierft|hra|randlora)_|\.base_layer\."
 )
 _NUMBER = re.compile(r"\d+")
 # Constants of attention, not weights, that older versions of transformers also saved.
@@ -88,7 +103,7 @@ class StoredWeights:
         storage: Storage,
         model: nn.Module,
         *,
-        within: bool | None = False,
+        within: bool = False,
         prefix: str | None = None,
     ) -> None:
         """Match names.
@@ -96,8 +111,8 @@ class StoredWeights:
         Args:
             storage: the checkpoint's tensors.
             model: the skeleton.
-            within: the model is a part of the module that was saved, whose names it has in memory; None where it
-                may be either.
+            within: the model is a part of the module that was saved, whose names it has in memory; else its names
+                are those that ``from_pretrained`` knows, or, where they are not, such ones.
             prefix: only tensors whose names begin with it and a dot, without it.
 
         Raises:
@@ -108,15 +123,17 @@ class StoredWeights:
         self._where = where = storage.where
         named = model.state_dict()
         stored = list(storage.files)
-        below = {key: key for key in stored} if prefix is None else _below(stored, prefix, where)
+        below = _without_wrappers(
+            dict.fromkeys(stored, "") if prefix is None else _below(stored, prefix, where), named
+        )
         self.prefix = prefix or ""
         self.others: list[str] = []
         found = _Found({}, {})
         if not within:
             found = _as_transformers_loads(model, list(below), named)
-        if within or (within is None and not found.origins):
+        if 2 * len(found.origins) < len(named):
             networks = _within(model, list(below), named)
-            if networks:
+            if networks and len(next(iter(networks.values())).origins) > len(found.origins):
                 (own, found), *rest = networks.items()
                 self.prefix = ".".join(filter(None, (prefix, own)))
                 self.others = [
@@ -132,11 +149,28 @@ class StoredWeights:
         self.left_over = {name: below[key] for name, key in found.left_over.items()}
         self.collisions = [(below[kept], below[other]) for kept, other in found.collisions]
         self._ties = _tied(model)
+        self._check_adapters(below.values())
+        if not self.origins and any("flat_param" in name for name in stored):
+            raise BadInput(
+                f"expected tensors by name, got {where}, which holds those that FSDP makes of them: save it with "
+                "FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT) instead"
+            )
         if not self.origins:
             raise BadInput(
                 f"expected the weights of a {type(model).__name__} in {where}, got none of its names among "
                 f"{len(stored)} tensors (such as {', '.join(stored[:3]) or 'none'}): its configuration is "
                 "that of another model"
+            )
+
+    def _check_adapters(self, keys: Iterable[str]) -> None:
+        """Raises BadInput for adapters beside the weights that they change."""
+        used = {key for origin in self.origins.values() for key, _ in origin.sources}
+        found = [key for key in keys if key not in used and _ADAPTERS.search(key)]
+        if found:
+            raise BadInput(
+                f"expected a checkpoint without adapters, got {self._where} with {len(found)} tensors of adapters "
+                f"that are not merged into its weights ({listed(found)}): save what PEFT's "
+                "model.merge_and_unload() gives, or the adapter with save_pretrained and pass its folder"
             )
 
     def has(self, name: str) -> bool:
@@ -170,8 +204,7 @@ class StoredWeights:
         if not value.is_floating_point() or value.element_size() < 2:
             raise BadInput(
                 f"expected weights that are kept as numbers, got {names[0]!r} in {self._where} as "
-                f"{str(value.dtype).removeprefix('torch.')}: quantized checkpoints are not read; dequantize "
-                "it and save it again"
+                f"{str(value.dtype).removeprefix('torch.')} without scales: pass the model that it was made from"
             )
         if value.shape != shape:
             raise BadInput(
@@ -221,6 +254,8 @@ class StoredWeights:
                 f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, "
                 f"such as {self.collisions[0][0]}, not {self.collisions[0][1]}"
             )
+        if self._storage.decoded:
+            notes.append(f"{self._where} is quantized: the numbers are those that its codes stand for")
         deeper, unknown = self._of_attention(layers)
         if deeper:
             notes.append(
@@ -341,11 +376,41 @@ class _Found(NamedTuple):
     collisions: Collection[tuple[str, str]] = ()
 
 
+def _unwrapped(name: str, kept: Collection[str] = ()) -> str:
+    """A name without what wrappers put into it, less those that are parts of the model's own names."""
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in _WRAPPER_PARTS or part in kept)
+
+
+def _without_wrappers(keys: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
+    """Names without what wrappers put into them → whole names.
+
+    Args:
+        keys: whole names, each with a prefix that is not part of its own name.
+        named: names of the model's parameters.
+    """
+    kept = _WRAPPER_PARTS & {part for name in named for part in name.split(".")}
+    found: dict[str, str] = {}
+    for key, start in keys.items():
+        name = key.removeprefix(start)
+        plain = _unwrapped(name, kept)
+        # A second network that differs by a wrapper alone keeps its names.
+        found[name if plain in found else plain] = key
+    return found
+
+
 def _below(keys: list[str], prefix: str, where: str) -> dict[str, str]:
-    """Names without a prefix → whole names."""
-    start = _WRAPPERS.sub("", f"{prefix.rstrip('.')}.")
-    plain = {_WRAPPERS.sub("", key): key for key in keys}
-    found = {name.removeprefix(start): key for name, key in plain.items() if name.startswith(start)}
+    """Whole names that begin with a prefix → what of them is the prefix; wrappers do not matter."""
+    start = f"{prefix.rstrip('.')}."
+    found = {key: start for key in keys if key.startswith(start)}
+    plain = _unwrapped(start.rstrip("."))
+    if not found and plain:
+        for key in keys:
+            parts = key.split(".")
+            ends = (".".join(parts[:count]) for count in range(1, len(parts)))
+            end = next((one for one in ends if _unwrapped(one) == plain), None)
+            if end is not None:
+                found[key] = f"{end}."
     if found:
         return found
     tops = list(dict.fromkeys(key.partition(".")[0] for key in keys))
@@ -406,7 +471,6 @@ def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> d
         Prefix → what was found below it, the prefix that most of the network's names have first; of equal ones the
         one that is not called a copy of another, then the one that was registered first.
     """
-    plain = {_WRAPPERS.sub("", key): key for key in keys}
     base = f"{getattr(model, 'base_model_prefix', '') or 'base'}."
 
     def own_name(rest: str) -> str | None:
@@ -417,13 +481,13 @@ def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> d
 
     found: dict[str, dict[str, Origin]] = defaultdict(dict)
     counts: Counter[str] = Counter()
-    for key, stored in plain.items():
+    for key in keys:
         parts = key.split(".")
-        for depth in range(min(len(parts), 6)):
+        for depth in range(min(len(parts), _DEEPEST)):
             name = own_name(".".join(parts[depth:]))
             if name is not None:
                 prefix = ".".join(parts[:depth])
-                found[prefix].setdefault(name, Origin(name, [(stored, stored)]))
+                found[prefix].setdefault(name, Origin(name, [(key, key)]))
                 counts[prefix] += 1
     networks = {}
     order = sorted(counts, key=lambda prefix: (-counts[prefix], bool(_COPY.search(prefix))))
@@ -431,9 +495,7 @@ def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> d
         used = {source for origin in found[prefix].values() for source, _ in origin.sources}
         start = f"{prefix}." if prefix else ""
         left_over = {
-            key.removeprefix(start): stored
-            for key, stored in plain.items()
-            if key.startswith(start) and stored not in used
+            key.removeprefix(start): key for key in keys if key.startswith(start) and key not in used
         }
         networks[prefix] = _Found(found[prefix], left_over)
     return networks

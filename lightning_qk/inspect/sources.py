@@ -13,7 +13,10 @@ from torch import nn
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
 from lightning_qk.inspect.distributed import INDEX, DistributedStorage, extra_of
 from lightning_qk.inspect.documents import BadInput, check_counts, one_line, parse_json, read_json
-from lightning_qk.inspect.matching import StoredWeights, Weights
+from lightning_qk.inspect.foreign import foreign_format
+from lightning_qk.inspect.forms import as_weights
+from lightning_qk.inspect.matching import StoredWeights, Weights, listed
+from lightning_qk.inspect.quantization import PLAIN, Quantization, quantization_of
 from lightning_qk.inspect.storage import (
     Storage,
     folder_storage,
@@ -154,6 +157,10 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
     if not (options.series and inside):
         if fetch(_ADAPTER) is not None:
             return [_adapter(fetch, str(path), options)]
+        if fetch(_CONFIG) is not None and not has_weights(fetch) and not inside:
+            other = _other_weights(path, options)
+            if other is not None:
+                return [other]
         if fetch(_CONFIG) is not None or (options.config is not None and has_weights(fetch)):
             found = _pretrained(fetch, str(path), options)
             if inside:
@@ -164,11 +171,9 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
             return [found]
     if inside:
         return _series(inside, options)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        return [_gguf(files[0], options)]
-    if (path / INDEX).exists() or (path / "meta.pt").exists():
-        return [_distributed(path, options)]
+    other = _other_weights(path, options)
+    if other is not None:
+        return [other]
     try:
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:4]) or "nothing"
     except OSError as error:
@@ -177,6 +182,29 @@ def _folder(path: Path, options: Options) -> list[Checkpoint]:
         f"expected a folder with config.json, adapter_config.json or checkpoints, got {path}, which holds "
         f"{holds}: pass the folder that save_pretrained wrote, or a .ckpt file"
     )
+
+
+def _other_weights(path: Path, options: Options) -> Checkpoint | None:
+    """A folder's weights in another format than transformers', or None.
+
+    Raises:
+        BadInput: they are in a format that is not read, or there are several files of them.
+    """
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise BadInput(
+            f"expected one GGUF file in {path}, got {len(files)}: pass one of them "
+            f"({listed([file.name for file in files])})"
+        )
+    if files:
+        return _gguf(files[0], options)
+    if (path / INDEX).exists() or (path / "meta.pt").exists():
+        return _distributed(path, options)
+    foreign = foreign_format(path)
+    if foreign is not None:
+        what, convert = foreign
+        raise BadInput(f"expected weights that are read, got {path}, which holds {what}: {convert}")
+    return None
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
@@ -254,27 +282,49 @@ def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None =
     """A model that transformers saved."""
     given = _named_config(options)
     if given is not None:
-        _check_plain(given, where)
+        own = read_json(path, "a configuration") if (path := fetch(_CONFIG)) is not None else {}
+        said = quantization_of(own or given, where)
         storage = folder_storage(fetch, where, trust=options.trust)
     else:
         # The files bound what a configuration may ask for.
-        _check_plain(_fields(fetch, where), where)
+        said = quantization_of(_fields(fetch, where), where)
         try:
             storage = folder_storage(fetch, where, trust=options.trust)
         except BadInput:
             _config(fetch, where, options, hub=hub, tensors=0)  # its own error comes first
             raise
     config = given or _config(fetch, where, options, hub=hub, tensors=len(storage.files))
-    _check_plain(config, where)
+    if not said.method and any(name.endswith(".qweight") for name in storage.files):
+        said = _beside(fetch, where)
     return Checkpoint(
         where,
         config,
-        lambda model: StoredWeights(storage, model, prefix=options.prefix),
+        _weights(storage, said, options),
         step=_step_of(where),
         tokenizer=hub or where,
         tensors=len(storage.files),
         size=storage.size(),
     )
+
+
+def _beside(fetch: Fetch, where: str) -> Quantization:
+    """What a file of its own says of GPTQ, as it was kept before transformers knew it."""
+    path = fetch("quantize_config.json")
+    if path is None:
+        return PLAIN
+    return quantization_of(
+        {"quantization_config": {"quant_method": "gptq", **read_json(path, "a configuration")}}, where
+    )
+
+
+def _weights(
+    storage: Storage, quantization: Quantization, options: Options, *, within: bool = False
+) -> Callable[[nn.Module], Weights]:
+    def weights(model: nn.Module) -> Weights:
+        whole = as_weights(storage, quantization, known=model.state_dict().keys())
+        return StoredWeights(whole, model, within=within, prefix=options.prefix)
+
+    return weights
 
 
 def _fields(fetch: Fetch, where: str) -> dict[str, Any]:
@@ -318,23 +368,6 @@ def _config(
         raise BadInput(
             f"expected a configuration that transformers knows, got {path}: {one_line(error)}{hint}"
         ) from error
-
-
-def _check_plain(config: "PreTrainedConfig | dict[str, Any]", where: str) -> None:
-    name = "quantization_config"
-    quantized = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
-    if not quantized:
-        return
-    method = (
-        quantized.get("quant_method")
-        if isinstance(quantized, Mapping)
-        else getattr(quantized, "quant_method", "")
-    )
-    raise BadInput(
-        f"expected weights that are kept as numbers, got {where}, which is quantized "
-        f"({getattr(method, 'value', method)}): dequantize it and save it again, or pass the model that it "
-        "was made from"
-    )
 
 
 def _adapter(fetch: Fetch, where: str, options: Options) -> Checkpoint:
@@ -399,11 +432,10 @@ def _file(path: Path, options: Options) -> Checkpoint:
         config = _named_config(options) or _config(
             _local(path.parent), str(path.parent), options, tensors=len(storage.files)
         )
-        _check_plain(config, str(path))
         return Checkpoint(
             str(path),
             config,
-            lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+            _weights(storage, quantization_of(config, str(path)), options),
             tokenizer=str(path.parent),
             tensors=len(storage.files),
             size=storage.size(),
@@ -416,15 +448,10 @@ def _file(path: Path, options: Options) -> Checkpoint:
             "checkpoint, or the folder of a model"
         )
     loaded = load_torch(path, trust=options.trust)
-    names = list(state_dict(loaded))
+    names = list(state_dict(loaded, path))
     if not names:
         raise BadInput(f"expected a checkpoint with a state_dict, got {path}, which holds no tensors by name")
-    if any(".lora_A." in name for name in names):
-        raise BadInput(
-            f"expected a checkpoint without adapters, got {path}, whose model has LoRA layers: save the "
-            "adapter with save_pretrained and pass its folder"
-        )
-    extra = loaded if isinstance(loaded, Mapping) else {}
+    extra = loaded if isinstance(loaded, Mapping) else {"model": loaded}
     step = _plausible_step(extra.get("global_step"))
     config, tokenizer = _config_of(extra, path, options, len(names))
     del loaded
@@ -432,7 +459,7 @@ def _file(path: Path, options: Options) -> Checkpoint:
     return Checkpoint(
         str(path),
         config,
-        lambda model: StoredWeights(storage, model, within=True, prefix=options.prefix),
+        _weights(storage, quantization_of(config, str(path)), options, within=True),
         step=_step_of(str(path)) if step is None else step,
         tokenizer=tokenizer,
         tensors=len(names),
@@ -449,7 +476,7 @@ def _distributed(path: Path, options: Options) -> Checkpoint:
     return Checkpoint(
         str(path),
         config,
-        lambda model: StoredWeights(storage, model, within=None, prefix=options.prefix),
+        _weights(storage, quantization_of(config, str(path)), options),
         step=_step_of(str(path)) if step is None else step,
         tokenizer=tokenizer,
         tensors=len(storage.files),
@@ -488,6 +515,9 @@ def _config_of(
     given = _named_config(options)
     if given is not None:
         return given, options.config
+    own = _of_modules(loaded)
+    if own is not None:
+        return own, str(folder)
     kept = loaded.get("transformer_config")
     if isinstance(kept, str):
         from lightning_qk.module.network import config_from_text
@@ -516,6 +546,18 @@ def _config_of(
         f"expected a checkpoint that says what model it holds, got {path}, whose hyperparameters do not: "
         "pass the folder or the hub's name of a model of the same configuration with --config"
     )
+
+
+def _of_modules(loaded: Mapping[str, Any]) -> "PreTrainedConfig | None":
+    """The configuration of the first model of transformers' that was saved whole, as a module."""
+    from transformers import PreTrainedConfig
+
+    for saved in loaded.values():
+        for module in saved.modules() if isinstance(saved, nn.Module) else ():
+            config = getattr(module, "config", None)
+            if isinstance(config, PreTrainedConfig) and config.model_type:
+                return config
+    return None
 
 
 def _check_text(text: str, tensors: int, path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_qk.inspect.documents import BadInput, one_line, read_json
 
@@ -43,7 +43,10 @@ class Storage:
     Attributes:
         files: tensor name → the file that holds it.
         where: what to call it in messages.
+        decoded: whether weights that were read are kept as codes.
     """
+
+    decoded = False
 
     def __init__(self, files: Mapping[str, Path], where: str, *, trust: bool = False) -> None:
         self.files: dict[str, Path] = dict(files)
@@ -121,7 +124,7 @@ def open_tensors(path: Path, *, trust: bool = False) -> Iterator[Get]:
 
             yield get
     else:
-        tensors = state_dict(load_torch(path, trust=trust))
+        tensors = state_dict(load_torch(path, trust=trust), path)
 
         def lookup(name: str) -> Tensor:
             if name not in tensors:
@@ -141,14 +144,16 @@ def tensor_names(path: Path, *, trust: bool = False) -> list[str]:
     if path.suffix == ".safetensors":
         with _safetensors(path) as file:
             return list(file.keys())
-    return list(state_dict(load_torch(path, trust=trust)))
+    return list(state_dict(load_torch(path, trust=trust), path))
 
 
 def _shapes(path: Path, *, trust: bool) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         with _safetensors(path) as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return {name: tuple(value.shape) for name, value in state_dict(load_torch(path, trust=trust)).items()}
+    return {
+        name: tuple(value.shape) for name, value in state_dict(load_torch(path, trust=trust), path).items()
+    }
 
 
 @contextmanager
@@ -269,14 +274,21 @@ def _check_pickle(file: Any, size: int) -> None:
             raise _TooLarge(f"which makes an array of {largest} bytes out of {size}")
 
 
-def state_dict(loaded: Any) -> dict[str, Tensor]:
+def state_dict(loaded: Any, where: Path) -> dict[str, Tensor]:
     """The tensors of a loaded file by name.
 
     Those of Lightning's ``state_dict``, or of the dictionary itself, have their own names; those of other networks
     beside them (``ema_state_dict``, or ``student`` and ``teacher`` alone) have the network's key before them.
+    A module that was saved whole has its ``state_dict``.
+
+    Raises:
+        BadInput: they are one process's part of a sharded model's.
     """
+    if isinstance(loaded, nn.Module):
+        loaded = loaded.state_dict()
     if not isinstance(loaded, Mapping):
         return {}
+    loaded = {key: one.state_dict() if isinstance(one, nn.Module) else one for key, one in loaded.items()}
     networks = {
         key: inner
         for key, inner in loaded.items()
@@ -287,7 +299,23 @@ def state_dict(loaded: Any) -> dict[str, Tensor]:
     for key, inner in networks.items():
         for name, value in _named_tensors(inner).items():
             found.setdefault(f"{key}.{name}", value)
-    return found
+    return {name: _local(name, value, where) for name, value in found.items()}
+
+
+def _local(name: str, value: Tensor, where: Path) -> Tensor:
+    """The tensor itself of a distributed one that one process has whole."""
+    placements = getattr(value, "placements", None)
+    if placements is None:
+        return value
+    held: Tensor = value._local_tensor  # type: ignore[attr-defined]
+    if held.shape != value.shape or any(one.is_partial() for one in placements):
+        raise BadInput(
+            f"expected whole tensors, got {where}, in which one of several processes saved its part of a sharded "
+            f"model ({name!r}: {tuple(held.shape)} of {tuple(value.shape)}): save the folder that "
+            "torch.distributed.checkpoint.save writes, or what get_model_state_dict gives with "
+            "StateDictOptions(full_state_dict=True)"
+        )
+    return held
 
 
 def _named_tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:

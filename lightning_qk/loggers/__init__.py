@@ -9,7 +9,8 @@ from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
     from lightning_qk.loggers.loggers import log_scalars
+    from lightning_qk.loggers.trackio import TrackioLogger
 
-__all__ = ["log_scalars"]
+__all__ = ["TrackioLogger", "log_scalars"]
 
-__getattr__, __dir__ = lazy(__name__, {"loggers": ["log_scalars"]})
+__getattr__, __dir__ = lazy(__name__, {"loggers": ["log_scalars"], "trackio": ["TrackioLogger"]})

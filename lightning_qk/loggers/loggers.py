@@ -5,8 +5,10 @@ training: the first failure of a logger is warned about, and after three in a ro
 logger that cannot reach its server may wait a minute each time.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -14,8 +16,6 @@ from lightning_qk._packages import is_lightning
 from lightning_qk.record.statistics import STATISTICS
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
@@ -27,10 +27,17 @@ WANDB_SECTIONS = tuple(dict.fromkeys(f"{one.group}/*" for one in STATISTICS.valu
 # for a value.
 MAX_BINS = 64
 _MAX_FAILURES = 3
+_KINDS = {
+    "WandbLogger": "wandb",
+    "TensorBoardLogger": "tensorboard",
+    "MLFlowLogger": "mlflow",
+    "CometLogger": "comet",
+}
 
 _failures: "WeakKeyDictionary[Logger, int]" = WeakKeyDictionary()
 _defined: "WeakSet[Any]" = WeakSet()
 _summarized: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
+_told: "WeakSet[Any]" = WeakSet()
 _settings: "WeakKeyDictionary[Logger, dict[str, Any]]" = WeakKeyDictionary()
 
 
@@ -79,6 +86,13 @@ def log_png(trainer: "Trainer", key: str, png: bytes, step: int) -> None:
         elif kind == "mlflow":
             name = f"{key}/step_{step:08d}.png"
             logger.experiment.log_image(logger.run_id, _image(png), artifact_file=name)  # type: ignore[attr-defined]
+        elif kind == "comet":
+            name = _comet_name(logger, key)
+            logger.experiment.log_image(_image(png), name=name, step=step)  # type: ignore[attr-defined]
+        elif kind == "trackio":
+            import trackio
+
+            logger.log_metrics({key: trackio.Image(_image(png))}, step=step)
         elif kind == "tensorboard":
             import numpy as np
 
@@ -89,7 +103,7 @@ def log_png(trainer: "Trainer", key: str, png: bytes, step: int) -> None:
 
 
 def log_histogram(trainer: "Trainer", key: str, values: "ArrayLike", step: int) -> None:
-    """Log how values are distributed to W&B and TensorBoard. Others get nothing.
+    """Log how values are distributed to W&B, TensorBoard, Comet and Trackio. Others get nothing.
 
     Args:
         trainer: the trainer.
@@ -112,12 +126,19 @@ def log_histogram(trainer: "Trainer", key: str, values: "ArrayLike", step: int) 
             logger.log_metrics({key: wandb.Histogram(np_histogram=_binned(finite))}, step=step)  # type: ignore[dict-item]
         elif kind == "tensorboard":
             logger.experiment.add_histogram(key, finite, step)  # type: ignore[attr-defined]
+        elif kind == "comet":
+            name = _comet_name(logger, key)
+            logger.experiment.log_histogram_3d(finite, name=name, step=step)  # type: ignore[attr-defined]
+        elif kind == "trackio":
+            import trackio
+
+            logger.log_metrics({key: trackio.Histogram(np_histogram=_binned(finite))}, step=step)
 
     _to_each(trainer, key, send)
 
 
 def log_alert(trainer: "Trainer", title: str, text: str) -> bool:
-    """Send an alert to W&B, which passes it on as its user wishes; others get nothing.
+    """Send an alert to W&B or Trackio, which pass it on as their user wishes; others get nothing.
 
     Args:
         trainer: the trainer.
@@ -130,7 +151,7 @@ def log_alert(trainer: "Trainer", title: str, text: str) -> bool:
     sent: list[bool] = []
 
     def send(logger: "Logger") -> None:
-        if _kind(logger) == "wandb":
+        if _kind(logger) in ("wandb", "trackio"):
             logger.experiment.alert(title=title, text=text)  # type: ignore[attr-defined]
             sent.append(True)
 
@@ -139,16 +160,16 @@ def log_alert(trainer: "Trainer", title: str, text: str) -> bool:
 
 
 def log_file(trainer: "Trainer", path: "str | Path", *, name: str, kind: str, description: str) -> list[str]:
-    """Hand a file over to the loggers that keep files: an artifact of W&B's, one of MLflow's.
+    """Hand a file over to the loggers that keep files: an artifact of W&B, Trackio or MLflow, an asset of Comet.
 
-    W&B's artifact is named after the run, so that runs do not become versions of one another, and a run that is
-    resumed adds a version.
+    W&B's and Trackio's artifact is named after the run, so that runs do not become versions of one another, and a
+    run that is resumed adds a version.
 
     Args:
         trainer: the trainer.
         path: the file, which stays where it is.
         name: name of the artifact, without the run's id.
-        kind: W&B's type of the artifact.
+        kind: type of the artifact.
         description: a sentence on what is in it.
 
     Returns:
@@ -158,13 +179,15 @@ def log_file(trainer: "Trainer", path: "str | Path", *, name: str, kind: str, de
 
     def send(logger: "Logger") -> None:
         found = _kind(logger)
-        if found == "wandb":
-            import wandb
-
+        if found in ("wandb", "trackio"):
+            library = importlib.import_module(found)
             run = logger.experiment  # type: ignore[attr-defined]
-            artifact = wandb.Artifact(f"{name}-{run.id}", type=kind, description=description)
+            artifact = library.Artifact(f"{name}-{run.id}", type=kind, description=description)
             artifact.add_file(str(path))
             run.log_artifact(artifact)
+        elif found == "comet":
+            where = f"lightning_qk/{Path(path).name}"
+            logger.experiment.log_asset(str(path), file_name=where)  # type: ignore[attr-defined]
         elif found == "mlflow":
             logger.experiment.log_artifact(logger.run_id, str(path), "lightning_qk")  # type: ignore[attr-defined]
         else:
@@ -179,26 +202,40 @@ def describe_config(trainer: "Trainer", settings: Mapping[str, Any]) -> None:
     """Put settings into the run's configuration, each under ``lightning_qk`` and its name.
 
     W&B gets them in ``config``, such as ``config["lightning_qk"]["QKSpectrumMonitor"]``, TensorBoard and CSV in
-    ``hparams.yaml``, the others as hyperparameters, flattened with ``/``. To be called in ``setup``, before
-    Lightning writes its own hyperparameters.
+    ``hparams.yaml``, the others as hyperparameters, some flattened with ``/`` or ``|``. To be called in
+    ``setup``, before Lightning writes its own hyperparameters.
 
     Args:
         trainer: the trainer.
         settings: name → plain values, mappings or sequences of them. Anything else is written as text.
     """
-    plain = {name: _plain(value) for name, value in settings.items()}
+    given = {name: plain(value) for name, value in settings.items()}
 
     def send(logger: "Logger") -> None:
         # What came before goes along: a mapping that is nested replaces the one before it.
         known = _settings.setdefault(logger, {})
-        known.update(plain)
+        known.update(given)
         if _kind(logger) == "tensorboard":
             # log_hyperparams would start a second entry in the HParams tab. Lightning saves this mapping.
             logger.hparams["lightning_qk"] = dict(known)  # type: ignore[attr-defined]
         else:
             logger.log_hyperparams({"lightning_qk": dict(known)})
+        _say_what_is_lacking(logger)
 
     _to_each(trainer, "settings", send)
+
+
+def _say_what_is_lacking(logger: "Logger") -> None:
+    """Once, of loggers of which we know nothing but Lightning's own methods."""
+    name = type(logger).__name__
+    if logger in _told or _kind(logger) is not None or name in ("CSVLogger", "DummyLogger"):
+        return
+    _told.add(logger)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+    rank_zero_info(
+        f"lightning-qk: {name} gets numbers and settings; pictures and every head are in the run's files"
+    )
 
 
 def _to_each(trainer: "Trainer", what: str, send: "Callable[[Logger], None]") -> None:
@@ -238,9 +275,11 @@ def _warn(logger: "Logger", what: str, error: Exception) -> None:
 
 
 def _kind(logger: "Logger") -> str | None:
-    """Which of the loggers with pictures it is, of either of Lightning's packages."""
-    kinds = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
-    return next((kind for name, kind in kinds.items() if is_lightning(logger, name)), None)
+    """Which of the loggers with pictures it is, of either of Lightning's packages, or our own."""
+    homes = {f"{base.__module__}.{base.__name__}" for base in type(logger).__mro__}
+    if "lightning_qk.loggers.trackio.TrackioLogger" in homes:
+        return "trackio"
+    return next((kind for name, kind in _KINDS.items() if is_lightning(logger, name)), None)
 
 
 def _define_wandb_axes(logger: "Logger") -> None:
@@ -280,9 +319,15 @@ def _define_wandb_summaries(logger: "Logger", keys: "Iterable[str]") -> None:
         done.add(key)
         # A whole key in the registry is a number of the run; others end with their reduction.
         of_run = STATISTICS.get(key)
-        extreme = "max" if of_run and "max" in of_run.extremes else key.rsplit("/", 1)[-1]
+        extreme = of_run.extremes[0] if of_run and of_run.extremes else key.rsplit("/", 1)[-1]
         if extreme in ("min", "max"):
             run.define_metric(_with_prefix(logger, key), summary=f"{extreme},last", **axis)
+
+
+def _comet_name(logger: "Logger", key: str) -> str:
+    """The key as Comet has it."""
+    prefix = getattr(logger, "_prefix", None)
+    return f"{prefix}_{key}" if prefix else key
 
 
 def _with_prefix(logger: "Logger", key: str) -> str:
@@ -308,11 +353,12 @@ def _binned(values: "np.ndarray") -> tuple["np.ndarray", "np.ndarray"]:
     return np.histogram(values, bins=MAX_BINS if distinct else 1)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as settings have it: plain ones, in mappings and lists; anything else is written as text."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value)

@@ -61,10 +61,15 @@ def _over_heads(prefix: str, *reductions: str) -> tuple[str, ...]:
     return tuple(f"{prefix}/{reduction}" for reduction in reductions)
 
 
+def _predicted(title: str, statistic: str) -> Chart:
+    return _chart(title, f"pred/{statistic}/mean", f"attn/{statistic}/mean")
+
+
 GROUPS: tuple[Group, ...] = (
     Group(
         "1 Health",
         (
+            _chart("Share of heads that are not flagged (1: all is well)", "attn/health"),
             _chart("Collapse score (alarm from 1)", "guard/score"),
             _chart(
                 "Scores of the detectors",
@@ -158,6 +163,31 @@ GROUPS: tuple[Group, ...] = (
             _chart("LocAteR's weight", "locater/weight"),
             _chart("Smallest factor of QK-Clip", "clip/gamma/min"),
             _chart("Clipped heads", "clip/clipped_heads"),
+        ),
+    ),
+    Group(
+        "9 Over the layer's own tokens",
+        (
+            _chart("Mean eigenvalue, in logits", *_over_heads("qk/tokens/eig_mean", "min", "mean", "max")),
+            _chart(
+                "Variance of logits between tokens", *_over_heads("qk/tokens/frobenius_sq", "mean", "max")
+            ),
+            _chart("Variance of the symmetric part", *_over_heads("qk/tokens/sym_var", "mean", "max")),
+            _chart("Asymmetry", "qk/tokens/asymmetry/mean"),
+            _layers("Spectral variance", "qk/tokens", "eig_var"),
+            _chart("Mean eigenvalue, every head", "qk/tokens/heatmap/eig_mean"),
+            _chart("Variance of the symmetric part, every head", "qk/tokens/heatmap/sym_var"),
+        ),
+    ),
+    Group(
+        "10 Predicted from token moments, and measured",
+        (
+            _predicted("Normalized entropy", "entropy_normalized"),
+            _predicted("Attention to the first token", "sink_first"),
+            _predicted("Mean distance", "distance"),
+            _predicted("Share of pairs that pass signal", "linear_share"),
+            _predicted("Largest probability", "max_prob"),
+            _chart("What moments do not explain", *_over_heads("pred/semantic_share", "mean", "max")),
         ),
     ),
 )

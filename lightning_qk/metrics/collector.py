@@ -14,6 +14,7 @@ from lightning_qk.capture.hooks.generate import CachedCalls
 from lightning_qk.functional.attention import POSITION_STATISTICS
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.heads.sites import local_heads
+from lightning_qk.metrics.later import Later, Waiting
 from lightning_qk.metrics.means import HeadMeans
 
 _MAXIMUM = "maximum"
@@ -35,8 +36,9 @@ Sums = Any
 :class:`~lightning_qk.functional.attention.AttentionSums`, :class:`~lightning_qk.functional.attention.MeanSums` or
 :class:`Maxima`."""
 
-Measure = Callable[[str, CapturedCall], Sums | Mapping[str, Sums] | None]
-"""Measures a call: layer name, call → its sums, several sums by name, or None where there is nothing to pool."""
+Measure = Callable[[str, CapturedCall], Sums | Later | Mapping[str, Sums | Later] | None]
+"""Measures a call: layer name, call → its sums, several sums by name, or None where there is nothing to pool. With
+``retry``, which allows that a measurement is lost, it may wait (:class:`~lightning_qk.metrics.later.Later`)."""
 
 
 class LayerFacts(NamedTuple):
@@ -62,6 +64,8 @@ class _Facts(Protocol):
 class SumAccumulator:
     """Running sums of each layer's calls. Memory does not grow with the number of calls.
 
+    Small measurements may wait, see :class:`~lightning_qk.metrics.later.Later`, until somebody asks for sums.
+
     Attributes:
         lost: layer → why a call of it is missing, so that its sums count for nothing.
         left_out_calls: layers that had calls which are not measured.
@@ -69,26 +73,39 @@ class SumAccumulator:
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Sums]] = {}
+        self._waiting = Waiting()
         self.lost: dict[str, str] = {}
         self.left_out_calls: set[str] = set()
 
     def add(
-        self, name: str, sums: Sums, *, heads: int | None = None, where: slice | None = None, kind: str = ""
+        self,
+        name: str,
+        sums: Sums | Later,
+        *,
+        heads: int | None = None,
+        where: slice | None = None,
+        kind: str = "",
     ) -> None:
         """Add one call.
 
         Args:
             name: the layer.
-            sums: of the call's heads.
+            sums: of the call's heads, or their measurement.
             heads: how many heads the layer has on all processes; needed with ``where``.
             where: which of them the call had, where other processes compute the rest; None for all.
             kind: which of several sums of a layer.
         """
-        before = self._sums.get(kind, {}).get(name)
+        if isinstance(sums, Later):
+            if self._waiting.add((name, kind, heads, where), sums):
+                self.make()
+            return
+        before = self._sums.setdefault(kind, {}).get(name)
         pooled: dict[str, Tensor] = {}
         for part, value in sums._asdict().items():
             is_maximum = part == _MAXIMUM
-            new = value.amax(1, keepdim=True) if is_maximum else value.sum(1, keepdim=True)
+            new = value
+            if value.shape[1] != 1:
+                new = value.amax(1, keepdim=True) if is_maximum else value.sum(1, keepdim=True)
             if where is not None:
                 whole = new.new_full((*new.shape[:-1], heads), -torch.inf if is_maximum else 0.0)
                 whole[..., where] = new
@@ -97,32 +114,49 @@ class SumAccumulator:
                 old = getattr(before, part)
                 new = torch.maximum(old, new) if is_maximum else old + new
             pooled[part] = new
-        self._sums.setdefault(kind, {})[name] = type(sums)(**pooled)
+        self._sums[kind][name] = type(sums)(**pooled)
+
+    def make(self) -> None:
+        """Make what waits. A layer of which that fails is lost."""
+        for (name, kind, heads, where), found in self._waiting.make():
+            if isinstance(found, Exception):
+                self.lost.setdefault(name, _why_lost(found))
+            else:
+                self.add(name, found, heads=heads, where=where, kind=kind)
 
     @property
     def names(self) -> frozenset[str]:
         """The layers with a pooled call."""
-        return frozenset(name for sums in self._sums.values() for name in sums)
+        waiting = {name for name, *_ in self._waiting.names}
+        return frozenset(waiting.union(*self._sums.values()))
 
     def sums(self, kind: str = "") -> dict[str, Sums]:
         """Layer → its sums over all calls and sequences, each part of shape ``(statistics, 1, heads)``."""
+        self.make()
         return dict(self._sums.get(kind, {}))
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Forget layers."""
-        for name in list(names):
-            for sums in self._sums.values():
+        unwanted = set(names)
+        self._waiting.leave_out(lambda one: one[0] in unwanted)
+        for sums in self._sums.values():
+            for name in unwanted:
                 sums.pop(name, None)
 
     def reset(self) -> None:
         """Forget everything."""
         self._sums.clear()
+        self._waiting.reset()
         self.lost = {}
         self.left_out_calls = set()
 
     def into(self, metric: HeadMeans, kind: str = "") -> None:
         """Add the sums to a metric, which reduces them over ranks."""
         metric.update({name: [sums] for name, sums in self.sums(kind).items()})
+
+
+def _why_lost(error: Exception) -> str:
+    return f"measuring it failed ({type(error).__name__}: {error})"
 
 
 class AttentionCollector:
@@ -327,8 +361,9 @@ class AttentionCollector:
             )
             if found is None:
                 return
-            kinds: Mapping[str, Sums] = found if isinstance(found, Mapping) else {"": found}
-            count = next(iter(next(iter(kinds.values())))).shape[-1]
+            kinds: Mapping[str, Sums | Later] = found if isinstance(found, Mapping) else {"": found}
+            first = next(iter(kinds.values()))
+            count = first.heads if isinstance(first, Later) else next(iter(first)).shape[-1]
             heads, where = self._check_shape(name, call, count)
             for kind, sums in kinds.items():
                 pool.add(name, sums, heads=heads, where=where, kind=kind)
@@ -337,7 +372,7 @@ class AttentionCollector:
         except Exception as error:
             if not self._retry:
                 raise
-            pool.lost[name] = f"measuring it failed ({type(error).__name__}: {error})"
+            pool.lost[name] = _why_lost(error)
 
     def local_heads(self, name: str, module: nn.Module) -> int | None:
         """Query heads of a layer that this process computes under tensor parallelism; None where unknown."""

@@ -35,16 +35,20 @@ class HiddenStatistics(HeadMeans):
         """Add calls.
 
         Args:
-            sums: layer name → what :func:`~lightning_qk.functional.hidden.hidden_sums` returned.
+            sums: layer name → what :func:`~lightning_qk.functional.hidden.hidden_sums` returned, or
+                :func:`with_heads` of it.
 
         Raises:
             ValueError: a layer that the metric was not built for.
         """
-        super().update(
-            {name: [HiddenSums(*(part[..., None] for part in call))] for name, call in sums.items()}
-        )
+        super().update({name: [with_heads(call)] for name, call in sums.items()})
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all layers, shape ``(layers,)``; NaN for a layer that nothing was seen of."""
         self.counted = self.weight
         return finish(HiddenSums(self.total, self.weight, self.maximum))
+
+
+def with_heads(sums: HiddenSums) -> HiddenSums:
+    """The same as sums of one head, parts ``(statistics, batch, 1)``."""
+    return sums if sums.total.dim() == 3 else HiddenSums(*(part[..., None] for part in sums))

@@ -55,14 +55,26 @@ class HeadMeans(Metric):
             ValueError: a layer that the metric was not built for, or with another number of heads.
         """
         for name, calls in sums.items():
-            where = self._slices.get(name)
             for call in calls:
-                if where is None or call.total.shape[-1] != self.heads[name]:
+                if name not in self._slices or call.total.shape[-1] != self.heads[name]:
                     raise ValueError(
                         f"expected sums of one of {list(self.heads.items())[:3]}..., got {name!r} with "
                         f"{call.total.shape[-1]} heads: build the metric from the layers that are captured"
                     )
-                self._add(where, call)
+        if sums and all(len(sums.get(name, ())) == 1 for name in self.heads):
+            self._add_all([sums[name][0] for name in self.heads])
+            return
+        for name, calls in sums.items():
+            for call in calls:
+                self._add(self._slices[name], call)
+
+    def _add_all(self, calls: Sequence[Any]) -> None:
+        """Add one call of every layer, all heads at once."""
+        for part in calls[0]._fields:
+            state, columns = getattr(self, part), [getattr(call, part) for call in calls]
+            reduce = _reduce_maximum if part == "maximum" else _reduce_sum
+            new = torch.cat([reduce(column) for column in columns], -1)[:, 0].to(state)
+            state.copy_(torch.maximum(state, new) if part == "maximum" else state + new)
 
     def _add(self, where: slice, call: Any) -> None:
         for part, value in call._asdict().items():
@@ -80,9 +92,20 @@ class HeadMeans(Metric):
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of one statistic by layer, each of shape ``(heads,)``."""
-        return {name: flat[where] for name, where in self._slices.items()}
+        return dict(zip(self.heads, flat.split(list(self.heads.values())), strict=True))
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all heads, flat, shape ``(sum(heads),)``; NaN where nothing was counted."""
         self.counted = self.weight
         return dict(zip(self.statistics, self.total / self.weight, strict=True))
+
+
+def _reduce_sum(part: Tensor) -> Tensor:
+    """Over sequences, which stay as one."""
+    return part if part.shape[1] == 1 else part.sum(1, keepdim=True)
+
+
+def _reduce_maximum(part: Tensor) -> Tensor:
+    if part.shape[1] == 0:
+        return part.new_full((part.shape[0], 1, part.shape[2]), -torch.inf)
+    return part if part.shape[1] == 1 else part.amax(1, keepdim=True)

@@ -1,6 +1,6 @@
 """Per-head QK-eigenspectra as a metric."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class QKSpectrum(Metric):
                 :class:`~lightning_qk.heads.reader.ProjectionReader`, with the layers that the metric was
                 built for.
         """
-        rows = {name: torch.full((self._moments, count), torch.nan) for name, count in self.heads.items()}
+        rows: dict[str, Tensor] = {}
         self.cores = []
         layers = projections.layers if isinstance(projections, ProjectionReader) else projections
         order = reading_order(layers)
@@ -135,16 +135,18 @@ class QKSpectrum(Metric):
                 early, late = (part.mean(0) for part in propagation.chunk(2))
                 predicted = ((early + late) / 2, late - early)
                 values = torch.stack([*(moments[name] for name in MOMENTS), *predicted])
-                for name, row in zip(batch.names, values.unbind(1), strict=True):
-                    rows[name] = rows[name].to(row)
-                    rows[name][: len(MOMENT_STATISTICS)] = row
+                if missing := self._moments - len(values):
+                    values = torch.cat([values, values.new_full((missing, *values.shape[1:]), torch.nan)])
+                rows.update(zip(batch.names, values.unbind(1), strict=True))
                 self.cores.append(Cores(batch.names, products.core, bilinear=True))
                 self._add_offsets(batch.names, products, n, layers, rows)
             del batch, products  # before the next one is gathered, where weights are sharded
         for batch in layer_batches(projections, order[len(bilinear) :]):
             self.cores.append(Cores(batch.names, qk_singular_core(batch.query, batch.key), bilinear=False))
             del batch
-        values = torch.cat([rows[name].to(self.total) for name in self.heads], dim=-1)
+        empty = self.total.new_full((self._moments, max(self.heads.values(), default=0)), torch.nan)
+        columns = [rows.get(name, empty[:, :count]) for name, count in self.heads.items()]
+        values = torch.cat(columns, dim=-1).to(self.total)
         if self.eigenvalues:
             self.spectra = solve(self.cores)
             extremes = extreme_values(self.spectra, self.heads, self.offsets)
@@ -213,22 +215,27 @@ def extreme_values(
         Name in :data:`EXTREME_STATISTICS` → flat values, shape ``(sum(heads),)``; NaN where a layer has the
         other kind of spectrum or none. Then the spectral radius at each offset.
     """
-    out = {
-        name: {layer: torch.full((n,), torch.nan) for layer, n in heads.items()}
-        for name in EXTREME_STATISTICS
-    }
-    for layer in heads:
+    nothing = torch.full((sum(heads.values()),), torch.nan).split(list(heads.values()))
+
+    def of(kind: Callable[[str], Tensor | None]) -> Tensor:
+        found = map(kind, heads)
+        return torch.cat(
+            [none if one is None else _largest(one) for none, one in zip(nothing, found, strict=True)]
+        )
+
+    def own(layer: str, is_bilinear: bool) -> Tensor | None:
         values = spectra.get(layer)
-        if values is not None:
-            kind = "spectral_radius" if values.is_complex() else "singular_max"
-            out[kind][layer] = _largest(values)
+        return values if values is not None and values.is_complex() == is_bilinear else None
+
+    out = {
+        "spectral_radius": of(lambda layer: own(layer, True)),
+        "singular_max": of(lambda layer: own(layer, False)),
+    }
     for offset in offsets:
-        solved = {layer: spectra.get(at_offset(layer, offset)) for layer in heads}
-        out[at_offset("spectral_radius", offset)] = {
-            layer: torch.full((heads[layer],), torch.nan) if values is None else _largest(values)
-            for layer, values in solved.items()
-        }
-    return {name: torch.cat([layers[layer] for layer in heads]) for name, layers in out.items()}
+        out[at_offset("spectral_radius", offset)] = of(
+            lambda layer, offset=offset: spectra.get(at_offset(layer, offset))  # type: ignore[misc]
+        )
+    return out
 
 
 def _largest(values: Tensor) -> Tensor:

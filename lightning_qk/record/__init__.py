@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING
 from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
+    from lightning_qk.record.families import FAMILIES
     from lightning_qk.record.health import print_health
     from lightning_qk.record.history import History, LayerShape, RunRecord
     from lightning_qk.record.parquet import write_history
     from lightning_qk.record.snapshots import Snapshots
     from lightning_qk.record.statistics import STATISTICS, Statistic, describe
-    from lightning_qk.record.verdicts import VERDICTS, HeadHealth, LayerHealth, head_health, layer_health
+    from lightning_qk.record.verdicts import (
+        VERDICTS,
+        HeadHealth,
+        LayerHealth,
+        head_health,
+        healthy_share,
+        layer_health,
+    )
 
 __all__ = [
+    "FAMILIES",
     "STATISTICS",
     "VERDICTS",
     "HeadHealth",
@@ -27,6 +36,7 @@ __all__ = [
     "Statistic",
     "describe",
     "head_health",
+    "healthy_share",
     "layer_health",
     "print_health",
     "write_history",
@@ -35,11 +45,12 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "families": ["FAMILIES"],
         "health": ["print_health"],
         "history": ["History", "LayerShape", "RunRecord"],
         "parquet": ["write_history"],
         "snapshots": ["Snapshots"],
         "statistics": ["STATISTICS", "Statistic", "describe"],
-        "verdicts": ["VERDICTS", "HeadHealth", "LayerHealth", "head_health", "layer_health"],
+        "verdicts": ["VERDICTS", "HeadHealth", "LayerHealth", "head_health", "healthy_share", "layer_health"],
     },
 )

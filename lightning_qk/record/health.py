@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING
 
 from lightning_qk._printable import printable
+from lightning_qk.record.advice import guard_alarms
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MAX_REASONS = 12
+_MAX_REASONS, _MAX_ALARMS = 12, 4
 _STYLES = {"ok": "green", "no data": "dim", "not judged": "dim", **dict.fromkeys(FLAGGED, "red")}
 
 
@@ -57,6 +58,12 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         console.print(printable(f"{row.label}: {row.verdict}, {row.reason}"), markup=False, highlight=False)
     if len(reasons) > _MAX_REASONS:
         console.print(f"and {len(reasons) - _MAX_REASONS} layers more", markup=False, highlight=False)
+    alarms = guard_alarms(record)
+    for alarm in alarms[:_MAX_ALARMS]:
+        text = f"{alarm.label or 'the run'}: alarm at step {alarm.step}, {alarm.sentence}"
+        console.print(printable(text), markup=False, highlight=False)
+    if len(alarms) > _MAX_ALARMS:
+        console.print(f"and {len(alarms) - _MAX_ALARMS} alarms more", markup=False, highlight=False)
 
 
 # Title → what it shows; the layer is first and the verdict last.

@@ -106,20 +106,24 @@ class History:
             self._write(self.steps.index(step), flat)
 
     def _flat(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        total, flat = sum(self.heads), {}
+        total, flat = sum(self.heads), []
         for name, value in values.items():
             if value.numel() != total:
                 raise ValueError(f"expected {total} values of {name!r}, one a head, got {value.numel()}")
-            # A copy: the caller may go on writing into its tensor.
-            flat[name] = value.detach().to("cpu", torch.float32, copy=True).reshape(-1)
-        return flat
+            flat.append(value if value.dim() == 1 else value.reshape(-1))
+        if len({(value.dtype, value.device) for value in flat}) > 1:
+            flat = [value.to("cpu", torch.float32) for value in flat]
+        # A copy: the caller may go on writing into its tensor.
+        rows = torch.stack(flat).detach().to("cpu", torch.float32).unbind() if flat else ()
+        return dict(zip(values, rows, strict=True))
 
     def _write(self, index: int, flat: Mapping[str, Tensor]) -> None:
+        nothing = torch.full((sum(self.heads),), torch.nan)
         for name in flat:
             self.values.setdefault(name, [])
         for column in self.values.values():
             missing = len(self.steps) - len(column)
-            column.extend(torch.full((sum(self.heads),), torch.nan) for _ in range(missing))
+            column.extend([nothing] * missing)
         for name, value in flat.items():
             self.values[name][index] = value
 

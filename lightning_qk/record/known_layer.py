@@ -1,14 +1,15 @@
 """What is known of a layer for a verdict: newest numbers, growth, faults, and whether its weights are random."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from lightning_qk.guard.detectors import Sensitivity, logits_ahead
 from lightning_qk.guard.reading import Window
-from lightning_qk.record.history import RunRecord
-from lightning_qk.record.newest import Newest
+from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.newest import Newest, Rows
 from lightning_qk.record.states import NOT_FINITE
 
 CHANCE = 5.0
@@ -26,19 +27,57 @@ variance 1 give; trained tokens spread them further. Ours: 0.44 to 0.97 at the s
 and above it at their end."""
 
 
-class KnownLayer:
-    """What is known of a layer, read once for itself and all of its heads."""
+def growing_heads(history: History | None) -> dict[str, dict[int, tuple[float, float]]]:
+    """Layer → head → its logits of some kept steps ago and now, where the guard would see a limit passed soon."""
+    limits = Sensitivity()
+    series = [] if history is None else history.values.get("max_abs_logit", [])[-limits.window :]
+    if history is None or len(series) < limits.window:
+        return {}
+    window = Window(limits.window)
+    for row in series:
+        window.append(row.double().clamp_min(1e-12).log())
+    ahead, before, now = logits_ahead(window, limits).numpy(), series[0].numpy(), series[-1].numpy()
+    found: dict[str, dict[int, tuple[float, float]]] = {}
+    end = 0
+    for label, heads in zip(history.layers, history.heads, strict=True):
+        begin, end = end, end + heads
+        for place in np.flatnonzero(ahead[begin:end] >= 1) + begin:
+            found.setdefault(label, {})[int(place) - begin] = float(before[place]), float(now[place])
+    return found
 
-    def __init__(self, label: str, record: RunRecord) -> None:
+
+class KnownLayer:
+    """What is known of a layer, read once for itself and all of its heads.
+
+    Args:
+        label: the layer.
+        record: the run.
+        rows: its histories.
+        growing: its heads in :func:`growing_heads`.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        record: RunRecord,
+        rows: Mapping[str, Rows],
+        growing: dict[int, tuple[float, float]],
+    ) -> None:
         self.label = label
-        self.spectrum, self.attention = Newest(record.spectrum, label), Newest(record.attention, label)
+        none = Rows(None)
+        self.spectrum = Newest(rows.get("spectrum", none), label)
+        self.attention = Newest(rows.get("attention", none), label)
         self.heads = self.attention.heads or self.spectrum.heads
-        values = {**Newest(record.position, label).values, **self.spectrum.values, **self.attention.values}
+        values = {
+            **Newest(rows.get("position", none), label).values,
+            **self.spectrum.values,
+            **self.attention.values,
+        }
         self.numbers = {name: value.tolist() for name, value in values.items()}
         self._shape = record.shapes.get(label)
-        self.cosine = _cosine(record, label)
+        self.cosine = _cosine(rows.get("hidden", none), label)
         self.broken = self._broken()
-        self.growing = self._growing()
+        self.growing = growing
         self.is_random = self._is_random()
 
     def of(self, statistic: str, head: int) -> float:
@@ -62,20 +101,6 @@ class KnownLayer:
         head = (min if least else max)(known, key=values.__getitem__)
         return head, values[head]
 
-    def _growing(self) -> dict[int, tuple[float, float]]:
-        """Head → its logits of some kept steps ago and now, where the guard would see it pass its limit soon."""
-        series, limits = self.attention.logits, Sensitivity()
-        if series is None or len(series) < limits.window:
-            return {}
-        window = Window(limits.window)
-        for row in series[-limits.window :]:
-            window.append(row.double().clamp_min(1e-12).log())
-        ahead = logits_ahead(window, limits)
-        return {
-            head: (float(series[-limits.window, head]), float(series[-1, head]))
-            for head in (ahead >= 1).nonzero().flatten().tolist()
-        }
-
     def _is_random(self) -> bool | None:
         """Whether the layer's weights do not differ from random ones that nothing was learnt into.
 
@@ -90,23 +115,22 @@ class KnownLayer:
         xi, eta, norm = (self.spectrum.values[name] for name in names)
         width, count = self._shape.d_model, len(norm)
         first = self.spectrum.first_norm
-        if first is not None and bool(((norm / first - 1).abs() > MOVED).any()):
-            return False
-        if not bool((norm > 0).all()) or not all(bool(value.isfinite().all()) for value in (xi, eta, norm)):
+        with np.errstate(all="ignore"):
+            if first is not None and bool((np.abs(norm / first - 1) > MOVED).any()):
+                return False
+        if not bool((norm > 0).all()) or not all(bool(np.isfinite(one).all()) for one in (xi, eta, norm)):
             return None
-        scores = [
-            float((width * value / norm - 1).sum()) / math.sqrt(2 * count) for value in (xi.square(), eta)
-        ]
+        scores = [float((width * value / norm - 1).sum()) / math.sqrt(2 * count) for value in (xi**2, eta)]
         if max(map(abs, scores)) > CHANCE:
             return False
-        spread = float(norm.std(correction=0) / norm.mean()) if count > 1 else 0.0
+        spread = float(norm.std() / norm.mean()) if count > 1 else 0.0
         if spread > ALIKE * 2 / math.sqrt(width * self._shape.d_head):
             return False
-        predicted = self._shape.scaling * norm.sqrt()
+        predicted = self._shape.scaling * np.sqrt(norm)
         measured = self.attention.values.get("logit_std")
         if measured is None or not math.isfinite(self._shape.scaling):
             return True
-        ratio = (measured / predicted)[measured.isfinite()]
+        ratio = (measured / predicted)[np.isfinite(measured)]
         return not len(ratio) or float(ratio.mean()) <= SPREAD_AS_PREDICTED
 
     def _broken(self) -> dict[int, tuple[str, str]]:
@@ -117,34 +141,39 @@ class KnownLayer:
         """
         found: dict[int, tuple[str, str]] = {}
 
-        def note(mask: Tensor, subject: str, how: str) -> None:
-            for head in mask.nonzero().flatten().tolist():
+        def note(mask: np.ndarray[Any, np.dtype[np.bool_]], subject: str, how: str) -> None:
+            for head in np.flatnonzero(mask).tolist():
                 found.setdefault(head, (subject, how))
 
         both = ((self.spectrum, "weights"), (self.attention, "logits"))
         for newest, _ in both:
             for name, value in newest.values.items():
-                note(value.isinf(), name, "is infinite")
+                note(np.isinf(value), name, "is infinite")
         for newest, subject in both:
             if newest.states is not None:
                 note(newest.states == NOT_FINITE, subject, "hold NaN")
         norm, logits = self.spectrum.values.get("frobenius_sq"), self.attention.values.get("max_abs_logit")
         if norm is not None and not self.spectrum.explains_nan:
-            note(norm.isnan(), "weights", "hold NaN")
+            note(np.isnan(norm), "weights", "hold NaN")
         if logits is not None and not self.attention.explains_nan:
-            known = torch.stack([~value.isnan() for value in self.attention.values.values()]).any(dim=0)
-            note(logits.isnan() & (known | (~logits.isnan()).any()), "logits", "hold NaN")
+            known = ~np.isnan(np.stack(list(self.attention.values.values()))).all(0)
+            note(np.isnan(logits) & (known | (~np.isnan(logits)).any()), "logits", "hold NaN")
         return found
 
 
-def _cosine(record: RunRecord, label: str) -> float:
+def _cosine(rows: Rows, label: str) -> float:
     """Least mean cosine of the tokens that leave a block, over as many newest readings as the guard looks at.
 
     Early in training tokens are alike for a while in healthy runs too. NaN where fewer were measured.
     """
-    history, window = record.hidden, Sensitivity.window
+    history, window = rows.history, Sensitivity.window
     if history is None or label not in history.layers or "cosine" not in history.values:
         return math.nan
-    series = history.split(history.series("cosine"))[history.layers.index(label)]
-    known = series[series.isfinite().all(-1)]
-    return float(known[-window:].mean(-1).min()) if len(known) >= window else math.nan
+    own, known = rows.place(label), []
+    for point in range(len(history) - 1, -1, -1):
+        row = rows.row("cosine", point)[own]
+        if np.isfinite(row).all():
+            known.append(float(row.mean(dtype=np.float64)))
+        if len(known) == window:
+            return min(known)
+    return math.nan

@@ -1,48 +1,104 @@
 """The newest numbers of a layer: a step at which it was not run says nothing about them."""
 
-from torch import Tensor
+from typing import Any
+
+import numpy as np
+import torch
 
 from lightning_qk.record.history import History
 from lightning_qk.record.states import EMPTY, LEFT_OUT, NO_VALUE, are_empty
 
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+# NumPy throughout: torch's operators have costs of their own, and layers are judged at every measured step.
+
+
+class Rows:
+    """A history's rows as arrays, each made once for all layers.
+
+    Args:
+        history: the history; None: there is none.
+    """
+
+    def __init__(self, history: History | None) -> None:
+        self.history = history
+        self._rows: dict[tuple[str, int], Any] = {}
+
+    def row(self, name: str, index: int) -> Any:
+        """Values of a statistic at a kept step, one a head, in float32."""
+        assert self.history is not None  # who asks knows its statistics
+        if (name, index) not in self._rows:
+            self._rows[name, index] = self.history.values[name][index].numpy()
+        return self._rows[name, index]
+
+    def all(self, index: int) -> dict[str, Any]:
+        """Statistic → values at a kept step, one a head, in float32."""
+        assert self.history is not None
+        names = list(self.history.values)
+        if any((name, index) not in self._rows for name in names):
+            table = torch.stack([self.history.values[name][index] for name in names]).numpy()
+            self._rows |= {(name, index): row for name, row in zip(names, table, strict=True)}
+        return {name: self._rows[name, index] for name in names}
+
+    def states(self, index: int) -> Any:
+        """States at a kept step, one a head; None where unknown."""
+        assert self.history is not None
+        found = self.history.states[index]
+        if found is None:
+            return None
+        if ("", index) not in self._rows:
+            self._rows["", index] = found.numpy()
+        return self._rows["", index]
+
+    def place(self, label: str) -> slice:
+        """Where the heads of a layer are in a row."""
+        assert self.history is not None
+        index = self.history.layers.index(label)
+        begin = sum(self.history.heads[:index])
+        return slice(begin, begin + self.history.heads[index])
+
 
 class Newest:
     """What is known of a layer at the newest step that has numbers of it.
+
+    Args:
+        rows: the history.
+        label: the layer.
 
     Attributes:
         values: statistic → values of the heads; empty where nothing is known.
         states: one a head, see :mod:`lightning_qk.record.states`; None where unknown.
         missing: why it has no numbers, or why they are not of the newest step; empty where neither holds.
         explains_nan: whether a NaN is known to be a fault or a value that does not exist by design.
-        logits: its heads' largest logits at all kept steps, ``(points, heads)``; None where not recorded.
         first_norm: squared norms of its heads' W_QK at the first kept step, of several; None where not recorded.
     """
 
-    def __init__(self, history: History | None, label: str) -> None:
-        self.values: dict[str, Tensor] = {}
-        self.states: Tensor | None = None
-        self.missing, self.explains_nan, self.logits, self.heads = "", False, None, 0
-        self.first_norm: Tensor | None = None
+    def __init__(self, rows: Rows, label: str) -> None:
+        history = rows.history
+        self.values: dict[str, Numbers] = {}
+        self.states: np.ndarray[Any, np.dtype[np.int8]] | None = None
+        self.missing, self.explains_nan, self.heads = "", False, 0
+        self.first_norm: Numbers | None = None
         if history is None or label not in history.layers:
             return
-        place, reason = history.layers.index(label), history.reasons.get(label, "")
-        self.heads, self.missing = history.heads[place], reason
+        own, reason = rows.place(label), history.reasons.get(label, "")
+        self.heads, self.missing = own.stop - own.start, reason
         if not history.steps:
             return
         last = len(history.steps) - 1
-        index = next((i for i in range(last, -1, -1) if not are_empty(history.state(label, i))), last)
-        self.states = states = history.state(label, index)
-        self.values = {
-            name: history.split(flat[index])[place].double() for name, flat in history.values.items()
-        }
-        self.explains_nan = states is not None or _is_cross(history, place)
+
+        def states_at(point: int) -> Any:
+            found = rows.states(point)
+            return None if found is None else found[own]
+
+        index = next((i for i in range(last, -1, -1) if not are_empty(states_at(i))), last)
+        self.states = states = states_at(index)
+        self.values = {name: row[own].astype(np.float64) for name, row in rows.all(index).items()}
+        self.explains_nan = states is not None or _is_cross(rows, own)
         self.missing = ""
-        if "max_abs_logit" in history.values:
-            self.logits = history.split(history.series("max_abs_logit"))[place]
         if "frobenius_sq" in history.values and last > 0:
-            self.first_norm = history.split(history.values["frobenius_sq"][0])[place].double()
+            self.first_norm = rows.row("frobenius_sq", 0)[own].astype(np.float64)
         if index != last:
-            why = EMPTY[int(history.state(label, last)[0])]  # type: ignore[index]  # it is empty, so it is known
+            why = EMPTY[int(states_at(last)[0])]  # it is empty, so it is known
             self.missing = f"measured at step {history.steps[index]}: at step {history.steps[last]} {why}"
         elif states is not None and bool((states == LEFT_OUT).all()):
             self.missing = f"it is left out: {reason}" if reason else "it is left out"
@@ -53,7 +109,7 @@ class Newest:
     @property
     def is_measured(self) -> bool:
         """Whether anything is known."""
-        return any(bool(value.isfinite().any()) for value in self.values.values())
+        return any(bool(np.isfinite(value).any()) for value in self.values.values())
 
     @property
     def has_no_value(self) -> bool:
@@ -61,12 +117,13 @@ class Newest:
         return self.states is not None and bool((self.states == NO_VALUE).all())
 
 
-def _is_cross(history: History, place: int) -> bool:
+def _is_cross(rows: Rows, own: slice) -> bool:
     """Cross-attention in a record without states: it has singular values, and at no step a norm."""
 
-    def is_known(name: str, points: slice) -> bool:
-        return any(
-            bool(history.split(flat)[place].isfinite().any()) for flat in history.values.get(name, [])[points]
-        )
+    def is_known(name: str, points: range) -> bool:
+        return any(bool(np.isfinite(rows.row(name, point)[own]).any()) for point in points)
 
-    return is_known("singular_max", slice(-1, None)) and not is_known("frobenius_sq", slice(None))
+    assert rows.history is not None
+    known, count = rows.history.values, len(rows.history)
+    has_singular = "singular_max" in known and is_known("singular_max", range(count - 1, count))
+    return has_singular and not ("frobenius_sq" in known and is_known("frobenius_sq", range(count)))

@@ -1,5 +1,6 @@
 """What token moments predict of attention, compared with what was measured."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -69,6 +70,13 @@ class Agreement(NamedTuple):
     heads: int
     correlation: float
     error: float
+
+    @property
+    def words(self) -> str:
+        """Both figures; where there is no correlation, why."""
+        if math.isnan(self.correlation):
+            return f"no correlation, as all heads are predicted or measured alike, and {self.error:.3g}"
+        return f"{self.correlation:.2f} and {self.error:.3g}"
 
 
 def agreement(record: RunRecord, statistic: str) -> Agreement | None:

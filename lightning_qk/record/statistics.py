@@ -7,6 +7,8 @@ computes it.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lightning_qk.record.families import OTHER, family_of
+
 ALWAYS, WITH_ROOM = "always", "with room"
 """When the report draws a statistic."""
 
@@ -63,6 +65,11 @@ class Statistic:
         """Title and unit, for an axis."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
+    @property
+    def family(self) -> str:
+        """The one of :data:`~lightning_qk.record.families.FAMILIES` that it belongs to."""
+        return family_of(self.group, self.name)
+
 
 _ = Statistic
 # In the order of the report.
@@ -110,6 +117,8 @@ _ALL: tuple[Statistic, ...] = (
       "cross-attention it stands in for eigenvalues, which mean nothing there.",
       "it jumps, or grows without end, with the largest logit following.",
       peak=True, drawn=ALWAYS, extremes=("max",)),
+    _("qk", "eigenvalues", "eigenvalues of W_QK",
+      "Modulus and real part of the eigenvalues of W_QK of all heads, as histograms."),
     _("qk", "asymmetry", "asymmetry of W_QK",
       "0 where W_QK is symmetric (two tokens want each other alike), 1 where it is antisymmetric. A random "
       "head has 0.5.", share=True, drawn=ALWAYS, heatmap=True),
@@ -242,6 +251,10 @@ _ALL: tuple[Statistic, ...] = (
     _("qk/tokens", "concentration", "eigenvalue concentration, over tokens",
       "How much of the spectrum of s Σ^½ W_QK Σ^½ is its mean: 1 where all eigenvalues are the same.",
       share=True),
+    _("attn", "health", "share of heads that are not flagged",
+      "The share of heads with none of the verdicts that are faults: non-finite, saturated, growing, collapsed. 1 "
+      "where all is well. Heads of which nothing was measured do not count.",
+      "it is below 1 for several measurements.", share=True, extremes=("min",)),
     _("attn", "entropy_normalized", "normalized attention entropy",
       "How evenly a query spreads its attention: 1 is uniform, 0 a single key.",
       "a whole layer falls towards 0 (entropy collapse, Zhai et al.) or stays at 1 after the warm-up, where"
@@ -504,6 +517,12 @@ def of_key(key: str) -> Statistic | None:
         group, parts = "qk/tokens", parts[1:]
     names = (f"{group}/{part}" for part in (*parts[:1], *parts[::-1]))
     return next((STATISTICS[name] for name in names if name in STATISTICS), None)
+
+
+def family_of_key(key: str) -> str:
+    """The family that a log key belongs to, whatever layer, head, loop or reduction it names."""
+    one = of_key(key)
+    return OTHER if one is None else one.family
 
 
 def drawn_statistics(group: str, recorded: Iterable[str], *, with_room: bool = True) -> list[str]:

@@ -6,14 +6,15 @@ position and a sharp one are described: healthy models are full of them (``bench
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_qk.functional.attention import SINK_ATTENTION
 from lightning_qk.guard.detectors import Sensitivity
 from lightning_qk.record.history import RunRecord
-from lightning_qk.record.known_layer import KnownLayer
+from lightning_qk.record.known_layer import KnownLayer, growing_heads
+from lightning_qk.record.newest import Rows
 
 QK_CLIP_LOGIT = 100.0
 """Saturated above it: where Kimi K2 (arXiv 2507.20534) scales query and key weights down."""
@@ -62,6 +63,7 @@ VERDICTS = {
 """Verdict → what it says: faults, the worst first, then what is no fault."""
 FLAGGED = ("non-finite", "saturated", "growing", "collapsed")
 """Faults, by measurement. The other verdicts describe."""
+_UNJUDGED = ("no data", "not judged")
 
 
 def is_saturated(
@@ -197,9 +199,29 @@ def head_health(record: RunRecord) -> list[HeadHealth]:
     return sorted(found, key=lambda row: (order.index(row.verdict), -row.badness))
 
 
+def healthy_share(record: RunRecord, layers: Collection[str] | None = None) -> float:
+    """The share of heads that are not flagged, between 0 and 1; NaN where nothing was measured of any.
+
+    Heads without data, and those of which weights alone are known, do not count. It is what the table of a run
+    says, as one number: below 1 a head has a fault, and 0 says that all have.
+
+    Args:
+        record: the run.
+        layers: labels of the layers that count; None for all.
+    """
+    known = [
+        row
+        for row in head_health(record)
+        if row.verdict not in _UNJUDGED and (layers is None or row.label in layers)
+    ]
+    return sum(row.verdict not in FLAGGED for row in known) / len(known) if known else math.nan
+
+
 def _layers(record: RunRecord, histories: Sequence[Any]) -> list[KnownLayer]:
     labels = dict.fromkeys(label for history in histories if history is not None for label in history.layers)
-    return [KnownLayer(label, record) for label in labels]
+    growing = growing_heads(record.attention)
+    rows = {name: Rows(history) for name, history in record.histories.items()}
+    return [KnownLayer(label, record, rows, growing.get(label, {})) for label in labels]
 
 
 def _is_fresh(layers: Sequence[KnownLayer]) -> bool:
@@ -382,20 +404,24 @@ def _what_uniform_means(layer: KnownLayer) -> str:
 
 
 def _judge_heads(layer: KnownLayer, is_fresh: bool) -> Iterator[HeadHealth]:
-    whole = is_one_key(layer.numbers), _is_collapsed(layer, is_fresh), is_fresh
+    whole = is_one_key(layer.numbers), _is_collapsed(layer, is_fresh), is_fresh, _sinks(layer.numbers)
     for head in range(layer.heads):
         yield HeadHealth(layer.label, head, *_head_verdict(layer, head, *whole))
 
 
 def _head_verdict(
-    layer: KnownLayer, head: int, in_one_key: bool, in_collapsed: bool, is_fresh: bool
+    layer: KnownLayer,
+    head: int,
+    in_one_key: bool,
+    in_collapsed: bool,
+    is_fresh: bool,
+    sinks: Collection[int],
 ) -> tuple[str, str, float]:
     """Verdict, reason and badness."""
     spectrum, attention = layer.spectrum, layer.attention
     if head in layer.broken:
         return "non-finite", f"its {' '.join(layer.broken[head])}", 0.0
-    own = {name: layer.of(name, head) for name in (*spectrum.values, *attention.values)}
-    if all(math.isnan(value) for value in own.values()):
+    if all(math.isnan(layer.of(name, head)) for name in (*spectrum.values, *attention.values)):
         if spectrum.has_no_value and not attention.missing:
             return "ok", "", 0.0
         return "no data", attention.missing or spectrum.missing or "nothing is known of it", 0.0
@@ -405,7 +431,7 @@ def _head_verdict(
         if logit > DIVERGED_LOGIT:
             source = "1e4, where every run of Wortsman et al. diverged"
         return "saturated", f"its largest |logit| is {format_value(logit)}, above {source}", logit
-    sink, top = head in _sinks(layer.numbers), layer.of("max_prob", head)
+    sink, top = head in sinks, layer.of("max_prob", head)
     positional = layer.of("positional_share", head)
     is_sharp = is_saturated(entropy, top)
     number = f"normalized entropy {entropy:.3f}, largest probability {top:.3f}"

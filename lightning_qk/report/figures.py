@@ -10,7 +10,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning_qk.record.history import History
-from lightning_qk.record.statistics import Statistic, describe
+from lightning_qk.record.statistics import describe
+from lightning_qk.report.colors import ColorScale, color_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +33,8 @@ _ANNOTATE_BELOW = 64
 def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
     """A statistic of every head at one kept step: layers down, heads across.
 
-    Shares are drawn between 0 and 1, signed statistics around zero, and positive ones that span more than two
-    decades on a logarithmic scale. Cells without a value are hatched.
+    Colours are those of the report, see :func:`~lightning_qk.report.colors.color_scale`; cells beyond their ends
+    have a triangle. Cells without a value are hatched.
 
     Args:
         history: where the statistic is.
@@ -50,14 +51,13 @@ def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
     grid = np.where(np.isfinite(grid), grid, np.nan)
     layers, heads = grid.shape
     labels = list(history.layers)
-    left = 0.55 + 0.068 * max(len(label) for label in labels)
+    left = 0.72 + 0.068 * max(len(label) for label in labels)
     cell = min(0.34, max(0.13, 4.4 / heads), max(0.11, 5.0 / layers))
     width, height = max(2.4, min(5.2, cell * heads)), max(0.7, min(6.0, cell * layers))
     figure, axes = _figure(width, height, left=left, right=1.0, bottom=0.52, top=0.58)
 
-    image = axes.imshow(
-        np.ma.masked_invalid(grid), aspect="auto", interpolation="nearest", **_color_scale(grid, style)
-    )
+    scale = color_scale(history.values[statistic][index][None], style)
+    image = axes.imshow(np.ma.masked_invalid(grid), aspect="auto", interpolation="nearest", **_norm(scale))
     if not np.isfinite(grid).all():
         # The hatched background shows through where a cell is masked.
         axes.patch.set(facecolor=_EMPTY, hatch="/////", edgecolor=_QUIET, linewidth=0.0)
@@ -65,6 +65,8 @@ def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
     axes.set_yticks(rows, [labels[i] for i in rows])
     axes.set_xticks(columns, [str(i) for i in columns])
     axes.set_xlabel("head", fontsize=_LABEL_SIZE, color=_INK)
+    axes.set_ylabel("layer", fontsize=_LABEL_SIZE, color=_INK)
+    ends = _mark_beyond(axes, grid, scale, min(width / heads, height / layers))
     unit = _annotate(axes, grid, image, width / heads, height / layers)
     bar = figure.add_axes(
         (
@@ -74,7 +76,9 @@ def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
             height / figure.get_figheight(),
         )
     )
-    colorbar = figure.colorbar(image, cax=bar)
+    colorbar = figure.colorbar(image, cax=bar, extend=ends)
+    if style.unit:
+        colorbar.set_label(style.unit, size=_LABEL_SIZE, color=_INK)
     colorbar.outline.set_visible(False)
     bar.tick_params(labelsize=_TICK_SIZE, labelcolor=_INK, color=_QUIET, which="both")
     _title(figure, f"{style.label}, step {history.steps[index]}{unit}")
@@ -133,25 +137,37 @@ def _thin(count: int) -> list[int]:
     return list(range(0, count, max(1, math.ceil(count / _MAX_TICKS))))
 
 
-def _color_scale(grid: Any, style: Statistic) -> dict[str, Any]:
+def _norm(scale: ColorScale) -> dict[str, Any]:
     """Colour map and norm of a heatmap."""
-    import numpy as np
     from matplotlib.colors import LogNorm, Normalize
 
-    finite = grid[np.isfinite(grid)]
-    if not finite.size:
-        return {"cmap": "viridis", "norm": Normalize(0, 1)}
-    low, high = float(finite.min()), float(finite.max())
-    if style.share:
-        return {"cmap": "viridis", "norm": Normalize(min(0.0, low), max(1.0, high))}
-    if style.signed and low < 0:
-        reach = max(-low, high)
-        return {"cmap": "PuOr", "norm": Normalize(-reach, reach)}
-    if low > 0 and high > 100 * low:
-        return {"cmap": "viridis", "norm": LogNorm(low, high)}
-    if low == high:
-        low, high = low - 0.5 * abs(low or 1.0), high + 0.5 * abs(high or 1.0)
-    return {"cmap": "viridis", "norm": Normalize(low, high)}
+    norm = LogNorm if scale.kind == "log" else Normalize
+    return {"cmap": "PuOr" if scale.kind == "signed" else "viridis", "norm": norm(scale.low, scale.high)}
+
+
+def _mark_beyond(axes: "Axes", grid: Any, scale: ColorScale, size: float) -> str:
+    """Mark cells beyond the ends of the colours.
+
+    Args:
+        axes: of the image.
+        grid: what it shows.
+        scale: its colours.
+        size: of a cell, in inches.
+
+    Returns:
+        Which ends of the colour bar go on.
+    """
+    import numpy as np
+
+    ends = ""
+    for sign, limit, marker in ((1, scale.high, "^"), (-1, scale.low, "v")):
+        rows, columns = np.nonzero(sign * grid > sign * limit)  # NaN is not
+        if len(rows):
+            ends += "max" if sign > 0 else "min"
+            points = max(3.0, min(7.0, 72 * 0.3 * size))
+            where = columns + 0.28, rows - 0.25 * sign
+            axes.scatter(*where, s=points**2, marker=marker, color="white", edgecolors=_INK, linewidths=0.6)
+    return {"": "neither", "maxmin": "both"}.get(ends, ends)
 
 
 def _annotate(axes: "Axes", grid: Any, image: Any, width: float, height: float) -> str:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from lightning_qk.functional.propagation import signal_propagation_probability
 from lightning_qk.functional.spectrum import circle_law_radius, circle_law_share
+from lightning_qk.record.advice import guard_alarms
 from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.statistics import describe, drawn_statistics
 from lightning_qk.record.verdicts import HeadHealth
+from lightning_qk.report.colors import color_scale
 from lightning_qk.report.packing import Pack
 
 # The curve of predicted propagation has as many points as that of the measured one, between which it is smooth.
@@ -84,6 +86,7 @@ def _packed(record: RunRecord, heads: list[HeadHealth], cut: Cut) -> tuple[str, 
             for name, history in record.histories.items()
             if history.steps
         },
+        "alarms": [[alarm.step, alarm.sentence] for alarm in guard_alarms(record)],
         "points": {str(step): name for step, name in record.points.items()},
         "verdicts": {
             f"{row.label}/{row.head}": [row.verdict, row.reason] for row in heads if row.verdict != "ok"
@@ -131,6 +134,7 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
     for statistic in shown_statistics(name, history, secondary=cut.secondary):
         style = describe(statistic, name)
         series = history.series(statistic)[index]
+        scale = color_scale(series, style)
         statistics.append(
             {
                 "name": statistic,
@@ -139,7 +143,8 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
                 "share": style.share,
                 "signed": style.signed,
                 "peak": style.peak,
-                "decades": not style.share and _spans_decades(series),
+                "scale": scale.kind,
+                "limits": [scale.low, scale.high],
                 "meaning": style.meaning,
                 "worry": style.worry,
                 # Heads before steps: what a head's history needs stands together.
@@ -152,12 +157,6 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
         "steps": [history.steps[i] for i in index],
         "statistics": statistics,
     }
-
-
-def _spans_decades(values: Tensor, ratio: float = 100.0) -> bool:
-    """Whether positive values lie so far apart that a logarithmic scale is wanted."""
-    values = values[values.isfinite()]
-    return bool(values.numel()) and bool(values.min() > 0) and bool(values.max() > ratio * values.min())
 
 
 def _shape(record: RunRecord, label: str) -> LayerShape | None:

@@ -1,6 +1,5 @@
 """What the sections of the report say and show of a record, and what they miss."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,8 @@ from lightning_qk._version import __version__
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.predictions import agreement
 from lightning_qk.record.statistics import describe
-from lightning_qk.record.verdicts import FLAGGED, VERDICTS, HeadHealth, extreme_heads, layer_health
+from lightning_qk.record.verdicts import HeadHealth, layer_health
+from lightning_qk.report.findings import STATE, first_screen
 from lightning_qk.report.payload import shown_statistics
 
 PAPERS = (
@@ -22,10 +22,6 @@ PAPERS = (
     "Sun et al.: Massive Activations in Large Language Models. 2024",
 )
 """Papers that the page names."""
-
-# How many rows of heads the tables have, at first and in all.
-_FIRST_ROWS, _MAX_ROWS = 10, 100
-_UNJUDGED = ("not judged", "no data")
 
 _COLUMNS = (
     ("eig_mean", "eigenvalue mean"),
@@ -69,24 +65,13 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         what to add to see it.
     """
     model = next((value for name, value in record.info.items() if name.lower() == "model"), "")
-    counts = Counter(row.verdict for row in heads)
-    worst = [row for row in heads if row.verdict in (*FLAGGED, "no data")]
     missing: dict[str, list[str]] = {"heads": [], "theory": [], "eigenvalues": [], "times": []}
     times = _times(record, missing)
     content: dict[str, Any] = {
         "title": f"Attention report: {model}" if model else "Attention report",
         "lead": _lead(record),
-        "info": record.info,
-        "summary": _summary(heads),
-        "verdicts": [
-            (verdict, counts[verdict], words) for verdict, words in VERDICTS.items() if counts[verdict]
-        ],
-        "worst": worst[:_MAX_ROWS],
-        "extremes": extreme_heads(record)
-        if len(worst) < _FIRST_ROWS and any(row.verdict not in _UNJUDGED for row in heads)
-        else [],
-        "more": max(len(worst) - _MAX_ROWS, 0),
-        "first": _FIRST_ROWS,
+        "info": {name: value for name, value in record.info.items() if name != STATE},
+        **first_screen(record, heads),
         "maps": _maps(record, missing),
         "scatters": _scatters(record, missing),
         "curves": _has_curves(record, missing),
@@ -101,14 +86,14 @@ def page_content(record: RunRecord, heads: list[HeadHealth]) -> dict[str, Any]:
         "version": __version__,
     }
     content["anchors"] = [
-        *([("events", "Alarms and remedies")] if record.events else []),
-        ("worst", "Where to look first"),
+        ("worst", "Where to look"),
         ("heads", "Every head"),
         ("theory", "Theory and measurement"),
         ("eigenvalues", "Eigenvalues"),
         *((section["anchor"], section["title"]) for section in times),
         *([("curves", "Curves of the run")] if content["scalars"] else []),
         ("layers", "Every layer in numbers"),
+        *([("events", "Alarms and remedies")] if record.events else []),
         ("run", "This run"),
     ]
     return content
@@ -131,22 +116,6 @@ def _lead(record: RunRecord) -> str:
                 parts.append(f"{what}, {steps} kept steps up to {history.steps[-1]}")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else "Nothing was recorded in this run."
-
-
-def _summary(heads: list[HeadHealth]) -> str:
-    flagged = sum(row.verdict in FLAGGED for row in heads)
-    judged = sum(row.verdict not in _UNJUDGED for row in heads)
-    if not judged:
-        return (
-            f"No head of {len(heads)} is judged: attention was not measured, and weights alone show no fault. Add "
-            "AttentionMonitor() to the trainer's callbacks, or pass --text to lightning-qk inspect."
-        )
-    if not flagged:
-        return f"No head of {judged} is flagged by the newest measurement. What they do is no fault:"
-    return (
-        f"{flagged} of {judged} heads are flagged by the newest measurement, the worst first. A verdict says "
-        "where to look. It is a threshold, not a proof."
-    )
 
 
 def _maps(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str, str]]:
@@ -207,7 +176,8 @@ def _scatters(record: RunRecord, missing: dict[str, list[str]]) -> list[dict[str
                 "alt": f"Scatter plot of {describe(y).title} against {describe(x).title}, one point a head",
                 "meaning": "Each point is a head. In the model of Bao et al. attention localizes, without its "
                 "entropy collapsing, where the eigenvalues concentrate. Over the heads of a pretrained model "
-                "the two are hardly related (rank correlation 0.11 in SmolLM2): tokens count as much as weights.",
+                "the two are loosely related (rank correlation −0.36 in SmolLM2 and −0.51 in MiniLM with norms "
+                "folded in, 0.11 in SmolLM2 without): tokens count as much as weights.",
                 "worry": "over a run the cloud moves down and to the right together (entropy collapse).",
             }
         )
@@ -227,9 +197,7 @@ def _predictions(record: RunRecord, has: Mapping[str, list[str]]) -> list[dict[s
         return []
     found = {own: agreement(record, own) for own in _PREDICTED}
     words = "; ".join(
-        f"{describe(own, 'attn').title} {known.correlation:.2f} and {known.error:.3g}"
-        for own, known in found.items()
-        if known is not None
+        f"{describe(own, 'attn').title} {known.words}" for own, known in found.items() if known is not None
     )
     if not words:
         return []

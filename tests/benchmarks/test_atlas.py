@@ -29,9 +29,13 @@ def test_the_page_is_made_from_the_references(atlas):
 def test_a_comparison_that_misses_is_called_so(atlas):
     row = {"statistic": "distance", "spearman": 0.8, "error": 1.0, "asked": 0.9}
     where = {"model": "toy", "heads": 4, "moments": "a", "measured": "b", "length": 8}
-    table = atlas._comparisons([where | {"rows": [row, row | {"asked": 0.7}]}])
-    assert table.count("missed") == 1
-    assert "toy, 4 heads | a → b | 8 | distance | 0.800 (asked: 0.90, **missed**)" in table
+    closed = row | {"statistic": "distance, closed form", "spearman": 0.7, "asked": None}
+    for asked, missed in ((0.9, 1), (0.7, 0)):
+        table = atlas._comparisons([where | {"rows": [row | {"asked": asked}, closed]}])
+        assert table.count("missed") == missed
+    assert "| toy, 4 heads, a → b | 8 | drawn tokens | 0.800 / 1 |" in table
+    assert "| toy, 4 heads, a → b | 8 | closed form | 0.700 / 1 |" in table
+    assert "| toy, 4 heads, a → b | 8 | asked | 0.70 |" in table
 
 
 def test_quantiles_are_those_of_heads(atlas):

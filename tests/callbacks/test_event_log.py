@@ -16,6 +16,7 @@ from lightning_qk import (
     UpdateCap,
 )
 from lightning_qk.callbacks._event_log import EventLog
+from lightning_qk.record.events import Event
 from lightning_qk.record.history import RunRecord
 
 RECORD, REPORT = "lightning_qk_record.safetensors", "lightning_qk_report.html"
@@ -25,7 +26,7 @@ def test_curves_and_events_are_bounded():
     account = EventLog()
     for step in range(1000):
         account.add_points(step, {"a": step, "b": float("nan") if step else 2.0})
-        account.add_event(step, f"event {step}")
+        account.add_event(Event(step, "note", "a test", f"event {step}"))
     record = RunRecord(events=[(500, "another's")])
     account.contribute(record)
     assert len(record.events) == EventLog.MAX_EVENTS + 2
@@ -40,13 +41,14 @@ def test_curves_and_events_are_bounded():
 def test_goes_on_after_a_checkpoint():
     account, other = EventLog(), EventLog()
     account.add_points(3, {"a": 1.0})
-    account.add_event(3, "an event")
+    account.add_event(Event(3, "clip", "QKClip", "an event", "layer_00", 2.0, 1.0))
     other.load_state_dict(account.state_dict())
     other.add_points(4, {"a": 2.0})
     other.load_state_dict({})  # of an older version: nothing to go on with, nothing lost
     record = RunRecord()
     other.contribute(record)
     assert record.events == [(3, "an event")]
+    assert [event.state_dict() for event in other.kept] == [event.state_dict() for event in account.kept[:1]]
     assert record.scalars == {"a": ([3, 4], [1.0, 2.0])}
 
 

@@ -73,8 +73,11 @@ def test_settings_are_the_arguments():
         "updates": False,
         "per_layer": ["eig_mean"],
         "per_head": False,
+        "families": None,
+        "exclude": [],
         "figures_every": 10,
         "report": True,
+        "report_every": None,
         "modules": ["*.0.*"],
         "on_unreadable": "warn",
     }

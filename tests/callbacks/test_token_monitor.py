@@ -117,9 +117,15 @@ def test_predictions_are_those_of_the_pooled_moments(make, tmp_path):
 
 def test_predictions_come_at_their_own_cadence_and_at_the_end():
     callback = monitor(predict_every=3, surrogates=1, tokens=4)
-    models.trainer([callback], max_steps=6).fit(models.Job(), models.tokens(24))
+    trainer = models.trainer([callback], max_steps=6)
+    trainer.fit(models.Job(), models.tokens(24))
     assert callback.history.steps == [0, 1, 2, 3, 4, 5]
-    assert callback._predictions.history.steps == [0, 3, 5]
+    predicted = callback._predictions.history
+    assert predicted.steps == [0, 3, 5]
+    for name in ("entropy_normalized", "logit_std"):
+        newest = float(trainer.callback_metrics[f"pred/{name}/mean"])
+        assert newest == pytest.approx(float(predicted.values[name][-1].mean()), rel=1e-5)
+        assert newest != pytest.approx(float(predicted.values[name][-2].mean()), rel=1e-5)
     quiet = monitor(predict_every=0)
     models.trainer([quiet], max_steps=2).fit(models.Job(), models.tokens(8, batch_size=8))
     assert not quiet._predictions.history.layers

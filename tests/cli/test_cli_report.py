@@ -75,8 +75,8 @@ def test_an_interrupted_report_leaves_what_was_there(record: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path\n"
         "from lightning_qk.cli import main; from lightning_qk.report import report\n"
-        "def slow(record): Path('started').touch(); time.sleep(60)\n"
-        "report._render = slow\n"
+        "def slow(*_): Path('started').touch(); time.sleep(60)\n"
+        "report.render = slow\n"
         f"sys.exit(main(['report', {str(record)!r}]))"
     )
     status, said = interrupt(code, record.parent)

@@ -324,6 +324,22 @@ def test_other_ranks_log_nothing(tmp_path: Path, figure: Any) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_logger_of_ones_own_lacks_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(CSVLogger):
+        pass
+
+    trainer = trainer_with(CSVLogger(tmp_path), Own(tmp_path / "own"))
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            describe_config(trainer, {"x": 1})
+    (said,) = [record.getMessage() for record in caplog.records if "lightning-qk" in record.getMessage()]
+    assert said == (
+        "lightning-qk: Own gets numbers and settings; pictures and every head are in the run's files"
+    )
+
+
 def test_only_finite_numbers_are_logged(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     log_scalars(trainer_with(logger), {"a": math.nan, "b": math.inf, "c": 2.0}, 0)

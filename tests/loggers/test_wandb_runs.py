@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +27,11 @@ from lightning_qk import (
     QKSpectrumMonitor,
     SinkMonitor,
 )
-from lightning_qk.loggers.loggers import WANDB_STEP
+from lightning_qk.callbacks.monitors import TokenMonitor
+from lightning_qk.loggers.loggers import WANDB_SECTIONS, WANDB_STEP
 from lightning_qk.loggers.workspace import GROUPS
+from lightning_qk.record.families import OTHER
+from lightning_qk.record.statistics import family_of_key
 
 LAYERS = HEADS = 32
 # What W&B's documentation advises for one value and for one call, and its code for a histogram.
@@ -200,15 +204,68 @@ def test_the_artifact_holds_every_head(big: Big) -> None:
     ]
 
 
-def test_the_workspace_shows_keys_that_exist(big: Big) -> None:
-    import re
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> WandbRun:
+    """Spectra over tokens, and predictions beside what was measured, in a model of two layers."""
+    folder = tmp_path_factory.mktemp("tokens")
+    trainer = models.trainer(
+        [TokenMonitor(predict_every=1), AttentionMonitor()],
+        max_steps=2,
+        logger=WandbLogger(project="tokens", save_dir=folder, offline=True),
+        default_root_dir=folder,
+        limit_val_batches=0,
+    )
+    try:
+        trainer.fit(models.Job(), models.tokens())
+    finally:
+        wandb.finish()
+    return read_wandb_run(folder)
 
-    keys = {key for row in big.run.history for key in row}
+
+def test_the_workspace_shows_keys_that_exist(big: Big, tokens: WandbRun) -> None:
+    keys = {key for row in (*big.run.history, *tokens.history) for key in row}
     for group in GROUPS:
         for chart in group.charts:
             assert set(chart.keys) <= keys, chart
             if chart.regex:
-                assert sum(bool(re.search(chart.regex, key)) for key in keys) >= LAYERS, chart
+                layers = 2 if "tokens" in chart.regex else LAYERS
+                assert sum(bool(re.search(chart.regex, key)) for key in keys) == layers + (
+                    "hidden" in chart.regex
+                ), chart
+
+
+def test_charts_of_tokens_and_predictions_have_values(tokens: WandbRun) -> None:
+    shown = {key for group in GROUPS[-2:] for chart in group.charts for key in chart.keys}
+    assert {key.split("/")[0] for key in shown} == {"qk", "pred", "attn"}
+    for key in shown:
+        column = tokens.column(key)
+        if "/heatmap/" in key:
+            assert all(set(picture["filenames"]) <= set(tokens.files) for _, picture in column), key
+        else:
+            assert [step for step, _ in column] == [0, 1], key
+            assert all(math.isfinite(value) for _, value in column), key
+        assert column, key
+    for section in ("qk/tokens/*", "pred/*"):
+        assert tokens.metrics[section] == WANDB_STEP
+    # Rows of a step that come late, as the comparison does, are that step's.
+    steps = [row[WANDB_STEP] for row in tokens.history if WANDB_STEP in row]
+    assert steps == sorted(steps)
+
+
+def test_every_key_is_in_a_family(big: Big, tokens: WandbRun) -> None:
+    logged = {key for row in (*big.run.history, *tokens.history) for key in row}
+    ours = {key for key in logged if any(key.startswith(section[:-1]) for section in WANDB_SECTIONS)}
+    families = {key: family_of_key(key) for key in ours}
+    assert OTHER not in families.values(), [key for key, family in families.items() if family == OTHER]
+    assert {"health", "entropy", "spectrum", "tokens", "predictions", "guard", "interventions"} <= set(
+        families.values()
+    )
+
+
+def test_health_is_in_the_summary_with_its_least(big: Big) -> None:
+    values = [value for _, value in big.run.column("attn/health")]
+    assert len(values) == 2
+    assert big.run.summary["attn/health"] == {"min": min(values), "last": values[-1]}
 
 
 @pytest.fixture

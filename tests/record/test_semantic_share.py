@@ -1,5 +1,7 @@
 """Predicted against measured statistics of attention: by hand, by scipy, and a bound that holds of attention."""
 
+import math
+
 import pytest
 import scipy.stats
 import torch
@@ -68,3 +70,14 @@ def test_agreement_is_scipys():
     assert agreement(RunRecord(), "entropy") is None
     record.attention = history({"entropy": other}, step=5)
     assert agreement(record, "entropy") is None
+
+
+def test_heads_that_are_all_alike_have_no_correlation_and_the_words_say_why():
+    predicted = history({"sink_rate": [0.1] * 5, "entropy": [1.5, 2.5, 3.5, 4.5, 5.5]})
+    record = RunRecord(histories={"pred": predicted})
+    record.attention = history({"sink_rate": [0.0, 0.1, 0.2, 0.3, 0.3], "entropy": [1.0, 2.0, 3.0, 4.0, 5.0]})
+    found = agreement(record, "sink_rate")
+    assert math.isnan(found.correlation)
+    assert "nan" not in found.words
+    assert "alike" in found.words
+    assert agreement(record, "entropy").words == "1.00 and 0.5"

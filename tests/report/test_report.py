@@ -67,7 +67,7 @@ def written(record: RunRecord, tmp_path: Path) -> str:
 def test_the_page_holds_every_part(tmp_path: Path) -> None:
     text = written(simulated_record(), tmp_path)
     page = Page(text)
-    assert page.plots()[:7] == ["map", "map", "entropy", "propagation", "plane", "within", "time"]
+    assert page.plots()[:8] == ["verdicts", "map", "map", "entropy", "propagation", "plane", "within", "time"]
     assert page.plots().count("time") == 4 + 4
     assert page.plots().count("scalar") == 2
     assert "<title>Attention report: GPT2LMHeadModel</title>" in text

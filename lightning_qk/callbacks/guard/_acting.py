@@ -5,15 +5,16 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.callbacks._event_log import EventLog
+from lightning_qk.callbacks._event_log import EventLog, write_events
 from lightning_qk.callbacks._ranks import all_or_none
-from lightning_qk.callbacks._trainer import run_directory, say
+from lightning_qk.callbacks._trainer import logging_step, run_directory, say
 from lightning_qk.callbacks.callback import Callback
 from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckpoint
 from lightning_qk.callbacks.guard._pending import in_words
 from lightning_qk.callbacks.guard._rate import RateLimit
 from lightning_qk.callbacks.guard._remedy import Dormant
 from lightning_qk.guard.detector import CollapseDetector
+from lightning_qk.record.events import Event
 
 
 class Acting(Callback):
@@ -150,3 +151,9 @@ class Acting(Callback):
 
     def _say(self, sentence: str) -> None:
         say(f"{type(self).__name__}: {sentence}")
+        trainer, _ = self.running()
+        if trainer is not None:
+            write_events(trainer, [self._event("note", sentence, logging_step(trainer))])
+
+    def _event(self, kind: str, sentence: str, step: int, **facts: Any) -> Event:
+        return Event(step, kind, type(self).__name__, sentence, **facts)

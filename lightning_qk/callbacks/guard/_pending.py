@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_qk.callbacks._loss import batch_loss
 from lightning_qk.callbacks._ranks import FailedTogether, is_distributed, total
 from lightning_qk.guard.reading import Place
 
@@ -24,10 +25,7 @@ class StepLosses:
         if key is not None:
             value = trainer.callback_metrics.get(key)
         else:
-            value = outputs.get("loss") if isinstance(outputs, dict) else outputs
-            if isinstance(value, Tensor) and pl_module.automatic_optimization:
-                # Lightning has divided it by the number of micro-batches.
-                value = value * trainer.accumulate_grad_batches
+            value = batch_loss(trainer, pl_module, outputs)
         if isinstance(value, Tensor) and value.numel() == 1:
             self._micro.append(value.detach().float().reshape(()))
 

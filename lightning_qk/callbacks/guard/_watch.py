@@ -1,5 +1,6 @@
 """What a guard reads: the numbers of the trainer's own monitors, or of quiet ones where there are none."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -58,7 +59,7 @@ class _Quiet(Monitor):
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is left to log."""
 
-    def note(self, sentence: str) -> None:
+    def note(self, sentence: str, kind: str = "note", **facts: Any) -> None:
         """Say something once, as the guard."""
         if sentence not in self.notes:
             self.notes.append(sentence)
@@ -345,6 +346,18 @@ class ReadingSource:
                             newest[index] = torch.nan
                 values[f"{group}/{name}"] = newest
         return values, places
+
+    def with_labels(self, sentence: str) -> str:
+        """A sentence whose layers also have the names that tables and the report give them."""
+        labels: dict[str, str] = {}
+        for monitor in (self.attention, self.spectrum):
+            labels |= {} if monitor is None else monitor.labels
+        for name, label in labels.items():
+            if name != label:
+                # Not within a longer name.
+                found = rf"(?<![\w.]){re.escape(name)}(?![\w.]*\w)"
+                sentence = re.sub(found, lambda _, new=f"{name} ({label})": new, sentence)  # type: ignore[misc]
+        return sentence
 
     def of_trained(
         self, trainer: Trainer, pl_module: LightningModule, values: Tensor, places: Sequence[Place]

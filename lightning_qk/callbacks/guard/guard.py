@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_qk._packages import either
+from lightning_qk.callbacks._event_log import write_events
 from lightning_qk.callbacks._ranks import all_or_none, from_zero, total
-from lightning_qk.callbacks._trainer import is_logged_step, logging_step
+from lightning_qk.callbacks._trainer import is_logged_step, logging_step, say
 from lightning_qk.callbacks.callback import EDITS, JUDGES, Callback, check_lightning
 from lightning_qk.callbacks.guard._acting import Acting
 from lightning_qk.callbacks.guard._pending import Pending, StepLosses, in_words
@@ -371,6 +372,7 @@ class CollapseGuard(Acting):
         self.detector.load_state_dict(state_dict["detector"])
         self.verdicts = [Verdict.from_state_dict(state) for state in state_dict["verdicts"]]
         self.event_log.load_state_dict(state_dict.get("account", {}))
+        write_events(self.running()[0], self.event_log.kept)
         self.rolled_back_to = state_dict["rolled_back_to"]
         self._remedy.load_state_dict(state_dict["remedy"])
         self._rate.load_state_dict(state_dict["rate"])
@@ -486,23 +488,35 @@ class CollapseGuard(Acting):
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         done = []
+        reason = verdict.reason if self._watch is None else self._watch.with_labels(verdict.reason)
         if self.action == "stop":
             trainer.should_stop = True
             done.append("training is stopped")
         if self._remedy.callbacks or self.lr_factor < 1 or self.rollback:
             done += self._help(trainer, pl_module)
-        sentence = f"step {verdict.step}: {verdict.reason}"
+        sentence = f"step {verdict.step}: {reason}"
         if done:
             sentence += f"; {', '.join(done)}"
-        self.event_log.add_event(
-            verdict.step, f"CollapseGuard: {verdict.reason}{''.join(f'; {one}' for one in done)}"
+        said = f"CollapseGuard: {reason}{''.join(f'; {one}' for one in done)}"
+        alarm = self._event(
+            "alarm", said, verdict.step, where=self._where(verdict), value=verdict.score, threshold=1.0
         )
+        self.event_log.add_event(alarm)
+        write_events(trainer, [alarm, *(self._event("remedy", one, verdict.step) for one in done)])
         try:
             is_sent = self.action == "alert" and log_alert(trainer, "CollapseGuard", sentence)
         except Exception:
             is_sent = False
         if not is_sent:
-            self._say(sentence)
+            say(f"{type(self).__name__}: {sentence}")
+
+    def _where(self, verdict: Verdict) -> str:
+        """The layer as log keys name it, and the head."""
+        watch = self._watch
+        monitors = [] if watch is None else [watch.attention, watch.spectrum]
+        labels = {name: label for one in monitors if one is not None for name, label in one.labels.items()}
+        layer = labels.get(verdict.layer, verdict.layer)
+        return layer if verdict.head is None else f"{layer}/head_{verdict.head:02d}"
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, has_ended: bool) -> None:
         step = verdict.step

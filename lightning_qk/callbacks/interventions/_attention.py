@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
+from lightning_qk.callbacks._output import inform
 from lightning_qk.callbacks._trainer import DeepSpeedStrategy, describe_error, logging_step
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.capture.intercept import AttentionInterceptor
@@ -58,7 +58,7 @@ class AttentionIntervention(Intervention):
         steering.install()
         self._steering, self._names, self._was_missed = steering, list(names), False
         self._modules = {name: module for module, name in steering.modules.items()}
-        rank_zero_info(f"{type(self).__name__}: {what} in {len(names)} attention layers ({shorten(names)})")
+        inform(f"{type(self).__name__}: {what} in {len(names)} attention layers ({shorten(names)})")
 
     def release(self) -> None:
         """Leave the attention interface as it was."""

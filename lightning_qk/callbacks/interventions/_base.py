@@ -5,18 +5,21 @@ more is left alone, which is said once.
 """
 
 import copy
+import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.architecture.labels import shorten
-from lightning_qk.callbacks._event_log import EventLog
+from lightning_qk.callbacks._event_log import EventLog, write_events
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import describe_error, is_logged_step, logging_step, say
 from lightning_qk.callbacks.callback import Callback, check_lightning
 from lightning_qk.loggers.loggers import describe_config, log_scalars
+from lightning_qk.record.events import Event
 from lightning_qk.record.history import RunRecord
 
 When = Literal["always", "unfrozen"]
@@ -84,6 +87,7 @@ class Intervention(Callback):
         if not self._is_fit:
             return
         self.begin()
+        self._fit = weakref.ref(trainer), weakref.ref(pl_module)
         self.check_strategy(trainer)
         if self.reads_weights:
             add_self_check(trainer)
@@ -132,6 +136,7 @@ class Intervention(Callback):
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Go on where :meth:`kept` was called."""
         self.event_log.load_state_dict(kept.get("account", {}))
+        write_events(self.running()[0], self.event_log.kept)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -143,6 +148,7 @@ class Intervention(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Go on with what was kept; a test or validation from a checkpoint changes nothing."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         states = checkpoint.get(KEY)
         kept = states.get(self._index(trainer)) if isinstance(states, Mapping) else None
         # Where older versions kept the state of LocAteR and QKClip.
@@ -180,17 +186,45 @@ class Intervention(Callback):
 
     # What is said and logged
 
-    def say(self, sentence: str, key: str | None = None) -> None:
+    def say(self, sentence: str, key: str | None = None, *, kind: str = "skipped", where: str = "") -> None:
         """Warn once.
 
         Args:
             sentence: what is said.
             key: what makes it the same sentence; None: itself.
+            kind: what it is as an event, see :data:`~lightning_qk.record.events.KINDS`.
+            where: the layer.
         """
         key = sentence if key is None else key
         if key not in self._said:
             self._said.add(key)
             say(f"{type(self).__name__}: {sentence}")
+            self._write(self._event(kind, sentence, where=where))
+
+    def happened(
+        self, kind: str, sentence: str, *, where: str, value: float = math.nan, threshold: float = math.nan
+    ) -> None:
+        """Remember an event of this step, for the report and the file of events.
+
+        Args:
+            kind: see :data:`~lightning_qk.record.events.KINDS`.
+            sentence: what happened.
+            where: label of the layer, or of a head of it.
+            value: the number that it is about.
+            threshold: what that was compared with.
+        """
+        event = self._event(kind, sentence, where=where, value=value, threshold=threshold)
+        self.event_log.add_event(event)
+        self._write(event)
+
+    def _event(self, kind: str, sentence: str, **facts: Any) -> Event:
+        trainer, _ = self.running()
+        step = 0 if trainer is None else logging_step(trainer)
+        name = "" if self.name is None else f" {self.name}"
+        return Event(step, kind, f"{type(self).__name__}{name}", sentence, **facts)
+
+    def _write(self, event: Event) -> None:
+        write_events(self.running()[0], [event])
 
     def log_safely(self, action: Callable[[], None]) -> None:
         """Send something to loggers; one that raises ends the sending and not the run. No collective calls."""

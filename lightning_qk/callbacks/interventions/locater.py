@@ -6,13 +6,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, training_layers
+from lightning_qk.callbacks._output import inform
 from lightning_qk.callbacks._ranks import (
     FailedTogether,
     agree,
@@ -222,8 +222,7 @@ class LocAteR(Intervention):
         }
         others = [name for name, reason in reasons.items() if reason]
         if others and self.modules is None:
-            why = reasons[others[0]]
-            rank_zero_info(f"LocAteR: {shorten(others)} left out: {others[0]} is one {why}")
+            inform(f"LocAteR: {shorten(others)} left out: {others[0]} is one {reasons[others[0]]}")
         self._penalty = penalty
         self._trained = None
         self._choose(trainer, pl_module, penalty)
@@ -311,7 +310,7 @@ class LocAteR(Intervention):
             scale = loss_scale(trainer, optimizer)
             share.see(trainer, squares.to(pl_module.device), scale)
             if share.is_known:
-                rank_zero_info(
+                inform(
                     f"LocAteR: weight={share.weight:.4g} from here on, for {self.weight} of the norm of the "
                     f"loss's gradient on query and key weights (median of {len(share.ratios)} steps)"
                 )

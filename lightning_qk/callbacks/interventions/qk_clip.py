@@ -296,8 +296,10 @@ class QKClip(Intervention):
                     f"the logits of {name} are not finite at step {step}, so that these heads are not clipped; "
                     "look for an overflow in half precision",
                     key=f"not finite: {name}",
+                    kind="non-finite",
+                    where=self._labels[name],
                 )
-            self._tell(name, gamma, largest, step)
+            self._tell(name, gamma, largest)
             by_head = gamma.repeat_interleave(editor.heads // editor.kv_heads)
             before = self._smallest.get(name)
             self._smallest[name] = by_head if before is None else torch.minimum(before, by_head)
@@ -342,16 +344,19 @@ class QKClip(Intervention):
                 continue
             self._editors[name] = editor
 
-    def _tell(self, name: str, gamma: Tensor, largest: Tensor, step: int) -> None:
+    def _tell(self, name: str, gamma: Tensor, largest: Tensor) -> None:
         """Remember the first clip of a layer."""
         if name in self._reported or not bool((gamma < 1).any()):
             return
         self._reported.add(name)
         head = int(largest.argmax())
-        self.event_log.add_event(
-            step,
+        self.happened(
+            "clip",
             f"QKClip clipped {self._labels[name]} for the first time: head {head} had a logit of "
             f"{float(largest[head]):.4g}, above {self.cap:g} (γ {float(gamma.min()):.3g})",
+            where=f"{self._labels[name]}/head_{head:02d}",
+            value=float(largest[head]),
+            threshold=self.cap,
         )
 
     def _own_maxima(self, pl_module: LightningModule, reading: "_Reading") -> Tensor:
@@ -393,7 +398,8 @@ class QKClip(Intervention):
         """Clip a layer no more."""
         if name not in self.left:
             self.left[name] = self._doubts.get(name, "another process cannot clip it")
-            self.say(f"{name} is not clipped any more: {self.left[name]}; training goes on")
+            sentence = f"{name} is not clipped any more: {self.left[name]}; training goes on"
+            self.say(sentence, where=self._labels.get(name, ""))
         self._editors.pop(name, None)
         self._smallest.pop(name, None)
 

@@ -78,6 +78,8 @@ class UpdateCap(Intervention):
         self._resumed: Mapping[str, Sequence[Tensor]] = {}
         self._ends: list[Callable[[], None]] = []
         self._labels: dict[str, str] = {}
+        # Layers whose first cap was told.
+        self._reported: set[str] = set()
         # Per matrix since the last logged step.
         self._factors: dict[tuple[str, str], Tensor] = {}
         self._ratios: dict[tuple[str, str], Tensor] = {}
@@ -89,12 +91,13 @@ class UpdateCap(Intervention):
             for name, side in self._factors
         }
         subspaces = self._resumed if self._capper is None else self._capper.state_dict()
-        return {**super().kept(), "subspaces": subspaces, "since": since}
+        return {**super().kept(), "subspaces": subspaces, "since": since, "told": sorted(self._reported)}
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Go on with a checkpoint's run."""
         super().go_on(kept)
         self._resumed = kept["subspaces"]
+        self._reported = set(kept.get("told", ()))
         for key, (factor, ratio) in kept["since"].items():
             side, _, name = key.partition(":")
             self._factors[name, side], self._ratios[name, side] = factor, ratio
@@ -134,7 +137,8 @@ class UpdateCap(Intervention):
                 self._capper.leave_alone(name, reason)
 
     def _spare(self, name: str, reason: str) -> None:
-        self.say(f"updates of {name} are not capped any more: {reason}; training goes on")
+        sentence = f"updates of {name} are not capped any more: {reason}; training goes on"
+        self.say(sentence, where=self._labels.get(name, ""))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -163,7 +167,23 @@ class UpdateCap(Intervention):
             own = [place for place, key in enumerate(keys) if key[0] == name]
             layers[f"{self.prefix}/{self._labels[name]}/factor"] = factors[own].min().item()
             layers[f"{self.prefix}/{self._labels[name]}/ratio"] = ratios[own].max().item()
+            self._tell(name, factors[own].min().item(), ratios[own].max().item())
         self.log_step(trainer, pl_module, scalars, layers)
+
+    def _tell(self, name: str, factor: float, ratio: float) -> None:
+        """Remember the first cap of a layer."""
+        if factor >= 1 or name in self._reported:
+            return
+        self._reported.add(name)
+        label = self._labels[name]
+        self.happened(
+            "cap",
+            f"UpdateCap scaled an update of {label} for the first time: it was {ratio:.3g} of the weights' size, "
+            f"above {self.cap:g} (factor {factor:.3g})",
+            where=label,
+            value=ratio,
+            threshold=self.cap,
+        )
 
     def release(self) -> None:
         """Leave the optimizers as they were."""

@@ -15,6 +15,8 @@ from torchmetrics import Metric
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
+from lightning_qk.callbacks._loss import LossCurve, batch_loss
+from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
@@ -25,7 +27,8 @@ from lightning_qk.callbacks._trainer import (
     run_directory,
 )
 from lightning_qk.callbacks.callback import OBSERVES, check_lightning, observe_last
-from lightning_qk.callbacks.monitors._keys import PerLayer, without_errors
+from lightning_qk.callbacks.monitors._keys import Families, PerLayer, without_errors
+from lightning_qk.callbacks.monitors._live import LivePage
 from lightning_qk.callbacks.monitors._report import write_run
 from lightning_qk.callbacks.monitors._watching import OnUnreadable, Watching
 from lightning_qk.loggers.loggers import describe_config, log_scalars, shows_pictures
@@ -41,8 +44,11 @@ class MonitorOptions(TypedDict, total=False):
 
     per_layer: PerLayer
     per_head: bool
+    families: Families
+    exclude: Families
     figures_every: int
     report: bool
+    report_every: float | None
     modules: Patterns
     on_unreadable: OnUnreadable
 
@@ -52,9 +58,11 @@ def flat_values(metric: Metric) -> dict[str, Tensor]:
 
     torchmetrics makes scalars of a model's only head. One copy from the device brings all statistics.
     """
-    values = metric.compute()
-    table = torch.stack([value.detach().reshape(-1).float() for value in values.values()]).cpu()
-    return dict(zip(values, table, strict=True))
+    with torch.no_grad():
+        values = metric.compute()
+        flat = [value if value.dim() == 1 else value.reshape(-1) for value in values.values()]
+        table = torch.stack(flat).to("cpu", torch.float32)
+        return dict(zip(values, table.unbind(), strict=True))
 
 
 def at_least(least: int, **values: int | None) -> None:
@@ -85,8 +93,14 @@ class Monitor(Watching):
         per_layer: names of statistics to log for each layer; None for the monitor's own choice, True for all of
             them (in evaluation loops too), False for none.
         per_head: also log one scalar a head.
+        families: log statistics of these families alone, such as ``["health", "entropy"]``, see
+            :data:`~lightning_qk.record.families.FAMILIES`; None for all. The table, the report, the file with
+            every head and ``trainer.callback_metrics`` have all that is measured in any case.
+        exclude: families that are not logged.
         figures_every: draw figures at every n-th measurement and at the end; 0 for never.
-        report: write the report at the end.
+        report: write the report at the end, and while the run goes on.
+        report_every: seconds between two writings while it goes on, at least: 0 for none before the end, None for
+            30. The smallest of all monitors counts. A thread writes, after a measurement, on rank zero.
         modules: glob pattern or patterns on qualified names of attention layers, such as ``"*.encoder.*"``; None
             for all of them.
         on_unreadable: what to do where a layer that is asked for cannot be watched, or there is none: ``"warn"``
@@ -115,7 +129,7 @@ class Monitor(Watching):
     has_heads: bool = True
     """Whether layers have heads to be named; without, each has one value."""
 
-    live: ClassVar[tuple[str, ...]] = ("_pictures",)
+    live: ClassVar[tuple[str, ...]] = ("_pictures", "_ended_by", "_page")
 
     def __init__(
         self,
@@ -123,8 +137,11 @@ class Monitor(Watching):
         *,
         per_layer: PerLayer = None,
         per_head: bool = False,
+        families: Families = None,
+        exclude: Families = (),
         figures_every: int = 10,
         report: bool = True,
+        report_every: float | None = None,
         modules: Patterns = None,
         on_unreadable: OnUnreadable = "warn",
     ) -> None:
@@ -136,6 +153,10 @@ class Monitor(Watching):
             )
         if figures_every < 0:
             raise ValueError(f"expected figures_every to be 0 (never) or more, got {figures_every}")
+        if report_every is not None and not 0 <= report_every < math.inf:
+            raise ValueError(
+                f"expected report_every to be 0 (only at the end) or more seconds, got {report_every}: correct it"
+            )
         if on_unreadable not in get_args(OnUnreadable):
             raise ValueError(
                 f"expected on_unreadable to be 'warn' or 'raise', got {on_unreadable!r}: pass 'warn' to watch "
@@ -146,7 +167,8 @@ class Monitor(Watching):
         self.every_n_steps = every_n_steps
         self.figures_every = figures_every
         self.report = report
-        self.set_keys(per_layer, per_head)
+        self.report_every = report_every
+        self.set_keys(per_layer, per_head, families, exclude)
 
     def begin(self) -> None:
         """Nothing was seen yet."""
@@ -154,7 +176,10 @@ class Monitor(Watching):
         self.states: Tensor | None = None
         self._snapshots = Snapshots()
         self._pictures = Pictures()
+        self._loss = LossCurve()
         self._directory: str | None = None
+        self._ended_by: BaseException | None = None
+        self._page: LivePage | None = None
         self._steps_before = 0
         self._at_the_end = False
         self._begin_counting(0)
@@ -223,6 +248,8 @@ class Monitor(Watching):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log once the optimizer has stepped."""
+        if self._is_due:
+            self.attempt(lambda: self._loss.hear(batch_loss(trainer, pl_module, outputs)), "keeping the loss")
         self.here(self.end_batch)
         self._end_step(trainer, pl_module)
 
@@ -249,9 +276,11 @@ class Monitor(Watching):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the report of what was seen until then, and the model as it was: teardown may not follow."""
+        self._ended_by = exception
         try:
             self.finish(trainer, pl_module)
         finally:
+            self._ended_by = None
             self.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -262,6 +291,8 @@ class Monitor(Watching):
         """The history, and what is kept of a few steps, so that a resumed run reports the whole run."""
         self._end_step_before_saving()
         state = {"history": self.history.state_dict()} if self.history.layers else {}
+        if self._loss.points()[0]:
+            state["loss"] = self._loss.state_dict()
         return {**state, "snapshots": self._snapshots.state_dict()} if len(self._snapshots) else state
 
     def _end_step_before_saving(self) -> None:
@@ -282,6 +313,8 @@ class Monitor(Watching):
             self.history = History.from_state_dict(state_dict["history"])
         if "snapshots" in state_dict:
             self._snapshots = Snapshots.from_state_dict(state_dict["snapshots"])
+        if "loss" in state_dict:
+            self._loss.load_state_dict(state_dict["loss"])
 
     # What a monitor says
 
@@ -294,9 +327,11 @@ class Monitor(Watching):
         """
 
     def contribute(self, record: RunRecord) -> None:
-        """Add the history to the run's record, and the means of some statistics as curves."""
-        if self.record_field and self.history.layers:
-            setattr(record, self.record_field, self.history)
+        """Add the history to the run's record, and the loss and the means of some statistics as curves."""
+        loss = self._loss.points()
+        if len(loss[0]) > len(record.scalars.get(LossCurve.NAME, ([], []))[0]):
+            record.scalars = {LossCurve.NAME: loss, **record.scalars}
+        self.contribute_history(record)
         for name in self.curve_statistics:
             if name in self.history.values:
                 curve = self.history.series(name).nanmean(-1).tolist()
@@ -304,6 +339,11 @@ class Monitor(Watching):
                 if known:
                     steps, values = zip(*known, strict=True)
                     record.scalars[f"{self.group}/{name}/mean"] = (list(steps), list(values))
+
+    def contribute_history(self, record: RunRecord) -> None:
+        """Add what layers and heads are judged by."""
+        if self.record_field and self.history.layers:
+            setattr(record, self.record_field, self.history)
 
     def can_measure_at_the_end(self) -> bool:
         """Whether there is something to measure after the last step, where no step was measured."""
@@ -341,8 +381,12 @@ class Monitor(Watching):
         Those decide on every process: it is done on all of them, whatever failed on one.
         """
         overall = self.over_the_model(without_errors(values), states=self.states)
-        # The loggers get them with the others.
-        pl_module.log_dict(overall, logger=False, on_step=not at_epoch_end, on_epoch=at_epoch_end)
+        # The loggers get them with the others. Of plain numbers Lightning would copy each to the device.
+        shared = dict(zip(overall, torch.tensor(list(overall.values())).unbind(), strict=True))
+        if at_epoch_end:
+            log_agreed(pl_module, shared)
+        else:
+            pl_module.log_dict(shared, logger=False, on_step=True, on_epoch=False)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the statistics of one step to the history and the loggers."""
@@ -351,9 +395,11 @@ class Monitor(Watching):
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
         history.append(step, values, self.states)
+        self._loss.close(step)
         if history.forgotten is not None and history.forgotten.problem is not None:
             self.note(history.forgotten.problem)
-        self.note_non_finite(self.states, f"at step {step}")
+        self.note_non_finite(self.states, step)
+        self.attempt(lambda: self.conclude(trainer, step), "judging heads")
         # Of its own: what a logger does not take is still remembered.
         self.attempt(lambda: self.log_values(trainer, without_errors(values), step))
         if not trainer.is_global_zero:
@@ -362,11 +408,18 @@ class Monitor(Watching):
             self.log_figures(trainer, step)
         self._logged += 1
 
+    def conclude(self, trainer: Trainer, step: int) -> None:
+        """Make something of a step that is in the history now, before it is logged; no collective call."""
+
     def log_values(self, trainer: Trainer, values: Mapping[str, Tensor], step: int) -> None:
         """Aggregates to the loggers."""
         states = self.history.states_at(step)
-        overall = self.worth_logging(self.over_the_model(values, states=states))
+        overall = self.worth_logging(self.over_the_model(values, states=states)) | self.of_run(step)
         log_scalars(trainer, overall | self.by_layer_and_head(self.history, values, states=states), step)
+
+    def of_run(self, step: int) -> dict[str, float]:
+        """Numbers of the whole run that are logged with the aggregates of a step."""
+        return {}
 
     def log_figures(self, trainer: Trainer, step: int) -> None:
         """Draw layer × head heatmaps of the newest values, once a step, in a thread."""
@@ -377,7 +430,8 @@ class Monitor(Watching):
             return
         self._drawn = step
         for name in self.figure_statistics:
-            if name in history.values and history.values[name][-1].isfinite().any():
+            is_drawn = self.is_logged(name) and name in history.values
+            if is_drawn and history.values[name][-1].isfinite().any():
                 # Of its own: the history goes on.
                 newest = History(history.layers, history.heads)
                 newest.append(step, {name: history.values[name][-1]})
@@ -403,31 +457,39 @@ class Monitor(Watching):
             return
         self._reported = True
         monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
+        for page in (monitor._page for monitor in monitors if monitor._page is not None):
+            page.close()
         try:
             if self.figures_every and len(self.history):
                 self.log_figures(trainer, self.history.steps[-1])
             self.log_late(trainer)
             if self.report and all(monitor._reported for monitor in monitors if monitor.report):
-                write_run(trainer, pl_module, Path(self._directory or trainer.default_root_dir), self.note)
+                folder = Path(self._directory or trainer.default_root_dir)
+                write_run(trainer, pl_module, folder, self.note, self._ended_by)
         except Exception as error:
             self.note(f"the report could not be written ({describe_error(error)})")
 
-    def note_non_finite(self, states: Tensor | None, when: str) -> None:
+    def note_non_finite(self, states: Tensor | None, step: int) -> None:
         """Name the layers and heads that are not finite, the first time: NaN soon spreads to all."""
+        when = "before the first step" if step < 0 else f"at step {step}"
         history = self.history
         if self._found_non_finite or states is None:
             return
-        found = []
+        found, first = [], ""
         for label, heads in zip(history.layers, history.split(states), strict=True):
             bad = [str(index) for index, state in enumerate(heads.tolist()) if state == NOT_FINITE]
             if bad:
+                first = first or (f"{label}/head_{int(bad[0]):02d}" if self.has_heads else label)
                 module = next(module for module, own in self.labels.items() if own == label)
                 found.append(f"{module} (head {', '.join(bad)})" if self.has_heads else module)
         if found:
             self._found_non_finite = True
             self.note(
                 f"{self.subject} are not finite {when} in {shorten(found)}: training goes on; look for a "
-                "learning rate that is too high, or an overflow in half precision"
+                "learning rate that is too high, or an overflow in half precision",
+                "non-finite",
+                where=first,
+                step=step,
             )
 
     def _measure_at_the_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -465,6 +527,16 @@ class Monitor(Watching):
         self.share(trainer, pl_module, values)
         self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
         self.after_measuring(trainer)
+        if trainer.is_global_zero and self.report:
+            self.attempt(lambda: self._rewrite(trainer, pl_module), "rewriting the report")
+
+    def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The report of the run up to now: from the monitor that measures most often, the last of several."""
+        monitors = [one for one in reversed(trainer.callbacks) if isinstance(one, Monitor) and one.report]  # type: ignore[attr-defined]
+        often = min(monitors, key=lambda one: one.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self is often and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._page = self._page or LivePage.as_asked(one.report_every for one in monitors)
+            self._page.keep(trainer, pl_module, Path(self._directory or trainer.default_root_dir))
 
     def after_measuring(self, trainer: Trainer) -> None:
         """After a measurement that every process has: begin what is logged late."""

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from lightning_qk.architecture.labels import matches, shorten
 from lightning_qk.callbacks._layers import WatchedReader
+from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks.monitors._base import MonitorOptions
 from lightning_qk.callbacks.monitors._keys import without_errors
@@ -285,7 +286,7 @@ class CaptureMonitor(ListeningMonitor):
         overall = {key + suffix: value for key, value in overall.items()}
         # On every process, whatever fails on one of them. Not through Lightning to the loggers: trainer.test
         # would print a table of them all.
-        pl_module.log_dict(overall, logger=False, on_step=False, on_epoch=True, add_dataloader_idx=False)
+        log_agreed(pl_module, overall, add_dataloader_idx=False)
         self.attempt(partial(self._publish_evaluation, trainer, means, stage, suffix))
 
     def _publish_evaluation(

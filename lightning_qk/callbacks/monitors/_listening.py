@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -135,6 +136,7 @@ class ListeningMonitor(Monitor):
     ) -> dict[str, Tensor] | None:
         """Statistics of what was pooled, reduced over ranks; a collective call. The pool is empty then."""
         try:
+            pool.make()
             left_out = self._agree_on_layers(trainer, pool)
             self._generated |= pool.left_out_calls
             seen = set() if self._capture is None else self._capture.seen
@@ -172,20 +174,21 @@ class ListeningMonitor(Monitor):
         self, metric: Any, values: Mapping[str, Tensor], ran: Collection[str], left_out: Collection[str]
     ) -> Tensor:
         """State of every head, by how much was counted of it."""
-        counted = metric.weight[metric.statistics.index(self.witness)].cpu()
-        infinite = torch.stack([value.isinf() for value in values.values()]).any(0)
-        broken = (counted != 0) & ~values[self.witness].isfinite() | infinite
-        states = torch.where(broken, NOT_FINITE, KNOWN)
-        parts = zip(self.labels.items(), self.history.split(states), self.history.split(counted), strict=True)
-        for (name, label), part, count in parts:
+        counted = metric.weight[metric.statistics.index(self.witness)].cpu().numpy()
+        witness = values[self.witness].numpy()
+        infinite = np.isinf(torch.stack(list(values.values())).numpy()).any(0)
+        states = np.where((counted != 0) & ~np.isfinite(witness) | infinite, NOT_FINITE, KNOWN)
+        end = 0
+        for (name, label), heads in zip(self.labels.items(), self.history.heads, strict=True):
+            own, end = slice(end, end + heads), end + heads
             state = NO_DATA if name in ran else DID_NOT_RUN
             if name in left_out:
                 state = LEFT_OUT
                 self.history.reasons[label] = self.problems.get(name, "its newest measurement failed")
             elif (expected := self.empty_state(name)) is not None:
                 state = expected
-            part[(count == 0) & (part == KNOWN)] = state
-        return states
+            states[own][(counted[own] == 0) & (states[own] == KNOWN)] = state
+        return torch.from_numpy(states)
 
     def _agree_on_layers(self, trainer: Trainer, pool: SumAccumulator) -> set[str]:
         """Names of the layers that are left out this time, the same on every process; a collective call."""

@@ -120,6 +120,7 @@ class Predictions(LogKeys):
 
     def _log(self, trainer: Trainer, monitor: LogKeys, values: dict[str, Tensor], step: int) -> None:
         self.per_head, self.counted = monitor.per_head, monitor.counted
+        self.families, self.exclude = monitor.families, monitor.exclude
         self.per_layer = monitor.per_layer if isinstance(monitor.per_layer, bool) else False
         states = self.history.states_at(step)
         scalars = self.worth_logging(self.over_the_model(values, states=states))

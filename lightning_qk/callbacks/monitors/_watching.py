@@ -108,7 +108,7 @@ class Watching(LogKeys, Attempts):
             return True
         if must:
             raise Refused(f"{sentence}, or pass on_unreadable='warn' to go on without them")
-        self.note(f"nothing is watched: {sentence}")
+        self.note(f"nothing is watched: {sentence}", "skipped")
         self.stop()
         return False
 
@@ -119,7 +119,7 @@ class Watching(LogKeys, Attempts):
         except FailedTogether as error:
             if self.on_unreadable == "raise":
                 raise Refused(str(error)) from error
-            self.note(f"nothing is watched: {error}; training goes on")
+            self.note(f"nothing is watched: {error}; training goes on", "skipped")
             self.stop()
 
     def note_left_out(self, reasons: Mapping[str, str]) -> None:
@@ -127,13 +127,14 @@ class Watching(LogKeys, Attempts):
         for reason in dict.fromkeys(reasons.values()):
             names = [name for name, own in reasons.items() if own == reason]
             verb = "is" if len(names) == 1 else f"({len(names)} layers) are"
-            self.note(f"{shorten(names)} {verb} left out: {reason}")
+            self.note(f"{shorten(names)} {verb} left out: {reason}", "skipped")
 
     def note_lost(self, reasons: Mapping[str, str]) -> None:
         """Say, once, that layers have no value at a step that was to be measured."""
         name, reason = next(iter(reasons.items()))
         more = f", as have {len(reasons) - 1} more layers" if len(reasons) > 1 else ""
-        self.note(f"{name} has no value at one step{more}: {reason}; it is tried again, and training goes on")
+        sentence = f"{name} has no value at one step{more}: {reason}; it is tried again, and training goes on"
+        self.note(sentence, "skipped")
 
     def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave copies that do not train (teachers, references, averaged weights) out of aggregates."""

@@ -1,15 +1,18 @@
 """Callback: where attention goes while a model trains."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
-from lightning_qk.callbacks.monitors._base import at_least
+from lightning_qk.callbacks.callback import SUMS_UP
+from lightning_qk.callbacks.monitors._base import Monitor, at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import (
@@ -22,14 +25,18 @@ from lightning_qk.functional.attention import (
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
 from lightning_qk.metrics.attention import AttentionStatistics
+from lightning_qk.metrics.later import Later, attention_later
 from lightning_qk.metrics.means import HeadMeans
-from lightning_qk.record.history import RunRecord
+from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
+from lightning_qk.record.verdicts import healthy_share
 
 # The report's curve over positions is measured on few rows of few sequences, at few steps: the first ones, in
 # doubling distance, and every tenth. It is not logged.
 _PROFILE = "profile"
 _PROFILE_ROWS, _PROFILE_SEQUENCES, _PROFILE_EVERY = 16, 4, 10
+
+HEALTH = "attn/health"
 
 
 class AttentionMonitor(CaptureMonitor):
@@ -53,6 +60,8 @@ class AttentionMonitor(CaptureMonitor):
       ``trainer.callback_metrics`` has all three of each;
     - ``attn/layer_03/<statistic>`` for entropy and max_logit, or those in ``per_layer``, means over the layer's
       heads (``encoder_layer_03`` and so on where a model has several stacks);
+    - ``attn/health``, the share of heads that are not flagged, by what the trainer's monitors have measured until
+      then, see :func:`~lightning_qk.record.healthy_share`;
     - ``attn/layer_03/head_05/<statistic>`` with ``per_head=True``;
     - ``attn/heatmap/<statistic>`` layer × head figures, to loggers that can show them.
 
@@ -94,25 +103,41 @@ class AttentionMonitor(CaptureMonitor):
         self._measured = 0
         self._profile_generator = torch.Generator()
 
-    def measure_call(self, name: str, call: CapturedCall) -> AttentionSums | dict[str, Any]:
+    @property
+    def place(self) -> int:
+        """After the other monitors, whose numbers of the same step heads are judged by."""
+        return SUMS_UP
+
+    def begin(self) -> None:
+        """Nothing was judged yet."""
+        super().begin()
+        self._health = History(["run"], [1])
+
+    def measure_call(self, name: str, call: CapturedCall) -> AttentionSums | Later | dict[str, Any]:
         """All statistics of sampled rows, and the report's curves where they are due."""
         logits = call.logits()
-        sums = attention_sums(logits, rows=self.rows, generator=self._generator)
+        sums = attention_later(logits, "", self._sums) or self._sums(logits)
         if self._pool is self._step_pool and self._profile_is_due():
-            what = "measuring the report's curves over positions"
-            profile = self.attempt(lambda: self._profile(logits), what)
+            few = logits.sequences(slice(_PROFILE_SEQUENCES))
+            profile = attention_later(few, _PROFILE, self._profile_sums) or self._profile_sums(few)
             if profile is not None:
                 return {"": sums, _PROFILE: profile}
         return sums
+
+    def _sums(self, logits: AttentionLogits) -> AttentionSums:
+        return attention_sums(logits, rows=self.rows, generator=self._generator)
 
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As every monitor of attention."""
         super().find_layers(trainer, pl_module)
         self._profile_generator.manual_seed(self.seed + trainer.global_rank)
 
-    def _profile(self, logits: AttentionLogits) -> MeanSums:
-        few = logits.sequences(slice(_PROFILE_SEQUENCES))
-        return profile_sums(few, rows=_PROFILE_ROWS, generator=self._profile_generator)
+    def _profile_sums(self, logits: AttentionLogits) -> MeanSums | None:
+        """None where it fails, which says nothing of the statistics."""
+        return self.attempt(
+            lambda: profile_sums(logits, rows=_PROFILE_ROWS, generator=self._profile_generator),
+            "measuring the report's curves over positions",
+        )
 
     def _profile_is_due(self) -> bool:
         count = self._measured
@@ -147,6 +172,47 @@ class AttentionMonitor(CaptureMonitor):
         parts = zip(self.labels.values(), curves.split(list(history.heads)), strict=True)
         self._snapshots.append(self.step_of(trainer), dict(parts))
 
+    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
+        """As every monitor; what the step comes to is for ``trainer.callback_metrics`` too."""
+        super().publish(trainer, pl_module, values)
+        health = self._health_at(self.step_of(trainer))
+        if pl_module is not None and health:
+            pl_module.log_dict(health, logger=False, on_step=True, on_epoch=False)
+
+    def conclude(self, trainer: Trainer, step: int) -> None:
+        """Judge the heads that count, by what all monitors have measured."""
+        record = RunRecord()
+        others = [one for one in trainer.callbacks if isinstance(one, Monitor) and one is not self]  # type: ignore[attr-defined]
+        for monitor in (*others, self):
+            monitor.contribute_history(record)
+        labels = self.history.layers
+        if self.counted is not None:
+            of_heads = np.repeat(labels, self.history.heads)
+            labels = tuple(set(of_heads[self.counted.numpy()].tolist()))
+        self._health.append(step, {"health": torch.tensor([healthy_share(record, labels)])})
+
+    def of_run(self, step: int) -> dict[str, float]:
+        """The share of heads that are not flagged."""
+        return self._health_at(step) if self.is_logged("health") else {}
+
+    def _health_at(self, step: int) -> dict[str, float]:
+        """Nothing where no head was judged."""
+        if self._health.steps[-1:] != [step]:
+            return {}
+        value = float(self._health.values["health"][-1])
+        return {HEALTH: value} if math.isfinite(value) else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The histories."""
+        state = super().state_dict()
+        return {**state, "health": self._health.state_dict()} if self._health.steps else state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the histories of a checkpoint."""
+        super().load_state_dict(state_dict)
+        if "health" in state_dict:
+            self._health = History.from_state_dict(state_dict["health"])
+
     def metric(self, heads: dict[str, int]) -> HeadMeans:
         """Means and maxima."""
         return AttentionStatistics(heads)
@@ -169,6 +235,10 @@ class AttentionMonitor(CaptureMonitor):
         super().contribute(record)
         if len(self._snapshots):
             record.snapshots["linear_profile"] = self._snapshots
+        curve = self._health.series("health")[:, 0].tolist() if self._health.steps else []
+        known = [one for one in zip(self._health.steps, curve, strict=True) if math.isfinite(one[1])]
+        if known:
+            record.scalars[HEALTH] = [step for step, _ in known], [value for _, value in known]
         if self.rows is not None:
             record.notes.append(
                 f"Attention statistics are means over {self.rows} sampled query rows of each sequence; maximum "

@@ -12,7 +12,7 @@ from lightning_qk.architecture.labels import layer_labels, matches, shorten
 from lightning_qk.callbacks._layers import Patterns, matching
 from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._base import OnUnreadable, at_least
-from lightning_qk.callbacks.monitors._keys import PerLayer
+from lightning_qk.callbacks.monitors._keys import Families, PerLayer
 from lightning_qk.callbacks.monitors._listening import ListeningMonitor
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
@@ -20,7 +20,8 @@ from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.heads.sites import find_blocks
 from lightning_qk.metrics.collector import SumAccumulator
-from lightning_qk.metrics.hidden import HiddenStatistics
+from lightning_qk.metrics.hidden import HiddenStatistics, with_heads
+from lightning_qk.metrics.later import hidden_later
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.states import NO_VALUE
 from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
@@ -33,6 +34,8 @@ class HiddenOptions(TypedDict, total=False):
     """Options of :class:`~lightning_qk.callbacks.monitors.Monitor` that are not about heads."""
 
     per_layer: PerLayer
+    families: Families
+    exclude: Families
     report: bool
     modules: Patterns
     on_unreadable: OnUnreadable
@@ -68,8 +71,8 @@ class HiddenStateMonitor(ListeningMonitor):
         seed: of the monitor's own random generator; torch's global one is never touched.
         cached_calls: also measure forwards within transformers' ``generate``. By default they are left out, and
             said once.
-        options: ``per_layer``, ``report``, ``modules`` (names of blocks, or of the attention layers in them) and
-            ``on_unreadable``, see :class:`~lightning_qk.callbacks.monitors.Monitor`.
+        options: ``per_layer``, ``families``, ``exclude``, ``report``, ``modules`` (names of blocks, or of the
+            attention layers in them) and ``on_unreadable``, see :class:`~lightning_qk.callbacks.monitors.Monitor`.
     """
 
     group = "hidden"
@@ -158,10 +161,13 @@ class HiddenStateMonitor(ListeningMonitor):
         if name in pool.lost or not len(states):
             return
         try:
-            sums = hidden_sums(
-                states, mask=mask, tokens=self.tokens, sequences=self.sequences, generator=self._generator
-            )
-            pool.add(name, sums)
+            options: Any = {
+                "tokens": self.tokens,
+                "sequences": self.sequences,
+                "generator": self._generator,
+            }
+            later = hidden_later(states, mask, **options)
+            pool.add(name, with_heads(hidden_sums(states, mask=mask, **options)) if later is None else later)
         except UnsupportedCallError:
             raise
         except Exception as error:
@@ -208,9 +214,9 @@ class HiddenStateMonitor(ListeningMonitor):
     ) -> dict[str, float]:
         """Mean, minimum and maximum over the blocks."""
         is_block = torch.tensor([not name.startswith(_EMBEDDING) for name in self._names])
-        blocks = {name: torch.where(is_block, flat, torch.nan) for name, flat in values.items()}
+        blocks = torch.where(is_block, torch.stack(list(values.values())), torch.nan).unbind()
         states = None if states is None else torch.where(is_block, states, NO_VALUE)
-        return super().over_the_model(blocks, prefix, states=states)
+        return super().over_the_model(dict(zip(values, blocks, strict=True)), prefix, states=states)
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the record."""

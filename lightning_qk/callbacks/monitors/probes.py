@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 
 from lightning_qk.architecture.labels import matches
 from lightning_qk.callbacks._layers import Patterns, matching
+from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_states
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
@@ -22,7 +23,7 @@ from lightning_qk.callbacks._trainer import (
     run_directory,
 )
 from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable, flat_values
-from lightning_qk.callbacks.monitors._keys import PerLayer
+from lightning_qk.callbacks.monitors._keys import Families, PerLayer
 from lightning_qk.callbacks.monitors._recorder import CallRecorder, models_and_doors
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.loggers.loggers import log_scalars
@@ -56,6 +57,8 @@ class ProbeOptions(TypedDict, total=False):
 
     per_layer: PerLayer
     per_head: bool
+    families: Families
+    exclude: Families
     modules: Patterns
     on_unreadable: OnUnreadable
 
@@ -103,8 +106,8 @@ class AttentionProbes(Monitor):
         heads: also class every head of the first model that is called (rank 0's batches), log how many are of each
             class and write the table, ``lightning_qk_heads.csv``, into the run's folder.
         seed: of the probes' own random generators.
-        options: ``per_layer`` (None: no statistic), ``per_head``, ``modules`` and ``on_unreadable``, see
-            :class:`~lightning_qk.callbacks.monitors.Monitor`.
+        options: ``per_layer`` (None: no statistic), ``per_head``, ``families``, ``exclude``, ``modules`` and
+            ``on_unreadable``, see :class:`~lightning_qk.callbacks.monitors.Monitor`.
 
     Raises:
         ValueError: an unknown probe, an argument out of range, or ``irrelevant`` without what is irrelevant; with
@@ -428,8 +431,9 @@ class AttentionProbes(Monitor):
         counts = trainer.strategy.broadcast(counts)
         if counts is not None:
             scalars = {f"{self.group}/heads/{kind}": float(count) for kind, count in counts.items()}
-            pl_module.log_dict(scalars, logger=False, on_step=False, on_epoch=True)
-            log_scalars(trainer, scalars, logging_step(trainer))
+            log_agreed(pl_module, scalars)
+            if self.is_logged("heads"):
+                log_scalars(trainer, scalars, logging_step(trainer))
 
     def _class_counts(self, trainer: Trainer, recorder: CallRecorder) -> Mapping[str, int] | None:
         report = self._report_heads(trainer, recorder)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -277,7 +278,7 @@ class QKSpectrumMonitor(Monitor):
 
     def _remember_start(self, values: dict[str, Tensor]) -> None:
         self.history.append(-1, values, self.states)
-        self.note_non_finite(self.states, "before the first step")
+        self.note_non_finite(self.states, -1)
         self._worker.submit(-1, self._cores)
 
     def _recall_weights(self) -> None:
@@ -387,16 +388,15 @@ class QKSpectrumMonitor(Monitor):
             if not cores.bilinear
             for name, matrices in zip(cores.names, cores.matrices, strict=True)
         }
-        bad = ~(values["trace"].isfinite() & values["frobenius_sq"].isfinite())
-        parts = []
-        for name, part in zip(metric.heads, bad.split(list(metric.heads.values())), strict=True):
+        finite = np.isfinite(values["trace"].numpy()) & np.isfinite(values["frobenius_sq"].numpy())
+        states, end = np.where(finite, KNOWN, NOT_FINITE), 0
+        for name, heads in metric.heads.items():
+            own, end = slice(end, end + heads), end + heads
             if name not in reader.layers:
-                parts.append(torch.full_like(part, LEFT_OUT, dtype=torch.long))
+                states[own] = LEFT_OUT
             elif name in broken:
-                parts.append(torch.where(broken[name].cpu(), NOT_FINITE, NO_VALUE))
-            else:
-                parts.append(torch.where(part, NOT_FINITE, KNOWN))
-        return torch.cat(parts)
+                states[own] = np.where(broken[name].cpu().numpy(), NOT_FINITE, NO_VALUE)
+        return torch.from_numpy(states)
 
     def _keep_known(self, layers: _Layers) -> None:
         """Where modules were replaced, go on with the layers that are what they were at the start."""
@@ -488,7 +488,7 @@ class QKSpectrumMonitor(Monitor):
             return
         self.attempt(lambda: self.log_values(trainer, values, solved.step))
         eigenvalues = [value.flatten() for value in self._eigenvalues.values() if value.is_complex()]
-        if trainer.is_global_zero and eigenvalues:
+        if trainer.is_global_zero and eigenvalues and self.is_logged("eigenvalues"):
             flat = torch.cat(eigenvalues)
             log_histogram(trainer, "qk/eigenvalues/modulus", flat.abs(), solved.step)
             log_histogram(trainer, "qk/eigenvalues/real", flat.real, solved.step)
@@ -503,12 +503,16 @@ class QKSpectrumMonitor(Monitor):
             part.fill_((layer in self._cross) == (name == "singular_max"))
         return has
 
+    def contribute_history(self, record: RunRecord) -> None:
+        """Add the history, and the widths that it is compared with."""
+        super().contribute_history(record)
+        record.shapes = dict(self._shapes)
+
     def contribute(self, record: RunRecord) -> None:
         """Add the history, the eigenvalues and what they are compared with to the record."""
         super().contribute(record)
         record.eigenvalues = self._complex_by_label()
         record.eigenvalues_step = self._eigenvalues_step
-        record.shapes = dict(self._shapes)
         if len(self._snapshots):
             record.snapshots["eigenvalues"] = self._snapshots
 

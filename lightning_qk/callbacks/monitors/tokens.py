@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import WatchedReader
-from lightning_qk.callbacks._trainer import describe_error
+from lightning_qk.callbacks._trainer import describe_error, ends_with_epoch
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
 from lightning_qk.callbacks.monitors._predictions import LENGTH, Predictions
@@ -241,7 +241,7 @@ class TokenMonitor(CaptureMonitor):
 
     def adjust(self, metric: TokenStatistics, values: dict[str, Tensor]) -> None:
         """Remember the moments of a step."""
-        if self.predict_every and self._pool is self._step_pool:
+        if self._predicts and self._pool is self._step_pool:
             self._pooled = metric
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
@@ -260,7 +260,12 @@ class TokenMonitor(CaptureMonitor):
     # Predictions
 
     def _prediction_is_due(self) -> bool:
-        return self.predict_every > 0 and self._measured % self.predict_every == 0
+        return self._predicts and self._measured % self.predict_every == 0
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether attention is predicted: where no logger is to get it, it is not worth its time."""
+        return self.predict_every > 0 and self.logs_family("predictions")
 
     def _predict(self, trainer: Trainer) -> None:
         """Predict the attention of the newest measurement; a collective call. Where it fails, it does on all."""
@@ -306,11 +311,24 @@ class TokenMonitor(CaptureMonitor):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict the attention of the last measurement, where that was not done; then as every monitor."""
-        if not self.idle and self._pooled is not None and self._predictions.step != self._pooled_step:
-            self.together(trainer, lambda: self._predict(trainer))
-            if self._predictions.step == self._pooled_step:
-                self.attempt(lambda: self._predictions.publish(trainer, self), "remembering")
+        self._predict_the_last(trainer)
         super().on_train_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict the attention of the last measurement while ``trainer.callback_metrics`` can have it."""
+        if ends_with_epoch(trainer) and self._predict_the_last(trainer):
+            newest = self._predictions.overall(self.counted)
+            pl_module.log_dict(newest, logger=False, on_step=False, on_epoch=True)
+
+    def _predict_the_last(self, trainer: Trainer) -> bool:
+        """Whether there is a new prediction; a collective call."""
+        if self.idle or self._pooled is None or self._predictions.step == self._pooled_step:
+            return False
+        self.together(trainer, lambda: self._predict(trainer))
+        if self._predictions.step != self._pooled_step:
+            return False
+        self.attempt(lambda: self._predictions.publish(trainer, self), "remembering")
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """The histories."""

@@ -48,12 +48,22 @@ class Page {
         }
       }
     }, { rootMargin: "300px" });
-    for (const card of this.plots.keys()) this.observer.observe(card);
+    const sizes = new ResizeObserver((entries) => {
+      for (const { target } of entries) {
+        // Height follows from the width.
+        if (target.dataset.width === undefined || Number(target.dataset.width) === target.clientWidth) continue;
+        target.dataset.stale = "yes";
+        if (this.visible.has(target)) this.draw(target);
+      }
+    });
+    for (const card of this.plots.keys()) {
+      this.observer.observe(card);
+      sizes.observe(card);
+    }
     this.rows();
     this.panelKeys();
     const wanted = decodeURIComponent(location.hash).match(/^#head=(.+)\/(\d+)$/);
     if (wanted) this.open({ layer: wanted[1], index: Number(wanted[2]) });
-    document.documentElement.dataset.ready = "yes";
   }
 
   // What a step is called.
@@ -82,9 +92,15 @@ class Page {
       propagation: () => this.drawPropagation(card),
       plane: () => this.drawPlane(card),
       within: () => this.drawWithin(),
+      verdicts: () => this.drawVerdicts(),
+      loss: () => {
+        const curve = this.data.scalars[Number(card.dataset.index)];
+        const values = this.data.array(curve.values);
+        return Plots.curve({ name: curve.name, steps: curve.steps, values, events: this.data.alarms, height: 190 });
+      },
       scalar: () => {
         const curve = this.data.scalars[Number(card.dataset.index)];
-        return Plots.curve({ steps: curve.steps, values: this.data.array(curve.values) });
+        return Plots.curve({ name: curve.name, steps: curve.steps, values: this.data.array(curve.values) });
       },
     };
     return drawers[plot];
@@ -97,34 +113,15 @@ class Page {
   draw(card) {
     const made = this.plots.get(card)();
     card.dataset.stale = "no";
-    this.put(card, made);
+    card.dataset.width = card.clientWidth;
+    Chart.draw(card, made, (head) => this.open(head, card));
     card.setAttribute("aria-busy", "false");
   }
 
-  put(element, { traces, layout }) {
-    Plotly.react(element, traces, layout, {
-      responsive: true,
-      displaylogo: false,
-      displayModeBar: false,
-      scrollZoom: false,
-      doubleClick: "reset",
-    });
-    if (!element.dataset.listening) {
-      element.dataset.listening = "yes";
-      element.on("plotly_click", (event) => this.clicked(element, event.points[0]));
-    }
-  }
-
-  clicked(element, point) {
-    if (!point) return;
-    if (element.dataset.plot === "map") {
-      const history = this.histories[element.dataset.history];
-      const head = { layer: history.layers[Math.round(point.y)], index: Math.round(point.x) };
-      if (history.place(head) >= 0) this.open(head, element);
-    } else if (typeof point.customdata === "string") {
-      const cut = point.customdata.lastIndexOf("/");
-      this.open({ layer: point.customdata.slice(0, cut), index: Number(point.customdata.slice(cut + 1)) }, element);
-    }
+  // `Page.headOf("layer/3")`: labels may have slashes.
+  static headOf(id) {
+    const cut = id.lastIndexOf("/");
+    return { layer: id.slice(0, cut), index: Number(id.slice(cut + 1)) };
   }
 
   // All figures of some kinds, those out of sight when they are scrolled to.
@@ -152,6 +149,13 @@ class Page {
     $(`when-${name}`).textContent = this.stepName(shown) + (this.change ? ` minus ${this.stepName(history.steps[0])}` : "");
     $(`note-${name}`).textContent = made.note;
     return made;
+  }
+
+  // Every head's verdict: layers that attention does not know are those of the weights.
+  drawVerdicts() {
+    const known = ["attention", "spectrum"].map((name) => this.histories[name]).filter(Boolean);
+    const heads = new Map(known.reverse().flatMap((one) => one.layers.map((layer, i) => [layer, one.heads[i]])));
+    return Plots.verdicts({ heads, verdicts: this.data.verdicts, marked: this.head });
   }
 
   drawScatter(card, diagonal, from = "spectrum") {
@@ -296,7 +300,7 @@ class Page {
     $("step").value = index;
     $("step").setAttribute("aria-valuetext", this.stepName(this.step));
     $("step-name").textContent = `${this.stepName(this.step)} (${index + 1} of ${this.steps.length})`;
-    if (this.observer) this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane", "within", "time");
+    if (this.observer) this.redraw("map", "verdicts", "entropy", "passing", "predicted", "propagation", "plane", "within", "time");
     if (this.head) this.fill();
   }
 
@@ -402,8 +406,7 @@ class Page {
 
   rows() {
     for (const row of document.querySelectorAll("[data-head]")) {
-      const cut = row.dataset.head.lastIndexOf("/");
-      const head = { layer: row.dataset.head.slice(0, cut), index: Number(row.dataset.head.slice(cut + 1)) };
+      const head = Page.headOf(row.dataset.head);
       const button = row.querySelector("button");
       button.disabled = false;
       row.addEventListener("click", () => this.open(head, button));
@@ -427,20 +430,20 @@ class Page {
     this.fill();
     $("panel-title").focus();
     this.remember(`#head=${encodeURIComponent(head.layer)}/${head.index}`);
-    this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane");
+    this.redraw("map", "verdicts", "entropy", "passing", "predicted", "propagation", "plane");
   }
 
   close() {
     this.head = null;
     $("panel").hidden = true;
     this.remember("#");
-    this.redraw("map", "entropy", "passing", "predicted", "propagation", "plane");
+    this.redraw("map", "verdicts", "entropy", "passing", "predicted", "propagation", "plane");
     if (this.from) this.from.focus();
   }
 
   remember(hash) {
     try {
-      history.replaceState(null, "", hash);
+      window.history.replaceState(null, "", hash);
     } catch {
       // Not allowed everywhere; the page works without.
     }
@@ -506,7 +509,7 @@ class Page {
     body.replaceChildren(...wanted.map(([box]) => box));
     for (const [box, made] of wanted) {
       box.classList.toggle("wide", box.dataset.key === "curve" || box.dataset.key === "plane");
-      if (made) this.put(box.children[2], made());
+      if (made) Chart.draw(box.children[2], made());
     }
   }
 
@@ -529,10 +532,12 @@ class Page {
     return;
   }
   try {
-    const [library, packed] = await Promise.all([Data.inflate("plotly"), Data.inflate("data")]);
-    document.head.append(make("script", { textContent: new TextDecoder().decode(library) }));
-    const page = new Page(Data.unpack(packed));
+    const page = new Page(Data.unpack(await Data.inflate("data")));
+    const kept = Follower.take();
     page.start();
+    if (kept) Follower.restore(page, kept);
+    page.follower = new Follower(page);
+    document.documentElement.dataset.ready = "yes";
     window.lightningQK = page;
     $("loading").hidden = true;
   } catch (error) {

@@ -83,6 +83,18 @@ const Numbers = {
     return (size < 99.95 ? value.toPrecision(3) : value.toFixed(0)).replace("-", "−");
   },
 
+  unit(value, unit) {
+    return `${Numbers.short(value)}${unit && Number.isFinite(value) ? ` ${unit}` : ""}`;
+  },
+
+  // A text of so many characters: its middle is left out, or its end.
+  shorten(text, limit, atEnd = false) {
+    if (text.length <= limit) return text;
+    if (atEnd) return `${text.slice(0, limit - 1)}…`;
+    const end = Math.ceil((limit - 1) * 0.6);
+    return `${text.slice(0, limit - 1 - end)}…${text.slice(-end)}`;
+  },
+
   // Texts for the cells of a heatmap, all in one power of ten so that digits never overlap.
   cells(rows) {
     const finite = rows.flat().filter(Number.isFinite).map(Math.abs);
@@ -125,3 +137,72 @@ const Numbers = {
     return [low, high];
   },
 };
+
+// Colours of a heatmap. Limits are those of color_scale in lightning_qk/report/colors.py, which come with the data;
+// for one step alone, and for changes, they are found here in the same way.
+class Scale {
+  constructor(kind, low, high) {
+    Object.assign(this, { kind, low, high, colors: kind === "signed" ? DIVERGING : VIRIDIS });
+    const by = kind === "log" ? Math.log10 : (value) => value;
+    this.share = (value) => (by(value) - by(low)) / (by(high) - by(low));
+  }
+
+  static of(statistic, { change, fit, shown }) {
+    if (!fit && !change) return new Scale(statistic.scale, ...statistic.limits);
+    let values = [shown.flat()];
+    if (change && !fit) {
+      const history = statistic.history;
+      const first = history.allValues(statistic, 0);
+      values = history.steps.map((_, index) => history.allValues(statistic, index).map((value, i) => value - first[i]));
+    }
+    const kind = change ? "signed" : statistic.scale === "share" ? "linear" : statistic.scale;
+    return new Scale(kind, ...Scale.limits(values, kind));
+  }
+
+  // The widest of the steps' robust limits: one head far off does not take the colours from all others.
+  static limits(steps, kind) {
+    const ends = steps.map((values) => Scale.robust(values, kind === "log")).filter(([low]) => Number.isFinite(low));
+    if (!ends.length) return [0, 1];
+    const widest = (from) => [Math.min(...ends.map((one) => one[from])), Math.max(...ends.map((one) => one[from + 1]))];
+    let [low, high] = widest(0);
+    // Nearly all heads are alike at every step: the others are all there is to see.
+    if (low === high) [low, high] = widest(2);
+    if (kind === "signed") high = Math.max(-low, high, 0) || 1;
+    if (kind === "signed") low = -high;
+    if (low === high) [low, high] = kind === "log" ? [low / 2, high * 2] : [low - 0.5 * Math.abs(low || 1), high + 0.5 * Math.abs(high || 1)];
+    return [low, high];
+  }
+
+  // Robust limits of a step, and the plain ones.
+  static robust(values, log) {
+    const known = values.filter((value) => Number.isFinite(value) && (!log || value > 0)).map((value) => (log ? Math.log10(value) : value));
+    if (!known.length) return [NaN];
+    known.sort((a, b) => a - b);
+    const at = (share) => {
+      const place = share * (known.length - 1);
+      const left = Math.floor(place);
+      return known[left] + (place - left) * ((known[left + 1] ?? known[left]) - known[left]);
+    };
+    const [least, most] = [known[0], known[known.length - 1]];
+    const [below, above] = [at(0.1), at(0.9)];
+    const found = [Math.max(least, 2 * below - above), Math.min(most, 2 * above - below), least, most];
+    return log ? found.map((value) => 10 ** value) : found;
+  }
+
+  color(value) {
+    return Style.cell(this.colors, this.share(value));
+  }
+
+  // 1 above the end of the colours, -1 below it, else 0; float32 is as exact as the data.
+  beyond(value) {
+    if (!Number.isFinite(value)) return 0;
+    const room = 1e-3 * (this.kind === "log" ? 1 : Math.abs(this.high - this.low));
+    if (this.kind === "log") return value > this.high * (1 + room) ? 1 : value < this.low * (1 - room) ? -1 : 0;
+    return value > this.high + room ? 1 : value < this.low - room ? -1 : 0;
+  }
+
+  bar() {
+    const axis = new Axis({ range: [this.low, this.high], log: this.kind === "log", count: 5 }, [], 200, 40);
+    return { colors: this.colors, ticks: axis.ticks.map(({ at, text }) => ({ share: this.share(at), text })) };
+  }
+}

@@ -1,0 +1,115 @@
+"""What the monitors add to a step is counted: calls of torch's operators, and values that the host waits for."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor
+
+# Of the host's reads, those of the CPU's own branches are left: three in each batch of layers.
+MOST, MOST_A_LAYER, MOST_READS = 2500, 45, 10
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Job(LightningModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        return self.network(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def _llama(layers: int) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            vocab_size=32,
+            max_position_embeddings=64,
+        )
+    )
+
+
+def _gpt2(layers: int) -> nn.Module:
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32, n_layer=layers, n_head=4, vocab_size=32, n_positions=64, bos_token_id=0, eos_token_id=0
+        )
+    )
+
+
+def _steps(
+    network: nn.Module, callbacks: list[Callback], monkeypatch: pytest.MonkeyPatch
+) -> list[Counter[str]]:
+    """What each step after the first, in which layers are checked, calls."""
+    found: list[Counter[str]] = []
+    trainer = Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        callbacks=callbacks,
+    )
+    loop = trainer.fit_loop.epoch_loop
+    advance = loop.advance
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        if not trainer.global_step:
+            advance(*args, **kwargs)
+            return
+        with _Count() as count:
+            advance(*args, **kwargs)
+        found.append(count.calls)
+
+    monkeypatch.setattr(loop, "advance", counted)
+    trainer.fit(_Job(network), torch.utils.data.DataLoader(torch.randint(0, 32, (6, 64)), batch_size=2))
+    return found
+
+
+def _monitors(every: int) -> list[Callback]:
+    kinds = (QKSpectrumMonitor, AttentionMonitor, HiddenStateMonitor)
+    return [kind(every, report=False) for kind in kinds]
+
+
+@pytest.mark.parametrize("make", [_llama, _gpt2])
+def test_a_measured_step(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = {}
+    for layers in (12, 24):
+        plain = _steps(make(layers), [], monkeypatch)[0]
+        measured = _steps(make(layers), _monitors(1), monkeypatch)[-1]
+        added[layers] = measured.total() - plain.total()
+        reads = measured["aten::_local_scalar_dense"] - plain["aten::_local_scalar_dense"]
+        assert 0 <= reads <= MOST_READS
+    assert 0 < added[24] <= MOST
+    assert added[24] - added[12] <= 12 * MOST_A_LAYER
+
+
+def test_a_step_that_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _steps(_llama(3), [], monkeypatch)
+    watched = _steps(_llama(3), _monitors(100), monkeypatch)
+    assert watched[0] == plain[0]
