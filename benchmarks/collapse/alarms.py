@@ -1,10 +1,11 @@
 """Alarms of single statistics, compared: lead time and false alarms of each family, in one table.
 
-    python benchmarks/collapse/alarms.py [--jobs 2] [--cache FOLDER] [--out FILE]
+    python benchmarks/collapse/alarms.py [--jobs 2] [--trained] [--cache FOLDER] [--out FILE]
 
 Trains what is not in the cache, once a run with all statistics recorded, and evaluates alarms on the records.
-Every statistic gets the same simple rules; its threshold and which of the rules are chosen on one half of the
-runs and reported on the other, of other recipes and seeds. Last comes a slow failure, on which nothing is chosen.
+Every statistic gets the same simple rules; its threshold and which of the rules are chosen on runs that were known
+while rules were made, and reported on runs of fresh seeds, of the same recipes and of others. Last comes a slow
+failure beside its healthy twin, on which nothing is chosen.
 """
 
 import argparse
@@ -28,8 +29,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402
 from evaluate import by_step, first_alarm  # noqa: E402
-from run import _plain, in_parallel  # noqa: E402
-from runs import COMPARED, REFERENCES, SLOW, Run  # noqa: E402
+from run import _plain, in_parallel, is_recorded  # noqa: E402
+from runs import CHOSEN_ON, FRESH, REFERENCES, SLOW, Run  # noqa: E402
 from torch import Tensor  # noqa: E402
 from truth import Truth, judge, reference  # noqa: E402
 
@@ -67,7 +68,7 @@ FACTORS = (256.0, 128.0, 64.0, 32.0, 16.0, 8.0, 4.0)
 WINDOW, SMOOTH, PATIENCE = 8, 3, 2
 """Readings of a window; of which a median is taken; that have to be alarming in a row: as the guard has them."""
 MOST_FALSE = 0.05
-"""Share of healthy runs of the half that chooses in which a threshold may alarm."""
+"""Share of the healthy runs to choose on in which a threshold may alarm."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,16 @@ def count(alarms: Sequence[int | None], truths: Sequence[Truth]) -> Count:
     )
 
 
+def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), that of nothing at all is from 0 to 1."""
+    if not total:
+        return 0.0, 1.0
+    share, part = count / total, z * z / total
+    middle = (share + part / 2) / (1 + part)
+    half = z / (1 + part) * math.sqrt(share * (1 - share) / total + part / total / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def choose(records: Sequence[Mapping[str, Any]], truths: Sequence[Truth], name: str) -> tuple[Rule, Count]:
     """The rule of a statistic that warns of most failures with few enough false alarms.
 
@@ -184,35 +195,41 @@ def choose(records: Sequence[Mapping[str, Any]], truths: Sequence[Truth], name: 
 
 def rows(records: Mapping[Run, Mapping[str, Any]], truths: Mapping[Run, Truth]) -> Iterator[dict[str, Any]]:
     """One row a statistic, and the guard's."""
-    halves = [[run for run in COMPARED if run in truths and run.reports == half] for half in (False, True)]
-    slow = [run for run in SLOW if run in truths]
+    known, fresh, slow = ([run for run in runs if run in truths] for runs in (CHOSEN_ON, FRESH, SLOW))
+    names = {run.name for run in known}
+    parts = {
+        "chosen_on": known,
+        "reported_on": fresh,
+        "reported_on_other_recipes": [run for run in fresh if run.name not in names],
+        "slow": slow,
+    }
+    everything = [*known, *fresh, *slow]
 
     def row(family: str, name: str, rule: Rule | None, alarms: Mapping[Run, int | None]) -> dict[str, Any]:
-        counted = [count([alarms[run] for run in half], [truths[run] for run in half]) for half in halves]
+        counted = {
+            part: vars(count([alarms[run] for run in runs], [truths[run] for run in runs]))
+            for part, runs in parts.items()
+        }
         return {
             "family": family,
             "statistic": name,
             "rule": None if rule is None else vars(rule),
-            "chosen_on": vars(counted[0]),
-            "reported_on": vars(counted[1]),
+            **counted,
             "alarms": [
                 {"run": run.name, "seed": run.seed, "step": alarms[run], "failure": truths[run].failure}
-                for run in (*halves[0], *halves[1], *slow)
+                for run in everything
             ],
         }
 
     for name, (family, _, _) in STATISTICS.items():
-        rule, _ = choose([records[run] for run in halves[0]], [truths[run] for run in halves[0]], name)
-        found = {
-            run: alarm(*scores(records[run], name, rule.kind), rule.threshold)
-            for run in (*halves[0], *halves[1], *slow)
-        }
+        rule, _ = choose([records[run] for run in known], [truths[run] for run in known], name)
+        found = {run: alarm(*scores(records[run], name, rule.kind), rule.threshold) for run in everything}
         yield row(family, name, rule, found)
     for name, sensitivity in (
         ("CollapseGuard as it is", Sensitivity()),
-        ("CollapseGuard with Sensitivity(update={:g})", _with_updates(records, truths, halves[0])),
+        ("CollapseGuard with Sensitivity(update={:g})", _with_updates(records, truths, known)),
     ):
-        guard = {run: first_alarm(records[run], sensitivity) for run in (*halves[0], *halves[1], *slow)}
+        guard = {run: first_alarm(records[run], sensitivity) for run in everything}
         yield row(
             "guard",
             name.format(sensitivity.update),
@@ -222,13 +239,13 @@ def rows(records: Mapping[Run, Mapping[str, Any]], truths: Mapping[Run, Truth]) 
 
 
 def _with_updates(
-    records: Mapping[Run, Mapping[str, Any]], truths: Mapping[Run, Truth], half: Sequence[Run]
+    records: Mapping[Run, Mapping[str, Any]], truths: Mapping[Run, Truth], runs: Sequence[Run]
 ) -> Sensitivity:
     """The guard with the factor that warns of most and earliest, with no more false alarms than without."""
 
     def judged(update: float) -> Count:
-        found = [first_alarm(records[run], Sensitivity(update=update)) for run in half]
-        return count([one and one.step for one in found], [truths[run] for run in half])
+        found = [first_alarm(records[run], Sensitivity(update=update)) for run in runs]
+        return count([one and one.step for one in found], [truths[run] for run in runs])
 
     plain = judged(0.0)
     kept = {update: found for update in FACTORS if (found := judged(update)).false <= plain.false}
@@ -236,11 +253,12 @@ def _with_updates(
     return Sensitivity(update=best)
 
 
-def benchmark(cache: Path, jobs: int) -> dict[str, Any]:
-    """Train what is missing, and evaluate."""
+def benchmark(cache: Path, jobs: int, *, trained: bool = False) -> dict[str, Any]:
+    """Train what is missing, and evaluate; or leave out what was not trained of the runs that report."""
     cache.mkdir(parents=True, exist_ok=True)
-    plain = [run for run in REFERENCES if any(other.family == run.family for other in (*COMPARED, *SLOW))]
-    runs = [*COMPARED, *SLOW]
+    plain = REFERENCES
+    kept = [run for run in (*FRESH, *SLOW) if not trained or is_recorded(run, None, cache)]
+    runs = [*CHOSEN_ON, *kept]
     found = in_parallel([(run, None) for run in (*plain, *runs)], cache, jobs, "runs")
     records = dict(zip((*plain, *runs), found, strict=True))
     healthy = {
@@ -254,7 +272,7 @@ def benchmark(cache: Path, jobs: int) -> dict[str, Any]:
             {
                 "name": run.name,
                 "seed": run.seed,
-                "half": "slow" if run in SLOW else "reported_on" if run.reports else "chosen_on",
+                "part": "slow" if run in SLOW else "reported_on" if run.reports else "chosen_on",
                 "outcome": truths[run].outcome,
                 "failure": truths[run].failure,
                 "final": truths[run].final,
@@ -267,42 +285,53 @@ def benchmark(cache: Path, jobs: int) -> dict[str, Any]:
     }
 
 
+def _of(number: int, total: int) -> str:
+    low, high = wilson(number, total)
+    return f"{number} of {total} ({low:.2f}–{high:.2f})"
+
+
 def table(results: Mapping[str, Any]) -> str:
     """As Markdown."""
-    slow = [run for run in results["runs"] if run["half"] == "slow"]
-    sick = [run for run in slow if run["failure"] is not None]
-    heads = ["alarm", "rule", "chosen on: warned", "false", "reported on: warned", "median lead", "false"]
-    heads += [f"slow failure, seed {run['seed']}" for run in sick] + ["slow, healthy: false"] * bool(slow)
+    heads = ["alarm", "rule", "chosen on: warned", "false", "fresh seeds: warned", "median lead", "false"]
+    heads += ["of recipes not chosen on: warned", "slow failure: warned", "slow, healthy: false"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in results["rows"]:
-        chosen, reported, rule = row["chosen_on"], row["reported_on"], row["rule"]
+        chosen, fresh, rule = row["chosen_on"], row["reported_on"], row["rule"]
+        other, slow = row["reported_on_other_recipes"], row["slow"]
         sign = STATISTICS[row["statistic"]][2] if rule else 0
         limit = math.exp(sign * rule["threshold"]) if rule else 0.0
         words = f"{rule['kind']} {'>' if sign > 0 else '<'} {limit:.3g}" if rule else "its own"
         cells = [f"{row['family']}: {row['statistic']}", words]
         cells += [f"{chosen['warned']} of {chosen['failing']}", f"{chosen['false']} of {chosen['healthy']}"]
-        cells += [f"{reported['warned']} of {reported['failing']}", f"{reported['lead']:.2f}"]
-        cells += [f"{reported['false']} of {reported['healthy']}"]
-        at = {(one["run"], one["seed"]): one["step"] for one in row["alarms"]}
-        for run in sick:
-            step = at[run["name"], run["seed"]]
-            early = step is not None and step < run["failure"]
-            cells.append(f"{step} of {run['failure']}" if early else "late" if step is not None else "none")
-        fine = [run for run in slow if run["failure"] is None]
-        if slow:
-            false = sum(at[run["name"], run["seed"]] is not None for run in fine)
-            cells.append(f"{false} of {len(fine)}")
+        cells += [_of(fresh["warned"], fresh["failing"]), f"{fresh['lead']:.2f}"]
+        cells += [_of(fresh["false"], fresh["healthy"]), f"{other['warned']} of {other['failing']}"]
+        slow_runs = {(run["name"], run["seed"]) for run in results["runs"] if run["part"] == "slow"}
+        early = [
+            f"{one['step']} before {one['failure']}"
+            for one in row["alarms"]
+            if (one["run"], one["seed"]) in slow_runs
+            and None not in (one["step"], one["failure"])
+            and one["step"] < one["failure"]
+        ]
+        cells.append(f"{slow['warned']} of {slow['failing']}" + (f": {', '.join(early)}" if early else ""))
+        cells.append(f"{slow['false']} of {slow['healthy']}")
         lines.append("| " + " | ".join(cells) + " |")
-    seeds = {
-        half: ", ".join(f"{run['name']} {run['seed']}" for run in results["runs"] if run["half"] == half)
-        for half in ("chosen_on", "reported_on", "slow")
+    parts: dict[str, dict[str, list[str]]] = {}
+    for run in results["runs"]:
+        parts.setdefault(run["part"], {}).setdefault(run["name"], []).append(str(run["seed"]))
+    told = {
+        part: ", ".join(f"{name} {'/'.join(seeds)}" for name, seeds in runs.items())
+        for part, runs in parts.items()
     }
     made = results["made"]
     lines += [
         "",
+        "In brackets: the 95 % interval of the share (Wilson); too narrow if anything, as runs of one recipe are "
+        "alike.",
+        "",
         f"Made on {made['machine']} with torch {made['versions']['torch']}; `docs/alarms.json` has every run's "
-        f"alarms. Runs with their seeds, chosen on: {seeds['chosen_on']}. Reported on: {seeds['reported_on']}. "
-        f"Slow: {seeds['slow']}.",
+        f"alarms. Runs with their seeds, chosen on: {told['chosen_on']}. Fresh: {told['reported_on']}. "
+        f"Slow: {told['slow']}.",
     ]
     return "\n".join(lines)
 
@@ -318,13 +347,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument(
+        "--trained", action="store_true", help="leave out runs that report and are not in the cache"
+    )
     parser.add_argument("--cache", type=Path, default=HERE / ".cache", help="folder of the runs' records")
     parser.add_argument(
         "--out", type=Path, default=OUT, help="JSON file; the page gets its table beside docs'"
     )
     given = parser.parse_args(argv)
     start = time.perf_counter()
-    results = benchmark(given.cache, given.jobs)
+    results = benchmark(given.cache, given.jobs, trained=given.trained)
     results["made"] = {
         "seconds": round(time.perf_counter() - start, 1),
         "machine": f"{os.cpu_count()} cores {platform.machine()}",

@@ -1,6 +1,7 @@
 """The training runs of the benchmark: what each is, as data. Whether it fails is decided by its loss alone."""
 
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 EVERY = 4
@@ -257,23 +258,36 @@ DRIVEN = _drawn(_DRIVEN)
 ROUGH = _drawn(_ROUGH)
 
 
-def _halves(failing: list[Run], rough: list[Run]) -> list[Run]:
-    """Every other recipe of either kind chooses, the rest report."""
-    return [replace(run, reports=bool(i % 2)) for kind in (failing, rough) for i, run in enumerate(kind)]
-
-
-# Every other one chooses, the rest report.
-_HEALTHY = (
+# Every one of these was looked at while rules of alarms were made, so that none of them reports.
+_ROUGH_SEEN = (
     *("vit-fresh-optimizer", "vit-noise", "vit-garbage", "vit-high-rate", "llama-resume", "vit-sharp-start"),
     *("llama-small-batches", "llama-bf16-weights", "gpt2-fresh-optimizer", "llama-high-rate"),
     *("gpt2-high-rate", "gpt2-garbage"),
 )
 _DRAWN = {run.name: run for run in ROUGH}
-COMPARED = _halves([run for run in DRIVEN if run.reports], [_DRAWN[name] for name in _HEALTHY])
-"""Runs on which alarms of single statistics are compared, in two halves of their own."""
+CHOSEN_ON = [
+    replace(run, reports=False)
+    for run in (*(run for run in DRIVEN if run.reports), *(_DRAWN[name] for name in _ROUGH_SEEN))
+]
+"""Runs on which alarms of single statistics have their rule and threshold chosen."""
+
+
+def _fresh(offset: int) -> list[Run]:
+    """Driven and rough recipes in turn, families mixed, so that a part of them is one of all."""
+    mixed = [sorted(kind, key=lambda run: (run.seed % 20, run.family)) for kind in (_DRIVEN, _ROUGH)]
+    pairs = zip_longest(*mixed)
+    return [replace(one, seed=one.seed + offset, reports=True) for two in pairs for one in two if one]
+
+
+FRESH = [*_fresh(500), *_fresh(600)]
+"""Runs on which they are reported: two seeds of every recipe that no one had looked at when all rules stood."""
 
 SLOW = [
-    *(_deep(Run("deep-slow", "deep", seed, reports=True), peak=20) for seed in (1, 2)),
-    *(_deep(Run("deep-healthy", "deep", seed, reports=True)) for seed in (21,)),
+    run
+    for seed in (3, 4, 5)
+    for run in (
+        _deep(Run("deep-slow", "deep", seed, reports=True), peak=20),
+        _deep(Run("deep-healthy", "deep", seed + 20, reports=True)),
+    )
 ]
 """A failure that takes its time, and the same without its cause; nothing is chosen on it."""

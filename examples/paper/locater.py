@@ -211,7 +211,7 @@ class Runs:
             }
             if all("choose" in run for run in self.runs[key]):
                 measured[f"choose_{self.metric}"] = self.scores(key, "choose")
-            row |= {name: _interval(values) for name, values in measured.items()}
+            row |= {name: shown_interval(values) for name, values in measured.items()}
             row["scores"] = self.scores(key)
             if key != _BASE:
                 paired = {
@@ -228,7 +228,7 @@ class Runs:
                         for own, other in zip(self.runs[key], self.runs[_BASE], strict=True)
                     ],
                 }
-                row |= {name: _interval(values) for name, values in paired.items()}
+                row |= {name: shown_interval(values) for name, values in paired.items()}
             rows.append(row)
         return rows
 
@@ -246,7 +246,7 @@ class Runs:
                 [other - own for own, other in zip(run["curve"]["loss"], base["curve"]["loss"], strict=True)]
                 for run, base in zip(runs, self.runs[_BASE], strict=True)
             ]
-            row["held_out_gain"] = [_interval(values) for values in zip(*gains, strict=True)]
+            row["held_out_gain"] = [shown_interval(values) for values in zip(*gains, strict=True)]
             rows.append({"label": label, "coefficient": key[1], **row})
         return rows
 
@@ -335,7 +335,8 @@ def _made(setting: str, opts: Options) -> dict[str, Any]:
     return {"configuration": {k: v for k, v in config.items() if k not in ("method", "coefficient", "seed")}}
 
 
-def _interval(values: Sequence[float]) -> Interval:
+def shown_interval(values: Sequence[float]) -> Interval:
+    """An interval over seeds; of one seed, its value."""
     return interval(values) if len(values) > 1 else Interval(values[0], values[0], values[0])
 
 

@@ -14,13 +14,24 @@ from torch.utils.data import DataLoader
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, TextDataModule
 
-METHODS = ("baseline", "variance", "target", "raised", "weight_decay", "sigma_reparam", "entropy")
-"""Three of them are LocAteR; all but the first and σReparam take a coefficient.
+METHODS = (
+    "baseline",
+    "variance",
+    "tokens",
+    "share",
+    "target",
+    "raised",
+    "weight_decay",
+    "sigma_reparam",
+    "entropy",
+)
+"""Five of them are LocAteR; all but the first and σReparam take a coefficient.
 
 ``variance`` and ``target`` are its two forms as they come: the latter holds each head's mean where it starts.
 Where training starts from random weights that is about zero, and with ν = 1 the mean's share of the penalty is
 small. ``raised`` is the target form of a single-head model with ν = n and the mean for which ``xi = s tr W_QK``
-is 1, the middle of the regime that theory calls localized.
+is 1, the middle of the regime that theory calls localized. ``tokens`` is the variance form of the token-aware
+spectrum, and ``share`` the same with a share of the gradient's norm in place of a coefficient.
 """
 
 SPECTRA = ("sym_var", "eig_mean", "frobenius_sq", "concentration")
@@ -85,6 +96,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimizer": {"lr": 5e-4, "schedule": "linear", "warmup_steps": 100},
         "steps": 400,
     },
+    "llama": {
+        "model": {
+            "model_type": "llama",
+            "num_hidden_layers": _GPT["layers"],
+            "num_attention_heads": _GPT["heads"],
+            "num_key_value_heads": 2,
+            "hidden_size": _GPT["width"],
+            "intermediate_size": 3 * _GPT["width"],
+            "max_position_embeddings": 128,
+        },
+        "data": _WORDS,
+        "optimizer": _CLASSIC | {"warmup_steps": 40},
+        "steps": 400,
+    },
     "vit": {
         "task": "image_classification",
         "model": {
@@ -115,7 +140,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def configuration(
-    setting: str, method: str, coefficient: float | None, seed: int, **changed: Any
+    setting: str, method: str, coefficient: float | str | None, seed: int, **changed: Any
 ) -> dict[str, Any]:
     """Everything that a run's numbers depend on, as plain JSON.
 
@@ -157,9 +182,10 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
     spectrum = QKSpectrumMonitor(every, figures_every=0, report=False)
     watch = _StepWatch(steps)
     trained = AttentionMonitor(every, rows=16, every_n_eval_batches=0, figures_every=0, report=False)
-    has_curve = "choose" in config["parts"]
+    has_curve = "choose" in config["parts"] and config.get("curve", True)
+    trained_by = [spectrum, trained, watch, *_locater(config)]
     _trainer(
-        callbacks=[spectrum, trained, watch, *_locater(config)],
+        callbacks=trained_by,
         max_steps=steps,
         log_every_n_steps=every,
         limit_val_batches=_CURVE_BATCHES if has_curve else 0,
@@ -193,6 +219,9 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
         "entropy": attended.series("entropy_normalized").nanmean(-1).tolist(),
     }
     results["train_loss"] = watch.loss()
+    if config["method"] == "share":
+        (locater,) = (callback for callback in trained_by if isinstance(callback, LocAteR))
+        results["weight"] = locater.current_weight(steps)
     results["curve"] = watch.curve
     results["cpu_seconds"] = watch.seconds()
     return results
@@ -298,6 +327,8 @@ def _locater(config: Mapping[str, Any]) -> list[LocAteR]:
     method, coefficient = config["method"], config["coefficient"]
     if method in ("variance", "target"):
         return [LocAteR(coefficient, form=method)]
+    if method in ("tokens", "share"):
+        return [LocAteR(coefficient, sigma="tokens")]
     if method == "raised":
         n = config["model"]["hidden_size"]
         return [LocAteR(coefficient, form="target", target=n**0.5 / n, nu=float(n))]

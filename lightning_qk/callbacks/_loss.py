@@ -28,9 +28,9 @@ def batch_loss(trainer: Trainer, pl_module: LightningModule, outputs: Any) -> Te
 
 
 class LossCurve:
-    """Mean training loss between two measurements, of this process's batches.
+    """Training loss of the measured steps, the mean over the step's batches of this process.
 
-    Nothing waits for the device but a measurement, which does so anyway.
+    Other steps stay as they are without a monitor, and nothing waits for the device but a measurement.
     """
 
     NAME = "train/loss"

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import scipy.stats
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +66,24 @@ def test_a_threshold_is_the_best_one_without_false_alarms(alarms):
     assert 0 < found.lead < 1
     late = alarms.count([64, None, None, 10, 5], truths)
     assert (late.warned, late.false) == (1, 1)
+
+
+def test_intervals_are_wilsons(alarms):
+    for count, total in ((0, 9), (3, 10), (9, 9)):
+        want = scipy.stats.binomtest(count, total).proportion_ci(method="wilson")
+        assert alarms.wilson(count, total) == pytest.approx((want.low, want.high), abs=1e-4)
+    assert alarms.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_no_run_that_chooses_reports(alarms):
+    def keys(runs):
+        return {(run.name, run.seed) for run in runs}
+
+    assert not keys(alarms.CHOSEN_ON) & keys(alarms.FRESH)
+    from runs import DRIVEN, ROUGH
+
+    assert not keys([*DRIVEN, *ROUGH]) & keys(alarms.FRESH)
+    assert any(run.name.startswith("bert") and run.seed > 520 for run in alarms.FRESH)
 
 
 def test_the_page_has_the_table_of_the_json(alarms):

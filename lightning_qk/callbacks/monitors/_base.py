@@ -250,7 +250,8 @@ class Monitor(Watching):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure and log once the optimizer has stepped."""
-        self.attempt(lambda: self._loss.hear(batch_loss(trainer, pl_module, outputs)), "keeping the loss")
+        if self._is_due:
+            self.attempt(lambda: self._loss.hear(batch_loss(trainer, pl_module, outputs)), "keeping the loss")
         self.here(self.end_batch)
         self._end_step(trainer, pl_module)
 
