@@ -127,9 +127,6 @@ def loss_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
 
 def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     """Facts about a run that its report prints."""
-    # Callbacks, whose facts these are, import this module.
-    from lightning_qk.callbacks._run_facts import describe_run
-
     kinds = sorted({type(model).__name__ for model in _whole_models(pl_module)})
     parameters = sum(parameter.numel() for parameter in pl_module.parameters())
     return {
@@ -137,7 +134,6 @@ def model_info(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         "LightningModule": type(pl_module).__name__,
         "Parameters": f"{parameters:,}",
         "Optimizer steps": f"{trainer.global_step:,}",
-        **describe_run(trainer),
         "Precision": str(trainer.precision),
         "Processes": str(trainer.world_size),
         "Device": str(pl_module.device),

@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk.callbacks._output import end_progress_bar
+from lightning_qk.callbacks._run_facts import describe_run
 from lightning_qk.callbacks._trainer import describe_error, logging_step, model_info
 from lightning_qk.callbacks.callback import OBSERVES, SUMS_UP, Callback
 from lightning_qk.loggers.loggers import log_file
@@ -25,7 +26,7 @@ def gather(trainer: Trainer, pl_module: LightningModule, state: str, steps: int)
         state: how the run stands, in a few words that end before the step: ``"finished"``.
         steps: how many are done.
     """
-    record = RunRecord(info=model_info(trainer, pl_module))
+    record = RunRecord(info=model_info(trainer, pl_module) | describe_run(trainer))
     of = f" of {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
     record.info[STATE] = f"{state} at step {steps:,}{of}"
     own = [callback for callback in trainer.callbacks if isinstance(callback, Callback)]  # type: ignore[attr-defined]
