@@ -58,9 +58,11 @@ def test_an_alarm_and_what_was_done_stand_in_the_report(tmp_path):
     fit(guard, Sharpen(), monitor, default_root_dir=tmp_path, log_every_n_steps=1)
     record = RunRecord.load(tmp_path / RECORD)
     alarm = guard.verdicts[0]
+    # The layer by the table's name too.
+    reason = alarm.reason.replace("transformer.h.1.attn", "transformer.h.1.attn (layer_01)")
     assert (
         alarm.step,
-        f"CollapseGuard: {alarm.reason}; weights and optimizer are back at step {guard.rolled_back_to}; "
+        f"CollapseGuard: {reason}; weights and optimizer are back at step {guard.rolled_back_to}; "
         "the learning rate is multiplied by 0.1; QKClip set in",
     ) in record.events
     # And what the remedy did that it woke.
