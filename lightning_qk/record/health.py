@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lightning_qk._printable import printable
-from lightning_qk.record.advice import guard_alarms
+from lightning_qk.record.advice import ADVICE, guard_alarms
 from lightning_qk.record.history import RunRecord
 from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
 
@@ -15,7 +15,7 @@ _STYLES = {"ok": "green", "no data": "dim", "not judged": "dim", **dict.fromkeys
 
 
 def print_health(record: RunRecord, console: "Console | None" = None) -> None:
-    """Print the layers' health as a table, and below it the reasons, the worst layers first.
+    """Print the layers' health as a table, below it the reasons, the worst layers first, and what to do.
 
     Where the console is narrow, columns that matter less are left out, and titles take two lines; numbers and
     verdicts are never cut, and a name that is longer than what is left goes on in the next line.
@@ -58,6 +58,9 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         console.print(printable(f"{row.label}: {row.verdict}, {row.reason}"), markup=False, highlight=False)
     if len(reasons) > _MAX_REASONS:
         console.print(f"and {len(reasons) - _MAX_REASONS} layers more", markup=False, highlight=False)
+    for verdict in dict.fromkeys(row.verdict for row in reasons):
+        if verdict in ADVICE:
+            console.print(f"what to do where {verdict}: {ADVICE[verdict]}", markup=False, highlight=False)
     alarms = guard_alarms(record)
     for alarm in alarms[:_MAX_ALARMS]:
         text = f"{alarm.label or 'the run'}: alarm at step {alarm.step}, {alarm.sentence}"
