@@ -28,11 +28,10 @@ from lightning_qk.callbacks.monitors import (
     _listening,
     _predictions,
     attention,
-    hidden,
     spectrum,
     tokens,
 )
-from lightning_qk.metrics import eigenvalues, means
+from lightning_qk.metrics import eigenvalues, later, means
 from lightning_qk.record import forgotten, history
 
 SPECTRUM, STATES, CALLS = "QKSpectrumMonitor", "HiddenStateMonitor", "AttentionMonitor"
@@ -45,7 +44,7 @@ PLACES = {
     "measuring a call": (attention, "attention_sums", (CALLS, STATES)),
     "sums of tokens": (tokens, "token_sums", ("TokenMonitor", CALLS)),
     "predicting": (_predictions, "predict_attention", ("TokenMonitor", CALLS)),
-    "measuring states": (hidden, "hidden_sums", (STATES, CALLS)),
+    "measuring states": (later, "hidden_sums", (STATES, CALLS)),
     "pooling": (means.HeadMeans, "update", (CALLS, "SinkMonitor", SPECTRUM)),
     "copying to the host": (_listening, "flat_values", (CALLS, "PositionMonitor", SPECTRUM)),
     "remembering": (history.History, "append", (SPECTRUM, CALLS)),

@@ -43,7 +43,9 @@ def test_an_alarm_its_remedies_and_clips(tmp_path: Path) -> None:
     assert (alarm["step"], alarm["source"], alarm["threshold"]) == (verdict.step, "CollapseGuard", 1.0)
     assert alarm["value"] == pytest.approx(verdict.score)
     assert alarm["value"] >= 1
-    assert verdict.reason in alarm["message"]
+    # The layer by the label of the log keys too.
+    reason = verdict.reason.replace("transformer.h.1.attn", "transformer.h.1.attn (layer_01)")
+    assert reason in alarm["message"]
     # Where it was hurt, by the label of the log keys.
     assert alarm["where"].split("/")[0] == "layer_01"
     remedies = [event["message"] for event in events(tmp_path, "remedy")]

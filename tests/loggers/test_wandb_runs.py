@@ -168,7 +168,7 @@ def test_rows_are_in_order(big: Big) -> None:
 
 def test_settings_are_in_the_config(big: Big) -> None:
     settings = big.run.config["lightning_qk"]
-    assert set(settings) == {type(callback).__name__ for callback in big.callbacks}
+    assert set(settings) == {"trainer", *(type(callback).__name__ for callback in big.callbacks)}
     assert settings["AttentionMonitor"]["rows"] == 64
     assert settings["AttentionMonitor"]["per_head"] is False
     assert settings["QKSpectrumMonitor"]["support"] == "model"

@@ -115,4 +115,4 @@ def test_a_report_is_made_from_a_record(
     run([str(installed / "lightning-qk"), "report", str(record), "--output", "report.html"], tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<html" in page
-    assert len(page) > 1_000_000  # the plotting library is in it
+    assert "const drawers" in page  # figures are drawn by the page's own script

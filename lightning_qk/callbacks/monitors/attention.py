@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_qk.callbacks._ranks import all_or_none, alone, reduce_states
+from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
 from lightning_qk.callbacks.callback import SUMS_UP
 from lightning_qk.callbacks.monitors._base import Monitor, at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
@@ -172,12 +172,17 @@ class AttentionMonitor(CaptureMonitor):
         parts = zip(self.labels.values(), curves.split(list(history.heads)), strict=True)
         self._snapshots.append(self.step_of(trainer), dict(parts))
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
-        """As every monitor; what the step comes to is for ``trainer.callback_metrics`` too."""
-        super().publish(trainer, pl_module, values)
-        health = self._health_at(self.step_of(trainer))
-        if pl_module is not None and health:
-            pl_module.log_dict(health, logger=False, on_step=True, on_epoch=False)
+    def after_measuring(self, trainer: Trainer) -> None:
+        """Give ``trainer.callback_metrics`` what the step comes to, alike on all processes; a collective call."""
+        super().after_measuring(trainer)
+        _, pl_module = self.running()
+        if pl_module is None or self._at_the_end:
+            return  # no module may log now
+        here = torch.tensor([self._health_at(self.step_of(trainer)).get(HEALTH, math.nan)])
+        # Where one process could not remember the step it has another number, or none.
+        health = fill_from_others(trainer, {HEALTH: here})[HEALTH]
+        if bool(health.isfinite()):
+            pl_module.log(HEALTH, health[0], logger=False)
 
     def conclude(self, trainer: Trainer, step: int) -> None:
         """Judge the heads that count, by what all monitors have measured."""
