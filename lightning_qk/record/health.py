@@ -60,7 +60,7 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         console.print(f"and {len(reasons) - _MAX_REASONS} layers more", markup=False, highlight=False)
     for verdict in dict.fromkeys(row.verdict for row in reasons):
         if verdict in ADVICE:
-            console.print(f"what to do where {verdict}: {ADVICE[verdict]}", markup=False, highlight=False)
+            console.print(f"What to do ({verdict}): {ADVICE[verdict]}", markup=False, highlight=False)
     alarms = guard_alarms(record)
     for alarm in alarms[:_MAX_ALARMS]:
         text = f"{alarm.label or 'the run'}: alarm at step {alarm.step}, {alarm.sentence}"

@@ -150,7 +150,9 @@ def test_many_reasons_are_cut_and_the_worst_come_first() -> None:
     assert legend.startswith("entropy: 0 is one key")
     assert len(legend) <= 80
     assert below[0].startswith("layer_29: saturated")
-    assert below[-1] == "and 18 layers more"
+    advice = below[below.index("and 18 layers more") + 1 :]
+    assert advice[0].startswith("What to do (saturated): Lower the learning rate")
+    assert advice[-1] == "What to do (sink): Nothing: common in language models."
 
 
 def test_nothing_recorded_prints_nothing() -> None:
