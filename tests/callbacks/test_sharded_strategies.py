@@ -139,6 +139,6 @@ def test_the_configs_train_on_two_processes(name, launcher, tmp_path):
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert len(network.transformer.h) == 2
     assert all(parameter.isfinite().all() for parameter in network.parameters())
-    checkpoints = list(tmp_path.rglob("*.ckpt"))
-    assert len(checkpoints) == 1
-    assert checkpoints[0].is_dir() == (name == "fsdp2")
+    checkpoints = {path.name: path for path in tmp_path.rglob("*.ckpt")}
+    assert checkpoints.keys() == {"epoch=0-step=2.ckpt", "last.ckpt"}
+    assert all(path.is_dir() == (name == "fsdp2") for path in checkpoints.values())
