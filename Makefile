@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The oldest transformers that is supported, with what it needs, laid over the tested versions.
 OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
-.PHONY: quickstart test test-oldest test-models models test-long test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick screenshots paper paper-quick clean
+.PHONY: quickstart test test-oldest test-models models test-long test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick tutorial screenshots paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
 PAPER := theory heads locater failures positional
@@ -68,6 +68,10 @@ comparison: $(VENV)/.test .venv-comparison/.done
 
 tour: $(VENV)/.examples
 	$(BIN)/python examples/refresh_tour.py
+
+# What the tutorial's jobs print, on its page.
+tutorial: $(VENV)/.core
+	$(BIN)/python docs/tutorial_output.py
 
 # docs/atlas.md and the numbers of inspect --against, from both pretrained models.
 atlas: models
