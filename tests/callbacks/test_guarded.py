@@ -19,10 +19,8 @@ KINDS = [
     QKSpectrumMonitor,
     AttentionMonitor,
     HiddenStateMonitor,
-    PositionMonitor,
-    SinkMonitor,
-    AttentionProbes,
     TokenMonitor,
+    *(pytest.param(one, marks=pytest.mark.slow) for one in (PositionMonitor, SinkMonitor, AttentionProbes)),
 ]
 
 

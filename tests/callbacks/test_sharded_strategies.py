@@ -11,6 +11,8 @@ import torch
 import transformers
 from processes import run_script
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parents[1]
 CONFIGS = TESTS.parent / "configs"
 CASES = [
@@ -99,12 +101,8 @@ def test_half_precision(results):
 @pytest.mark.parametrize(
     ("name", "launcher"),
     [
-        pytest.param("ddp", [], marks=pytest.mark.slow),
-        pytest.param(
-            "fsdp2",
-            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-            marks=pytest.mark.slow,
-        ),
+        ("ddp", []),
+        ("fsdp2", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
     ],
 )
 def test_the_configs_train_on_two_processes(name, launcher, tmp_path):

@@ -38,6 +38,7 @@ def close(got: dict, want: dict, tolerance: float) -> None:
         assert (got[name] - tensor).norm() <= tolerance * tensor.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DTENSORS + ADAPTED)
 def test_weights_are_those_of_one_process(ranks, case):
     for rank in ranks:
@@ -47,6 +48,7 @@ def test_weights_are_those_of_one_process(ranks, case):
             close(got[fold], want[fold], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DTENSORS + ADAPTED)
 @pytest.mark.parametrize("way", ["loss", "callback"])
 def test_gradients_on_the_shards_are_those_of_one_process(ranks, case, way):
@@ -60,6 +62,7 @@ def test_gradients_on_the_shards_are_those_of_one_process(ranks, case, way):
         assert rank[case]["reached"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DTENSORS)
 def test_spectra_are_those_of_one_process(ranks, case):
     for rank in ranks:
@@ -72,6 +75,7 @@ def test_spectra_are_those_of_one_process(ranks, case):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DTENSORS)
 def test_one_layer_is_gathered_at_a_time(ranks, case):
     result = ranks[0][case]
@@ -80,6 +84,7 @@ def test_one_layer_is_gathered_at_a_time(ranks, case):
         assert 0 < result[way] < 1.2 * result["layer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DTENSORS)
 def test_frozen_shards_get_no_gradient(ranks, case):
     for rank in ranks:
@@ -87,6 +92,7 @@ def test_frozen_shards_get_no_gradient(ranks, case):
         assert not rank[case]["reached_frozen"]
 
 
+@pytest.mark.slow
 def test_heads_that_live_on_a_rank(ranks):
     for index, rank in enumerate(ranks):
         own = (0, 2) if index == 0 else (2, 4)
@@ -97,6 +103,7 @@ def test_heads_that_live_on_a_rank(ranks):
     assert local_heads(models.llama().model.layers[0].self_attn, 4) is None
 
 
+@pytest.mark.slow
 def test_flat_parameters(ranks):
     for rank in ranks:
         flat = rank["flat"]

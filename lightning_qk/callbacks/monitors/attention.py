@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
+from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, is_distributed, reduce_states
 from lightning_qk.callbacks.callback import SUMS_UP
 from lightning_qk.callbacks.monitors._base import Monitor, at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
@@ -178,11 +178,12 @@ class AttentionMonitor(CaptureMonitor):
         _, pl_module = self.running()
         if pl_module is None or self._at_the_end:
             return  # no module may log now
-        here = torch.tensor([self._health_at(self.step_of(trainer)).get(HEALTH, math.nan)])
-        # Where one process could not remember the step it has another number, or none.
-        health = fill_from_others(trainer, {HEALTH: here})[HEALTH]
-        if bool(health.isfinite()):
-            pl_module.log(HEALTH, health[0], logger=False)
+        health = self._health_at(self.step_of(trainer)).get(HEALTH, math.nan)
+        if is_distributed(trainer):
+            # Where one process could not remember the step it has another number, or none.
+            health = float(fill_from_others(trainer, {HEALTH: torch.tensor([health])})[HEALTH])
+        if math.isfinite(health):
+            pl_module.log(HEALTH, torch.tensor(health), logger=False)
 
     def conclude(self, trainer: Trainer, step: int) -> None:
         """Judge the heads that count, by what all monitors have measured."""
