@@ -21,7 +21,8 @@ _BEGINNINGS = ("Attention health at step", "CollapseGuard: step")
 def shown(output: str, before: str) -> str:
     """The part of an output that a block shows: from its first words on, to the report's path at most."""
     beginning = next(one for one in _BEGINNINGS if before.startswith(one))
-    lines = output.splitlines()
+    # A warning begins with where it comes from.
+    lines = [line[line.find(beginning) :] if beginning in line else line for line in output.splitlines()]
     start = next(index for index, line in enumerate(lines) if line.startswith(beginning))
     if beginning != _BEGINNINGS[0]:
         return lines[start] + "\n"
