@@ -69,11 +69,21 @@ class _Losses(L.Callback):
         self.values.append(float(outputs["loss"]))
 
 
-def train(name: str, steps: int = STEPS, every: int = EVERY, cache: str | None = None) -> Curves:
-    """Train one of :data:`RUNS`.
+def fit(
+    name: str,
+    callbacks: list[L.Callback],
+    folder: Path,
+    *,
+    steps: int = STEPS,
+    every: int = EVERY,
+    cache: str | None = None,
+) -> None:
+    """Train one of :data:`RUNS` with callbacks.
 
     Args:
         name: of the run.
+        callbacks: what watches it.
+        folder: where they write to.
         steps: how long.
         every: steps between two measurements.
         cache: folder for the prepared text; None is the usual one.
@@ -87,25 +97,30 @@ def train(name: str, steps: int = STEPS, every: int = EVERY, cache: str | None =
     data = TextDataModule(
         "stdlib", tokenizer="bytes", block_size=64, batch_size=8, max_characters=300_000, cache_dir=cache
     )
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        log_every_n_steps=every,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data)
+
+
+def train(name: str, steps: int = STEPS, every: int = EVERY, cache: str | None = None) -> Curves:
+    """Train one of :data:`RUNS` and keep its curves; arguments as for :func:`fit`."""
     attention = AttentionMonitor(every, figures_every=0, report=False)
     spectrum = QKSpectrumMonitor(every, figures_every=0, report=False)
     losses = _Losses()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=[attention, spectrum, losses],
-            log_every_n_steps=every,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-            devices=1,
-            default_root_dir=folder,
-        )
-        trainer.fit(module, data)
+        fit(name, [attention, spectrum, losses], Path(folder), steps=steps, every=every, cache=cache)
     measured, heads = {}, {}
     for statistic, _, _ in PANELS:
         history = attention.history if statistic in attention.history.values else spectrum.history

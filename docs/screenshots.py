@@ -14,15 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import lightning as L
 from PIL import Image
 
-from lightning_qk import AttentionMonitor, CollapseGuard, QKSpectrumMonitor, TextDataModule, TransformerModule
+from lightning_qk import AttentionMonitor, CollapseGuard, QKSpectrumMonitor
 from lightning_qk.record.history import RunRecord
 from lightning_qk.report import write_report
 
 sys.path.insert(0, str(Path(__file__).parent))
-from healthy_and_sick import EVERY, HEADS, LAYERS, RUNS, STEPS
+from healthy_and_sick import EVERY, fit
 
 VIEWS = {
     "light": (1280, 900, "light", False),
@@ -42,30 +41,8 @@ def train(folder: Path, cache: str | None = None) -> Path:
         folder: of the run.
         cache: folder for the prepared text; None is the usual one.
     """
-    L.seed_everything(1, verbose=False)
-    module = TransformerModule(
-        {"model_type": "gpt2", "n_layer": LAYERS, "n_head": HEADS, "n_embd": 64, "n_positions": 64},
-        schedule="constant",
-        **RUNS["sick"],
-    )
-    data = TextDataModule(
-        "stdlib", tokenizer="bytes", block_size=64, batch_size=8, max_characters=300_000, cache_dir=cache
-    )
-    trainer = L.Trainer(
-        max_steps=STEPS,
-        max_epochs=-1,
-        callbacks=[AttentionMonitor(EVERY), QKSpectrumMonitor(EVERY), CollapseGuard(every_n_steps=EVERY)],
-        log_every_n_steps=EVERY,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, data)
+    monitors = [AttentionMonitor(EVERY), QKSpectrumMonitor(EVERY), CollapseGuard(every_n_steps=EVERY)]
+    fit("sick", monitors, folder, cache=cache)
     return folder / "lightning_qk_record.safetensors"
 
 
