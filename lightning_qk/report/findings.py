@@ -141,6 +141,9 @@ def _title(rows: list[HeadHealth], layers: Mapping[str, int]) -> str:
         if len(own) == 1:
             label, count = next(iter(own.items()))
             return f"{'all ' if count == layers[label] else ''}{count} heads of {label}"
-        parts = [f"{'all of ' if count == layers[label] else ''}{label}" for label, count in own.items()]
+        # Each with its number: "all of a, b" would be read as all of both.
+        parts = [
+            f"{'all ' if count == layers[label] else ''}{count} of {label}" for label, count in own.items()
+        ]
         return f"{len(rows)} heads: {', '.join(parts)}"
     return f"{len(rows)} heads in {len(own)} of {len(layers)} layers"

@@ -43,7 +43,7 @@ def test_few_layers_are_named() -> None:
         entropy_normalized=[0.5] * 20, max_abs_logit=[150.0] * 5 + [5.0] * 15, entropy=[2.5] * 20
     )
     (fault,) = screen(record)["groups"]
-    assert fault.title == "5 heads: all of layer_00, layer_01"
+    assert fault.title == "5 heads: all 4 of layer_00, 1 of layer_01"
     assert fault.why == "layer_00, head 0: its largest |logit| is 150, above 100, where Kimi K2 clips"
 
 
