@@ -44,9 +44,9 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in docs/_build; a warning is an error. Nothing is fetched.
+# The site, in docs/_build; a warning is an error, and pages kept from before would hide it. Nothing is fetched.
 docs: $(VENV)/.docs
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
+	$(BIN)/sphinx-build --fresh-env --quiet --fail-on-warning --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
 	@echo docs/_build/html/index.html
 
 # Wheel and sdist, in dist, installed from there into a fresh environment and tried.

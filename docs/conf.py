@@ -5,8 +5,10 @@ site with their own pictures, and every relative link works on a code host too. 
 built or when they are read: formulas become MathML.
 """
 
+from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
+from pkgutil import resolve_name, walk_packages
+from types import FunctionType
 from typing import Any
 
 from docutils import nodes
@@ -106,19 +108,24 @@ def _front_door(app: Sphinx, error: Exception | None) -> None:
         Path(app.outdir, "index.html").write_text(f"<!doctype html>{go}\n", encoding="utf-8")
 
 
-def _new_names(app: Sphinx, documented: Any, bound: bool) -> None:
-    """Pages show arguments by their new names; the old ones are in the signature too, for jsonargparse."""
-    function = getattr(documented, "__init__", documented) if isinstance(documented, type) else documented
-    while hasattr(function, "__wrapped__"):
-        vars(function).pop("__signature__", None)
-        function = function.__wrapped__
+def _new_names(app: Sphinx) -> None:
+    """Pages show arguments by their new names; the old ones are in signatures too, for jsonargparse.
+
+    Before autodoc reads anything: it takes defaults from the source, whose arguments have to be those of a signature,
+    and only then asks for changes.
+    """
+    for module in walk_packages(lightning_qk.__path__, "lightning_qk."):
+        for found in list(vars(import_module(module.name)).values()):
+            function = vars(found).get("__init__") if isinstance(found, type) else found
+            while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
+                vars(function).pop("__signature__", None)
+                function = function.__wrapped__
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """What sphinx calls."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
-    # Before sphinx reads defaults from the source, whose arguments have to be those of the signature.
-    app.connect("autodoc-before-process-signature", _new_names, priority=400)
+    app.connect("builder-inited", _new_names)
     app.connect("autodoc-skip-member", _skip)
     app.connect("missing-reference", _exists)
     app.connect("build-finished", _front_door)
