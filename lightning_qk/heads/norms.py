@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import Stop, Through, quietly, run_alone, shadow
-from lightning_qk.heads.projections import Affine, UnreadLayer
+from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
 from lightning_qk.heads.sharding import alive, device_of, is_dtensor, whole
-from lightning_qk.heads.sizes import Sizes
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
 _AMPLITUDE = 64.0
