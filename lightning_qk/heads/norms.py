@@ -205,8 +205,8 @@ class _Target(nn.Module):
 def is_before_projections(module: nn.Module, plan: NormPlan, width: int) -> bool:
     """Whether a layer's norm that is named for queries or keys acts on the layer's input instead.
 
-    It is part of no projection then. Told by which child the layer's forward calls first, where the norm's width
-    alone does not tell.
+    It is part of no projection then. Decided by the child that the layer's forward calls first, where the norm's
+    width leaves it open.
 
     Args:
         module: the attention layer.
