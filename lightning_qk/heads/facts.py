@@ -16,10 +16,9 @@ from lightning_qk.architecture.source_code import is_known, names_in
 from lightning_qk.heads.layouts import KnownLayout, borrows_keys, unsupported
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.projection import Projection
-from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.projections import InaccessibleWeights, Sizes, UnreadLayer
 from lightning_qk.heads.sharding import flat_root, flat_unit
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.sizes import Sizes
 from lightning_qk.heads.trials import Trial
 
 

@@ -78,7 +78,7 @@ class UpdateCap(Intervention):
         self._resumed: Mapping[str, Sequence[Tensor]] = {}
         self._ends: list[Callable[[], None]] = []
         self._labels: dict[str, str] = {}
-        # Layers whose first cap was told.
+        # Layers whose first cap was reported.
         self._reported: set[str] = set()
         # Per matrix since the last logged step.
         self._factors: dict[tuple[str, str], Tensor] = {}
