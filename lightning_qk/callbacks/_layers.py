@@ -71,7 +71,7 @@ def training_layers(trainer: Trainer, pl_module: nn.Module, layers: Iterable[str
     changed = {id(parameter) for parameter in stepped_parameters(trainer) if parameter.requires_grad}
     parts: dict[str, bool] = {}
     for ids in (changed, None):
-        # An optimizer may have copies of its own of the parameters: then only who asks for gradients is known.
+        # An optimizer may have copies of its own of the parameters: then only requires_grad is known.
         parts = {}
         found = {name for name in names if _trains(name, modules, ids, parts)}
         if found:

@@ -152,7 +152,7 @@ class TextDataModule(pl.LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_digest: Any = None
         self._tokenizer_of: str | None = None
-        self._splits: dict[str, Dataset] | None = None
+        self._splits: dict[str, Dataset] = {}
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -187,7 +187,7 @@ class TextDataModule(pl.LightningDataModule):
             or self._pretrained() in (None, self._tokenizer_of)
         ):
             return
-        self._tokenizer, self._tokenizer_digest, self._splits = None, None, None
+        self._tokenizer, self._tokenizer_digest, self._splits = None, None, {}
 
     def prepare_data(self) -> None:
         """Read, tokenize and keep the data; Lightning calls it on one process."""
@@ -197,7 +197,7 @@ class TextDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the data that :meth:`prepare_data` left; Lightning calls it on every process."""
         self._follow_the_model()
-        if self._splits is not None:
+        if self._splits:
             return
         from datasets import load_from_disk
         from transformers import AutoTokenizer
@@ -223,7 +223,7 @@ class TextDataModule(pl.LightningDataModule):
             "max_length" if classifies else "block_size": self.max_length if classifies else self.block_size,
             "batch_size": self.batch_size,
         }
-        if self._splits is not None:
+        if self._splits:
             facts["rows"] = {name: len(rows) for name, rows in self._splits.items()}
         return facts
 
@@ -245,11 +245,13 @@ class TextDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Batches to predict: the test rows, or the validation rows where there are none."""
-        assert self._splits is not None, "setup() comes first"
         return self._loader("test" if "test" in self._splits else "val")
 
     def _loader(self, split: str) -> DataLoader:
-        assert self._splits is not None, "setup() comes first"
+        if not self._splits:
+            raise ValueError(
+                "expected a data module that is set up, got one that is not: call prepare_data() and setup() first"
+            )
         if split not in self._splits:
             raise ValueError(
                 f"expected rows to {split} on, got none from {self._where()}: pass {split}_files="

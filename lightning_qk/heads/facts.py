@@ -319,7 +319,7 @@ def describe(
         raise UnreadLayer(reason)
     source, clip, constants = kv_source(layer), configured_clip(module, layer.config), Constants(module)
     chain = (module, *layer.ancestors, *wrappers)
-    # The outermost unit of a part of a model need not be the root: the root has to be seen to be one.
+    # The outermost unit of a part of a model need not be the root: it is one where nothing is around it.
     unit, root = flat_unit(chain), flat_root(chain)
     if source is not None and unit is not None:
         raise InaccessibleWeights(

@@ -152,7 +152,7 @@ class InaccessibleWeights(UnreadLayer):
 
 
 class NotTokenAttention(UnreadLayer):
-    """Its products run over the tokens: it attends over channels, so that its softmax is none over tokens."""
+    """Its products run over the tokens: it attends over channels, and its softmax is not taken over tokens."""
 
 
 class Sizes(NamedTuple):

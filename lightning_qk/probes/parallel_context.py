@@ -144,7 +144,7 @@ def _visible(plan: _Plan, causal: bool) -> Tensor:
     n = plan.part.shape[1]
     same = plan.part[:, :, None] == plan.part[:, None, :]
     asks = plan.asks[:, :, None]
-    # Context sees context of its part; who asks sees all.
+    # Context tokens see those of their part; asking tokens see all.
     visible = (same & ~plan.asks[:, None, :]) | asks
     if causal:
         visible &= torch.ones(n, n, dtype=torch.bool, device=visible.device).tril()

@@ -28,7 +28,7 @@ def token_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, TokenMo
 
     The model runs in evaluation mode without gradients and is left as it was. Queries and keys are those that
     attention multiplies, after norms; a known rotation is undone position by position, and compared with the
-    projections of what entered the layer. Padding is left out. ``position_ids`` of a batch are heeded.
+    projections of what entered the layer. Padding is left out. ``position_ids`` of a batch are respected.
 
     Args:
         model: any module that contains attention.

@@ -100,7 +100,7 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
         self._recall_weights()
 
     def forget_weights(self) -> None:
-        """Weights were put back: the next update is none of training's."""
+        """Weights were put back: the next difference is not an update of training."""
         if self._layers is not None and self._layers.singular is not None:
             self._layers.singular.forget()
             self._step_of_weights = None
