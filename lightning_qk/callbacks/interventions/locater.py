@@ -1,5 +1,6 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
