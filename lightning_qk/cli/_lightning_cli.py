@@ -88,8 +88,8 @@ def _check_checkpoint(given: Any) -> None:
     if given is None or str(given) in ("best", "hpc") or ":" in str(given) or Path(given).exists():
         return
     raise BadInput(
-        f"expected a checkpoint that exists after --ckpt_path, got no such file: {given}; correct it, or pass 'last' "
-        "for the newest of the job's runs"
+        f"expected a checkpoint that exists after --ckpt_path, got no such file: {given}; correct it, or pass "
+        "'last' for the newest of the job's runs"
     )
 
 

@@ -43,7 +43,7 @@ _FOREIGN = (
 _ORIGINAL = "pass the model that it was made from"
 # Quantization → what turns its codes into numbers.
 _CONVERTED = {
-    "compressed-tensors": "with `pip install compressed-tensors`, run `python -c \"from "
+    "compressed-tensors": 'with `pip install compressed-tensors`, run `python -c "from '
     "compressed_tensors.entrypoints.convert import *; convert_checkpoint('FOLDER', 'OUT', "
     "CompressedTensorsDequantizer('FOLDER'))\"` and pass OUT",
     "torchao": "convert it with the lines for torchao in docs/how-to/read-a-checkpoint.md",

@@ -203,7 +203,7 @@ def network_from_pretrained(
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Keeps back transformers' table of tensors without a match, unless loading fails, whose error refers to it."""
+    """Keeps back transformers' table of tensors without a match, but for an error of loading, which refers to it."""
     kept: list[logging.LogRecord] = []
 
     def keep(record: logging.LogRecord) -> bool:

@@ -73,7 +73,9 @@ def test_a_missing_header_is_seen(tmp_path: Path) -> None:
 def test_a_row_whose_columns_are_shifted_is_refused_with_its_number(tmp_path: Path) -> None:
     rows = news()
     rows[20] = [*rows[20][1:], rows[20][0]]
-    with pytest.raises(ValueError, match=r"got the text 'World', .* label 'Title 20', .* in row 21: its columns"):
+    with pytest.raises(
+        ValueError, match=r"got the text 'World', .* label 'Title 20', .* in row 21: its columns"
+    ):
         prepared(write(tmp_path / "news.csv", rows), tmp_path)
     # A text may be what a label is, and a class may have one row.
     rows[20] = ["Sports", "Title 20", "World"]
