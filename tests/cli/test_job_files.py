@@ -82,6 +82,15 @@ def test_without_a_checkpoint_nothing_starts_anew(config: Path, capsys: pytest.C
     assert not Path("logs").exists()
 
 
+def test_a_misspelt_checkpoint_is_told_before_the_data_are_read(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", "--config", str(config), "--ckpt_path", "lst.ckpt"]) == 2
+    said = capsys.readouterr().err
+    assert "after --ckpt_path, got no such file: lst.ckpt; correct it, or pass 'last'" in said
+    assert not Path("cache").exists()
+
+
 def test_a_run_that_fails_leaves_its_last_checkpoint(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
