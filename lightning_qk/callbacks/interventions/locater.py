@@ -1,5 +1,6 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -147,6 +148,7 @@ class LocAteR(Intervention):
         self._batches = 0
         self._stepped = False
         self._newest: Tensor | None = None
+        self._logged_weight = math.nan
         self._warned = False
         self._warned_idle = False
         self._is_off = False
@@ -386,10 +388,13 @@ class LocAteR(Intervention):
         self, trainer: Trainer, pl_module: LightningModule, value: Tensor, weight: float, reached: bool
     ) -> None:
         self._newest = value
-        # A tensor that is filled on the device: Lightning would copy a number there, and wait.
-        logged_weight = torch.full_like(value, weight)
         pl_module.log(f"{self._prefix}/penalty", value, on_step=True, on_epoch=False)
-        pl_module.log(f"{self._prefix}/weight", logged_weight, on_step=True, on_epoch=False)
+        # Lightning keeps it for steps that say nothing new.
+        if self._is_due or weight != self._logged_weight:
+            self._logged_weight = weight
+            # A tensor that is filled on the device: Lightning would copy a number there, and wait.
+            logged_weight = torch.full_like(value, weight)
+            pl_module.log(f"{self._prefix}/weight", logged_weight, on_step=True, on_epoch=False)
         # With several optimizers, each steps only its share of the layers.
         if not reached and not self._warned_idle and len(trainer.optimizers) == 1:
             self._warned_idle = True
