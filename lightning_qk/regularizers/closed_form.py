@@ -95,13 +95,13 @@ class _HeadPenalties(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        query, key, *saved = ctx.saved_tensors
+        query, key, small, gram_query, gram_key = ctx.saved_tensors
         with full_precision(query.device):
             # For a second derivative what was saved is no function of the weights any more.
             products = (
                 _multiply(query, key)
                 if torch.is_grad_enabled()
-                else _Products(*saved, _below(query, len(key)))
+                else _Products(small, gram_query, gram_key, _below(query, len(key)))
             )
             centred = _centred(products.small, ctx.form)
             weight = grad_outputs[0][:, None, None]
