@@ -295,13 +295,26 @@ def test_encoder_and_decoder():
     model = models.t5().double()
     batch = {"input_ids": tokens()["input_ids"], "decoder_input_ids": tokens(n=10)["input_ids"]}
     heads = head_projections(model)
+    entered = inputs_of(model, batch)
+    with torch.no_grad():
+        memory = model.get_encoder()(batch["input_ids"]).last_hidden_state
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", TokenMomentsWarning)
         found = token_moments(model, [batch])
     assert {*heads} == {*found} | {name for name in heads if any(name in str(one.message) for one in said)}
     cross = [name for name in found if not heads[name].self_attention]
+    assert cross
     for name in cross:
         assert found[name].cross_scatter is None
+        q, k = (
+            torch.einsum("btd,hed->bhte", x, own.detach())
+            for x, own in ((entered[name], heads[name].query), (memory, heads[name].key))
+        )
+        want = TokenMoments.of(q, k, self_attention=False)
+        for side in ("query", "key"):
+            one, two = getattr(found[name], side), getattr(want, side)
+            torch.testing.assert_close(one.covariance, two.covariance, rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(one.mean, two.mean, rtol=1e-4, atol=1e-8)
         with pytest.raises(ValueError, match="cross-attention"):
             found[name].spectrum()
         if found[name].unexplained is None:
