@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_qk.inspect.documents import BadInput, check_counts, one_line, parse_json, read_json
-from lightning_qk.inspect.files import CONFIG, HUB_ID, Fetch, close_name, hub_files, local_files, path_of
+from lightning_qk.inspect.files import CONFIG, HUB_ID, Fetch, hub_files, local_files, near_hint, path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -174,5 +174,5 @@ def _any_config(name: str, options: Options) -> "PreTrainedConfig":
     if path.is_dir():
         return read_config(local_files(path), str(path), options)
     if not HUB_ID.match(name):
-        raise BadInput(f"expected a folder or the name of a model on the hub, got {name!r}{close_name(path)}")
+        raise BadInput(f"expected a folder or the name of a model on the hub, got {name!r}{near_hint(path)}")
     return read_config(hub_files(name, options.revision), name, options, hub=name)

@@ -34,7 +34,7 @@ def path_of(name: str) -> Path:
     return path
 
 
-def close_name(path: Path) -> str:
+def near_hint(path: Path) -> str:
     """The end of a message about a path that does not exist: the name beside it that may be meant."""
     try:
         names = [entry.name for entry in path.parent.iterdir()]
@@ -82,7 +82,7 @@ def hub_files(name: str, revision: str | None) -> Fetch:
                 return None
             raise BadInput(
                 "expected a path that exists, or a model of the hub that is in its cache or can be "
-                f"downloaded, got {name!r}{close_name(Path(name))}, or try again with a network and without "
+                f"downloaded, got {name!r}{near_hint(Path(name))}, or try again with a network and without "
                 "HF_HUB_OFFLINE"
             ) from error
         except EntryNotFoundError:

@@ -17,9 +17,9 @@ from lightning_qk.inspect.files import (
     CONFIG,
     HUB_ID,
     Fetch,
-    close_name,
     hub_files,
     local_files,
+    near_hint,
     path_of,
 )
 from lightning_qk.inspect.foreign import foreign_format
@@ -99,7 +99,7 @@ def open_source(target: str, options: Options) -> list[Checkpoint]:
     if path.is_absolute() or target.startswith((".", "~")) or not HUB_ID.match(name):
         raise BadInput(
             f"expected a folder, a checkpoint or the name of a model on the hub, got {target!r}, which does "
-            f"not exist{close_name(path)}"
+            f"not exist{near_hint(path)}"
         )
     return [_hub(name, revision or options.revision, options)]
 
