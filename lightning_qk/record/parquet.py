@@ -73,8 +73,8 @@ def _tables(record: RunRecord, schema: "pa.Schema") -> "Iterator[pa.Table]":
             key = f"{RUN_GROUPS.get(field, field)}/{statistic}"
             for steps, values in _pieces(history, statistic):
                 yield _of_heads(history, key, steps, values, field != "hidden", schema)
-    for key, (steps, values) in record.scalars.items():
-        yield _of_run(key, steps, values, schema)
+    for name, curve in record.scalars.items():
+        yield _of_run(name, *curve, schema)
 
 
 def _of_heads(

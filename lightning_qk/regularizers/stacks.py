@@ -64,7 +64,7 @@ class Stack(NamedTuple):
     @torch.no_grad()
     def read(self) -> tuple[Tensor, Tensor]:
         """Query and key weights, ``(layers, heads, d_head, d_in)``, detached copies."""
-        stacked = [torch.stack(own) for own in self.parameters]
+        stacked = [torch.stack(tuple(own)) for own in self.parameters]
         return self.place.query.read(stacked[0]), self.place.key.read(stacked[-1])
 
     def reaches(self, wanted: Collection[int]) -> tuple[bool, bool]:
@@ -180,5 +180,5 @@ def _view(side: Side, parameter: nn.Parameter, layer: LayerReader) -> _View | No
     if view is None or view.dim() != 3:
         return None
     is_whole = view.numel() == parameter.numel() and view.is_contiguous()
-    offset = view.storage_offset() - parameter.storage_offset()
+    offset = int(view.storage_offset()) - int(parameter.storage_offset())
     return _View(tuple(view.shape), tuple(view.stride()), offset, is_whole)
