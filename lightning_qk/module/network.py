@@ -203,7 +203,7 @@ def network_from_pretrained(
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Keeps back transformers' table of tensors without a match; not where loading fails, whose error names it."""
+    """Keeps back transformers' table of tensors without a match, which an error of loading refers to and shows."""
     kept: list[logging.LogRecord] = []
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,11 +1,12 @@
 """The table of the layers' health in a terminal."""
 
+import re
 import textwrap
 from typing import TYPE_CHECKING
 
 from lightning_qk._printable import printable
 from lightning_qk.record.advice import ADVICE, guard_alarms
-from lightning_qk.record.history import RunRecord
+from lightning_qk.record.history import STATE, RunRecord
 from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
 
 if TYPE_CHECKING:
@@ -134,5 +135,11 @@ def _at_steps(record: RunRecord) -> str:
         return ""
     if len(set(steps)) == 1:
         # A run that ended before its first measurement has that of the weights it began with.
-        return f" at step {steps[0]}" if steps[0] >= 0 else " before training"
+        return f" at step {steps[0]}{_of_all(record, steps[0])}" if steps[0] >= 0 else " before training"
     return f" at step {steps[0]} (attention: {steps[1]})"
+
+
+def _of_all(record: RunRecord, step: int) -> str:
+    """How many steps there were, where the last ones were not measured."""
+    done = re.search(r" at step ([\d,]+)", record.info.get(STATE, ""))
+    return f" of {done[1]}" if done and int(done[1].replace(",", "")) > step + 1 else ""

@@ -188,6 +188,20 @@ UNITS = {
 }
 
 
+def test_the_title_says_where_the_last_steps_were_not_measured() -> None:
+    """A run that is shorter than two of its cadences is measured at the end of its first epoch alone."""
+    record = attention_of(**HEALTHY)
+    for state, title in {
+        "finished at step 1,039 of 2,000": "Attention health at step 3 of 1,039",
+        "finished at step 4 of 4": "Attention health at step 3",
+        "": "Attention health at step 3",
+    }.items():
+        record.info["State"] = state
+        out = io.StringIO()
+        print_health(record, Console(file=out, width=80))
+        assert out.getvalue().splitlines()[0].strip() == title
+
+
 def test_nothing_recorded_prints_nothing() -> None:
     out = io.StringIO()
     print_health(RunRecord(), Console(file=out))
