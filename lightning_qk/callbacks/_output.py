@@ -41,6 +41,25 @@ class Agreed(Metric):
         return self.value
 
 
+def log_at_step(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
+    """Give ``trainer.callback_metrics`` values of a step, and the loggers none; no collective call.
+
+    Lightning's own ``log`` would copy each of a hundred values to the device, and look at each again at every step
+    of the epoch.
+
+    Args:
+        trainer: the trainer, in a hook in which ``log`` may be called.
+        pl_module: its module.
+        values: key → number.
+    """
+    given = dict(zip(values, torch.tensor(list(values.values())).unbind(), strict=True))
+    trainer.callback_metrics.update(given)
+    kept = trainer.callback_metrics
+    if any(kept.get(name) is not value for name, value in given.items()):
+        # They were a copy, or another callback has logged one of the names.
+        pl_module.log_dict(given, logger=False, on_step=True, on_epoch=False)
+
+
 def log_agreed(pl_module: LightningModule, values: Mapping[str, float | Tensor], **options: Any) -> None:
     """Give ``trainer.callback_metrics`` values of an epoch that are the same on every process; no collective call.
 

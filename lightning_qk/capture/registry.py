@@ -6,7 +6,7 @@ Interceptors come first: what a capture gets is the call as it is made in the en
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,9 @@ from torch import nn
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation, read_call
 from lightning_qk.capture.captured import CapturedCall
+
+aside: Callable[[], AbstractContextManager[Any]] = nullcontext
+"""Within it nothing of ours looks at calls of torch's functions, not even in vain; set by who looks."""
 
 Run = Callable[[AttentionCall], Any]
 """Makes a call and returns the attention function's output."""
@@ -132,7 +135,7 @@ def deliver(module: nn.Module, read: Callable[[], CapturedCall], *, may_observe:
     _thread.delivered += 1
     wanted = [capture for capture in _captures if capture.wants(module)]
     # Muted: a capture may call an attention function to find out what it computes.
-    with torch.no_grad(), mute():
+    with torch.no_grad(), mute(), aside():
         for capture in wanted:
             capture.receive(module, read, may_observe=may_observe)
 

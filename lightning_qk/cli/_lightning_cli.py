@@ -46,7 +46,7 @@ class _JobCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         options = super()._prepare_subcommand_kwargs(subcommand)
         if options.get("ckpt_path") == "last":
-            # Lightning looks in the folder of the run that begins, and starts anew where that has none.
+            # Lightning looks in the folder of the run that begins, and starts a new run where that has none.
             options["ckpt_path"] = str(newest_checkpoint(self.trainer))
             rank_zero_info(f"lightning-qk: from {options['ckpt_path']}")
         else:

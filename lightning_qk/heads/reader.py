@@ -301,7 +301,7 @@ def find_attention(model: nn.Module) -> dict[str, nn.Module]:
 
 # Layers are copied when they are stacked, and some when they are read: of large models no more than this many
 # numbers at a time.
-_LARGEST_BATCH = 2**26
+LARGEST_BATCH = 2**26
 
 
 class LayerBatch(NamedTuple):
@@ -358,7 +358,7 @@ def read_together(reader: ProjectionReader, names: Iterable[str]) -> Iterator[li
         elif layer.is_view():
             views.append(name)
         else:
-            if made[-1] and size + layer.numel > _LARGEST_BATCH:
+            if made[-1] and size + layer.numel > LARGEST_BATCH:
                 made.append([])
                 size = 0
             made[-1].append(name)
@@ -388,7 +388,7 @@ def group_layers(
     for name, head in layers.items():
         own = tensors(head)
         batches = groups.setdefault(tuple((t.shape, t.dtype, t.device) for t in own), [[]])
-        if batches[-1] and (len(batches[-1]) + 1) * sum(t.numel() for t in own) > _LARGEST_BATCH:
+        if batches[-1] and (len(batches[-1]) + 1) * sum(t.numel() for t in own) > LARGEST_BATCH:
             batches.append([])
         batches[-1].append(name)
     return [names for batches in groups.values() for names in batches]

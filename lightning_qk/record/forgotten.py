@@ -1,11 +1,15 @@
 """What thinning takes out of a history, kept on disk until the table of every head is written."""
 
 import tempfile
+from array import array
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MAX_FAILURES = 3
 """After so many points in a row that could not be written no more are tried."""
@@ -23,7 +27,9 @@ class Forgotten:
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        self._points: list[tuple[int, tuple[str, ...], int]] = []
+        # Of each point its step, the number of its kind and where it lies: 20 bytes, however long the run.
+        self._steps, self._kinds, self._offsets = array("q"), array("i"), array("q")
+        self._names: list[tuple[str, ...]] = []
         self._end = 0
         self._failed = 0
         self.problem: str | None = None
@@ -62,22 +68,43 @@ class Forgotten:
         self._file.seek(self._end)
         if self._file.write(data) != len(data):
             raise OSError("no space left on the device")
-        self._points.append((step, tuple(values), self._end))
+        names = tuple(values)
+        if names not in self._names:
+            self._names.append(names)
+        self._steps.append(step)
+        self._kinds.append(self._names.index(names))
+        self._offsets.append(self._end)
         self._end += len(data)
 
     def cut(self, step: int) -> None:
         """Let go what came at a step or after it: the run was set back."""
-        self._points = [point for point in self._points if point[0] < step]
+        kept = [index for index, own in enumerate(self._steps) if own < step]
+        for name in ("_steps", "_kinds", "_offsets"):
+            column = getattr(self, name)
+            setattr(self, name, array(column.typecode, (column[index] for index in kept)))
 
-    def series(self, statistic: str, heads: int) -> tuple[list[int], Tensor]:
-        """The steps at which a statistic was let go, in their order, and its values, ``(points, heads)``."""
-        steps, rows = [], []
-        for step, names, offset in sorted(self._points):
-            if statistic in names:
-                assert self._file is not None  # there is a point
-                self._file.seek(offset + names.index(statistic) * heads * 4)
-                data = self._file.read(heads * 4)
-                if len(data) == heads * 4:
-                    rows.append(torch.frombuffer(bytearray(data), dtype=torch.float32))
-                    steps.append(step)
-        return steps, torch.stack(rows) if rows else torch.empty(0, heads)
+    def __len__(self) -> int:
+        """Number of points."""
+        return len(self._steps)
+
+    def places(self, statistic: str, heads: int) -> "tuple[np.ndarray, np.ndarray]":
+        """The steps at which a statistic was let go, in their order, and for :meth:`read` where its values lie."""
+        import numpy as np
+
+        rank = [names.index(statistic) if statistic in names else -1 for names in self._names]
+        own = (
+            np.asarray(rank, dtype=np.int64)[np.asarray(self._kinds)] if len(self) else np.empty(0, np.int64)
+        )
+        steps, offsets = np.asarray(self._steps, np.int64), np.asarray(self._offsets, np.int64)
+        order = np.argsort(steps, kind="stable")
+        order = order[own[order] >= 0]
+        return steps[order], (offsets + 4 * heads * own)[order]
+
+    def read(self, place: int, heads: int) -> "np.ndarray | None":
+        """Values of a statistic at a place, ``(heads,)``; None where they were not written to the end."""
+        import numpy as np
+
+        assert self._file is not None  # there is a place
+        self._file.seek(place)
+        data = self._file.read(4 * heads)
+        return np.frombuffer(data, dtype=np.float32) if len(data) == 4 * heads else None

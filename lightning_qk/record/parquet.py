@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 HISTORY_NAME = "lightning_qk_history.parquet"
 
+_MOST_VALUES = 2**20
+"""Values of a row group; it takes some 50 bytes of memory for each of them while it is written."""
+
 
 def write_history(record: RunRecord, path: str | Path) -> Path:
     """Write what a run's monitors remember as one tidy table: a row for each value of each head.
@@ -29,9 +32,9 @@ def write_history(record: RunRecord, path: str | Path) -> Path:
     value         float   32 bits; a head without a value has no row
     ============= ======= =====================================================================
 
-    Every key is a row group of its own (several where it has more than 4 million values), so that
-    ``pandas.read_parquet(path, filters=[("key", "==", "qk/eig_var")])`` reads no others. The file appears whole or
-    not at all.
+    Every key is a row group of its own (several where it has more than a million values), so that
+    ``pandas.read_parquet(path, filters=[("key", "==", "qk/eig_var")])`` reads no others. No more than one group is
+    in memory. The file appears whole or not at all.
 
     Args:
         record: the run. Its histories keep at most 256 steps each, evenly thinned in longer runs; the steps in
@@ -60,26 +63,32 @@ def write_history(record: RunRecord, path: str | Path) -> Path:
     )
     with whole_file(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for table in _tables(record, schema):
-            writer.write_table(table, row_group_size=2**22)
+            writer.write_table(table, row_group_size=_MOST_VALUES)
     return path
 
 
 def _tables(record: RunRecord, schema: "pa.Schema") -> "Iterator[pa.Table]":
     for field, history in record.histories.items():
         for statistic in history.statistics:
-            yield _of_heads(
-                history, statistic, f"{RUN_GROUPS.get(field, field)}/{statistic}", field != "hidden", schema
-            )
-    for key, (steps, values) in record.scalars.items():
-        yield _of_run(key, steps, values, schema)
+            key = f"{RUN_GROUPS.get(field, field)}/{statistic}"
+            for steps, values in _pieces(history, statistic):
+                yield _of_heads(history, key, steps, values, field != "hidden", schema)
+    for name, curve in record.scalars.items():
+        yield _of_run(name, *curve, schema)
 
 
-def _of_heads(history: History, statistic: str, key: str, has_heads: bool, schema: "pa.Schema") -> "pa.Table":
-    """All heads' values of one statistic that are numbers, by step, layer and head."""
+def _of_heads(
+    history: History,
+    key: str,
+    steps: "np.ndarray",
+    values: "np.ndarray",
+    has_heads: bool,
+    schema: "pa.Schema",
+) -> "pa.Table":
+    """All heads' values at some steps that are numbers, by step, layer and head."""
     import numpy as np
     import pyarrow as pa
 
-    steps, values = _whole_series(history, statistic)
     point, place = np.nonzero(~np.isnan(values))
     layers = np.repeat(np.arange(len(history.layers)), history.heads)[place].astype(np.int32)
     heads = np.concatenate([np.arange(count) for count in history.heads])[place].astype(np.int32)
@@ -94,17 +103,42 @@ def _of_heads(history: History, statistic: str, key: str, has_heads: bool, schem
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _whole_series(history: History, statistic: str) -> "tuple[np.ndarray, np.ndarray]":
-    """Steps, and values of all heads at each, with what thinning took out."""
+def _pieces(history: History, statistic: str) -> "Iterator[tuple[np.ndarray, np.ndarray]]":
+    """Steps, and values of all heads at each, with what thinning took out, a bounded number at a time."""
     import numpy as np
 
-    steps, values = np.asarray(history.steps, dtype=np.int64), history.series(statistic).numpy()
-    if history.forgotten is None:
-        return steps, values
-    earlier, taken_out = history.forgotten.series(statistic, values.shape[1])
-    steps = np.concatenate([np.asarray(earlier, dtype=np.int64), steps])
-    order = np.argsort(steps, kind="stable")
-    return steps[order], np.concatenate([taken_out.numpy(), values])[order]
+    heads, column = sum(history.heads), history.values[statistic]
+    steps, places = np.asarray(history.steps, dtype=np.int64), np.arange(len(column))
+    forgotten = history.forgotten
+    if forgotten is not None:
+        # What is in the file is told from what is not by a place below zero.
+        earlier, there = forgotten.places(statistic, heads)
+        steps, places = np.concatenate([earlier, steps]), np.concatenate([-1 - there, places])
+        order = np.argsort(steps, kind="stable")
+        steps, places = steps[order], places[order]
+    at_once = max(1, _MOST_VALUES // heads)
+    for start in range(0, len(steps), at_once):
+        own = slice(start, start + at_once)
+        values = np.full((len(steps[own]), heads), np.nan, dtype=np.float32)
+        for row, place in zip(values, places[own].tolist(), strict=True):
+            found = (
+                column[place].numpy()
+                if place >= 0 or forgotten is None
+                else forgotten.read(-1 - place, heads)
+            )
+            if found is not None:
+                row[:] = found
+        yield steps[own], values
+
+
+def history_size(record: RunRecord) -> int:
+    """About how many bytes :func:`write_history` writes of a run; measured numbers hardly shrink."""
+    return 4 * sum(
+        len(history.statistics)
+        * sum(history.heads)
+        * (len(history) + (0 if history.forgotten is None else len(history.forgotten)))
+        for history in record.histories.values()
+    )
 
 
 def _of_run(key: str, steps: list[int], values: list[float], schema: "pa.Schema") -> "pa.Table":

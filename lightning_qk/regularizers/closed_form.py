@@ -23,11 +23,13 @@ class Form(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """``W_k W_qᵀ``, ``W_q W_qᵀ`` (heads) and ``W_k W_kᵀ`` (kv_heads), each ``(..., d_head, d_head)``."""
+    """``Bᵀ = W_q W_kᵀ``, ``W_q W_qᵀ`` (heads) and ``W_k W_kᵀ`` (kv_heads), each ``(..., d_head, d_head)``;
+    and the queries of a key one below the other."""
 
     small: Tensor
     gram_query: Tensor
     gram_key: Tensor
+    below: Tensor
 
 
 def head_penalties(query: Tensor, key: Tensor, form: Form) -> Tensor:
@@ -48,17 +50,34 @@ def head_penalties(query: Tensor, key: Tensor, form: Form) -> Tensor:
     Returns:
         Shape ``(..., heads)``.
     """
-    return _HeadPenalties.apply(query, key, form)
+    flat = _HeadPenalties.apply(query.flatten(0, -3), key.flatten(0, -3), _flat(form))
+    return flat.view(query.shape[:-2])
 
 
-def penalties_and_gradients(
+def penalty_and_gradients(
     query: Tensor, key: Tensor, form: Form, weight: float | Tensor, sides: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The penalty of every head, and the gradients of ``weight`` times their sum for the sides that need one."""
+    """The penalty of all heads together, and the gradients of ``weight`` times it for the sides that need one."""
+    flat = query.flatten(0, -3), key.flatten(0, -3)
+    form = _flat(form)
     with torch.no_grad(), full_precision(query.device):
-        products = _multiply(query, key)
-        values, mean = _values(products, form)
-        return values, *_gradients(query, key, products, mean, form, torch.ones_like(values) * weight, sides)
+        products = _multiply(*flat)
+        centred = _centred(products.small, form)
+        gram = _over_groups(products.gram_query, len(flat[1]))
+        squares = (products.small * products.small.mT).sum() + (gram * products.gram_key).sum()
+        total = torch.add(squares / (2 * form.n), centred.dot(centred), alpha=form.nu)
+        found = _gradients(*flat, products, centred, form, weight, sides, gram)
+    for_query, for_key = (
+        None if gradient is None else gradient.unflatten(0, side.shape[:-2])
+        for gradient, side in zip(found, (query, key), strict=True)
+    )
+    return total, for_query, for_key
+
+
+def _flat(form: Form) -> Form:
+    """The form of all heads of all layers in one row, as all below sees them: batched products have one axis."""
+    aim = form.aim
+    return form._replace(aim=aim.flatten()) if isinstance(aim, Tensor) and aim.dim() > 1 else form
 
 
 class _HeadPenalties(torch.autograd.Function):
@@ -66,84 +85,111 @@ class _HeadPenalties(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, form: Form) -> Tensor:
         with full_precision(query.device):
             products = _multiply(query, key)
-            values, _ = _values(products, form)
-        ctx.save_for_backward(query, key, *products)
+            square = (products.small * products.small.mT).sum((-2, -1))
+            by_key = _by_key(products.gram_query, len(key)) * products.gram_key.unsqueeze(1)
+            square = square + by_key.sum((-2, -1)).flatten()
+            centred = _centred(products.small, form)
+        ctx.save_for_backward(query, key, *products[:-1])
         ctx.form = form
-        return values
+        return torch.add(square / (2 * form.n), centred.square(), alpha=form.nu)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        query, key, *saved = ctx.saved_tensors
+        query, key, small, gram_query, gram_key = ctx.saved_tensors
         with full_precision(query.device):
             # For a second derivative what was saved is no function of the weights any more.
-            products = _multiply(query, key) if torch.is_grad_enabled() else _Products(*saved)
-            mean = _trace(products.small) / ctx.form.n
-            sides = ctx.needs_input_grad[:2]
-            return *_gradients(query, key, products, mean, ctx.form, grad_outputs[0], sides), None
+            products = (
+                _multiply(query, key)
+                if torch.is_grad_enabled()
+                else _Products(small, gram_query, gram_key, _below(query, len(key)))
+            )
+            centred = _centred(products.small, ctx.form)
+            weight = grad_outputs[0][:, None, None]
+            return *_gradients(
+                query, key, products, centred, ctx.form, weight, ctx.needs_input_grad[:2]
+            ), None
 
 
-def _trace(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+def _by_key(queries: Tensor, kv_heads: int) -> Tensor:
+    """What belongs to queries that share a key together: ``(kv_heads, groups, rows, columns)``."""
+    return queries.unflatten(0, (kv_heads, -1))
 
 
-def _by_group(query: Tensor, kv_heads: int) -> Tensor:
-    """Queries that share a key, one below the other: ``(..., kv_heads, groups · d_head, d_model)``."""
-    return query.unflatten(-3, (kv_heads, -1)).flatten(-3, -2)
+def _below(queries: Tensor, kv_heads: int) -> Tensor:
+    """The same, one below the other: ``(kv_heads, groups · rows, columns)``."""
+    if len(queries) == kv_heads:
+        return queries
+    return queries.reshape(kv_heads, -1, queries.shape[-1])
+
+
+def _over_groups(queries: Tensor, kv_heads: int) -> Tensor:
+    """The same, added up: ``(kv_heads, rows, columns)``."""
+    return queries if len(queries) == kv_heads else _by_key(queries, kv_heads).sum(1)
 
 
 def _multiply(query: Tensor, key: Tensor) -> _Products:
-    kv_heads, d_head = key.shape[-3:-1]
-    # (kv_heads, d_head, groups · d_head), then one matrix a head.
-    small = (key @ _by_group(query, kv_heads).mT).unflatten(-1, (-1, d_head)).movedim(-2, -3).flatten(-4, -3)
-    return _Products(small, query @ query.mT, key @ key.mT)
+    key_t = key.mT
+    below = _below(query, len(key))
+    small = torch.bmm(below, key_t)
+    if len(query) != len(key):
+        small = small.view(len(query), -1, key.shape[1])
+    return _Products(small, torch.bmm(query, query.mT), torch.bmm(key, key_t), below)
 
 
-def _values(products: _Products, form: Form) -> tuple[Tensor, Tensor]:
-    small, gram_query, gram_key = products
-    kv_heads = gram_key.shape[-3]
-    frobenius_sq = (gram_query.unflatten(-3, (kv_heads, -1)) * gram_key.unsqueeze(-3)).sum((-2, -1))
-    square = ((small * small.mT).sum((-2, -1)) + frobenius_sq.flatten(-2)) / 2
-    mean = _trace(small) / form.n
-    return square / form.n + form.nu * (mean - form.aim).square(), mean
+def _centred(small: Tensor, form: Form) -> Tensor:
+    """``μ − c`` of every head."""
+    mean = small.diagonal(dim1=-2, dim2=-1).sum(-1) / form.n
+    return mean if isinstance(form.aim, float) and form.aim == 0.0 else mean - form.aim
 
 
 def _gradients(
     query: Tensor,
     key: Tensor,
     products: _Products,
-    mean: Tensor,
+    centred: Tensor,
     form: Form,
-    factor: Tensor,
+    factor: float | Tensor,
     sides: tuple[bool, bool],
+    gram: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    small, gram_query, gram_key = products
-    kv_heads, d_head = key.shape[-3:-1]
-    factor = (factor / form.n)[..., None, None]
+    """Gradients of the heads' penalties, each times its factor: a number, a scalar, or ``(heads, 1, 1)``.
+
+    ``gram`` are the queries' Gram matrices over groups, where they are known and there is one factor.
+    """
+    small, gram_query, gram_key, below = products
+    kv_heads, d_head = key.shape[:2]
     eye = torch.eye(d_head, dtype=small.dtype, device=small.device)
-    mixed = factor * (small + (2 * form.nu * (mean - form.aim))[..., None, None] * eye)
-    mixed = mixed.unflatten(-3, (kv_heads, -1))
+    mixed = torch.addcmul(small, (2 * form.nu * centred).view(-1, 1, 1), eye)
+    scale = 1.0 / form.n
+    if isinstance(factor, Tensor):
+        mixed = factor * mixed
+    else:
+        scale *= factor
     for_query = for_key = None
     if sides[0]:
-        # Its own Gram matrix for every head of a group: d_head × d_head, so that repeating it costs nothing.
-        grams = (factor.unflatten(-3, (kv_heads, -1)) * gram_key.unsqueeze(-3)).flatten(-4, -3)
-        crossed = _product(mixed.flatten(-3, -2), key).unflatten(-2, (-1, d_head)).flatten(-4, -3)
-        for_query = _product(grams, query, add_to=crossed)
+        grams = gram_key
+        if len(query) != kv_heads:
+            # Its own Gram matrix for every head of a group: d_head × d_head, so that repeating it costs nothing.
+            grams = grams.repeat(1, len(query) // kv_heads, 1).view(-1, d_head, d_head)
+        if isinstance(factor, Tensor):
+            grams = factor * grams
+        for_query = _add(_below(mixed.mT, kv_heads), key, grams, query, scale)
     if sides[1]:
-        summed = (factor * gram_query).unflatten(-3, (kv_heads, -1)).sum(-3)
-        crossed = _product(mixed.mT.movedim(-3, -2).flatten(-2), _by_group(query, kv_heads))
-        for_key = _product(summed, key, add_to=crossed)
+        if isinstance(factor, Tensor):
+            gram = _over_groups(factor * gram_query, kv_heads)
+        elif gram is None:
+            gram = _over_groups(gram_query, kv_heads)
+        if len(query) != kv_heads:
+            mixed = _by_key(mixed, kv_heads).transpose(1, 2).reshape(kv_heads, d_head, -1)
+        for_key = _add(mixed, below, gram, key, scale)
     return for_query, for_key
 
 
-def _product(small: Tensor, weights: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """``small @ weights``, in the order of memory that the weights have; into ``add_to`` where it is given."""
-    by_column = weights.stride(-2) == 1 and weights.stride(-1) != 1
-    left, right = (weights.mT, small.mT) if by_column else (small, weights)
-    if add_to is None:
-        out = left @ right
-    else:
-        into = add_to.mT if by_column else add_to
-        shape = into.shape
-        out = torch.baddbmm(into.reshape(-1, *shape[-2:]), left.flatten(0, -3), right.flatten(0, -3))
-        out = out.view(shape)
-    return out.mT if by_column else out
+def _add(left: Tensor, weights: Tensor, gram: Tensor, own: Tensor, scale: float) -> Tensor:
+    """``scale · (left @ weights + gram @ own)`` in the order of memory that ``own`` has; ``gram`` is symmetric."""
+    if own.stride(-2) == 1 and own.stride(-1) != 1 and len(weights) == len(own):
+        out = torch.bmm(weights.mT, left.mT)
+        return torch.baddbmm(out, own.mT, gram, beta=scale, alpha=scale).mT
+    out = torch.bmm(left, weights)
+    out = out if out.shape == own.shape else out.view(own.shape)
+    return torch.baddbmm(out, gram, own, beta=scale, alpha=scale)

@@ -11,8 +11,9 @@ from lightning_qk.functional.spectrum import Support
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, kept_reader, read_together
-from lightning_qk.regularizers.closed_form import head_penalties, penalties_and_gradients
-from lightning_qk.regularizers.settings import Form, Settings, Target, batches, select_layers
+from lightning_qk.regularizers.closed_form import head_penalties, penalty_and_gradients
+from lightning_qk.regularizers.settings import Form, Settings, Target, batch_of, batches, select_layers
+from lightning_qk.regularizers.stacks import Stacker
 
 
 def locater_penalty(
@@ -48,7 +49,8 @@ def locater_penalty(
     :class:`~lightning_qk.LocAteR`, whose gradient is the same.
 
     With adapters (PEFT) the penalty is on the weights that act, and its gradient reaches the adapters'
-    trainable parameters; a frozen weight beneath them, quantized or not, gets none.
+    trainable parameters; a frozen weight beneath them, quantized or not, gets none. Frozen or averaged copies
+    within the model count in the value: leave them out by ``modules=`` (the callback does so by itself).
 
     The model's layers are searched at the first call and after its modules change; from then on a call
     takes the live weights and does not wait for the device. Sharded weights (FSDP2, tensor parallel) are
@@ -148,6 +150,7 @@ class LocaterPenalty:
         self._modules = modules
         self._cross_attention = cross_attention
         self._by_tokens = by_tokens
+        self._stacker = Stacker()
         self.names = self._select()
 
     def refresh(self) -> bool:
@@ -225,6 +228,9 @@ class LocaterPenalty:
             with first.gathered(grads=first.is_flat):
                 own = _Shares() if first.is_flat else shares
                 try:
+                    # Norms of what is there are taken of the weights of query and key alone.
+                    if weigh is None:
+                        layers = self._stack(layers, settings, weight, wanted, own, totals)
                     totals += _gradients(layers, settings, weight, wanted, own)
                 except Exception as failed:
                     error = error or failed.with_traceback(None)  # whose frames hold what was gathered
@@ -232,16 +238,37 @@ class LocaterPenalty:
                     agree(error)
                     own.add()
                     reached = reached or bool(own)
-        total = torch.empty(())
         try:
             total = _sum(totals)
         except Exception as failed:
-            error = error or failed
+            error, total = error or failed, torch.empty(())
         agree(error)
         if weigh is not None:
             shares.scale(weigh(shares.squares().to(total.device)))
         shares.add()
         return total, reached or bool(shares)
+
+    def _stack(
+        self,
+        layers: Mapping[str, LayerReader],
+        settings: Settings,
+        weight: float | Tensor,
+        wanted: Collection[int],
+        shares: "_Shares",
+        totals: list[Tensor],
+    ) -> dict[str, LayerReader]:
+        """Add the layers that can be read together to shares and totals; gives the others."""
+        stacks, others = self._stacker.stacks(layers, layers)
+        for stack in stacks:
+            query, key = stack.read()
+            batch = batch_of(query, key, {name: layers[name] for name in stack.names}, settings)
+            sides = stack.reaches(wanted)
+            total, *gradients = penalty_and_gradients(
+                batch.query, batch.key, settings.of(batch), weight, sides
+            )
+            totals.append(total)
+            shares.put_whole(stack.shares([batch.back(one) for one in gradients], wanted))
+        return {name: layers[name] for name in others}
 
     def _values(self, settings: Settings, part: list[str]) -> list[Tensor]:
         return [
@@ -267,6 +294,8 @@ def _match(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _sum(totals: list[Tensor], dim: int | None = None) -> Tensor:
+    if len(totals) == 1:
+        return totals[0]
     # Layers may live on several devices; the sum is taken where the first one is.
     return torch.stack([total.to(totals[0].device) for total in totals]).sum(dim)
 
@@ -284,9 +313,14 @@ class _Shares:
         self._made: dict[nn.Parameter, Tensor] = {}
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._pulled: list[tuple[nn.Parameter, Tensor]] = []
+        self._whole: list[tuple[nn.Parameter, Tensor]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._views or self._pulled)
+        return bool(self._views or self._pulled or self._whole)
+
+    def put_whole(self, shares: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Gradients in the shape of parameters that no other call names; :meth:`squares` does not know them."""
+        self._whole += shares
 
     def put(
         self,
@@ -334,10 +368,14 @@ class _Shares:
 
     def add(self) -> None:
         """Add all of it."""
+        for parameter, _ in self._whole:
+            if parameter.grad is None:
+                self._made[parameter] = torch.zeros_like(parameter)
         for parameter, grad in self._made.items():
             parameter.grad = grad
-        if self._views:
-            into, parts = zip(*self._views.values(), strict=True)
+        pairs = [*self._views.values(), *((parameter.grad, share) for parameter, share in self._whole)]
+        if pairs:
+            into, parts = zip(*pairs, strict=True)
             torch._foreach_add_(list(into), list(parts))
         for parameter, share in self._pulled:
             if parameter.grad is None:
@@ -363,10 +401,10 @@ def _gradients(
                 _any_wanted(layers, batch.names, "query", wanted),
                 _any_wanted(layers, batch.names, "key", wanted),
             )
-            values, *gradients = penalties_and_gradients(
+            total, *gradients = penalty_and_gradients(
                 batch.query, batch.key, settings.of(batch), weight, sides
             )
-            totals.append(values.sum())
+            totals.append(total)
             if any(sides):
                 shares.put(layers, heads, batch.names, [batch.back(one) for one in gradients], wanted)
     return totals
@@ -431,11 +469,11 @@ def _shares(
     with torch.no_grad():
         (batch,) = batches({layer.name: head}, settings)
         sides = _wants(layer, "query", wanted), _wants(layer, "key", wanted)
-        values, *found = penalties_and_gradients(batch.query, batch.key, settings.of(batch), 1.0, sides)
+        total, *found = penalty_and_gradients(batch.query, batch.key, settings.of(batch), 1.0, sides)
         for side, gradient in zip(("query", "key"), map(batch.back, found), strict=True):
             if gradient is None:
                 continue
             for parameter, share in _pulled(layer, getattr(head, side), side, gradient[0], wanted):
                 before = gradients.get(id(parameter))
                 gradients[id(parameter)] = share if before is None else before + share
-    return values.sum()
+    return total

@@ -59,7 +59,8 @@ class Settings(NamedTuple):
                 f"expected a target of shape ({heads},) for layer {name!r}, got {got}: pass one number a "
                 "head for every layer that is penalized"
             )
-        return aim.to(query).expand(heads)
+        aim = aim.to(query)
+        return aim if aim.dim() else aim.expand(heads)
 
 
 class LayerBatch(NamedTuple):
@@ -90,25 +91,30 @@ class LayerBatch(NamedTuple):
 def batches(heads: Mapping[str, HeadProjections], settings: Settings) -> Iterator[LayerBatch]:
     """Layers of one shape together, seen through the tokens where there are moments."""
     for names in group_layers(heads, lambda head: (head.query, head.key)):
-        query, key = (
-            at_least_float32(stack([getattr(heads[name], side) for name in names]))
-            for side in ("query", "key")
-        )
+        query, key = (stack([getattr(heads[name], side) for name in names]) for side in ("query", "key"))
+        yield batch_of(query, key, {name: heads[name] for name in names}, settings)
+
+
+def batch_of(
+    query: Tensor, key: Tensor, layers: Mapping[str, HeadProjections | LayerReader], settings: Settings
+) -> LayerBatch:
+    """Weights of layers, ``(layers, heads, d_head, d_model)``, seen through the tokens where there are moments."""
+    query, key = at_least_float32(query), at_least_float32(key)
+    if query.dtype != key.dtype:
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)
-        n = support_size(query, settings.support)
-        if settings.moments is None:
-            yield LayerBatch(names, query, key, n, None)
-            continue
-        roots = _roots(settings.moments, {name: heads[name] for name in names}, query)
-        with full_precision(query.device):
-            query, key = (
-                (side.flatten(1, 2) @ roots.mT).unflatten(1, side.shape[1:3]) for side in (query, key)
-            )
-        yield LayerBatch(names, query, key, n, roots)
+    n = support_size(query, settings.support)
+    if settings.moments is None:
+        return LayerBatch(list(layers), query, key, n, None)
+    roots = _roots(settings.moments, layers, query)
+    with full_precision(query.device):
+        query, key = ((side.flatten(1, 2) @ roots.mT).unflatten(1, side.shape[1:3]) for side in (query, key))
+    return LayerBatch(list(layers), query, key, n, roots)
 
 
-def _roots(moments: Mapping[str, Tensor], heads: Mapping[str, HeadProjections], like: Tensor) -> Tensor:
+def _roots(
+    moments: Mapping[str, Tensor], heads: Mapping[str, HeadProjections | LayerReader], like: Tensor
+) -> Tensor:
     """Factors of ``s Σ`` of some layers, ``(layers, tokens, d_model)``; rows of zeros make them as long."""
     found = []
     for name, head in heads.items():

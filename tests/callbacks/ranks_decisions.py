@@ -97,10 +97,10 @@ WATCHING = {
 CHANGING = {
     "cap": (lambda: UpdateCap(1e-4), update_cap, "subspace_iteration", range(6, 7)),
     "cap remembers": (lambda: UpdateCap(1e-4), update_cap, "_rows", range(6, 7)),
-    "penalty": (lambda: LocAteR(0.5), locater, "penalties_and_gradients", SECOND),
+    "penalty": (lambda: LocAteR(0.5), locater, "penalty_and_gradients", SECOND),
     "penalty of means": (lambda: LocAteR(0.5, form="target"), locater.LocaterPenalty, "refresh", SECOND),
-    "sharded penalty": (lambda: LocAteR(0.5), locater, "penalties_and_gradients", range(3, 4)),
-    "sharded means": (lambda: LocAteR(0.5, form="target"), locater, "penalties_and_gradients", range(4, 5)),
+    "sharded penalty": (lambda: LocAteR(0.5), locater, "penalty_and_gradients", range(3, 4)),
+    "sharded means": (lambda: LocAteR(0.5, form="target"), locater, "penalty_and_gradients", range(4, 5)),
     "clip": (lambda: QKClip(0.5), qk_clip, "apply_clip", SECOND),
     "clip's maxima": (lambda: QKClip(0.5), qk_clip.QKClip, "_own_maxima", SECOND),
     "remedy after a batch": (lambda: awake(QKClip(0.5)), qk_clip.QKClip, "on_train_batch_end", SECOND),

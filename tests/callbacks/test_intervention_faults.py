@@ -141,7 +141,7 @@ class Raises:
         ("QKClip", "lightning_qk.callbacks.interventions.qk_clip.apply_clip"),
         ("QKClip", "lightning_qk.callbacks.interventions.qk_clip.max_logits"),
         ("UpdateCap", "lightning_qk.interventions.update_cap.subspace_iteration"),
-        ("LocAteR", "lightning_qk.regularizers.locater.penalties_and_gradients"),
+        ("LocAteR", "lightning_qk.regularizers.locater.penalty_and_gradients"),
         ("EntropyBand", "lightning_qk.interventions.penalties.attention_logits"),
         ("SoftCap", "lightning_qk.interventions.replaced_attention.soft_capped_attention"),
         ("DifferentiableAttentionMask", "lightning_qk.interventions.attention_mask.gated_attention"),

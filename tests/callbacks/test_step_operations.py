@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor
+from lightning_qk import AttentionMonitor, HiddenStateMonitor, LocAteR, QKSpectrumMonitor
 
 # Of the host's reads, those of the CPU's own branches are left: three in each batch of layers.
 MOST, MOST_A_LAYER, MOST_READS = 2500, 45, 10
+MOST_OF_LOCATER = 60
 
 
 class _Count(TorchDispatchMode):
@@ -61,7 +62,7 @@ def _gpt2(layers: int) -> nn.Module:
 
 
 def _steps(
-    network: nn.Module, callbacks: list[Callback], monkeypatch: pytest.MonkeyPatch
+    network: nn.Module, callbacks: list[Callback], monkeypatch: pytest.MonkeyPatch, logged: int = 1
 ) -> list[Counter[str]]:
     """What each step after the first, in which layers are checked, calls."""
     found: list[Counter[str]] = []
@@ -72,7 +73,7 @@ def _steps(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=1,
+        log_every_n_steps=logged,
         callbacks=callbacks,
     )
     loop = trainer.fit_loop.epoch_loop
@@ -113,3 +114,14 @@ def test_a_step_that_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = _steps(_llama(3), [], monkeypatch)
     watched = _steps(_llama(3), _monitors(100), monkeypatch)
     assert watched[0] == plain[0]
+
+
+@pytest.mark.parametrize("make", [_llama, _gpt2])
+def test_a_step_of_locater(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = []
+    for layers in (2, 5):
+        plain = _steps(make(layers), [], monkeypatch, logged=100)[-1]
+        (*_, penalized) = _steps(make(layers), [LocAteR(0.1)], monkeypatch, logged=100)
+        added.append(penalized.total() - plain.total())
+        assert penalized["aten::_local_scalar_dense"] == plain["aten::_local_scalar_dense"]
+    assert 0 < added[0] == added[1] <= MOST_OF_LOCATER

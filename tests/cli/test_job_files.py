@@ -78,7 +78,7 @@ def test_a_run_keeps_what_it_was(config: Path, capsys: pytest.CaptureFixture[str
 def test_without_a_checkpoint_nothing_starts_anew(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 2
     said = capsys.readouterr().err
-    assert "logs/lightning_logs, got none: name a file, or leave the option out to start anew" in said
+    assert "logs/lightning_logs, got none: name a file, or leave the option out to start a new run" in said
     assert not Path("logs").exists()
 
 

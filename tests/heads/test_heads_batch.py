@@ -22,10 +22,10 @@ def test_layers_of_one_shape_are_one_batch():
 def test_a_batch_is_bounded(monkeypatch):
     projections = head_projections(models.t5())
     (head, *_) = projections.values()
-    monkeypatch.setattr(batches, "_LARGEST_BATCH", 2 * (head.query.numel() + head.key.numel()))
+    monkeypatch.setattr(batches, "LARGEST_BATCH", 2 * (head.query.numel() + head.key.numel()))
     sizes = [len(batch.names) for batch in batches.layer_batches(projections)]
     assert sizes == [2, 2, 2]
-    monkeypatch.setattr(batches, "_LARGEST_BATCH", 1)
+    monkeypatch.setattr(batches, "LARGEST_BATCH", 1)
     assert [len(batch.names) for batch in batches.layer_batches(projections)] == [1] * 6
 
 

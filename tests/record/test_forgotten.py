@@ -54,14 +54,14 @@ def test_without_thinning_there_is_no_file() -> None:
     forgotten = thinned(3).forgotten
     assert forgotten is not None
     assert forgotten._file is None
-    assert forgotten.series("entropy", 3)[1].shape == (0, 3)
+    assert forgotten.places("entropy", 3)[0].tolist() == []
 
 
 def test_it_does_not_travel() -> None:
     forgotten = pickle.loads(pickle.dumps(thinned(23).forgotten))
-    assert forgotten.series("entropy", 3)[0] == []
+    assert forgotten.places("entropy", 3)[0].tolist() == []
     forgotten.keep(1, point(1))
-    assert forgotten.series("entropy", 3)[0] == [1]
+    assert forgotten.places("entropy", 3)[0].tolist() == [1]
 
 
 def test_a_long_run_keeps_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +96,6 @@ def test_a_full_disk_loses_later_points_alone(monkeypatch: pytest.MonkeyPatch) -
         kept.keep(step, {"a": torch.zeros(2)})
     assert kept.problem is not None
     assert "TMPDIR" in kept.problem
-    steps, values = kept.series("a", 2)
-    assert steps == [0]
-    torch.testing.assert_close(values, torch.tensor([[1.0, 2.0]]))
+    steps, places = kept.places("a", 2)
+    assert steps.tolist() == [0]
+    assert kept.read(int(places[0]), 2).tolist() == [1.0, 2.0]  # type: ignore[union-attr]

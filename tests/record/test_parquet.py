@@ -8,8 +8,10 @@ import torch
 from simulated_run import simulated_record
 
 from lightning_qk.cli import main
+from lightning_qk.record import parquet
+from lightning_qk.record.forgotten import Forgotten
 from lightning_qk.record.history import History, RunRecord
-from lightning_qk.record.parquet import write_history
+from lightning_qk.record.parquet import history_size, write_history
 
 
 def test_every_value_of_every_head_comes_back(tmp_path: Path) -> None:
@@ -80,3 +82,21 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert pq.read_table(tmp_path / "lightning_qk_history.parquet").num_rows > 0
     assert main(["report", str(record), "--parquet", str(tmp_path / "own.parquet")]) == 0
     assert (tmp_path / "own.parquet").is_file()
+
+
+def test_a_long_run_is_written_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_MOST_VALUES", 20)
+    history = History(["layer_00", "layer_01"], [2, 1], max_points=4)
+    history.forgotten = Forgotten()
+    for step in range(0, 1000, 10):
+        history.append(step, {"entropy": torch.tensor([step, step + 0.5, -step])})
+    record = RunRecord(attention=history)
+    path = write_history(record, tmp_path / "h.parquet")
+    file = pq.ParquetFile(path)
+    groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+    assert max(groups) == 18  # six steps of three heads
+    assert sum(groups) == 300
+    assert history_size(record) == 4 * 300
+    table = file.read().to_pandas()
+    assert table.step.tolist() == [step for step in range(0, 1000, 10) for _ in range(3)]
+    assert table.value.tolist() == [value for s in range(0, 1000, 10) for value in (s, s + 0.5, -s)]

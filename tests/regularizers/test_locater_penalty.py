@@ -311,6 +311,55 @@ def test_both_ways_to_apply_it_have_one_gradient(make):
             assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+def _by_loss(model: nn.Module, settings: Settings, weight: float | torch.Tensor) -> dict:
+    """Gradients by way of a loss."""
+    (weight * locater_penalty(model, form=settings.form, target=settings.target, nu=settings.nu)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _neox() -> nn.Module:
+    config = transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, vocab_size=32
+    )
+    return models.build(transformers.GPTNeoXForCausalLM, config)
+
+
+MODELS = {
+    "gpt2": models.gpt2,
+    "grouped": models.llama,
+    "double": lambda: models.llama().double(),
+    "half": lambda: models.llama().bfloat16(),
+    "fused by head": _neox,
+}
+
+
+@pytest.mark.parametrize("weight", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+@pytest.mark.parametrize("form", ["variance", "target"])
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_read_together_have_the_gradients_of_layers_read_alone(name, form, weight):
+    model = MODELS[name]()
+    reader = ProjectionReader(model)
+    targets = {layer: torch.rand(plan.heads) / 10 for layer, plan in reader.layers.items()}
+    settings = Settings(form, "model", targets if form == "target" else None, 2.0)
+    want = _by_loss(model, settings, weight)
+    frozen = next(iter(reader.layers.values())).query.projection.plain_weight()
+    wanted = [parameter for parameter in model.parameters() if parameter is not frozen]
+    applied = LocaterPenalty(reader)
+    stacks, others = applied._stacker.stacks(reader.layers, reader.layers)
+    assert [len(stack.names) for stack in stacks] == [len(reader)]
+    assert not others
+    for parameter in model.parameters():
+        parameter.grad = None
+    applied.add_gradient(settings, weight, wanted)
+    for of, parameter in model.named_parameters():
+        if of not in want or parameter is frozen:
+            assert parameter.grad is None
+            continue
+        # In half precision a gradient is rounded once on either way.
+        close = 1e-2 if parameter.dtype == torch.bfloat16 else 1e-6
+        assert (parameter.grad - want[of]).norm() <= close * want[of].norm()
+
+
 def test_only_what_may_be_changed_gets_a_gradient():
     model = models.gpt2()
     first, second = (block.attn.c_attn for block in model.transformer.h)

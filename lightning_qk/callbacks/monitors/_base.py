@@ -16,7 +16,7 @@ from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
 from lightning_qk.callbacks._loss import LossCurve, batch_loss
-from lightning_qk.callbacks._output import log_agreed
+from lightning_qk.callbacks._output import log_agreed, log_at_step
 from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._run_facts import run_settings
 from lightning_qk.callbacks._self_check import add_self_check
@@ -268,7 +268,7 @@ class Monitor(Watching):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left of earlier steps, before the validation logs this one."""
         if not trainer.sanity_checking:
-            self.log_late(trainer, pl_module, at_epoch_end=True)
+            self.log_late(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what no step was measured of, log the last figures and leave the report."""
@@ -376,19 +376,22 @@ class Monitor(Watching):
         pl_module: LightningModule,
         values: Mapping[str, Tensor],
         *,
-        at_epoch_end: bool = False,
+        in_evaluation: bool = False,
     ) -> None:
         """Give ``trainer.callback_metrics`` the aggregates, for EarlyStopping, ModelCheckpoint and the like.
 
-        Those decide on every process: it is done on all of them, whatever failed on one.
+        Those decide on every process: it is done on all of them, whatever failed on one. A loop of evaluation
+        returns them too.
         """
         overall = self.over_the_model(without_errors(values), states=self.states)
-        # The loggers get them with the others. Of plain numbers Lightning would copy each to the device.
-        shared = dict(zip(overall, torch.tensor(list(overall.values())).unbind(), strict=True))
-        if at_epoch_end:
-            log_agreed(pl_module, shared)
+        # The loggers get them with the others.
+        if in_evaluation:
+            # Of plain numbers Lightning would copy each to the device.
+            log_agreed(
+                pl_module, dict(zip(overall, torch.tensor(list(overall.values())).unbind(), strict=True))
+            )
         else:
-            pl_module.log_dict(shared, logger=False, on_step=True, on_epoch=False)
+            log_at_step(trainer, pl_module, overall)
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send the statistics of one step to the history and the loggers."""
@@ -441,15 +444,12 @@ class Monitor(Watching):
                     f"{self.group}/heatmap/{name}", step, partial(_draw_heatmap, newest, name)
                 )
 
-    def log_late(
-        self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
-    ) -> None:
+    def log_late(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
         """Log what was begun at earlier steps in a thread; no collective call.
 
         Args:
             trainer: the trainer.
             pl_module: where its ``log`` may be called.
-            at_epoch_end: whether it is called from a hook of the end or start of an epoch.
         """
         self.attempt(lambda: self._pictures.log(trainer), "drawing")
 

@@ -15,6 +15,9 @@ from lightning_qk.record.history import STATE, RunRecord
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"
 
+_LARGE = 10**8
+"""Bytes of a table of every head that are told before they are written."""
+
 
 def gather(trainer: Trainer, pl_module: LightningModule, state: str, steps: int) -> RunRecord:
     """The record of all callbacks of a trainer.
@@ -78,8 +81,11 @@ def _ending(error: BaseException | None) -> str:
 
 def _write_history(trainer: Trainer, record: RunRecord, folder: Path, note: Callable[[str], None]) -> None:
     """Every head's history beside the report, and to the loggers that keep files."""
-    from lightning_qk.record.parquet import HISTORY_NAME, write_history
+    from lightning_qk.record.parquet import HISTORY_NAME, history_size, write_history
 
+    size = history_size(record)
+    if size >= _LARGE:
+        print(f"Every head at every measured step: about {size / 1e6:,.0f} MB, {folder / HISTORY_NAME}")
     try:
         path = write_history(record, folder / HISTORY_NAME)
     except Exception as error:

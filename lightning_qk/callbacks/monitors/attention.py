@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_qk.callbacks._output import log_at_step
 from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, is_distributed, reduce_states
 from lightning_qk.callbacks.callback import SUMS_UP
 from lightning_qk.callbacks.monitors._base import Monitor, at_least
@@ -183,7 +184,7 @@ class AttentionMonitor(CaptureMonitor):
             # Where one process could not remember the step it has another number, or none.
             health = float(fill_from_others(trainer, {HEALTH: torch.tensor([health])})[HEALTH])
         if math.isfinite(health):
-            pl_module.log(HEALTH, torch.tensor(health), logger=False)
+            log_at_step(trainer, pl_module, {HEALTH: health})
 
     def conclude(self, trainer: Trainer, step: int) -> None:
         """Judge the heads that count, by what all monitors have measured."""

@@ -279,7 +279,7 @@ class AttentionProbes(Monitor):
         self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]
     ) -> None:
         self.count_layers(trainer, pl_module)
-        self.share(trainer, pl_module, values, at_epoch_end=True)
+        self.share(trainer, pl_module, values, in_evaluation=True)
         self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
 
     def release(self) -> None:

@@ -298,7 +298,7 @@ class QKSpectrumMonitor(Monitor):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the worker still has, where ``trainer.callback_metrics`` can have it too."""
-        self.log_late(trainer, pl_module, at_epoch_end=True)
+        self.log_late(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -413,9 +413,7 @@ class QKSpectrumMonitor(Monitor):
         self._unshared = step
         self.attempt(lambda: self._worker.submit(step, self._cores), "solving eigenproblems")
 
-    def log_late(
-        self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
-    ) -> None:
+    def log_late(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
         """Log spectra that were left to the worker; then as every monitor.
 
         Every process solves the same eigenproblems. With a module, which every process comes with, one that could
@@ -429,14 +427,14 @@ class QKSpectrumMonitor(Monitor):
             self._unshared = None
             values = fill_from_others(trainer, self._late_values if late is None else late[1])
             self._late_values = self._no_late_values()
-            self.share(trainer, pl_module, values, at_epoch_end=at_epoch_end)
+            self.share(trainer, pl_module, values)
             if late is not None:
                 late = late[0], values
         elif late is not None:
             self._late_values = late[1]
         if late is not None:
             self.attempt(lambda: self._log_solved(trainer, *late), "remembering")
-        super().log_late(trainer, pl_module, at_epoch_end=at_epoch_end)
+        super().log_late(trainer, pl_module)
 
     def _take(self) -> tuple[Solved, dict[str, Tensor]] | None:
         try:

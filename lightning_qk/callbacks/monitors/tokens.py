@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import WatchedReader
+from lightning_qk.callbacks._output import log_at_step
 from lightning_qk.callbacks._trainer import describe_error, ends_with_epoch
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
@@ -294,7 +295,7 @@ class TokenMonitor(CaptureMonitor):
         """Give ``trainer.callback_metrics`` the aggregates, of predictions too where there are new ones."""
         super().share(trainer, pl_module, values, **where)
         if self._predictions.step == self._pooled_step:
-            pl_module.log_dict(self._predictions.overall(self.counted), logger=False)
+            log_at_step(trainer, pl_module, self._predictions.overall(self.counted))
 
     def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
         """Send spectra, and predictions where there are new ones, to histories and loggers."""
@@ -302,12 +303,10 @@ class TokenMonitor(CaptureMonitor):
         if self._predictions.step == self._pooled_step:
             self._predictions.publish(trainer, self)
 
-    def log_late(
-        self, trainer: Trainer, pl_module: LightningModule | None = None, *, at_epoch_end: bool = False
-    ) -> None:
+    def log_late(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
         """Compare predictions with what AttentionMonitor measured at the same step; then as every monitor."""
         self.attempt(lambda: self._predictions.compare(trainer, self), "comparing predictions")
-        super().log_late(trainer, pl_module, at_epoch_end=at_epoch_end)
+        super().log_late(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict the attention of the last measurement, where that was not done; then as every monitor."""
@@ -317,8 +316,7 @@ class TokenMonitor(CaptureMonitor):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict the attention of the last measurement while ``trainer.callback_metrics`` can have it."""
         if ends_with_epoch(trainer) and self._predict_the_last(trainer):
-            newest = self._predictions.overall(self.counted)
-            pl_module.log_dict(newest, logger=False, on_step=False, on_epoch=True)
+            log_at_step(trainer, pl_module, self._predictions.overall(self.counted))
 
     def _predict_the_last(self, trainer: Trainer) -> bool:
         """Whether there is a new prediction; a collective call."""
