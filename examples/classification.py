@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv; default: stdlib")
     parser.add_argument("--model", help="a folder or a name on the hub; default: all-MiniLM-L6-v2")
     parser.add_argument(
-        "--locater", default="10%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
+        "--locater", default="1%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
     )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/classification")

@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument(
-        "--locater", default="10%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
+        "--locater", default="1%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", default="runs/vit_digits")

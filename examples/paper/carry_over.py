@@ -95,12 +95,12 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 """What is changed of the settings of :mod:`train`."""
 TITLES = {
-    "paper": "1 layer, 1 head, post-LN (coefficients chosen here)",
+    "paper": "1 layer, 1 head, post-LN",
     "gpt_pre": "GPT-2-like, 4 layers, pre-LN",
     "gpt_post": "OPT-like, 4 layers, post-LN",
     "llama": "Llama-like, 4 layers, rotary, grouped keys",
     "vit": "ViT on digits, 4 layers",
-    "rough": "the same Llama-like, W_q and W_k drawn 8 times as large",
+    "rough": "Llama-like, W_q and W_k drawn 8 times as large",
     "sst2": "MiniLM, fine-tuned on SST-2",
     "smollm2": "SmolLM2-135M, LoRA on WikiText-2",
 }
@@ -117,7 +117,7 @@ _BASE: Key = ("baseline", None)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not in the cache, in the order of worth, write results after each part, and the figure."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--until", help="start no run after this time of day, such as 22:00")
+    parser.add_argument("--until", help="make no run after this time of day, such as 22:00")
     parser.add_argument(
         "--without", action="append", default=[], choices=list(SHORT), help="leave settings out"
     )
@@ -132,9 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = Results(opts, [name for name in names if name not in without])
     for part in parts(results):
         for setting, key, seed, rate in part:
-            if given.until and datetime.now().strftime("%H:%M") >= given.until:
-                break
-            results.run(setting, key, seed, rate)
+            late = given.until is not None and datetime.now().strftime("%H:%M") >= given.until
+            results.run(setting, key, seed, rate, only_kept=late)
         publish(results, clock)
     draw(read(NAME, opts.out), opts)
 
@@ -156,13 +155,13 @@ def parts(results: "Results") -> Iterator[list[Run]]:
 
     yield from compared([first], early, "share", "plain_share")
     yield from compared(others, early, "share")
-    for setting in reversed(early):
+    *swept_later, one, other = early
+    for setting in (other, one):
         yield [(setting, key, first, None) for key in sweep(quick)]
-        if setting == "llama":
-            yield from compared(others, early, "small_share")
-            yield from compared([first], later, "share")
     if quick:
         return
+    yield from compared(others, early, "small_share")
+    yield from compared([first], later, "share")
     yield [
         (setting, key, first, rate)
         for setting, rates in RATES.items()
@@ -171,9 +170,9 @@ def parts(results: "Results") -> Iterator[list[Run]]:
     ]
     for seed in SEEDS:
         yield [(COMPARED_IN, key, seed, None) for key in BASELINES]
-    yield from compared(SEEDS, results.settings, *SHARES)
-    for setting in later:
+    for setting in (*reversed(swept_later), *later):
         yield [(setting, key, first, None) for key in sweep(quick)]
+    yield from compared(SEEDS, results.settings, *SHARES)
 
 
 def sweep(quick: bool = False) -> list[Key]:
@@ -196,8 +195,10 @@ class Results:
         self.settings = list(settings)
         self.runs: dict[Run, dict[str, Any]] = {}
 
-    def run(self, setting: str, key: Key, seed: int, rate: float | None = None) -> None:
-        """One training, from the cache where it is there."""
+    def run(
+        self, setting: str, key: Key, seed: int, rate: float | None = None, *, only_kept: bool = False
+    ) -> None:
+        """One training, from the cache where it is there; ``only_kept``: not made where it is not."""
         changed: dict[str, Any] = {"evaluate_batches": 16, **SHORT[setting]}
         changed |= {"curve": False, "parts": ["test"], "watched": False}
         if self.opts.quick:
@@ -208,6 +209,8 @@ class Results:
         config = configuration(setting, *key, seed, **changed)
         cache = self.opts.out / ".cache"
         done = (cache / "locater" / f"{cache_key(config)}.json").is_file()
+        if only_kept and not done:
+            return
         start = time.process_time()
         self.runs[setting, key, seed, rate] = cached_train(config, self.opts.data, cache)["results"]
         if not done:
@@ -268,7 +271,7 @@ def described(results: Results, setting: str, key: Key) -> dict[str, Any]:
 def stable(results: Results) -> dict[str, dict[str, Any]]:
     """Setting → method → held-out loss over learning rates, and the largest of these that still trains."""
     out: dict[str, dict[str, Any]] = {}
-    for setting, key, seed, rate in results.runs:
+    for setting, key, seed, rate in sorted(results.runs, key=lambda run: run[3] or 0):
         if rate is not None:
             own = out.setdefault(setting, {}).setdefault(key[0], {"rates": [], "losses": []})
             own["rates"].append(rate)
@@ -356,7 +359,7 @@ def draw(found: Mapping[str, Any], opts: Options) -> None:
         axis.set(xlabel=LABELS[method] + (" [%]" if "share" in method else ""))
     axes[0][0].set_ylabel("held-out loss: gain over none [nats]")
     axes[0][1].set_title("stars: each setting's best; dotted: used in all")
-    axes[0][0].legend(fontsize=5)
+    axes[0][2].legend(fontsize=5)
     for number, (setting, methods) in enumerate(found["rates"].items()):
         for method, own in methods.items():
             style = "--" if method == "baseline" else "-"

@@ -437,9 +437,13 @@ def decoder(cache: Path) -> Path:
         )
     (file,) = Path(next(iter(found.submodule_search_locations))).glob("*.gguf")
     partial = folder.with_suffix(f".{os.getpid()}")
-    for kind in (AutoModelForCausalLM, AutoTokenizer):
-        own = {"dtype": torch.float32} if kind is AutoModelForCausalLM else {}
-        kind.from_pretrained(file.parent, gguf_file=file.name, **own).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = type(read.config).from_dict(read.config.to_dict())
+    config.__dict__.pop("quantization_config", None)  # read as quantized, it could not be saved
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(partial)
     partial.rename(folder)
     return folder
 
