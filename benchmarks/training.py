@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 import lightning as L
 import torch
 import transformers
@@ -87,18 +88,18 @@ class HookClock:
         for callback in callbacks:
             for name in dir(L.Callback):
                 if name.startswith("on_"):
-                    setattr(callback, name, self._timed(getattr(callback, name)))
+                    setattr(callback, name, self.timed(getattr(callback, name)))
 
-    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = harness.clock()
             self._depth += 1
             try:
                 return hook(*args, **kwargs)
             finally:
                 self._depth -= 1
                 if not self._depth:  # the guard calls hooks of monitors of its own
-                    self._now += time.perf_counter() - start
+                    self._now += harness.clock() - start
 
         return timed
 
@@ -121,7 +122,7 @@ class Turn(L.Callback):
         self.on_gpu = pl_module.device.type == "cuda"
         self.end_turn()
         self.turns.locks[self.index].acquire()
-        self.start = time.perf_counter()
+        self.start = harness.clock()
 
     def on_train_end(self, *args: Any) -> None:
         self.end_turn()
@@ -134,7 +135,7 @@ class Turn(L.Callback):
         elif self.spectrum is not None:
             # The worker's thread shares the cores: its work counts for this step and not for another's.
             self.spectrum._worker.peek()
-        self.turns.seconds[self.index].append(time.perf_counter() - self.start)
+        self.turns.seconds[self.index].append(harness.clock() - self.start)
         self.clock.end_step()
         self.start = None
         self.turns.locks[(self.index + 1) % len(self.turns.locks)].release()
@@ -154,6 +155,10 @@ def in_turns(
     """
     turns, failures = Turns(len(variants)), []
     clocks = {name: HookClock(callbacks) for name, callbacks in variants.items()}
+    for name, callbacks in variants.items():
+        for callback in callbacks:
+            if isinstance(callback, ClockedInputs):
+                callback.clock = clocks[name]
     data = torch.randint(0, config.vocab_size, (steps * BATCH, length))
 
     def fit(index: int, clock: HookClock, callbacks: list[L.Callback], folder: str) -> None:
@@ -297,6 +302,38 @@ def step_time(steps: int = 41) -> list[Result]:
             1.02,
             pairs("locater"),
         ),
+    ]
+
+
+class ClockedInputs(LocAteR):
+    """LocAteR over tokens, of which what samples them in the forward pass counts as a hook."""
+
+    clock: HookClock
+
+    def _listen(self, *args: Any) -> None:
+        super()._listen(*args)
+        assert self._inputs is not None
+        capture = self._inputs._inputs._capture
+        capture.receive = self.clock.timed(capture.receive)  # type: ignore[method-assign]
+
+
+def locater_time(steps: int = 7) -> list[Result]:
+    """A training step with LocAteR's two spectra over one without, by turns in one process."""
+    variants = {"none": [], "identity": [LocAteR(0.01)], "tokens": [ClockedInputs(0.01, sigma="tokens")]}
+    seconds, hooks = in_turns(variants, steps, gpt2())
+    return [
+        Result(
+            f"locater_{name}",
+            f"LocAteR on every step, {title} / none; GPT-2-like, 25 M parameters, n 512, batch 4",
+            by_hooks(seconds[name], hooks[name], range(steps - 1)),
+            bar,
+            f"by the time in hooks, median of {steps - 1}; by pairs {ratio(seconds, name):.3f}, 95 % "
+            f"± {1.96 * uncertainty(seconds, name):.3f}",
+        )
+        for name, title, bar in (
+            ("identity", "spectrum of the weights", 1.02),
+            ("tokens", "token-aware spectrum, 512 tokens a step", 1.05),
+        )
     ]
 
 

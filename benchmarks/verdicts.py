@@ -190,7 +190,7 @@ def of_runs(cache: Path) -> bool:
         record = _record_of(found)
         rows, layers = head_health(record), {row.label: row.verdict for row in layer_health(record)}
         count, alarm = sum(row.verdict in FLAGGED for row in rows), first_alarm(found)
-        is_rough = found["name"] in rough
+        is_rough = found["name"] in rough or found["name"].endswith("-healthy")
         if is_rough:
             heads, flagged = heads + len(rows), flagged + count
         named = sorted({label for label in layers if alarm is not None and label in alarm.reason})

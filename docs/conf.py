@@ -111,11 +111,15 @@ def _front_door(app: Sphinx, error: Exception | None) -> None:
 def _new_names(app: Sphinx) -> None:
     """Pages show arguments by their new names; the old ones are in signatures too, for jsonargparse.
 
-    Before autodoc reads anything: it takes defaults from the source, whose arguments have to be those of a signature,
-    and only then asks for changes.
+    Before autodoc reads anything: it takes defaults from the source, whose arguments have to be those of a
+    signature, and only then asks for changes.
     """
     for module in walk_packages(lightning_qk.__path__, "lightning_qk."):
-        for found in list(vars(import_module(module.name)).values()):
+        try:
+            found_here = list(vars(import_module(module.name)).values())
+        except ModuleNotFoundError:  # what an extra brings, such as triton
+            continue
+        for found in found_here:
             function = vars(found).get("__init__") if isinstance(found, type) else found
             while isinstance(function, FunctionType) and hasattr(function, "__wrapped__"):
                 vars(function).pop("__signature__", None)

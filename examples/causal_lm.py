@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="text files, or a name on the hub")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, words, a folder, or a name on the hub")
-    parser.add_argument("--locater", type=float, default=0.05, help="weight of the penalty; 0: none")
+    parser.add_argument(
+        "--locater", default="10%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
+    )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/causal_lm")
     options = parser.parse_args()

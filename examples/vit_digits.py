@@ -37,7 +37,9 @@ def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--locater", type=float, default=0.02, help="weight of the penalty; 0: none")
+    parser.add_argument(
+        "--locater", default="10%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", default="runs/vit_digits")
     options = parser.parse_args()

@@ -84,6 +84,7 @@ MOVED = {
     "lightning_qk.heads.rotary_fit": "lightning_qk.heads.position",
     "lightning_qk.heads.rotary_layer": "lightning_qk.heads.rotary",
     "lightning_qk.heads.search": "lightning_qk.heads.inferred_layout",
+    "lightning_qk.heads.sizes": "lightning_qk.heads.projections",
     "lightning_qk.heads.sources": "lightning_qk.heads.layouts",
     "lightning_qk.heads.stored": "lightning_qk.heads.module_as_matrix",
     "lightning_qk.inspect.conditions": "lightning_qk.inspect.export",

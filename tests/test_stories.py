@@ -16,7 +16,8 @@ from test_readme import BLOCKS, COMMANDS, PYTHON, ROOT
 from wandb_reader import read_wandb_run
 
 MOST = 10
-INSTALL = [*COMMANDS[1:4], "source .venv/bin/activate"]
+_FIRST = COMMANDS.index("python3 -m venv .venv")
+INSTALL = [*COMMANDS[_FIRST : _FIRST + 3], "source .venv/bin/activate"]
 [JOB] = [code for code in PYTHON if "# new" in code]
 
 

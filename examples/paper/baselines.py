@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from lightning_qk import TransformerModule
+from lightning_qk import TransformerModule, head_projections
 from lightning_qk.heads.reader import find_attention, kept_reader
 
 ENTROPY_ATTENTION = "paper_entropy"
@@ -22,11 +22,17 @@ class PenalizedModule(TransformerModule):
         reparametrize: apply σReparam to the query and key weights of the network.
         torch_initialization: draw weights anew as PyTorch's modules do by themselves: embeddings of unit variance,
             linear maps uniform within ±1/√width.
+        qk_init: query and key weights are that many times as large at the start.
+        lora_rank: of adapters (PEFT) on queries, keys, values and outputs, which alone train; None: all trains.
+        logs_steps: log each step's loss, which takes a fifth of a small network's time.
     """
 
     penalty: Callable[[nn.Module], Tensor] | None = None
     reparametrize: bool = False
     torch_initialization: bool = False
+    qk_init: float = 1.0
+    lora_rank: int | None = None
+    logs_steps: bool = True
 
     def configure_model(self) -> None:
         """As ever; then weights drawn anew and σReparam, where they are asked for."""
@@ -38,12 +44,23 @@ class PenalizedModule(TransformerModule):
             for part in self.model.modules():
                 if isinstance(part, nn.Linear | nn.Embedding):
                     part.reset_parameters()
+        if self.qk_init != 1:
+            with torch.no_grad():
+                for layer in head_projections(self.model).values():  # views of the live weights
+                    layer.query.mul_(self.qk_init)
+                    layer.key.mul_(self.qk_init)
+        if self.lora_rank is not None:
+            from peft import LoraConfig, get_peft_model
+
+            targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            lora = LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, target_modules=targets)
+            self.model = get_peft_model(self.model, lora)
         if self.reparametrize:
             add_sigma_reparam(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss with the term."""
-        loss = super().training_step(batch, batch_idx)
+        loss = super().training_step(batch, batch_idx) if self.logs_steps else self(**batch).loss
         return loss if self.penalty is None else loss + self.penalty(self.network)
 
 

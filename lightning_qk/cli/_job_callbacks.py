@@ -167,6 +167,6 @@ def newest_checkpoint(trainer: Trainer) -> Path:
     if not found:
         raise BadInput(
             f"expected a checkpoint for --ckpt_path last in {', '.join(map(str, folders))}, got none: name a "
-            "file, or leave the option out to start anew"
+            "file, or leave the option out to start a new run"
         )
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name == LAST_NAME))

@@ -1,5 +1,6 @@
 """LightningCLI for the ready-made job, apart from the command so that its help stays quick."""
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -45,9 +46,11 @@ class _JobCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         options = super()._prepare_subcommand_kwargs(subcommand)
         if options.get("ckpt_path") == "last":
-            # Lightning looks in the folder of the run that begins, and starts anew where that has none.
+            # Lightning looks in the folder of the run that begins, and starts a new run where that has none.
             options["ckpt_path"] = str(newest_checkpoint(self.trainer))
             rank_zero_info(f"lightning-qk: from {options['ckpt_path']}")
+        else:
+            _check_checkpoint(options.get("ckpt_path"))
         return options
 
     def before_predict(self) -> None:
@@ -73,6 +76,21 @@ class _JobCLI(LightningCLI):
                 make_config(fields)
             except ValueError as error:
                 raise BadInput(str(error)) from error
+
+
+def _check_checkpoint(given: Any) -> None:
+    """Refuse a misspelt file before the data are read.
+
+    Raises:
+        BadInput: it is not there.
+    """
+    # Lightning has words of its own, and reads from other places than the disk.
+    if given is None or str(given) in ("best", "hpc") or ":" in str(given) or Path(given).exists():
+        return
+    raise BadInput(
+        f"expected a checkpoint that exists after --ckpt_path, got no such file: {given}; correct it, or pass "
+        "'last' for the newest of the job's runs"
+    )
 
 
 def _add_output(parser: LightningArgumentParser) -> None:

@@ -1,7 +1,9 @@
 """Lines of libraries on the command's own runs that nobody can act on, silenced where they come from."""
 
 import logging
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"The '\w+_dataloader' does not have many workers",
     r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from",  # each run has a folder of its own
 )
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
 
@@ -29,10 +32,25 @@ class _StandardError:
     """``sys.stderr`` as it is when something is written, such as rich's that keeps lines apart from a bar."""
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(text)
+        return sys.stderr.write(_in_lines(text))
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def _in_lines(text: str) -> str:
+    """Text whose lines end between words where a terminal would break them anywhere."""
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    lines = text.split("\n")
+    wrapped = (textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)
+    return "\n".join(one if len(line) > width else line for line, one in zip(lines, wrapped, strict=True))
+
+
+def _without_place(message: Any, category: Any, *place: Any, **options: Any) -> str:
+    """A warning as what it says: where in a library it was given helps nobody who typed a command."""
+    return _in_lines(f"{message}\n")
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
@@ -52,12 +70,14 @@ def quiet_libraries() -> Iterator[None]:
     for handler in handlers:
         handler.addFilter(_is_of_use)
         handler.stream = _StandardError()  # setStream flushes the old one, which may be closed
+    as_before, warnings.formatwarning = warnings.formatwarning, _without_place
     try:
         with warnings.catch_warnings():
             for message in _WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
+        warnings.formatwarning = as_before
         for handler, stream in zip(handlers, streams, strict=True):
             handler.removeFilter(_is_of_use)
             handler.stream = stream

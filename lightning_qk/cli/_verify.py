@@ -133,8 +133,8 @@ def parser(prog: str) -> OneLineParser:
 
 def _verify(options: argparse.Namespace) -> tuple[str, dict[str, str], list[Layer]]:
     """Open the model, run it twice, and compare."""
+    from lightning_qk.inspect import Options, open_source
     from lightning_qk.inspect.skeleton import build_skeleton
-    from lightning_qk.inspect.sources import Options, open_source
     from lightning_qk.inspect.text import fill
 
     how = Options(

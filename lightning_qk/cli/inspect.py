@@ -220,7 +220,7 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lightning_qk.inspect.sources import Options, open_source
+    from lightning_qk.inspect import Options, open_source
     from lightning_qk.inspect.table import escape
 
     how = Options(

@@ -164,7 +164,7 @@ def _where(server: ThreadingHTTPServer, place: Path) -> list[str]:
             "same address there"
         )
     else:
-        lines.append("Whoever reaches this address can read the report.")
+        lines.append("Anyone who reaches this address can read the report.")
     return lines
 
 

@@ -77,8 +77,9 @@ def complete_rows(rows: "Dataset", text: str, label: str, where: str, drop: bool
         The rows, and how many were dropped.
 
     Raises:
-        ValueError: rows without, with their numbers, the first being 1.
+        ValueError: rows without, or whose columns are shifted, with their numbers, the first being 1.
     """
+    _check_shifted(rows[text][:], rows[label][:], text, label, where)
     missing: dict[str, list[int]] = {"text": [], "label": []}
     for place, (words, name) in enumerate(zip(rows[text][:], rows[label][:], strict=True)):
         if words is None or (isinstance(words, str) and not words.strip()):
@@ -96,6 +97,24 @@ def complete_rows(rows: "Dataset", text: str, label: str, where: str, drop: bool
         f"expected a {what} in every row of {where}, got none in the column {column!r} of "
         f"{rows_named(places)}: fill them, or pass drop_incomplete=True to leave such rows out"
     )
+
+
+def _check_shifted(texts: Sequence[Any], labels: Sequence[Any], text: str, label: str, where: str) -> None:
+    """Raises ValueError where a row has a class of its own for a label, and the label of others for a text."""
+    counts = Counter(map(str, labels))
+    places = [
+        place
+        for place, (words, name) in enumerate(zip(texts, labels, strict=True))
+        if counts[str(name)] == 1 and counts[str(words).strip()] > 1
+    ]
+    if places:
+        first = places[0]
+        raise ValueError(
+            f"expected a text in the column {text!r} and a label in {label!r} of {where}, got the text "
+            f"{_short(str(texts[first]).strip())!r}, which is a label elsewhere, and the label "
+            f"{_short(str(labels[first]))!r}, which is in no other row, in {rows_named(places)}: its columns are "
+            "shifted; mend them"
+        )
 
 
 def check_classes(labels: Iterable[Any], column: str, where: str) -> None:

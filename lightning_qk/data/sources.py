@@ -4,7 +4,7 @@ import codecs
 import csv
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -331,3 +331,41 @@ def stratified_split(labels: Sequence[Any], fraction: float, seed: int) -> tuple
         taken += generator.sample(members, count)
     chosen = set(taken)
     return [index for index in range(len(labels)) if index not in chosen], sorted(chosen)
+
+
+def set_apart(
+    rows: "Dataset", fraction: float, text_column: str, labels: Sequence[Any] | None, *, seed: int, where: str
+) -> "tuple[Dataset, Dataset]":
+    """Split rows into those that stay and those that are taken to evaluate on.
+
+    Args:
+        rows: all of them.
+        fraction: share to take: of every class, or, without labels, the last rows with that share of characters.
+        text_column: column with the text.
+        labels: one a row, or None.
+        seed: of the choice within classes.
+        where: the rows come from, for the message.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            f"expected at least two rows in {where} to set some apart for evaluation, got {len(rows)}: add text, "
+            "or pass val_files="
+        )
+    if labels is not None:
+        stay, taken = stratified_split(labels, fraction, seed)
+        return rows.select(stay), rows.select(taken)
+    lengths = [len(text) for text in texts_of(rows, text_column)]
+    first, count = len(rows) - 1, lengths[-1]
+    while first > 1 and count < fraction * sum(lengths):
+        first -= 1
+        count += lengths[first]
+    return rows.select(range(first)), rows.select(range(first, len(rows)))
+
+
+def texts_of(rows: "Dataset", column: str) -> Iterator[str]:
+    """The texts of a column, empty ones for rows without."""
+    for batch in rows.select_columns([column]).iter(batch_size=1000):
+        yield from (text or "" for text in batch[column])

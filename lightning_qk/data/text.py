@@ -3,9 +3,6 @@
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_qk.data.cache import kept
 from lightning_qk.data.checks import complete_rows, describe_overlap, describe_split
-from lightning_qk.data.collate import block_dataset, pack, token_stream
 from lightning_qk.data.sources import (
     check_files,
     encode_labels,
@@ -23,9 +20,10 @@ from lightning_qk.data.sources import (
     read_dataset,
     read_files,
     require_column,
-    stratified_split,
+    set_apart,
+    texts_of,
 )
-from lightning_qk.data.tokenizers import end_token, load_tokenizer, word_tokenizer
+from lightning_qk.data.tokenizers import load_tokenizer, tokenize_blocks, tokenize_texts, word_tokenizer
 from lightning_qk.tasks import TEXT_TASKS, check_task
 
 if TYPE_CHECKING:
@@ -154,7 +152,7 @@ class TextDataModule(pl.LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_digest: Any = None
         self._tokenizer_of: str | None = None
-        self._splits: dict[str, Dataset] | None = None
+        self._splits: dict[str, Dataset] = {}
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -189,7 +187,7 @@ class TextDataModule(pl.LightningDataModule):
             or self._pretrained() in (None, self._tokenizer_of)
         ):
             return
-        self._tokenizer, self._tokenizer_digest, self._splits = None, None, None
+        self._tokenizer, self._tokenizer_digest, self._splits = None, None, {}
 
     def prepare_data(self) -> None:
         """Read, tokenize and keep the data; Lightning calls it on one process."""
@@ -199,7 +197,7 @@ class TextDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Open the data that :meth:`prepare_data` left; Lightning calls it on every process."""
         self._follow_the_model()
-        if self._splits is not None:
+        if self._splits:
             return
         from datasets import load_from_disk
         from transformers import AutoTokenizer
@@ -225,7 +223,7 @@ class TextDataModule(pl.LightningDataModule):
             "max_length" if classifies else "block_size": self.max_length if classifies else self.block_size,
             "batch_size": self.batch_size,
         }
-        if self._splits is not None:
+        if self._splits:
             facts["rows"] = {name: len(rows) for name, rows in self._splits.items()}
         return facts
 
@@ -247,11 +245,13 @@ class TextDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Batches to predict: the test rows, or the validation rows where there are none."""
-        assert self._splits is not None, "setup() comes first"
         return self._loader("test" if "test" in self._splits else "val")
 
     def _loader(self, split: str) -> DataLoader:
-        assert self._splits is not None, "setup() comes first"
+        if not self._splits:
+            raise ValueError(
+                "expected a data module that is set up, got one that is not: call prepare_data() and setup() first"
+            )
         if split not in self._splits:
             raise ValueError(
                 f"expected rows to {split} on, got none from {self._where()}: pass {split}_files="
@@ -324,18 +324,7 @@ class TextDataModule(pl.LightningDataModule):
             "split": [self.val_fraction, self.seed],
             "drop_incomplete": self.drop_incomplete,
         }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        entry = root / digest
-        if not (entry / "info.json").is_file():
-            root.mkdir(parents=True, exist_ok=True)
-            build = Path(tempfile.mkdtemp(prefix=f"{digest}.", dir=root))
-            try:
-                with _no_progress_bars():
-                    self._build(build, files, hub)
-                _put(build, entry)
-            finally:
-                shutil.rmtree(build, ignore_errors=True)
-        return entry
+        return kept(root, key, lambda build: self._build(build, files, hub))
 
     def _source_key(self) -> list[Any]:
         if self.sources != ["stdlib"]:
@@ -388,15 +377,26 @@ class TextDataModule(pl.LightningDataModule):
                     f"expected text in {self._place(name)}, got no rows: fill it or leave it out"
                 )
         if "val" not in rows:
-            rows["train"], rows["val"] = self._cut(rows["train"], self.val_fraction)
+            rows["train"], rows["val"] = self._set_apart(rows["train"], self.val_fraction)
         if self._tokenizer_name == "words":
-            self._tokenizer = word_tokenizer(_texts(rows["train"], self.text_column), self.vocab_size)
+            self._tokenizer = word_tokenizer(texts_of(rows["train"], self.text_column), self.vocab_size)
             self._tokenizer.save_pretrained(folder / "tokenizer")
         for name, split in rows.items():
+            cache = folder / f"{name}.tokens"
             if self.task == "sequence_classification":
-                tokenized = self._tokenize_texts(split, folder / f"{name}.tokens")
+                columns = [self.text_column, self.label_column]
+                tokenized = tokenize_texts(split, self.tokenizer, columns, self.max_length, cache)
             else:
-                tokenized = self._tokenize_blocks(split, folder / f"{name}.tokens", name)
+                masked, where = self.task == "masked_lm", f"to {name} on from {self._place(name)}"
+                tokenized = tokenize_blocks(
+                    split,
+                    self.tokenizer,
+                    self.text_column,
+                    self.block_size,
+                    cache,
+                    around=masked,
+                    where=where,
+                )
             tokenized.save_to_disk(str(folder / name))
             summary += self._summary(name, rows, tokenized, names)
         for leftover in folder.glob("*.tokens"):
@@ -413,7 +413,7 @@ class TextDataModule(pl.LightningDataModule):
         if names is None:
             texts = [
                 text
-                for text in _texts(split.select(range(min(len(split), 100))), self.text_column)
+                for text in texts_of(split.select(range(min(len(split), 100))), self.text_column)
                 if text.strip()
             ]
             lengths = [self.block_size] * len(tokenized)
@@ -431,9 +431,9 @@ class TextDataModule(pl.LightningDataModule):
                 )
             ]
         if name != "train":
-            train = _texts(rows["train"], self.text_column)
+            train = texts_of(rows["train"], self.text_column)
             least = _LONG if names is None else 1
-            overlap = describe_overlap(name, _texts(split, self.text_column), train, least=least)
+            overlap = describe_overlap(name, texts_of(split, self.text_column), train, least=least)
             lines += [overlap] if overlap else []
         return lines
 
@@ -460,97 +460,8 @@ class TextDataModule(pl.LightningDataModule):
             rows = Dataset.from_dict({self.text_column: texts, self.label_column: labels})
         else:
             rows = Dataset.from_dict({self.text_column: stdlib_texts(self.max_files, self.max_characters)})
-        return self._cut(rows, _TEST_FRACTION)
+        return self._set_apart(rows, _TEST_FRACTION)
 
-    def _cut(self, rows: "Dataset", fraction: float) -> "tuple[Dataset, Dataset]":
-        """Split rows into those that stay and those that are taken to evaluate on."""
-        if len(rows) < 2:
-            raise ValueError(
-                f"expected at least two rows in {self._where()} to set some apart for evaluation, got "
-                f"{len(rows)}: add text, or pass val_files="
-            )
-        if self.task == "sequence_classification":
-            stay, taken = stratified_split(rows[self.label_column], fraction, self.seed)
-            return rows.select(stay), rows.select(taken)
-        lengths = [len(text) for text in _texts(rows, self.text_column)]
-        first, count = len(rows) - 1, lengths[-1]
-        while first > 1 and count < fraction * sum(lengths):
-            first -= 1
-            count += lengths[first]
-        return rows.select(range(first)), rows.select(range(first, len(rows)))
-
-    def _tokenize_texts(self, rows: "Dataset", cache: Path) -> "Dataset":
-        tokenizer = self.tokenizer
-        length = self.max_length
-
-        def encode(texts: list[str], labels: list[int]) -> dict[str, Any]:
-            encoded = tokenizer(texts, truncation=True, max_length=length)
-            return {
-                "input_ids": encoded["input_ids"],
-                "attention_mask": encoded["attention_mask"],
-                "labels": labels,
-            }
-
-        return self._map(rows, encode, [self.text_column, self.label_column], cache)
-
-    def _tokenize_blocks(self, rows: "Dataset", cache: Path, split: str) -> "Dataset":
-        tokenizer = self.tokenizer
-        end = end_token(tokenizer)
-        # What the model saw around each text when it was trained: [CLS] … [SEP], or a bos token, or nothing.
-        around = self.task == "masked_lm" or tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-        def encode(texts: list[str]) -> dict[str, Any]:
-            filled = [text for text in texts if text and text.strip()]
-            documents = (
-                tokenizer(filled, add_special_tokens=around, verbose=False)["input_ids"] if filled else []
-            )
-            return {"input_ids": [ids if ids[-1:] == [end] else [*ids, end] for ids in documents]}
-
-        tokenized = self._map(rows, encode, [self.text_column], cache)
-        stream = token_stream(tokenized)
-        blocks = pack(stream, self.block_size)
-        if not len(blocks):
-            raise ValueError(
-                f"expected at least one block of {self.block_size} tokens to {split} on from "
-                f"{self._place(split)}, got {len(stream)} tokens: add text, or lower block_size"
-            )
-        return block_dataset(blocks)
-
-    def _map(self, rows: "Dataset", encode: Callable[..., Any], columns: list[str], cache: Path) -> "Dataset":
-        if len(rows) > 10_000:
-            rank_zero_info(f"Tokenizing {len(rows)} rows ({cache.stem})")
-        return rows.map(
-            encode,
-            batched=True,
-            input_columns=columns,
-            remove_columns=rows.column_names,
-            cache_file_name=str(cache),
-        )
-
-
-def _put(build: Path, entry: Path) -> None:
-    """Move the finished data into place, unless another process was faster: its data are the same."""
-    try:
-        build.replace(entry)
-    except OSError:
-        if not (entry / "info.json").is_file():
-            raise
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Hide the bars of ``datasets``: five a split, most of them gone in an instant."""
-    import datasets
-
-    hidden = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden:
-            datasets.enable_progress_bars()
-
-
-def _texts(rows: "Dataset", column: str) -> Iterator[str]:
-    for batch in rows.select_columns([column]).iter(batch_size=1000):
-        yield from (text or "" for text in batch[column])
+    def _set_apart(self, rows: "Dataset", fraction: float) -> "tuple[Dataset, Dataset]":
+        labels = rows[self.label_column] if self.task == "sequence_classification" else None
+        return set_apart(rows, fraction, self.text_column, labels, seed=self.seed, where=self._where())

@@ -1,11 +1,15 @@
-"""Tokenizers: two that are made here, and any from a folder or the hub."""
+"""Tokenizers: two that are made here, any from a folder or the hub; and data sets as their tokens."""
 
 import os
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_qk.data.collate import block_dataset, pack, token_stream
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _SPECIAL = {
@@ -135,4 +139,85 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     raise ValueError(
         "expected a tokenizer with an eos or a sep token to put between documents, got "
         f"{tokenizer.name_or_path!r} with neither: set tokenizer.eos_token and save it again"
+    )
+
+
+def tokenize_texts(
+    rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", columns: list[str], max_length: int, cache: Path
+) -> "Dataset":
+    """Each text for itself, with its label.
+
+    Args:
+        rows: with a text and a label each.
+        tokenizer: the tokenizer.
+        columns: those of the text and of the label.
+        max_length: tokens that are kept of a text.
+        cache: file for the result.
+    """
+
+    def encode(texts: list[str], labels: list[int]) -> dict[str, Any]:
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)
+        return {
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "labels": labels,
+        }
+
+    return _map(rows, encode, columns, cache)
+
+
+def tokenize_blocks(
+    rows: "Dataset",
+    tokenizer: "PreTrainedTokenizerBase",
+    column: str,
+    block_size: int,
+    cache: Path,
+    *,
+    around: bool,
+    where: str,
+) -> "Dataset":
+    """Documents one after the other, each ended by a token, cut into blocks.
+
+    Args:
+        rows: the documents; those of white space are left out.
+        tokenizer: the tokenizer.
+        column: of the text.
+        block_size: tokens a block.
+        cache: file for the tokens.
+        around: special tokens stand around each document even where the tokenizer has no bos token.
+        where: what the blocks are for and where they come from, for the message.
+
+    Raises:
+        ValueError: there are too few tokens for a block, or the tokenizer has no token to end a document.
+    """
+    end = end_token(tokenizer)
+    # What the model saw around each text when it was trained: [CLS] … [SEP], or a bos token, or nothing.
+    around = around or tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+    def encode(texts: list[str]) -> dict[str, Any]:
+        filled = [text for text in texts if text and text.strip()]
+        documents = tokenizer(filled, add_special_tokens=around, verbose=False)["input_ids"] if filled else []
+        return {"input_ids": [ids if ids[-1:] == [end] else [*ids, end] for ids in documents]}
+
+    stream = token_stream(_map(rows, encode, [column], cache))
+    blocks = pack(stream, block_size)
+    if not len(blocks):
+        raise ValueError(
+            f"expected at least one block of {block_size} tokens {where}, got {len(stream)} tokens: add text, or "
+            "lower block_size"
+        )
+    return block_dataset(blocks)
+
+
+def _map(rows: "Dataset", encode: Callable[..., Any], columns: list[str], cache: Path) -> "Dataset":
+    if len(rows) > 10_000:
+        from lightning.pytorch.utilities import rank_zero_info
+
+        rank_zero_info(f"Tokenizing {len(rows)} rows ({cache.stem})")
+    return rows.map(
+        encode,
+        batched=True,
+        input_columns=columns,
+        remove_columns=rows.column_names,
+        cache_file_name=str(cache),
     )

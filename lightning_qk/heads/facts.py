@@ -16,10 +16,9 @@ from lightning_qk.architecture.source_code import is_known, names_in
 from lightning_qk.heads.layouts import KnownLayout, borrows_keys, unsupported
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.projection import Projection
-from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.projections import InaccessibleWeights, Sizes, UnreadLayer
 from lightning_qk.heads.sharding import flat_root, flat_unit
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.sizes import Sizes
 from lightning_qk.heads.trials import Trial
 
 
@@ -320,7 +319,7 @@ def describe(
         raise UnreadLayer(reason)
     source, clip, constants = kv_source(layer), configured_clip(module, layer.config), Constants(module)
     chain = (module, *layer.ancestors, *wrappers)
-    # The outermost unit of a part of a model need not be the root: the root has to be seen to be one.
+    # The outermost unit of a part of a model need not be the root: it is one where nothing is around it.
     unit, root = flat_unit(chain), flat_root(chain)
     if source is not None and unit is not None:
         raise InaccessibleWeights(

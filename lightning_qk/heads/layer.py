@@ -37,11 +37,13 @@ from lightning_qk.heads.projections import (
     HeadProjections,
     InaccessibleWeights,
     NotTokenAttention,
+    Sizes,
     UnreadLayer,
+    layer_sizes,
+    softmax_scaling,
 )
 from lightning_qk.heads.sharding import alive, gathered, whole
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.sizes import Sizes, layer_sizes, softmax_scaling
 from lightning_qk.heads.trials import input_arguments
 
 _BY_RUNNING = "found by running"

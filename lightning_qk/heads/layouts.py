@@ -26,9 +26,8 @@ from lightning_qk.heads.projection import (
     parameter_projection,
     projection_of,
 )
-from lightning_qk.heads.projections import UnreadLayer
+from lightning_qk.heads.projections import Sizes, UnreadLayer
 from lightning_qk.heads.sharding import alive
-from lightning_qk.heads.sizes import Sizes
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:

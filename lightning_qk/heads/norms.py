@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import Stop, Through, quietly, run_alone, shadow
-from lightning_qk.heads.projections import Affine, UnreadLayer
+from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
 from lightning_qk.heads.sharding import alive, device_of, is_dtensor, whole
-from lightning_qk.heads.sizes import Sizes
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
 _AMPLITUDE = 64.0
@@ -206,8 +205,8 @@ class _Target(nn.Module):
 def is_before_projections(module: nn.Module, plan: NormPlan, width: int) -> bool:
     """Whether a layer's norm that is named for queries or keys acts on the layer's input instead.
 
-    It is part of no projection then. Told by which child the layer's forward calls first, where the norm's width
-    alone does not tell.
+    It is part of no projection then. Decided by the child that the layer's forward calls first, where the norm's
+    width leaves it open.
 
     Args:
         module: the attention layer.

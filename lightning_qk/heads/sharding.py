@@ -19,7 +19,7 @@ from lightning_qk.heads.projections import InaccessibleWeights
 
 
 def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
-    """The module that a plan refers to weakly.
+    """The module behind a weak reference.
 
     Raises:
         RuntimeError: it is gone.
@@ -34,13 +34,13 @@ def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether a tensor is a DTensor, without importing them: who has one has imported them."""
+    """Whether a tensor is a DTensor; the class is looked up only where it was imported already."""
     home = sys.modules.get("torch.distributed.tensor")
     return home is not None and isinstance(tensor, home.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor: a DTensor is gathered (collective, differentiable), others are given back."""
+    """The whole of a tensor: a DTensor is gathered (collective, differentiable), others come back unchanged."""
     if not is_dtensor(tensor):
         return tensor
     sharded: Any = tensor
@@ -59,7 +59,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def check_access(tensor: Tensor, what: str) -> None:
-    """Raise for a weight whose values this process can in no way read.
+    """Raises for a weight whose values this process cannot read.
 
     Args:
         tensor: the weight.

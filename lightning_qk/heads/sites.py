@@ -59,7 +59,7 @@ def attention_sites(model: nn.Module) -> Iterator[AttentionLayer]:
     named = {name for name, module in modules.items() if _is_named_attention(module)}
     holders = {parent for name in fitting | calling | named for parent in _parents(name)}
     found = fitting | calling | {name for name in named if name not in holders}
-    # The innermost first: what contains a layer is none.
+    # The innermost first: a module that contains a layer is not one itself.
     for name, module in reversed(modules.items()):
         is_free = name not in holders and found.isdisjoint((name, *_parents(name)))
         if is_free and _takes_softmax(module) and reaches_product(module):

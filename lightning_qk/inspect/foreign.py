@@ -29,11 +29,35 @@ _FOREIGN = (
         "from_flax=True) and call its save_pretrained",
     ),
     (
+        "qmodel.pt",
+        "weights quantized by HQQ",
+        "convert them with the lines for HQQ in docs/how-to/read-a-checkpoint.md",
+    ),
+    (
         "consolidated.*.pth",
         "weights as Meta publishes them",
         "run src/transformers/models/llama/convert_llama_weights_to_hf.py of transformers' repository on it",
     ),
 )
+
+_ORIGINAL = "pass the model that it was made from"
+# Quantization → what turns its codes into numbers.
+_CONVERTED = {
+    "compressed-tensors": 'with `pip install compressed-tensors`, run `python -c "from '
+    "compressed_tensors.entrypoints.convert import *; convert_checkpoint('FOLDER', 'OUT', "
+    "CompressedTensorsDequantizer('FOLDER'))\"` and pass OUT",
+    "torchao": "convert it with the lines for torchao in docs/how-to/read-a-checkpoint.md",
+}
+
+
+def instead_of(quantization: str) -> str:
+    """What to do with weights that are quantized in a way that is not read.
+
+    Args:
+        quantization: ``quant_method`` of a configuration.
+    """
+    convert = _CONVERTED.get(quantization)
+    return f"{_ORIGINAL}, or {convert}" if convert else _ORIGINAL
 
 
 def foreign_format(folder: Path) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_qk.inspect import codes
 from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.foreign import instead_of
 from lightning_qk.inspect.quantization import PLAIN, Quantization
 from lightning_qk.inspect.storage import Get, Storage
 from lightning_qk.interventions import plain_state_dict
@@ -407,7 +408,7 @@ class _FormStorage(Storage):
 
 def _instead(form: Form) -> str:
     return (
-        "pass the model that it was made from"
+        instead_of(form.name)
         if form.codes
         else "remove the parametrization in the program that made it, and save the state_dict again"
     )

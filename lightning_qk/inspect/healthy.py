@@ -28,7 +28,7 @@ class Reference:
         layers: label of each head's layer.
         heads: number of each head in its layer.
         values: statistic → one number a head, float64, NaN where it has none: names as ``lightning-qk inspect
-            --csv`` has them; a number of a layer stands at each of its heads.
+            --csv`` has them; a number of a layer is repeated for each of its heads.
     """
 
     name: str

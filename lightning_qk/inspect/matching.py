@@ -1,42 +1,19 @@
-"""Which tensors of a checkpoint a model's parameters come from.
-
-Names differ by prefixes (a base model within a task's model, a LightningModule around it) and by what transformers
-renames, splits, joins and transposes when it loads; its own rules for that are applied, one parameter at a time.
-"""
+"""The weights of a model without its weights, one parameter at a time, from the tensors of a checkpoint."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.names import Origin, match_names
 from lightning_qk.inspect.storage import Get, Storage
 
-# Parts that compiling, sharding, checkpointing and data parallelism insert into names, anywhere.
-_WRAPPER_PARTS = frozenset(
-    [
-        "_orig_mod",
-        "_fsdp_wrapped_module",
-        "_fpw_module",
-        "_forward_module",
-        "_checkpoint_wrapped_module",
-        "module",
-    ]
-)
-# Parts of a prefix that are tried.
-_DEEPEST = 8
-
-# Prefixes that are tried: those of one network differ by what its class puts before its names.
-_MOST_NETWORKS = 64
-# Names of networks that are copies of another one.
-_COPY = re.compile(
-    r"(?:^|[._])(?:ema|teacher|target|averaged?|shadow|momentum|swa|ref|reference|frozen)(?:$|[._])"
-)
 # Names of adapters' tensors: those of PEFT, loralib, torchtune and LyCORIS.
 _ADAPTERS = re.compile(
     r"(?:^|[._])(?:lora|dora|hada|lokr|ia3|b?oft|vera|vblora|fourierft|hra|randlora)_|\.base_layer\."
@@ -74,20 +51,6 @@ class Weights(Protocol):
         """Notes on tensors that were not read, given the attention layers' names; call it after reading them."""
 
 
-class Origin(NamedTuple):
-    """Where a parameter's values are.
-
-    Attributes:
-        target: the name that transformers' rule gives first; the parameter's own where there is none.
-        sources: tensors of the checkpoint, and the pattern of the rule that each matches.
-        converter: the rule, or None for a tensor that is taken as it is.
-    """
-
-    target: str
-    sources: list[tuple[str, str]]
-    converter: Any = None
-
-
 class StoredWeights:
     """The weights of a skeleton in the tensors of a checkpoint; a :class:`Weights`.
 
@@ -118,38 +81,14 @@ class StoredWeights:
         Raises:
             BadInput: the checkpoint holds nothing of the model, or nothing below the prefix.
         """
-        self._storage = storage
-        self._model = model
+        self._storage, self._model = storage, model
         self._where = where = storage.where
-        named = model.state_dict()
         stored = list(storage.files)
-        below = _without_wrappers(
-            dict.fromkeys(stored, "") if prefix is None else _below(stored, prefix, where), named
-        )
-        self.prefix = prefix or ""
-        self.others: list[str] = []
-        found = _Found({}, {})
-        if not within:
-            found = _as_transformers_loads(model, list(below), named)
-        if 2 * len(found.origins) < len(named):
-            networks = _within(model, list(below), named)
-            if networks and len(next(iter(networks.values())).origins) > len(found.origins):
-                (own, found), *rest = networks.items()
-                self.prefix = ".".join(filter(None, (prefix, own)))
-                self.others = [
-                    ".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)
-                ]
-        elif 2 * len(found.left_over) >= len(found.origins):
-            rest = list(_within(model, list(found.left_over.values()), named).items())
-            self.others = [".".join(filter(None, (prefix, other))) for other in _equal_networks(rest, found)]
-        self.origins = {
-            name: origin._replace(sources=[(below[key], pattern) for key, pattern in origin.sources])
-            for name, origin in found.origins.items()
-        }
-        self.left_over = {name: below[key] for name, key in found.left_over.items()}
-        self.collisions = [(below[kept], below[other]) for kept, other in found.collisions]
+        found = match_names(stored, model, where, within=within, prefix=prefix)
+        self.origins, self.left_over, self.collisions = found.origins, found.left_over, found.collisions
+        self.prefix, self.others = found.prefix, found.others
         self._ties = _tied(model)
-        self._check_adapters(below.values())
+        self._check_adapters(found.names)
         if not self.origins and any("flat_param" in name for name in stored):
             raise BadInput(
                 f"expected tensors by name, got {where}, which holds those that FSDP makes of them: save it with "
@@ -360,161 +299,6 @@ def _aligned(value: Tensor) -> Tensor:
 
 def _later(get: Get, key: str) -> Callable[[], Tensor]:
     return lambda: get(key)
-
-
-class _Found(NamedTuple):
-    """What was matched of a checkpoint's names.
-
-    Attributes:
-        origins: parameter name → where its values are.
-        left_over: what the model would call a tensor that it has no parameter for → the tensor.
-        collisions: tensors that are read, each with one that could be read in its place.
-    """
-
-    origins: dict[str, Origin]
-    left_over: dict[str, str]
-    collisions: Collection[tuple[str, str]] = ()
-
-
-def _unwrapped(name: str, kept: Collection[str] = ()) -> str:
-    """A name without what wrappers put into it, less those that are parts of the model's own names."""
-    parts = name.split(".")
-    return ".".join(part for part in parts if part not in _WRAPPER_PARTS or part in kept)
-
-
-def _without_wrappers(keys: Mapping[str, str], named: Iterable[str]) -> dict[str, str]:
-    """Names without what wrappers put into them → whole names.
-
-    Args:
-        keys: whole names, each with a prefix that is not part of its own name.
-        named: names of the model's parameters.
-    """
-    kept = _WRAPPER_PARTS & {part for name in named for part in name.split(".")}
-    found: dict[str, str] = {}
-    for key, start in keys.items():
-        name = key.removeprefix(start)
-        plain = _unwrapped(name, kept)
-        # A second network that differs by a wrapper alone keeps its names.
-        found[name if plain in found else plain] = key
-    return found
-
-
-def _below(keys: list[str], prefix: str, where: str) -> dict[str, str]:
-    """Whole names that begin with a prefix → what of them is the prefix; wrappers do not matter."""
-    start = f"{prefix.rstrip('.')}."
-    found = {key: start for key in keys if key.startswith(start)}
-    plain = _unwrapped(start.rstrip("."))
-    if not found and plain:
-        for key in keys:
-            parts = key.split(".")
-            ends = (".".join(parts[:count]) for count in range(1, len(parts)))
-            end = next((one for one in ends if _unwrapped(one) == plain), None)
-            if end is not None:
-                found[key] = f"{end}."
-    if found:
-        return found
-    tops = list(dict.fromkeys(key.partition(".")[0] for key in keys))
-    raise BadInput(
-        f"expected tensors below the prefix {prefix!r} in {where}, got none: give one that is there, such as "
-        f"{', '.join(tops[:5])}"
-    )
-
-
-def _as_transformers_loads(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> _Found:
-    """By the rules of ``from_pretrained``."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    own: Any = model
-    rules = get_model_conversion_mapping(own)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    prefix = own.base_model_prefix
-    origins: dict[str, Origin] = {}
-    left_over: dict[str, str] = {}
-    collisions = []
-    given = dict(named)
-    for key in sorted(keys, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, given)
-        if name not in named and key in named:
-            name, pattern = rename_source_key(key, [], [], prefix, given)
-        if pattern is None:
-            if name not in named:
-                left_over[name] = key
-            elif name in origins and origins[name].converter is None:
-                collisions.append((origins[name].sources[0][0], key))
-            else:
-                origins.setdefault(name, Origin(name, [(key, key)]))
-            continue
-        rule = by_pattern[pattern]
-        made = [name, *(name.replace(rule.target_patterns[0], other) for other in rule.target_patterns[1:])]
-        if not any(other in named for other in made):
-            left_over[name] = key
-            continue
-        origin = origins.setdefault(name, Origin(name, [], rule))
-        origin.sources.append((key, pattern))
-        for other in made:
-            origins.setdefault(other, origin)
-    return _Found(origins, left_over, collisions)
-
-
-def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> dict[str, _Found]:
-    """Networks in a module that was saved as it is in memory.
-
-    Returns:
-        Prefix → what was found below it, the prefix that most of the network's names have first; of equal ones the
-        one that is not called a copy of another, then the one that was registered first.
-    """
-    base = f"{getattr(model, 'base_model_prefix', '') or 'base'}."
-
-    def own_name(rest: str) -> str | None:
-        for name in (rest, base + rest, rest.removeprefix(base)):
-            if name in named:
-                return name
-        return None
-
-    found: dict[str, dict[str, Origin]] = defaultdict(dict)
-    counts: Counter[str] = Counter()
-    for key in keys:
-        parts = key.split(".")
-        for depth in range(min(len(parts), _DEEPEST)):
-            name = own_name(".".join(parts[depth:]))
-            if name is not None:
-                prefix = ".".join(parts[:depth])
-                found[prefix].setdefault(name, Origin(name, [(key, key)]))
-                counts[prefix] += 1
-    networks = {}
-    order = sorted(counts, key=lambda prefix: (-counts[prefix], bool(_COPY.search(prefix))))
-    for prefix in order[:_MOST_NETWORKS]:
-        used = {source for origin in found[prefix].values() for source, _ in origin.sources}
-        start = f"{prefix}." if prefix else ""
-        left_over = {
-            key.removeprefix(start): key for key in keys if key.startswith(start) and key not in used
-        }
-        networks[prefix] = _Found(found[prefix], left_over)
-    return networks
-
-
-def _equal_networks(others: Iterable[tuple[str, _Found]], read: _Found) -> list[str]:
-    """Prefixes of networks that have most of the names of the one that is read, and none of its tensors."""
-
-    def tensors(found: _Found) -> set[str]:
-        return {source for origin in found.origins.values() for source, _ in origin.sources}
-
-    taken = tensors(read)
-    prefixes = []
-    for prefix, found in others:
-        own = tensors(found)
-        if 2 * len(own) >= len(read.origins) and not own & taken:
-            prefixes.append(prefix)
-            taken |= own  # one below this prefix is the same network
-    return prefixes
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

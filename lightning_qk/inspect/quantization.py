@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.foreign import instead_of
 
 _FIELDS = ("quantization_config", "compression_config")
 # Methods whose layers are read, or that leave some layers plain, which are.
@@ -12,7 +13,6 @@ _READ = frozenset(
     ["gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes", "mxfp4"]
 )
 _GPTQ_FORMATS = {"gptq": True, "gptq_v2": False}
-_ORIGINAL = "pass the model that it was made from"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _given(config: Any) -> Mapping[str, Any]:
 
 def _refused(how: str, where: str) -> BadInput:
     return BadInput(
-        f"expected weights whose numbers can be read, got {where}, which is quantized ({how}): {_ORIGINAL}"
+        f"expected weights whose numbers can be read, got {where}, which is quantized ({how}): {instead_of(how)}"
     )
 
 

@@ -39,7 +39,7 @@ def build_skeleton(
 
     Args:
         config: the configuration.
-        trust: run the code that comes with the model, where its class is none of transformers'.
+        trust: run the code that comes with the model, where its class is not in transformers.
         tensors: how many the checkpoint has: a model with far more parameters is not built to its end.
         size: bytes of the checkpoint: nor is one with a parameter that has far more numbers than that.
 

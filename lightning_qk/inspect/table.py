@@ -27,6 +27,7 @@ class Column(NamedTuple):
         peak: of a layer's heads the largest is shown, not the mean.
         digits: after the point, of a number that is never large; None for three significant ones.
         rank: the columns of the largest rank go first where the console is narrow.
+        legend: what its values mean, or their unit.
     """
 
     title: str
@@ -34,40 +35,42 @@ class Column(NamedTuple):
     peak: bool = False
     digits: int | None = None
     rank: int = 0
+    legend: str = ""
 
 
 _WEIGHTS = (
     Column("eig mean", "logit_eig_mean"),
     Column("eig var", "logit_eig_var"),
-    Column("symm.", "symmetry", digits=2),
-    Column("sum's\nsymm.", "symmetry_summed", digits=2),
+    Column("symm.", "symmetry", digits=2, legend="symm.: 1 symmetric, -1 antisymmetric"),
+    Column("sum's\nsymm.", "symmetry_summed", digits=2, legend="sum's: of a layer's heads summed"),
     Column("direct.", "directionality", digits=2, rank=3),
     Column("sum's\ndirect.", "directionality_summed", digits=2, rank=4),
-    Column("positiv.", "positivity", digits=2),
-    Column("ρ/circle", "circle_ratio", digits=2, rank=1),
-    Column("stable\nrank", "stable_rank", digits=1),
+    Column("positiv.", "positivity", digits=2, legend="positiv.: 1 where all eigenvalues are positive"),
+    Column("ρ/circle", "circle_ratio", digits=2, rank=1, legend="ρ/circle: 1 is the size of random weights"),
+    Column("stable\nrank", "stable_rank", digits=1, legend="rank: directions"),
     Column("effective\nrank", "effective_rank_energy", digits=1, rank=2),
     Column("particip.\nrank", "participation_rank", digits=1, rank=5),
     Column("max\nsing.", "singular_max", peak=True, rank=6),
 )
 _MAX_REASONS = 8
 _ATTENTION = (
-    Column("entropy", "entropy_normalized", digits=3),
+    Column("entropy", "entropy_normalized", digits=3, legend="entropy: 0 is one key, 1 all alike"),
     Column("predicted", "predicted/entropy_normalized", digits=3),
-    Column("first key", "sink_first", digits=3),
+    Column("first key", "sink_first", digits=3, legend="first key: its share"),
     Column("predicted", "predicted/sink_first", digits=3, rank=2),
-    Column("linear\nshare", "linear_share", digits=3, rank=4),
+    Column("linear\nshare", "linear_share", digits=3, rank=4, legend="linear share: of pairs"),
     Column("predicted", "predicted/linear_share", digits=3, rank=5),
     Column("logit\nstd", "logit_std", digits=2, rank=3),
     Column("predicted", "predicted/logit_std", digits=2, rank=6),
-    Column("max\n|logit|", "max_abs_logit", peak=True),
+    Column("max\n|logit|", "max_abs_logit", peak=True, legend="|logit|: nats"),
     Column("sink\nheads", "sink_heads", digits=2, rank=1),
 )
 
 
 def print_reading(reading: Reading, console: Console, *, per_head: bool = False) -> None:
     """Print one line a layer, or a head, and below it what else there is to say."""
-    _print_values(reading, _WEIGHTS, console, per_head, _title(reading))
+    legend = _print_values(reading, _WEIGHTS, console, per_head, _title(reading))
+    _print_legend(legend, console)
     for line in weights_sentences(reading):
         console.print(printable(line), markup=False, highlight=False)
     if reading.attention:
@@ -75,7 +78,8 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
         rows = head_health(record)
         found = {f"{row.label}/{row.head}": row.verdict for row in rows}
         found |= {row.label: row.verdict for row in layer_health(record)}
-        _print_values(reading, _ATTENTION, console, per_head, "Attention on text", verdicts=found)
+        legend = _print_values(reading, _ATTENTION, console, per_head, "Attention on text", verdicts=found)
+        _print_legend(legend, console)
         for line in [*text_sentences(reading), *verdict_sentences(rows)]:
             console.print(printable(line), markup=False, highlight=False)
     console.print(f"Spectra {printable(reading.verification)}", markup=False, highlight=False)
@@ -86,7 +90,7 @@ def weights_sentences(reading: Reading) -> list[str]:
     """What units the numbers of weights have, and what weights can say."""
     lines = [
         "Eigenvalues are those of W_QK times the softmax scale, in logits of tokens of variance 1. Norms in front "
-        f"of layers: {reading.facts.get('Norms in front', 'unknown')}."
+        f"of layers: {reading.facts.get('Norms in front', 'unknown')}.",
     ]
     if not reading.attention:
         if any(row.verdict == "fresh" for row in layer_health(record_of([reading]))):
@@ -147,11 +151,11 @@ def _print_values(
     title: str,
     *,
     verdicts: Mapping[str, str] | None = None,
-) -> None:
+) -> list[str]:
     places = _places(reading, per_head)
     last = None if verdicts is None else [verdicts.get(name, "-") for name, _ in places]
     values = [(column, [_value(reading, column, *at) for _, at in places]) for column in columns]
-    _print_numbers(title, [name for name, _ in places], values, console, _cell, verdicts=last)
+    return _print_numbers(title, [name for name, _ in places], values, console, _cell, verdicts=last)
 
 
 def _places(reading: Reading, per_head: bool) -> list[tuple[str, tuple[int, int | None]]]:
@@ -173,8 +177,12 @@ def _print_table(
     console: Console,
     *,
     first: str = "layer",
-) -> None:
-    """Print what fits: columns of the largest rank are left out first, and no number is cut."""
+) -> list[str]:
+    """Print what fits: columns of the largest rank are left out first, and no number is cut.
+
+    Returns:
+        The legends of the columns that are there.
+    """
     columns = list(columns)
 
     def width() -> int:
@@ -198,6 +206,12 @@ def _print_table(
         last = [] if verdicts is None else [_styled(verdicts[index])]
         table.add_row(escape(name), *cells, *last)
     console.print(table)
+    return [column.legend for column, _ in columns if column.legend]
+
+
+def _print_legend(legend: Sequence[str], console: Console) -> None:
+    if legend:
+        console.print("; ".join(legend) + ".", style="dim", markup=False, highlight=False)
 
 
 def print_evolution(readings: Sequence[Reading], console: Console) -> None:
@@ -269,10 +283,10 @@ def _print_numbers(
     *,
     verdicts: Sequence[str] | None = None,
     first: str = "layer",
-) -> None:
+) -> list[str]:
     known = [(column, values) for column, values in columns if any(not math.isnan(x) for x in values)]
     texts = [(column, [cell(value, column.digits) for value in values]) for column, values in known]
-    _print_table(title, names, texts, verdicts, console, first=first)
+    return _print_table(title, names, texts, verdicts, console, first=first)
 
 
 def _flat(reading: Reading, statistic: str) -> Tensor:

@@ -2,23 +2,26 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_AUTO_CLASS = {
+AUTO_CLASS = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "sequence_classification": "AutoModelForSequenceClassification",
     "image_classification": "AutoModelForImageClassification",
 }
+"""Task → class of transformers that opens a folder of such a model."""
 _TOKEN_FIELDS = (
     "pad_token_id",
     "bos_token_id",
@@ -28,11 +31,14 @@ _TOKEN_FIELDS = (
     "mask_token_id",
 )
 
+# Tensors that a line names; a model whose weights are all missing has hundreds.
+_NAMED = 6
+
 
 def _auto_class(task: str) -> Any:
     import transformers
 
-    return getattr(transformers, _AUTO_CLASS[task])
+    return getattr(transformers, AUTO_CLASS[task])
 
 
 def _first_line(error: BaseException) -> str:
@@ -166,16 +172,26 @@ def network_from_pretrained(
     if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id  # GPT-2 and others have none; a classifier needs it
     try:
-        network = _auto_class(task).from_pretrained(
-            name, config=config, dtype=torch.get_default_dtype(), **options
-        )
+        with _without_load_report():
+            network, loaded = _auto_class(task).from_pretrained(
+                name, config=config, dtype=torch.get_default_dtype(), output_loading_info=True, **options
+            )
     except (ValueError, ImportError) as error:
         raise _refused(config.model_type, task, attn_implementation, error) from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected weights in {name!r} that fit its config, got other sizes or forms, which the table above "
+            "names: correct the config, or save the model again"
+        ) from error
     except OSError as error:
         raise ValueError(
             f"expected the weights of a model in {name!r}, got none that can be read ({_first_line(error)}): "
             "correct the name, or check the network"
         ) from error
+    new = sorted({*loaded["missing_keys"], *(found[0] for found in loaded["mismatched_keys"])})
+    if new:
+        named = ", ".join(new[:_NAMED]) + (f" and {len(new) - _NAMED} more" if len(new) > _NAMED else "")
+        rank_zero_info(f"lightning-qk: not in {name}, and random unless a checkpoint has them: {named}")
     size = network.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > size:
         raise ValueError(
@@ -183,6 +199,30 @@ def network_from_pretrained(
             f"{len(tokenizer)}: pass the model's own as tokenizer"
         )
     return network
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps back transformers' table of tensors without a match, which an error of loading refers to and shows."""
+    kept: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" not in record.getMessage():
+            return True
+        kept.append(record)
+        return False
+
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(keep)
+    try:
+        yield
+    except BaseException:
+        source.removeFilter(keep)
+        for record in kept:
+            source.handle(record)
+        raise
+    finally:
+        source.removeFilter(keep)
 
 
 def check_length(network: "PreTrainedModel", length: int) -> None:
@@ -222,7 +262,7 @@ def config_from_text(text: str) -> "PreTrainedConfig":
 def _refused(model_type: str, task: str, attn_implementation: str | None, error: BaseException) -> ValueError:
     if str(error).startswith("Unrecognized configuration class"):
         return ValueError(
-            f"expected a model type that transformers has an {_AUTO_CLASS[task]} of, got {model_type!r}: "
+            f"expected a model type that transformers has an {AUTO_CLASS[task]} of, got {model_type!r}: "
             "pick another model or another task"
         )
     return ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_qk.module.network import (
+    AUTO_CLASS,
     check_length,
     config_from_text,
     config_to_text,
@@ -309,7 +310,7 @@ class TransformerModule(pl.LightningModule):
         # Every process takes part where the weights are sharded.
         folder = self.export(self.save_pretrained_to)
         if self.trainer.is_global_zero:
-            rank_zero_info(f"The model is in {folder}: load it with AutoModel.from_pretrained")
+            rank_zero_info(f"lightning-qk: the model is in {folder}: load it with {AUTO_CLASS[self.task]}")
 
     def export(self, folder: str | Path) -> Path:
         """Write the model, and the data module's tokenizer where there is one, as a Hugging Face folder.

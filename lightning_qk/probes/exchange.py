@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import evaluated
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.metrics.collector import AttentionCollector
@@ -16,7 +17,6 @@ from lightning_qk.probes.run import (
     over_tokens,
     own_generator,
     prepared,
-    quiet,
     refuse_encoder_decoder,
     results,
     tokens_name,
@@ -104,7 +104,7 @@ def exchangeability(
         return outputs
 
     changes: dict[str, list[Tensor]] = {}
-    with quiet(model):
+    with evaluated(model):
         collector = AttentionCollector(model, eager=True)
         before = run(batch)
         for _ in range(permutations):

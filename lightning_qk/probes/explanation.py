@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import evaluated
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.chunks import sample_rows
 from lightning_qk.functional.ranks import kendall_tau
@@ -19,7 +20,6 @@ from lightning_qk.probes.run import (
     own_generator,
     parameters,
     prepared,
-    quiet,
     refuse_encoder_decoder,
     results,
     tokens_name,
@@ -94,7 +94,7 @@ def attention_as_explanation(
             causal.append(is_causal(own))
         attention.setdefault(layer, []).append(received(own, keep).mean)
 
-    with quiet(model):
+    with evaluated(model):
         collector = AttentionCollector(model, measure, eager=True)
         output = collector.run(batch)
         where: Where = read or ("last" if causal and causal[0] else "all")

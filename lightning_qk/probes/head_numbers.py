@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import evaluated
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import AttentionSums, MeanSums, attention_sums, finish
 from lightning_qk.functional.logits import AttentionLogits
@@ -14,7 +15,7 @@ from lightning_qk.functional.spectrum import qk_moments
 from lightning_qk.heads.reader import kept_reader
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention, attention_of, row_parts, weighted_values
-from lightning_qk.probes.run import prepared, quiet, results
+from lightning_qk.probes.run import prepared, results
 
 _OF_ATTENTION = (
     "entropy",
@@ -49,7 +50,7 @@ def measure_heads(
         ValueError: no batch, or no attention that can be captured.
     """
     ran = False
-    with quiet(model):
+    with evaluated(model):
         collector = AttentionCollector(model, _measure, eager=True)
         for batch in batches:
             ran = True

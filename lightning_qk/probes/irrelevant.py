@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import evaluated
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import MeanSums
 from lightning_qk.metrics.collector import AttentionCollector
@@ -14,7 +15,6 @@ from lightning_qk.probes.run import (
     check_marks,
     over_tokens,
     prepared,
-    quiet,
     refuse_encoder_decoder,
     results,
 )
@@ -50,7 +50,7 @@ def irrelevant_mass(model: nn.Module, batch: Mapping[str, Any], irrelevant: Tens
         over_tokens(attention, shape)
         return _mass(attention, irrelevant.to(attention.valid.device))
 
-    with quiet(model):
+    with evaluated(model):
         collector = AttentionCollector(model, measure, eager=True)
         collector.run(prepared(model, batch))
     sums = collector.pool.sums()

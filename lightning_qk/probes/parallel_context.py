@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import evaluated
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.metrics.collector import AttentionCollector
@@ -16,7 +17,6 @@ from lightning_qk.probes.run import (
     over_tokens,
     parameters,
     prepared,
-    quiet,
     refuse_encoder_decoder,
     results,
     tokens_name,
@@ -99,7 +99,7 @@ def parallel_context_entropy(
             f"expected at least {parts} tokens of context, one a part, before the {rows} that ask, got a sequence "
             f"with {context}: pass longer sequences or fewer parts"
         )
-    with quiet(model):
+    with evaluated(model):
         offset, causal = _checked_positions(model, batch, valid)
         collector = AttentionCollector(model, eager=True)
         entropies = []
@@ -144,7 +144,7 @@ def _visible(plan: _Plan, causal: bool) -> Tensor:
     n = plan.part.shape[1]
     same = plan.part[:, :, None] == plan.part[:, None, :]
     asks = plan.asks[:, :, None]
-    # Context sees context of its part; who asks sees all.
+    # Context tokens see those of their part; asking tokens see all.
     visible = (same & ~plan.asks[:, None, :]) | asks
     if causal:
         visible &= torch.ones(n, n, dtype=torch.bool, device=visible.device).tril()

@@ -1,10 +1,8 @@
 """What probes share: run a model in evaluation mode, check batches, and name the layers that are left out."""
 
 import inspect
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,35 +18,6 @@ _Value = TypeVar("_Value")
 
 class ProbeWarning(UserWarning):
     """A layer is left out of a probe; the message names it and says why."""
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random generators are restored at the end.
-
-    What was compiled runs eagerly, and its graphs stay for those who train. Not inference mode, in which
-    Lightning validates: what is kept for later, such as a reader's plan, would hold tensors without
-    gradients.
-    """
-    training = [module for module in model.modules() if module.training]
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    # Models without dropout may draw too: hashing attention does.
-    forked = torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices))
-    with torch.inference_mode(False), torch.no_grad(), forked, _uncompiled():
-        model.eval()
-        try:
-            yield
-        finally:
-            # Not model.train(), which would reach modules that were in evaluation mode.
-            for module in training:
-                module.training = True
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """No graphs of torch.compile."""
-    if "torch._dynamo.eval_frame" not in sys.modules:
-        return nullcontext()  # nothing was compiled, and the question would load the compiler
-    return torch.compiler.set_stance("force_eager")
 
 
 def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Event:
         where: the layer by its label in log keys, or a head of it, as in ``layer_03/head_05``; empty for the run.
         value: the number that it is about; NaN for none.
         threshold: what that number was compared with; NaN for none.
-        time: when, in ISO 8601, UTC; empty where a checkpoint told of it.
+        time: when, in ISO 8601, UTC; empty for an event that was read from a checkpoint.
     """
 
     step: int

@@ -1,10 +1,12 @@
 """The table of the layers' health in a terminal."""
 
+import re
+import textwrap
 from typing import TYPE_CHECKING
 
 from lightning_qk._printable import printable
 from lightning_qk.record.advice import ADVICE, guard_alarms
-from lightning_qk.record.history import RunRecord
+from lightning_qk.record.history import STATE, RunRecord
 from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
 
 if TYPE_CHECKING:
@@ -51,8 +53,8 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         cells = [escape(texts[title][index]) for title in shown]
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     console.print(table)
-    legend = [words for title, words in _LEGEND.items() if title in shown]
-    console.print("; ".join(legend), style="dim", markup=False, highlight=False)
+    for line in _lines([_LEGEND[title] for title in shown if title in _LEGEND], console.width):
+        console.print(line, style="dim", markup=False, highlight=False)
     reasons = sorted((row for row in rows if row.reason), key=lambda row: list(VERDICTS).index(row.verdict))
     for row in reasons[:_MAX_REASONS]:
         console.print(printable(f"{row.label}: {row.verdict}, {row.reason}"), markup=False, highlight=False)
@@ -82,14 +84,24 @@ _COLUMNS = {
     "verdict": "verdict",
 }
 _LEGEND = {
+    "eig mean": "eig mean: unscaled logits",
+    "sym var": "sym var: unscaled logits²",
+    "asym": "asym: 0 is symmetric, 1 antisymmetric",
     "entropy": "entropy: 0 is one key, 1 all alike",
     "sink": "sink: share of the first key",
-    "max|logit|": "logits: nats",
+    "max|logit|": "max|logit|: nats",
+    "linear share": "linear share: of pairs",
 }
-"""In one line below the table, which fits 80 columns."""
+"""Units, and what shares are of: two lines of 80 columns below the table."""
 # What is left out where a console is narrow: first all of these, then one after the other of those.
 _ONLY_WIDE = ("eig mean", "asym")
 _NEXT_OUT = ("linear share", "sink", "sym var")
+
+
+def _lines(parts: list[str], width: int) -> list[str]:
+    """Parts one after the other, in lines that end between two of them where that can be."""
+    whole = "; ".join(part.replace(" ", "\0") for part in parts)
+    return [line.replace("\0", " ") for line in textwrap.wrap(whole, width, break_on_hyphens=False)]
 
 
 def _columns_that_fit(texts: dict[str, list[str]], width: int) -> dict[str, str]:
@@ -123,5 +135,11 @@ def _at_steps(record: RunRecord) -> str:
         return ""
     if len(set(steps)) == 1:
         # A run that ended before its first measurement has that of the weights it began with.
-        return f" at step {steps[0]}" if steps[0] >= 0 else " before training"
+        return f" at step {steps[0]}{_of_all(record, steps[0])}" if steps[0] >= 0 else " before training"
     return f" at step {steps[0]} (attention: {steps[1]})"
+
+
+def _of_all(record: RunRecord, step: int) -> str:
+    """How many steps there were, where the last ones were not measured."""
+    done = re.search(r" at step ([\d,]+)", record.info.get(STATE, ""))
+    return f" of {done[1]}" if done and int(done[1].replace(",", "")) > step + 1 else ""

@@ -238,6 +238,10 @@ def _named(group: str) -> Any:
     return property(get, put)
 
 
+STATE = "State"
+"""The fact of a record that says how the run ended, or that it goes on."""
+
+
 @dataclass(init=False)
 class RunRecord:
     """Everything that is kept of a run: the report, the health table and the figures are made from it.

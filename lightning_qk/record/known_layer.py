@@ -9,7 +9,7 @@ import numpy as np
 from lightning_qk.guard.detectors import Sensitivity, logits_ahead
 from lightning_qk.guard.reading import Window
 from lightning_qk.record.history import History, RunRecord
-from lightning_qk.record.newest import Newest, Rows
+from lightning_qk.record.newest import Newest, Numbers, Rows
 from lightning_qk.record.states import NOT_FINITE
 
 CHANCE = 5.0
@@ -75,7 +75,7 @@ class KnownLayer:
         }
         self.numbers = {name: value.tolist() for name, value in values.items()}
         self._shape = record.shapes.get(label)
-        self.cosine = _cosine(rows.get("hidden", none), label)
+        self.cosine, self.became_alike = _cosine(rows.get("hidden", none), label)
         self.broken = self._broken()
         self.growing = growing
         self.is_random = self._is_random()
@@ -161,19 +161,25 @@ class KnownLayer:
         return found
 
 
-def _cosine(rows: Rows, label: str) -> float:
+def _cosine(rows: Rows, label: str) -> tuple[float, bool]:
     """Least mean cosine of the tokens that leave a block, over as many newest readings as the guard looks at.
 
-    Early in training tokens are alike for a while in healthy runs too. NaN where fewer were measured.
+    Early in training tokens are alike for a while in healthy runs too. NaN where fewer were measured. Also whether
+    tokens were less alike at the first reading than the guard allows.
     """
     history, window = rows.history, Sensitivity.window
     if history is None or label not in history.layers or "cosine" not in history.values:
-        return math.nan
+        return math.nan, False
     own, known = rows.place(label), []
     for point in range(len(history) - 1, -1, -1):
-        row = rows.row("cosine", point)[own]
-        if np.isfinite(row).all():
-            known.append(float(row.mean(dtype=np.float64)))
+        value = _mean(rows.row("cosine", point)[own])
+        known += [value] * math.isfinite(value)
         if len(known) == window:
-            return min(known)
-    return math.nan
+            first = (_mean(rows.row("cosine", one)[own]) for one in range(len(history)))
+            began = next(filter(math.isfinite, first))
+            return min(known), began < Sensitivity.cosine
+    return math.nan, False
+
+
+def _mean(row: Numbers) -> float:
+    return float(row.mean(dtype=np.float64)) if np.isfinite(row).all() else math.nan

@@ -25,7 +25,7 @@ class Rows:
 
     def row(self, name: str, index: int) -> Any:
         """Values of a statistic at a kept step, one a head, in float32."""
-        assert self.history is not None  # who asks knows its statistics
+        assert self.history is not None  # callers read from a history
         if (name, index) not in self._rows:
             self._rows[name, index] = self.history.values[name][index].numpy()
         return self._rows[name, index]

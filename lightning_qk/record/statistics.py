@@ -32,7 +32,8 @@ class Statistic:
         title: what it is, in a few words.
         meaning: what its values mean, in sentences.
         worry: when to worry: the end of "when"; empty where no value is a fault by itself.
-        unit: its unit, or an empty string.
+        unit: its unit, or an empty string. An unscaled logit is one of tokens of variance 1, before the softmax
+            scale; with it logits are in nats.
         share: it lies between 0 and 1, and is drawn on that scale.
         signed: zero is its middle, and is drawn as the middle colour.
         peak: of several heads the largest counts, not the mean.
@@ -98,25 +99,26 @@ _ALL: tuple[Statistic, ...] = (
       "makes it smaller. Bao et al. link a small spread around a mean other than zero to localized "
       "attention.",
       "it keeps growing long after the loss has settled, or one layer leaves the others far behind.",
-      drawn=ALWAYS, extremes=("max",), heatmap=True),
+      unit="unscaled logits²", drawn=ALWAYS, extremes=("max",), heatmap=True),
     _("qk", "eig_var", "eigenvalue variance",
       "How far the eigenvalues of W_QK spread. A small spread around a mean other than zero is what Bao et "
       "al. link to localized attention. It can be negative, since W_QK is not symmetric.",
       "it keeps growing long after the loss has settled.",
-      signed=True, drawn=WITH_ROOM, instead_of="sym_var", extremes=("min", "max"), per_layer=True),
+      unit="unscaled logits²", signed=True, drawn=WITH_ROOM, instead_of="sym_var", extremes=("min", "max"),
+      per_layer=True),
     _("qk", "eig_mean", "eigenvalue mean",
       "The mean eigenvalue of W_QK. Its sign says where attention goes in the model of Bao et al., whose "
       "tokens are a random walk: positive to late keys, near the query, and negative to early ones.",
-      signed=True, drawn=ALWAYS, extremes=("min", "max"), heatmap=True),
+      unit="unscaled logits", signed=True, drawn=ALWAYS, extremes=("min", "max"), heatmap=True),
     _("qk", "spectral_radius", "largest |eigenvalue|",
       "The largest eigenvalue of W_QK in absolute value: how strongly its favourite direction is amplified.",
       "it jumps, or grows without end, with the largest logit following.",
-      peak=True, log=True, drawn=ALWAYS, extremes=("max",)),
+      unit="unscaled logits", peak=True, log=True, drawn=ALWAYS, extremes=("max",)),
     _("qk", "singular_max", "largest singular value",
       "The largest singular value of W_QK: the bound on what a pair of tokens can add to a logit. For "
       "cross-attention it stands in for eigenvalues, which mean nothing there.",
       "it jumps, or grows without end, with the largest logit following.",
-      peak=True, drawn=ALWAYS, extremes=("max",)),
+      unit="unscaled logits", peak=True, drawn=ALWAYS, extremes=("max",)),
     _("qk", "eigenvalues", "eigenvalues of W_QK",
       "Modulus and real part of the eigenvalues of W_QK of all heads, as histograms."),
     _("qk", "asymmetry", "asymmetry of W_QK",
@@ -263,10 +265,11 @@ _ALL: tuple[Statistic, ...] = (
     _("attn", "max_abs_logit", "largest |logit|",
       "The largest logit before the softmax, in absolute value.",
       "it passes 100, where Kimi K2 clips, or 10,000, above which every run of Wortsman et al. diverged.",
-      peak=True, drawn=ALWAYS, extremes=("max",)),
+      unit="nats", peak=True, drawn=ALWAYS, extremes=("max",)),
     _("attn", "max_logit", "largest logit", "The largest logit before the softmax.",
       "it passes 100, where Kimi K2 clips, or 10,000, above which every run of Wortsman et al. diverged.",
-      signed=True, peak=True, log=True, instead_of="max_abs_logit", extremes=("max",), per_layer=True),
+      unit="nats", signed=True, peak=True, log=True, instead_of="max_abs_logit", extremes=("max",),
+      per_layer=True),
     _("attn", "sink_first", "attention to the first key",
       "The share of attention that goes to the first key. Language models tend to grow such a sink. Gu et "
       "al. count a key as one above 0.3.",
@@ -280,7 +283,7 @@ _ALL: tuple[Statistic, ...] = (
       unit="positions", drawn=ALWAYS, heatmap=True),
     _("attn", "logit_std", "standard deviation of logits",
       "How far the logits of a query spread. Attention sharpens as it grows.",
-      "it keeps growing: entropy collapses with it.", drawn=WITH_ROOM),
+      "it keeps growing: entropy collapses with it.", unit="nats", drawn=WITH_ROOM),
     _("attn", "max_prob", "largest attention probability",
       "The largest probability that a query gives to any key.",
       "it nears 1 in a whole layer: each query sees one key.", share=True, drawn=WITH_ROOM),

@@ -341,7 +341,9 @@ def _is_uniform(layer: KnownLayer) -> bool:
 
 
 def _is_collapsed(layer: KnownLayer, is_fresh: bool) -> bool:
-    return _is_uniform(layer) and layer.cosine >= ALIKE_COSINE and not is_fresh
+    # What a model begins with is no collapse; where tokens become alike, its weights may stay random for that.
+    is_alike = layer.cosine >= ALIKE_COSINE and (layer.became_alike or not is_fresh)
+    return is_alike and _is_uniform(layer)
 
 
 def _layer_verdict(layer: KnownLayer, is_fresh: bool) -> tuple[str, str]:

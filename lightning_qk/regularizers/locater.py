@@ -49,7 +49,8 @@ def locater_penalty(
     :class:`~lightning_qk.LocAteR`, whose gradient is the same.
 
     With adapters (PEFT) the penalty is on the weights that act, and its gradient reaches the adapters'
-    trainable parameters; a frozen weight beneath them, quantized or not, gets none.
+    trainable parameters; a frozen weight beneath them, quantized or not, gets none. Frozen or averaged copies
+    within the model count in the value: leave them out by ``modules=`` (the callback does so by itself).
 
     The model's layers are searched at the first call and after its modules change; from then on a call
     takes the live weights and does not wait for the device. Sharded weights (FSDP2, tensor parallel) are

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lightning_qk.record.advice import ADVICE, ALARM_ADVICE, guard_alarms
-from lightning_qk.record.history import RunRecord
+from lightning_qk.record.history import STATE, RunRecord
 from lightning_qk.record.verdicts import FLAGGED, VERDICTS, HeadHealth, extreme_heads
 
 UNJUDGED = ("not judged", "no data")
@@ -13,8 +13,6 @@ _OPEN = 5
 """A group of faults with up to so many heads is shown open."""
 _MAX_ROWS = 200
 """Of a group, so many rows are in its table."""
-STATE = "State"
-"""The fact of a record that says how the run ended, or that it goes on."""
 
 
 class Finding(NamedTuple):

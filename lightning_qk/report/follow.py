@@ -44,7 +44,7 @@ class Follower:
         return beside if is_near else path
 
     def page(self) -> bytes:
-        """The page's text: as it is on the disk, or made of the record. Anything that fails is said in it."""
+        """The page's text: read from the disk, or rendered from the record. It names anything that fails."""
         from lightning_qk.record.history import RunRecord
         from lightning_qk.report.report import render
 

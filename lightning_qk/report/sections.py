@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_qk._version import __version__
-from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.history import STATE, History, RunRecord
 from lightning_qk.record.predictions import agreement
 from lightning_qk.record.statistics import describe
 from lightning_qk.record.verdicts import HeadHealth, layer_health
-from lightning_qk.report.findings import STATE, first_screen
+from lightning_qk.report.findings import first_screen
 from lightning_qk.report.payload import shown_statistics
 
 PAPERS = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import evaluated
 from lightning_qk.capture import AttentionCapture, CapturedCall
 from lightning_qk.capture.hooks.modules import hook_before
 from lightning_qk.functional.token_moments import TokenMoments
@@ -27,7 +28,7 @@ def token_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, TokenMo
 
     The model runs in evaluation mode without gradients and is left as it was. Queries and keys are those that
     attention multiplies, after norms; a known rotation is undone position by position, and compared with the
-    projections of what entered the layer. Padding is left out. ``position_ids`` of a batch are heeded.
+    projections of what entered the layer. Padding is left out. ``position_ids`` of a batch are respected.
 
     Args:
         model: any module that contains attention.
@@ -46,13 +47,13 @@ def token_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, TokenMo
     collector = _Collector({name: reader[name] for name in modules}, modules)
     capture = AttentionCapture(
         {module: name for name, module in modules.items()},
-        collector.hear,
+        collector.add,
         model=model,
         eager=True,
         operands=True,
     )
     ran = False
-    with _quiet(model), collector.inputs():
+    with evaluated(model), collector.inputs():
         capture.install()
         try:
             capture.enabled = True
@@ -95,20 +96,6 @@ def _call(model: nn.Module, batch: Any) -> None:
         model(moved(batch))
 
 
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    devices = {tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"}
-    stance = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), stance:
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
 class _Collector:
     """Moments of each layer over calls."""
 
@@ -139,7 +126,7 @@ class _Collector:
         return hook
 
     @torch.no_grad()
-    def hear(self, name: str, call: CapturedCall) -> None:
+    def add(self, name: str, call: CapturedCall) -> None:
         """Add one call; what it raises leaves the layer out."""
         head = self._heads[name]
         tokens = self.calls.read(name, call)

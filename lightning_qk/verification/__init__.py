@@ -8,24 +8,11 @@ from typing import TYPE_CHECKING
 from lightning_qk._packages import lazy
 
 if TYPE_CHECKING:
-    from lightning_qk.verification.check import (
-        SelfCheck,
-        Status,
-        Verified,
-        summary,
-    )
+    from lightning_qk.verification.check import SelfCheck, Status, Verified, summary
     from lightning_qk.verification.inputs import InputMaker, first_that_runs, is_states
     from lightning_qk.verification.model import verify
     from lightning_qk.verification.statistics import CapturedCalls, layer_of, verify_statistics
-    from lightning_qk.verification.trace import (
-        MOVES,
-        SCALINGS,
-        Event,
-        Node,
-        Product,
-        Trace,
-        ancestors,
-    )
+    from lightning_qk.verification.trace import MOVES, SCALINGS, Event, Node, Product, Trace
 
 __all__ = [
     "MOVES",
@@ -39,7 +26,6 @@ __all__ = [
     "Status",
     "Trace",
     "Verified",
-    "ancestors",
     "first_that_runs",
     "is_states",
     "layer_of",
@@ -55,6 +41,6 @@ __getattr__, __dir__ = lazy(
         "inputs": ["InputMaker", "first_that_runs", "is_states"],
         "model": ["verify"],
         "statistics": ["CapturedCalls", "layer_of", "verify_statistics"],
-        "trace": ["Event", "MOVES", "Node", "Product", "SCALINGS", "Trace", "ancestors"],
+        "trace": ["Event", "MOVES", "Node", "Product", "SCALINGS", "Trace"],
     },
 )

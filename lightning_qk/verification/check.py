@@ -100,7 +100,7 @@ class SelfCheck:
         self._plans: dict[str, LayerReader] = {}
         self._reasons: dict[str, str] = {}
         names = {module: name for name, module in self._sites.items()}
-        self._capture = AttentionCapture(names, self._hear, model=model, eager=True, operands=True)
+        self._capture = AttentionCapture(names, self._receive, model=model, eager=True, operands=True)
         self._handles: list[Any] = []
 
     def install(self) -> None:
@@ -170,7 +170,7 @@ class SelfCheck:
             if finding != Finding():
                 settle(self._sites[name], finding)
 
-    def _hear(self, name: str, call: CapturedCall) -> None:
+    def _receive(self, name: str, call: CapturedCall) -> None:
         before = self.verdicts.get(name)
         if before is not None and before.ok:
             return

@@ -4,7 +4,7 @@ Nothing here knows how a model calls attention. An attention is found by what it
 operator that contains one) whose logits are products of two tensors neither of which is a parameter.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -337,35 +337,6 @@ class Trace(TorchDispatchMode):
                 return False
             tensor = source
         return False
-
-
-def ancestors(
-    node: Node | None,
-    through: Iterable[str] | None = None,
-    limit: int = 300,
-    is_through: Callable[[Node], bool] | None = None,
-) -> Iterator[Node]:
-    """What a result was made from, nearest first, itself included, up to the matrix products that made it.
-
-    Args:
-        node: where to start.
-        through: the operations to go through; None for all but products and the like.
-        limit: the most to give.
-        is_through: whether to go through one of the other operations.
-    """
-    todo, seen = [] if node is None else [node], set[int]()
-    while todo and len(seen) < limit:
-        current = todo.pop(0)
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        if through is None:
-            if current.name in PRODUCTS or current.name in ("convolution", "embedding", "_softmax"):
-                continue
-        elif current.name not in through and not (is_through is not None and is_through(current)):
-            continue
-        todo.extend(current.parents)
 
 
 def _number(value: Any) -> float | None:

@@ -45,6 +45,19 @@ def test_decoders_encoders_and_both_are_compared(predictions, kind):
     assert [row["asked"] for row in rows if row["asked"]] == [0.5]
 
 
+def test_models_are_loaded_as_inspect_loads_them(predictions, tmp_path):
+    model = models.llama().eval()
+    model.save_pretrained(tmp_path / "model")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "last.ckpt")
+    ids = torch.randint(3, models.VOCABULARY, (2, 9))
+    for name, config in (("model", None), ("last.ckpt", str(tmp_path / "model"))):
+        found, tokenizer = predictions.load(str(tmp_path / name), config=config, tokenizer="bytes")
+        torch.testing.assert_close(found(ids).logits, model(ids).logits)
+        assert tokenizer("ab", add_special_tokens=False)["input_ids"]
+    with pytest.raises(SystemExit, match="expected a tokenizer"):
+        predictions.load(str(tmp_path / "model"))
+
+
 def test_measured_rows_are_a_sample_of_all(predictions):
     model, tokens = models.llama().eval(), torch.randint(3, models.VOCABULARY, (6, 40))
     names = [*predictions.find_attention(model)]

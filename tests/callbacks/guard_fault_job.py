@@ -19,7 +19,7 @@ PLACES = [
     (_watch.HiddenCosine, "take", 1),
     (_watch.ReadingSource, "read", 0),
     (_watch.ReadingSource, "begin_batch", 1),
-    (_pending.StepLosses, "hear", 1),
+    (_pending.StepLosses, "add", 1),
     (_healthy.HealthyCheckpoint, "_put", 0),
     (_healthy.HealthyCheckpoint, "_promoted", 0),
     (torch, "save", 0),

@@ -147,7 +147,7 @@ def fit(
 
 def by_tokens() -> LocAteR:
     """All tokens of a step's eight sequences besides their first ones, of all processes together."""
-    return LocAteR("10%", sigma="tokens", tokens=8 * 15)
+    return LocAteR("20%", sigma="tokens", tokens=8 * 15)
 
 
 def run(folder: Path, processes: int) -> None:

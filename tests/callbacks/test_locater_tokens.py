@@ -240,17 +240,30 @@ def test_a_token_that_is_not_finite_is_left_out():
     assert all(grad.isfinite().all() for step in recorder.gradients for grad in step.values())
 
 
-def test_frozen_copies_are_left_out():
+@pytest.mark.parametrize("copy", ["frozen", "averaged"])
+def test_copies_that_do_not_train_are_left_out(copy):
+    """A teacher or reference asks for no gradient; averaged weights may, but no optimizer has them."""
+
     class Distilled(models.Job):
         def __init__(self):
-            super().__init__()
-            self.teacher = models.gpt2().requires_grad_(False)
+            super().__init__(still(models.gpt2()))
+            self.copy = models.gpt2().requires_grad_(copy == "averaged")
 
-    locater = LocAteR(WEIGHT, sigma="tokens")
-    job = Distilled()
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.inner.parameters(), lr=0.01)
+
+    locater, job = LocAteR("10%", sigma="tokens"), Distilled()
     recorder = Recorder(locater)
     models.trainer([locater, recorder], max_steps=1).fit(job, models.tokens())
-    assert set(recorder.moments[0]) == {name for name in ProjectionReader(job) if "teacher" not in name}
+    assert set(recorder.moments[0]) == {name for name in ProjectionReader(job) if "copy" not in name}
+    assert not any("copy" in name for name in recorder.gradients[0])
+
+    plain, job = LocAteR(WEIGHT), Distilled()
+    want = locater_penalty(job.inner).item()
+    assert locater_penalty(job).item() > 1.5 * want  # a term of a loss knows of no optimizer
+    recorder = Recorder()
+    models.trainer([plain, recorder], max_steps=1).fit(job, models.tokens())
+    assert recorder.penalties == pytest.approx([want], rel=1e-5)
 
 
 @pytest.mark.parametrize(

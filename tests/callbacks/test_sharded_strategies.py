@@ -57,6 +57,18 @@ def same(got: dict, want: dict, tolerance: float) -> None:
         )
 
 
+PAIR = 0.5 / (8 * 16)
+"""What one pair of query and key is of a mean over a batch's rows, at most: in a row that sees two keys."""
+
+
+def same_counts(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Shares of counted pairs: another order of sums may move a single pair over a threshold."""
+    difference = (got - want).abs().nan_to_num()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert (difference > 1e-4).sum() <= 1
+    assert difference.max() <= PAIR
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_values_are_those_of_one_process(results, case, rank):
@@ -65,7 +77,17 @@ def test_values_are_those_of_one_process(results, case, rank):
     for name, gradient in want["gradients"].items():
         assert (got["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
     same(got["spectrum"], want["spectrum"], 1e-4)
-    same(got["attention"], want["attention"], 1e-4)
+    counted = {"linear_share"} if case == "fsdp2 tokens" else set()
+    assert got["attention"].keys() == want["attention"].keys()
+    same(
+        *(
+            {name: own[name] for name in own if name not in counted}
+            for own in (got["attention"], want["attention"])
+        ),
+        1e-4,
+    )
+    for name in counted:
+        same_counts(got["attention"][name], want["attention"][name])
     same(got["hidden"], want["hidden"], 1e-3)
     moments = ("qk/tokens/", "pred/")
     if case.startswith(
@@ -82,7 +104,8 @@ def test_values_are_those_of_one_process(results, case, rank):
     for key in keys:
         value = want["metrics"][key]
         if not key.startswith("train/"):
-            assert got["metrics"][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+            least = PAIR if key.split("/")[1] in counted else 1e-4
+            assert got["metrics"][key] == pytest.approx(value, rel=1e-3, abs=least), key
     assert got["notes"] == want["notes"]
 
 

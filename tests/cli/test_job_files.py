@@ -78,8 +78,17 @@ def test_a_run_keeps_what_it_was(config: Path, capsys: pytest.CaptureFixture[str
 def test_without_a_checkpoint_nothing_starts_anew(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 2
     said = capsys.readouterr().err
-    assert "logs/lightning_logs, got none: name a file, or leave the option out to start anew" in said
+    assert "logs/lightning_logs, got none: name a file, or leave the option out to start a new run" in said
     assert not Path("logs").exists()
+
+
+def test_a_misspelt_checkpoint_is_told_before_the_data_are_read(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", "--config", str(config), "--ckpt_path", "lst.ckpt"]) == 2
+    said = capsys.readouterr().err
+    assert "after --ckpt_path, got no such file: lst.ckpt; correct it, or pass 'last'" in said
+    assert not Path("cache").exists()
 
 
 def test_a_run_that_fails_leaves_its_last_checkpoint(

@@ -70,6 +70,19 @@ def test_a_missing_header_is_seen(tmp_path: Path) -> None:
         prepared(path, tmp_path)
 
 
+def test_a_row_whose_columns_are_shifted_is_refused_with_its_number(tmp_path: Path) -> None:
+    rows = news()
+    rows[20] = [*rows[20][1:], rows[20][0]]
+    with pytest.raises(
+        ValueError, match=r"got the text 'World', .* label 'Title 20', .* in row 21: its columns"
+    ):
+        prepared(write(tmp_path / "news.csv", rows), tmp_path)
+    # A text may be what a label is, and a class may have one row.
+    rows[20] = ["Sports", "Title 20", "World"]
+    rows[21][0] = "Weather"
+    assert "Weather" in prepared(write(tmp_path / "news.csv", rows), tmp_path).label_names
+
+
 @pytest.mark.parametrize("empty", ["", "  "])
 @pytest.mark.parametrize(("column", "what"), [(0, "label"), (2, "text")])
 def test_empty_fields_are_refused_with_their_rows_or_dropped(

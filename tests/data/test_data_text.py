@@ -36,7 +36,6 @@ def prepared(data: TextDataModule) -> TextDataModule:
 
 
 def texts_of(data: TextDataModule, split: str) -> list[str]:
-    assert data._splits is not None
     return [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in data._splits[split]["input_ids"]]
 
 
@@ -46,7 +45,6 @@ def test_blocks_are_the_lines_each_ended_by_eos(make: Any, tmp_path: Path) -> No
 
     eos = data.tokenizer.eos_token_id
     stream = [*b"one", eos, *b"two two", eos, *"thrée".encode(), eos]
-    assert data._splits is not None
     assert [t for block in data._splits["train"]["input_ids"] for t in block] == stream[
         : len(stream) // 4 * 4
     ]
@@ -73,7 +71,6 @@ def test_tables_of_every_kind_give_the_same_rows(make: Any, tmp_path: Path, suff
         rows.to_parquet(path)
     data = prepared(make(source=str(path), val_files=str(path), text_column="body", block_size=1))
 
-    assert data._splits is not None
     tokens = [token for [token] in data._splits["train"]["input_ids"]]
     eos = data.tokenizer.eos_token_id
     assert tokens == [token for text in content for token in [*text.encode(), eos]]
@@ -128,7 +125,6 @@ def test_validation_is_taken_within_classes(make: Any, tmp_path: Path) -> None:
         make(source=write(tmp_path / "a.csv", table), task="sequence_classification", val_fraction=0.2)
     )
 
-    assert data._splits is not None
     assert sorted(texts_of(data, "train") + texts_of(data, "val")) == sorted(
         f"r{index}" for index in range(50)
     )
@@ -138,7 +134,6 @@ def test_validation_is_taken_within_classes(make: Any, tmp_path: Path) -> None:
 def test_stdlib_has_train_val_and_test(make: Any) -> None:
     data = prepared(make(max_characters=60_000, block_size=64))
 
-    assert data._splits is not None
     assert set(data._splits) == {"train", "val", "test"}
     text = "".join(texts_of(data, "train"))
     assert "def " in text
@@ -184,7 +179,6 @@ def test_words_are_counted_in_the_training_text(make: Any, tmp_path: Path) -> No
         _ = first.tokenizer
     for data in (prepared(first), prepared(make(**arguments_of(first)))):
         assert set(data.tokenizer.get_vocab()) >= {"x", "y", "z"}
-        assert data._splits is not None
         assert data.tokenizer.decode(data._splits["val"][0]["input_ids"]) == "<unk> x <eos>"
 
 
@@ -236,7 +230,6 @@ def test_a_tokenizer_is_part_of_the_key_by_its_content(make: Any, tmp_path: Path
 
     data = prepared(make(source=path, task="masked_lm", block_size=8, tokenizer=str(tmp_path / "tokenizer")))
 
-    assert data._splits is not None
     assert 263 in data._splits["train"][0]["input_ids"]
 
 
@@ -257,7 +250,6 @@ def test_data_prepared_by_hand_follow_the_model_that_is_fitted(make: Any, tmp_pa
     data.setup()
 
     assert "some" in data.tokenizer.get_vocab()
-    assert data._splits is not None
     assert tokenizer.convert_tokens_to_ids("some") in data._splits["train"][0]["input_ids"]
 
 
@@ -428,3 +420,12 @@ def test_test_rows_that_are_not_there_are_told(make: Any, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"expected rows to test on, got none .*: pass test_files="):
         data.test_dataloader()
     assert len(data.predict_dataloader().dataset) == 2  # type: ignore[arg-type]
+
+
+def test_batches_are_asked_for_after_setup(make: Any) -> None:
+    data = make(source="one.txt")
+    for ask in (data.train_dataloader, data.predict_dataloader):
+        with pytest.raises(
+            ValueError, match=r"expected a data module that is set up, .*: call prepare_data\(\)"
+        ):
+            ask()

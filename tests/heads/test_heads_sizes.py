@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from lightning_qk.heads.layouts import CONTIGUOUS, SEPARATE
-from lightning_qk.heads.projections import UnreadLayer
-from lightning_qk.heads.sizes import Sizes, head_sizes, softmax_scaling
+from lightning_qk.heads.projections import Sizes, UnreadLayer, head_sizes, softmax_scaling
 
 
 class Bag:

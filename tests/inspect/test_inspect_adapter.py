@@ -11,8 +11,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from test_inspect_read import check, read
 from torch import nn
 
+from lightning_qk.inspect import Options
 from lightning_qk.inspect.documents import BadInput
-from lightning_qk.inspect.sources import Options
 
 VARIANTS = {
     "lora": {},

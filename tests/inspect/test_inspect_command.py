@@ -61,6 +61,8 @@ def test_a_table_of_layers(
     assert max(map(len, seen.out.splitlines())) <= 80
     text = " ".join(seen.out.split())
     assert "folded into the weights" in text
+    assert "symm.: 1 symmetric, -1 antisymmetric" in text
+    assert "rank: directions" in text
     assert "do not differ from random ones: a fresh model" in text
     assert not any(word in text for word in ("regime", "uniform", "saturated", "flagged", "verdict"))
     assert main(["inspect", str(llama), "--per-head", "--moments-only"]) == 0

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_qk import TextDataModule, TransformerModule, head_projections
 from lightning_qk.functional import qk_moments
+from lightning_qk.inspect import Options, open_source
 from lightning_qk.inspect.documents import BadInput
-from lightning_qk.inspect.sources import Options, open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

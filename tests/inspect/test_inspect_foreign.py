@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from test_inspect_read import check, read
 from torch import Tensor, nn
 
+from lightning_qk.inspect import Options
 from lightning_qk.inspect.documents import BadInput
-from lightning_qk.inspect.sources import Options
 
 
 class Wrapper(nn.Module):

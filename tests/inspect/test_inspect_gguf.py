@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_qk.inspect import Options, open_source
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.skeleton import build_skeleton
-from lightning_qk.inspect.sources import Options, open_source
 
 gguf = pytest.importorskip("gguf")
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk import head_projections
+from lightning_qk.inspect import Options, open_source
 from lightning_qk.inspect.layer_values import SOLVED_STATISTICS, TRACE_STATISTICS
 from lightning_qk.inspect.read import Reading, read_checkpoint, record_of
-from lightning_qk.inspect.sources import Options, open_source
 from lightning_qk.record.statistics import describe
 from lightning_qk.record.verdicts import head_health
 

@@ -13,9 +13,9 @@ from test_inspect_adapter import adapted
 from test_inspect_read import check, read
 from torch import Tensor, nn
 
+from lightning_qk.inspect import Options
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import NOT_VERIFIED
-from lightning_qk.inspect.sources import Options
 
 ROOT = "base_model.model.model.layers"
 

@@ -15,7 +15,7 @@ LAYER = 4 * (4096 * 4096 + 1024 * 4096)
 PEAKS = """
 import json, pathlib, re, sys
 from lightning_qk.inspect.read import read_checkpoint
-from lightning_qk.inspect.sources import Options, open_source
+from lightning_qk.inspect import Options, open_source
 
 peaks = []
 def progress(count, total):

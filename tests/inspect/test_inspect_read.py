@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from lightning_qk import TransformerModule, head_projections
 from lightning_qk.functional import qk_eigenvalues, qk_moments, qk_singular_values
+from lightning_qk.inspect import Options, open_source
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import Reading, iterate_layers, read_checkpoint
 from lightning_qk.inspect.skeleton import build_skeleton
-from lightning_qk.inspect.sources import Options, open_source
 from tools.coverage import catalogue
 from tools.coverage.toy import LADDER, build, shrunk
 

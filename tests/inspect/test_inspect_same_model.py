@@ -11,8 +11,8 @@ from test_inspect_gguf import llama, write
 from test_inspect_read import read
 from torch import nn
 
+from lightning_qk.inspect import Options
 from lightning_qk.inspect.read import Reading
-from lightning_qk.inspect.sources import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,8 +13,8 @@ from test_inspect_leftovers import two
 from test_inspect_read import check, read
 from torch import Tensor, nn
 
+from lightning_qk.inspect import Options
 from lightning_qk.inspect.read import Reading
-from lightning_qk.inspect.sources import Options
 
 INNER = ["_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_forward_module", "_checkpoint_wrapped_module"]
 AROUND = st.lists(st.sampled_from([*INNER, "module", "model", "network"]), max_size=6)

@@ -1,5 +1,6 @@
 """Networks that fit a tokenizer and labels, and errors for those that do not."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,34 @@ def test_pretrained_weights_with_a_head_for_the_labels(tmp_path: Path) -> None:
     assert torch.equal(loaded.bert.encoder.layer[0].attention.self.query.weight, old)
     same = network_from_pretrained(str(tmp_path), "sequence_classification", TOKENIZER, ["a", "b"])
     assert torch.equal(same.classifier.weight, network.classifier.weight)
+
+
+def test_new_weights_are_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of the table of transformers, which stays where loading fails and its error refers to it."""
+    network = network_from_config(make_config(BERT, TOKENIZER, ["a", "b"]), "sequence_classification")
+    network.save_pretrained(tmp_path)
+    for name in ("lightning", "lightning.pytorch", "transformers"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    caplog.set_level(logging.INFO)
+
+    network_from_pretrained(str(tmp_path), "sequence_classification", TOKENIZER, ["x", "y", "z"])
+
+    said = [record.getMessage() for record in caplog.records if "random" in record.getMessage()]
+    assert said == [
+        f"lightning-qk: not in {tmp_path}, and random unless a checkpoint has them: classifier.bias, "
+        "classifier.weight"
+    ]
+    assert "LOAD REPORT" not in caplog.text
+    caplog.clear()
+    network_from_pretrained(str(tmp_path), "sequence_classification", TOKENIZER, ["a", "b"])
+    assert "random" not in caplog.text
+    network.config.vocab_size += 1
+    network.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected weights in '.*' that fit its config, got other sizes"):
+        network_from_pretrained(str(tmp_path), "sequence_classification")
+    assert "LOAD REPORT" in caplog.text
 
 
 def test_pretrained_models_that_are_not_there_or_do_not_fit(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from lightning_qk.architecture.dry_run import evaluated
 from lightning_qk.functional import logits as module
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import (
@@ -16,7 +17,7 @@ from lightning_qk.probes._attention import (
     rows_at,
     weighted_values,
 )
-from lightning_qk.probes.run import prepared, quiet
+from lightning_qk.probes.run import prepared
 
 
 def bloom(**kwargs):
@@ -53,7 +54,7 @@ def maps(model, given) -> list[torch.Tensor]:
 
 def heard(model, given, function) -> list:
     found = []
-    with quiet(model):
+    with evaluated(model):
         collector = AttentionCollector(model, eager=True)
         collector.run(prepared(model, given), lambda name, call: found.append(function(attention_of(call))))
     return found

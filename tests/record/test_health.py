@@ -146,13 +146,60 @@ def test_many_reasons_are_cut_and_the_worst_come_first() -> None:
     record.attention.values["max_abs_logit"][-1][-1] = 150.0
     out = io.StringIO()
     print_health(record, Console(file=out, width=100))
-    legend, *below = out.getvalue().split("┘")[1].strip().splitlines()
-    assert legend.startswith("entropy: 0 is one key")
-    assert len(legend) <= 80
+    below = out.getvalue().split("┘")[1].strip().splitlines()
+    while not below[0].startswith("layer_29"):
+        del below[0]  # the legend
     assert below[0].startswith("layer_29: saturated")
     advice = below[below.index("and 18 layers more") + 1 :]
     assert advice[0].startswith("What to do (saturated): Lower the learning rate")
     assert advice[-1] == "What to do (sink): Nothing: common in language models."
+
+
+def test_the_legend_has_the_unit_of_every_column() -> None:
+    record = simulated_record(layers=2, heads=2)
+    record.attention.values["linear_share"] = [
+        values * 0 + 0.5 for values in record.attention.values["entropy"]
+    ]
+    for width in (60, 80, 200):
+        out = io.StringIO()
+        print_health(record, Console(file=out, width=width))
+        table, below = out.getvalue().split("┘")
+        titles = "".join(table.splitlines()[2:4])
+        legend = below.strip().splitlines()
+        assert max(map(len, legend)) <= width
+        assert len(legend) <= (2 if width >= 80 else 3)
+        parts = dict(part.split(": ") for part in " ".join(legend).split("; "))
+        assert parts.items() <= UNITS.items()
+        missing = {name for name in UNITS if name not in parts}
+        assert not [name for name in missing if name in titles]
+        assert ("eig mean" in parts) == (width == 200)
+        assert "max|logit|" in parts
+    assert parts == UNITS
+
+
+UNITS = {
+    "eig mean": "unscaled logits",
+    "sym var": "unscaled logits²",
+    "asym": "0 is symmetric, 1 antisymmetric",
+    "entropy": "0 is one key, 1 all alike",
+    "sink": "share of the first key",
+    "max|logit|": "nats",
+    "linear share": "of pairs",
+}
+
+
+def test_the_title_says_where_the_last_steps_were_not_measured() -> None:
+    """A run that is shorter than two of its cadences is measured at the end of its first epoch alone."""
+    record = attention_of(**HEALTHY)
+    for state, title in {
+        "finished at step 1,039 of 2,000": "Attention health at step 3 of 1,039",
+        "finished at step 4 of 4": "Attention health at step 3",
+        "": "Attention health at step 3",
+    }.items():
+        record.info["State"] = state
+        out = io.StringIO()
+        print_health(record, Console(file=out, width=80))
+        assert out.getvalue().splitlines()[0].strip() == title
 
 
 def test_nothing_recorded_prints_nothing() -> None:

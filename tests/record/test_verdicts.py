@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lightning_qk import AttentionMonitor, HeadReport
+from lightning_qk.functional import qk_moments
 from lightning_qk.functional.attention import SINK_ATTENTION
 from lightning_qk.guard import CollapseDetector, Place, Reading
 from lightning_qk.guard.detectors import Sensitivity
-from lightning_qk.record.history import History, RunRecord
+from lightning_qk.record.history import History, LayerShape, RunRecord
 from lightning_qk.record.verdicts import (
     COLLAPSED_ENTROPY,
     QK_CLIP_LOGIT,
@@ -193,3 +194,20 @@ def test_what_the_guard_warns_of_the_table_names_within_its_horizon(falls: bool)
     assert row.verdict == "saturated"
     assert Sensitivity().entropy == COLLAPSED_ENTROPY
     assert Sensitivity().logit >= QK_CLIP_LOGIT
+
+
+@pytest.mark.parametrize(("cosines", "verdict"), [([0.5, 0.9], "collapsed"), ([0.99, 0.99], "fresh")])
+def test_a_model_that_collapses_before_it_learns_is_no_fresh_one(cosines: list[float], verdict: str) -> None:
+    torch.manual_seed(0)
+    heads, d_head, width = 8, 16, 64
+    query, key = (torch.randn(heads, d_head, width) * width**-0.5 for _ in range(2))
+    spectrum = {name: value.tolist() for name, value in qk_moments(query, key).items()}
+    record = record_of({"entropy_normalized": [0.999] * heads}, spectrum)
+    record.shapes = {"layer_00": LayerShape(d_head, width, d_head**-0.5)}
+    hidden = History(["layer_00"], [1], 16)
+    for step, value in enumerate([*cosines, *[0.99] * Sensitivity.window]):
+        hidden.append(step, {"cosine": torch.tensor([value])})
+    record.hidden = hidden
+    assert {row.verdict for row in head_health(record)} == {verdict}
+    (layer,) = layer_health(record)
+    assert layer.verdict == verdict

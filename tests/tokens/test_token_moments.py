@@ -238,6 +238,33 @@ def test_latent_attention_is_right_though_its_rotation_reorders_coordinates():
     )  # fmt: skip
 
 
+def gemma3n(**kwargs):
+    config = transformers.Gemma3nTextConfig(
+        **{**models._GROUPED, "head_dim": 8, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=5,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=models.VOCABULARY,
+        activation_sparsity_pattern=[0.0] * 4, laurel_rank=4,
+    )  # fmt: skip
+    return models.build(transformers.Gemma3nForCausalLM, config, **kwargs)
+
+
+def test_shared_keys_are_those_of_the_layer_that_lends_them():
+    model, batch = gemma3n().double(), tokens()
+    entered = inputs_of(model, batch)
+    found = token_moments(model, [batch])
+    layers = list(find_attention(model).items())
+    # The last layers take the keys of the last one of their kind that has its own.
+    for borrower, lender in ((2, 0), (3, 1)):
+        (name, layer), (source, other) = layers[borrower], layers[lender]
+        assert head_projections(model)[name].key_layer == source
+        with torch.no_grad():
+            q = layer.q_norm(layer.q_proj(entered[name]).unflatten(-1, (4, 8))).transpose(1, 2)
+            k = other.k_norm(other.k_proj(entered[source]).unflatten(-1, (2, 8))).transpose(1, 2)
+        want, got = TokenMoments.of(q, k), found[name]
+        for one, two in ((got.cross_scatter, want.cross_scatter), (got.key.scatter, want.key.scatter)):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("shift", [None, 7])
 def test_positions_of_the_batch_are_heeded(shift):
     model, batch = models.llama().double(), tokens()
@@ -268,13 +295,26 @@ def test_encoder_and_decoder():
     model = models.t5().double()
     batch = {"input_ids": tokens()["input_ids"], "decoder_input_ids": tokens(n=10)["input_ids"]}
     heads = head_projections(model)
+    entered = inputs_of(model, batch)
+    with torch.no_grad():
+        memory = model.get_encoder()(batch["input_ids"]).last_hidden_state
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", TokenMomentsWarning)
         found = token_moments(model, [batch])
     assert {*heads} == {*found} | {name for name in heads if any(name in str(one.message) for one in said)}
     cross = [name for name in found if not heads[name].self_attention]
+    assert cross
     for name in cross:
         assert found[name].cross_scatter is None
+        q, k = (
+            torch.einsum("btd,hed->bhte", x, own.detach())
+            for x, own in ((entered[name], heads[name].query), (memory, heads[name].key))
+        )
+        want = TokenMoments.of(q, k, self_attention=False)
+        for side in ("query", "key"):
+            one, two = getattr(found[name], side), getattr(want, side)
+            torch.testing.assert_close(one.covariance, two.covariance, rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(one.mean, two.mean, rtol=1e-4, atol=1e-8)
         with pytest.raises(ValueError, match="cross-attention"):
             found[name].spectrum()
         if found[name].unexplained is None:

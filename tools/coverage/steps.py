@@ -5,13 +5,13 @@ An operand may be a part of what a layer projected (one sequence of a packed bat
 norm's gain. What lies before such steps can be compared with a projection as the operand itself can.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qk.verification.trace import MOVES, SCALINGS, Node
+from lightning_qk.verification.trace import MOVES, PRODUCTS, SCALINGS, Node
 
 _MOST = 200
 
@@ -72,3 +72,32 @@ def _steps(current: Earlier, is_new: bool, width: int, with_gain: bool) -> Itera
             if bool(torch.isfinite(gain).all()) and bool(gain.all()):
                 gain = gain if current.gain is None else current.gain * gain
                 yield Earlier(made, current.factor, gain), True
+
+
+def ancestors(
+    node: Node | None,
+    through: Iterable[str] | None = None,
+    limit: int = 300,
+    is_through: Callable[[Node], bool] | None = None,
+) -> Iterator[Node]:
+    """What a result was made from, nearest first, itself included, up to the matrix products that made it.
+
+    Args:
+        node: where to start.
+        through: the operations to go through; None for all but products and the like.
+        limit: the most to give.
+        is_through: whether to go through one of the other operations.
+    """
+    todo, seen = [] if node is None else [node], set[int]()
+    while todo and len(seen) < limit:
+        current = todo.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if through is None:
+            if current.name in PRODUCTS or current.name in ("convolution", "embedding", "_softmax"):
+                continue
+        elif current.name not in through and not (is_through is not None and is_through(current)):
+            continue
+        todo.extend(current.parents)

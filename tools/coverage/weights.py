@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lightning_qk.heads.position import NONE
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.verification.trace import MOVES, SCALINGS, Event, Node, Product, ancestors
-from tools.coverage.steps import earlier
+from lightning_qk.verification.trace import MOVES, SCALINGS, Event, Node, Product
+from tools.coverage.steps import ancestors, earlier
 
 TOLERANCE = 1e-4
 _MAX_PAIRS, _SOME = 5e7, 64

@@ -1,10 +1,11 @@
 """What a guard does when it has fired, and the files that it keeps for that."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_qk._packages import either
 from lightning_qk.callbacks._event_log import EventLog, write_events
 from lightning_qk.callbacks._ranks import all_or_none
 from lightning_qk.callbacks._trainer import logging_step, say
@@ -13,15 +14,43 @@ from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckp
 from lightning_qk.callbacks.guard._pending import in_words
 from lightning_qk.callbacks.guard._rate import RateLimit
 from lightning_qk.callbacks.guard._remedy import Dormant
+from lightning_qk.callbacks.guard._watch import ReadingSource
+from lightning_qk.callbacks.interventions.locater import LocAteR
+from lightning_qk.callbacks.interventions.qk_clip import QKClip
 from lightning_qk.callbacks.run_directory import run_directory
-from lightning_qk.guard.detector import CollapseDetector
+from lightning_qk.guard.detector import CollapseDetector, Verdict
+from lightning_qk.loggers.loggers import log_alert
 from lightning_qk.record.events import Event
+from lightning_qk.record.history import RunRecord
+
+Action = Literal["warn", "alert", "stop", "locater", "qk_clip"]
+# For isinstance, of either package.
+_AnyCallback = either("Callback")
+
+
+def remedies_of(action: Any) -> tuple[str, list[Any]]:
+    """What to do, and the callbacks to wake."""
+    if action == "locater":
+        return "remedy", [LocAteR(1.0, form="target")]
+    if action == "qk_clip":
+        return "remedy", [QKClip()]
+    if isinstance(action, str) and action in get_args(Action):
+        return action, []
+    callbacks = [action] if isinstance(action, _AnyCallback) else action
+    if isinstance(callbacks, str) or not all(isinstance(callback, _AnyCallback) for callback in callbacks):
+        raise ValueError(
+            f"expected action to be one of {', '.join(get_args(Action))}, or callbacks such as QKClip(), got "
+            f"{action!r}: correct it"
+        )
+    return "remedy", list(callbacks)
 
 
 class Acting(Callback):
     """The part of a guard that acts: remedies, rates, the last healthy checkpoint. Nothing here raises."""
 
+    action: str
     _remedies: list[Any]
+    _watch: ReadingSource | None
     rollback: bool
     lr_factor: float
     lr_warmup: int
@@ -38,6 +67,18 @@ class Acting(Callback):
         self._healthy = HealthyCheckpoint(self.detector.sensitivity.window, keeps_replaced=self.rollback)
         self._cannot_save = False
         self._said: set[str] = set()
+
+    @property
+    def remedies(self) -> list[Any]:
+        """The callbacks that are switched on when the guard fires."""
+        return list(self._remedies)
+
+    def contribute(self, record: RunRecord) -> None:
+        """Add what the remedies did, and the alarms."""
+        for callback in self._remedies:
+            if isinstance(callback, Callback):
+                callback.contribute(record)
+        self.event_log.contribute(record)
 
     def _attach_rate(self, trainer: Trainer) -> None:
         """On all ranks or on none: weights would come to differ with the rates."""
@@ -93,6 +134,38 @@ class Acting(Callback):
             if not self._cannot_save:
                 self._cannot_save = True
                 self._say(f"it keeps no more checkpoints ({in_words(error)}); training goes on")
+
+    def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
+        done = []
+        reason = verdict.reason if self._watch is None else self._watch.with_labels(verdict.reason)
+        if self.action == "stop":
+            trainer.should_stop = True
+            done.append("training is stopped")
+        if self._remedy.callbacks or self.lr_factor < 1 or self.rollback:
+            done += self._help(trainer, pl_module)
+        sentence = f"step {verdict.step}: {reason}"
+        if done:
+            sentence += f"; {', '.join(done)}"
+        said = f"CollapseGuard: {reason}{''.join(f'; {one}' for one in done)}"
+        alarm = self._event(
+            "alarm", said, verdict.step, where=self._where(verdict), value=verdict.score, threshold=1.0
+        )
+        self.event_log.add_event(alarm)
+        write_events(trainer, [alarm, *(self._event("remedy", one, verdict.step) for one in done)])
+        try:
+            is_sent = self.action == "alert" and log_alert(trainer, "CollapseGuard", sentence)
+        except Exception:
+            is_sent = False
+        if not is_sent:
+            say(f"{type(self).__name__}: {sentence}")
+
+    def _where(self, verdict: Verdict) -> str:
+        """The layer as log keys name it, and the head."""
+        watch = self._watch
+        monitors = [] if watch is None else [watch.attention, watch.spectrum]
+        labels = {name: label for one in monitors if one is not None for name, label in one.labels.items()}
+        layer = labels.get(verdict.layer, verdict.layer)
+        return layer if verdict.head is None else f"{layer}/head_{verdict.head:02d}"
 
     def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Roll back, lower the rate and wake the remedy; what was done, in words."""

@@ -70,7 +70,7 @@ class HealthyCheckpoint:
         self.readings = readings
         self.keeps_replaced = keeps_replaced
         self._run = ""
-        self._folder: str | None = None
+        self._folder = ""
         self._current: Identity | None = None
         self._candidate: Identity | None = None
         self._followed = 0
@@ -124,7 +124,7 @@ class HealthyCheckpoint:
         return None
 
     def save(self, trainer: Trainer, step: int) -> None:
-        """Write the state of now as the candidate; every rank calls it.
+        """Save the current state as the candidate checkpoint (collective).
 
         Raises:
             RuntimeError: some rank could not, on all of them. Nothing of it is left.
@@ -217,7 +217,7 @@ class HealthyCheckpoint:
     def _spares(self) -> list[Path]:
         """Replaced checkpoints of this run, the newest first."""
         names = [f"{CHECKPOINT_NAME}.{key[:12]}" for key in self._referred]
-        return [path for name in reversed(names) if (path := Path(self._folder or "", name)).exists()]
+        return [path for name in reversed(names) if (path := Path(self._folder, name)).exists()]
 
     def doubt(self, trainer: Trainer) -> None:
         """A reading that was not healthy: what was not confirmed until now never will be."""
@@ -227,17 +227,15 @@ class HealthyCheckpoint:
             _remove(Path(candidate.path))
 
     def _path(self, suffix: str = "") -> str:
-        assert self._folder is not None  # begin
         return os.path.join(self._folder, CHECKPOINT_NAME + suffix)
 
     def sweep(self) -> None:
         """Remove what was not written to its end; for the rank that writes."""
-        if self._folder is not None:
+        if self._folder:
             self._sweep()
 
     def _sweep(self) -> None:
         def stale() -> None:
-            assert self._folder is not None  # begin
             for path in list(Path(self._folder).glob(f"{CHECKPOINT_NAME}.new.*.partial")):
                 is_own = f".{self._run[:8]}." in path.name
                 if is_own or time.time() - path.stat().st_mtime > _STALE_SECONDS:

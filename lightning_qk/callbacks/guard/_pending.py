@@ -20,7 +20,7 @@ class StepLosses:
         self._losses: list[Tensor] = []
         self._micro: list[Tensor] = []
 
-    def hear(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, key: str | None) -> None:
+    def add(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, key: str | None) -> None:
         """Keep the loss of a micro-batch: what ``training_step`` returned, or a key of the callback metrics."""
         if key is not None:
             value = trainer.callback_metrics.get(key)

@@ -45,10 +45,10 @@ class RateLimit:
         self._ceilings: list[list[float]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the optimizers that it stands at."""
+        """Everything but the optimizers and their hooks."""
         return {**self.__dict__, "optimizers": [], "_handles": [], "_going_on": []}
 
-    # Standing at the optimizers
+    # Hooks of the optimizers
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
         """Stand before and after the steps of optimizers, those before are left."""
@@ -71,7 +71,7 @@ class RateLimit:
     def settle(self) -> None:
         """Between steps: undo what a step that did not end left behind, and stand next to the step itself.
 
-        Whoever sets a rate in a hook of the optimizer sees and sets the unscaled one, before this one's turn.
+        A hook of the optimizer that runs before this one reads and sets the unscaled rate.
         """
         while self._going_on:
             self._undo(self._going_on.pop())
@@ -202,7 +202,7 @@ class RateLimit:
         self.factor = float(state["factor"])
         self._is_tight = bool(state.get("is_tight", self.factor != 1))
         self._warmup, self._steps = int(state.get("warmup", 0)), list(state.get("steps", []))
-        # In older checkpoints these are flat, for all optimizers together: only the first's can be told.
+        # In older checkpoints these are flat, for all optimizers together: only the first's are known.
         self._ceilings, self._peaks = _by_optimizer(state["ceilings"]), _by_optimizer(state["peaks"])
 
 

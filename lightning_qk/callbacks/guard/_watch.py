@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_qk.callbacks._ranks import total
-from lightning_qk.callbacks._trainer import logging_step, say
+from lightning_qk.callbacks._trainer import logging_step, say, stepped_parameters
 from lightning_qk.callbacks.monitors import AttentionMonitor, Monitor, QKSpectrumMonitor
 from lightning_qk.capture.hooks import generate
 from lightning_qk.capture.hooks.modules import hook_before
@@ -100,7 +100,7 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
         self._recall_weights()
 
     def forget_weights(self) -> None:
-        """Weights were put back: the next update is none of training's."""
+        """Weights were put back: the next difference is not an update of training."""
         if self._layers is not None and self._layers.singular is not None:
             self._layers.singular.forget()
             self._step_of_weights = None
@@ -137,7 +137,7 @@ class HiddenCosine:
         return [Place(name) for name in self.modules]
 
     def listen(self, batch: Any = None) -> None:
-        """Hear what the layers are given with this batch, until :meth:`stop`."""
+        """Record the inputs of the layers with this batch, until :meth:`stop`."""
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self._keep = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if not self._give_back:
@@ -177,8 +177,8 @@ class HiddenCosine:
         count = (unit != 0).any(-1).float().sum(1)
         pairs = count * (count - 1)
         cosine = (unit.sum(1).square().sum(-1) - count) / pairs.clamp_min(1)
-        told = (pairs > 0).float()
-        return torch.stack([(cosine * told).sum(), told.sum()])
+        known = (pairs > 0).float()
+        return torch.stack([(cosine * known).sum(), known.sum()])
 
     def take(self, device: torch.device) -> Tensor:
         """Sum of cosines and number of sequences of all layers since the last call, ``(layers, 2)``, this rank's.
@@ -286,7 +286,7 @@ class ReadingSource:
         """Before a batch: get ready to listen where it is due."""
         for monitor in self.quiet:
             if isinstance(monitor, QuietAttention):
-                # Anew for each batch, so that a resumed run samples the rows that it would have sampled.
+                # Seeded again for each batch, so that a resumed run samples the rows that it would have sampled.
                 monitor.draw_from(trainer.global_rank, logging_step(trainer), batch_idx)
             monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if is_due:
@@ -371,21 +371,16 @@ class ReadingSource:
 def _trained(trainer: Trainer, pl_module: LightningModule, names: set[str]) -> set[str]:
     """Of some layers those that an optimizer changes; those without weights of their own are among them."""
     modules = dict(pl_module.named_modules())
-    stepped = {
-        id(parameter)
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    stepped = set(map(id, stepped_parameters(trainer)))
     own = {name: list(modules[name].parameters()) for name in names if name in modules}
     # A strategy may step flat copies, in which no layer is found.
-    is_told = any(id(parameter) in stepped for parameters in own.values() for parameter in parameters)
+    is_known = any(id(parameter) in stepped for parameters in own.values() for parameter in parameters)
     return {
         name
         for name in names
         if not own.get(name)
         or any(
-            parameter.requires_grad and (not is_told or id(parameter) in stepped) for parameter in own[name]
+            parameter.requires_grad and (not is_known or id(parameter) in stepped) for parameter in own[name]
         )
     }
 

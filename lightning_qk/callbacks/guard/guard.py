@@ -2,30 +2,22 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_qk._packages import either
 from lightning_qk.callbacks._event_log import write_events
 from lightning_qk.callbacks._ranks import all_or_none, from_zero, total
-from lightning_qk.callbacks._trainer import is_logged_step, logging_step, say
+from lightning_qk.callbacks._trainer import is_logged_step, logging_step
 from lightning_qk.callbacks.callback import EDITS, JUDGES, Callback, check_lightning
-from lightning_qk.callbacks.guard._acting import Acting
+from lightning_qk.callbacks.guard._acting import Acting, Action, remedies_of
 from lightning_qk.callbacks.guard._pending import Pending, StepLosses, in_words
 from lightning_qk.callbacks.guard._watch import COSINE, ReadingSource
-from lightning_qk.callbacks.interventions.locater import LocAteR
-from lightning_qk.callbacks.interventions.qk_clip import QKClip
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
 from lightning_qk.guard.reading import Reading
-from lightning_qk.loggers.loggers import describe_config, log_alert, log_scalars
-from lightning_qk.record.history import RunRecord
-
-Action = Literal["warn", "alert", "stop", "locater", "qk_clip"]
-# For isinstance, of either package.
-_AnyCallback = either("Callback")
+from lightning_qk.loggers.loggers import describe_config, log_scalars
 
 
 def _for_remedies(hook: str) -> Any:
@@ -135,7 +127,7 @@ class CollapseGuard(Acting):
             )
         if rows < 1:
             raise ValueError(f"expected rows of at least 1, got {rows}: pass how many query rows to sample")
-        self.action, self._remedies = _remedies(action)
+        self.action, self._remedies = remedies_of(action)
         self.every_n_steps = every_n_steps
         self.rollback = rollback
         self.lr_factor = lr_factor
@@ -163,11 +155,6 @@ class CollapseGuard(Acting):
         self._gave_up = False
 
     @property
-    def remedies(self) -> list[Any]:
-        """The callbacks that are switched on when the guard fires."""
-        return list(self._remedies)
-
-    @property
     def place(self) -> int:
         """Behind the monitors that it reads, unless its remedies edit."""
         return EDITS if self._remedies else JUDGES
@@ -181,13 +168,6 @@ class CollapseGuard(Acting):
     def sensitivity(self) -> Sensitivity:
         """What counts as an alarm."""
         return self.detector.sensitivity
-
-    def contribute(self, record: RunRecord) -> None:
-        """Add what the remedies did, and the alarms."""
-        for callback in self._remedies:
-            if isinstance(callback, Callback):
-                callback.contribute(record)
-        self.event_log.contribute(record)
 
     # Lightning's hooks
 
@@ -288,7 +268,7 @@ class CollapseGuard(Acting):
             return
         has_stepped = trainer.global_step != self._steps_before
         self._attempt(watch.hidden.stop)
-        self._attempt(lambda: self._losses.hear(trainer, pl_module, outputs, self.loss))
+        self._attempt(lambda: self._losses.add(trainer, pl_module, outputs, self.loss))
         if has_stepped:
             self._attempt(lambda: self._losses.close_step(trainer, pl_module.device))
         is_read = has_stepped and self._is_due
@@ -486,38 +466,6 @@ class CollapseGuard(Acting):
         reading = Reading(pending.step, pending.losses, dict(pending.values), dict(pending.places))
         return "verdict", self.detector.observe(reading)
 
-    def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
-        done = []
-        reason = verdict.reason if self._watch is None else self._watch.with_labels(verdict.reason)
-        if self.action == "stop":
-            trainer.should_stop = True
-            done.append("training is stopped")
-        if self._remedy.callbacks or self.lr_factor < 1 or self.rollback:
-            done += self._help(trainer, pl_module)
-        sentence = f"step {verdict.step}: {reason}"
-        if done:
-            sentence += f"; {', '.join(done)}"
-        said = f"CollapseGuard: {reason}{''.join(f'; {one}' for one in done)}"
-        alarm = self._event(
-            "alarm", said, verdict.step, where=self._where(verdict), value=verdict.score, threshold=1.0
-        )
-        self.event_log.add_event(alarm)
-        write_events(trainer, [alarm, *(self._event("remedy", one, verdict.step) for one in done)])
-        try:
-            is_sent = self.action == "alert" and log_alert(trainer, "CollapseGuard", sentence)
-        except Exception:
-            is_sent = False
-        if not is_sent:
-            say(f"{type(self).__name__}: {sentence}")
-
-    def _where(self, verdict: Verdict) -> str:
-        """The layer as log keys name it, and the head."""
-        watch = self._watch
-        monitors = [] if watch is None else [watch.attention, watch.spectrum]
-        labels = {name: label for one in monitors if one is not None for name, label in one.labels.items()}
-        layer = labels.get(verdict.layer, verdict.layer)
-        return layer if verdict.head is None else f"{layer}/head_{verdict.head:02d}"
-
     def _log(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict, has_ended: bool) -> None:
         step = verdict.step
         scalars = {
@@ -544,20 +492,3 @@ class CollapseGuard(Acting):
 
 
 _MAX_LOST = 3
-
-
-def _remedies(action: Any) -> tuple[str, list[Any]]:
-    """What to do, and the callbacks to wake."""
-    if action == "locater":
-        return "remedy", [LocAteR(1.0, form="target")]
-    if action == "qk_clip":
-        return "remedy", [QKClip()]
-    if isinstance(action, str) and action in get_args(Action):
-        return action, []
-    callbacks = [action] if isinstance(action, _AnyCallback) else action
-    if isinstance(callbacks, str) or not all(isinstance(callback, _AnyCallback) for callback in callbacks):
-        raise ValueError(
-            f"expected action to be one of {', '.join(get_args(Action))}, or callbacks such as QKClip(), got "
-            f"{action!r}: correct it"
-        )
-    return "remedy", list(callbacks)

@@ -254,7 +254,7 @@ def check_when(when: str) -> None:
     """Check the argument.
 
     Raises:
-        ValueError: it is none of the two.
+        ValueError: it is another string.
     """
     if when not in get_args(When):
         raise ValueError(

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lightning_qk._deprecated import old_spellings
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
+from lightning_qk.callbacks._trainer import stepped_parameters
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
+from lightning_qk.heads.projections import head_count
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.sizes import head_count
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates
 
 
@@ -127,12 +128,7 @@ class DifferentiableAttentionMask(PenaltyIntervention):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gate the layers; raise here, before any work, where the gates would not be trained."""
-        trained = {
-            id(parameter)
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
+        trained = set(map(id, stepped_parameters(trainer)))
         left = [name for name, gates in self._gates.items() if id(gates.logits) not in trained]
         if left:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Callback: the LocAteR penalty on QK-eigenspectra, with no change to the loss."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -28,16 +28,20 @@ from lightning_qk.callbacks._trainer import (
     say,
 )
 from lightning_qk.callbacks.interventions._base import Intervention
+from lightning_qk.callbacks.interventions._locater_step import (
+    NOTHING,
+    Schedule,
+    Sigma,
+    Step,
+    check_options,
+)
 from lightning_qk.callbacks.interventions._share import GradientShare, parse_weight
 from lightning_qk.callbacks.interventions._step_inputs import StepInputs
-from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.functional.spectrum import Support
 from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.regularizers.locater import LocaterPenalty
-from lightning_qk.regularizers.settings import Form, Settings, check_form, left_out
-
-Schedule = Literal["constant", "linear"]
-Sigma = Literal["identity", "tokens"]
+from lightning_qk.regularizers.settings import Form, Settings, left_out
 
 
 class LocAteR(Intervention):
@@ -116,30 +120,7 @@ class LocAteR(Intervention):
         name: str | None = None,
     ) -> None:
         coefficient, share = parse_weight(weight)
-        if not math.isfinite(nu) or nu < 0:
-            raise ValueError(f"expected a finite nu of at least 0, got {nu}: pass 0 to switch it off")
-        if target is not None and not math.isfinite(target):
-            raise ValueError(f"expected a finite target, got {target}")
-        check_form(form, 0.0 if form == "target" else target)
-        support_size(torch.empty(1, 1), support)
-        if sigma not in get_args(Sigma):
-            raise ValueError(
-                f"expected sigma to be 'identity' or 'tokens', got {sigma!r}: pass one of the two"
-            )
-        if tokens < 2:
-            raise ValueError(f"expected tokens of at least 2, got {tokens}: a covariance needs several")
-        if sigma == "tokens" and cross_attention:
-            raise ValueError(
-                "expected cross_attention=False with sigma='tokens', got True: queries and keys of different "
-                "tokens have no covariance; leave it out"
-            )
-        if schedule not in get_args(Schedule):
-            raise ValueError(f"expected schedule to be 'constant' or 'linear', got {schedule!r}")
-        if warmup_steps < 0 or (schedule == "linear") != (warmup_steps > 0):
-            raise ValueError(
-                f"expected warmup_steps above 0 with schedule='linear' and 0 with 'constant', got {warmup_steps} "
-                f"with {schedule!r}: set both"
-            )
+        check_options(sigma, form, support, target, nu, tokens, schedule, warmup_steps, cross_attention)
         self.weight: float | str = coefficient if share is None else f"{100 * share:g}%"
         self._asked_share = share
         self.sigma: Sigma = sigma
@@ -273,7 +254,7 @@ class LocAteR(Intervention):
             step = self._prepare(trainer, pl_module, optimizer, penalty)
         except Exception as own:
             # Layers are gathered all the same, as the other processes do.
-            error, step = error or own, _NOTHING
+            error, step = error or own, NOTHING
         try:
             try:
                 # Weights would come to differ in silence where one process had the gradient and another had not.
@@ -326,7 +307,7 @@ class LocAteR(Intervention):
 
     def _prepare(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, penalty: LocaterPenalty
-    ) -> "_Step":
+    ) -> Step:
         """Choose the layers as the model is now, and the means that they are held at."""
         if penalty.refresh():
             self._trained = None
@@ -342,7 +323,7 @@ class LocAteR(Intervention):
         # With several optimizers every parameter still gets it once: each its own.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         settings = Settings(self.form, self.support, self._aim(pl_module), self.nu, self.moments)
-        return _Step(settings, weight, weight if scale is None else weight * scale, parameters)
+        return Step(settings, weight, weight if scale is None else weight * scale, parameters)
 
     def _lose(self, trainer: Trainer, error: Exception) -> None:
         """A step without its penalty, on all processes; for good where there is one, or after a few in a row."""
@@ -508,23 +489,3 @@ class LocAteR(Intervention):
                     heads = self._penalty.reader.layers[name].heads
                     self._aims.setdefault(name, torch.zeros(heads, device=pl_module.device))
         return self._aims
-
-
-class _Step(NamedTuple):
-    """What one step adds.
-
-    Attributes:
-        settings: which penalty.
-        weight: its coefficient.
-        factor: the same, with the scale that gradients carry.
-        parameters: those that the step changes.
-    """
-
-    settings: Settings
-    weight: float
-    factor: float | Tensor
-    parameters: Sequence[Tensor]
-
-
-_NOTHING = _Step(Settings("variance", "model", None, 1.0), 1.0, 1.0, ())
-"""The step of a process on which it failed: computed to the end, and not used."""

@@ -75,7 +75,7 @@ class QKClip(Intervention):
         event_log: curves and the first clip of every layer, for the run's report.
 
     Raises:
-        TypeError: the trainer is none of Lightning's.
+        TypeError: the trainer is not a Trainer of Lightning.
         ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
             weights of a layer are frozen or no plain parameters of its own, a norm of queries or keys takes
             every scale out again, a layer adds positions to logits of which it takes the softmax itself, or

@@ -45,7 +45,7 @@ class SigmaReparam(Intervention):
         name: tells several of these callbacks in one trainer apart.
 
     Raises:
-        TypeError: the trainer is none of Lightning's.
+        TypeError: the trainer is not a Trainer of Lightning.
         ValueError: at the start alone: the module holds no attention once its ``configure_model`` has run,
             weights that cannot be reparametrized, or a strategy that shards them.
     """

@@ -31,7 +31,7 @@ class SpectrumScaling(Intervention):
         name: tells several of these callbacks in one trainer apart.
 
     Raises:
-        TypeError: the trainer is none of Lightning's.
+        TypeError: the trainer is not a Trainer of Lightning.
         ValueError: what the scaling cannot do exactly, when a fit or a loop outside of one starts; see its class.
             Where it turns out in a fit's later validation, that one is of the weights as they are, which is said.
     """

@@ -22,7 +22,7 @@ class UpdateCap(Intervention):
     After Qi et al. 2025 (arXiv 2505.21910 [S]): as if the learning rate of that matrix and step had been smaller.
     See :class:`~lightning_qk.interventions.update_cap.UpdateCapper` for what is scaled and how exactly. It works
     at the optimizers' own steps, so that it comes before what other callbacks do after a step, and sees every
-    step, those of manual optimization included; a step that a scaler skips is none.
+    step, those of manual optimization included; a step that a scaler skips does not count.
 
     Logged keys, at the trainer's ``log_every_n_steps``, each over the steps since the last logged one:
 
@@ -42,7 +42,7 @@ class UpdateCap(Intervention):
         name: tells several of these callbacks in one trainer apart.
 
     Raises:
-        TypeError: the trainer is none of Lightning's.
+        TypeError: the trainer is not a Trainer of Lightning.
         ValueError: at the start of the fit alone: an argument is out of range, patterns match no layer, the
             weights of a layer are frozen or no plain whole parameters of its own, or DeepSpeed steps copies
             of them. A layer whose weights another callback brings into another form later, or whose update could
@@ -78,7 +78,7 @@ class UpdateCap(Intervention):
         self._resumed: Mapping[str, Sequence[Tensor]] = {}
         self._ends: list[Callable[[], None]] = []
         self._labels: dict[str, str] = {}
-        # Layers whose first cap was told.
+        # Layers whose first cap was reported.
         self._reported: set[str] = set()
         # Per matrix since the last logged step.
         self._factors: dict[tuple[str, str], Tensor] = {}

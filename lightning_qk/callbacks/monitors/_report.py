@@ -10,8 +10,7 @@ from lightning_qk.callbacks._run_facts import describe_run
 from lightning_qk.callbacks._trainer import describe_error, logging_step, model_info
 from lightning_qk.callbacks.callback import OBSERVES, SUMS_UP, Callback
 from lightning_qk.loggers.loggers import log_file
-from lightning_qk.record.history import RunRecord
-from lightning_qk.report.findings import STATE
+from lightning_qk.record.history import STATE, RunRecord
 
 REPORT_NAME = "lightning_qk_report.html"
 RECORD_NAME = "lightning_qk_record.safetensors"

@@ -1,0 +1,70 @@
+"""LocAteR's options, and what one of its steps adds."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.regularizers.settings import Form, Settings, check_form
+
+Schedule = Literal["constant", "linear"]
+Sigma = Literal["identity", "tokens"]
+
+
+def check_options(
+    sigma: str,
+    form: Form,
+    support: Support,
+    target: float | None,
+    nu: float,
+    tokens: int,
+    schedule: str,
+    warmup_steps: int,
+    cross_attention: bool,
+) -> None:
+    """Raise ValueError for an option that is out of range, or does not go with another."""
+    if not math.isfinite(nu) or nu < 0:
+        raise ValueError(f"expected a finite nu of at least 0, got {nu}: pass 0 to switch it off")
+    if target is not None and not math.isfinite(target):
+        raise ValueError(f"expected a finite target, got {target}")
+    check_form(form, 0.0 if form == "target" else target)
+    support_size(torch.empty(1, 1), support)
+    if sigma not in get_args(Sigma):
+        raise ValueError(f"expected sigma to be 'identity' or 'tokens', got {sigma!r}: pass one of the two")
+    if tokens < 2:
+        raise ValueError(f"expected tokens of at least 2, got {tokens}: a covariance needs several")
+    if sigma == "tokens" and cross_attention:
+        raise ValueError(
+            "expected cross_attention=False with sigma='tokens', got True: queries and keys of different "
+            "tokens have no covariance; leave it out"
+        )
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"expected schedule to be 'constant' or 'linear', got {schedule!r}")
+    if warmup_steps < 0 or (schedule == "linear") != (warmup_steps > 0):
+        raise ValueError(
+            f"expected warmup_steps above 0 with schedule='linear' and 0 with 'constant', got {warmup_steps} "
+            f"with {schedule!r}: set both"
+        )
+
+
+class Step(NamedTuple):
+    """What one step adds.
+
+    Attributes:
+        settings: which penalty.
+        weight: its coefficient.
+        factor: the same, with the scale that gradients carry.
+        parameters: those that the step changes.
+    """
+
+    settings: Settings
+    weight: float
+    factor: float | Tensor
+    parameters: Sequence[Tensor]
+
+
+NOTHING = Step(Settings("variance", "model", None, 1.0), 1.0, 1.0, ())
+"""The step of a process on which it failed: computed to the end, and not used."""
