@@ -453,6 +453,34 @@ def step_time_gpu(steps: int = 61) -> list[Result]:
     return [Result("step_gpu", measure, value, 1.01, detail)]
 
 
+def step_times_gpu(steps: int = 21, **arguments: Any) -> list[Result]:
+    """Every callback alone and together, on a GPU with a model of 1 B parameters, against the same without.
+
+    Further arguments go to the trainers.
+    """
+    config = llama_1b()
+    variants: dict[str, list[L.Callback]] = {
+        "none": [],
+        "LocAteR": [LocAteR(0.01)],
+        "LocAteR of tokens": [LocAteR(0.01, sigma="tokens")],
+        "monitors on every step": monitors(1),
+    }
+    bars = {"LocAteR": 1.01, "LocAteR of tokens": 1.02, "monitors on every step": 1.05}
+    options = {"accelerator": "gpu", "devices": 1, "precision": "bf16-true", **arguments}
+    seconds, _ = in_turns(variants, steps, config, length=2048, **options)
+    detail = f"median of {steps - 1} pairs"
+    return [
+        Result(
+            f"gpu_{name}",
+            f"step time, {name} / none; Llama-like, 1 B parameters, bf16, n 2048",
+            ratio(seconds, name),
+            bar,
+            f"{detail}, ± {uncertainty(seconds, name):.4f}",
+        )
+        for name, bar in bars.items()
+    ]
+
+
 def growth_in_layers() -> list[Result]:
     """How the cost of a measured step grows from 4 to 32 layers: what the monitors and the penalty add."""
     from lightning_qk.functional import attention_statistics

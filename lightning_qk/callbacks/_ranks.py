@@ -16,8 +16,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qk.callbacks._trainer import describe_error
+from lightning_qk.metrics.means import HeadMeans
 
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound=Metric)
 
 
 class FailedTogether(RuntimeError):
@@ -166,13 +168,25 @@ def alone(metric: Metric) -> Metric:
     return metric
 
 
-def reduce_states(trainer: Trainer, metric: Metric) -> None:
+def packed(trainer: Trainer, metric: _M) -> tuple[_M, Tensor | None]:
+    """A metric with its sums in one piece of memory, for one collective call of :func:`reduce_states`."""
+    return metric, metric.pack() if isinstance(metric, HeadMeans) and is_distributed(trainer) else None
+
+
+def reduce_states(trainer: Trainer, metric: Metric, sums: Tensor | None = None) -> None:
     """Reduce the sums and maxima of a metric over all processes, in place; collective calls.
 
     Nothing is allocated and no shapes are exchanged, so that little is left to fail on one process alone.
+
+    Args:
+        trainer: the trainer.
+        metric: whose states are reduced.
+        sums: all of them that are sums, of which the states are views; None: one call for each.
     """
     if not is_distributed(trainer):
         return
+    if sums is not None:
+        torch.distributed.all_reduce(sums)
     for name, reduction in metric._reductions.items():
         kind = getattr(reduction, "__name__", "")
         if kind not in ("dim_zero_sum", "dim_zero_max"):
@@ -180,6 +194,8 @@ def reduce_states(trainer: Trainer, metric: Metric) -> None:
                 f"expected states that are sums or maxima, got {name} of {type(metric).__name__}: give it "
                 "dist_reduce_fx='sum' or 'max'"
             )
+        if sums is not None and kind == "dim_zero_sum":
+            continue
         operation = (
             torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
         )

@@ -156,6 +156,13 @@ def _inspect(args: list[str]) -> int:
     return run(args[1:], f"{_PROG} inspect")
 
 
+def _cost(args: list[str]) -> int:
+    """Say what the callbacks would add to a job."""
+    from lightning_qk.cli.cost import run
+
+    return run(args[1:], f"{_PROG} cost")
+
+
 def _configs(args: list[str]) -> int:
     """List the configs of the package, or print one."""
     options = configs_parser().parse(args[1:])
@@ -229,6 +236,10 @@ _COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "watch": (
         "show a run's report in a browser while the run goes on: lightning-qk watch runs/job",
         _watch,
+    ),
+    "cost": (
+        "say what the callbacks would add to a job's steps: lightning-qk cost --model config.json --ranks 8",
+        _cost,
     ),
     "configs": ("list or print the ready configs: lightning-qk configs quickstart > job.yaml", _configs),
     "completion": ("print completions for bash, zsh or fish: lightning-qk completion bash", _completion),

@@ -1,7 +1,9 @@
 """Run by torchrun in two processes: what the callbacks do under DDP, saved for the test to compare."""
 
+import functools
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +24,14 @@ from lightning_qk import (
 )
 
 WEIGHT = 5.0
+MONITORS = (
+    QKSpectrumMonitor,
+    AttentionMonitor,
+    SinkMonitor,
+    PositionMonitor,
+    HiddenStateMonitor,
+    TokenMonitor,
+)
 
 
 class KeepGradients(L.Callback):
@@ -35,6 +45,32 @@ class KeepGradients(L.Callback):
 
     def keep(self, pl_module: L.LightningModule) -> None:
         self.gradients = {name: p.grad.clone() for name, p in pl_module.named_parameters()}
+
+
+class CountCollectives(L.Callback):
+    """Collective calls from Python, by name, from the start of each batch to that of the next."""
+
+    NAMES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
+
+    def __init__(self) -> None:
+        self.steps: list[Counter[str]] = []
+
+    def on_train_batch_start(self, *_: object) -> None:
+        self.steps.append(Counter())
+
+    def __enter__(self) -> None:
+        self._kept = {name: getattr(torch.distributed, name) for name in self.NAMES}
+        for name, function in self._kept.items():
+            setattr(torch.distributed, name, functools.partial(self._count, name, function))
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self._kept.items():
+            setattr(torch.distributed, name, function)
+
+    def _count(self, name, function, *args, **kwargs):
+        if self.steps:
+            self.steps[-1][name] += 1
+        return function(*args, **kwargs)
 
 
 def job(loss=None) -> models.Job:
@@ -91,6 +127,11 @@ def run(folder: Path, processes: int) -> None:
         results[name] = {statistic: history.series(statistic) for statistic in history.statistics}
     predicted = tokens._predictions.history
     results["pred"] = {statistic: predicted.series(statistic) for statistic in predicted.statistics}
+    count = CountCollectives()
+    every = [kind(2, report=False) for kind in MONITORS]
+    with count:
+        models.trainer([count, *every], **{**arguments, "max_steps": 5}).fit(job(), data(processes))
+    results["collectives"] = [dict(step) for step in count.steps]
     results["metrics"] = {key: float(value) for key, value in watched.callback_metrics.items()}
     torch.save(results, folder / f"{processes}_{watched.global_rank}.pt")
 

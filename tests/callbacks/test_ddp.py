@@ -8,6 +8,9 @@ from processes import run_script
 
 from lightning_qk.callbacks.monitors._report import REPORT_NAME
 
+# Of six monitors at a measured step: each agrees before and after what it reduces.
+MOST_COLLECTIVES = 36
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -34,6 +37,17 @@ def test_tokens_and_share_of_the_penalty_are_those_of_all_ranks(results):
         assert torch.equal(gradient, other[name]), name
     assert error(one, alone) < 1e-4
     assert error(one, results["2_0"]["callback"]) > 0.01
+
+
+def test_collective_calls_of_a_step(results):
+    assert results["2_0"]["collectives"] == results["2_1"]["collectives"]
+    # The first step has the check of what is read; of the others every second one is measured. Lightning sends a
+    # word on signals at each.
+    ordinary, measured = results["2_0"]["collectives"][2:4]
+    assert ordinary == {"broadcast": 1}
+    assert measured.keys() == {"broadcast", "all_reduce"}
+    assert measured["broadcast"] == 1
+    assert 0 < measured["all_reduce"] <= MOST_COLLECTIVES
 
 
 def test_attention_is_pooled_over_ranks(results):

@@ -99,3 +99,21 @@ def test_a_full_disk_loses_later_points_alone(monkeypatch: pytest.MonkeyPatch) -
     steps, places = kept.places("a", 2)
     assert steps.tolist() == [0]
     assert kept.read(int(places[0]), 2).tolist() == [1.0, 2.0]  # type: ignore[union-attr]
+
+
+def test_what_a_long_run_leaves_is_bounded(tmp_path: Path) -> None:
+    history = History(["layer_00", "layer_01"], [2, 1])
+    history.forgotten = Forgotten()
+    record, sizes = RunRecord(attention=history), {}
+    for step in range(3000):
+        history.append(step, point(step))
+        if step in (100, 1500, 2999):
+            sizes[step] = record.save(tmp_path / "record.safetensors").stat().st_size
+    assert len(history) <= history.max_points + 1
+    assert sizes[2999] <= 3 * sizes[100]
+    assert sizes[2999] <= 1.5 * sizes[1500]
+    forgotten = history.forgotten
+    assert len(forgotten) == 3000 - len(history)
+    columns = (forgotten._steps, forgotten._kinds, forgotten._offsets)
+    assert sum(column.itemsize for column in columns) == 20
+    assert len(forgotten._names) == 1

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._guarded import MOST_FAILURES
-from lightning_qk.callbacks._ranks import all_or_none, alone, combine, reasons_of_all, reduce_states
+from lightning_qk.callbacks._ranks import all_or_none, alone, combine, packed, reasons_of_all, reduce_states
 from lightning_qk.callbacks.monitors._base import Monitor, flat_values
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.metrics.collector import AttentionCollector, SumAccumulator
@@ -161,10 +161,10 @@ class ListeningMonitor(Monitor):
             metric = self.metric(heads).to(pl_module.device)
             pool.leave_out(left_out)
             self.fill(metric, pool)
-            return metric
+            return packed(trainer, metric)
 
-        metric = alone(all_or_none(trainer, pooled))
-        reduce_states(trainer, metric)
+        metric, sums = all_or_none(trainer, pooled)
+        reduce_states(trainer, alone(metric), sums)
         values = flat_values(metric)
         self.states = self._states(metric, values, ran, left_out)
         self.adjust(metric, values)

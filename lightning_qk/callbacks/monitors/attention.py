@@ -11,7 +11,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_qk.callbacks._output import log_at_step
-from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, is_distributed, reduce_states
+from lightning_qk.callbacks._ranks import (
+    all_or_none,
+    alone,
+    fill_from_others,
+    is_distributed,
+    packed,
+    reduce_states,
+)
 from lightning_qk.callbacks.callback import SUMS_UP
 from lightning_qk.callbacks.monitors._base import Monitor, at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
@@ -161,14 +168,14 @@ class AttentionMonitor(CaptureMonitor):
     ) -> None:
         history = self.history
 
-        def pooled() -> HeadMeans:
+        def pooled() -> tuple[HeadMeans, Tensor | None]:
             heads = dict(zip(self.labels, history.heads, strict=True))
             metric = HeadMeans(heads, [str(part) for part in range(PROFILE_BINS)]).to(pl_module.device)
             metric.update(sums)
-            return metric
+            return packed(trainer, metric)
 
-        metric = alone(all_or_none(trainer, pooled))
-        reduce_states(trainer, metric)
+        metric, whole = all_or_none(trainer, pooled)
+        reduce_states(trainer, alone(metric), whole)
         curves = torch.stack(list(metric.compute().values())).reshape(PROFILE_BINS, -1).mT.float().cpu()
         parts = zip(self.labels.values(), curves.split(list(history.heads)), strict=True)
         self._snapshots.append(self.step_of(trainer), dict(parts))

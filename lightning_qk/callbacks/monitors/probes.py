@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from lightning_qk.architecture.labels import matches
 from lightning_qk.callbacks._layers import Patterns, matching
 from lightning_qk.callbacks._output import log_agreed
-from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_states
+from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, packed, reduce_states
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -322,17 +322,17 @@ class AttentionProbes(Monitor):
         if not heads:
             return None
 
-        def pooled() -> ProbeMeans:
+        def pooled() -> tuple[ProbeMeans, Tensor | None]:
             self.remember_layers(heads, cross)
             statistics = [statistic for name in self.probes for statistic in STATISTICS[name]]
             metric = ProbeMeans(heads, statistics).to(pl_module.device)
             for values in found:
                 for statistic, layers in values.items():
                     metric.update(statistic, layers)
-            return metric
+            return packed(trainer, metric)
 
-        metric = alone(all_or_none(trainer, pooled))
-        reduce_states(trainer, metric)
+        metric, sums = all_or_none(trainer, pooled)
+        reduce_states(trainer, alone(metric), sums)
         return flat_values(metric)
 
     def _run_all(

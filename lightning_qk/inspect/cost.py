@@ -1,0 +1,241 @@
+"""What callbacks add to a job's steps: operations, launches and bytes, from formulas of layers, heads and widths.
+
+The formulas are those of the code, derived, for the callbacks' defaults. ``tests/inspect/test_cost.py`` compares
+them with what it does: products with torch's count of floating-point operations, launches with calls of operators,
+traffic with the metrics' states. None of them is a time.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_qk.functional.attention import EXTREMES, MEAN_STATISTICS
+from lightning_qk.functional.hidden import HIDDEN_EXTREMES, HIDDEN_MEANS
+from lightning_qk.heads.reader import LARGEST_BATCH
+from lightning_qk.inspect.documents import BadInput
+from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, SPECTRUM_STATISTICS
+
+ROWS, TOKENS, SEQUENCES = 64, 64, 8
+"""Sampled query rows, tokens and sequences: defaults of the monitors."""
+_MAY_WAIT = 2**24
+"""Numbers that measurements of small layers keep on a device until they are made together."""
+
+
+class Widths(NamedTuple):
+    """A model.
+
+    Attributes:
+        layers: attention layers.
+        heads: query heads of a layer.
+        kv_heads: key heads.
+        d_head: width of a head's queries and keys.
+        d_model: width of what the projections read.
+        parameters: all of them.
+        active: those that a token meets.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    d_model: int
+    parameters: int
+    active: int
+
+
+class Job(NamedTuple):
+    """How it is trained.
+
+    Attributes:
+        ranks: processes.
+        batch: sequences of a process's step.
+        length: tokens of a sequence.
+        sharded: every process has a part of each weight (FSDP2).
+        weight_bytes: bytes of a weight.
+    """
+
+    ranks: int = 1
+    batch: int = 1
+    length: int = 4096
+    sharded: bool = False
+    weight_bytes: int = 2
+
+
+class Cost(NamedTuple):
+    """What one callback adds to one step of one process.
+
+    Attributes:
+        flops: floating-point operations of its products on the device.
+        launches: calls of torch's operators: at most so many kernels.
+        network: bytes that the process sends, by rings.
+        collectives: collective calls that move them.
+        to_host: bytes copied from the device.
+        on_host: floating-point operations of eigenproblems, in a thread.
+    """
+
+    flops: int = 0
+    launches: int = 0
+    network: int = 0
+    collectives: int = 0
+    to_host: int = 0
+    on_host: int = 0
+
+
+def step_flops(model: Widths, job: Job) -> int:
+    """Of a step without callbacks: six a weight and token, and the products of attention, half of them masked."""
+    attention = 6 * model.layers * model.heads * model.d_head * job.batch * job.length**2
+    return 6 * model.active * job.batch * job.length + attention
+
+
+def locater(model: Widths, job: Job) -> Cost:
+    """LocAteR, at every step: three products of the value and four of the gradient."""
+    layers, heads, kv_heads, d, width = model[:5]
+    flops = layers * d * d * width * (10 * heads + 4 * kv_heads)
+    if job.sharded:
+        # Each layer alone; two weights are gathered.
+        launches, collectives = 75 * layers, 2 * layers
+    else:
+        at_once = max(1, LARGEST_BATCH // _weights(model))
+        launches, collectives = 56 * math.ceil(layers / at_once) + 8, 0
+    network = _gathering(model, job) + _all_reduce(24, job)
+    return Cost(flops, launches, network, (collectives + 1) * (job.ranks > 1))
+
+
+def spectrum(model: Widths, job: Job) -> Cost:
+    """QKSpectrumMonitor, at a measured step."""
+    layers, heads, kv_heads, d, width = model[:5]
+    every = layers * heads
+    sums = 4 * len(SPECTRUM_STATISTICS) * every
+    # Solved on every process: what one could not solve is that of the others.
+    late = 16 * len(EXTREME_STATISTICS) * every
+    return Cost(
+        2 * layers * d * d * width * (2 * heads + kv_heads),
+        150 + 7 * layers,
+        _gathering(model, job) + _all_reduce(sums, job) + _all_reduce(late, job),
+        (2 + 2 * layers * job.sharded) * (job.ranks > 1),
+        sums + 4 * every * d * d,
+        10 * every * d**3,
+    )
+
+
+def attention(model: Widths, job: Job) -> Cost:
+    """AttentionMonitor, at a measured step of sampled rows."""
+    layers, heads, kv_heads, d = model[:4]
+    rows, n, batch = min(ROWS, job.length), job.length, job.batch
+    flops = 2 * batch * rows * n * (heads * (d + 2) + 1)
+    runs = _runs(batch * n * (heads + kv_heads) * d, layers)
+    sums, maxima = 4 * 3 * len(MEAN_STATISTICS) * layers * heads, 4 * len(EXTREMES) * layers * heads
+    return Cost(
+        layers * flops,
+        390 * runs + 12 * layers,
+        _all_reduce(sums + maxima, job),
+        4 * (job.ranks > 1),
+        4 * (2 * len(MEAN_STATISTICS) + len(EXTREMES)) * layers * heads,
+    )
+
+
+def hidden(model: Widths, job: Job) -> Cost:
+    """HiddenStateMonitor, at a measured step of sampled sequences and tokens."""
+    blocks, width = model.layers + 1, model.d_model
+    sequences, tokens = min(SEQUENCES, job.batch), min(TOKENS, job.length)
+    few, many = sorted((tokens, width))
+    flops = sequences * (2 * tokens * tokens * width + 2 * few * few * many + 2 * job.length * width)
+    runs = _runs(sequences * job.length * width, blocks)
+    states = 4 * (2 * len(HIDDEN_MEANS) + len(HIDDEN_EXTREMES)) * blocks
+    statistics = len(HIDDEN_MEANS) + len(HIDDEN_EXTREMES)
+    return Cost(
+        blocks * flops,
+        220 * runs + 8 * blocks,
+        _all_reduce(states, job),
+        3 * (job.ranks > 1),
+        4 * statistics * blocks,
+    )
+
+
+CALLBACKS = {
+    "LocAteR": locater,
+    "QKSpectrumMonitor": spectrum,
+    "AttentionMonitor": attention,
+    "HiddenStateMonitor": hidden,
+}
+"""LocAteR acts at every step, the others at measured ones."""
+
+
+def _weights(model: Widths) -> int:
+    return (model.heads + model.kv_heads) * model.d_head * model.d_model
+
+
+def _runs(elements: int, layers: int) -> int:
+    """How often the arithmetic of one layer runs for all of them: small ones are measured together."""
+    return layers if 4 * elements > _MAY_WAIT else math.ceil(layers / math.ceil(_MAY_WAIT / elements))
+
+
+def _all_reduce(size: int, job: Job) -> int:
+    return math.ceil(2 * size * (job.ranks - 1) / job.ranks)
+
+
+def _gathering(model: Widths, job: Job) -> int:
+    whole = model.layers * _weights(model) * job.weight_bytes
+    return math.ceil(whole * (job.ranks - 1) / job.ranks) if job.sharded else 0
+
+
+def read_widths(place: str | Path) -> Widths:
+    """The sizes of a model, from its ``config.json`` or the folder that has one; no weights are read.
+
+    Raises:
+        BadInput: there is none, or it lacks a size.
+    """
+    path = Path(place)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = fields["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"expected a model's config.json or a folder that has one, got {place} ({type(error).__name__}): "
+            "pass that of a model of transformers"
+        ) from error
+    from transformers import AutoConfig
+
+    try:
+        fields = {name: value for name, value in fields.items() if name != "model_type"}
+        config = AutoConfig.for_model(kind, **fields)
+        return _widths(config)
+    except Exception as error:
+        raise BadInput(
+            f"expected the config of a model that transformers can build, got {place} "
+            f"({' '.join(str(error).split())[:200]}): update transformers, or correct it"
+        ) from error
+
+
+def _widths(config: Any) -> Widths:
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    d_head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if getattr(text, "kv_lora_rank", None):  # keys of every head, from a latent
+        d_head, kv_heads = text.qk_nope_head_dim + text.qk_rope_head_dim, heads
+    parameters, active = _parameters(config, text)
+    return Widths(text.num_hidden_layers, heads, kv_heads, d_head, text.hidden_size, parameters, active)
+
+
+def _parameters(config: Any, text: Any) -> tuple[int, int]:
+    """All parameters, and those that a token meets; of a model without numbers."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError:  # of another kind
+            model = AutoModel.from_config(config)
+    kinds = [getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    experts = next((count for count in kinds if count), 0)
+    met = getattr(text, "num_experts_per_tok", 0) or 0
+    total = active = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        is_expert = experts and ".experts." in f".{name}."
+        active += parameter.numel() * met // experts if is_expert else parameter.numel()
+    return total, active
