@@ -3,9 +3,9 @@
     python benchmarks/live_report.py [--layers 32 --heads 32 --points 60]
 
 Prints, for a record of random numbers (the worst case for the page's size): what gathering takes of the training's
-thread; what a writing takes, of record and page; how much of every 30 seconds that is in processor time, which does
-not depend on what else the machine does and is the most that a training on one core can lose; and how much longer
-Python code beside it takes meanwhile, by the clock, which is what a training that is bound by Python would feel.
+thread; what a writing takes, of record and page; how much of every 30 seconds that is in processor time, which
+does not depend on what else the machine does and is the most that a training on one core can lose; and how much
+longer Python code beside it takes meanwhile, by the clock, which a training that is bound by Python would feel.
 """
 
 import argparse

@@ -111,8 +111,8 @@ def _front_door(app: Sphinx, error: Exception | None) -> None:
 def _new_names(app: Sphinx) -> None:
     """Pages show arguments by their new names; the old ones are in signatures too, for jsonargparse.
 
-    Before autodoc reads anything: it takes defaults from the source, whose arguments have to be those of a signature,
-    and only then asks for changes.
+    Before autodoc reads anything: it takes defaults from the source, whose arguments have to be those of a
+    signature, and only then asks for changes.
     """
     for module in walk_packages(lightning_qk.__path__, "lightning_qk."):
         try:
