@@ -159,10 +159,9 @@ def _where(server: ThreadingHTTPServer, place: Path) -> list[str]:
             user = f"{getpass.getuser()}@"
         except (KeyError, OSError):  # a user without a name
             user = ""
-        lines.append(
-            f"From another machine: ssh -N -L {port}:127.0.0.1:{port} {user}{socket.gethostname()}, and open the "
-            "same address there"
-        )
+        there = f"{user}{socket.gethostname()}"
+        lines.append(f"From another machine: ssh -N -L {port}:127.0.0.1:{port} {there}")
+        lines.append("and open the same address there.")
     else:
         lines.append("Anyone who reaches this address can read the report.")
     return lines

@@ -154,7 +154,10 @@ def test_the_command_says_where(tmp_path: Path) -> None:
         assert process.stdout is not None
         first, second = process.stdout.readline(), process.stdout.readline()
         port = int(first.split("http://127.0.0.1:")[1].split("/")[0])
-        assert f"ssh -N -L {port}:127.0.0.1:{port} " in second
+        # The command ends its line, so that a terminal of 80 columns does not break it and it can be copied.
+        assert second.split(": ", 1)[1].startswith(f"ssh -N -L {port}:127.0.0.1:{port} ")
+        assert len(second.split()) == 8
+        assert process.stdout.readline() == "and open the same address there.\n"
         assert ask(port)[0] == 200
     finally:
         process.terminate()
