@@ -30,9 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv; default: stdlib")
     parser.add_argument("--model", help="a folder or a name on the hub; default: all-MiniLM-L6-v2")
-    parser.add_argument(
-        "--locater", default="1%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
-    )
+    parser.add_argument("--locater", default="1%", help="the penalty's share of the gradient; 0%%: none")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/classification")
     options = parser.parse_args()

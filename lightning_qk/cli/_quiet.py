@@ -25,7 +25,8 @@ _WARNINGS = (
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",  # each run has a folder of its own
 )
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning")
+# Whichever of the two packages is imported last takes the messages of both.
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning", "lightning_fabric")
 
 
 class _StandardError:
