@@ -17,9 +17,11 @@ def run(args: list[str], prog: str) -> int:
     for name in ("ranks", "every", "batch", "length"):
         if getattr(options, name) < 1:
             raise BadInput(f"expected --{name} of at least 1, got {getattr(options, name)}: correct it")
+    from lightning_qk.cli.inspect import quiet
     from lightning_qk.inspect.cost import CALLBACKS, Cost, Job, read_widths, step_flops
 
-    model = read_widths(options.model)
+    with quiet():
+        model = read_widths(options.model)
     job = Job(options.ranks, options.batch, options.length, options.sharded, options.weight_bytes)
     step = step_flops(model, job)
     print(
@@ -32,22 +34,22 @@ def run(args: list[str], prog: str) -> int:
         f"a rank: {_short(step)} flops a step and rank"
     )
     print(
-        f"\n{'':<34}{'flops':>8}{'of step':>9}{'launches':>10}{'network':>10}{'calls':>7}{'to host':>9}"
-        f"{'LAPACK':>9}"
+        f"\n{'':<21}{'flops':>8}{'of step':>8}{'launches':>9}{'network':>9}{'calls':>6}{'to host':>8}"
+        f"{'LAPACK':>8}"
     )
     average = [0.0] * len(Cost._fields)
     for name, cost_of in CALLBACKS.items():
         cost = cost_of(model, job)
         every = 1 if name == "LocAteR" else options.every
         average = [total + part / every for total, part in zip(average, cost, strict=True)]
-        print(_line(f"{name}, {'every step' if every == 1 else 'a measured step'}", cost, step))
+        print(_line(f"{name}{'' if name == 'LocAteR' else ' *'}", cost, step))
+    print(_line("all, a step", Cost(*(round(part) for part in average)), step))
     print(
-        _line(f"all, a step (measured: 1 of {options.every})", Cost(*(round(part) for part in average)), step)
-    )
-    print(
-        "\nlaunches: calls of torch's operators. network: bytes that a rank sends, in so many collective calls;\n"
-        "further ones of a few bytes agree. to host: bytes. LAPACK: flops of eigenproblems in a thread.\n"
-        "Formulas of the code for the callbacks' defaults, checked against counts; none is a time."
+        f"\n*: a measured step, 1 of {options.every}. launches: calls of torch's operators.\n"
+        "network: bytes that a rank sends, in so many collective calls; others of a few\n"
+        "bytes agree. to host: bytes. LAPACK: flops of eigenproblems in a thread.\n"
+        "Formulas of the code for the callbacks' defaults, checked against counts; none\n"
+        "is a time."
     )
     return 0
 
@@ -85,8 +87,8 @@ def parser(prog: str) -> OneLineParser:
 def _line(name: str, cost: tuple[int, ...], step: int) -> str:
     flops, launches, network, collectives, to_host, on_host = cost
     return (
-        f"{name:<34}{_short(flops):>8}{flops / step:>9.2%}{launches:>10,}{_short(network):>10}{collectives:>7,}"
-        f"{_short(to_host):>9}{_short(on_host):>9}"
+        f"{name:<21}{_short(flops):>8}{flops / step:>8.2%}{launches:>9,}{_short(network):>9}{collectives:>6,}"
+        f"{_short(to_host):>8}{_short(on_host):>8}"
     )
 
 

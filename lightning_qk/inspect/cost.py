@@ -5,7 +5,6 @@ them with what it does: products with torch's count of floating-point operations
 traffic with the metrics' states. None of them is a time.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,12 @@ from typing import Any, NamedTuple
 from lightning_qk.functional.attention import EXTREMES, MEAN_STATISTICS
 from lightning_qk.functional.hidden import HIDDEN_EXTREMES, HIDDEN_MEANS
 from lightning_qk.heads.reader import LARGEST_BATCH
-from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.documents import BadInput, read_json
 from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, SPECTRUM_STATISTICS
 
 ROWS, TOKENS, SEQUENCES = 64, 64, 8
 """Sampled query rows, tokens and sequences: defaults of the monitors."""
+_MOST_LAYERS = 2000
 _MAY_WAIT = 2**24
 """Numbers that measurements of small layers keep on a device until they are made together."""
 
@@ -188,20 +188,16 @@ def read_widths(place: str | Path) -> Widths:
     """
     path = Path(place)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = fields["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    fields = read_json(path, "a model's config.json or a folder that has one")
+    kind = fields.pop("model_type", None)
+    if not isinstance(kind, str):
         raise BadInput(
-            f"expected a model's config.json or a folder that has one, got {place} ({type(error).__name__}): "
-            "pass that of a model of transformers"
-        ) from error
+            f"expected the config of a model, got {path} without a model_type: pass that of a model"
+        )
     from transformers import AutoConfig
 
     try:
-        fields = {name: value for name, value in fields.items() if name != "model_type"}
-        config = AutoConfig.for_model(kind, **fields)
-        return _widths(config)
+        return _widths(AutoConfig.for_model(kind, **fields))
     except Exception as error:
         raise BadInput(
             f"expected the config of a model that transformers can build, got {place} "
@@ -211,6 +207,8 @@ def read_widths(place: str | Path) -> Widths:
 
 def _widths(config: Any) -> Widths:
     text = config.get_text_config()
+    if not 0 < text.num_hidden_layers <= _MOST_LAYERS:  # each is built, without numbers
+        raise ValueError(f"it has {text.num_hidden_layers} layers, where 1 to {_MOST_LAYERS} are read")
     heads = text.num_attention_heads
     d_head = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
