@@ -14,6 +14,8 @@ _NAMED = 5
 """Rows and classes that a sentence lists; others are counted."""
 _FEW = 20
 """Rows below which every row may be a class of its own."""
+_MOST_LOOKED_AT = 1000
+"""Rows with a class of their own that are looked at for shifted columns."""
 _EXAMPLE = 60
 """Characters of an example."""
 
@@ -79,7 +81,7 @@ def complete_rows(rows: "Dataset", text: str, label: str, where: str, drop: bool
     Raises:
         ValueError: rows without, or whose columns are shifted, with their numbers, the first being 1.
     """
-    _check_shifted(rows[text][:], rows[label][:], text, label, where)
+    _check_shifted(rows, text, label, where)
     missing: dict[str, list[int]] = {"text": [], "label": []}
     for place, (words, name) in enumerate(zip(rows[text][:], rows[label][:], strict=True)):
         if words is None or (isinstance(words, str) and not words.strip()):
@@ -99,21 +101,30 @@ def complete_rows(rows: "Dataset", text: str, label: str, where: str, drop: bool
     )
 
 
-def _check_shifted(texts: Sequence[Any], labels: Sequence[Any], text: str, label: str, where: str) -> None:
-    """Raises ValueError where a row has a class of its own for a label, and the label of others for a text."""
-    counts = Counter(map(str, labels))
-    places = [
-        place
-        for place, (words, name) in enumerate(zip(texts, labels, strict=True))
-        if counts[str(name)] == 1 and counts[str(words).strip()] > 1
-    ]
-    if places:
-        first = places[0]
+def _check_shifted(rows: "Dataset", text: str, label: str, where: str) -> None:
+    """Raises ValueError where a row has a class of its own for a label, and the label of others elsewhere.
+
+    Elsewhere is the text, or any column where that class has a longer name than those of others: a row's number
+    may be what a label is.
+    """
+    labels = list(map(str, rows[label][:]))
+    counts = Counter(labels)
+    longest = max((len(name) for name, count in counts.items() if count > 1), default=0)
+    own = [place for place, name in enumerate(labels) if counts[name] == 1]
+    # As many classes as rows are another fault.
+    found = []
+    for place in own[:_MOST_LOOKED_AT] if 2 * len(own) < len(labels) else ():
+        fields = {column: str(value).strip() for column, value in rows[place].items() if column != label}
+        asked = fields if len(labels[place]) > longest else {text: fields[text]}
+        column = next((column for column, value in asked.items() if counts[value] > 1), None)
+        if column is not None:
+            found.append((place, column, fields[column]))
+    if found:
+        place, column, value = found[0]
         raise ValueError(
-            f"expected a text in the column {text!r} and a label in {label!r} of {where}, got the text "
-            f"{_short(str(texts[first]).strip())!r}, which is a label elsewhere, and the label "
-            f"{_short(str(labels[first]))!r}, which is in no other row, in {rows_named(places)}: its columns are "
-            "shifted; mend them"
+            f"expected a text in the column {text!r} and a label in {label!r} of {where}, got {_short(value)!r} "
+            f"in {column!r}, which is a label elsewhere, and the label {_short(labels[place])!r}, which is in no "
+            f"other row, in {rows_named([one for one, *_ in found])}: its columns are shifted; mend them"
         )
 
 

@@ -74,8 +74,12 @@ def test_a_row_whose_columns_are_shifted_is_refused_with_its_number(tmp_path: Pa
     rows = news()
     rows[20] = [*rows[20][1:], rows[20][0]]
     with pytest.raises(
-        ValueError, match=r"got the text 'World', .* label 'Title 20', .* in row 21: its columns"
+        ValueError, match=r"got 'World' in 'text', .* label 'Title 20', .* in row 21: its columns"
     ):
+        prepared(write(tmp_path / "news.csv", rows), tmp_path)
+    # Columns between which the text stays where it is.
+    rows[20] = ["Title 20 of some words", "World", "text"]
+    with pytest.raises(ValueError, match=r"got 'World' in 'title', .* label 'Title 20 of some wo…'"):
         prepared(write(tmp_path / "news.csv", rows), tmp_path)
     # A text may be what a label is, and a class may have one row.
     rows[20] = ["Sports", "Title 20", "World"]
