@@ -29,7 +29,7 @@ def test_lines_end_between_words_on_a_terminal(
     monkeypatch.setattr(lightning, "handlers", [logging.StreamHandler()])
     monkeypatch.setattr(lightning, "propagate", False)
     with quiet_libraries():
-        lightning.info(SENTENCE)
+        lightning.warning(SENTENCE)
         # As warnings are shown; pytest keeps them to itself.
         sys.stderr.write(warnings.formatwarning(UserWarning(SENTENCE), UserWarning, "library.py", 7))
 
