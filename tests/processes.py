@@ -5,10 +5,12 @@ stays for all tests of a session and forks the others.
 """
 
 import atexit
+import fcntl
 import functools
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +46,26 @@ def run_script(script: Path, *arguments: object, processes: int = 1, timeout: fl
         answer = server.stdout.readline()
         said = "\n".join(path.read_text()[-3000:] for path in sorted(Path(folder).iterdir()))
     assert answer == "0\n", f"{script.name} ended with {answer.strip() or 'its server'}:\n{said}"
+
+
+def run_once(name: str, base: Path, run: Callable[[Path], None]) -> Path:
+    """A folder with what a run leaves, made by whichever worker comes first; the others wait for it.
+
+    Args:
+        name: of the folder.
+        base: ``tmp_path_factory.getbasetemp()`` of the worker.
+        run: is given the folder.
+    """
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            run(folder)
+            done.touch()
+    return folder
 
 
 @functools.cache

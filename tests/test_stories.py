@@ -68,6 +68,7 @@ def test_callbacks_are_added_to_a_job_that_is_there(tmp_path, capsys):
     assert len([*INSTALL, *marked("# new"), "python job.py"]) <= MOST
 
 
+@pytest.mark.slow
 def test_metrics_are_watched_in_wandb_without_an_account(tmp_path):
     Path("job.py").write_text(JOB)
     done = subprocess.run(

@@ -173,6 +173,7 @@ def test_the_newest_tokens_are_kept():
     torch.testing.assert_close(tokens[-22:], inputs.taken(name)[0])
 
 
+@pytest.mark.slow
 def test_the_same_under_torch_compile():
     def compiled():
         return torch.compile(models.gpt2(), backend="aot_eager")

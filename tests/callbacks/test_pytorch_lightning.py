@@ -119,6 +119,7 @@ def test_one_callback_without_a_list():
     assert isinstance(run.callbacks[0], lightning.pytorch.Callback)
 
 
+@pytest.mark.slow
 def test_a_command_line_of_the_package_takes_every_callback(tmp_path):
     """In another process: here pytorch_lightning may have come first."""
     config = {

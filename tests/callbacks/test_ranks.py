@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+from processes import run_once, run_script
 from ranks_decisions import BOTH, CHANGING, WATCHING
 from ranks_job import ONCE, PLACES
 
@@ -13,9 +13,11 @@ CASES = [(name, 9_999) for name in PLACES] + [(name, 1) for name in ONCE]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
     # A process that waits for another one's collective call ends only by its timeout.
-    run_script(Path(__file__).with_name("ranks_job.py"), folder, processes=2)
+    job = Path(__file__).with_name("ranks_job.py")
+    folder = run_once(
+        "ranks", tmp_path_factory.getbasetemp(), lambda into: run_script(job, into, processes=2)
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

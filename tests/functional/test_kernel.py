@@ -44,6 +44,7 @@ def test_interpreted(which):
     assert " skipped" not in out
 
 
+@pytest.mark.slow
 @needs_triton
 def test_compiles_for_a_gpu(tmp_path):
     """Types, layouts and shared memory, which the interpreter does not look at."""
