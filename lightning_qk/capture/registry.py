@@ -16,7 +16,7 @@ from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_re
 from lightning_qk.capture.captured import CapturedCall
 
 aside: Callable[[], AbstractContextManager[Any]] = nullcontext
-"""Within it nothing of ours looks at calls of torch's functions, not even in vain; set by who looks."""
+"""Within it nothing of ours looks at calls of torch's functions, even in vain; the module that looks sets it."""
 
 Run = Callable[[AttentionCall], Any]
 """Makes a call and returns the attention function's output."""

@@ -214,15 +214,14 @@ def _without_load_report() -> Iterator[None]:
 
     source = logging.getLogger("transformers.modeling_utils")
     source.addFilter(keep)
+    is_whole = False
     try:
         yield
-    except BaseException:
-        source.removeFilter(keep)
-        for record in kept:
-            source.handle(record)
-        raise
+        is_whole = True
     finally:
         source.removeFilter(keep)
+        for record in () if is_whole else kept:
+            source.handle(record)
 
 
 def check_length(network: "PreTrainedModel", length: int) -> None:
