@@ -22,6 +22,7 @@ class Recorder(L.Callback):
         self.locater = locater
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.moments: list[dict[str, torch.Tensor]] = []
+        self.means: list[dict[str, torch.Tensor]] = []
         self.penalties: list[float] = []
 
     def on_fit_start(self, trainer, pl_module):
@@ -33,6 +34,7 @@ class Recorder(L.Callback):
         )
         if self.locater is not None:
             self.moments.append(dict(self.locater.moments))
+            self.means.append(dict(self.locater.token_means))
 
     def on_train_batch_end(self, trainer, *args):
         if "locater/penalty" in trainer.callback_metrics:
@@ -278,3 +280,38 @@ def test_copies_that_do_not_train_are_left_out(copy):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         LocAteR(1.0, **arguments)
+
+
+@pytest.mark.parametrize("make", [models.gpt2, models.llama])
+def test_the_limit_forms_gradient_equals_that_of_a_loss_term(make):
+    locater = LocAteR(WEIGHT, form="limit", limit=0.01, tokens=24)
+    recorder = fit(make, locater, max_steps=1)
+    given = {"form": "limit", "limit": 0.01, "moments": recorder.moments[0], "means": recorder.means[0]}
+    loss = fit(make, loss=lambda job: WEIGHT * locater_penalty(job, **given), max_steps=1)
+    plain = fit(make, max_steps=1)
+    for name, want in loss.gradients[0].items():
+        got = recorder.gradients[0][name]
+        assert (got - want).norm() <= 1e-5 * want.norm().clamp_min(1e-9), name
+    assert any(not torch.allclose(loss.gradients[0][n], g) for n, g in plain.gradients[0].items())
+
+
+def test_without_arguments_it_changes_nothing_while_logits_are_small():
+    locater = LocAteR()
+    assert (locater.form, locater.sigma, locater.weight, locater.limit) == ("limit", "tokens", 1.0, 8.0)
+    callback, without = fit(models.llama, locater), fit(models.llama)
+    assert callback.penalties[-1] == 0
+    for one, other in zip(callback.gradients, without.gradients, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_options_of_the_limit_form():
+    assert LocAteR(0.1).form == "variance"
+    assert LocAteR(0.1).sigma == "identity"
+    with pytest.raises(ValueError, match="expected a weight with form='variance', got none"):
+        LocAteR(form="variance")
+    with pytest.raises(ValueError, match="expected sigma='tokens' with form='limit'"):
+        LocAteR(form="limit", sigma="identity")
+    with pytest.raises(ValueError, match="expected a number for weight with form='limit'"):
+        LocAteR("1%", form="limit")
+    with pytest.raises(ValueError, match="expected a limit above 0, got 0"):
+        LocAteR(limit=0)
