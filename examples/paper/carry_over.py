@@ -67,7 +67,7 @@ BASELINES: list[Key] = [
 ]
 COMPARED_IN = "llama"
 """The setting of the comparison with other methods, over learning rates."""
-MANY = ("rough", "fast", "paper")
+MANY = ("collapse", "rough", "fast", "paper")
 FEW: dict[str, int] = {"sst2": 3, "smollm2": 1, "smollm2_full": 1}
 """All seeds are run in :data:`MANY`. Where the limit is never reached a run with it is the same as without, to the
 bit, which two seeds show; fine-tuning, whose runs take long, has as many as here."""
@@ -94,6 +94,7 @@ def _short(setting: str, steps: int, **data: Any) -> dict[str, Any]:
 
 
 SHORT: dict[str, dict[str, Any]] = {
+    "collapse": {"data": _WORDS, "steps": 100},
     "rough": _narrow("rough", 100),
     "llama": _narrow("llama", 100, lr=3e-3),
     "fast": _narrow("fast", 100),
@@ -116,6 +117,7 @@ TITLES = {
     "fast": "Llama-like, learning rate 0.01, no warm-up",
     "rough": "the same, W_q and W_k drawn 8 times as large",
     "sst2": "MiniLM, fine-tuned on SST-2",
+    "collapse": "Granite, 12 layers, entropy collapse's start",
     "smollm2": "SmolLM2-135M, LoRA on WikiText-2",
     "smollm2_full": "SmolLM2-135M, all weights",
 }
@@ -378,6 +380,11 @@ def publish(results: Results, clock: Clock, unigram: float | None = None) -> Non
                 "as_good": own,
                 "seeds": len(next(iter(gains.values()))),
             }
+        row["others"] = [
+            {"method": key[0], **own}
+            for key in BASELINES
+            if (own := described(results, setting, key))["seeds"]
+        ]
         table.append(row)
     if unigram is None:
         unigram = word_frequencies(results)

