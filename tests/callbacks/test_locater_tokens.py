@@ -125,11 +125,13 @@ def test_tokens_are_those_of_all_micro_batches_of_the_step_and_no_others():
     recorder = Recorder(locater)
     trainer = models.trainer([locater, Watch(), recorder], accumulate_grad_batches=2, val_check_interval=1)
     trainer.fit(models.Job(), models.tokens(), models.tokens())
-    for step, moments in enumerate(recorder.moments):
+    for step, (moments, means) in enumerate(zip(recorder.moments, recorder.means, strict=True)):
         hidden = torch.cat(seen[2 * step : 2 * step + 2])[:, 1:].flatten(0, 1)
         root = next(own for name, own in moments.items() if ".h.1." in name)
         want = torch.cov(hidden.double().T, correction=0)
         torch.testing.assert_close((root.mT @ root).double(), want, rtol=1e-4, atol=1e-6)
+        mean = next(own for name, own in means.items() if ".h.1." in name)
+        torch.testing.assert_close(mean, hidden.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_padding_and_first_tokens_are_left_out():
@@ -141,9 +143,10 @@ def test_padding_and_first_tokens_are_left_out():
         model(input_ids=batch, attention_mask=mask)
     first = inputs.names[0]
     hidden = model.bert.embeddings(batch)
-    want = torch.cov(hidden[:, 1:][mask[:, 1:].bool()].T, correction=0)
+    counted = hidden[:, 1:][mask[:, 1:].bool()]
     root = inputs.moments()[first]
-    torch.testing.assert_close(root.mT @ root, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(root.mT @ root, torch.cov(counted.T, correction=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(inputs.means()[first], counted.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_generation_recomputation_and_what_comes_after_are_not_sampled():
