@@ -12,7 +12,7 @@ from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
 from lightning_qk.capture.verify import attention_logits
 from lightning_qk.functional.chunks import MASKED_BELOW
 from lightning_qk.functional.logits import AttentionLogits, ProductLogits
-from lightning_qk.heads.projections import head_count
+from lightning_qk.heads.facts import head_count
 
 PRODUCTS = ("none", "rotary", "rotary (2-D)")
 """Positions that leave the logits what they are: products of queries and keys."""

@@ -7,21 +7,28 @@ that shows what is between projection and product.
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import quietly
-from lightning_qk.architecture.source_code import is_known, uses_interface
 from lightning_qk.heads.bare_weights import BareFollower
+from lightning_qk.heads.facts import LayerFacts, softmax_scaling
 from lightning_qk.heads.layout_check import LayoutCheck, Rejected, Way, cause, is_close, logit_factor
-from lightning_qk.heads.projections import NotTokenAttention, UnreadLayer
+from lightning_qk.heads.layouts import borrows_keys, fitting_layouts
+from lightning_qk.heads.norms import plan_norm_of
+from lightning_qk.heads.projection import Layout, Side
+from lightning_qk.heads.projections import InaccessibleWeights, NotTokenAttention, Sizes, UnreadLayer
 from lightning_qk.heads.row_numbers import FoundSide, NoProduct, RowFollower, grouped, head_pairs
 from lightning_qk.heads.running import Bench, Seen
 from lightning_qk.heads.sharding import device_of
-from lightning_qk.heads.trials import Trial, input_arguments, recorded_trials, trials
+from lightning_qk.heads.sites import AttentionLayer
+from lightning_qk.heads.trials import Trial, input_arguments, trials
 
+BY_RUNNING = "found by running"
+"""Name of layouts that were inferred by running a layer."""
 _CHANNELS = "it attends over channels: its products are sums over tokens, and its softmax is over channels"
 
 
@@ -61,13 +68,93 @@ class Found(NamedTuple):
         return self.query.given != self.key.given
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a layer's forward, by position and by name."""
+def infer(facts: LayerFacts, refusal: UnreadLayer | None = None) -> Layout:
+    """The layout that a run of the layer alone shows.
+
+    Args:
+        facts: of the layer.
+        refusal: why the entry of the table for it does not fit; what contradicts that entry counts only if the
+            layer runs to its end so.
+
+    Raises:
+        UnreadLayer: no run explains it; ``refusal``, where there is one.
+        NotTokenAttention: its products run over tokens.
+    """
+    module = facts.layer.module
+    if borrows_keys(module):
+        raise refusal or UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
+    try:
+        found = find_rows(facts.layer, facts.finding.ways)
+    except (InaccessibleWeights, NotTokenAttention):
+        raise
+    except UnreadLayer as reason:
+        raise refusal or UnreadLayer(_why_run(module, reason)) from None
+    if refusal is not None and not found.complete:
+        raise refusal
+    heads, d_head = found.query.rows.shape
+    query, key = (
+        Side(
+            own.projection,
+            _rows_at(own.rows),
+            None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
+        )
+        for side, own in (("query", found.query), ("key", found.key))
+    )
+    return Layout(
+        BY_RUNNING,
+        query,
+        key,
+        Sizes(heads, len(found.key.rows), d_head, found.key.shared),
+        softmax_scaling(module, d_head) if found.scaling is None else found.scaling,
+        normalizes=any(own.norm is not None or own.projection.norms for own in (found.query, found.key)),
+        # Of several inputs of one width only a call tells whether they are the same.
+        crosses=found.crosses and found.is_decided,
+        is_decided=found.is_decided,
+        clip=found.clip,
+        obstacle=None
+        if found.is_exclusive
+        else (
+            "which make more than queries and keys (values that are the keys, say), or of which a run of the "
+            "layer alone does not tell: give queries and keys projections of their own"
+        ),
+        is_capped=found.is_capped,
+        is_added_to=found.is_added_to,
+        is_turned=found.is_turned,
+    )
 
 
-def find_rows(
-    module: nn.Module, config: Any = None, calls: Sequence[Call] = (), *, ways: Sequence[Trial] = ()
-) -> Found:
+def _rows_at(places: Tensor) -> Callable[[Tensor, Sizes], Tensor]:
+    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
+    heads, d_head = places.shape
+    start = int(places[0, 0])
+    step = int(places[1, 0]) - start if heads > 1 else d_head
+    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
+    is_view = step >= d_head and torch.equal(places, regular)
+
+    def take(rows: Tensor, sizes: Sizes) -> Tensor:
+        if is_view:
+            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
+        return rows[places.to(rows.device)]
+
+    return take
+
+
+def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
+    """Why a layer is not read that had to be run."""
+    kind = type(module).__name__
+    if next(fitting_layouts(module), None) is not None:
+        return (
+            f"{kind} is no class of a known library, so that the names of its children do not tell its layout, "
+            f"and running it alone does not tell: {reason}"
+        )
+    children = ", ".join(name for name, _ in module.named_children()) or "none"
+    return (
+        f"{kind} has no known layout of q and k (its children: {children}), and running it alone does not tell: "
+        f"{reason}"
+    )
+
+
+def find_rows(layer: AttentionLayer, ways: Sequence[Trial] = ()) -> Found:
     """Find the rows of a layer's projections that reach q and k, by running it alone.
 
     Nothing of the model is changed, no hook is called and the global generators are left as they were. Of a class
@@ -75,11 +162,8 @@ def find_rows(
     only if it explains them.
 
     Args:
-        module: the attention layer.
-        config: the nearest configuration, or None.
-        calls: arguments that the layer's forward really got: it is run on tensors of those shapes then, with one
-            tensor where it got one tensor, instead of on arguments guessed from its signature.
-        ways: how it is called, where that was made from calls before.
+        layer: whose forward is run.
+        ways: how it is called; none for arguments guessed from its signature.
 
     Raises:
         UnreadLayer: it cannot be run alone, reaches no softmax of a product, or its q and k are not rows of
@@ -87,6 +171,7 @@ def find_rows(
         NotTokenAttention: its products run over tokens.
         InaccessibleWeights: the values of its weights are out of this process's reach.
     """
+    module = layer.module
     kind = type(module).__name__
     own = module.__dict__.get("forward")
     if (
@@ -95,7 +180,7 @@ def find_rows(
         and getattr(own, "__self__", None) is not module
     ):
         raise UnreadLayer(f"the forward of this {kind} was replaced by a function that runs the layer itself")
-    is_strict = not is_known(module)
+    is_strict = not layer.is_known
     bench = Bench(module)
     benches = [bench] if bench.emitters else []
     if is_strict:
@@ -108,8 +193,7 @@ def find_rows(
     with quietly(module):
         for bench in benches:
             bench.check_access()
-            ways_of = ways or _ways(bench, config, calls)
-            for trial in ways_of:
+            for trial in ways or trials(module, layer.config, bench.widths()[:3]):
                 search = _Inference(bench, trial, is_strict=is_strict)
                 try:
                     return search.read()
@@ -130,16 +214,10 @@ def find_rows(
     )
 
 
-def _ways(bench: Bench, config: Any, calls: Sequence[Call]) -> Iterator[Trial]:
-    if calls:
-        return (trial for call in calls for trial in recorded_trials(bench.module, config, *call))
-    return trials(bench.module, config, bench.widths()[:3])
-
-
 _KNOWN: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 
 
-def check_tokens(module: nn.Module, config: Any = None) -> None:
+def check_tokens(layer: AttentionLayer) -> None:
     """Refuse a layer whose products sum over an axis that grows with the number of tokens.
 
     Seen from a run of the layer alone, once for each class; one that cannot be run passes.
@@ -147,11 +225,11 @@ def check_tokens(module: nn.Module, config: Any = None) -> None:
     Raises:
         NotTokenAttention: it attends over channels.
     """
-    kind: Any = type(module)
-    if uses_interface(module) or isinstance(module, nn.MultiheadAttention):
+    kind: Any = type(layer.module)
+    if layer.is_over_tokens:
         return
     if kind not in _KNOWN:
-        _KNOWN[kind] = _sums_over_tokens(module, config)
+        _KNOWN[kind] = _sums_over_tokens(layer.module, layer.config)
     if _KNOWN[kind]:
         raise NotTokenAttention(_CHANNELS)
 

@@ -1,14 +1,16 @@
-"""Norms: what one does (found by running it), which act on queries and keys, and which one feeds a layer."""
+"""What acts on queries, keys and their input beside projections: norms, found by running them, and factors."""
 
 import inspect
+import math
 import re
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_qk.architecture.dry_run import Stop, Through, quietly, run_alone, shadow
 from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
@@ -260,6 +262,63 @@ def fold_qk_norm(plan: NormPlan, rows: Affine) -> Affine:
         return values * gain.view(*gain.shape, *(1,) * (values.dim() - 2))
 
     return Affine(fold(rows.weight), None if rows.bias is None else fold(rows.bias))
+
+
+class Factor(NamedTuple):
+    """A factor on the coordinates of one side.
+
+    Attributes:
+        side: ``"query"`` or ``"key"``.
+        parameter: attribute of the layer; it has the factor if this is a parameter of more than one number.
+        values: the layer to the factor, which broadcasts to (heads, d_head).
+        normalizes: the layer divides each side by its length besides: cosine attention. The softmax scale of
+            the normalized form, whose vectors have length ``d_head ** 0.5``, is then ``1 / d_head``, and 1 else.
+    """
+
+    side: str
+    parameter: str
+    values: Callable[[nn.Module], Tensor]
+    normalizes: bool = False
+
+
+def _per_dim(module: nn.Module) -> Tensor:
+    scale = getattr(module, "q_scale", getattr(module, "scaling", 1.0))
+    return F.softplus(module.per_dim_scale) * scale  # type: ignore[arg-type]
+
+
+def _per_dim_key(module: nn.Module) -> Tensor:
+    return torch.as_tensor(getattr(module, "k_scale", 1.0))
+
+
+def _base_two(module: nn.Module) -> Tensor:
+    scaling: Tensor = module.scaling  # type: ignore[assignment]
+    return F.softplus(scaling) * (math.log2(math.e) / math.sqrt(scaling.numel()))
+
+
+def _temperature(module: nn.Module) -> Tensor:
+    scale: Tensor = module.logit_scale  # type: ignore[assignment]
+    return scale.clamp(max=math.log(100.0)).exp().flatten()[:, None]
+
+
+_FACTORS = (
+    # Gemma's audio towers and VideoPrism's pooling head.
+    Factor("query", "per_dim_scale", _per_dim),
+    Factor("key", "per_dim_scale", _per_dim_key),
+    # TimesFM.
+    Factor("query", "scaling", _base_two),
+    # Swin v2: cosine attention with a temperature for each head.
+    Factor("query", "logit_scale", _temperature, normalizes=True),
+)
+
+
+def learnt_factors(module: nn.Module) -> dict[str, Factor]:
+    """The factors that a layer has, by side."""
+    found = {}
+    for factor in _FACTORS:
+        parameter = module._parameters.get(factor.parameter)
+        if parameter is not None and parameter.numel() > 1:
+            found[factor.side] = factor
+    return found
 
 
 _OF_VALUES = re.compile(r"^(v|value)_?\w*(norm|ln)$", re.IGNORECASE)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.rotary import Rotary, rotate_between
-from lightning_qk.heads.rotary import Angles, Call, Layer, Source, angle_sources, holds_angles, tokens_for
+from lightning_qk.heads.rotary import Angles, Call, RotaryRun, Source, holds_angles, tokens_for
+from lightning_qk.heads.sites import AttentionLayer
 
 
 class Fit(NamedTuple):
@@ -52,7 +53,7 @@ _FITS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Fit | None]]" = weakref.W
 _PROBED = ((0, 1), (2, 5))
 
 
-def remembered_fit(layer: Layer, source: Source, call: Call, d_head: int) -> Fit | None:
+def remembered_fit(layer: RotaryRun, source: Source, call: Call, d_head: int) -> Fit | None:
     """The rotation that a call applies, found once for all layers that share a rotary module; None for none.
 
     Args:
@@ -71,7 +72,7 @@ def remembered_fit(layer: Layer, source: Source, call: Call, d_head: int) -> Fit
     return known[key]
 
 
-def _fit(layer: Layer, source: Source, call: Call, d_head: int) -> Fit | None:
+def _fit(layer: RotaryRun, source: Source, call: Call, d_head: int) -> Fit | None:
     if not call.turned:
         return None
     width = min(call.width, d_head)
@@ -212,39 +213,28 @@ class Rotation:
 NO_ROTATION = Rotation(None)
 
 
-def find_rotation(
-    module: nn.Module,
-    ancestors: Sequence[nn.Module],
-    config: Any,
-    d_head: int,
-    *,
-    heads: int = 1,
-    is_cross: bool = False,
-) -> Rotation:
+def find_rotation(layer: AttentionLayer, d_head: int, *, heads: int = 1) -> Rotation:
     """Find how a layer rotates its queries and keys with position.
 
     Args:
-        module: the attention layer.
-        ancestors: the modules that contain it, nearest first.
-        config: the nearest configuration, or None.
+        layer: in its model.
         d_head: width of a head.
         heads: where fewer of a token's heads are rotated, no one rotation is that of the layer.
-        is_cross: keys come from other tokens than queries.
     """
-    layer = Layer(module, config, tokens_for(d_head), is_cross)
-    if not layer.functions:
+    run = RotaryRun(layer, tokens_for(d_head))
+    if not run.functions:
         # A rotary module of its own may turn queries and keys itself.
-        holds = any(holds_angles(name, child) for name, child in module.named_children())
+        holds = any(holds_angles(name, child) for name, child in layer.module.named_children())
         return Rotation(None, is_known=False) if holds else NO_ROTATION
     try:
-        return _find(layer, ancestors, d_head, heads)
+        return _find(run, d_head, heads)
     except Exception:  # a forward of any kind may raise anything
         return Rotation(None, is_known=False)
 
 
-def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int, heads: int) -> Rotation:
+def _find(layer: RotaryRun, d_head: int, heads: int) -> Rotation:
     many_axes = unread = None
-    for source in angle_sources(layer.module, layer.parameters, ancestors, layer.config):
+    for source in layer.angle_sources():
         try:
             angles = source.at(1, layer.tokens)
             if angles is None:
@@ -284,7 +274,7 @@ def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int, heads: int)
     return Rotation(_kind_by_name(layer, unread))
 
 
-def _blind_call(layer: Layer, *, is_given: bool) -> Call | None:
+def _blind_call(layer: RotaryRun, *, is_given: bool) -> Call | None:
     """Run a layer on unknown angles.
 
     Where no module around it could make any, it may be given none at all.
@@ -295,7 +285,7 @@ def _blind_call(layer: Layer, *, is_given: bool) -> Call | None:
     return layer.call(1, Angles())
 
 
-def _kind_by_name(layer: Layer, holder: nn.Module | None) -> str:
+def _kind_by_name(layer: RotaryRun, holder: nn.Module | None) -> str:
     names = [*layer.functions, type(layer.module).__name__, type(holder).__name__]
     if holder is not None:
         names += inspect.signature(type(holder).forward).parameters
@@ -331,25 +321,16 @@ _SHARED_BIAS = re.compile(r"(\w+_)?(relative_attention|position)_bias\w*")
 _BRINGS_BIAS = re.compile(r"alibi|bias|^rel(ative)?_|^pair|_dists$|^pos_emb$", re.IGNORECASE)
 
 
-def find_position(
-    module: nn.Module,
-    ancestors: Sequence[nn.Module],
-    config: Any,
-    rotation: Rotation,
-    *,
-    is_cross: bool = False,
-) -> str | None:
+def find_position(layer: AttentionLayer, rotation: Rotation) -> str | None:
     """What positions do to the logits of a layer; see :class:`~lightning_qk.heads.projections.HeadProjections`.
 
     Args:
-        module: the attention layer.
-        ancestors: the modules that contain it, nearest first.
-        config: the nearest configuration, or None.
-        rotation: what :func:`~lightning_qk.heads.rotary.find_rotation` found.
-        is_cross: keys come from other tokens than queries.
+        layer: in its model.
+        rotation: what :func:`find_rotation` found.
     """
+    module, is_cross = layer.module, layer.is_cross
     brought = {name for name in _arguments(module) if _BRINGS_BIAS.search(name)}
-    if not is_cross and _adds_alibi(module, config, brought):
+    if not is_cross and _adds_alibi(module, layer.config, brought):
         return ALIBI
     if rotation.kind is not None:
         return rotation.kind
@@ -362,7 +343,7 @@ def find_position(
     if is_cross:
         # Relative positions are those of one sequence.
         return NONE if rotation.is_known else None
-    if _is_shared(module, ancestors):
+    if _is_shared(module, layer.ancestors):
         return RELATIVE_BIAS
     if not rotation.is_known or (brought and not _is_declined(module)):
         return None

@@ -32,8 +32,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
 
     Attributes:
         layers: qualified name → what is known of a layer without its values.
-        unread: qualified name → why a layer is left out.
-        refusals: qualified name → the same as an exception: a `NotTokenAttention` has no softmax over tokens.
+        refusals: qualified name → why a layer is left out: a `NotTokenAttention` has no softmax over tokens.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -41,7 +40,6 @@ class ProjectionReader(Mapping[str, HeadProjections]):
     """
 
     layers: dict[str, LayerReader]
-    unread: dict[str, str]
     refusals: dict[str, UnreadLayer]
 
     def __init__(
@@ -73,6 +71,11 @@ class ProjectionReader(Mapping[str, HeadProjections]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Qualified name → why a layer is left out, as a clause."""
+        return {name: str(reason) for name, reason in self.refusals.items()}
 
     @property
     def model(self) -> nn.Module:
@@ -115,7 +118,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
                 plan = layer_reader(sites[name], self.fold_norm, self._wrappers(self.model))
             except UnreadLayer as reason:
                 self.layers.pop(name)
-                self._refuse(name, reason)
+                self.refusals[name] = _without_frames(reason)
                 is_other = True
                 continue
             if self.layers[name].reads_as(plan):
@@ -142,25 +145,20 @@ class ProjectionReader(Mapping[str, HeadProjections]):
                 with suppress(Exception):
                     self[name]
 
-    def _refuse(self, name: str, reason: UnreadLayer) -> None:
-        self.unread[name] = str(reason)
-        # Without its frames, which would keep the model alive.
-        self.refusals[name] = type(reason)(str(reason))
-
     def is_sharded(self, name: str) -> bool:
         """Whether reading a layer gathers its weights from other processes."""
         return self.layers[name].is_sharded()
 
     def _plan(self, model: nn.Module) -> None:
         self._identity = list(_identity(model))
-        self.layers, self.unread, self.refusals = {}, {}, {}
+        self.layers, self.refusals = {}, {}
         wrappers = self._wrappers(model)
         inaccessible = None
         for site in attention_sites(model):
             try:
                 self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
             except UnreadLayer as reason:  # noqa: PERF203
-                self._refuse(site.name, reason)
+                self.refusals[site.name] = _without_frames(reason)
                 if isinstance(reason, InaccessibleWeights):
                     inaccessible = inaccessible or site.name
         if self.layers or self._allow_empty:
@@ -196,6 +194,11 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             return ()
         parts = path.split(".")
         return tuple(root.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
+
+
+def _without_frames(reason: UnreadLayer) -> UnreadLayer:
+    """A refusal that does not keep the model alive."""
+    return type(reason)(str(reason))
 
 
 def _identity(model: nn.Module) -> Iterator[int]:

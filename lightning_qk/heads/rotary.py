@@ -7,7 +7,7 @@ for one position.
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import Stop, Through, shadow
 from lightning_qk.architecture.source_code import names_in
+from lightning_qk.heads.sites import AttentionLayer
 
 _HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal|position(al)?_?encoder", re.IGNORECASE)
 TAKES_ANGLES = re.compile(
@@ -72,58 +73,11 @@ class Source(NamedTuple):
         return None
 
 
-def angle_sources(
-    module: nn.Module, parameters: Iterable[str], ancestors: Sequence[nn.Module], config: Any
-) -> Iterator[Source]:
-    """What may give a layer its angles, the likeliest first.
-
-    Args:
-        module: the attention layer.
-        parameters: names of its forward's arguments.
-        ancestors: the modules that contain it, nearest first.
-        config: the nearest configuration, or None.
-    """
-    takes_angles = any(TAKES_ANGLES.search(name) for name in parameters)
-    if not takes_angles:
-        held = next((child for name, child in module.named_children() if holds_angles(name, child)), module)
-        yield Source(held, None, own=True)
-    layer_types = _layer_types(module, ancestors, config)
-    for owner in (module, *ancestors):
-        for name, child in owner.named_children():
-            if child is module or not holds_angles(name, child):
-                continue
-            kinds = [name.removesuffix("_inv_freq") for name in child._buffers if name.endswith("_inv_freq")]
-            kinds = [kind for kind in kinds if not kind.endswith("original")]
-            own = [kind for kind in layer_types if kind in kinds]
-            if kinds and not own:
-                served = getattr(config, "layer_types", None) or ()
-                if layer_types and not set(kinds).isdisjoint(served):
-                    # It serves layers of other types.
-                    continue
-                own = kinds
-            given: list[str | None] = [*(own or layer_types[:1])] or [None]
-            yield from (Source(child, kind) for kind in given)
-
-
 def holds_angles(name: str, child: nn.Module) -> bool:
     """Whether a child is named as what holds the angles of positions."""
     if _NAMED_ATTENTION.search(type(child).__name__):
         return False
     return bool(_HOLDS_ANGLES.search(name) or _HOLDS_ANGLES.search(type(child).__name__))
-
-
-def _layer_types(module: nn.Module, ancestors: Sequence[nn.Module], config: Any) -> list[str]:
-    """What the layer's own kind may be called, the likeliest first."""
-    found = []
-    for owner in (module, *ancestors[:1]):
-        for name in ("rope_layer_type", "rope_type", "layer_type", "attention_type"):
-            value = getattr(owner, name, None)
-            if isinstance(value, str):
-                found.append(value)
-    index, types_ = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
-    if isinstance(index, int) and types_ is not None and index < len(types_):
-        found.append(types_[index])
-    return found
 
 
 def _run_holder(source: Source, position: int, tokens: int) -> Any:
@@ -304,14 +258,23 @@ class Call(NamedTuple):
         return self.args[where] if isinstance(where, int) else self.kwargs[where]
 
 
-class Layer:
-    """An attention layer that can be run up to where it rotates."""
+class RotaryRun:
+    """Runs an attention layer up to where it rotates.
 
-    def __init__(self, module: nn.Module, config: Any, tokens: int, is_cross: bool = False) -> None:
-        self.module = module
-        self.is_cross = is_cross or getattr(module, "is_cross_attention", None) is True
-        self.config = config
+    Args:
+        layer: in its model.
+        tokens: on how many it is run.
+
+    Attributes:
+        parameters: arguments of its forward.
+        functions: rotary functions that it calls, by name.
+    """
+
+    def __init__(self, layer: AttentionLayer, tokens: int) -> None:
+        self.module, self.ancestors, self.config = layer.module, layer.ancestors, layer.config
+        self.is_cross = layer.is_cross or getattr(layer.module, "is_cross_attention", None) is True
         self.tokens = tokens
+        module = layer.module
         forward = inspect.unwrap(type(module).forward)
         self.parameters = inspect.signature(forward).parameters
         self.functions: dict[str, Callable[..., Any]] = {
@@ -341,6 +304,46 @@ class Layer:
             elif depth and name not in self._methods:
                 self._methods[name] = method
                 self._collect(method, depth - 1)
+
+    def angle_sources(self) -> Iterator[Source]:
+        """What may give the layer its angles, the likeliest first."""
+        module = self.module
+        if not any(TAKES_ANGLES.search(name) for name in self.parameters):
+            children = module.named_children()
+            yield Source(
+                next((own for name, own in children if holds_angles(name, own)), module), None, own=True
+            )
+        layer_types = self._layer_types()
+        for owner in (module, *self.ancestors):
+            for name, child in owner.named_children():
+                if child is module or not holds_angles(name, child):
+                    continue
+                kinds = [
+                    name.removesuffix("_inv_freq") for name in child._buffers if name.endswith("_inv_freq")
+                ]
+                kinds = [kind for kind in kinds if not kind.endswith("original")]
+                own = [kind for kind in layer_types if kind in kinds]
+                if kinds and not own:
+                    served = getattr(self.config, "layer_types", None) or ()
+                    if layer_types and not set(kinds).isdisjoint(served):
+                        # It serves layers of other types.
+                        continue
+                    own = kinds
+                given: list[str | None] = [*(own or layer_types[:1])] or [None]
+                yield from (Source(child, kind) for kind in given)
+
+    def _layer_types(self) -> list[str]:
+        """What the layer's own kind may be called, the likeliest first."""
+        found = []
+        for owner in (self.module, *self.ancestors[:1]):
+            for name in ("rope_layer_type", "rope_type", "layer_type", "attention_type"):
+                value = getattr(owner, name, None)
+                if isinstance(value, str):
+                    found.append(value)
+        index, types_ = getattr(self.module, "layer_idx", None), getattr(self.config, "layer_types", None)
+        if isinstance(index, int) and types_ is not None and index < len(types_):
+            found.append(types_[index])
+        return found
 
     def call(self, position: int, angles: Any) -> Call | None:
         """Run to the first call of a rotary function; None where the forward does without.

@@ -38,9 +38,19 @@ class AttentionLayer(NamedTuple):
 
     name: str
     module: nn.Module
-    ancestors: tuple[nn.Module, ...]
-    config: Any
-    is_cross: bool
+    ancestors: tuple[nn.Module, ...] = ()
+    config: Any = None
+    is_cross: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its forward is a known library's, whose names tell what its children do."""
+        return is_known(self.module)
+
+    @property
+    def is_over_tokens(self) -> bool:
+        """Whether it calls an attention function by a way that is known to take its softmax over tokens."""
+        return uses_interface(self.module) or isinstance(self.module, nn.MultiheadAttention)
 
 
 def attention_sites(model: nn.Module) -> Iterator[AttentionLayer]:
