@@ -55,7 +55,7 @@ MOVED = {
     "lightning_qk.functional.retrieval": "lightning_qk.functional.hard_attention",
     "lightning_qk.functional.sums": "lightning_qk.functional.attention",
     "lightning_qk.guard.running": "lightning_qk.guard.reading",
-    "lightning_qk.heads.adapted": "lightning_qk.heads.adapters",
+    "lightning_qk.heads.adapted": "lightning_qk.heads.projection",
     "lightning_qk.heads.affine": "lightning_qk.heads.projection",
     "lightning_qk.heads.batch": "lightning_qk.heads.reader",
     "lightning_qk.heads.between": "lightning_qk.heads.facts",

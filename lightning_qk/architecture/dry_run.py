@@ -166,6 +166,16 @@ def _call(
     return call
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: that of its first parameter or buffer, or the CPU."""
+    tensor: Any = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if tensor is None:
+        return torch.device("cpu")
+    # Shards of a DTensor may be kept elsewhere.
+    mesh = getattr(tensor, "device_mesh", None)
+    return tensor.device if mesh is None else torch.device(mesh.device_type)
+
+
 @contextmanager
 def quietly(module: nn.Module) -> Iterator[None]:
     """No gradients in this block; what a module draws, generators of torch, Python and NumPy do not notice."""

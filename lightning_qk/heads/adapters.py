@@ -1,16 +1,13 @@
 """Maps of adapters of low rank and of quantized weights, from what their modules store."""
 
 import sys
-import weakref
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.projection import Projection
-from lightning_qk.heads.projections import Affine, UnreadLayer
-from lightning_qk.heads.sharding import alive, check_access, is_plain, whole
+from lightning_qk.heads.projections import Affine
+from lightning_qk.heads.sharding import is_plain, whole
 
 
 def adapter_state(module: nn.Module) -> Hashable:
@@ -106,51 +103,3 @@ def _bias(module: nn.Module) -> Tensor | None:
 
 def _bitsandbytes() -> Any:
     return getattr(sys.modules.get("bitsandbytes"), "functional", None)
-
-
-def with_adapter(base: Projection, adapter: nn.Module) -> Projection:
-    """A fused projection of a layer plus the products of low rank of the adapter around the layer.
-
-    Raises:
-        UnreadLayer: the adapter does something else than to add such products.
-    """
-    reference = weakref.ref(adapter)
-    for parameter in adapter.parameters():
-        check_access(parameter, f"the adapter of its {base.name!r}")
-
-    def added(name: str) -> Tensor:
-        layer: Any = alive(reference)
-        down, up = (whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
-        with torch.autocast(down.device.type, enabled=False):
-            return layer.scaling[name] * (up @ down)
-
-    def read() -> Affine:
-        layer: Any = alive(reference)
-        weight, bias = base.read()
-        disabled, merged = bool(layer.disable_adapters), tuple(layer.merged_adapters)
-        if merged:
-            # They are in the weight; the next forward takes them out again where they are disabled.
-            products = [-added(name) for name in merged if disabled]
-        else:
-            active = (name for name in layer.active_adapters if name in layer.lora_A and not disabled)
-            products = [added(name) for name in active]
-        for product in products:
-            weight = weight + product
-        return Affine(weight, bias)
-
-    def weights() -> list[nn.Parameter]:
-        layer: Any = alive(reference)
-        own = [parameter for side in (layer.lora_A, layer.lora_B) for parameter in side.parameters()]
-        return base.weight_parameters() + own
-
-    layer: Any = adapter
-    names = [*layer.lora_A] if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) else []
-    plain = bool(names) and not getattr(layer, "lora_variant", None)
-    if not plain or any(added(name).shape != (base.rows, base.columns) for name in names):
-        raise UnreadLayer(
-            f"an adapter is around it ({type(adapter).__name__}) that does more than add a product of low "
-            f"rank to its {base.name!r}"
-        )
-    return Projection(
-        base.name, base.holder, base.rows, base.columns, read, weights, as_matrix=base.as_matrix
-    )

@@ -96,7 +96,6 @@ class LayerFacts:
         trusts_names: the names of its children tell a layout, since its class is a known library's.
         kv_source: the layer whose keys it uses instead of its own.
         clip: the bound that its forward clamps q and k to, by its configuration.
-        adapter: the one that has the whole layer as its base, as PEFT's for torch's MultiheadAttention.
         unit: the FSDP unit that flattens the weights.
     """
 
@@ -105,7 +104,6 @@ class LayerFacts:
     trusts_names: bool
     kv_source: "KVSource | None"
     clip: float | None
-    adapter: nn.Module | None
     unit: FlatUnit | None
 
     @property
@@ -129,20 +127,18 @@ def describe(
     """
     module = layer.module
     finding = finding or finding_of(module) or Finding()
+    source, clip = kv_source(layer), configured_clip(layer)
     trusts_names = layer.is_known and not finding.ways
     reason = finding.reason or (unsupported(module) if trusts_names else None)
     if reason is not None:
         raise UnreadLayer(reason)
-    source = kv_source(layer)
     unit = flat_unit((module, *layer.ancestors, *wrappers))
     if source is not None and unit is not None:
         raise InaccessibleWeights(
             f"its keys are those of {source.name}, which FSDP keeps flat in a unit of its own: use FSDP2 "
             "(ModelParallelStrategy, see configs/fsdp2.yaml)"
         )
-    return LayerFacts(
-        layer, finding, trusts_names, source, configured_clip(layer), _adapter_around(layer), unit
-    )
+    return LayerFacts(layer, finding, trusts_names, source, clip, unit)
 
 
 # A layer reuses the keys of a layer of its own kind.
@@ -193,12 +189,6 @@ def _attention(layer: nn.Module, path: str) -> nn.Module | None:
 def _lends(module: nn.Module, to: nn.Module) -> bool:
     same = all(getattr(module, name, None) == getattr(to, name, None) for name in _KIND)
     return same and not borrows_keys(module) and getattr(module, "store_full_length_kv", True)
-
-
-def _adapter_around(layer: AttentionLayer) -> nn.Module | None:
-    around = layer.ancestors[0] if layer.ancestors else None
-    is_base = around is not None and around._modules.get("base_layer") is layer.module
-    return around if is_base and hasattr(around, "active_adapters") else None
 
 
 _CLIP = "clip_qkv"

@@ -5,7 +5,6 @@ the layer makes of random numbers, small and large, in more than one token, and 
 that shows what is between projection and product.
 """
 
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,9 +22,8 @@ from lightning_qk.heads.projection import Layout, Side
 from lightning_qk.heads.projections import InaccessibleWeights, NotTokenAttention, Sizes, UnreadLayer
 from lightning_qk.heads.row_numbers import FoundSide, NoProduct, RowFollower, grouped, head_pairs
 from lightning_qk.heads.running import Bench, Seen
-from lightning_qk.heads.sharding import device_of
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.trials import Trial, input_arguments, trials
+from lightning_qk.heads.trials import Trial, input_arguments
 
 BY_RUNNING = "found by running"
 """Name of layouts that were inferred by running a layer."""
@@ -181,19 +179,18 @@ def find_rows(layer: AttentionLayer, ways: Sequence[Trial] = ()) -> Found:
     ):
         raise UnreadLayer(f"the forward of this {kind} was replaced by a function that runs the layer itself")
     is_strict = not layer.is_known
-    bench = Bench(module)
-    benches = [bench] if bench.emitters else []
-    if is_strict:
-        benches.append(Bench(module, is_bare=True))
-    if not any(own.widths() for own in benches):
-        raise UnreadLayer(f"{kind} has no projections that are affine in their input")
+    is_run = False
     # The first of each kind tells most: the likeliest way to call it.
     reasons: list[str] = []
     failures: list[str] = []
     with quietly(module):
-        for bench in benches:
+        for is_bare in (False, True) if is_strict else (False,):
+            bench = Bench(module, layer.config, ways, is_bare=is_bare)
+            if not bench.widths():
+                continue
             bench.check_access()
-            for trial in ways or trials(module, layer.config, bench.widths()[:3]):
+            is_first, is_run = not is_run, True
+            for trial in bench.trials():
                 search = _Inference(bench, trial, is_strict=is_strict)
                 try:
                     return search.read()
@@ -202,11 +199,12 @@ def find_rows(layer: AttentionLayer, ways: Sequence[Trial] = ()) -> Found:
                 except NotTokenAttention:
                     raise
                 except Rejected as reason:
-                    first = 0 if bench is benches[0] else len(reasons)
-                    reasons.insert(first, cause(bench, trial) or str(reason))
+                    reasons.insert(0 if is_first else len(reasons), cause(bench, trial) or str(reason))
                     break
                 except UnreadLayer as reason:
                     reasons.append(cause(bench, trial) or str(reason))
+    if not is_run:
+        raise UnreadLayer(f"{kind} has no projections that are affine in their input")
     if reasons:
         raise UnreadLayer(reasons[0])
     raise UnreadLayer(
@@ -236,17 +234,12 @@ def check_tokens(layer: AttentionLayer) -> None:
 
 def _sums_over_tokens(module: nn.Module, config: Any) -> bool:
     try:
-        bench = Bench(module)
+        bench = Bench(module, config)
+        bench.check_access()
     except UnreadLayer:
         return False
-    if device_of(module).type == "meta" or not bench.emitters:
-        return False
     with quietly(module):
-        for trial in itertools.islice(trials(module, config, bench.widths()[:1]), 7):
-            found = None if trial.tokens == 1 else bench.sums_over_tokens(trial)
-            if found is not None:
-                return found
-    return False
+        return bool(bench.emitters) and bench.sums_over_tokens()
 
 
 class _Inference:
@@ -270,7 +263,7 @@ class _Inference:
         self.rows.number_rows()
         # The axis that its product sums over grows with the tokens.
         widths = {product.query.shape[-1] for product in self._first.products}
-        if widths == {self.trial.tokens} and self.bench.sums_over_tokens(self.trial):
+        if widths == {self.trial.tokens} and self.bench.runs_over_tokens(self.trial):
             raise NotTokenAttention(_CHANNELS)
         ways, scaling, is_swapped = self._explained()
         check = None if not self.is_strict else LayoutCheck(self.rows, ways, scaling)

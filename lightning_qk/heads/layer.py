@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.adapters import with_adapter
 from lightning_qk.heads.facts import Finding, LayerFacts, describe, layer_sizes, softmax_scaling
 from lightning_qk.heads.inferred_layout import BY_RUNNING, check_tokens, infer
-from lightning_qk.heads.layouts import KnownLayout, added_to_queries, fitting_layouts
+from lightning_qk.heads.layouts import KnownLayout, fitting_layouts
 from lightning_qk.heads.norms import (
     NormPlan,
+    added_to_queries,
     feeding_norm,
     fold_layer_norm,
     fold_qk_norm,
@@ -24,11 +24,10 @@ from lightning_qk.heads.norms import (
     plan_qk_norm,
 )
 from lightning_qk.heads.position import NONE, RELATIVE_BIAS, Rotation, find_position, find_rotation
-from lightning_qk.heads.projection import Layout, Side
+from lightning_qk.heads.projection import Layout, Side, with_adapter
 from lightning_qk.heads.projections import Affine, HeadProjections, InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.sharding import FlatUnit, alive, gathered, whole
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.trials import input_arguments
 
 
 def layer_reader(
@@ -63,24 +62,24 @@ def locate(facts: LayerFacts) -> Layout:
     Raises:
         UnreadLayer: neither finds them.
     """
-    if facts.finding.layout is not None:
-        return _by_table(facts, facts.finding.layout)
-    layout, refusal = None, None
-    if facts.trusts_names:
-        for known in fitting_layouts(facts.layer.module, facts.key_module):
-            try:
-                layout = replace(_by_table(facts, known), clip=facts.clip)
+    shown, refusal = facts.finding.layout, None
+    fitting = fitting_layouts(facts.layer.module, facts.key_module) if facts.trusts_names else ()
+    for known in fitting if shown is None else (shown,):
+        try:
+            layout = _by_table(facts, known)
+        except UnreadLayer as reason:  # noqa: PERF203
+            if shown is not None:
+                raise
+            refusal = refusal or reason
+            if not known.tentative:
                 break
-            except UnreadLayer as reason:
-                refusal = refusal or reason
-                if not known.tentative:
-                    break
-    if isinstance(refusal, InaccessibleWeights) and layout is None:
+        else:
+            if shown is None:
+                check_tokens(facts.layer)
+            return layout
+    if isinstance(refusal, InaccessibleWeights):
         raise refusal
-    if layout is None:
-        return infer(facts, refusal)
-    check_tokens(facts.layer)
-    return layout
+    return infer(facts, refusal)
 
 
 def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
@@ -89,21 +88,18 @@ def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
     Raises:
         UnreadLayer: it does not go with what the layer has.
     """
-    module, key_module = facts.layer.module, facts.key_module
-    query = known.query.projection(module)
-    key = query if known.key == known.query else known.key.projection(module, key_module)
-    if facts.adapter is not None:
-        fused = query is key
-        query = with_adapter(query, facts.adapter)
-        key = query if fused else with_adapter(key, facts.adapter)
+    module, ancestors, key_module = facts.layer.module, facts.layer.ancestors, facts.key_module
+    query = key = with_adapter(known.query.projection(module), module, ancestors)
+    if known.key != known.query:
+        key = with_adapter(known.key.projection(module, key_module), module, ancestors)
     rows = query.rows, key.rows
     sizes = layer_sizes(module, facts.layer.config, rows, known.order.blocks, key.shared)
+    scaling = known.scaling or softmax_scaling(module, sizes.d_head)
     factors = learnt_factors(module)
     cosine = any(factor.normalizes for factor in factors.values())
     if factors:
         scaling = 1.0 / sizes.d_head if cosine else 1.0
-    else:
-        scaling = known.scaling or softmax_scaling(module, sizes.d_head)
+    added = (*added_to_queries(module), *facts.finding.added)
     inner = [norm.module for norm in (*query.norms, *key.norms)]
     norms = (
         plan_qk_norm(module, "query", sizes, inner),
@@ -111,7 +107,6 @@ def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
     )
     if norms[0] is not None and is_before_projections(module, norms[0], query.columns):
         norms = None, None
-    added = (*added_to_queries(module), *facts.finding.added)
     return Layout(
         known.name,
         Side(query, known.order.query, norms[0], factors.get("query"), added),
@@ -120,13 +115,15 @@ def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
         scaling,
         normalizes=cosine or known.normalizes or any(norm is not None for norm in norms),
         crosses=known.crosses,
-        is_decided=facts.finding.layout is None or len(input_arguments(module)) <= 1,
+        is_decided=facts.finding.layout is None or facts.layer.has_one_input,
+        clip=facts.clip,
     )
 
 
 def compile_reader(facts: LayerFacts, layout: Layout, fold_norm: bool = False) -> "LayerReader":
     """A reader of a layer whose weights were located; ``fold_norm`` looks for the norm that feeds it."""
     layer, sizes, finding = facts.layer, layout.sizes, facts.finding
+    constants = Constants(layer.module)
     query, key = layout.query.projection, layout.key.projection
     self_attention = not layout.crosses and not layer.is_cross
     if finding.self_attention is not None:
@@ -154,7 +151,7 @@ def compile_reader(facts: LayerFacts, layout: Layout, fold_norm: bool = False) -
         position=position,
         gain_behind_rotation=gain_behind,
         holder=weakref.ref(layer.module),
-        constants=Constants(layer.module),
+        constants=constants,
         unit=facts.unit,
         feeding=feeding,
         rotation=rotation,

@@ -446,15 +446,6 @@ def borrows_keys(module: nn.Module) -> bool:
     return bool(getattr(module, "is_kv_shared_layer", False))
 
 
-# Parameters, as many numbers as there are query rows, that are added to the queries of the content's product.
-_ADDED = ("q_bias", "r_w_bias", "pos_bias_u", "bias_u")
-
-
-def added_to_queries(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a layer that are added to its queries."""
-    return tuple(name for name in _ADDED if module._parameters.get(name) is not None)
-
-
 # A module that a projection's output passes through and that is not linear in the token.
 _BETWEEN = re.compile(r"^(q|k|qk|qkv|query|key)_\w*(conv|conv1d|clip|act|activation)$")
 

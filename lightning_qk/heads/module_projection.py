@@ -7,6 +7,7 @@ columns of the weight are what the module makes of the unit vectors, the bias is
 """
 
 import copy
+import functools
 import warnings
 import weakref
 from collections.abc import Hashable
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lightning_qk.architecture.dry_run import make_weights, quietly, shadow, weight_hooks
+from lightning_qk.architecture.dry_run import device_of, make_weights, quietly, shadow, weight_hooks
 from lightning_qk.architecture.source_code import is_known, is_named
 from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.adapters import adapter_state, closed_form
 from lightning_qk.heads.projection import Projection, StoredWeight
 from lightning_qk.heads.projections import Affine, InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sharding import alive, check_access, device_of, is_dtensor, is_plain, whole
+from lightning_qk.heads.sharding import alive, check_access, is_dtensor, is_plain, whole
 
 # Unit vectors that a module is run on at a time.
 _BLOCK = 1024
@@ -46,6 +47,8 @@ def projection_of(module: nn.Module, name: str) -> Projection:
     """
     # torch.compile wraps the module.
     module = module._modules.get("_orig_mod") or module
+    for tensor in (*module.parameters(), *module.buffers()):
+        check_access(tensor, f"its projection {name!r}")
     try:
         return _linear(module, name)
     except InaccessibleWeights:
@@ -76,12 +79,14 @@ def _linear(module: nn.Module, name: str) -> Projection:
     holder = weakref.ref(module)
     stored = StoredWeight(holder, "weight", columns, rows if transposed else 1, "bias")
 
-    def read() -> Affine:
-        weight, bias = _own_weight(alive(holder), name)
-        weight = whole(weight)
-        return Affine(weight.T if transposed else weight, None if bias is None else whole(bias))
-
+    read = functools.partial(_read_weight, holder, name, transposed)
     return Projection(name, holder, rows, columns, read, stored=stored, is_submodule=True)
+
+
+def _read_weight(holder: "weakref.ref[nn.Module]", name: str, transposed: bool) -> Affine:
+    weight, bias = _own_weight(alive(holder), name)
+    weight = whole(weight)
+    return Affine(weight.T if transposed else weight, None if bias is None else whole(bias))
 
 
 def _own_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
@@ -243,8 +248,6 @@ class ModuleMatrix:
         # Adapter state → whether the shorter way is right.
         self._is_closed: dict[Hashable, bool] = {}
         what = f"its projection {name!r} is a {type(module).__name__}"
-        for tensor in (*module.parameters(), *module.buffers()):
-            check_access(tensor, f"its projection {name!r}")
         with quietly(module):
             self._way, self.rows = self._find_way(module, what)
             self.columns = self._way.columns

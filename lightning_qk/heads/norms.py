@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import Stop, Through, quietly, run_alone, shadow
+from lightning_qk.architecture.dry_run import Stop, Through, device_of, quietly, run_alone, shadow
 from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
-from lightning_qk.heads.sharding import alive, device_of, is_dtensor, whole
+from lightning_qk.heads.sharding import alive, is_dtensor, whole
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
 _AMPLITUDE = 64.0
@@ -90,8 +90,9 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
     """
     if _is_stored(norm, shape):
         return NormPlan(norm, shape, centered=True, shifted=norm.bias is not None)
+    signs = _signs(norm, shape)
     with quietly(norm):
-        run, signs = shadow(norm, convert=whole), _signs(norm, shape)
+        run = shadow(norm, convert=whole)
         uneven = _AMPLITUDE * (1.5 + torch.cos(torch.arange(shape[-1], device=signs.device).double()))
         uneven = uneven.to(signs.dtype).expand(shape)
         try:
@@ -319,6 +320,15 @@ def learnt_factors(module: nn.Module) -> dict[str, Factor]:
         if parameter is not None and parameter.numel() > 1:
             found[factor.side] = factor
     return found
+
+
+# Parameters, as many numbers as there are query rows, that are added to the queries of the content's product.
+_ADDED = ("q_bias", "r_w_bias", "pos_bias_u", "bias_u")
+
+
+def added_to_queries(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a layer that are added to its queries."""
+    return tuple(name for name in _ADDED if module._parameters.get(name) is not None)
 
 
 _OF_VALUES = re.compile(r"^(v|value)_?\w*(norm|ln)$", re.IGNORECASE)

@@ -213,6 +213,64 @@ def constant_projection(owner: nn.Module, name: str) -> Projection:
     return Projection(name, reference, width, width, read, list, sources)
 
 
+def with_adapter(base: Projection, module: nn.Module, ancestors: Sequence[nn.Module]) -> Projection:
+    """A projection of a layer plus the products of low rank of the adapter around the layer, where there is one.
+
+    PEFT's adapters of torch's MultiheadAttention have the whole layer as their base.
+
+    Args:
+        base: of the layer.
+        module: the layer.
+        ancestors: the modules that contain it, nearest first.
+
+    Raises:
+        UnreadLayer: the adapter does something else than to add such products.
+    """
+    adapter = ancestors[0] if ancestors else module
+    if adapter._modules.get("base_layer") is not module or not hasattr(adapter, "active_adapters"):
+        return base
+    reference = weakref.ref(adapter)
+    for parameter in adapter.parameters():
+        check_access(parameter, f"the adapter of its {base.name!r}")
+
+    def added(name: str) -> Tensor:
+        own: Any = alive(reference)
+        down, up = (whole(side[name].weight) for side in (own.lora_A, own.lora_B))
+        with torch.autocast(down.device.type, enabled=False):
+            return own.scaling[name] * (up @ down)
+
+    def read() -> Affine:
+        own: Any = alive(reference)
+        weight, bias = base.read()
+        disabled, merged = bool(own.disable_adapters), tuple(own.merged_adapters)
+        if merged:
+            # They are in the weight; the next forward takes them out again where they are disabled.
+            products = [-added(name) for name in merged if disabled]
+        else:
+            active = (name for name in own.active_adapters if name in own.lora_A and not disabled)
+            products = [added(name) for name in active]
+        for product in products:
+            weight = weight + product
+        return Affine(weight, bias)
+
+    def weights() -> list[nn.Parameter]:
+        own: Any = alive(reference)
+        products = [parameter for side in (own.lora_A, own.lora_B) for parameter in side.parameters()]
+        return base.weight_parameters() + products
+
+    down = getattr(adapter, "lora_A", None)
+    names = [*down] if isinstance(down, nn.ModuleDict) else []
+    plain = bool(names) and not getattr(adapter, "lora_variant", None)
+    if not plain or any(added(name).shape != (base.rows, base.columns) for name in names):
+        raise UnreadLayer(
+            f"an adapter is around it ({type(adapter).__name__}) that does more than add a product of low "
+            f"rank to its {base.name!r}"
+        )
+    return Projection(
+        base.name, base.holder, base.rows, base.columns, read, weights, as_matrix=base.as_matrix
+    )
+
+
 class Part(NamedTuple):
     """Some rows of a composition.
 

@@ -5,14 +5,12 @@ what was gathered ends on the local shard. The flat parameters of FSDP's first v
 time of a block. Gathering is collective: every process must read the same layers in the same order.
 """
 
-import itertools
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.projections import InaccessibleWeights
@@ -54,14 +52,6 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor holds the numbers that it stands for: neither quantized nor of a class of its own."""
     known = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)
     return known and tensor.is_floating_point() and tensor.element_size() > 1
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: that of its first parameter or buffer, or the CPU."""
-    tensor: Any = next(itertools.chain(module.parameters(), module.buffers()), None)
-    if tensor is None:
-        return torch.device("cpu")
-    return torch.device(tensor.device_mesh.device_type) if is_dtensor(tensor) else tensor.device
 
 
 def check_access(tensor: Tensor, what: str) -> None:
