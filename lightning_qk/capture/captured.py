@@ -61,19 +61,14 @@ class CapturedCall(ABC):
     self_attention: bool | None = None
     heads: int | None = None
 
-    def known(self, *, self_attention: bool | None, heads: int | None) -> "CapturedCall":
-        """A copy of the call that knows these facts of its layer."""
+    def known(self, *, self_attention: bool | None = None, heads: int | None = None) -> "CapturedCall":
+        """A copy of the call that knows these facts of its layer, besides what it knows; None tells nothing."""
         call = copy.copy(self)
-        call.self_attention, call.heads = self_attention, heads
+        if self_attention is not None:
+            call.self_attention = self_attention
+        if heads is not None:
+            call.heads = heads
         return call
-
-    def _informed(self, self_attention: bool | None, heads: int | None) -> "CapturedCall":
-        if self_attention is None and heads is None:
-            return self
-        return self.known(
-            self_attention=self.self_attention if self_attention is None else self_attention,
-            heads=self.heads if heads is None else heads,
-        )
 
     @property
     @abstractmethod
@@ -103,11 +98,11 @@ class CapturedCall(ABC):
         Raises:
             UnsupportedCallError: the softmax of the call cannot be reconstructed.
         """
-        return self._informed(self_attention, heads)._logits()
+        return self.known(self_attention=self_attention, heads=heads)._logits()
 
     def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
         """The logits and values of the call's output, without gradients; arguments as for :meth:`logits`."""
-        return self._informed(self_attention, None)._output()
+        return self.known(self_attention=self_attention)._output()
 
     def products(
         self,
@@ -127,7 +122,7 @@ class CapturedCall(ABC):
         Raises:
             UnsupportedCallError: the products of the call cannot be reconstructed.
         """
-        return self._informed(self_attention, heads)._products(position)
+        return self.known(self_attention=self_attention, heads=heads)._products(position)
 
 
 class FunctionCall(CapturedCall):

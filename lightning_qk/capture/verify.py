@@ -9,7 +9,7 @@ tensors separate conventions that the model's own would not: values may all be a
 import math
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -159,15 +159,11 @@ def _form(call: AttentionCall) -> Any:
 
 def _find(call: AttentionCall) -> ArgumentConvention:
     trial = _trial(call)
-    output, tolerance = _run(trial, call)
-    errors = _errors(trial, output, candidates(trial), tolerance)
-    best = min((error for error, _ in errors), default=math.inf)
+    errors, best, tolerance = _tried(trial, call)
     if best > tolerance and call.module.training:
         # A function with a dropout of its own: that of the arguments is 0 already.
         with _eval_mode(call.module):
-            output, tolerance = _run(trial, call)
-        errors = _errors(trial, output, candidates(trial), tolerance)
-        best = min((error for error, _ in errors), default=math.inf)
+            errors, best, tolerance = _tried(trial, call)
     if best > tolerance:
         raise UnreadableFunctionError(
             f"the output of attention function {_name(call)} is not softmax attention of the query, key and mask "
@@ -259,15 +255,17 @@ def _run(trial: AttentionCall, call: AttentionCall) -> tuple[Any, float]:
     return output, max(_TOLERANCE[dtype] for dtype in dtypes if dtype in _TOLERANCE)
 
 
-def _errors(
-    trial: AttentionCall, output: Any, conventions: Iterable[ArgumentConvention], tolerance: float
-) -> list[tuple[float, ArgumentConvention]]:
-    """Each convention's largest relative error of a row, up to the first convention that is clearly right."""
+def _tried(
+    trial: AttentionCall, call: AttentionCall
+) -> tuple[list[tuple[float, ArgumentConvention]], float, float]:
+    """Each convention's largest relative error of a row, up to the first that is clearly right; the least one.
+
+    The last number is the error that rounding may put into what the function returns.
+    """
+    output, tolerance = _run(trial, call)
     errors: list[tuple[float, ArgumentConvention]] = []
     layouts = _layouts(trial, output)
-    if not layouts:
-        return errors
-    for convention in conventions:
+    for convention in candidates(trial) if layouts else ():
         try:
             error = min(_row_error(trial, convention, layout) for layout in layouts)
         except (UnsupportedCallError, ValueError):
@@ -275,7 +273,7 @@ def _errors(
         errors.append((error, convention))
         if error <= tolerance / _CLEAR:
             break
-    return errors
+    return errors, min((error for error, _ in errors), default=math.inf), tolerance
 
 
 def _layouts(trial: AttentionCall, output: Any) -> list[Tensor]:

@@ -7,7 +7,8 @@ that shows what is between projection and product.
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,42 +31,6 @@ BY_RUNNING = "found by running"
 _CHANNELS = "it attends over channels: its products are sums over tokens, and its softmax is over channels"
 
 
-class Found(NamedTuple):
-    """What a run shows of an attention layer.
-
-    Attributes:
-        query: side of the queries.
-        key: side of the keys, each once: ``(kv_heads, d_head)``; once for each head where heads that share one
-            do not follow each other.
-        scaling: the factor on ``q · k`` as the projections give them (behind a norm: as the norms do), or None
-            where it is unknown.
-        complete: the layer ran to its end.
-        is_decided: whether queries and keys come from the same tokens is known; False where only a call tells,
-            since the layer's forward takes several inputs.
-        clip: the bound that q and k are clamped to between projection and product, or None.
-        is_turned: they change with the token's place by what keeps their lengths, such as a rotation.
-        is_added_to: something besides ``q · k`` is added to the logits, masks apart.
-        is_capped: large logits are bounded.
-        is_exclusive: queries and keys serve nothing but their product.
-    """
-
-    query: FoundSide
-    key: FoundSide
-    scaling: float | None
-    complete: bool
-    is_decided: bool = True
-    clip: float | None = None
-    is_turned: bool = False
-    is_added_to: bool = False
-    is_capped: bool = False
-    is_exclusive: bool = True
-
-    @property
-    def crosses(self) -> bool:
-        """Whether queries and keys were made from different inputs."""
-        return self.query.given != self.key.given
-
-
 def infer(facts: LayerFacts, refusal: UnreadLayer | None = None) -> Layout:
     """The layout that a run of the layer alone shows.
 
@@ -82,59 +47,14 @@ def infer(facts: LayerFacts, refusal: UnreadLayer | None = None) -> Layout:
     if borrows_keys(module):
         raise refusal or UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
     try:
-        found = find_rows(facts.layer, facts.finding.ways)
+        layout = find_rows(facts.layer, facts.finding.ways)
     except (InaccessibleWeights, NotTokenAttention):
         raise
     except UnreadLayer as reason:
         raise refusal or UnreadLayer(_why_run(module, reason)) from None
-    if refusal is not None and not found.complete:
+    if refusal is not None and not layout.is_complete:
         raise refusal
-    heads, d_head = found.query.rows.shape
-    query, key = (
-        Side(
-            own.projection,
-            _rows_at(own.rows),
-            None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
-        )
-        for side, own in (("query", found.query), ("key", found.key))
-    )
-    return Layout(
-        BY_RUNNING,
-        query,
-        key,
-        Sizes(heads, len(found.key.rows), d_head, found.key.shared),
-        softmax_scaling(module, d_head) if found.scaling is None else found.scaling,
-        normalizes=any(own.norm is not None or own.projection.norms for own in (found.query, found.key)),
-        # Of several inputs of one width only a call tells whether they are the same.
-        crosses=found.crosses and found.is_decided,
-        is_decided=found.is_decided,
-        clip=found.clip,
-        obstacle=None
-        if found.is_exclusive
-        else (
-            "which make more than queries and keys (values that are the keys, say), or of which a run of the "
-            "layer alone does not tell: give queries and keys projections of their own"
-        ),
-        is_capped=found.is_capped,
-        is_added_to=found.is_added_to,
-        is_turned=found.is_turned,
-    )
-
-
-def _rows_at(places: Tensor) -> Callable[[Tensor, Sizes], Tensor]:
-    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
-    heads, d_head = places.shape
-    start = int(places[0, 0])
-    step = int(places[1, 0]) - start if heads > 1 else d_head
-    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
-    is_view = step >= d_head and torch.equal(places, regular)
-
-    def take(rows: Tensor, sizes: Sizes) -> Tensor:
-        if is_view:
-            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
-        return rows[places.to(rows.device)]
-
-    return take
+    return layout
 
 
 def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
@@ -152,7 +72,7 @@ def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
     )
 
 
-def find_rows(layer: AttentionLayer, ways: Sequence[Trial] = ()) -> Found:
+def find_rows(layer: AttentionLayer, ways: Sequence[Trial] = ()) -> Layout:
     """Find the rows of a layer's projections that reach q and k, by running it alone.
 
     Nothing of the model is changed, no hook is called and the global generators are left as they were. Of a class
@@ -253,7 +173,7 @@ class _Inference:
     def _first(self) -> Seen:
         return self.rows.runs[0]
 
-    def read(self) -> Found:
+    def read(self) -> Layout:
         """What this way to call the layer shows.
 
         Raises:
@@ -278,22 +198,34 @@ class _Inference:
                 scaling *= numbers.factor / self.rows.factor_at(own.norm, numbers)
         if not self.is_strict and (query.norm is not None or key.norm is not None):
             scaling = None
+        # Of several inputs of one width only a call tells whether they are the same.
         is_decided = (
             not self.is_strict
             or self.trial.is_recorded
             or query.projection.columns != key.projection.columns
             or len(input_arguments(self.bench.module)) <= 1
         )
-        complete = not any(run.failed for run in self.rows.runs)
-        found = Found(query, key, scaling, complete, is_decided)
+        heads, d_head = query.rows.shape
+        layout = Layout(
+            BY_RUNNING,
+            _side(query, "query"),
+            _side(key, "key"),
+            Sizes(heads, len(key.rows), d_head, key.shared),
+            softmax_scaling(self.bench.module, d_head) if scaling is None else scaling,
+            normalizes=any(own.norm is not None or own.projection.norms for own in (query, key)),
+            crosses=is_decided and query.given != key.given,
+            is_decided=is_decided,
+            is_complete=not any(run.failed for run in self.rows.runs),
+        )
         if check is None:
-            return found
-        return found._replace(
+            return layout
+        return replace(
+            layout,
             clip=check.bound,
+            obstacle=None if check.is_exclusive(rows_of_query, rows_of_key) else _NOT_EXCLUSIVE,
             is_turned=check.is_turned,
             is_capped=check.is_capped,
             is_added_to=check.is_added_to(),
-            is_exclusive=check.is_exclusive(rows_of_query, rows_of_key),
         )
 
     def _explained(self) -> tuple[list[Way], float | None, bool]:
@@ -337,3 +269,37 @@ class _Inference:
             ways.append(way)
             known.update(way.pairs)
         return ways, scaling, is_swapped
+
+
+_NOT_EXCLUSIVE = (
+    "which make more than queries and keys (values that are the keys, say), or of which a run of the layer alone "
+    "does not tell: give queries and keys projections of their own"
+)
+
+
+def _side(found: FoundSide, side: str) -> Side:
+    """What is read of one side; a norm whose gain cannot be read rejects the layout."""
+    count, d_head = found.rows.shape
+    try:
+        norm = None if found.norm is None else plan_norm_of(found.norm, count, d_head, side)
+    except InaccessibleWeights:
+        raise
+    except UnreadLayer as reason:
+        raise Rejected(str(reason)) from None
+    return Side(found.projection, _rows_at(found.rows), norm)
+
+
+def _rows_at(places: Tensor) -> Callable[[Tensor, Sizes], Tensor]:
+    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
+    heads, d_head = places.shape
+    start = int(places[0, 0])
+    step = int(places[1, 0]) - start if heads > 1 else d_head
+    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
+    is_view = step >= d_head and torch.equal(places, regular)
+
+    def take(rows: Tensor, sizes: Sizes) -> Tensor:
+        if is_view:
+            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
+        return rows[places.to(rows.device)]
+
+    return take

@@ -252,7 +252,9 @@ class ModuleMatrix:
             self._way, self.rows = self._find_way(module, what)
             self.columns = self._way.columns
             if not self._closed(module):
-                self._check_affine(module, what)
+                varied = self._runnable(module, vary=True)
+                if not self._agrees(varied, self._run_copy(varied)):
+                    raise UnreadLayer(f"{what} whose output is not W x + b of its input, token by token")
             self._has_bias = bool(self._offset(self._runnable(module)).any()) or any(
                 own.rpartition(".")[2].startswith("bias") for own, _ in module.named_parameters()
             )
@@ -264,7 +266,7 @@ class ModuleMatrix:
             affine = closed_form(module) if self._closed(module) else None
             if affine is not None:
                 return _widened(affine)
-            affine = self._run(module)
+            affine = self._run_copy(self._runnable(module))
         return affine if self._has_bias else affine._replace(bias=None)
 
     def _closed(self, module: nn.Module) -> bool:
@@ -280,11 +282,6 @@ class ModuleMatrix:
                     and self._agrees(varied, _widened(affine))
                 )
         return self._is_closed[state]
-
-    def _check_affine(self, module: nn.Module, what: str) -> None:
-        varied = self._runnable(module, vary=True)
-        if not self._agrees(varied, self._run_copy(varied)):
-            raise UnreadLayer(f"{what} whose output is not W x + b of its input, token by token")
 
     def _find_way(self, module: nn.Module, what: str) -> tuple[_Way, int]:
         """Try widths, arrangements and types until the module gives a token for every token."""
@@ -342,9 +339,6 @@ class ModuleMatrix:
                 # In evaluation mode a quantized layer may repack its codes, and keep them so.
                 layer.training = True
         return copied
-
-    def _run(self, module: nn.Module) -> Affine:
-        return self._run_copy(self._runnable(module))
 
     def _run_copy(self, copied: nn.Module) -> Affine:
         eye = _unit_vectors(self._way.columns, self._way.dtype, device_of(copied))

@@ -148,33 +148,25 @@ _NORM_OF = {
 }
 
 
-def qk_norm(module: nn.Module, side: str, inner: Collection[nn.Module] = ()) -> nn.Module | None:
-    """The norm that a layer applies to its queries or keys.
-
-    Args:
-        module: the attention layer.
-        side: ``"query"`` or ``"key"``.
-        inner: norms that are part of the projections.
-    """
-    found = None
-    for name, child in module.named_children():
-        if _NORM_OF[side].match(name) and not isinstance(child, nn.Identity) and child not in inner:
-            found = child
-    return found
-
-
 def plan_qk_norm(
     module: nn.Module, side: str, sizes: Sizes, inner: Collection[nn.Module] = ()
 ) -> NormPlan | None:
     """Find out what the norm of a layer's queries or keys does; None where it has none.
 
+    Args:
+        module: the attention layer.
+        side: ``"query"`` or ``"key"``.
+        sizes: of the layer.
+        inner: norms that are part of the projections.
+
     Raises:
         UnreadLayer: it is neither an RMSNorm nor a LayerNorm over heads or over the whole width.
     """
-    norm = qk_norm(module, side, inner)
-    if norm is None:
+    named = [child for name, child in module.named_children() if _NORM_OF[side].match(name)]
+    norms = [child for child in named if not isinstance(child, nn.Identity) and child not in inner]
+    if not norms:
         return None
-    return plan_norm_of(norm, sizes.heads if side == "query" else sizes.kv_heads, sizes.d_head, side)
+    return plan_norm_of(norms[-1], sizes.heads if side == "query" else sizes.kv_heads, sizes.d_head, side)
 
 
 def plan_norm_of(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPlan:

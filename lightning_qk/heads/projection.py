@@ -444,6 +444,7 @@ class Layout:
         is_capped: large logits are bounded, of a layer that was run.
         is_added_to: something besides ``q · k`` is added to the logits, of a layer that was run.
         is_turned: queries and keys change with the token's place, of a layer that was run.
+        is_complete: the layer ran to its end, of a layer that was run.
     """
 
     layout: str
@@ -459,6 +460,7 @@ class Layout:
     is_capped: bool = False
     is_added_to: bool = False
     is_turned: bool = False
+    is_complete: bool = True
 
     @property
     def qk_norm(self) -> bool:

@@ -281,13 +281,7 @@ def unread(model: nn.Module) -> dict[str, str]:
         Qualified module name to the reason, as a clause that begins with what the layer is or has, in module
         order. Empty where every layer is read.
     """
-    reasons = {}
-    for site in attention_sites(model):
-        try:
-            layer_reader(site, fold_norm=False)
-        except UnreadLayer as reason:  # noqa: PERF203
-            reasons[site.name] = str(reason)
-    return reasons
+    return ProjectionReader(model, allow_empty=True).unread
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:

@@ -36,12 +36,12 @@ def test_the_entries_name_what_a_run_finds(name):
         found = find_rows(site)
         # As stored: norms on q and k are compared by name below.
         by_name = [side.pick(side.projection.read().weight, plan.sizes) for side in (plan.query, plan.key)]
-        by_run = [side.projection.read().weight[side.rows] for side in (found.query, found.key)]
+        by_run = [side.pick(side.projection.read().weight, found.sizes) for side in (found.query, found.key)]
         want = _forms(*by_name, plan.scaling)
-        got = _forms(*by_run, plan.scaling if found.scaling is None else found.scaling)
+        got = _forms(*by_run, found.scaling)
         torch.testing.assert_close(got, want.to(got), rtol=1e-5, atol=1e-7)
-        for side, own in ((plan.query, found.query), (plan.key, found.key)):
-            assert (None if side.qk_norm is None else side.qk_norm.module) is own.norm
+        for one, other in ((plan.query.qk_norm, found.query.qk_norm), (plan.key.qk_norm, found.key.qk_norm)):
+            assert (None if one is None else one.module) is (None if other is None else other.module)
         seen += 1
     assert seen
 
@@ -258,5 +258,7 @@ def test_a_search_leaves_no_trace():
 def test_half_precision_layers_are_found():
     model = _model(InterleavedAttention).to(torch.bfloat16)
     found = find_rows(AttentionLayer("", model[1]))
-    assert found.query.rows.tolist() == [[18 * h + 3 * i for i in range(D_HEAD)] for h in range(HEADS)]
-    assert found.key.rows.tolist() == [[18 * h + 3 * i + 1 for i in range(D_HEAD)] for h in range(HEADS)]
+    rows = torch.arange(3 * WIDTH)
+    query, key = (side.pick(rows, found.sizes).tolist() for side in (found.query, found.key))
+    assert query == [[18 * h + 3 * i for i in range(D_HEAD)] for h in range(HEADS)]
+    assert key == [[18 * h + 3 * i + 1 for i in range(D_HEAD)] for h in range(HEADS)]
