@@ -20,7 +20,7 @@ from lightning_qk.functional.chunks import (
     checked_products,
     take_rows,
 )
-from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.precision import at_least_float32, is_readable
 from lightning_qk.functional.visibility import Counted, Visibility, renumbered
 
 if TYPE_CHECKING:
@@ -352,7 +352,7 @@ class ProductLogits(AttentionLogits):
             return wide
         size = bound_of_logits(wide.query, wide.key, wide.scaling, wide.softcap, wide.bias, wide.mask)
         fits = fits_range(size, wide.key.dtype)
-        if wide.device.type == "cpu":
+        if is_readable(wide.key):
             if bool(fits.all()):
                 return wide
             wide = wide.replace(key=wide.key.double())
@@ -442,7 +442,7 @@ class GivenLogits(AttentionLogits):
             return self
         # What is far below is hidden, and relative logits are 0 at most.
         fits = fits_range(self.largest.float().clamp_min(0), torch.float32)
-        if self.device.type == "cpu":
+        if is_readable(self.largest):
             return self if bool(fits.all()) else self.replace(wide=True)
         return self.replace(fits=fits)
 
