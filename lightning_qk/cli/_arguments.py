@@ -51,6 +51,12 @@ class OneLineParser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
 
+class Failure(BadInput):
+    """What cannot be done although the command line is right: no network, a full disk."""
+
+    status = 1
+
+
 def flag(group: argparse._ActionsContainer, name: str, text: str) -> None:
     """Add an option without a value."""
     group.add_argument(name, action="store_true", help=text)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_qk._printable import printable
+from lightning_qk._printable import one_line, printable
 from lightning_qk.cli._arguments import OneLineParser, add_opening
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -134,8 +134,7 @@ def parser(prog: str) -> OneLineParser:
 def _verify(options: argparse.Namespace) -> tuple[str, dict[str, str], list[Layer]]:
     """Open the model, run it twice, and compare."""
     from lightning_qk.inspect import Options, open_source
-    from lightning_qk.inspect.skeleton import build_skeleton
-    from lightning_qk.inspect.text import fill
+    from lightning_qk.inspect.skeleton import build_skeleton, fill
 
     how = Options(
         options.trust, options.revision, options.base, options.config, series=False, prefix=options.prefix
@@ -214,7 +213,7 @@ def _described(batch: dict[str, Any], text: str) -> str:
 def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) -> list[Layer]:
     from lightning_qk.architecture.labels import layer_labels
     from lightning_qk.heads.reader import ProjectionReader
-    from lightning_qk.verification.check import Status, Verified
+    from lightning_qk.verification.check import unchecked
     from lightning_qk.verification.model import verify
     from lightning_qk.verification.statistics import Agreement, check_statistics
 
@@ -228,13 +227,10 @@ def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) 
     labels = layer_labels(names, cross)
     layers = []
     for name in names:
-        own = weights.get(name) or Verified(
-            Status.UNCHECKED, math.nan, math.nan, "its attention layer was not found"
-        )
+        own = weights.get(name) or unchecked("its attention layer was not found")
         lacking = [tensor for tensor in missing if tensor.startswith(f"{name}." if name else "")]
         if lacking:
-            why = f"the checkpoint lacks {lacking[0]!r}, which was taken for zero"
-            own = Verified(Status.UNCHECKED, math.nan, math.nan, why)
+            own = unchecked(f"the checkpoint lacks {lacking[0]!r}, which was taken for zero")
         layers.append(Layer(name, labels[name], own, statistics.get(name, unheard)))
     return layers
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk._printable import listed
 from lightning_qk.architecture.source_code import is_named
 from lightning_qk.inspect.documents import BadInput, first_matches
-from lightning_qk.inspect.matching import Load, Weights, listed
+from lightning_qk.inspect.matching import Load, Weights
 from lightning_qk.inspect.storage import Get, Storage
 
 _ROOT = "base_model.model."

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_qk._printable import one_line
 from lightning_qk.inspect import codes
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.foreign import instead_of
 from lightning_qk.inspect.quantization import PLAIN, Quantization
 from lightning_qk.inspect.storage import Get, Storage
