@@ -17,7 +17,14 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse's, which raises one sentence instead of printing the usage and ending the program."""
+    """argparse's, which raises one sentence instead of printing the usage and ending the program.
+
+    Texts keep their line breaks where they have any.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter if "\n" in epilog else argparse.HelpFormatter
+        super().__init__(prog, None, description, epilog, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise :class:`~lightning_qk.inspect.documents.BadInput`."""

@@ -30,7 +30,6 @@ once, and again after an upgrade:
   {prog} zsh > ~/.zfunc/_{PROG}          # with fpath+=~/.zfunc before compinit
   {prog} fish > ~/.config/fish/completions/{PROG}.fish
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     own.add_argument(
         "shell", metavar="SHELL", choices=SHELLS, help=" or ".join([", ".join(SHELLS[:-1]), SHELLS[-1]])

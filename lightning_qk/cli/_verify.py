@@ -86,12 +86,6 @@ def run(args: Sequence[str], prog: str) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; nothing is written", file=sys.stderr)
         return 130
-    except BadInput:
-        raise
-    except (OSError, MemoryError) as error:
-        raise BadInput(
-            f"expected to read {options.model} without an error of the system, got {one_line(error)}"
-        ) from error
     if options.json is not None:
         write_text(options.json, _as_json(title, facts, layers))
     if str(options.json) != "-":
@@ -105,8 +99,6 @@ def parser(prog: str) -> OneLineParser:
         prog=prog,
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     own.add_argument(
         "model",
@@ -222,7 +214,7 @@ def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) 
     heads = {name: plan.heads for name, plan in reader.layers.items()}
     cross = [name for name, plan in reader.layers.items() if not plan.self_attention]
     statistics = check_statistics(model, batch, heads)
-    unheard = Agreement(math.nan, "its attention was not called")
+    uncalled = Agreement(math.nan, "its attention was not called")
     names = list(dict.fromkeys([*weights, *statistics]))
     labels = layer_labels(names, cross)
     layers = []
@@ -231,7 +223,7 @@ def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) 
         lacking = [tensor for tensor in missing if tensor.startswith(f"{name}." if name else "")]
         if lacking:
             own = unchecked(f"the checkpoint lacks {lacking[0]!r}, which was taken for zero")
-        layers.append(Layer(name, labels[name], own, statistics.get(name, unheard)))
+        layers.append(Layer(name, labels[name], own, statistics.get(name, uncalled)))
     return layers
 
 

@@ -52,6 +52,9 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"{PROG}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the pipe has closed it
+        sys.stderr.close()
+        return 0
     except Exception as error:
         if traceback or not _can_be_mended(error):
             raise

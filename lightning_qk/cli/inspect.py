@@ -67,16 +67,6 @@ def run(args: Sequence[str], prog: str) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; nothing is written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of the pipe has closed it.
-        sys.stderr.close()
-        return 0
-    except BadInput:
-        raise
-    except (OSError, MemoryError) as error:
-        raise BadInput(
-            f"expected to read and write without an error of the system, got {one_line(error)}"
-        ) from error
 
 
 def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
@@ -103,8 +93,6 @@ def parser(prog: str) -> OneLineParser:
         prog=prog,
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     own.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folder, file or name on the hub")
     shown = own.add_argument_group("what is shown")
@@ -251,8 +239,12 @@ def naming(target: str) -> Iterator[None]:
     """Turns unforeseen errors of a damaged or hostile checkpoint into one sentence that names it."""
     try:
         yield
-    except (BadInput, OSError):
+    except BadInput:
         raise
+    except OSError as error:
+        raise BadInput(
+            f"expected to read {target} without an error of the system, got {one_line(error)}"
+        ) from error
     except MemoryError as error:
         raise BadInput(
             f"expected a checkpoint that fits into memory, got {target}: free some, or pass another"

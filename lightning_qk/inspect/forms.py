@@ -281,7 +281,7 @@ def as_weights(
 
 
 def _grouped(names: list[str], known: Collection[str]) -> tuple[dict[str, _Group], set[str]]:
-    """Weights that are made of several tensors, and the names of all those tensors."""
+    """Weights that several tensors make up, and the names of all those tensors."""
     own_forms = {_end(name) for name in known if "parametrizations." in name or name.endswith("weight_g")}
     inside: dict[str, set[str]] = defaultdict(set)
     stored = set(names)
