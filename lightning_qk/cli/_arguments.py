@@ -17,7 +17,14 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse's, which raises one sentence instead of printing the usage and ending the program."""
+    """argparse's, which raises one sentence instead of printing the usage and ending the program.
+
+    Texts keep their line breaks where they have any.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter if "\n" in epilog else argparse.HelpFormatter
+        super().__init__(prog, None, description, epilog, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise :class:`~lightning_qk.inspect.documents.BadInput`."""
@@ -49,6 +56,12 @@ class OneLineParser(argparse.ArgumentParser):
     def option_names(self) -> list[str]:
         """The options that there are, such as ``--json``."""
         return [name for action in self._actions for name in action.option_strings]
+
+
+class Failure(BadInput):
+    """What cannot be done although the command line is right: no network, a full disk."""
+
+    status = 1
 
 
 def flag(group: argparse._ActionsContainer, name: str, text: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk._printable import one_line
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.storage import Get, Storage, load_torch
 
 INDEX = ".metadata"

@@ -9,7 +9,8 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,29 +33,27 @@ def check_targets(paths: Sequence[Path | None]) -> None:
     for path in paths:
         if path is None or str(path) == "-":
             continue
-        try:
-            _check_target(path)
-        except BadInput:
-            raise
-        except (OSError, ValueError) as error:  # such as a name that is too long
-            raise BadInput(
-                f"expected a file that may be written, got {path} "
-                f"({getattr(error, 'strerror', None) or error}): pick another place"
-            ) from error
+        with _writing(path):
+            if path.is_dir():
+                raise BadInput(f"expected a file to write, got the folder {path}: add a name")
+            folder = next(one for one in path.parents if one.exists())
+            may_be = os.access(folder, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+            if not folder.is_dir() or not may_be:
+                raise BadInput(f"expected a file that may be written, got {path}: pick another place")
 
 
-def _check_target(path: Path) -> None:
-    if path.is_dir():
-        raise BadInput(f"expected a file to write, got the folder {path}: add a name")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if (
-        not folder.is_dir()
-        or not os.access(folder, os.W_OK)
-        or (path.exists() and not os.access(path, os.W_OK))
-    ):
-        raise BadInput(f"expected a file that may be written, got {path}: pick another place")
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns errors of the system, such as a name that is too long, into one sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"expected a file that may be written, got {path} "
+            f"({getattr(error, 'strerror', None) or error}): pick another place"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,13 +65,8 @@ def write_text(path: Path, text: str) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    try:
-        with whole_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BadInput(
-            f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
-        ) from error
+    with _writing(path), whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def as_json(
@@ -213,12 +207,8 @@ def write_html(path: Path, sources: Sequence[Sequence[Reading]]) -> None:
         record = record_of(list(sources[0]))
     else:
         record = record_of([source[-1] for source in sources], side_by_side=True)
-    try:
+    with _writing(path):
         write_report(record, path)
-    except OSError as error:
-        raise BadInput(
-            f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
-        ) from error
 
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {

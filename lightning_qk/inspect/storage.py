@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.inspect.documents import BadInput, one_line, read_json
+from lightning_qk._printable import one_line
+from lightning_qk.inspect.documents import BadInput, read_json
 
 Get = Callable[[str], Tensor]
 """The tensor of a name, valid while the files are open."""

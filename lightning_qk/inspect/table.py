@@ -155,7 +155,7 @@ def _print_values(
     places = _places(reading, per_head)
     last = None if verdicts is None else [verdicts.get(name, "-") for name, _ in places]
     values = [(column, [_value(reading, column, *at) for _, at in places]) for column in columns]
-    return _print_numbers(title, [name for name, _ in places], values, console, _cell, verdicts=last)
+    return _print_table(title, [name for name, _ in places], values, console, _cell, verdicts=last)
 
 
 def _places(reading: Reading, per_head: bool) -> list[tuple[str, tuple[int, int | None]]]:
@@ -172,41 +172,46 @@ def _places(reading: Reading, per_head: bool) -> list[tuple[str, tuple[int, int 
 def _print_table(
     title: str,
     names: Sequence[str],
-    columns: Sequence[tuple[Column, list[str]]],
-    verdicts: Sequence[str] | None,
+    columns: Sequence[tuple[Column, list[float]]],
     console: Console,
+    cell: Callable[[float, int | None], str],
     *,
+    verdicts: Sequence[str] | None = None,
     first: str = "layer",
 ) -> list[str]:
-    """Print what fits: columns of the largest rank are left out first, and no number is cut.
+    """Print what is known and fits: columns of the largest rank are left out first, and no number is cut.
 
     Returns:
         The legends of the columns that are there.
     """
-    columns = list(columns)
+    shown = [
+        (column, [cell(value, column.digits) for value in values])
+        for column, values in columns
+        if not all(map(math.isnan, values))
+    ]
 
     def width() -> int:
         total = max(map(cell_len, (first, *names)), default=0)
-        for column, cells in columns:
+        for column, cells in shown:
             total += 3 + max(map(cell_len, (*column.title.split("\n"), *cells)))
         if verdicts is not None:
             total += 3 + max(map(cell_len, ("verdict", *verdicts)), default=0)
         return total + 2
 
-    while width() > console.width and any(column.rank for column, _ in columns):
-        columns.remove(max(columns, key=lambda one: one[0].rank))
+    while width() > console.width and any(column.rank for column, _ in shown):
+        shown.remove(max(shown, key=lambda one: one[0].rank))
     table = Table(title=escape(title), title_justify="left", pad_edge=False)
     table.add_column(first, justify="left", overflow="fold")
-    for column, _ in columns:
+    for column, _ in shown:
         table.add_column(column.title, justify="right", no_wrap=True)
     if verdicts is not None:
         table.add_column("verdict", justify="left", no_wrap=True)
     for index, name in enumerate(names):
-        cells = [cells[index] for _, cells in columns]
+        cells = [cells[index] for _, cells in shown]
         last = [] if verdicts is None else [_styled(verdicts[index])]
         table.add_row(escape(name), *cells, *last)
     console.print(table)
-    return [column.legend for column, _ in columns if column.legend]
+    return [column.legend for column, _ in shown if column.legend]
 
 
 def _print_legend(legend: Sequence[str], console: Console) -> None:
@@ -217,7 +222,7 @@ def _print_legend(legend: Sequence[str], console: Console) -> None:
 def print_evolution(readings: Sequence[Reading], console: Console) -> None:
     """Print one line a checkpoint, means over all heads."""
     columns = (*_WEIGHTS, *_ATTENTION) if readings[-1].attention else _WEIGHTS
-    _print_numbers(
+    _print_table(
         f"{len(readings)} checkpoints, means over all heads",
         ["-" if reading.step is None else str(reading.step) for reading in readings],
         [
@@ -234,7 +239,7 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
     """Print what one model has more of than another, layer by layer."""
     columns = (*_WEIGHTS, *_ATTENTION) if first.attention and other.attention else _WEIGHTS
     places = _places(first, per_head)
-    _print_numbers(
+    _print_table(
         f"{other.title} minus {first.title}",
         [name for name, _ in places],
         [
@@ -260,7 +265,7 @@ def print_against(reading: Reading, known: Reference, console: Console, *, per_h
     heading = f"{reading.title} against {title}: share of its {unit} that lie lower"
     tables = [(heading, _WEIGHTS), ("The same of attention on text", _ATTENTION)]
     for text, columns in tables if reading.attention else tables[:1]:
-        _print_numbers(
+        _print_table(
             text,
             [name for name, _ in places],
             [(column._replace(digits=2), [share(column, at) for _, at in places]) for column in columns],
@@ -272,21 +277,6 @@ def print_against(reading: Reading, known: Reference, console: Console, *, per_h
         lines.append(f"Its attention was measured on {known.facts.get('Text', 'another text')}.")
     for line in lines:
         console.print(printable(line), markup=False, highlight=False)
-
-
-def _print_numbers(
-    title: str,
-    names: Sequence[str],
-    columns: Sequence[tuple[Column, list[float]]],
-    console: Console,
-    cell: Callable[[float, int | None], str],
-    *,
-    verdicts: Sequence[str] | None = None,
-    first: str = "layer",
-) -> list[str]:
-    known = [(column, values) for column, values in columns if any(not math.isnan(x) for x in values)]
-    texts = [(column, [cell(value, column.digits) for value in values]) for column, values in known]
-    return _print_table(title, names, texts, verdicts, console, first=first)
 
 
 def _flat(reading: Reading, statistic: str) -> Tensor:

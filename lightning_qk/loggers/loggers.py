@@ -37,7 +37,7 @@ _KINDS = {
 _failures: "WeakKeyDictionary[Logger, int]" = WeakKeyDictionary()
 _defined: "WeakSet[Any]" = WeakSet()
 _summarized: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
-_told: "WeakSet[Any]" = WeakSet()
+_informed: "WeakSet[Any]" = WeakSet()
 _settings: "WeakKeyDictionary[Logger, dict[str, Any]]" = WeakKeyDictionary()
 
 
@@ -228,9 +228,9 @@ def describe_config(trainer: "Trainer", settings: Mapping[str, Any]) -> None:
 def _say_what_is_lacking(logger: "Logger") -> None:
     """Once, of loggers of which we know nothing but Lightning's own methods."""
     name = type(logger).__name__
-    if logger in _told or _kind(logger) is not None or name in ("CSVLogger", "DummyLogger"):
+    if logger in _informed or _kind(logger) is not None or name in ("CSVLogger", "DummyLogger"):
         return
-    _told.add(logger)
+    _informed.add(logger)
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
     rank_zero_info(

@@ -13,12 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_qk._printable import FORMULA
 from lightning_qk.record.atomic_write import whole_file
 
 _IGNORED = -100
 """The label of tokens that are not targets."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""How a text begins that a spreadsheet would compute."""
 
 
 class PredictionFile(BasePredictionWriter):
@@ -131,7 +130,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _plain(value: Any) -> Any:
     """A cell that a spreadsheet shows and does not compute."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_qk.callbacks._ranks import all_agree, from_zero, is_distributed
+from lightning_qk.callbacks._ranks import FailedTogether, all_agree, from_zero, is_distributed, reason_of
 from lightning_qk.callbacks._trainer import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 CHECKPOINT_NAME = "lightning_qk_healthy.ckpt"
@@ -127,7 +127,7 @@ class HealthyCheckpoint:
         """Save the current state as the candidate checkpoint (collective).
 
         Raises:
-            RuntimeError: some rank could not, on all of them. Nothing of it is left.
+            FailedTogether: some rank could not, on all of them. Nothing of it is left.
         """
         identity = Identity(self._run, step, from_zero(trainer, uuid.uuid4().hex), self._path(".new"))
         partial = Path(self._path(f".new.{self._run[:8]}.partial"))
@@ -155,7 +155,7 @@ class HealthyCheckpoint:
             if trainer.is_global_zero and not is_whole:
                 _remove(partial)
         if not is_whole:
-            raise RuntimeError(_words(error)) from error
+            raise _failed(error) from error
         self._candidate, self._followed = identity, 0
 
     def _put(self, partial: Path, identity: Identity) -> None:
@@ -172,7 +172,7 @@ class HealthyCheckpoint:
         """One more healthy reading: after enough of them the candidate is it. Every rank calls it.
 
         Raises:
-            RuntimeError: the file is gone or cannot be put in its place, on all ranks.
+            FailedTogether: the file is gone or cannot be put in its place, on all ranks.
         """
         if self._candidate is None:
             return
@@ -185,10 +185,10 @@ class HealthyCheckpoint:
             try:
                 answer = self._promoted(candidate), ""
             except Exception as error:
-                answer = None, _words(error)
+                answer = None, reason_of(error)
         confirmed, reason = from_zero(trainer, answer)
         if confirmed is None:
-            raise RuntimeError(reason)
+            raise FailedTogether(reason)
         self._current = confirmed
 
     def _promoted(self, candidate: Identity) -> Identity:
@@ -250,14 +250,14 @@ class HealthyCheckpoint:
         data's position.
 
         Raises:
-            RuntimeError: the file is gone, is another or cannot be read, on all ranks; nothing was changed.
+            FailedTogether: the file is gone, is another or cannot be read, on all ranks; nothing was changed.
         """
         current = self._current
         if current is None:
             return False
         found = from_zero(trainer, self._found(current) if trainer.is_global_zero else None)
         if found is None:
-            raise RuntimeError("it is gone, or what lies there is another")
+            raise FailedTogether("it is gone, or what lies there is another")
         checkpoint: dict[str, Any] = {}
         error: Exception | None = None
         settings = [
@@ -270,7 +270,7 @@ class HealthyCheckpoint:
         except Exception as own:
             error = own
         if not all_agree(trainer, error is None):
-            raise RuntimeError(_words(error)) from error
+            raise _failed(error) from error
         trainer.strategy.load_model_state_dict(checkpoint)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
         for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
@@ -388,11 +388,9 @@ class _at_once:
             self._strategy.checkpoint_io = self._before
 
 
-def _words(error: BaseException | None) -> str:
-    if error is None:
-        return "another process failed"
-    words = " ".join(str(error).split())
-    return words if isinstance(error, RuntimeError) else f"{type(error).__name__}: {words}"
+def _failed(error: Exception | None) -> FailedTogether:
+    """What to raise on every rank; None: it failed on another one."""
+    return FailedTogether("another process failed" if error is None else reason_of(error))
 
 
 def _quietly(action: Any) -> Any:

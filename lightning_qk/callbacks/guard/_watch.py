@@ -139,7 +139,7 @@ class HiddenCosine:
         self._sums: dict[str, Tensor] = {}
         self._give_back: list[Callable[[], None]] = []
         self._keep: Tensor | None = None
-        self._problem: str | None = None
+        self._problem: Exception | None = None
 
     @property
     def places(self) -> list[Place]:
@@ -173,7 +173,7 @@ class HiddenCosine:
                     self._sums[name] = self._sums[name] + found if name in self._sums else found
             except Exception as error:
                 # The model's forward goes on.
-                self._problem = f"{type(error).__name__}: {error}"
+                self._problem = error
 
         return hook
 
@@ -194,12 +194,12 @@ class HiddenCosine:
         """Sum of cosines and number of sequences of all layers since the last call, ``(layers, 2)``, this rank's.
 
         Raises:
-            RuntimeError: they could not be computed.
+            Exception: what a forward raised in place of them.
         """
         sums, self._sums = self._sums, {}
         problem, self._problem = self._problem, None
         if problem is not None:
-            raise RuntimeError(problem)
+            raise problem
         if not self.modules:
             return torch.zeros(0, 2, device=device)
         return torch.stack([sums.get(name, torch.zeros(2)).to(device) for name in self.modules])
@@ -211,10 +211,11 @@ class HiddenCosine:
 
 
 class ReadingSource:
-    """Everything that a guard reads of a trainer, measured at a guard's steps.
+    """Everything that a guard reads of a trainer within one fit, measured at the guard's steps.
 
     A monitor of the trainer is read where it measures at all of these steps; else a quiet one measures. Without
-    attention that can be watched nothing is read, and the training loss is all that a guard has.
+    attention that can be watched nothing is read, and the training loss is all that a guard has; so before
+    :meth:`begin` and after :meth:`leave`.
 
     Args:
         every_n_steps: cadence of the guard; None follows the trainer's ``log_every_n_steps``.
@@ -240,6 +241,7 @@ class ReadingSource:
         """
         callbacks = list(callbacks)
         every = _cadence(trainer, self.every_n_steps)
+        self.quiet, self.spectrum = [], None
         self.attention = _fitting(callbacks, AttentionMonitor, trainer, every)
         if not self.updates:
             self.spectrum = _fitting(callbacks, QKSpectrumMonitor, trainer, every)
@@ -266,20 +268,15 @@ class ReadingSource:
         watched = [(type(one).__name__, one.watched()) for one in self.quiet]
         return repr((watched, self.spectrum is None, list(self.hidden.modules)))
 
-    def updates_state(self, global_step: int) -> dict[str, Any] | None:
-        """What a resumed run needs to miss no update."""
-        spectrum = self.spectrum if self.updates else None
-        return spectrum.singular_state(global_step) if isinstance(spectrum, QuietSpectrum) else None
-
-    def recall(self, state: dict[str, Any] | None) -> None:
-        """Take up what :meth:`updates_state` described, once the checkpoint's weights are there."""
-        if self.updates and isinstance(self.spectrum, QuietSpectrum) and state is not None:
-            self.spectrum.recall(state)
+    @property
+    def updated(self) -> "QuietSpectrum | None":
+        """The monitor of updates, where they are looked at."""
+        return self.spectrum if self.updates and isinstance(self.spectrum, QuietSpectrum) else None
 
     def forget_weights(self) -> None:
         """Weights were put back."""
-        if isinstance(self.spectrum, QuietSpectrum):
-            self.spectrum.forget_weights()
+        if self.updated is not None:
+            self.updated.forget_weights()
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was: nothing is watched any more."""
@@ -357,12 +354,15 @@ class ReadingSource:
                 values[f"{group}/{name}"] = newest
         return values, places
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Qualified layer name → the name that tables, keys and the report give it."""
+        monitors = (self.attention, self.spectrum)
+        return {name: label for one in monitors if one is not None for name, label in one.labels.items()}
+
     def with_labels(self, sentence: str) -> str:
-        """A sentence whose layers also have the names that tables and the report give them."""
-        labels: dict[str, str] = {}
-        for monitor in (self.attention, self.spectrum):
-            labels |= {} if monitor is None else monitor.labels
-        for name, label in labels.items():
+        """A sentence whose layers also have their labels."""
+        for name, label in self.labels.items():
             if name != label:
                 # Not within a longer name.
                 found = rf"(?<![\w.]){re.escape(name)}(?![\w.]*\w)"
