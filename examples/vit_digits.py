@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument(
-        "--locater", default="1%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
+        "--locater", type=float, default=1.0, help="the weight of the penalty on large logits; 0: none"
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", default="runs/vit_digits")
@@ -72,7 +72,7 @@ def main() -> None:
         callbacks=[
             QKSpectrumMonitor(),
             AttentionMonitor(),
-            LocAteR(options.locater),
+            LocAteR(options.locater, form="limit"),
             CollapseGuard(action="warn"),
         ],
         default_root_dir=options.out,
