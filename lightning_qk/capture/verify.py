@@ -1,4 +1,4 @@
-"""The logits of an attention call; what an unknown function computes is found by trial.
+"""What the arguments of an attention function mean: known of libraries, else found by trial.
 
 A registered function, and each model's own eager one, may use its arguments in any way. So it is called once
 more, with its mask and options and with random queries, keys and values of the same shapes, and its output is
@@ -28,7 +28,7 @@ from lightning_qk.capture.conventions import (
     read_logits,
     sliding_window,
 )
-from lightning_qk.functional.logits import CHUNK_ELEMENTS, ProductLogits
+from lightning_qk.functional.logits import CHUNK_ELEMENTS
 from lightning_qk.functional.precision import full_precision
 
 # Largest relative error of an output row, by the coarsest precision that takes part: several times what rounding
@@ -52,10 +52,6 @@ class _Known(NamedTuple):
 _known: "weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = weakref.WeakKeyDictionary()
 
 
-OWN_SOFTMAX = "_lightning_qk_softmax"
-"""Attribute of an attention function that gives its softmax: a function of the call that returns the logits, with
-gradients, and the values."""
-
 _LIBRARY = {
     SDPA: ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
     FLEX: ("transformers.integrations.flex_attention", "flex_attention_forward"),
@@ -63,28 +59,15 @@ _LIBRARY = {
 _BY_NAME = {"eager": EAGER, "sdpa": SDPA, "flex_attention": FLEX}
 
 
-def attention_logits(call: AttentionCall, *, self_attention: bool | None) -> tuple[ProductLogits, Any]:
-    """The logits of a call, with tensors that gradients flow through, and the value of their keys.
+def convention_of(call: AttentionCall) -> ArgumentConvention:
+    """What the arguments of a call mean.
 
     transformers' own sdpa and flex functions are read as their sources say. Any other function, models' own eager
     ones and flash attention among them, is tried: see :func:`verified_convention`.
 
-    Args:
-        call: what the attention function received.
-        self_attention: whether queries and keys are the same tokens; None where unknown.
-
     Raises:
         UnsupportedCallError: the function's softmax cannot be reconstructed.
     """
-    own = getattr(call.function, OWN_SOFTMAX, None)
-    if own is not None:
-        logits, value = own(call)
-        n, m = logits.shape[2:]
-        return logits.replace(self_attention=n == m if self_attention is None else self_attention), value
-    return read_logits(call, _convention(call), self_attention=self_attention)
-
-
-def _convention(call: AttentionCall) -> ArgumentConvention:
     name = call.implementation
     if name.startswith("paged|") or any(
         call.options.get(key) is not None for key in ("cache", "block_table")

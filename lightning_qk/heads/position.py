@@ -174,22 +174,21 @@ ROTARY, ROTARY_2D = "rotary", "rotary (2-D)"
 _MANY_AXES = re.compile(r"vision|image|pixel|patch|2d|multidim|axial|video|vjepa|vit(?![a-z])", re.IGNORECASE)
 
 
-class Rotation:
+class Rotation(NamedTuple):
     """How a layer rotates queries and keys, kept without the frequencies' values where a buffer has them.
 
     Attributes:
         kind: ``"rotary"``, ``"rotary (2-D)"`` (by coordinates in an image or a video), or None where the
             layer does not rotate.
+        fit: what the rotary function does with what it is given.
+        start: where that begins in a head.
         is_known: whether that could be found out.
     """
 
-    def __init__(
-        self, kind: str | None, fit: Fit | None = None, start: int = 0, *, is_known: bool = True
-    ) -> None:
-        self.kind = kind
-        self.is_known = is_known
-        self._fit = fit
-        self._start = start
+    kind: str | None
+    fit: Fit | None = None
+    start: int = 0
+    is_known: bool = True
 
     def read(self) -> Rotary | None:
         """The rotation as it is now.
@@ -197,7 +196,7 @@ class Rotation:
         None where the layer does not rotate, or in no way that one position in a sequence tells: by
         coordinates in an image, say, or the layer's input in the place of its queries and keys.
         """
-        fit = self._fit
+        fit = self.fit
         if fit is None:
             return None
         holder = None if fit.holder is None else fit.holder()
@@ -207,7 +206,7 @@ class Rotation:
             inv_freq = -buffer if fit.backward else buffer
         else:
             inv_freq = fit.inv_freq
-        return Rotary(inv_freq, fit.interleaved, self._start + fit.start, fit.scale)
+        return Rotary(inv_freq, fit.interleaved, self.start + fit.start, fit.scale)
 
 
 NO_ROTATION = Rotation(None)
