@@ -9,13 +9,13 @@ tensors separate conventions that the model's own would not: values may all be a
 import math
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import in_evaluation_mode
 from lightning_qk.capture.call import AttentionCall, UnreadableFunctionError, UnsupportedCallError
 from lightning_qk.capture.conventions import (
     EAGER,
@@ -145,7 +145,7 @@ def _find(call: AttentionCall) -> ArgumentConvention:
     errors, best, tolerance = _tried(trial, call)
     if best > tolerance and call.module.training:
         # A function with a dropout of its own: that of the arguments is 0 already.
-        with _eval_mode(call.module):
+        with in_evaluation_mode(call.module):
             errors, best, tolerance = _tried(trial, call)
     if best > tolerance:
         raise UnreadableFunctionError(
@@ -309,15 +309,3 @@ def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
         return torch.random.fork_rng(devices=[])
     index = torch.get_device_module(device).current_device() if device.index is None else device.index
     return torch.random.fork_rng(devices=[index], device_type=device.type)
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    before = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in before:
-            part.training = False
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

@@ -12,7 +12,7 @@ which pairs, frequencies and scale are taken.
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -328,12 +328,14 @@ def find_position(layer: AttentionLayer, rotation: Rotation) -> str | None:
         rotation: what :func:`find_rotation` found.
     """
     module, is_cross = layer.module, layer.is_cross
-    brought = {name for name in _arguments(module) if _BRINGS_BIAS.search(name)}
+    arguments = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+    brought = {name for name in arguments if _BRINGS_BIAS.search(name)}
     if not is_cross and _adds_alibi(module, layer.config, brought):
         return ALIBI
     if rotation.kind is not None:
         return rotation.kind
-    own = {name for name, value in _attributes(module) if _is_set(value)}
+    attributes = {**module._modules, **module._parameters, **vars(module)}
+    own = {name for name, value in attributes.items() if _is_set(value)}
     is_off = any(getattr(module, name, None) is False for name in _SWITCHES)
     if not is_off and any(_PRODUCT.fullmatch(name) for name in own):
         return RELATIVE_PRODUCT
@@ -347,16 +349,6 @@ def find_position(layer: AttentionLayer, rotation: Rotation) -> str | None:
     if not rotation.is_known or (brought and not _is_declined(module)):
         return None
     return NONE
-
-
-def _arguments(module: nn.Module) -> Iterator[str]:
-    yield from list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from module._modules.items()
-    yield from module._parameters.items()
-    yield from vars(module).items()
 
 
 def _is_set(value: Any) -> bool:
