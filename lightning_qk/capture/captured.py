@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.verify import attention_logits
+from lightning_qk.capture.conventions import read_logits
+from lightning_qk.capture.verify import convention_of
 from lightning_qk.functional.chunks import MASKED_BELOW
 from lightning_qk.functional.logits import AttentionLogits, ProductLogits
 from lightning_qk.heads.facts import head_count
@@ -123,6 +124,29 @@ class CapturedCall(ABC):
             UnsupportedCallError: the products of the call cannot be reconstructed.
         """
         return self.known(self_attention=self_attention, heads=heads)._products(position)
+
+
+OWN_SOFTMAX = "_lightning_qk_softmax"
+"""Attribute of an attention function that gives its softmax: a function of the call that returns the logits, with
+gradients, and the values."""
+
+
+def attention_logits(call: AttentionCall, *, self_attention: bool | None) -> tuple[ProductLogits, Any]:
+    """The logits of a call, with tensors that gradients flow through, and the value of their keys.
+
+    Args:
+        call: what the attention function received.
+        self_attention: whether queries and keys are the same tokens; None where unknown.
+
+    Raises:
+        UnsupportedCallError: the function's softmax cannot be reconstructed.
+    """
+    own = getattr(call.function, OWN_SOFTMAX, None)
+    if own is not None:
+        logits, value = own(call)
+        n, m = logits.shape[2:]
+        return logits.replace(self_attention=n == m if self_attention is None else self_attention), value
+    return read_logits(call, convention_of(call), self_attention=self_attention)
 
 
 class FunctionCall(CapturedCall):

@@ -39,23 +39,25 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) or "norm" in type(module).__name__.lower()
 
 
-class NormPlan:
-    """How one norm is read; made once by :func:`plan_norm`, which runs it. The module is referred to weakly.
+class NormPlan(NamedTuple):
+    """How one norm is read; made once by :func:`plan_norm`, which runs it.
 
     Attributes:
+        norm: the module.
         shape: of one input, normalized over its last dimension.
         centered: it removes the mean.
         shifted: it adds an offset.
     """
 
-    def __init__(self, norm: nn.Module, shape: tuple[int, ...], *, centered: bool, shifted: bool) -> None:
-        self._norm = weakref.ref(norm)
-        self.shape, self.centered, self.shifted = shape, centered, shifted
+    norm: "weakref.ref[nn.Module]"
+    shape: tuple[int, ...]
+    centered: bool
+    shifted: bool
 
     @property
     def module(self) -> nn.Module:
         """The norm."""
-        return alive(self._norm)
+        return alive(self.norm)
 
     def read(self) -> Norm:
         """Gain and offset as they are now, differentiable; collective where they are sharded."""
@@ -89,7 +91,7 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
         The plan, or None where the module does not take such an input or is no RMSNorm or LayerNorm.
     """
     if _is_stored(norm, shape):
-        return NormPlan(norm, shape, centered=True, shifted=norm.bias is not None)
+        return NormPlan(weakref.ref(norm), shape, centered=True, shifted=norm.bias is not None)
     signs = _signs(norm, shape)
     with quietly(norm):
         run = shadow(norm, convert=whole)
@@ -108,7 +110,8 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
             want = gain * _normalize(_wide(uneven), centered) + offset
             scale = float(want.abs().max())
             if scale > 0 and float((_wide(seen) - want).abs().max()) <= tolerance * scale:
-                return NormPlan(norm, shape, centered=centered, shifted=bool(offset.abs().max() > 0))
+                is_shifted = bool(offset.abs().max() > 0)
+                return NormPlan(weakref.ref(norm), shape, centered=centered, shifted=is_shifted)
     return None
 
 

@@ -12,7 +12,7 @@ which pairs, frequencies and scale are taken.
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -174,22 +174,21 @@ ROTARY, ROTARY_2D = "rotary", "rotary (2-D)"
 _MANY_AXES = re.compile(r"vision|image|pixel|patch|2d|multidim|axial|video|vjepa|vit(?![a-z])", re.IGNORECASE)
 
 
-class Rotation:
+class Rotation(NamedTuple):
     """How a layer rotates queries and keys, kept without the frequencies' values where a buffer has them.
 
     Attributes:
         kind: ``"rotary"``, ``"rotary (2-D)"`` (by coordinates in an image or a video), or None where the
             layer does not rotate.
+        fit: what the rotary function does with what it is given.
+        start: where that begins in a head.
         is_known: whether that could be found out.
     """
 
-    def __init__(
-        self, kind: str | None, fit: Fit | None = None, start: int = 0, *, is_known: bool = True
-    ) -> None:
-        self.kind = kind
-        self.is_known = is_known
-        self._fit = fit
-        self._start = start
+    kind: str | None
+    fit: Fit | None = None
+    start: int = 0
+    is_known: bool = True
 
     def read(self) -> Rotary | None:
         """The rotation as it is now.
@@ -197,7 +196,7 @@ class Rotation:
         None where the layer does not rotate, or in no way that one position in a sequence tells: by
         coordinates in an image, say, or the layer's input in the place of its queries and keys.
         """
-        fit = self._fit
+        fit = self.fit
         if fit is None:
             return None
         holder = None if fit.holder is None else fit.holder()
@@ -207,7 +206,7 @@ class Rotation:
             inv_freq = -buffer if fit.backward else buffer
         else:
             inv_freq = fit.inv_freq
-        return Rotary(inv_freq, fit.interleaved, self._start + fit.start, fit.scale)
+        return Rotary(inv_freq, fit.interleaved, self.start + fit.start, fit.scale)
 
 
 NO_ROTATION = Rotation(None)
@@ -329,12 +328,14 @@ def find_position(layer: AttentionLayer, rotation: Rotation) -> str | None:
         rotation: what :func:`find_rotation` found.
     """
     module, is_cross = layer.module, layer.is_cross
-    brought = {name for name in _arguments(module) if _BRINGS_BIAS.search(name)}
+    arguments = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+    brought = {name for name in arguments if _BRINGS_BIAS.search(name)}
     if not is_cross and _adds_alibi(module, layer.config, brought):
         return ALIBI
     if rotation.kind is not None:
         return rotation.kind
-    own = {name for name, value in _attributes(module) if _is_set(value)}
+    attributes = {**module._modules, **module._parameters, **vars(module)}
+    own = {name for name, value in attributes.items() if _is_set(value)}
     is_off = any(getattr(module, name, None) is False for name in _SWITCHES)
     if not is_off and any(_PRODUCT.fullmatch(name) for name in own):
         return RELATIVE_PRODUCT
@@ -348,16 +349,6 @@ def find_position(layer: AttentionLayer, rotation: Rotation) -> str | None:
     if not rotation.is_known or (brought and not _is_declined(module)):
         return None
     return NONE
-
-
-def _arguments(module: nn.Module) -> Iterator[str]:
-    yield from list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from module._modules.items()
-    yield from module._parameters.items()
-    yield from vars(module).items()
 
 
 def _is_set(value: Any) -> bool:

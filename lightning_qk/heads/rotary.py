@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import Stop, Through, shadow
+from lightning_qk.architecture.dry_run import Stop, Through, device_of, shadow
 from lightning_qk.architecture.source_code import names_in
 from lightning_qk.heads.sites import AttentionLayer
 
@@ -82,8 +82,7 @@ def holds_angles(name: str, child: nn.Module) -> bool:
 
 def _run_holder(source: Source, position: int, tokens: int) -> Any:
     holder = source.holder
-    tensors = [*holder.buffers(recurse=False), *holder.parameters(recurse=False)]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = device_of(holder)
     positions = torch.full((1, tokens), position, device=device)
     if isinstance(holder, nn.Embedding):
         return holder.weight[position].detach().expand(1, 1, tokens, -1)
@@ -95,7 +94,10 @@ def _run_holder(source: Source, position: int, tokens: int) -> Any:
         known: dict[str, Any] = {"position_ids": positions}
         if "layer_type" in names:
             known["layer_type"] = source.layer_type
-        rest = [name for name in names if name not in known and _is_required(forward, name)]
+        arguments = inspect.signature(forward).parameters
+        rest = [
+            own for own in names if own not in known and arguments[own].default is inspect.Parameter.empty
+        ]
         x = torch.zeros(1, 1, 1, device=device)
         try:
             given = forward(copy, *(x for _ in rest), **known)
@@ -117,10 +119,6 @@ def _run_holder(source: Source, position: int, tokens: int) -> Any:
         shape[axis] = tokens
         return given.select(axis, position).unsqueeze(axis).expand(shape)
     return None
-
-
-def _is_required(function: Callable[..., Any], name: str) -> bool:
-    return inspect.signature(function).parameters[name].default is inspect.Parameter.empty
 
 
 _NAMED_ROTARY = re.compile(r"rotary|rope(?![a-z])|rotate_(quer|key)", re.IGNORECASE)
@@ -431,8 +429,7 @@ class RotaryRun:
                 width = width or sizes[0]
             else:
                 stand_ins[child] = Through()
-        tensor = next(iter(self.module.buffers()), next(iter(self.module.parameters()), None))
-        return stand_ins, width, torch.device("cpu") if tensor is None else tensor.device
+        return stand_ins, width, device_of(self.module)
 
 
 def _projection_sizes(child: nn.Module) -> tuple[int, int] | None:

@@ -282,10 +282,8 @@ def local_heads(module: nn.Module, heads: int) -> slice | None:
     Raises:
         ValueError: the shards are not whole heads.
     """
-    layout = find_layout(module)
-    if layout is None:
-        return None
-    weight: Any = layout.query.weight(module)
+    layout = find_layout(module) if any(is_dtensor(own) for own in module.parameters()) else None
+    weight: Any = None if layout is None else layout.query.weight(module)
     if not is_dtensor(weight):
         return None
     rows = weight.shape[0]
