@@ -1,7 +1,12 @@
 """Text for messages and tables: short, on one line, and safe for a terminal and a spreadsheet."""
 
+import difflib
 import unicodedata
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Categories of characters that a terminal may obey, or that change the order or the lines of a text.
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -27,6 +32,18 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     shown = list(names)
     more = len(shown) - most
     return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'this'?"``, or an empty string where nothing is near."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def print_lines(console: "Console", lines: Iterable[str], **options: Any) -> None:
+    """Print texts letter by letter, whatever they hold."""
+    for line in lines:
+        console.print(printable(line), markup=False, highlight=False, **options)
 
 
 def printable(text: object) -> str:

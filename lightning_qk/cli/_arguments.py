@@ -1,19 +1,13 @@
 """A parser of command lines that says in one sentence what is wrong."""
 
 import argparse
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
+from lightning_qk._printable import did_you_mean
 from lightning_qk.inspect.documents import BadInput
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'this'?"``, or an empty string where nothing is near."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class OneLineParser(argparse.ArgumentParser):

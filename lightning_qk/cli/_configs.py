@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_qk.cli._arguments import OneLineParser, did_you_mean
+from lightning_qk._printable import did_you_mean
+from lightning_qk.cli._arguments import OneLineParser
 from lightning_qk.inspect.documents import BadInput
 
 

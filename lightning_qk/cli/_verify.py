@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_qk._printable import one_line, printable
+from lightning_qk._printable import one_line, print_lines, printable
 from lightning_qk.cli._arguments import OneLineParser, add_opening
 from lightning_qk.inspect.documents import BadInput
 
@@ -286,17 +286,14 @@ def _print(title: str, facts: dict[str, str], layers: Sequence[Layer]) -> None:
         colour = "green" if layer.ok else "red"
         table.add_row(escape(layer.label), *cells, f"[{colour}]{_verdict(layer)}[/]")
     console.print(table)
-    console.print(f"Run on {printable(facts['inputs'])}", markup=False, highlight=False)
-    for reason, labels in _reasons(layers).items():
-        shown = shorten(labels)
-        console.print(f"{shown}: {printable(reason)}", markup=False, highlight=False)
     count = len(layers)
-    console.print(
+    lines = [
+        f"Run on {facts['inputs']}",
+        *(f"{shorten(labels)}: {reason}" for reason, labels in _reasons(layers).items()),
         f"q and k verified on {sum(layer.weights.ok for layer in layers)} of {count} layers, statistics on "
         f"{sum(layer.statistics.ok for layer in layers)} of {count}",
-        markup=False,
-        highlight=False,
-    )
+    ]
+    print_lines(console, lines)
 
 
 def _verdict(layer: Layer) -> str:

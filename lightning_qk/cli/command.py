@@ -8,8 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import did_you_mean
+from lightning_qk._printable import did_you_mean, printable
 from lightning_qk.cli._commands import COMMANDS, JOBS, PROG
 
 

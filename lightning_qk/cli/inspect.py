@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,7 +213,6 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lightning_qk.inspect import Options, open_source
-    from lightning_qk.inspect.table import escape
 
     how = Options(
         options.trust, options.revision, options.base, options.config, options.series, options.prefix
@@ -223,15 +222,23 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         sources = []
         for target in options.checkpoints:
-            task = progress.add_task(escape(f"opening {target}"), total=None)
             with naming(target):
-                checkpoints = open_source(target, how)
-                progress.remove_task(task)
-                readings = [
-                    _read(one, options, progress, newest=one is checkpoints[-1]) for one in checkpoints
-                ]
-            sources.append(readings)
+                with _task(progress, f"opening {target}"):
+                    checkpoints = open_source(target, how)
+                sources.append(
+                    [_read(one, options, progress, newest=one is checkpoints[-1]) for one in checkpoints]
+                )
     return sources
+
+
+@contextmanager
+def _task(progress: Any, text: str) -> "Iterator[Callable[[int, int], None]]":
+    """A bar while the block runs, which is given how much of how much is done."""
+    from lightning_qk.inspect.table import escape
+
+    task = progress.add_task(escape(text), total=None)
+    yield lambda count, total: progress.update(task, completed=count, total=total)
+    progress.remove_task(task)
 
 
 @contextmanager
@@ -258,35 +265,32 @@ def naming(target: str) -> Iterator[None]:
 
 def _read(checkpoint: "Checkpoint", options: argparse.Namespace, progress: Any, *, newest: bool) -> "Reading":
     from lightning_qk.inspect.read import read_checkpoint
-    from lightning_qk.inspect.table import escape
 
-    task = progress.add_task(escape(f"layers of {checkpoint.title}"), total=None)
-    reading, model, weights = read_checkpoint(
-        checkpoint,
-        support=options.support,
-        fold_norm=not options.no_fold_norm,
-        eigenvalues=not options.moments_only,
-        summed=options.summed,
-        trust=options.trust,
-        progress=lambda count, total: progress.update(task, completed=count, total=total),
-    )
-    progress.remove_task(task)
+    with _task(progress, f"layers of {checkpoint.title}") as update:
+        reading, model, weights = read_checkpoint(
+            checkpoint,
+            support=options.support,
+            fold_norm=not options.no_fold_norm,
+            eigenvalues=not options.moments_only,
+            summed=options.summed,
+            trust=options.trust,
+            progress=update,
+        )
     if options.text is not None and newest:
         from lightning_qk.inspect.text import measure
 
-        task = progress.add_task(escape(f"text through {checkpoint.title}"), total=None)
-        measure(
-            model,
-            weights,
-            checkpoint,
-            reading,
-            source=options.text,
-            tokenizer=options.tokenizer,
-            length=options.length,
-            batches=options.batches,
-            progress=lambda count, total: progress.update(task, completed=count, total=total),
-        )
-        progress.remove_task(task)
+        with _task(progress, f"text through {checkpoint.title}") as update:
+            measure(
+                model,
+                weights,
+                checkpoint,
+                reading,
+                source=options.text,
+                tokenizer=options.tokenizer,
+                length=options.length,
+                batches=options.batches,
+                progress=update,
+            )
     return reading
 
 

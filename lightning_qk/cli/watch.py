@@ -7,8 +7,8 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import Failure, OneLineParser, did_you_mean
+from lightning_qk._printable import did_you_mean, printable
+from lightning_qk.cli._arguments import Failure, OneLineParser
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.report.follow import PAGE_NAME, Follower
 

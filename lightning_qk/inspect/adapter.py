@@ -133,7 +133,8 @@ class AdaptedWeights:
 
         if not storage.files:
             raise BadInput(f"expected an adapter's tensors in {where}, got none: save it again")
-        strange, halves = [], []
+        strange: list[str] = []
+        halves: list[str] = []
         found: dict[str, _Parts] = defaultdict(dict)
         for key in storage.files:
             path = key.removeprefix(_ROOT)

@@ -1,7 +1,6 @@
 """Readings as JSON, CSV and HTML. A file appears whole or not at all."""
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -14,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lightning_qk._printable import cell
+from lightning_qk._printable import cell, did_you_mean
 from lightning_qk._version import __version__
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import Reading, record_of
@@ -101,7 +101,8 @@ def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
         }
         if reading.attention:
             heads["verdict"] = [judged_heads[label, head].verdict for head in range(reading.heads[place])]
-        eigenvalues = reading.eigenvalues.get(label) if with_eigenvalues else None
+        spectrum = reading.eigenvalues.get(label) if with_eigenvalues else None
+        pairs = [] if spectrum is None else torch.view_as_real(spectrum).tolist()
         layers.append(
             {
                 "label": label,
@@ -111,7 +112,11 @@ def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
                 **({"verdict": judged_layers[label].verdict} if reading.attention else {}),
                 **{name: _number(float(flat[place])) for name, flat in reading.layer_values.items()},
                 "per_head": heads,
-                **({} if eigenvalues is None else {"eigenvalues": _pairs(eigenvalues)}),
+                **(
+                    {"eigenvalues": [[[*map(_number, pair)] for pair in head] for head in pairs]}
+                    if pairs
+                    else {}
+                ),
             }
         )
     aggregates = {key: _number(value) for key, value in logged_values(reading).items() if "/head_" not in key}
@@ -139,11 +144,6 @@ def _named(reading: Reading) -> dict[str, Tensor]:
     """All numbers of heads by name, predicted ones as ``predicted/<statistic>``."""
     predicted = {f"predicted/{name}": flat for name, flat in reading.predicted.items()}
     return {**reading.values, **reading.attention, **predicted}
-
-
-def _pairs(values: Tensor) -> list[list[list[float | None]]]:
-    """Real and imaginary parts, by head."""
-    return [[[_number(value.real), _number(value.imag)] for value in head] for head in values.tolist()]
 
 
 def _number(value: float) -> float | None:
@@ -309,8 +309,7 @@ def check_condition(condition: Condition, values: Mapping[str, float]) -> float 
         BadInput: there is no such number.
     """
     if condition.key not in values:
-        close = difflib.get_close_matches(condition.key, list(values), n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}?" if close else "--json lists the keys"
-        raise BadInput(f"expected a key that was read after --fail-on, got {condition.key!r}; {hint}")
+        hint = did_you_mean(condition.key, values) or "; --json lists the keys"
+        raise BadInput(f"expected a key that was read after --fail-on, got {condition.key!r}{hint}")
     value = values[condition.key]
     return value if condition.holds(value) else None

@@ -188,11 +188,12 @@ class StoredWeights:
             notes.append(f"{self._where} is quantized: the numbers are those that its codes stand for")
         deeper, unknown = self._of_attention(layers)
         if deeper:
+            is_expected = all(self._is_expected(f"{layer}.weight") for layer in deeper)
             notes.append(
                 f"{self._where} is deeper than its configuration: {len(deeper)} attention "
                 f"layer{'s' * (len(deeper) > 1)} that it holds ({listed(deeper)}) "
                 f"{'are' if len(deeper) > 1 else 'is'} not read, only the {len(layers)} of the configuration"
-                + ("" if self._expects(deeper) else "; correct its number of layers to read all")
+                + ("" if is_expected else "; correct its number of layers to read all")
             )
         if unknown:
             notes.append(
@@ -235,9 +236,6 @@ class StoredWeights:
         """Whether the model's class says that tensors of that name may be left over."""
         patterns = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         return any(re.search(pattern, name) for pattern in patterns)
-
-    def _expects(self, layers: Iterable[str]) -> bool:
-        return all(self._is_expected(f"{layer}.weight") for layer in layers)
 
     def _origin(self, names: Iterable[str]) -> Origin | None:
         for name in names:

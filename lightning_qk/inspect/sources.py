@@ -245,7 +245,7 @@ def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None =
 
 
 def _beside(fetch: Fetch, where: str) -> Quantization:
-    """What a file of its own says of GPTQ, as it was kept before transformers knew it."""
+    """GPTQ settings of ``quantize_config.json``, which older checkpoints have instead of a config field."""
     path = fetch("quantize_config.json")
     if path is None:
         return PLAIN

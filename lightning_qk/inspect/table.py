@@ -12,7 +12,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 from torch import Tensor
 
-from lightning_qk._printable import printable
+from lightning_qk._printable import print_lines, printable
 from lightning_qk.inspect.healthy import Reference
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.record.verdicts import FLAGGED, HeadHealth, format_value, head_health, layer_health
@@ -71,8 +71,7 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
     """Print one line a layer, or a head, and below it what else there is to say."""
     legend = _print_values(reading, _WEIGHTS, console, per_head, _title(reading))
     _print_legend(legend, console)
-    for line in weights_sentences(reading):
-        console.print(printable(line), markup=False, highlight=False)
+    print_lines(console, weights_sentences(reading))
     if reading.attention:
         record = record_of([reading])
         rows = head_health(record)
@@ -80,9 +79,8 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
         found |= {row.label: row.verdict for row in layer_health(record)}
         legend = _print_values(reading, _ATTENTION, console, per_head, "Attention on text", verdicts=found)
         _print_legend(legend, console)
-        for line in [*text_sentences(reading), *verdict_sentences(rows)]:
-            console.print(printable(line), markup=False, highlight=False)
-    console.print(f"Spectra {printable(reading.verification)}", markup=False, highlight=False)
+        print_lines(console, [*text_sentences(reading), *verdict_sentences(rows)])
+    print_lines(console, [f"Spectra {reading.verification}"])
     print_notes(reading.notes, console)
 
 
@@ -139,8 +137,7 @@ def _weighted(reading: Reading, statistic: str) -> float:
 
 def print_notes(notes: Iterable[str], console: Console) -> None:
     """Print what a reader has to know."""
-    for note in notes:
-        console.print(f"Note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
+    print_lines(console, (f"Note: {note}" for note in notes), soft_wrap=True)
 
 
 def _print_values(
@@ -216,7 +213,7 @@ def _print_table(
 
 def _print_legend(legend: Sequence[str], console: Console) -> None:
     if legend:
-        console.print("; ".join(legend) + ".", style="dim", markup=False, highlight=False)
+        print_lines(console, ["; ".join(legend) + "."], style="dim")
 
 
 def print_evolution(readings: Sequence[Reading], console: Console) -> None:
@@ -275,8 +272,7 @@ def print_against(reading: Reading, known: Reference, console: Console, *, per_h
     lines = [f"0 and 1 are below and above all {unit} of {title}; that is another model, and no fault."]
     if reading.attention:
         lines.append(f"Its attention was measured on {known.facts.get('Text', 'another text')}.")
-    for line in lines:
-        console.print(printable(line), markup=False, highlight=False)
+    print_lines(console, lines)
 
 
 def _flat(reading: Reading, statistic: str) -> Tensor:

@@ -125,12 +125,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["row"])
         writer.writeheader()
-        writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
-
-
-def _plain(value: Any) -> Any:
-    """A cell that a spreadsheet shows and does not compute."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+        for row in rows:
+            # Cells that a spreadsheet shows and does not compute.
+            formulas = {n: f"'{v}" for n, v in row.items() if isinstance(v, str) and v.startswith(FORMULA)}
+            writer.writerow(row | formulas)
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk._printable import print_lines
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.probes.head_classes import HELPERS, KINDS, NUMBERS, HeadThresholds, classify
 from lightning_qk.probes.head_numbers import measure_heads, relative
@@ -216,9 +217,8 @@ class HeadReport:
             table.add_row(*cells)
         console.print(table)
         counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items() if count)
-        console.print(f"{len(self.rows)} heads: {counts}", markup=False, highlight=False)
-        for layer, reason in self.left_out.items():
-            console.print(f"{layer} left out: {reason}", markup=False, highlight=False)
+        left_out = (f"{layer} left out: {reason}" for layer, reason in self.left_out.items())
+        print_lines(console, [f"{len(self.rows)} heads: {counts}", *left_out])
 
 
 def _rows(values: Mapping[str, Mapping[str, Tensor]], limits: HeadThresholds) -> list[HeadRow]:

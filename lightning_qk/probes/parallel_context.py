@@ -16,7 +16,7 @@ from lightning_qk.probes.run import last_tokens, one_sequence, over_tokens, para
 
 # Implementations whose mask is a tensor of four axes.
 _IMPLEMENTATIONS = ("eager", "sdpa")
-# How far outputs of one computation in another order lie apart, by precision.
+# Relative difference of outputs that another order of operations explains, by precision.
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 _SAME_IN_HALF = 5e-2
 

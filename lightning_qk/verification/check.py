@@ -115,7 +115,7 @@ class SelfCheck:
             return
         self._is_compiled = is_compiled(self._model)
         if self._is_compiled:
-            return  # a graph that is traced while somebody listens would be traced once more afterwards
+            return  # hooks would cause one more compilation of the graph
         for name, module in self._sites.items():
             if any(would_notice(part) for part in module.modules()):
                 continue  # its capture knows what enters it, or nothing is known
@@ -373,7 +373,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same order, by where they lie."""
+    """Whether two tensors share storage, offset, shape and strides."""
     if one is other:
         return True
     return (
@@ -393,7 +393,7 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
 
 
 def _is_all_that_is_added(site: AttentionLayer, name: str, ways: Sequence[Trial]) -> bool:
-    """Whether running a layer tells its queries and keys once one of its parameters is zero."""
+    """Whether a run of the layer finds queries and keys once this parameter is zero."""
     copy = shadow(site.module)
     parameter = copy._parameters.pop(name)
     assert parameter is not None  # it was listed
@@ -443,7 +443,7 @@ def _wrong_scaling(read: float, call: CapturedCall, match: Match) -> str | None:
 
 
 def summary(verdicts: Mapping[str, Verified], shorten: Callable[[Sequence[str]], str]) -> list[str]:
-    """What to say of a check: how many layers are verified, and of the others which and why.
+    """Sentences on a check: how many layers are verified, and of the others which and why.
 
     Args:
         verdicts: qualified layer name → what was found.

@@ -108,7 +108,7 @@ class Acting(Callback):
         if not is_healthy:
             self._healthy.doubt(trainer)
             return
-        self._confirm(trainer)
+        self._with_files(lambda: self._healthy.confirm(trainer))
         last = self._healthy.step
         if (
             self.checkpoint_every > 0
@@ -118,15 +118,11 @@ class Acting(Callback):
             self._save(trainer, step)
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        """A full disk is no reason to end a run."""
         if not self._cannot_save:
             self._with_files(lambda: self._healthy.save(trainer, step))
 
-    def _confirm(self, trainer: Trainer, at_once: bool = False) -> None:
-        self._with_files(lambda: self._healthy.confirm(trainer, at_once=at_once))
-
     def _with_files(self, action: Callable[[], object]) -> None:
-        """What fails here fails on all ranks."""
+        """What fails here fails on all ranks; a full disk is no reason to end a run."""
         try:
             action()
         except Exception as error:

@@ -6,6 +6,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -107,7 +108,7 @@ class HealthyCheckpoint:
         return None if before is None or self._current is not None else before.step
 
     def _look(self) -> tuple[Identity | None, Identity | None]:
-        """The two where they are now. A candidate goes on to be one in any case: what follows decides about it."""
+        """Both with their present paths. A candidate stays one even if its file is not found."""
         current = self._current and self._found(self._current)
         return current, self._candidate and (self._found(self._candidate) or self._candidate)
 
@@ -203,7 +204,7 @@ class HealthyCheckpoint:
         return replace(found, path=str(path))
 
     def _make_room(self, path: Path) -> None:
-        """Set the one before aside where a checkpoint refers to it; remove a folder that stands in the way."""
+        """Keep the replaced checkpoint if a checkpoint of the run refers to it; remove a folder at its path."""
         before = self._current
         if self.keeps_replaced and before is not None and before.key in self._referred:
             if before.path == str(path) and path.exists():
@@ -312,7 +313,7 @@ class HealthyCheckpoint:
 
 
 def holds(path: Path, mark: str) -> bool:
-    """Whether a checkpoint says of itself that it is the one that is meant. Nothing in it is run.
+    """Whether a checkpoint holds an identity's mark. Nothing in it is executed.
 
     Args:
         path: a file, or the folder of a sharded checkpoint.
@@ -370,22 +371,19 @@ def _check(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         raise ValueError("the optimizers have other parameters than at that step")
 
 
-class _at_once:
+@contextmanager
+def _at_once(trainer: Trainer) -> Iterator[None]:
     """The file is whole when saving returns, also under a plugin that writes in a thread."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._strategy = trainer.strategy
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        own = getattr(self._strategy, "checkpoint_io", None)
-        inner = getattr(own, "checkpoint_io", None)
-        if inner is not None and any(kind.__name__ == "AsyncCheckpointIO" for kind in type(own).__mro__):
-            self._before, self._strategy.checkpoint_io = own, inner
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            self._strategy.checkpoint_io = self._before
+    own: Any = getattr(trainer.strategy, "checkpoint_io", None)
+    inner = getattr(own, "checkpoint_io", None)
+    if inner is None or not any(kind.__name__ == "AsyncCheckpointIO" for kind in type(own).__mro__):
+        yield
+        return
+    trainer.strategy.checkpoint_io = inner
+    try:
+        yield
+    finally:
+        trainer.strategy.checkpoint_io = own
 
 
 def _failed(error: Exception | None) -> FailedTogether:

@@ -68,7 +68,7 @@ class StepLosses:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a checkpoint's run."""
+        """Restore the losses of a checkpoint."""
         self._losses = [torch.tensor(float(loss)) for loss in state.get("losses", ())]
         self._micro = [torch.tensor(float(loss)) for loss in state.get("micro", ())]
 

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._ranks import total
 from lightning_qk.callbacks._trainer import logging_step, say, stepped_parameters
 from lightning_qk.callbacks.monitors import AttentionMonitor, Monitor, QKSpectrumMonitor
 from lightning_qk.capture.hooks import generate
@@ -23,6 +22,7 @@ ATTENTION = ("entropy_normalized", "logit_std", "max_abs_logit")
 SPECTRUM = ("sym_var", "frobenius_sq")
 UPDATES = ("update_delta2_norm", "update_delta2_stable_rank")
 COSINE = "hidden/cosine"
+_TOKENS = 64
 _M = TypeVar("_M", bound=Monitor)
 
 
@@ -125,16 +125,14 @@ class HiddenCosine:
     Forwards without gradients, and those within transformers' ``generate``, do not count. Rank collapse drives it
     to 1. With unit vectors u of T tokens it is ``(‖Σ u‖² − T) / (T² − T)``, at a cost
     linear in T. Tokens are those that the batch's own ``attention_mask`` of shape ``(batch, T)`` keeps; without
-    one, all of them.
+    one, all of them. Of each sequence 64 at most are taken, evenly spaced.
 
     Args:
         model: any module with attention layers.
-        tokens: of each sequence, at most so many are taken, evenly spaced.
     """
 
-    def __init__(self, model: nn.Module, tokens: int = 64) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.modules = find_attention(model)
-        self.tokens = tokens
         self._model = model
         self._sums: dict[str, Tensor] = {}
         self._give_back: list[Callable[[], None]] = []
@@ -179,7 +177,7 @@ class HiddenCosine:
 
     def _cosines(self, hidden: Tensor) -> Tensor:
         """Sum over sequences of their mean cosines, and how many sequences."""
-        stride = -(-hidden.shape[1] // self.tokens)
+        stride = -(-hidden.shape[1] // _TOKENS)
         unit = nn.functional.normalize(hidden[:, ::stride].float(), dim=-1)
         if self._keep is not None and self._keep.shape == hidden.shape[:2]:
             unit = unit * (self._keep[:, ::stride] != 0).float().unsqueeze(-1)
@@ -203,11 +201,6 @@ class HiddenCosine:
         if not self.modules:
             return torch.zeros(0, 2, device=device)
         return torch.stack([sums.get(name, torch.zeros(2)).to(device) for name in self.modules])
-
-    def compute(self, trainer: Trainer, device: torch.device) -> Tensor:
-        """Means of all layers since the last call, over ranks, ``(layers,)``; a collective call."""
-        sums = total(trainer, self.take(device))
-        return (sums[:, 0] / sums[:, 1]).float().cpu()
 
 
 class ReadingSource:
@@ -313,7 +306,7 @@ class ReadingSource:
             monitor._is_due = False
 
     def is_ready(self, step: int) -> bool:
-        """Whether the trainer's monitors have measured a step: a guard may stand before them."""
+        """Whether the trainer's monitors have measured a step; the guard may be called before them."""
         return all(
             monitor is None or not monitor.history.layers or monitor.history.steps[-1:] == [step]
             for monitor in (self.attention, self.spectrum)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -209,7 +210,7 @@ class CollapseGuard(Acting):
             self._try(lambda: self._attach_rate(trainer), "learning rates cannot be multiplied")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
+        """Save the state that training starts with, to roll back to; resume a remedy that was awake."""
         updated, state = self._watch.updated, self._updates_state
         if updated is not None and state is not None:
             self._try(lambda: updated.recall(state), "the update since the last reading is not known")
@@ -221,7 +222,7 @@ class CollapseGuard(Acting):
             )
         if self.rollback and self._healthy.step is None and self.rolled_back_to is None:
             self._save(trainer, logging_step(trainer) - 1)
-            self._confirm(trainer, at_once=True)
+            self._with_files(lambda: self._healthy.confirm(trainer, at_once=True))
         self._remedy.call("on_train_start", trainer, pl_module)
         self._remedy.agree(trainer, pl_module)
 
@@ -310,7 +311,7 @@ class CollapseGuard(Acting):
         return {
             "detector": self.detector.state_dict(),
             "account": self.event_log.state_dict(),
-            "verdicts": [verdict.state_dict() for verdict in self.verdicts],
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "rolled_back_to": self.rolled_back_to,
             "remedy": self._remedy.state_dict(),
             "rate": self._rate.state_dict(),
@@ -337,7 +338,7 @@ class CollapseGuard(Acting):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what a checkpoint's run had seen."""
         self.detector.load_state_dict(state_dict["detector"])
-        self.verdicts = [Verdict.from_state_dict(state) for state in state_dict["verdicts"]]
+        self.verdicts = [Verdict(**state) for state in state_dict["verdicts"]]
         self.event_log.load_state_dict(state_dict.get("account", {}))
         write_events(self.running()[0], self.event_log.kept)
         self.rolled_back_to = state_dict["rolled_back_to"]
@@ -399,7 +400,7 @@ class CollapseGuard(Acting):
         is_last_call: bool = False,
         has_ended: bool = False,
     ) -> None:
-        """What to make of the reading that waits, if one does, on rank zero for all; a collective call.
+        """Judge the pending reading, if there is one, on rank zero for all ranks (collective).
 
         Args:
             trainer: the trainer.
