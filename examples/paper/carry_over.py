@@ -51,7 +51,7 @@ SWEPT_IN: dict[str, tuple[str, ...]] = {
     "variance": ("rough", "llama", "paper"),
 }
 
-RATES = [1e-1, 3e-1, 1.0]
+RATES = [1e-1, 3e-1, 5e-1, 1.0]
 RATED = ("llama", "gpt_post", "gpt_pre")
 """Learning rates, tried on one seed in these settings; their own rates are lower."""
 TRAINS = 0.25
