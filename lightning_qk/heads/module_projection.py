@@ -47,13 +47,13 @@ def projection_of(module: nn.Module, name: str) -> Projection:
     """
     # torch.compile wraps the module.
     module = module._modules.get("_orig_mod") or module
-    for tensor in (*module.parameters(), *module.buffers()):
-        check_access(tensor, f"its projection {name!r}")
     try:
         return _linear(module, name)
     except InaccessibleWeights:
         raise
     except UnreadLayer as plain:
+        for tensor in (*module.parameters(), *module.buffers()):
+            check_access(tensor, f"its projection {name!r}")
         try:
             matrix = ModuleMatrix(module, name)
         except InaccessibleWeights:
