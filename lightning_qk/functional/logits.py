@@ -20,7 +20,7 @@ from lightning_qk.functional.chunks import (
     evaluate_mask,
     take_rows,
 )
-from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.precision import at_least_float32, is_readable
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -423,7 +423,7 @@ class ProductLogits(AttentionLogits):
             return source
         size = _size(source)
         fits = fits_range(size, source.key.dtype)
-        if source.device.type == "cpu":
+        if is_readable(source.key):
             if bool(fits.all()):
                 return source
             source = source.replace(key=source.key.double())
@@ -518,7 +518,7 @@ class GivenLogits(AttentionLogits):
             return self
         # What is far below is hidden, and relative logits are 0 at most.
         fits = fits_range(self.largest.float().clamp_min(0), torch.float32)
-        if self.device.type == "cpu":
+        if is_readable(self.largest):
             return self if bool(fits.all()) else self.replace(wide=True)
         return self.replace(fits=fits)
 

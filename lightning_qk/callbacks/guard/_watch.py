@@ -42,16 +42,26 @@ class _Quiet(Monitor):
         self._steps_measured = 1
         self.find_layers(trainer, pl_module)
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure, with no other monitor."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        self.measure_due_alone(trainer, pl_module)
+
+    def remember_step(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """Remember the newest values alone."""
         self.history = History(self.history.layers, self.history.heads, max_points=2)
         self.history.append(logging_step(trainer), values)
 
-    def share(self, *args: Any, **kwargs: Any) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """Nothing is logged."""
+        self.after_measuring(trainer)
 
-    def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """There are no aggregates."""
+    def gaps(self, part: Any) -> dict[str, Tensor]:
+        """There are no values besides."""
+        return {}
+
+    def filled(self, part: Any, values: dict[str, Tensor]) -> None:
+        """There are none."""
 
     def after_measuring(self, trainer: Trainer) -> None:
         """No eigenproblem is solved."""
@@ -89,10 +99,10 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
             self.attempt(lambda: self._solve_updates(self.step_of(trainer)), "solving eigenproblems")
 
     def _solve_updates(self, step: int) -> None:
-        if self._layers is None or self._layers.singular is None:
+        if self.weight_layers is None or self.weight_layers.singular is None:
             return
-        spectra, _ = solve_each([part for part in self._cores if part.names[0].startswith(UPDATE_FORMS)])
-        self.history.complete(step, self._layers.singular.values(step, spectra))
+        spectra, _ = solve_each([part for part in self.cores if part.names[0].startswith(UPDATE_FORMS)])
+        self.history.complete(step, self.weight_layers.singular.values(step, spectra))
 
     def recall(self, state: dict[str, Any] | None) -> None:
         """Take up what the next update is against, of a checkpoint; collective where weights are sharded."""
@@ -101,9 +111,9 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
 
     def forget_weights(self) -> None:
         """Weights were put back: the next difference is not an update of training."""
-        if self._layers is not None and self._layers.singular is not None:
-            self._layers.singular.forget()
-            self._step_of_weights = None
+        if self.weight_layers is not None and self.weight_layers.singular is not None:
+            self.weight_layers.singular.forget()
+            self.step_of_weights = None
 
     def contribute(self, record: RunRecord) -> None:
         """Nothing is left to report."""
