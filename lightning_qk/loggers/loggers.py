@@ -120,19 +120,14 @@ def log_histogram(trainer: "Trainer", key: str, values: "ArrayLike", step: int) 
 
     def send(logger: "Logger") -> None:
         kind = _kind(logger)
-        if kind == "wandb":
-            import wandb
-
-            logger.log_metrics({key: wandb.Histogram(np_histogram=_binned(finite))}, step=step)  # type: ignore[dict-item]
+        if kind in ("wandb", "trackio"):
+            histogram = importlib.import_module(kind).Histogram(np_histogram=_binned(finite))
+            logger.log_metrics({key: histogram}, step=step)
         elif kind == "tensorboard":
             logger.experiment.add_histogram(key, finite, step)  # type: ignore[attr-defined]
         elif kind == "comet":
             name = _comet_name(logger, key)
             logger.experiment.log_histogram_3d(finite, name=name, step=step)  # type: ignore[attr-defined]
-        elif kind == "trackio":
-            import trackio
-
-            logger.log_metrics({key: trackio.Histogram(np_histogram=_binned(finite))}, step=step)
 
     _to_each(trainer, key, send)
 
