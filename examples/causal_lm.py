@@ -30,9 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="text files, or a name on the hub")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, words, a folder, or a name on the hub")
-    parser.add_argument(
-        "--locater", type=float, default=1.0, help="the weight of the penalty on large logits; 0: none"
-    )
+    parser.add_argument("--locater", type=float, default=1.0, help="weight of the penalty; 0: none")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/causal_lm")
     options = parser.parse_args()

@@ -37,9 +37,7 @@ def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument(
-        "--locater", type=float, default=1.0, help="the weight of the penalty on large logits; 0: none"
-    )
+    parser.add_argument("--locater", type=float, default=1.0, help="weight of the penalty; 0: none")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", default="runs/vit_digits")
     options = parser.parse_args()
