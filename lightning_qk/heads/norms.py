@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import Stop, Through, device_of, quietly, run_alone, shadow
+from lightning_qk.architecture.dry_run import (
+    Stop,
+    Through,
+    device_of,
+    quietly,
+    run_alone,
+    shadow,
+    weight_hooks,
+)
 from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
 from lightning_qk.heads.sharding import alive, is_dtensor, whole
 
@@ -47,12 +55,14 @@ class NormPlan(NamedTuple):
         shape: of one input, normalized over its last dimension.
         centered: it removes the mean.
         shifted: it adds an offset.
+        added: the gain is the norm's only parameter plus this number; None where that takes a run.
     """
 
     norm: "weakref.ref[nn.Module]"
     shape: tuple[int, ...]
     centered: bool
     shifted: bool
+    added: float | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -70,6 +80,9 @@ class NormPlan(NamedTuple):
             gain = torch.ones(self.shape, device=device_of(norm)) if weight is None else weight
             offset = None if bias is None else bias.expand(self.shape)
             return Norm(gain.expand(self.shape), offset, centered=True)
+        if self.added is not None and (stored := _only_parameter(norm, self.shape)) is not None:
+            gain = _wide(whole(stored))
+            return Norm((gain + self.added if self.added else gain).expand(self.shape), None, self.centered)
         signs = _signs(norm, self.shape)
         odd, offset = _odd_and_even(shadow(norm, convert=whole), signs)
         gain = odd / _normalize(_wide(signs), self.centered)
@@ -111,8 +124,36 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
             scale = float(want.abs().max())
             if scale > 0 and float((_wide(seen) - want).abs().max()) <= tolerance * scale:
                 is_shifted = bool(offset.abs().max() > 0)
-                return NormPlan(weakref.ref(norm), shape, centered=centered, shifted=is_shifted)
+                added = None if is_shifted else _added_to_stored(norm, shape, centered)
+                return NormPlan(weakref.ref(norm), shape, centered=centered, shifted=is_shifted, added=added)
     return None
+
+
+def _only_parameter(norm: nn.Module, shape: tuple[int, ...]) -> Tensor | None:
+    """The one tensor that a norm has, in the shape of a gain; None where it has others, or makes it of others."""
+    own = [parameter for parameter in norm._parameters.values() if parameter is not None]
+    if len(own) != 1 or norm._buffers or norm._modules or weight_hooks(norm):
+        return None
+    return own[0] if tuple(own[0].shape) in (shape, shape[-1:]) else None
+
+
+def _added_to_stored(norm: nn.Module, shape: tuple[int, ...], centered: bool) -> float | None:
+    """0 where a norm's gain is its parameter, 1 where it is one more, by a run on other numbers; else None."""
+    stored = _only_parameter(norm, shape)
+    if stored is None:
+        return None
+    size = math.prod(stored.shape)
+    numbers = (0.25 + torch.arange(size, device=device_of(norm)) / max(size, 1)).view(stored.shape)
+    # As stored in half precision, a run would round it and hide what it is.
+    run = shadow(norm, convert=lambda own: numbers if own is stored else own)
+    signs = _signs(norm, shape).float()
+    try:
+        gain = _odd_and_even(run, signs)[0] / _normalize(signs, centered)
+    except Exception:
+        return None
+    if gain.shape != shape:
+        return None
+    return next((added for added in (0.0, 1.0) if torch.allclose(gain, numbers + added, rtol=1e-4)), None)
 
 
 def _is_stored(norm: nn.Module, shape: tuple[int, ...]) -> bool:

@@ -57,14 +57,14 @@ _taps: dict[tuple[Any, str], Callable[..., Any]] = {}
 
 def _tap(function: Any, implementation: str | None) -> Any:
     """The function, tapped while a capture is enabled; one object for one function."""
-    if not STATE.capturing:
-        return function
     name = implementation or "eager"  # transformers takes None for the model's own function
     if torch.compiler.is_dynamo_compiling():
+        if not compiled.is_read(STATE):
+            return function
         if isinstance(function, functools.partial) and function.func is _traced:
             return function  # one look-up uses the other
         return functools.partial(_traced, function, name)
-    if not callable(function) or getattr(function, "_lightning_qk_tap", False):
+    if not STATE.capturing or not callable(function) or getattr(function, "_lightning_qk_tap", False):
         return function
     known = _taps.get((function, name))
     if known is not None:
