@@ -305,7 +305,7 @@ def _reordered(vectors: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _agree(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None, rotary: Rotary) -> Tensor:
-    """Boolean: are rotated coordinates ``(1, heads, n, d_head)`` along the projections of tokens ``(n, width)``?"""
+    """Boolean: are rotated coordinates ``(1, heads, n, d_head)`` along projections of tokens ``(n, width)``?"""
     part = slice(rotary.start, rotary.start + 2 * rotary.inv_freq.numel())
     want = torch.einsum("td,hed->hte", x.float(), weight.detach().float())
     if bias is not None:
