@@ -139,8 +139,13 @@ def step_time(steps: int = 41) -> list[Result]:
 
 
 def locater_time(steps: int = 7) -> list[Result]:
-    """A training step with LocAteR's two spectra over one without, by turns in one process."""
-    variants = {"none": [], "identity": [LocAteR(0.01)], "tokens": [ClockedInputs(0.01, sigma="tokens")]}
+    """A training step with LocAteR, over weights and over tokens, over one without, by turns in one process."""
+    variants = {
+        "none": [],
+        "identity": [LocAteR(0.01)],
+        "tokens": [ClockedInputs(0.01, sigma="tokens")],
+        "limit": [ClockedInputs()],
+    }
     seconds, hooks = in_turns(variants, steps, gpt2())
     return [
         Result(
@@ -154,6 +159,7 @@ def locater_time(steps: int = 7) -> list[Result]:
         for name, title, bar in (
             ("identity", "spectrum of the weights", 1.02),
             ("tokens", "token-aware spectrum, 512 tokens a step", 1.05),
+            ("limit", "limit form, as by default", 1.05),
         )
     ]
 

@@ -114,7 +114,8 @@ class AttentionCapture(Capture):
 
     Use :meth:`install` once the network is built, :attr:`enabled` to switch, and :meth:`remove` when done.
     Several captures can be installed at once, in any order, also from several threads. Models of torch.compile
-    are captured whenever they were compiled; each of their graphs has two versions, one that captures.
+    are captured whenever they were compiled; one graph serves steps that are captured and those that are not,
+    but with CUDA graphs, of which there are two.
 
     Args:
         names: the attention modules, and the name of each.
@@ -151,7 +152,7 @@ class AttentionCapture(Capture):
         self._names = {id(module): name for module, name in names.items()}
         self._modules = list(names)  # keeps the ids valid
         self._listener = listener
-        self._eager = eager
+        self.eager = eager
         self.operands = operands
         self._implementations: dict[str, str] = {}
         self._unreadable: dict[str, str] = {}
@@ -165,7 +166,7 @@ class AttentionCapture(Capture):
         registry.discard(self)
 
     def _install(self, undo: list[Callable[[], None]]) -> None:
-        if not self._eager:
+        if not self.eager:
             compiled.drop_graphs(self._model)
         multihead = [module for module in self._modules if isinstance(module, nn.MultiheadAttention)]
         others = [

@@ -32,10 +32,11 @@ _library.define(
 
 
 class _State:
-    """Read by every hook, and guarded by compiled graphs."""
+    """Read by every hook: whether a capture is enabled, and whether one is installed, which graphs guard."""
 
     def __init__(self) -> None:
         self.capturing = False
+        self.traced = False
 
 
 STATE = _State()
@@ -104,6 +105,7 @@ class HiddenCapture(Capture):
         self._entered.clear()
         with registry.lock:
             STATE.capturing = any(capture.enabled for capture in _captures)
+            STATE.traced = bool(_captures)
 
     def _install(self, undo: list[Callable[[], None]]) -> None:
         global _captures
@@ -121,6 +123,7 @@ class HiddenCapture(Capture):
     def _discard(self) -> None:
         global _captures
         _captures = tuple(other for other in _captures if other is not self)
+        self._switched()
 
     def receive(self, module: nn.Module, kind: str, tensor: Tensor | None) -> None:
         """Take what one hook hands on."""
@@ -222,13 +225,20 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
         return ()
 
 
+def _is_wanted() -> bool:
+    """Whether a hook hands anything on; in a graph, whether it does on some steps. Traced."""
+    if torch.compiler.is_dynamo_compiling():
+        return compiled.is_read(STATE)
+    return STATE.capturing
+
+
 def _after_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if STATE.capturing:
+    if _is_wanted():
         _hand_on(module, OUTPUT, _first_states(output))
 
 
 def _before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if STATE.capturing:
+    if _is_wanted():
         given = kwargs.get("hidden_states")
         if given is None:
             given = _first_states(args)
@@ -240,7 +250,7 @@ def _before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _before_model(
     names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    if STATE.capturing:
+    if _is_wanted():
         tokens = None
         for name in ("input_ids", "inputs_embeds"):
             value = _argument(name, names, args, kwargs)
@@ -286,7 +296,7 @@ def _hand_on(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
 
 @torch.compiler.disable
 def _deliver(module: nn.Module, kind: str, tensor: Tensor | None) -> None:
-    if is_recomputation():
+    if not STATE.capturing or is_recomputation():
         return
     with torch.no_grad():
         for capture in _captures:
@@ -300,4 +310,4 @@ def _emit(order: Tensor, module: Tensor | None, kind: str, tensor: Tensor | None
         _deliver(owner, kind, tensor)
 
 
-compiled.implement(_library, "hidden", _emit)
+compiled.implement(_library, "hidden", _emit, STATE)

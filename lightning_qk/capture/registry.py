@@ -26,6 +26,7 @@ class _Capture(Protocol):
     """An :class:`~lightning_qk.capture.AttentionCapture`."""
 
     enabled: bool
+    eager: bool
     operands: bool
 
     def wants(self, module: nn.Module) -> bool: ...
@@ -50,10 +51,11 @@ class _Interceptor(Protocol):
 
 
 class _State:
-    """Read by every hook, and guarded by compiled graphs, which have one version for each combination.
+    """Read by every hook, and all but ``capturing`` guarded by compiled graphs.
 
     Attributes:
         capturing: some installed capture is enabled.
+        traced: some installed capture reads graphs, enabled or not.
         sdpa: some installed capture has patched scaled_dot_product_attention itself.
         operands: some enabled capture wants the queries and keys of softmaxes that layers compute themselves.
         intercepting: some interceptor is installed.
@@ -61,6 +63,7 @@ class _State:
 
     def __init__(self) -> None:
         self.capturing = False
+        self.traced = False
         self.sdpa = False
         self.operands = False
         self.intercepting = False
@@ -104,6 +107,7 @@ def refresh() -> None:
     with lock:
         enabled = [capture for capture in _captures if capture.enabled]
         STATE.capturing = bool(enabled)
+        STATE.traced = not all(capture.eager for capture in _captures)
         STATE.operands = any(capture.operands for capture in enabled)
 
 

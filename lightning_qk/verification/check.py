@@ -17,16 +17,20 @@ from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.hooks.compiled import is_compiled
 from lightning_qk.capture.hooks.modules import hook_after, hook_before, would_notice
-from lightning_qk.heads.facts import Finding, Side, settle
-from lightning_qk.heads.inferred_layout import Call, find_rows
+from lightning_qk.heads.facts import Finding, settle
+from lightning_qk.heads.inferred_layout import find_rows
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.layouts import fitting_layouts
+from lightning_qk.heads.projection import Side
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.heads.trials import Trial, recorded_trials
 from lightning_qk.verification.compare import Added, Match, beyond, compare
 from lightning_qk.verification.vectors import tolerance
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a layer's forward, by position and by name."""
 
 # Tensors that are kept of one call of a layer.
 _MOST = 48
@@ -395,7 +399,7 @@ def _is_all_that_is_added(site: AttentionLayer, name: str, ways: Sequence[Trial]
     assert parameter is not None  # it was listed
     copy.__dict__[name] = torch.zeros_like(parameter, requires_grad=False)
     try:
-        find_rows(copy, site.config, ways=ways)
+        find_rows(site._replace(module=copy), ways)
     except UnreadLayer:
         return False
     return True

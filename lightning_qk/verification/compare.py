@@ -166,10 +166,17 @@ def compare(
             _Side(read.query, read.query_bias, added[0], tokens[0], received[0]),
             _Side(read.key, read.key_bias, added[1], tokens[1], received[1]),
         )
-        best = _direct(read, sides)
-        if best.error <= tolerance(query.dtype) or read.position == NONE:
+        good = tolerance(query.dtype)
+        # What costs little and explains nearly all layers comes first: searches through sets of tokens take long.
+        best = _direct(read, sides, ways=("",))
+        if best.error <= good:
             return best
-        found = _rotated(read, sides)
+        found = None if read.position == NONE else _rotated(read, sides)
+        if found is not None and found.error <= good:
+            return found
+        best = _direct(read, sides)
+        if best.error <= good:
+            return best
         return found if found is not None and found.error < best.error else best
 
 
@@ -233,22 +240,26 @@ def _by_token(vectors: Tensor, heads: Sequence[int], d_head: int) -> Iterator[Te
                     yield vectors.unflatten(axis, shape).movedim(own, -2).reshape(-1, count, d_head)
 
 
-def _direct(read: HeadProjections, sides: tuple[_Side, _Side]) -> Match:
-    """Each side on its own, where nothing turns its vectors."""
+_WAYS = ("", "tokens", "heads")
+
+
+def _direct(read: HeadProjections, sides: tuple[_Side, _Side], ways: Sequence[str] = _WAYS) -> Match:
+    """Each side on its own, where nothing turns its vectors; ``ways`` as ``searched`` of :func:`_pair`."""
     (first, by, place), (second, other, origin) = (
-        min(_explained(read, side), key=lambda one: one[0]) if side.tokens else (0.0, None, -1)
+        min(_explained(read, side, ways), key=lambda one: one[0]) if side.tokens else (0.0, None, -1)
         for side in sides
     )
     factor = None if by is None or other is None else by * other
     return Match(first, second, factor, (place, origin))
 
 
-def _explained(read: HeadProjections, side: _Side) -> Iterator[tuple[float, float | None, int]]:
+def _explained(
+    read: HeadProjections, side: _Side, ways: Sequence[str]
+) -> Iterator[tuple[float, float | None, int]]:
     """Error, factor and input of every way to explain one side; stops at the first good one."""
     good = tolerance(side.received[0].dtype)
     measure = Along(read, side.added.offset) if read.qk_norm else Equal()
-    ways = itertools.product(("", "tokens", "heads"), side.tokens, side.received)
-    for searched, form, got in ways:
+    for searched, form, got in itertools.product(ways, side.tokens, side.received):
         found = _pair(side, form.values, got, measure, searched=searched)
         if found is None:
             continue

@@ -93,17 +93,18 @@ def likely_factors(want: Tensor, got: Tensor) -> list[float]:
 
 def nearest(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
     """Some members of the smaller set, each with the nearest one of the larger."""
-    from_received = len(got) <= len(want)
-    smaller, larger = (got, want) if from_received else (want, got)
-    some = smaller[chosen(len(smaller), smaller.device)]
-    found = larger[torch.cdist(some.flatten(1), larger.flatten(1)).argmin(1)]
-    return (found, some) if from_received else (some, found)
+    one, other = nearest_of_heads(want.flatten(1)[:, None], got.flatten(1)[:, None])
+    return one.reshape(-1, *want.shape[1:]), other.reshape(-1, *got.shape[1:])
 
 
 def nearest_of_heads(want: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`nearest`, for each head by itself."""
-    pairs = [nearest(want[:, head, None], got[:, head, None]) for head in range(got.shape[1])]
-    return torch.cat([one for one, _ in pairs], dim=1), torch.cat([other for _, other in pairs], dim=1)
+    from_received = len(got) <= len(want)
+    smaller, larger = (got, want) if from_received else (want, got)
+    some, larger = smaller[chosen(len(smaller), smaller.device)], larger.transpose(0, 1)
+    place = torch.cdist(some.transpose(0, 1), larger).argmin(2)
+    found = larger.gather(1, place[..., None].expand(-1, -1, larger.shape[2])).transpose(0, 1)
+    return (found, some) if from_received else (some, found)
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, LocAteR, QKSpectrumMonitor
 from lightning_qk.functional import precision
@@ -75,6 +84,34 @@ def _gpt2(layers: int) -> nn.Module:
     )
 
 
+_SMALL = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32, "max_position_embeddings": 64}
+
+
+def _mla(layers: int) -> nn.Module:
+    """Queries and keys are compressed, with norms within."""
+    config = DeepseekV3Config(
+        **_SMALL,
+        num_hidden_layers=layers,
+        first_k_dense_replace=layers,  # no experts
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    return DeepseekV3ForCausalLM(config)
+
+
+def _with_norms(layers: int) -> nn.Module:
+    """Norms of queries and keys."""
+    config = Qwen3Config(
+        **_SMALL, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    return Qwen3ForCausalLM(config)
+
+
 def _steps(
     network: nn.Module, callbacks: list[Callback], monkeypatch: pytest.MonkeyPatch, logged: int = 1
 ) -> list[Counter[str]]:
@@ -121,7 +158,9 @@ def _monitors(every: int) -> list[Callback]:
     return [kind(every, report=False) for kind in kinds]
 
 
-@pytest.mark.parametrize("make", [_llama, _gpt2])
+@pytest.mark.parametrize(
+    "make", [_llama, _gpt2, *(pytest.param(make, marks=pytest.mark.slow) for make in (_mla, _with_norms))]
+)
 def test_a_measured_step(make: Any, monkeypatch: pytest.MonkeyPatch, as_on_an_accelerator: None) -> None:
     added = {}
     for layers in (12, 24):

@@ -1,9 +1,10 @@
 """Attention calls inside graphs of torch.compile: operators that hand tensors out of the graph.
 
-Whether calls are captured is a guard, so that a compiled model has one graph that captures and one that does
-not. The former calls operators that claim to change a small tensor, which keeps them, and their order, through
-functionalization, dead-code elimination and checkpointing. A tensor in an attribute of the module, an input of the
-graph, identifies the layer: layers that share one compiled graph keep sharing it.
+A graph calls operators that claim to change a small tensor, which keeps them, and their order, through
+functionalization, dead-code elimination and checkpointing. They look at a flag, so that one graph serves steps
+that are captured and those that are not. Only CUDA graphs, which are replayed without them, have two versions:
+whether calls are captured is a guard there. A tensor in an attribute of the module, an input of the graph,
+identifies the layer: layers that share one compiled graph keep sharing it.
 
 In the graph, :func:`emit` flattens a call into a string, tensors and numbers; outside, it is put together again.
 """
@@ -14,7 +15,8 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from lightning_qk.capture import registry
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError, is_recomputation, read_call
 from lightning_qk.capture.captured import Arguments, FunctionCall
+from lightning_qk.capture.hooks.modules import untraced
 
 _HANDLE = "_lightning_qk_handle"
 
@@ -104,22 +107,64 @@ class Source(NamedTuple):
     Attributes:
         function: as a capture gets it; None where the arguments mean what the implementation's name says.
         implementation: its name.
+        read: makes the call of the module and the arguments; None where the function says what they mean.
     """
 
     function: Callable[..., Any] | None
     implementation: str
+    read: Callable[..., FunctionCall] | None = None
 
 
 _sources: list[Source] = []
 
 
-def source_number(function: Callable[..., Any] | None, implementation: str) -> int:
+def source_number(
+    function: Callable[..., Any] | None,
+    implementation: str,
+    read: Callable[..., FunctionCall] | None = None,
+) -> int:
     """The number of a :class:`Source` in graphs."""
-    source = Source(function, implementation)
+    source = Source(function, implementation, read)
     with _lock:
         if source not in _sources:
             _sources.append(source)
         return _sources.index(source)
+
+
+class Captures(Protocol):
+    """What the hooks read: whether a capture is enabled, and whether one is installed that reads graphs."""
+
+    capturing: bool
+    traced: bool
+
+
+def is_read(state: Captures) -> bool:
+    """Whether a graph that is traced now gets operators. Traced, and guarded by what it looks at."""
+    return state.capturing if _is_replayed() else state.traced
+
+
+@torch.compiler.assume_constant_result
+def _is_replayed() -> bool:
+    """Whether the graph that is traced now becomes a CUDA graph, as far as its backend can be asked."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._inductor import config
+
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+        while not hasattr(backend, "config"):
+            if getattr(backend, "__name__", "").startswith("cudagraphs"):
+                return True
+            # In what torch.compile and dynamo wrap it into, and in DDP's splitting.
+            backend = (
+                getattr(backend, "_torchdynamo_orig_backend", None)
+                or getattr(backend, "compiler_fn", None)
+                or getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)
+            )
+            if backend is None:
+                return bool(config.triton.cudagraphs)
+        return bool(backend.config.get("triton.cudagraphs", config.triton.cudagraphs))
+    except Exception:
+        return True  # unknown in this version of torch
 
 
 def identity(module: nn.Module) -> Tensor | None:
@@ -161,6 +206,10 @@ def emit(module: Tensor | None, number: int, args: Iterable[Any], kwargs: Mappin
             ints.append(value)
         elif name == "" or name == "attention_mask":
             form += f";{name}=x"
+    if tensors and torch.is_autocast_enabled(tensors[0].device.type):
+        # The operators run without it.
+        device = tensors[0].device.type
+        form = f"{device} {str(torch.get_autocast_dtype(device)).removeprefix('torch.')} {form}"
     torch.ops.lightning_qk.call(ORDER, module, form, tensors, floats, ints)
 
 
@@ -216,7 +265,7 @@ def _enter(order: Tensor, module: Tensor | None) -> None:
 
 @torch.compiler.disable
 def _leave(order: Tensor) -> None:
-    if not is_recomputation() and _stack.numbers:
+    if _stack.numbers and not is_recomputation():
         _stack.numbers.pop()
 
 
@@ -242,7 +291,8 @@ def _read(
 ) -> FunctionCall:
     if form.startswith("!"):
         raise UnsupportedCallError(form[1:])
-    number, *words = form.split(";")
+    head, *words = form.split(";")
+    *precision, number = head.split()
     source = _sources[int(number)]
     values = {"t": iter(tensors), "f": iter(floats), "i": iter(ints)}
     constants = {"N": None, "T": True, "F": False}
@@ -260,6 +310,9 @@ def _read(
             kwargs[name] = value
         else:
             args.append(value)
+    if source.read is not None:
+        with torch.autocast(precision[0], getattr(torch, precision[1])) if precision else nullcontext():
+            return source.read(*args, **kwargs)
     if source.function is None:
         _, query, key, value, mask = args
         return FunctionCall(AttentionCall(module, query, key, value, mask, source.implementation, kwargs))
@@ -275,16 +328,31 @@ def _nothing(*args: Any) -> None:
     """What the operators do to tensors that have no data."""
 
 
-def implement(library: torch.library.Library, name: str, function: Callable[..., None]) -> None:
-    """Implement an operator that hands tensors out of a graph; its first argument is :data:`ORDER`."""
-    library.impl(name, function, "CompositeExplicitAutograd")
+def implement(
+    library: torch.library.Library, name: str, function: Callable[..., None], state: Captures
+) -> None:
+    """Implement an operator that hands tensors out of a graph; its first argument is :data:`ORDER`.
+
+    Args:
+        library: where it is defined.
+        name: its name.
+        function: what it does while a capture is enabled.
+        state: says whether one is.
+    """
+
+    def check(*args: Any) -> None:
+        if state.capturing:
+            function(*args)
+
+    untraced(check)
+    library.impl(name, check, "CompositeExplicitAutograd")
     # No gradient passes through them, and the version of the tensor is not counted, which a checkpoint would see.
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"lightning_qk::{name}", _nothing, lib=library)
 
 
 for _name, _function in (("call", _call), ("enter", _enter), ("leave", _leave)):
-    implement(_library, _name, _function)
+    implement(_library, _name, _function, registry.STATE)
 
 
 def drop_graphs(model: nn.Module | None) -> None:
@@ -325,7 +393,16 @@ def is_compiled(model: nn.Module) -> bool:
         if base is not nn.Module and base is not object
         for value in vars(base).values()
     ]
-    functions += [value for module in modules for value in vars(module).values() if callable(value)]
+    # What is no part of the model is often kept in a list or a dictionary.
+    held = [value for module in modules for value in vars(module).values()]
+    held += [one for value in held if isinstance(value, list | tuple) for one in value]
+    held += [one for value in held if type(value) is dict for one in value.values()]
+    functions += [value for value in held if callable(value)]
+    if any(
+        isinstance(function, OptimizedModule) or hasattr(function, "_torchdynamo_orig_callable")
+        for function in functions
+    ):
+        return True
     codes = {code for function in functions for code in _codes(function)}
     try:
         from torch._dynamo.eval_frame import _debug_get_cache_entry_list

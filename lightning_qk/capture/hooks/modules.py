@@ -37,7 +37,9 @@ class Hook:
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         """Call the function; of a copy: go away."""
         if self.function is not None:
-            return self.function(module, *args)
+            # Around a compiled module, and not in its graph, a hook would become a graph of its own.
+            is_in_it = torch.compiler.is_dynamo_compiling()
+            return self.function(module, *args) if is_in_it else _outside(self.function, module, *args)
         if not torch.compiler.is_compiling():
             _take_off(module)
         return None
@@ -53,6 +55,22 @@ class Hook:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+@torch.compiler.disable
+def _outside(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def untraced(function: Callable[..., Any]) -> None:
+    """Have no graph begin with a function, though graphs that call it may contain it."""
+    with contextlib.suppress(ImportError):  # of other versions of torch
+        from torch._dynamo.eval_frame import skip_code
+
+        skip_code(function.__code__)
+
+
+untraced(Hook.__call__)
 
 
 class Handle:

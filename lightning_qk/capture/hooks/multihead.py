@@ -29,22 +29,22 @@ def patch_multihead(modules: Iterable[nn.Module]) -> Iterator[Callable[[], None]
 
 
 def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
-    source = compiled.source_number(None, "sdpa")
+    source = compiled.source_number(None, "sdpa", _read_call)
 
     @functools.wraps(function)
     def tapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if own.active and STATE.capturing:
+        if own.active:
             if torch.compiler.is_dynamo_compiling():
-                module = compiled.identity(self)
-                if module is not None:
-                    # Not under no_grad: DDP splits graphs, and what turns gradients on again would be lost.
-                    compiled.emit_arguments(module, source, read_multihead(self, *args, **kwargs))
-                if STATE.sdpa:
-                    compiled.enter(None)
-                    output = function(self, *args, **kwargs)
-                    compiled.leave()
-                    return output
-            elif registry.is_free():
+                if compiled.is_read(STATE):
+                    module = compiled.identity(self)
+                    if module is not None:
+                        _emit(module, source, *args, **kwargs)
+                    if STATE.sdpa:
+                        compiled.enter(None)
+                        output = function(self, *args, **kwargs)
+                        compiled.leave()
+                        return output
+            elif STATE.capturing and registry.is_free():
                 _deliver(self, args, kwargs)
                 with registry.mute():
                     return function(self, *args, **kwargs)
@@ -53,15 +53,38 @@ def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
     return tapped
 
 
+def _emit(
+    module: Tensor,
+    source: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    **unknown: Any,
+) -> None:
+    """Hand the inputs out of a graph: they are projected outside, on measured steps alone. Traced."""
+    if query.is_nested or key.is_nested:
+        compiled.emit_problem(module, _NESTED)
+        return
+    masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+    flags = {"need_weights": need_weights, "is_causal": is_causal}
+    compiled.emit(module, source, (query, key, value), {**masks, **flags})
+
+
+def _read_call(module: Any, *args: Any, **kwargs: Any) -> FunctionCall:
+    query = args[0] if args else kwargs["query"]
+    key = args[1] if len(args) > 1 else kwargs["key"]
+    return sdpa_call(module, read_multihead(module, *args, **kwargs), inputs=(query, key))
+
+
 @torch.compiler.disable
 def _deliver(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    def read() -> FunctionCall:
-        query = args[0] if args else kwargs["query"]
-        key = args[1] if len(args) > 1 else kwargs["key"]
-        return sdpa_call(module, read_multihead(module, *args, **kwargs), inputs=(query, key))
-
     if registry.is_watched(module):
-        registry.deliver(module, read)
+        registry.deliver(module, lambda: _read_call(module, *args, **kwargs))
 
 
 def _tap_encoder_layer(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
@@ -100,6 +123,9 @@ def _deliver_fused(layer: Any, arguments: dict[str, Any]) -> None:
     registry.deliver(attention, read)
 
 
+_NESTED = "nn.MultiheadAttention gets nested tensors, which are not captured: pad the sequences"
+
+
 def read_multihead(
     module: Any,
     query: Tensor,
@@ -112,13 +138,13 @@ def read_multihead(
     is_causal: bool = False,
     **unknown: Any,
 ) -> Arguments | str:
-    """Arguments of the module's forward as attention over its projected heads. Traced by torch.compile.
+    """Arguments of the module's forward as attention over its projected heads.
 
     Returns:
         The arguments, or why that cannot be had.
     """
     if query.is_nested or key.is_nested:
-        return "nn.MultiheadAttention gets nested tensors, which are not captured: pad the sequences"
+        return _NESTED
     if module.bias_k is not None or module.add_zero_attn:
         return (
             "nn.MultiheadAttention with add_bias_kv or add_zero_attn attends to a key that is no token: build it "

@@ -56,7 +56,7 @@ def patch_sdpa(modules: Iterable[nn.Module], model: nn.Module | None) -> Iterato
     for module in {id(module): module for module in (*layers, *around)}.values():
         for name, value in list(vars(module).items()):
             if _original(value) is function:
-                yield patch(vars(module), name, _tap_attribute)
+                yield patch(vars(module), name, lambda function, own: Wrapped(_tap(function, own), function))
     unobservable = {
         _defines_forward(type(module))
         for module in layers
@@ -82,10 +82,11 @@ def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def tapped(*args: Any, **kwargs: Any) -> Any:
-        if own.active and STATE.capturing:
+        if own.active:
             if torch.compiler.is_dynamo_compiling():
-                compiled.emit_arguments(None, source, read_sdpa(*args, **kwargs))
-            elif registry.is_free():
+                if compiled.is_read(STATE):
+                    compiled.emit_arguments(None, source, read_sdpa(*args, **kwargs))
+            elif STATE.capturing and registry.is_free():
                 _deliver(args, kwargs)
                 with registry.mute():  # the name may have been patched twice
                     return function(*args, **kwargs)
@@ -95,21 +96,19 @@ def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
     return tapped
 
 
-def _tap_attribute(function: Callable[..., Any], own: Patch) -> Wrapped:
-    return Wrapped(_tap(function, own), function)
-
-
 def _tap_forward(function: Callable[..., Any], own: Patch, *, unobservable: bool) -> Callable[..., Any]:
     """A class's forward; ``unobservable``: its softmax is its own and cannot be observed inside a graph."""
 
     @functools.wraps(function)
     def tapped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if own.active and STATE.capturing:
+        if own.active:
             if not torch.compiler.is_dynamo_compiling():
+                if not STATE.capturing:
+                    return function(self, *args, **kwargs)
                 with observed(self):
                     return function(self, *args, **kwargs)
             # Without a graph, whose call it is can be read from the stack.
-            module = compiled.identity(self)
+            module = compiled.identity(self) if compiled.is_read(STATE) else None
             if module is not None:
                 if unobservable:
                     compiled.emit_problem(module, _IN_A_GRAPH)
