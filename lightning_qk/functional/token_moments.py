@@ -407,19 +407,18 @@ def _cross(query: Tensor, key: Tensor, mean_query: Tensor, mean_key: Tensor, res
     return (k.repeat_interleave(len(q) // len(k), 0).mT @ q).double()
 
 
-def _like_first(key: Tensor, rest: Tensor, known: SideMoments) -> Tensor | None:
-    """Tokens whose keys are more than half-way to the first token's, ``(batch, n)``; None: that says nothing.
+def _like_first(key: Tensor, rest: Tensor, known: SideMoments) -> Tensor:
+    """Tokens whose keys are more than half-way to the first token's, ``(batch, n)``; none where that says nothing.
 
     Averaged over key heads; along this line the others must spread less than a quarter of the way.
     """
     way = known.first_mean - known.mean
     square = way.square().sum(-1).clamp_min(1e-30)
     spread = torch.einsum("hd,hde,he->h", way, known.covariance, way).clamp_min(0).sqrt() / square
-    if not bool(known.first_count > 0) or not bool(spread.mean() < _APART):
-        return None
+    says_something = (known.first_count > 0) & (spread.mean() < _APART)
     along = way / square[:, None] / len(way)
     share = torch.einsum("bhnd,hd->bn", key.to(along.dtype), along) - (known.mean * along).sum()
-    return rest & (share > 0.5)
+    return rest & (share > 0.5) & says_something
 
 
 def _longer(tensor: Tensor, number: int) -> Tensor:

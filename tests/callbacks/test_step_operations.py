@@ -19,7 +19,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lightning_qk import AttentionMonitor, HiddenStateMonitor, LocAteR, QKSpectrumMonitor
+from lightning_qk import (
+    AttentionMonitor,
+    HiddenStateMonitor,
+    LocAteR,
+    PositionMonitor,
+    QKSpectrumMonitor,
+    SinkMonitor,
+    TokenMonitor,
+)
 from lightning_qk.functional import precision
 
 MOST, MOST_A_LAYER = 2500, 45
@@ -170,6 +178,15 @@ def test_a_measured_step(make: Any, monkeypatch: pytest.MonkeyPatch, as_on_an_ac
         assert waits(measured) == waits(plain)
     assert 0 < added[24] <= MOST
     assert added[24] - added[12] <= 12 * MOST_A_LAYER
+
+
+@pytest.mark.parametrize(("kind", "most"), [(SinkMonitor, 1), (TokenMonitor, 1), (PositionMonitor, 10)])
+def test_waits_of_other_monitors(
+    kind: Any, most: int, monkeypatch: pytest.MonkeyPatch, as_on_an_accelerator: None
+) -> None:
+    """In each layer."""
+    monitor = kind(1, report=False, **({"predict_every": 0} if kind is TokenMonitor else {}))
+    assert waits(_steps(_llama(3), [monitor], monkeypatch)[-1]) <= 3 * most
 
 
 def test_a_step_that_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
