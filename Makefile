@@ -12,7 +12,7 @@ OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 .PHONY: quickstart test test-oldest test-models models test-long test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick tutorial screenshots paper paper-quick clean
 
 # The figures of examples/paper/, each made by one script; where their data is, see its README.
-PAPER := theory heads locater carry_over failures positional
+PAPER := theory heads locater spreads carry_over failures positional
 PAPER_DATA ?=
 PAPER_OPTIONS = $(if $(PAPER_DATA),--data $(PAPER_DATA))
 

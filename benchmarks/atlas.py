@@ -12,19 +12,23 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 from predictions import PACKAGES, PAGE, ROOT, package_folder, spearman
+from torch import Tensor
 
 from lightning_qk import head_projections, token_moments
 from lightning_qk.inspect import Options, open_source
-from lightning_qk.inspect.healthy import Reference, reference, write_reference
-from lightning_qk.inspect.read import read_checkpoint
+from lightning_qk.inspect.healthy import Reference, reference
+from lightning_qk.inspect.read import Reading, read_checkpoint
 from lightning_qk.inspect.text import measure, text_blocks, tokenizer_of
+from lightning_qk.record.atomic_write import whole_file
 
 HERE = Path(__file__).parent
 TEXT = HERE / "atlas.md.in"
@@ -85,6 +89,43 @@ def measured(name: str) -> None:
     }
     REFERENCES.mkdir(exist_ok=True)
     write_reference(reading, REFERENCES / f"{name}.parquet", more=more, facts=facts)
+
+
+def write_reference(
+    reading: Reading, path: Path, *, more: Mapping[str, Tensor] | None = None, facts: Mapping[str, str]
+) -> None:
+    """Write what was read as a table of one row a head.
+
+    Args:
+        reading: of the model.
+        path: of the file.
+        more: further numbers, one a head.
+        facts: beside those of the reading.
+    """
+    labels = [label for label, count in zip(reading.labels, reading.heads, strict=True) for _ in range(count)]
+    columns: dict[str, object] = {
+        "layer": pa.array(labels).dictionary_encode(),
+        "head": pa.array([head for count in reading.heads for head in range(count)], pa.int32()),
+    }
+    numbers = {
+        **reading.values,
+        **reading.attention,
+        **{f"predicted/{name}": flat for name, flat in reading.predicted.items()},
+        **{
+            name: flat.repeat_interleave(torch.tensor(reading.heads))
+            for name, flat in reading.layer_values.items()
+        },
+        **(more or {}),
+    }
+    for name, flat in numbers.items():
+        values = [None if one != one else one for one in flat.double().tolist()]
+        if any(value is not None for value in values):
+            columns[name] = pa.array(values, pa.float32())
+    table = pa.table(columns)
+    about = json.dumps({**reading.facts, **facts})
+    table = table.replace_schema_metadata({"lightning_qk": about})
+    with whole_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd", use_dictionary=["layer"])
 
 
 def render(references: Sequence[Reference], comparisons: Sequence[dict[str, Any]]) -> str:

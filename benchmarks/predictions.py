@@ -31,9 +31,9 @@ from lightning_qk.capture import AttentionCapture, CapturedCall
 from lightning_qk.functional import attention_statistics
 from lightning_qk.heads import HeadProjections, find_attention
 from lightning_qk.inspect.documents import BadInput
-from lightning_qk.inspect.skeleton import build_skeleton
+from lightning_qk.inspect.skeleton import build_skeleton, fill
 from lightning_qk.inspect.sources import Options, open_source
-from lightning_qk.inspect.text import fill, tokenizer_of
+from lightning_qk.inspect.text import tokenizer_of
 from lightning_qk.tokens import predict_closed_form
 
 ROOT = Path(__file__).parents[1]

@@ -30,9 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", nargs="+", default=["stdlib"], help="text files, or a name on the hub")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, words, a folder, or a name on the hub")
-    parser.add_argument(
-        "--locater", default="1%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
-    )
+    parser.add_argument("--locater", type=float, default=1.0, help="weight of the penalty; 0: none")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/causal_lm")
     options = parser.parse_args()
@@ -70,7 +68,11 @@ def main() -> None:
         limit_val_batches=min(15, options.steps),
         gradient_clip_val=1.0,
         logger=CSVLogger(options.out, name=None, version=""),
-        callbacks=[QKSpectrumMonitor(offsets=(0, 1, 16)), AttentionMonitor(), LocAteR(options.locater)],
+        callbacks=[
+            QKSpectrumMonitor(offsets=(0, 1, 16)),
+            AttentionMonitor(),
+            LocAteR(options.locater, form="limit"),
+        ],
         default_root_dir=options.out,
     )
     trainer.fit(module, data)

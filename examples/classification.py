@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train.tsv and dev.tsv; default: stdlib")
     parser.add_argument("--model", help="a folder or a name on the hub; default: all-MiniLM-L6-v2")
-    parser.add_argument("--locater", default="1%", help="the penalty's share of the gradient; 0%%: none")
+    parser.add_argument("--locater", type=float, default=1.0, help="weight of the penalty; 0: none")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", default="runs/classification")
     options = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
         callbacks=[
             QKSpectrumMonitor(),
             AttentionMonitor(),
-            LocAteR(options.locater, schedule="linear", warmup_steps=50),
+            LocAteR(options.locater, form="limit"),
         ],
         default_root_dir=options.out,
     )

@@ -61,7 +61,7 @@ def main():
             L.pytorch.callbacks.ModelCheckpoint(save_last=True),
             QKSpectrumMonitor(),  # + eigenvalues of every head's W_QK
             AttentionMonitor(),  # + entropy, sinks, the largest logit
-            LocAteR(weight="1%"),  # + regularizes; leave it out to look on only
+            LocAteR(),  # + regularizes; leave it out to look on only
         ],
     )
     trainer.fit(Job(), DataLoader(blocks(128), batch_size=16, shuffle=True))

@@ -67,7 +67,7 @@ def main() -> None:
         check_val_every_n_epoch=None,
         limit_val_batches=min(40, options.steps),
         logger=CSVLogger(options.out, name=None, version=""),
-        callbacks=[QKSpectrumMonitor(singular=True), AttentionMonitor(), LocAteR("1%")],
+        callbacks=[QKSpectrumMonitor(singular=True), AttentionMonitor(), LocAteR()],
         default_root_dir=options.out,
     )
     trainer.fit(job, data)

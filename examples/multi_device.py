@@ -47,7 +47,7 @@ def main() -> None:
         log_every_n_steps=max(1, options.steps // 6),
         limit_val_batches=min(5, options.steps),
         logger=CSVLogger(options.out, name=None, version=""),
-        callbacks=[QKSpectrumMonitor(), attention, LocAteR("1%")],
+        callbacks=[QKSpectrumMonitor(), attention, LocAteR()],
         default_root_dir=options.out,
     )
     module = TransformerModule(

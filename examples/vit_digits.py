@@ -37,9 +37,7 @@ def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument(
-        "--locater", default="1%", help="the penalty's share of the gradient on W_q and W_k; 0%%: none"
-    )
+    parser.add_argument("--locater", type=float, default=1.0, help="weight of the penalty; 0: none")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", default="runs/vit_digits")
     options = parser.parse_args()
@@ -72,7 +70,7 @@ def main() -> None:
         callbacks=[
             QKSpectrumMonitor(),
             AttentionMonitor(),
-            LocAteR(options.locater),
+            LocAteR(options.locater, form="limit"),
             CollapseGuard(action="warn"),
         ],
         default_root_dir=options.out,

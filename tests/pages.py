@@ -65,9 +65,8 @@ def check_command(line: str) -> None:
 
 
 def _check_ours(arguments: Sequence[str]) -> None:
-    from lightning_qk.cli import _completion
-    from lightning_qk.cli import command as cli
-    from lightning_qk.cli._verify import parser as verify_options
+    from lightning_qk.cli import main
+    from lightning_qk.cli._commands import COMMANDS
     from lightning_qk.cli.inspect import _options as inspect_options
 
     name, *rest = arguments
@@ -77,19 +76,15 @@ def _check_ours(arguments: Sequence[str]) -> None:
         extra = [] if any("help" in word or "print_config" in word for word in rest) else ["--print_config"]
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                status = cli.main([name, *rest, *extra])
+                status = main([name, *rest, *extra])
             except SystemExit as end:
                 status = end.code
         assert status in (0, None), arguments
     elif name == "inspect":
         inspect_options(rest, "inspect")
-    elif name == "verify":
-        verify_options("verify").parse(rest)
-    elif name == "report":
-        cli.report_parser().parse(rest)
     elif name == "configs":
-        assert cli.main(list(arguments)) == 0
-    elif name == "completion":
-        _completion.parser("lightning-qk").parse(rest)
+        assert main(list(arguments)) == 0
+    elif name in COMMANDS and "--help" not in rest:
+        COMMANDS[name].module.parser(name).parse(rest)
     else:
-        assert name in ("--help", "--version", *cli.descriptions()), arguments
+        assert name in ("--help", "--version", *COMMANDS), arguments

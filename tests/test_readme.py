@@ -83,7 +83,7 @@ def test_commands_are_real(command, monkeypatch):
 
         assert verify_parser("verify").parse_args(arguments[1:]).length >= 4
     elif arguments[:1] == ["inspect"]:
-        from lightning_qk.cli.inspect import _parser as inspect_parser
+        from lightning_qk.cli.inspect import parser as inspect_parser
 
         assert inspect_parser("inspect").parse_args(arguments[1:]).fail_on is not None
     elif program.endswith("lightning-qk"):

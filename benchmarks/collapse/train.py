@@ -173,7 +173,8 @@ class Record(L.Callback):
         self._hidden.stop()
         if trainer.global_step % self.every == 0:
             self.cosine["steps"].append(trainer.global_step)
-            self.cosine["values"].append(self._hidden.compute(trainer, module.device).tolist())
+            total, count = self._hidden.take(module.device).T
+            self.cosine["values"].append((total / count).tolist())
 
 
 def _data(run: Run, cache: str) -> dict[str, Any]:

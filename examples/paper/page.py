@@ -12,7 +12,7 @@ from typing import Any
 from common import HERE
 from jinja2 import Environment, StrictUndefined
 
-SCRIPTS = ("theory", "heads", "locater", "carry_over", "failures", "positional")
+SCRIPTS = ("theory", "heads", "locater", "spreads", "carry_over", "failures", "positional")
 NAMES = {
     "encoder": "all-MiniLM-L6-v2",
     "gpt2": "GPT-2-like, 4 layers",
@@ -37,6 +37,9 @@ SETTINGS = {
     "vit": "ViT on digits",
     "sst2": "MiniLM on SST-2",
 }
+
+LLAMA = {"llama": "Llama-like"}
+FORMS = {"limit": "limit form", "tokens": "variance form over tokens", "variance": "variance form of weights"}
 
 
 def band(found: Any, digits: int = 3, factor: float = 1.0) -> str:
@@ -87,7 +90,14 @@ def render(folder: Path = HERE / "results") -> str:
         made={name: file["made"] for name, file in files.items()},
         names=NAMES,
         labels=METHODS,
-        titles=SETTINGS,
+        titles=SETTINGS | LLAMA,
+        forms=FORMS,
+        below_limit=[
+            value
+            for own in files["spreads"]["results"]["sigma"].values()
+            for value in own
+            if value <= files["spreads"]["results"]["limit"]
+        ],
         shared={
             name: run["gain"]
             for name, own in files["locater"]["results"]["settings"].items()

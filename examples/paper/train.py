@@ -21,6 +21,7 @@ METHODS = (
     "tokens",
     "share",
     "plain_share",
+    "limit",
     "target",
     "raised",
     "weight_decay",
@@ -30,14 +31,14 @@ METHODS = (
     "qk_clip",
     "qk_norm",
 )
-"""Six of them are LocAteR; all but the first, σReparam and QK-norm take a coefficient (QK-clip's is its cap).
+"""Seven of them are LocAteR; all but the first, σReparam and QK-norm take a coefficient (QK-clip's is its cap).
 
 ``variance`` and ``target`` are its two forms as they come: the latter holds each head's mean where it starts.
 Where training starts from random weights that is about zero, and with ν = 1 the mean's share of the penalty is
 small. ``raised`` is the target form of a single-head model with ν = n and the mean for which ``xi = s tr W_QK``
 is 1, the middle of the regime that theory calls localized. ``tokens`` is the variance form of the token-aware
 spectrum, and ``share`` the same with a share of the gradient's norm in place of a coefficient; ``plain_share`` is
-the share of the plain form.
+the share of the plain form. ``limit`` is the limit form as it comes.
 """
 _FREE = ("baseline", "sigma_reparam", "qk_norm")
 
@@ -159,10 +160,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "steps": 60,
     },
 }
-SETTINGS["rough"] = SETTINGS["llama"] | {
-    # The start that failures.py brings entropy collapse about with: query and key weights eight times as large.
-    "qk_init": 8.0,
-    "optimizer": {"lr": 1e-2, "schedule": "constant"},
+SETTINGS["fast"] = SETTINGS["llama"] | {"optimizer": {"lr": 1e-2, "schedule": "constant"}}
+# The start that failures.py brings entropy collapse about with: query and key weights eight times as large.
+SETTINGS["rough"] = SETTINGS["fast"] | {"qk_init": 8.0}
+# All of failures.py's mode of entropy collapse: twelve layers besides, and twice the learning rate.
+SETTINGS["collapse"] = SETTINGS["rough"] | {
+    "model": {
+        "model_type": "granite",
+        "hidden_size": 64,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 64,
+        "attention_multiplier": 32**-0.5,
+    },
+    "optimizer": {"lr": 2e-2, "schedule": "constant"},
+}
+SETTINGS["smollm2_full"] = {name: own for name, own in SETTINGS["smollm2"].items() if name != "lora"} | {
+    "optimizer": {"lr": 2e-5, "schedule": "constant", "warmup_steps": 5}
 }
 
 
@@ -351,7 +367,7 @@ def _module(config: Mapping[str, Any], cache: Path) -> PenalizedModule:
     attention = register_entropy_attention() if method == "entropy" else "eager"
     model: str | dict[str, Any]
     if isinstance(config["model"], str):
-        model = str(decoder(cache)) if "lora" in config else encoder()
+        model = str(decoder(cache)) if config["model"].startswith("SmolLM2") else encoder()
     else:
         model = dict(config["model"])
         if method == "qk_norm":  # Qwen3 is Llama with a norm on queries and keys
@@ -382,6 +398,8 @@ def _callbacks(config: Mapping[str, Any]) -> list[pl.Callback]:
         return [LocAteR(coefficient)]
     if method in ("variance", "target"):
         return [LocAteR(coefficient, form=method)]
+    if method == "limit":
+        return [LocAteR(coefficient, form="limit")]
     if method in ("tokens", "share"):
         return [LocAteR(coefficient, sigma="tokens")]
     if method == "raised":
@@ -454,7 +472,7 @@ def _data(config: Mapping[str, Any], data: Path | None, cache: Path) -> Any:
     if kind == "digits":
         return digits(config["seed"], **fields)
     make = words if kind == "words" else sentences
-    if "lora" in config:
+    if str(config["model"]).startswith("SmolLM2"):
         fields["tokenizer"] = str(decoder(cache))
     return make(data, cache, seed=config["seed"], **fields)
 

@@ -166,6 +166,16 @@ def _call(
     return call
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: that of its first parameter or buffer, or the CPU."""
+    tensor: Any = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if tensor is None:
+        return torch.device("cpu")
+    # Shards of a DTensor may be kept elsewhere.
+    mesh = getattr(tensor, "device_mesh", None)
+    return tensor.device if mesh is None else torch.device(mesh.device_type)
+
+
 @contextmanager
 def quietly(module: nn.Module) -> Iterator[None]:
     """No gradients in this block; what a module draws, generators of torch, Python and NumPy do not notice."""
@@ -183,6 +193,19 @@ def quietly(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """A module and all in it in evaluation mode; those that trained do so again at the end, and no others."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and random generators are restored at the end.
 
@@ -190,16 +213,9 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     Lightning validates: what is kept for later, such as a reader's plan, would hold tensors without
     gradients.
     """
-    training = [module for module in model.modules() if module.training]
     # Models without dropout may draw too: hashing attention does.
-    with torch.inference_mode(False), quietly(model), _uncompiled():
-        model.eval()
-        try:
-            yield
-        finally:
-            # Not model.train(), which would reach modules that were in evaluation mode.
-            for module in training:
-                module.training = True
+    with torch.inference_mode(False), quietly(model), _uncompiled(), in_evaluation_mode(model):
+        yield
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

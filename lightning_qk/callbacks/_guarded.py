@@ -137,14 +137,19 @@ class Attempts(GuardedHooks, Callback):
             return
         self.stop()
 
-    def here(self, action: Callable[[], None]) -> None:
-        """Do something on this process alone; every process learns of its failure at the next measurement."""
-        if self._failure is not None:
+    def here(self, action: Callable[[], None], *, always: bool = False) -> None:
+        """Do something on this process alone; every process learns of its failure at the next measurement.
+
+        Args:
+            action: what to do.
+            always: even where something has failed here before that the others do not know of yet.
+        """
+        if self._failure is not None and not always:
             return
         try:
             action()
         except Exception as error:
-            self._failure = error
+            self._failure = self._failure or error
 
     def attempt(self, action: Callable[[], _T], what: str = "logging") -> _T | None:
         """Do something for which training must not stop, and for which no other process waits.
@@ -186,21 +191,29 @@ class Attempts(GuardedHooks, Callback):
         if self.gave_up:
             return None
         try:
-            all_or_none(trainer, self._check_whole)
+            all_or_none(trainer, self.check_whole)
             value = finish_together(trainer, action)
         except Exception as error:
-            self._lost_in_a_row += 1
-            self._note_failure("measuring", self._lost_in_a_row, error)
+            self.count_measurement(error)
             return None
-        self._lost_in_a_row = 0
+        self.count_measurement(None)
         return value
+
+    def count_measurement(self, error: Exception | None) -> None:
+        """Count measurements that were lost one after the other, the same on every process."""
+        if error is None:
+            self._lost_in_a_row = 0
+            return
+        self._lost_in_a_row += 1
+        self._note_failure("measuring", self._lost_in_a_row, error)
 
     @property
     def gave_up(self) -> bool:
         """Whether nothing is measured any more, the same on every process."""
         return self._lost_in_a_row >= MOST_FAILURES
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
+        """Raises what has failed on this process, where the others do not know of it yet."""
         if self._failure is not None:
             raise self._failure
 

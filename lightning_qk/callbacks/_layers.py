@@ -133,25 +133,26 @@ class WatchedReader(ProjectionReader):
 
     def _plan(self, model: nn.Module) -> None:
         self.found = [site.name for site in attention_sites(model)]
-        self.layers, self.unread = {}, {}
+        self.layers, self.refusals = {}, {}
         try:
             super()._plan(model)
         except Exception:
-            if len(self.layers) + len(self.unread) < len(self.found):
+            if len(self.layers) + len(self.refusals) < len(self.found):
                 self._plan_each(model)  # one layer took the others with it
         self.layers = {name: layer for name, layer in self.layers.items() if self._is_watched(name)}
-        self.unread = {name: reason for name, reason in self.unread.items() if self._is_watched(name)}
+        self.refusals = {name: own for name, own in self.refusals.items() if self._is_watched(name)}
 
     def _is_watched(self, name: str) -> bool:
         return matches(name, self._modules_watched)
 
     def _plan_each(self, model: nn.Module) -> None:
-        self.layers, self.unread = {}, {}
+        self.layers, self.refusals = {}, {}
         wrappers = self._wrappers(model)
         for site in attention_sites(model):
             try:
                 self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
             except UnreadLayer as reason:  # noqa: PERF203
-                self.unread[site.name] = str(reason)
+                self.refusals[site.name] = UnreadLayer(str(reason))
             except Exception as error:
-                self.unread[site.name] = f"its weights could not be read ({describe_error(error)})"
+                text = f"its weights could not be read ({describe_error(error)})"
+                self.refusals[site.name] = UnreadLayer(text)

@@ -7,7 +7,7 @@ all or by none.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qk.callbacks._trainer import describe_error
-from lightning_qk.metrics.means import HeadMeans
 
+_K = TypeVar("_K")
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=Metric)
 
@@ -61,8 +61,8 @@ def agree(trainer: Trainer, error: Exception | None = None, *, facts: str = "") 
         return
     if isinstance(error, FailedTogether):
         raise error  # agreed on already
-    digest = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:7], "big")
-    word = torch.tensor([int(error is not None), digest, -digest], device=device_of(trainer))
+    own = digest(facts)
+    word = torch.tensor([int(error is not None), own, -own], device=device_of(trainer))
     torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
     failed, largest, smallest = word.tolist()
     if failed:
@@ -161,45 +161,73 @@ def gathered(trainer: Trainer, values: Tensor) -> list[Tensor]:
     return every
 
 
-def alone(metric: Metric) -> Metric:
-    """Keep a metric from reducing its states when it is computed: :func:`reduce_states` does it."""
+def alone(metric: _M) -> _M:
+    """Keep a metric from reducing its states when it is computed: :func:`reduce_packed` does it."""
     metric.sync_on_compute = False
     metric._to_sync = False
     return metric
 
 
-def packed(trainer: Trainer, metric: _M) -> tuple[_M, Tensor | None]:
-    """A metric with its sums in one piece of memory, for one collective call of :func:`reduce_states`."""
-    return metric, metric.pack() if isinstance(metric, HeadMeans) and is_distributed(trainer) else None
+def reduce_packed(trainer: Trainer, metrics: Sequence[Metric], words: Sequence[float]) -> Tensor:
+    """Reduce the states of several metrics over all processes, in place, and find the largest of some numbers.
 
-
-def reduce_states(trainer: Trainer, metric: Metric, sums: Tensor | None = None) -> None:
-    """Reduce the sums and maxima of a metric over all processes, in place; collective calls.
-
-    Nothing is allocated and no shapes are exchanged, so that little is left to fail on one process alone.
+    Two collective calls, whatever the number of metrics: one for all sums, one for all maxima. Nothing of the
+    result is looked at, so that no device is waited for.
 
     Args:
         trainer: the trainer.
-        metric: whose states are reduced.
-        sums: all of them that are sums, of which the states are views; None: one call for each.
+        metrics: with states of the same shapes on every process, which are sums or maxima.
+        words: as many on every process, exact in float64.
+
+    Returns:
+        The largest of each word, on the device.
     """
+    device = device_of(trainer)
+    found = torch.tensor(words, dtype=widest(device), device=device)
     if not is_distributed(trainer):
-        return
-    if sums is not None:
-        torch.distributed.all_reduce(sums)
+        return found
+    kinds = {"dim_zero_sum": torch.distributed.ReduceOp.SUM, "dim_zero_max": torch.distributed.ReduceOp.MAX}
+    for kind, operation in kinds.items():
+        states = [state for metric in metrics for state in _states(metric, kind, kinds)]
+        given = [state.reshape(-1).to(device) for state in states]
+        if kind == "dim_zero_max":
+            given.append(found)
+        if not given:
+            continue
+        # Of the widest type among them.
+        table = torch.cat(given)
+        torch.distributed.all_reduce(table, op=operation)
+        parts = table.split([part.numel() for part in given])
+        for state, part in zip(states, parts, strict=False):
+            state.copy_(part.view_as(state))
+        if kind == "dim_zero_max":
+            found = parts[-1]
+    return found
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The type that holds numbers of all others on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _states(metric: Metric, wanted: str, known: Iterable[str]) -> list[Tensor]:
+    """The states of a metric that are reduced in one way."""
+    found = []
     for name, reduction in metric._reductions.items():
         kind = getattr(reduction, "__name__", "")
-        if kind not in ("dim_zero_sum", "dim_zero_max"):
+        if kind not in known:
             raise ValueError(
                 f"expected states that are sums or maxima, got {name} of {type(metric).__name__}: give it "
                 "dist_reduce_fx='sum' or 'max'"
             )
-        if sums is not None and kind == "dim_zero_sum":
-            continue
-        operation = (
-            torch.distributed.ReduceOp.SUM if kind == "dim_zero_sum" else torch.distributed.ReduceOp.MAX
-        )
-        torch.distributed.all_reduce(getattr(metric, name), op=operation)
+        if kind == wanted:
+            found.append(getattr(metric, name))
+    return found
+
+
+def digest(facts: str) -> int:
+    """A number of 48 bits, exact in float64, that differs where the facts do."""
+    return int.from_bytes(hashlib.sha256(facts.encode()).digest()[:6], "big")
 
 
 def combine(trainer: Trainer, rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -235,19 +263,29 @@ def failed_anywhere(trainer: Trainer, names: Sequence[str], reasons: Mapping[str
     return {name: every[name] for name, (flag,) in zip(names, flags, strict=True) if flag}
 
 
+def every_process(trainer: Trainer, value: Any) -> list[Any]:
+    """What each process brings, in their order; a collective call."""
+    if not is_distributed(trainer):
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
 def reasons_of_all(trainer: Trainer, reasons: Mapping[str, str]) -> dict[str, str]:
     """Name → reason, from the first process that has one; a collective call."""
-    if not is_distributed(trainer):
-        return dict(reasons)
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, dict(reasons))
+    return first_of_each(every_process(trainer, dict(reasons)))
+
+
+def first_of_each(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Name → reason, from the first process that has one, of what :func:`every_process` found."""
     out: dict[str, str] = {}
     for own in reversed(found):
         out |= own
     return out
 
 
-def fill_from_others(trainer: Trainer, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def fill_from_others(trainer: Trainer, values: dict[_K, Tensor]) -> dict[_K, Tensor]:
     """The mean over the processes that have a finite value, the same on all of them; a collective call.
 
     For values that every process computes of the same numbers, each by itself: where one could not, it takes the

@@ -14,9 +14,9 @@ from lightning_qk._packages import is_lightning, loaded_package
 from lightning_qk.callbacks._event_log import resumed_steps
 from lightning_qk.record.history import RunRecord
 
-EDITS, OBSERVES, SUMS_UP, JUDGES, WRITES = range(5)
+EDITS, OBSERVES, SUMS_UP, MEASURES, JUDGES, WRITES = range(6)
 """Places among a trainer's callbacks: what may change weights, monitors, the one of them that judges by what all
-have measured, a guard, what writes checkpoints."""
+have measured, what has them measure, a guard, what writes checkpoints."""
 
 
 class Callback(lightning.pytorch.Callback):

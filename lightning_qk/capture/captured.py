@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
-from lightning_qk.capture.verify import attention_logits
+from lightning_qk.capture.conventions import read_logits
+from lightning_qk.capture.verify import convention_of
 from lightning_qk.functional.chunks import MASKED_BELOW
 from lightning_qk.functional.logits import AttentionLogits, ProductLogits
-from lightning_qk.heads.projections import head_count
+from lightning_qk.heads.facts import head_count
 
 PRODUCTS = ("none", "rotary", "rotary (2-D)")
 """Positions that leave the logits what they are: products of queries and keys."""
@@ -61,19 +62,14 @@ class CapturedCall(ABC):
     self_attention: bool | None = None
     heads: int | None = None
 
-    def known(self, *, self_attention: bool | None, heads: int | None) -> "CapturedCall":
-        """A copy of the call that knows these facts of its layer."""
+    def known(self, *, self_attention: bool | None = None, heads: int | None = None) -> "CapturedCall":
+        """A copy of the call that knows these facts of its layer, besides what it knows; None tells nothing."""
         call = copy.copy(self)
-        call.self_attention, call.heads = self_attention, heads
+        if self_attention is not None:
+            call.self_attention = self_attention
+        if heads is not None:
+            call.heads = heads
         return call
-
-    def _informed(self, self_attention: bool | None, heads: int | None) -> "CapturedCall":
-        if self_attention is None and heads is None:
-            return self
-        return self.known(
-            self_attention=self.self_attention if self_attention is None else self_attention,
-            heads=self.heads if heads is None else heads,
-        )
 
     @property
     @abstractmethod
@@ -103,11 +99,11 @@ class CapturedCall(ABC):
         Raises:
             UnsupportedCallError: the softmax of the call cannot be reconstructed.
         """
-        return self._informed(self_attention, heads)._logits()
+        return self.known(self_attention=self_attention, heads=heads)._logits()
 
     def output(self, *, self_attention: bool | None = None) -> AttentionOutput:
         """The logits and values of the call's output, without gradients; arguments as for :meth:`logits`."""
-        return self._informed(self_attention, None)._output()
+        return self.known(self_attention=self_attention)._output()
 
     def products(
         self,
@@ -127,7 +123,30 @@ class CapturedCall(ABC):
         Raises:
             UnsupportedCallError: the products of the call cannot be reconstructed.
         """
-        return self._informed(self_attention, heads)._products(position)
+        return self.known(self_attention=self_attention, heads=heads)._products(position)
+
+
+OWN_SOFTMAX = "_lightning_qk_softmax"
+"""Attribute of an attention function that gives its softmax: a function of the call that returns the logits, with
+gradients, and the values."""
+
+
+def attention_logits(call: AttentionCall, *, self_attention: bool | None) -> tuple[ProductLogits, Any]:
+    """The logits of a call, with tensors that gradients flow through, and the value of their keys.
+
+    Args:
+        call: what the attention function received.
+        self_attention: whether queries and keys are the same tokens; None where unknown.
+
+    Raises:
+        UnsupportedCallError: the function's softmax cannot be reconstructed.
+    """
+    own = getattr(call.function, OWN_SOFTMAX, None)
+    if own is not None:
+        logits, value = own(call)
+        n, m = logits.shape[2:]
+        return logits.replace(self_attention=n == m if self_attention is None else self_attention), value
+    return read_logits(call, convention_of(call), self_attention=self_attention)
 
 
 class FunctionCall(CapturedCall):

@@ -21,6 +21,8 @@ def block_mask_function(block_mask: Any) -> MaskFunction:
     Args:
         block_mask: a ``torch.nn.attention.flex_attention.BlockMask``.
     """
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
     size = block_mask.BLOCK_SIZE
     rows, columns = (size, size) if isinstance(size, int) else size
     blocks = -(-block_mask.shape[-1] // columns)
@@ -42,7 +44,8 @@ def block_mask_function(block_mask: Any) -> MaskFunction:
         queries = query[0, 0, :, 0] if query.shape[0] == 1 else query[:, 0, :, 0]
         if query.shape[0] > 1 and batch.shape[0] == 1:
             batch = batch.expand(query.shape[0], -1, -1, -1)
-        with _scalar_indexing():
+        # A mapped function may index a tensor with a scalar, as when torch builds a BlockMask.
+        with TransformGetItemToIndex():
             shown = over_batch(batch[:, 0, 0, 0], head.flatten(), queries, key)
         at = batch % partial.shape[0], head % partial.shape[1], query // rows, key // columns
         shown = shown & partial[at]
@@ -58,13 +61,6 @@ def _listed_blocks(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:
     where = torch.where(is_used, indices, blocks).long()
     out = torch.zeros(*indices.shape[:-1], blocks + 1, dtype=torch.bool, device=indices.device)
     return out.scatter_(-1, where, True)[..., :blocks]
-
-
-def _scalar_indexing() -> Any:
-    """Lets a mapped function index a tensor with a scalar, as torch does when it builds a BlockMask."""
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
-
-    return TransformGetItemToIndex()
 
 
 def padded_function(

@@ -1,4 +1,4 @@
-"""The logits of an attention call; what an unknown function computes is found by trial.
+"""What the arguments of an attention function mean: known of libraries, else found by trial.
 
 A registered function, and each model's own eager one, may use its arguments in any way. So it is called once
 more, with its mask and options and with random queries, keys and values of the same shapes, and its output is
@@ -9,13 +9,13 @@ tensors separate conventions that the model's own would not: values may all be a
 import math
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.architecture.dry_run import in_evaluation_mode
 from lightning_qk.capture.call import AttentionCall, UnreadableFunctionError, UnsupportedCallError
 from lightning_qk.capture.conventions import (
     EAGER,
@@ -28,7 +28,7 @@ from lightning_qk.capture.conventions import (
     read_logits,
     sliding_window,
 )
-from lightning_qk.functional.logits import CHUNK_ELEMENTS, ProductLogits
+from lightning_qk.functional.logits import CHUNK_ELEMENTS
 from lightning_qk.functional.precision import full_precision
 
 # Largest relative error of an output row, by the coarsest precision that takes part: several times what rounding
@@ -52,10 +52,6 @@ class _Known(NamedTuple):
 _known: "weakref.WeakKeyDictionary[nn.Module, dict[Any, _Known]]" = weakref.WeakKeyDictionary()
 
 
-OWN_SOFTMAX = "_lightning_qk_softmax"
-"""Attribute of an attention function that gives its softmax: a function of the call that returns the logits, with
-gradients, and the values."""
-
 _LIBRARY = {
     SDPA: ("transformers.integrations.sdpa_attention", "sdpa_attention_forward"),
     FLEX: ("transformers.integrations.flex_attention", "flex_attention_forward"),
@@ -63,28 +59,15 @@ _LIBRARY = {
 _BY_NAME = {"eager": EAGER, "sdpa": SDPA, "flex_attention": FLEX}
 
 
-def attention_logits(call: AttentionCall, *, self_attention: bool | None) -> tuple[ProductLogits, Any]:
-    """The logits of a call, with tensors that gradients flow through, and the value of their keys.
+def convention_of(call: AttentionCall) -> ArgumentConvention:
+    """What the arguments of a call mean.
 
     transformers' own sdpa and flex functions are read as their sources say. Any other function, models' own eager
     ones and flash attention among them, is tried: see :func:`verified_convention`.
 
-    Args:
-        call: what the attention function received.
-        self_attention: whether queries and keys are the same tokens; None where unknown.
-
     Raises:
         UnsupportedCallError: the function's softmax cannot be reconstructed.
     """
-    own = getattr(call.function, OWN_SOFTMAX, None)
-    if own is not None:
-        logits, value = own(call)
-        n, m = logits.shape[2:]
-        return logits.replace(self_attention=n == m if self_attention is None else self_attention), value
-    return read_logits(call, _convention(call), self_attention=self_attention)
-
-
-def _convention(call: AttentionCall) -> ArgumentConvention:
     name = call.implementation
     if name.startswith("paged|") or any(
         call.options.get(key) is not None for key in ("cache", "block_table")
@@ -159,15 +142,11 @@ def _form(call: AttentionCall) -> Any:
 
 def _find(call: AttentionCall) -> ArgumentConvention:
     trial = _trial(call)
-    output, tolerance = _run(trial, call)
-    errors = _errors(trial, output, candidates(trial), tolerance)
-    best = min((error for error, _ in errors), default=math.inf)
+    errors, best, tolerance = _tried(trial, call)
     if best > tolerance and call.module.training:
         # A function with a dropout of its own: that of the arguments is 0 already.
-        with _eval_mode(call.module):
-            output, tolerance = _run(trial, call)
-        errors = _errors(trial, output, candidates(trial), tolerance)
-        best = min((error for error, _ in errors), default=math.inf)
+        with in_evaluation_mode(call.module):
+            errors, best, tolerance = _tried(trial, call)
     if best > tolerance:
         raise UnreadableFunctionError(
             f"the output of attention function {_name(call)} is not softmax attention of the query, key and mask "
@@ -259,15 +238,17 @@ def _run(trial: AttentionCall, call: AttentionCall) -> tuple[Any, float]:
     return output, max(_TOLERANCE[dtype] for dtype in dtypes if dtype in _TOLERANCE)
 
 
-def _errors(
-    trial: AttentionCall, output: Any, conventions: Iterable[ArgumentConvention], tolerance: float
-) -> list[tuple[float, ArgumentConvention]]:
-    """Each convention's largest relative error of a row, up to the first convention that is clearly right."""
+def _tried(
+    trial: AttentionCall, call: AttentionCall
+) -> tuple[list[tuple[float, ArgumentConvention]], float, float]:
+    """Each convention's largest relative error of a row, up to the first that is clearly right; the least one.
+
+    The last number is the error that rounding may put into what the function returns.
+    """
+    output, tolerance = _run(trial, call)
     errors: list[tuple[float, ArgumentConvention]] = []
     layouts = _layouts(trial, output)
-    if not layouts:
-        return errors
-    for convention in conventions:
+    for convention in candidates(trial) if layouts else ():
         try:
             error = min(_row_error(trial, convention, layout) for layout in layouts)
         except (UnsupportedCallError, ValueError):
@@ -275,7 +256,7 @@ def _errors(
         errors.append((error, convention))
         if error <= tolerance / _CLEAR:
             break
-    return errors
+    return errors, min((error for error, _ in errors), default=math.inf), tolerance
 
 
 def _layouts(trial: AttentionCall, output: Any) -> list[Tensor]:
@@ -328,15 +309,3 @@ def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
         return torch.random.fork_rng(devices=[])
     index = torch.get_device_module(device).current_device() if device.index is None else device.index
     return torch.random.fork_rng(devices=[index], device_type=device.type)
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    before = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in before:
-            part.training = False
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

@@ -1,23 +1,24 @@
 """A parser of command lines that says in one sentence what is wrong."""
 
 import argparse
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
+from lightning_qk._printable import did_you_mean
 from lightning_qk.inspect.documents import BadInput
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'this'?"``, or an empty string where nothing is near."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 class OneLineParser(argparse.ArgumentParser):
-    """argparse's, which raises one sentence instead of printing the usage and ending the program."""
+    """argparse's, which raises one sentence instead of printing the usage and ending the program.
+
+    Texts keep their line breaks where they have any.
+    """
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter if "\n" in epilog else argparse.HelpFormatter
+        super().__init__(prog, None, description, epilog, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise :class:`~lightning_qk.inspect.documents.BadInput`."""
@@ -49,6 +50,12 @@ class OneLineParser(argparse.ArgumentParser):
     def option_names(self) -> list[str]:
         """The options that there are, such as ``--json``."""
         return [name for action in self._actions for name in action.option_strings]
+
+
+class Failure(BadInput):
+    """What cannot be done although the command line is right: no network, a full disk."""
+
+    status = 1
 
 
 def flag(group: argparse._ActionsContainer, name: str, text: str) -> None:

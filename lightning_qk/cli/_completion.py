@@ -1,13 +1,14 @@
 """``lightning-qk completion``: what a shell needs to complete the command, written by shtab."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from lightning_qk.cli import _configs
 from lightning_qk.cli._arguments import OneLineParser
+from lightning_qk.cli._commands import COMMANDS, JOBS, PROG
 from lightning_qk.inspect.documents import BadInput
 
 SHELLS = ("bash", "zsh", "fish")
-_JOBS = ("fit", "validate", "test", "predict")
 # Options of which the values are known.
 _CHOICES = {
     "--model.schedule": ("constant", "linear", "cosine"),
@@ -21,15 +22,14 @@ _FILES = ("--ckpt_path", "--data.source", "--data.val_files", "--data.test_files
 def parser(prog: str) -> OneLineParser:
     """The options of the command itself."""
     own = OneLineParser(
-        prog=f"{prog} completion",
+        prog=prog,
         description="Print what a shell needs to complete commands, options and file names.",
         epilog=f"""\
 once, and again after an upgrade:
-  {prog} completion bash > ~/.local/share/bash-completion/completions/{prog}
-  {prog} completion zsh > ~/.zfunc/_{prog}          # with fpath+=~/.zfunc before compinit
-  {prog} completion fish > ~/.config/fish/completions/{prog}.fish
+  {prog} bash > ~/.local/share/bash-completion/completions/{PROG}
+  {prog} zsh > ~/.zfunc/_{PROG}          # with fpath+=~/.zfunc before compinit
+  {prog} fish > ~/.config/fish/completions/{PROG}.fish
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     own.add_argument(
         "shell", metavar="SHELL", choices=SHELLS, help=" or ".join([", ".join(SHELLS[:-1]), SHELLS[-1]])
@@ -37,12 +37,7 @@ once, and again after an upgrade:
     return own
 
 
-def run(
-    args: Sequence[str],
-    prog: str,
-    commands: Mapping[str, str],
-    parsers: Mapping[str, argparse.ArgumentParser],
-) -> int:
+def run(args: Sequence[str], prog: str) -> int:
     """Print the completions.
 
     Raises:
@@ -55,39 +50,27 @@ def run(
         raise BadInput(
             "expected the package shtab, which writes completions, got none: pip install shtab"
         ) from None
-    print(shtab.complete(whole(prog, commands, parsers), shell))
+    print(shtab.complete(whole(), shell))
     return 0
 
 
-def whole(
-    prog: str, commands: Mapping[str, str], parsers: Mapping[str, argparse.ArgumentParser]
-) -> argparse.ArgumentParser:
+def whole() -> argparse.ArgumentParser:
     """Every command with its options, as a parser that is only looked at."""
-    from lightning_qk.cli import _configs
-    from lightning_qk.cli._verify import parser as verify_parser
-    from lightning_qk.cli.inspect import _parser as inspect_parser
-    from lightning_qk.cli.watch import parser as watch_parser
-    from lightning_qk.cli.workspace import parser as workspace_parser
-
-    ready = {
-        "inspect": inspect_parser(prog),
-        "verify": verify_parser(f"{prog} verify"),
-        "watch": watch_parser(f"{prog} watch"),
-        "wandb-workspace": workspace_parser(f"{prog} wandb-workspace"),
-        "completion": parser(prog),
-        **parsers,
-    }
-    [name_of_config] = [action for action in ready["configs"]._actions if action.dest == "name"]
-    name_of_config.choices = _configs.names()
-    top = argparse.ArgumentParser(prog=prog)
+    top = argparse.ArgumentParser(prog=PROG)
     top.add_argument("--version", action="store_true", help="show the version")
     added = top.add_subparsers()
-    for name, text in commands.items():
-        if name in _JOBS:
-            _add_job(added.add_parser(name, help=text, add_help=False), name, _configs.names())
-        else:
-            parents = [ready[name]] if name in ready else []
-            _complete_files(added.add_parser(name, help=text, add_help=False, parents=parents))
+    for name, command in COMMANDS.items():
+        if name in JOBS:
+            _add_job(added.add_parser(name, help=command.what, add_help=False), name, _configs.names())
+            continue
+        parents = [command.module.parser(f"{PROG} {name}")]
+        own = added.add_parser(name, help=command.what, add_help=False, parents=parents)
+        for action in own._actions:
+            if name == "configs" and action.dest == "name":
+                action.choices = _configs.names()
+            # Whatever is called a file or a checkpoint is completed as one.
+            if action.metavar in ("FILE", "CHECKPOINT", "RECORD"):
+                action.complete = _file()  # type: ignore[attr-defined]
     return top
 
 
@@ -106,13 +89,6 @@ def _add_job(job: argparse.ArgumentParser, name: str, configs: list[str]) -> Non
             added = job.add_argument(option, choices=choices.get(option))
             if option in _FILES:
                 added.complete = _file()  # type: ignore[attr-defined]
-
-
-def _complete_files(command: argparse.ArgumentParser) -> None:
-    """Whatever is called a file or a checkpoint is completed as one."""
-    for action in command._actions:
-        if action.metavar in ("FILE", "CHECKPOINT", "RECORD"):
-            action.complete = _file()  # type: ignore[attr-defined]
 
 
 def _file_or(words: Sequence[str]) -> dict[str, object]:

@@ -3,9 +3,45 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_qk.cli import _configs
-from lightning_qk.cli._arguments import did_you_mean
+from lightning_qk._printable import did_you_mean
+from lightning_qk.cli._arguments import OneLineParser
 from lightning_qk.inspect.documents import BadInput
+
+
+def parser(prog: str) -> OneLineParser:
+    """The options of ``lightning-qk configs``."""
+    own = OneLineParser(
+        prog=prog,
+        description="List the configs that come with the package, or print one, to edit a copy of it.",
+        epilog=f"example: {prog} quickstart > job.yaml; lightning-qk fit --config job.yaml",
+    )
+    own.add_argument("name", metavar="NAME", nargs="?", help="config to print; without it all are listed")
+    return own
+
+
+def run(args: Sequence[str], prog: str) -> int:
+    """List the configs of the package, or print one.
+
+    Returns:
+        The exit status: 0.
+
+    Raises:
+        BadInput: there is no such config.
+    """
+    given = parser(prog).parse(args).name
+    known = names()
+    if given is None:
+        width = max(map(len, known))
+        print(f"in {folder()}:")
+        for name in known:
+            print(f"  {name:<{width}}  {describe(name)}")
+        return 0
+    given = given.removesuffix(".yaml")
+    if given not in known:
+        hint = did_you_mean(given, known)
+        raise BadInput(f"expected a config out of {', '.join(known)}, got {given!r}{hint}")
+    print((folder() / f"{given}.yaml").read_text(encoding="utf-8"), end="")
+    return 0
 
 
 def folder() -> Path:
@@ -147,7 +183,7 @@ def job_help(command: str, prog: str) -> str:
         ("--trainer.callbacks.help CLASS", "the options of a callback, such as lightning_qk.LocAteR"),
         ("--help-all", "every option of model, data and trainer: about 600 lines"),
     ]
-    configs = [(name, _configs.describe(name)) for name in _configs.names()]
+    configs = [(name, describe(name)) for name in names()]
     return "\n".join(
         [
             f"usage: {whole} --config CONFIG [--config CONFIG ...] [OPTIONS]",

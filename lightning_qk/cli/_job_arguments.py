@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_qk.cli._arguments import did_you_mean, init_args
+from lightning_qk._printable import did_you_mean
+from lightning_qk.cli._arguments import init_args
 from lightning_qk.cli._configs import resolve_arguments
 from lightning_qk.inspect.documents import BadInput
 
@@ -38,7 +39,12 @@ def job_arguments(args: Sequence[str]) -> list[str]:
     if run_dir is None and not named:
         return rest
     callbacks = _listed(_at(job, "trainer", "callbacks"))
-    added = [(place, match["class_path"] or _next(rest, place)) for place, match in _additions(rest)]
+    # The class may be the next word.
+    added = [
+        (place, match["class_path"] or "".join(rest[place + 1 : place + 2]))
+        for place, arg in enumerate(rest)
+        if (match := _ADDED.match(arg))
+    ]
     classes = [_class_path(one) for one in callbacks] + [path for _, path in added]
     behind: dict[int, list[str]] = {}
     for option, name, argument, value in named:
@@ -139,7 +145,10 @@ def _own_options(args: Sequence[str]) -> tuple[list[str], str | None, list[tuple
         place += 1
         match = _DOTTED.match(arg)
         is_run_dir = arg == "--run_dir" or arg.startswith("--run_dir=")
-        if not is_run_dir and (match is None or match["name"] in _GROUPS or _is_misspelt(match["name"])):
+        # One of LightningCLI's groups, or one that is misspelt, is not a callback.
+        if not is_run_dir and (
+            match is None or match["name"] in _GROUPS or did_you_mean(match["name"], _GROUPS)
+        ):
             rest.append(arg)
             continue
         option, equals, value = arg.partition("=")
@@ -156,11 +165,6 @@ def _own_options(args: Sequence[str]) -> tuple[list[str], str | None, list[tuple
             assert match is not None
             named.append((option, match["name"], match["argument"], _value(value)))
     return rest, run_dir, named
-
-
-def _is_misspelt(name: str) -> bool:
-    """Whether one of LightningCLI's groups is meant."""
-    return bool(did_you_mean(name, _GROUPS))
 
 
 def _value(text: str) -> Any:
@@ -238,19 +242,11 @@ def _folder_argument(class_path: str) -> str:
 
 
 def _inside(path: str, old: Any, new: str) -> str:
-    """The place of a path in the new folder, where it lies in the old one."""
+    """A path in the old folder, moved to the new one; other paths as they are."""
     try:
         return str(Path(new) / Path(path).relative_to(str(old)))
     except ValueError:
         return path
-
-
-def _additions(args: Sequence[str]) -> list[tuple[int, re.Match[str]]]:
-    return [(place, match) for place, arg in enumerate(args) if (match := _ADDED.match(arg))]
-
-
-def _next(args: Sequence[str], place: int) -> str:
-    return args[place + 1] if place + 1 < len(args) else ""
 
 
 def _with_config(args: list[str], overlay: Mapping[str, Any]) -> list[str]:

@@ -38,19 +38,13 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero and (stage == "fit" or not path.exists()):
             folder.mkdir(parents=True, exist_ok=True)
             text = self.parser.dump(self.config, skip_none=False)
-            path.write_text(f"# {_versions()}\n# seed {_seed()}\n{text}", encoding="utf-8")
+            versions = (
+                f"lightning-qk {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
+                f"transformers {transformers.__version__}, Python {platform.python_version()}"
+            )
+            seed = os.environ.get("PL_GLOBAL_SEED", "was not set")
+            path.write_text(f"# {versions}\n# seed {seed}\n{text}", encoding="utf-8")
         self.already_saved = True
-
-
-def _versions() -> str:
-    return (
-        f"lightning-qk {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}"
-    )
-
-
-def _seed() -> str:
-    return os.environ.get("PL_GLOBAL_SEED", "was not set")
 
 
 class KeepLast(Checkpoint):
@@ -117,7 +111,7 @@ class NarrowBar(RichProgressBar):
     """Lightning's bar in one line: without a version and, in a narrow terminal, without bar and speed."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Those of the module; which run it is stands elsewhere."""
+        """Those of the module, without the version of the run."""
         metrics = dict(super().get_metrics(trainer, pl_module))
         metrics.pop("v_num", None)
         return metrics

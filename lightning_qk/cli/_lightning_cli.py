@@ -54,7 +54,7 @@ class _JobCLI(LightningCLI):
         return options
 
     def before_predict(self) -> None:
-        # Logits of all tokens are larger than any memory, and nobody would get them.
+        # Logits of all tokens do not fit into memory, and are not used.
         self.config_init["predict"]["return_predictions"] = False
         self.trainer.callbacks.append(self._file)  # type: ignore[attr-defined]
 

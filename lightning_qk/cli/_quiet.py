@@ -1,4 +1,4 @@
-"""Lines of libraries on the command's own runs that nobody can act on, silenced where they come from."""
+"""Silences log lines and warnings of libraries that a user of the command cannot act on."""
 
 import logging
 import shutil
@@ -50,7 +50,7 @@ def _in_lines(text: str) -> str:
 
 
 def _without_place(message: Any, category: Any, *place: Any, **options: Any) -> str:
-    """A warning as what it says: where in a library it was given helps nobody who typed a command."""
+    """A warning without the place in a library that raised it."""
     return _in_lines(f"{message}\n")
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_qk._printable import printable
+from lightning_qk._printable import one_line, print_lines, printable
 from lightning_qk.cli._arguments import OneLineParser, add_opening
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,12 +86,6 @@ def run(args: Sequence[str], prog: str) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; nothing is written", file=sys.stderr)
         return 130
-    except BadInput:
-        raise
-    except (OSError, MemoryError) as error:
-        raise BadInput(
-            f"expected to read {options.model} without an error of the system, got {one_line(error)}"
-        ) from error
     if options.json is not None:
         write_text(options.json, _as_json(title, facts, layers))
     if str(options.json) != "-":
@@ -105,8 +99,6 @@ def parser(prog: str) -> OneLineParser:
         prog=prog,
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     own.add_argument(
         "model",
@@ -134,8 +126,7 @@ def parser(prog: str) -> OneLineParser:
 def _verify(options: argparse.Namespace) -> tuple[str, dict[str, str], list[Layer]]:
     """Open the model, run it twice, and compare."""
     from lightning_qk.inspect import Options, open_source
-    from lightning_qk.inspect.skeleton import build_skeleton
-    from lightning_qk.inspect.text import fill
+    from lightning_qk.inspect.skeleton import build_skeleton, fill
 
     how = Options(
         options.trust, options.revision, options.base, options.config, series=False, prefix=options.prefix
@@ -214,7 +205,7 @@ def _described(batch: dict[str, Any], text: str) -> str:
 def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) -> list[Layer]:
     from lightning_qk.architecture.labels import layer_labels
     from lightning_qk.heads.reader import ProjectionReader
-    from lightning_qk.verification.check import Status, Verified
+    from lightning_qk.verification.check import unchecked
     from lightning_qk.verification.model import verify
     from lightning_qk.verification.statistics import Agreement, check_statistics
 
@@ -223,19 +214,16 @@ def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) 
     heads = {name: plan.heads for name, plan in reader.layers.items()}
     cross = [name for name, plan in reader.layers.items() if not plan.self_attention]
     statistics = check_statistics(model, batch, heads)
-    unheard = Agreement(math.nan, "its attention was not called")
+    uncalled = Agreement(math.nan, "its attention was not called")
     names = list(dict.fromkeys([*weights, *statistics]))
     labels = layer_labels(names, cross)
     layers = []
     for name in names:
-        own = weights.get(name) or Verified(
-            Status.UNCHECKED, math.nan, math.nan, "its attention layer was not found"
-        )
+        own = weights.get(name) or unchecked("its attention layer was not found")
         lacking = [tensor for tensor in missing if tensor.startswith(f"{name}." if name else "")]
         if lacking:
-            why = f"the checkpoint lacks {lacking[0]!r}, which was taken for zero"
-            own = Verified(Status.UNCHECKED, math.nan, math.nan, why)
-        layers.append(Layer(name, labels[name], own, statistics.get(name, unheard)))
+            own = unchecked(f"the checkpoint lacks {lacking[0]!r}, which was taken for zero")
+        layers.append(Layer(name, labels[name], own, statistics.get(name, uncalled)))
     return layers
 
 
@@ -298,17 +286,14 @@ def _print(title: str, facts: dict[str, str], layers: Sequence[Layer]) -> None:
         colour = "green" if layer.ok else "red"
         table.add_row(escape(layer.label), *cells, f"[{colour}]{_verdict(layer)}[/]")
     console.print(table)
-    console.print(f"Run on {printable(facts['inputs'])}", markup=False, highlight=False)
-    for reason, labels in _reasons(layers).items():
-        shown = shorten(labels)
-        console.print(f"{shown}: {printable(reason)}", markup=False, highlight=False)
     count = len(layers)
-    console.print(
+    lines = [
+        f"Run on {facts['inputs']}",
+        *(f"{shorten(labels)}: {reason}" for reason, labels in _reasons(layers).items()),
         f"q and k verified on {sum(layer.weights.ok for layer in layers)} of {count} layers, statistics on "
         f"{sum(layer.statistics.ok for layer in layers)} of {count}",
-        markup=False,
-        highlight=False,
-    )
+    ]
+    print_lines(console, lines)
 
 
 def _verdict(layer: Layer) -> str:

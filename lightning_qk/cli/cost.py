@@ -18,7 +18,7 @@ def run(args: list[str], prog: str) -> int:
         if getattr(options, name) < 1:
             raise BadInput(f"expected --{name} of at least 1, got {getattr(options, name)}: correct it")
     from lightning_qk.cli.inspect import quiet
-    from lightning_qk.inspect.cost import CALLBACKS, Cost, Job, read_widths, step_flops
+    from lightning_qk.inspect.cost import CALLBACKS, TOGETHER, Cost, Job, read_widths, step_flops
 
     with quiet():
         model = read_widths(options.model)
@@ -43,11 +43,15 @@ def run(args: list[str], prog: str) -> int:
         every = 1 if name == "LocAteR" else options.every
         average = [total + part / every for total, part in zip(average, cost, strict=True)]
         print(_line(f"{name}{'' if name == 'LocAteR' else ' *'}", cost, step))
+    # Of the monitors' calls one sends what all of them have.
+    average[Cost._fields.index("collectives")] -= (
+        (job.ranks > 1) * TOGETHER * (len(CALLBACKS) - 2) / options.every
+    )
     print(_line("all, a step", Cost(*(round(part) for part in average)), step))
     print(
         f"\n*: a measured step, 1 of {options.every}. launches: calls of torch's operators.\n"
-        "network: bytes that a rank sends, in so many collective calls; others of a few\n"
-        "bytes agree. to host: bytes. LAPACK: flops of eigenproblems in a thread.\n"
+        "network: bytes that a rank sends, in so many collective calls, which monitors\n"
+        "make together. to host: bytes. LAPACK: flops of eigenproblems in a thread.\n"
         "Formulas of the code for the callbacks' defaults, checked against counts; none\n"
         "is a time."
     )

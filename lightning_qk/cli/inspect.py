@@ -2,16 +2,17 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_qk._printable import printable
+from lightning_qk._printable import one_line, printable
 from lightning_qk.cli._arguments import OneLineParser, add_opening, flag
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput
 
 if TYPE_CHECKING:
     from lightning_qk.inspect.export import Condition
@@ -56,26 +57,20 @@ def run(args: Sequence[str], prog: str) -> int:
     Raises:
         BadInput: wrong options, or a checkpoint or target that is not what was expected.
     """
+    # Layers come and go in large blocks of memory. In huge pages, where Linux has them for the asking, a block
+    # costs a fraction of the page faults; torch looks at this once, when it is imported.
+    if "torch" not in sys.modules:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     options = _options(args, prog)
     try:
         return _run(options, prog)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; nothing is written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of the pipe has closed it.
-        sys.stderr.close()
-        return 0
-    except BadInput:
-        raise
-    except (OSError, MemoryError) as error:
-        raise BadInput(
-            f"expected to read and write without an error of the system, got {one_line(error)}"
-        ) from error
 
 
 def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
-    options = _parser(prog).parse(args)
+    options = parser(prog).parse(args)
     series = len(options.checkpoints) == 1
     if options.html is not None and not series and not options.compare:
         raise BadInput(
@@ -92,18 +87,15 @@ def _options(args: Sequence[str], prog: str) -> argparse.Namespace:
     return options
 
 
-def _parser(prog: str) -> OneLineParser:
-    parser = OneLineParser(
+def parser(prog: str) -> OneLineParser:
+    """The options of the command."""
+    own = OneLineParser(
         prog=prog,
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="folder, file or name on the hub"
-    )
-    shown = parser.add_argument_group("what is shown")
+    own.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folder, file or name on the hub")
+    shown = own.add_argument_group("what is shown")
     flag(shown, "--per-head", "one line a head instead of one a layer")
     flag(
         shown,
@@ -127,7 +119,7 @@ def _parser(prog: str) -> OneLineParser:
         default="model",
         help="average over all eigenvalues of W_QK, or over the d_head that can be non-zero (default: model)",
     )
-    written = parser.add_argument_group("what is written")
+    written = own.add_argument_group("what is written")
     written.add_argument(
         "--json",
         type=Path,
@@ -150,7 +142,7 @@ def _parser(prog: str) -> OneLineParser:
         metavar="CONDITION",
         help="exit with 1 where it holds, such as 'qk/eig_var/max>3'; >, >=, <, <=; may be given again",
     )
-    text = parser.add_argument_group("attention on text (builds the model, in float32, and runs it)")
+    text = own.add_argument_group("attention on text (builds the model, in float32, and runs it)")
     text.add_argument("--text", metavar="FILE", help="text to run on; 'stdlib' for that of Python's library")
     text.add_argument(
         "--tokenizer", metavar="NAME", help="folder, name on the hub or 'bytes'; default: its own"
@@ -161,10 +153,10 @@ def _parser(prog: str) -> OneLineParser:
     text.add_argument(
         "--batches", type=int, default=4, metavar="N", help="batches of 4 sequences (default: 4)"
     )
-    opened = parser.add_argument_group("how it is opened")
+    opened = own.add_argument_group("how it is opened")
     add_opening(opened)
     flag(opened, "--series", "read the checkpoints in a folder that also holds a model itself")
-    return parser
+    return own
 
 
 def _run(options: argparse.Namespace, prog: str) -> int:
@@ -221,7 +213,6 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lightning_qk.inspect import Options, open_source
-    from lightning_qk.inspect.table import escape
 
     how = Options(
         options.trust, options.revision, options.base, options.config, options.series, options.prefix
@@ -231,15 +222,23 @@ def _read_all(options: argparse.Namespace) -> "list[list[Reading]]":
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         sources = []
         for target in options.checkpoints:
-            task = progress.add_task(escape(f"opening {target}"), total=None)
             with naming(target):
-                checkpoints = open_source(target, how)
-                progress.remove_task(task)
-                readings = [
-                    _read(one, options, progress, newest=one is checkpoints[-1]) for one in checkpoints
-                ]
-            sources.append(readings)
+                with _task(progress, f"opening {target}"):
+                    checkpoints = open_source(target, how)
+                sources.append(
+                    [_read(one, options, progress, newest=one is checkpoints[-1]) for one in checkpoints]
+                )
     return sources
+
+
+@contextmanager
+def _task(progress: Any, text: str) -> "Iterator[Callable[[int, int], None]]":
+    """A bar while the block runs, which is given how much of how much is done."""
+    from lightning_qk.inspect.table import escape
+
+    task = progress.add_task(escape(text), total=None)
+    yield lambda count, total: progress.update(task, completed=count, total=total)
+    progress.remove_task(task)
 
 
 @contextmanager
@@ -247,8 +246,12 @@ def naming(target: str) -> Iterator[None]:
     """Turns unforeseen errors of a damaged or hostile checkpoint into one sentence that names it."""
     try:
         yield
-    except (BadInput, OSError):
+    except BadInput:
         raise
+    except OSError as error:
+        raise BadInput(
+            f"expected to read {target} without an error of the system, got {one_line(error)}"
+        ) from error
     except MemoryError as error:
         raise BadInput(
             f"expected a checkpoint that fits into memory, got {target}: free some, or pass another"
@@ -262,35 +265,32 @@ def naming(target: str) -> Iterator[None]:
 
 def _read(checkpoint: "Checkpoint", options: argparse.Namespace, progress: Any, *, newest: bool) -> "Reading":
     from lightning_qk.inspect.read import read_checkpoint
-    from lightning_qk.inspect.table import escape
 
-    task = progress.add_task(escape(f"layers of {checkpoint.title}"), total=None)
-    reading, model, weights = read_checkpoint(
-        checkpoint,
-        support=options.support,
-        fold_norm=not options.no_fold_norm,
-        eigenvalues=not options.moments_only,
-        summed=options.summed,
-        trust=options.trust,
-        progress=lambda count, total: progress.update(task, completed=count, total=total),
-    )
-    progress.remove_task(task)
+    with _task(progress, f"layers of {checkpoint.title}") as update:
+        reading, model, weights = read_checkpoint(
+            checkpoint,
+            support=options.support,
+            fold_norm=not options.no_fold_norm,
+            eigenvalues=not options.moments_only,
+            summed=options.summed,
+            trust=options.trust,
+            progress=update,
+        )
     if options.text is not None and newest:
         from lightning_qk.inspect.text import measure
 
-        task = progress.add_task(escape(f"text through {checkpoint.title}"), total=None)
-        measure(
-            model,
-            weights,
-            checkpoint,
-            reading,
-            source=options.text,
-            tokenizer=options.tokenizer,
-            length=options.length,
-            batches=options.batches,
-            progress=lambda count, total: progress.update(task, completed=count, total=total),
-        )
-        progress.remove_task(task)
+        with _task(progress, f"text through {checkpoint.title}") as update:
+            measure(
+                model,
+                weights,
+                checkpoint,
+                reading,
+                source=options.text,
+                tokenizer=options.tokenizer,
+                length=options.length,
+                batches=options.batches,
+                progress=update,
+            )
     return reading
 
 

@@ -2,14 +2,14 @@
 
 import getpass
 import socket
-import sys
 from argparse import ArgumentTypeError
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import OneLineParser, did_you_mean
+from lightning_qk._printable import did_you_mean, printable
+from lightning_qk.cli._arguments import Failure, OneLineParser
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.report.follow import PAGE_NAME, Follower
 
 _PORT = 8771
@@ -80,25 +80,21 @@ def run(args: list[str], prog: str) -> int:
     """Serve until interrupted.
 
     Returns:
-        The exit status: 0, 1 where the port cannot be had, 2 for a wrong command line.
+        The exit status: 0.
+
+    Raises:
+        BadInput: a wrong command line; status 1 where the port cannot be had.
     """
     options = parser(prog).parse(args)
     place: Path = options.run
-    problem = _problem(place)
-    if problem:
-        print(printable(f"{prog}: error: {problem}"), file=sys.stderr)
-        return 2
+    _check(place)
     try:
         server = serve(place, options.host, options.port)
     except OSError as error:
-        print(
-            printable(
-                f"{prog}: error: expected an address that is free, got {options.host}:{options.port or _PORT} "
-                f"({error.strerror or error}): pass another --port"
-            ),
-            file=sys.stderr,
-        )
-        return 1
+        raise Failure(
+            f"expected an address that is free, got {options.host}:{options.port or _PORT} "
+            f"({error.strerror or error}): pass another --port"
+        ) from error
     with server:
         for line in _where(server, place):
             print(printable(line), flush=True)
@@ -129,23 +125,20 @@ def serve(place: Path, host: str = "127.0.0.1", port: int | None = None) -> Thre
         return _Server((host, 0), follower)
 
 
-def _problem(place: Path) -> str:
-    """What is wrong with the place, in a sentence; empty where nothing is."""
+def _check(place: Path) -> None:
+    """Raises BadInput unless it is a folder, a record or a page."""
     try:
-        if place.is_dir():
-            return ""
+        if place.is_dir() or (place.is_file() and place.suffix in (".html", ".safetensors")):
+            return
         if place.is_file():
-            is_ours = place.suffix in (".html", ".safetensors")
-            return (
-                ""
-                if is_ours
-                else f"expected a run's folder, its record or its report, got {place}: correct it"
-            )
+            raise BadInput(f"expected a run's folder, its record or its report, got {place}: correct it")
         near = [one.name for one in place.parent.iterdir()] if place.parent.is_dir() else []
+    except BadInput:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        return f"expected a run's folder, got {place} ({reason}): correct it"
-    return (
+        raise BadInput(f"expected a run's folder, got {place} ({reason}): correct it") from error
+    raise BadInput(
         f"expected a run's folder, got no such folder: {place}{did_you_mean(place.name, near)}; name the log "
         "folder that the run prints"
     )

@@ -1,10 +1,9 @@
 """The command ``lightning-qk wandb-workspace``."""
 
-import sys
 from typing import Any
 
-from lightning_qk._printable import printable
-from lightning_qk.cli._arguments import OneLineParser
+from lightning_qk.cli._arguments import Failure, OneLineParser
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.loggers.workspace import NAME, build_workspace, workspace_json, workspace_outline
 
 
@@ -12,15 +11,16 @@ def run(args: list[str], prog: str) -> int:
     """Make a workspace in a project of W&B's, or show what would be made.
 
     Returns:
-        The exit status: 0, 1 where W&B did not take it, 2 for a wrong command line.
+        The exit status: 0.
+
+    Raises:
+        BadInput: a wrong command line; status 1 where W&B did not take it.
     """
     options = parser(prog).parse(args)
     entity, slash, project = options.project.partition("/")
     if not (entity and slash and project) or "/" in project:
-        return _fail(
-            prog,
-            f"expected ENTITY/PROJECT, such as my-team/my-project, got {options.project!r}: correct it",
-            2,
+        raise BadInput(
+            f"expected ENTITY/PROJECT, such as my-team/my-project, got {options.project!r}: correct it"
         )
     if options.print:
         print(workspace_outline(options.name))
@@ -30,17 +30,14 @@ def run(args: list[str], prog: str) -> int:
         print(workspace_json(workspace))
         return 0
     try:
-        saved = _save(workspace)
+        print(_save(workspace))
     except Exception as error:
         # Anything may come out of W&B: no login, no network, no such project, no right to write there.
         reason = " ".join(str(error).split()) or type(error).__name__
-        return _fail(
-            prog,
+        raise Failure(
             f"the workspace could not be saved to {entity}/{project} ({reason[:200]}): check the network, "
-            "`wandb login` and the project's name, or look at it with --print",
-            1,
-        )
-    print(saved)
+            "`wandb login` and the project's name, or look at it with --print"
+        ) from error
     return 0
 
 
@@ -68,8 +65,3 @@ def parser(prog: str) -> OneLineParser:
 def _save(workspace: Any) -> str:
     """Save it and return its address."""
     return str(workspace.save().url)
-
-
-def _fail(prog: str, message: str, status: int) -> int:
-    print(printable(f"{prog}: error: {message}"), file=sys.stderr)
-    return status

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lightning_qk._printable import listed
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_NAMED = 5
-"""Rows and classes that a sentence lists; others are counted."""
 _FEW = 20
 """Rows below which every row may be a class of its own."""
 _MOST_LOOKED_AT = 1000
@@ -49,7 +49,7 @@ def check_fields(path: Path, *, encoding: str = "utf-8") -> None:
                 if len(fields) != len(header):
                     raise ValueError(
                         f"expected {len(header)} fields in every row of {path}, as in its header "
-                        f"({_listed(map(_short, header))}), got {len(fields)} in row {row} (line "
+                        f"({listed(map(_short, header))}), got {len(fields)} in row {row} (line "
                         f"{reader.line_num}): "
                         "mend the row, add the header, or put fields with the separator in them in quotes"
                     )
@@ -146,7 +146,7 @@ def rows_named(places: Sequence[int]) -> str:
     numbers = [str(place + 1) for place in places]
     if len(numbers) == 1:
         return f"row {numbers[0]}"
-    return f"{len(numbers)} rows (rows {_listed(numbers)})"
+    return f"{len(numbers)} rows (rows {listed(numbers)})"
 
 
 def describe_split(
@@ -179,7 +179,7 @@ def describe_split(
     if labels is not None and names is not None:
         counts = Counter(labels)
         shown = [f"{names[place]} {count}" for place, count in counts.most_common()]
-        line += f"; classes: {_listed(shown)}"
+        line += f"; classes: {listed(shown)}"
         unseen = len(names) - len(counts)
         line += f", {unseen} without rows" if unseen else ""
     if texts:
@@ -206,12 +206,6 @@ def describe_overlap(name: str, texts: Iterable[str], train: Iterable[str], *, l
         f"{sum(found)} of {len(found)} texts of {name} ({share:.1%}) are training rows too: what is measured "
         "there is better than on new text"
     )
-
-
-def _listed(parts: Iterable[str]) -> str:
-    shown = list(parts)
-    more = len(shown) - _NAMED
-    return ", ".join(shown[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _short(text: str, most: int = 20) -> str:

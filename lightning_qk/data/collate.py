@@ -118,14 +118,9 @@ def pack(tokens: NDArray[np.int32], block_size: int) -> NDArray[np.int32]:
     return tokens[: blocks * block_size].reshape(blocks, block_size)
 
 
-def token_stream(tokenized: "Dataset", column: str = "input_ids") -> NDArray[np.int32]:
-    """All documents of a tokenized data set one after the other, shape ``(tokens,)``.
-
-    Args:
-        tokenized: rows with a list of token numbers each.
-        column: where they are.
-    """
-    chunks = tokenized.with_format("arrow")[:][column].chunks if len(tokenized) else []
+def token_stream(tokenized: "Dataset") -> NDArray[np.int32]:
+    """The ``input_ids`` of all rows of a tokenized data set one after the other, shape ``(tokens,)``."""
+    chunks = tokenized.with_format("arrow")[:]["input_ids"].chunks if len(tokenized) else []
     parts = [chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False) for chunk in chunks]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 

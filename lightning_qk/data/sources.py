@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_qk._printable import one_line
 from lightning_qk.data.checks import check_classes, check_fields, hint_of_header, rows_named
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def read_files(paths: Sequence[Path], cache_dir: Path, *, encoding: str = "utf-8
             cause = cause.__cause__
         raise ValueError(
             f"expected {builder} rows with the same columns in {', '.join(map(str, paths))}, got a file that "
-            f"cannot be parsed ({_first_line(cause)}): mend that file"
+            f"cannot be parsed ({type(cause).__name__}: {one_line(cause)}): mend that file"
         ) from error
 
 
@@ -170,15 +171,11 @@ def read_dataset(name: str, config_name: str | None = None) -> "dict[str, Datase
     except Exception as error:  # the hub's client has a dozen kinds, all with long messages
         raise ValueError(
             f"expected 'stdlib', a file, or a data set on the Hugging Face hub as source, got {name!r} "
-            f"({_first_line(error)}): correct the name, or check the network"
+            f"({type(error).__name__}: {one_line(error)}): correct the name, or check the network"
         ) from error
     splits = DatasetDict({"train": loaded}) if isinstance(loaded, Dataset) else loaded
-    found: dict[str, Dataset] = {}
-    for split, names in SPLIT_NAMES.items():
-        for candidate in names:
-            if candidate in splits:
-                found[split] = splits[candidate]
-                break
+    called = {split: [name for name in names if name in splits] for split, names in SPLIT_NAMES.items()}
+    found = {split: splits[names[0]] for split, names in called.items() if names}
     if "train" not in found:
         raise ValueError(
             f"expected a split 'train' in the data set {name!r}, got {', '.join(map(str, splits))}: pick "
@@ -210,11 +207,6 @@ def require_column(rows: "Dataset", column: str, option: str, where: str) -> Non
             f"expected text in the column {column!r} of {where}, got values of type {dtype}: pass "
             "text_column="
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def label_names(rows: "Dataset", column: str, where: str) -> list[str]:

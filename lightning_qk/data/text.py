@@ -289,9 +289,6 @@ class TextDataModule(pl.LightningDataModule):
     def _where(self) -> str:
         return ", ".join(self.sources)
 
-    def _from_files(self) -> bool:
-        return len(self.sources) != 1 or looks_like_file(self.sources[0])
-
     def _entry(self) -> Path:
         """The folder with the data, made if it is not there."""
         from datasets import config
@@ -304,7 +301,7 @@ class TextDataModule(pl.LightningDataModule):
         # Files are looked at on every run, so that one that is gone or changed is not missed.
         files = {name: check_files(paths) for name, paths in self.files.items() if paths}
         hub: dict[str, Dataset] = {}
-        if self._from_files():
+        if len(self.sources) != 1 or looks_like_file(self.sources[0]):
             files["train"] = check_files(self.sources)
         elif self.sources != ["stdlib"]:
             hub = read_dataset(self.sources[0], self.config_name)
@@ -408,7 +405,7 @@ class TextDataModule(pl.LightningDataModule):
     def _summary(
         self, name: str, rows: "dict[str, Dataset]", tokenized: "Dataset", names: list[str] | None
     ) -> list[str]:
-        """What to say of a split at the start of a run."""
+        """Lines on a split for the start of a run."""
         split = rows[name]
         if names is None:
             texts = [

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_qk._printable import one_line
 from lightning_qk.data.collate import block_dataset, pack, token_stream
 
 if TYPE_CHECKING:
@@ -30,15 +31,10 @@ def byte_tokenizer() -> "PreTrainedTokenizerFast":
     contains the name of a special token is bytes like any other.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    # Byte-level BPE writes each byte as a printable character; those of printable bytes are the bytes.
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = iter(range(256, 512))
-    alphabet = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    # Byte-level BPE writes each byte as a printable character.
+    alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -116,11 +112,9 @@ def load_tokenizer(name: str, role: str = "tokenizer") -> "PreTrainedTokenizerBa
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing files, network, broken JSON: all end in this one line
-        lines = str(error).strip().splitlines()
         raise ValueError(
             f"expected a folder or a name on the Hugging Face hub as {role}, got {name!r} "
-            f"({lines[0] if lines else type(error).__name__}): correct it, check the network, or take the "
-            "tokenizer 'bytes' or 'words'"
+            f"({one_line(error)}): correct it, check the network, or take the tokenizer 'bytes' or 'words'"
         ) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2 and others have none

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_qk.functional._kernel import Collected
 from lightning_qk.functional.chunks import Chunk, hide
 from lightning_qk.functional.logits import AttentionLogits
+from lightning_qk.functional.precision import is_readable
 
 ROW_STATISTICS = (
     "entropy",
@@ -117,7 +118,7 @@ def _row_statistics(chunk: Chunk, keep: Tensor, buffers: Sequence[Tensor]) -> _R
     # Hidden keys are 0 in the scratch, inside the window of every row that sees more than one key.
     inside = torch.gt(scratch, -1.0, out=scratch).sum(-1) - (width - keys)
     linear = torch.where(keys > 1, inside, 0.0)
-    if x.is_cuda or bool((-mean >= keys - 1).any()):
+    if not is_readable(x) or bool((-mean >= keys - 1).any()):
         above = torch.ge(x, (mean + keys - 1)[..., None], out=scratch)
         if shown is not None:
             above[..., edge:] *= shown

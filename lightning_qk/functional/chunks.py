@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -82,33 +82,6 @@ def take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
     return tensor[batch, :, index].transpose(1, 2)
 
 
-def evaluate_mask(
-    mask: MaskFunction, sizes: Sequence[int], index: slice | Tensor, keys: slice, device: torch.device
-) -> Tensor:
-    """A mask function on some rows and keys, ``(batch|1, heads|1, rows, keys)``; ``sizes`` are batch and heads."""
-    batch, heads = sizes
-    if isinstance(index, slice):
-        index = torch.arange(index.start, index.stop, device=device)[None]
-    rows, width = index.shape[-1], keys.stop - keys.start
-    visible = mask(
-        torch.arange(batch, device=device)[:, None, None, None],
-        torch.arange(heads, device=device)[:, None, None],
-        index[:, None, :, None],
-        torch.arange(keys.start, keys.stop, device=device),
-    )
-    shape = tuple(visible.shape) if isinstance(visible, Tensor) else None
-    padded = (1,) * (4 - len(shape or ())) + (shape or ())
-    fits = all(n in (1, full) for n, full in zip(padded, (batch, heads, rows, width), strict=False))
-    if shape is None or visible.dtype != torch.bool or len(padded) != 4 or not fits:
-        got = type(visible).__name__ if shape is None else f"{visible.dtype} of shape {shape}"
-        raise ValueError(
-            "expected the mask function to return a boolean tensor that broadcasts to (batch, heads, "
-            f"rows, keys) = {(batch, heads, rows, width)}, got {got}: index with the four tensors "
-            "together, as in document[batch, query]"
-        )
-    return visible.reshape(padded).expand(-1, -1, rows, width)
-
-
 def sample_rows(valid: Tensor, rows: int, generator: torch.Generator | None) -> Tensor:
     """``rows`` indices of distinct rows for each sequence, ``(batch, rows)``, valid ones first, at random."""
     device = "cpu" if generator is None else generator.device
@@ -154,6 +127,39 @@ def _broadcast(tensor: Tensor, full: tuple[int, int, int, int], name: str) -> Te
             f"a padding mask of shape (batch, m) becomes {name}[:, None, None, :].bool()"
         )
     return tensor.reshape(shape).expand(-1, -1, full[2], full[3])
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Options of an attention call beside its query and key, all optional.
+
+    Attributes:
+        mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating and
+            added to the logits, where −9000 and below means not visible. Or a function ``mask(batch, head, query,
+            key)`` of integer index tensors that broadcast to these shapes (a ``mask_mod`` of flex_attention)
+            which returns the boolean mask: it is evaluated on some rows at a time, so that no n × m mask is ever
+            in memory. None (the default) hides nothing.
+        is_causal: row i sees the keys up to position ``query_offset + i``. Default False.
+        scaling: factor on the dot products; None (the default) means ``d_head ** -0.5``.
+        sliding_window: a key is visible only when fewer than this many positions away. None (the default): all.
+        softcap: logits become ``softcap * tanh(logits / softcap)``. None (the default) for no cap.
+        bias: added to the logits, broadcastable to ``(batch, heads, n, m)``. Default None.
+        sinks: learnt extra logit of each head, shape ``(heads,)``. Default None.
+        query_mask: rows to count, boolean ``(batch, n)``. None (the default) counts all.
+        query_offset: position of the first query on the axis of the keys (of a cache, say). Default 0.
+        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding and
+            its own row is left out. None (the default): when ``n == m``.
+    """
+
+    mask: Tensor | MaskFunction | None
+    is_causal: bool
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    query_mask: Tensor | None
+    query_offset: int
+    self_attention: bool | None
 
 
 def checked_products(

@@ -54,6 +54,23 @@ def covariance_root(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
+    weight = _checked(tokens, weight)
+    with torch.no_grad(), full_precision(tokens.device):
+        counted, share = _shares(tokens, weight)
+        # About a token, so that a large mean takes no digits from the spread.
+        about = counted - counted[(weight > 0).long().argmax()]
+        return share.sqrt()[:, None] * torch.where((weight > 0)[:, None], about - share @ about, 0.0)
+
+
+def token_mean(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The tokens' mean, ``(d,)``, with the arguments of :func:`covariance_root`; zero where no token counts."""
+    weight = _checked(tokens, weight)
+    with torch.no_grad(), full_precision(tokens.device):
+        counted, share = _shares(tokens, weight)
+        return share @ counted
+
+
+def _checked(tokens: Tensor, weight: Tensor | None) -> Tensor:
     floating(tokens, "tokens")
     if weight is None:
         weight = tokens.new_ones(len(tokens))
@@ -62,10 +79,11 @@ def covariance_root(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
             f"expected tokens (tokens, d) and one weight each, got {tuple(tokens.shape)} and "
             f"{tuple(weight.shape)}: flatten batch and sequence into one axis"
         )
-    with torch.no_grad(), full_precision(tokens.device):
-        kind = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        share = weight.to(kind) / weight.sum().clamp_min(torch.finfo(kind).tiny)
-        counted = torch.where((weight > 0)[:, None], tokens.to(kind), 0.0)
-        # About a token, so that a large mean takes no digits from the spread.
-        about = counted - counted[(weight > 0).long().argmax()]
-        return share.sqrt()[:, None] * torch.where((weight > 0)[:, None], about - share @ about, 0.0)
+    return weight
+
+
+def _shares(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens, zero where they do not count, and what share of all each stands for."""
+    kind = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    share = weight.to(kind) / weight.sum().clamp_min(torch.finfo(kind).tiny)
+    return torch.where((weight > 0)[:, None], tokens.to(kind), 0.0), share

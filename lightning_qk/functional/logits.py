@@ -5,73 +5,29 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._range import RANGE, fits_range, largest_modulus, longest
+from lightning_qk.functional._range import RANGE, bound_of_logits, fits_range
 from lightning_qk.functional.chunks import (
     MASKED_BELOW,
+    AttentionOptions,
     Chunk,
     MaskFunction,
     checked_logits,
     checked_products,
-    evaluate_mask,
     take_rows,
 )
-from lightning_qk.functional.precision import at_least_float32
+from lightning_qk.functional.precision import at_least_float32, is_readable
+from lightning_qk.functional.visibility import Counted, Visibility, renumbered
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 # Elements of one chunk of logits, 8 MiB in float32: large enough for the products, small enough for caches.
 CHUNK_ELEMENTS = 1 << 21
-
-
-class AttentionOptions(TypedDict, total=False):
-    """Options of an attention call beside its query and key, all optional.
-
-    Attributes:
-        mask: broadcastable to ``(batch, heads, n, m)``: boolean, True where the key is visible, or floating and
-            added to the logits, where −9000 and below means not visible. Or a function ``mask(batch, head, query,
-            key)`` of integer index tensors that broadcast to these shapes (a ``mask_mod`` of flex_attention)
-            which returns the boolean mask: it is evaluated on some rows at a time, so that no n × m mask is ever
-            in memory. None (the default) hides nothing.
-        is_causal: row i sees the keys up to position ``query_offset + i``. Default False.
-        scaling: factor on the dot products; None (the default) means ``d_head ** -0.5``.
-        sliding_window: a key is visible only when fewer than this many positions away. None (the default): all.
-        softcap: logits become ``softcap * tanh(logits / softcap)``. None (the default) for no cap.
-        bias: added to the logits, broadcastable to ``(batch, heads, n, m)``. Default None.
-        sinks: learnt extra logit of each head, shape ``(heads,)``. Default None.
-        query_mask: rows to count, boolean ``(batch, n)``. None (the default) counts all.
-        query_offset: position of the first query on the axis of the keys (of a cache, say). Default 0.
-        self_attention: queries and keys are the same tokens, so that a token that no row can see is padding and
-            its own row is left out. None (the default): when ``n == m``.
-    """
-
-    mask: Tensor | MaskFunction | None
-    is_causal: bool
-    scaling: float | None
-    sliding_window: int | None
-    softcap: float | None
-    bias: Tensor | None
-    sinks: Tensor | None
-    query_mask: Tensor | None
-    query_offset: int
-    self_attention: bool | None
-
-
-class Counted(NamedTuple):
-    """What counts of a call.
-
-    Attributes:
-        rows: rows that see a key and are no padding, boolean ``(batch, n)``.
-        keys: keys that some row sees, boolean ``(batch, m)``; None without a mask: unseen keys are finite too.
-    """
-
-    rows: Tensor
-    keys: Tensor | None
 
 
 class AttentionLogits(ABC):
@@ -287,32 +243,20 @@ class ProductLogits(AttentionLogits):
     def counted(self) -> Counted:
         """Rows and keys that count."""
         batch, _, n, m = self.shape
-        device = self.query.device
-        valid = torch.full((batch, n), m > 0, device=device)
+        valid = torch.full((batch, n), m > 0, device=self.device)
         seen = None
         if self.mask is not None:
-            sees = []
-            seen = torch.zeros(batch, m, dtype=torch.bool, device=device)
-            for chunk in self.chunks(n):
-                visible = self.visible(chunk, self.positions(chunk), slice(0, m))
-                assert visible is not None  # there is a mask
-                visible = visible.any(1)
-                sees.append(visible.any(-1).expand(batch, -1))
-                seen |= visible.any(-2)
-            valid = torch.cat(sees, dim=1) if sees else valid
+            parts = ((rows, self.positions(rows)) for rows in self.chunks(n))
+            sees, seen = self._visibility.rows_and_keys(parts, m)
+            valid = sees if m else valid
             if self.self_attention and n == m:
                 valid = valid & seen
             elif self.self_attention and self.query_offset + n <= m:
                 valid = valid & seen[:, self.query_offset : self.query_offset + n]
         elif self.is_causal or self.sliding_window is not None:
-            # Queries before the first key or further than a window behind the last.
-            position = self.positions(slice(0, n))
-            reach = 0 if self.sliding_window is None else self.sliding_window - 1
-            valid = valid & (position + (0 if self.is_causal else reach) >= 0)
-            if self.sliding_window is not None:
-                valid = valid & (position - reach < m)
+            valid = valid & self._visibility.reaches_keys(self.positions(slice(0, n)), m)
         if self.query_mask is not None:
-            valid = valid & self.query_mask.to(device=device, dtype=torch.bool)
+            valid = valid & self.query_mask.to(device=self.device, dtype=torch.bool)
         return Counted(valid, seen)
 
     @property
@@ -325,15 +269,8 @@ class ProductLogits(AttentionLogits):
         """Keys that some row sees, boolean ``(batch, m)``: an interval where no mask says so."""
         if counted.keys is not None:
             return counted.keys
-        batch, _, n, m = self.shape
-        first, last = self.query_offset, self.query_offset + n - 1
-        low, high = 0, m
-        if self.sliding_window is not None:
-            low, high = first - self.sliding_window + 1, last + self.sliding_window
-        if self.is_causal:
-            high = min(high, last + 1)
-        place = torch.arange(m, device=self.device)
-        return ((place >= low) & (place < high)).expand(batch, m)
+        n, m = self.shape[2:]
+        return self._visibility.interval(range(self.query_offset, self.query_offset + n), m)
 
     def without_padding(self, counted: Counted) -> ProductLogits:
         """Zeros in place of rows and keys that do not count."""
@@ -351,23 +288,15 @@ class ProductLogits(AttentionLogits):
     def finite_heads(self) -> Tensor:
         """Heads whose queries and keys are finite, boolean ``(heads,)``; rows out of ``query_mask`` left out."""
         query, key, rows = self.query, self.key, self.query_mask
-        seen = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-        if rows is not None:
-            seen = rows.to(seen)
-        bad = ((~query.isfinite()).any(-1) & seen[:, None]).any(-1).any(0)
-        if rows is not None and key.shape[2] != query.shape[2]:
-            return ~bad
-        keys = seen if key.shape[2] == query.shape[2] else seen.new_ones(key.shape[0], key.shape[2])
-        worse = ((~key.isfinite()).any(-1) & keys[:, None]).any(-1).any(0)
-        return ~(bad | worse.repeat_interleave(query.shape[1] // key.shape[1]))
+        finite = _finite_heads(query, rows)
+        if rows is None or key.shape[2] == query.shape[2]:
+            finite &= _finite_heads(key, rows).repeat_interleave(query.shape[1] // key.shape[1])
+        return finite
 
     def detach(self) -> ProductLogits:
         """The same without the graph of its gradients."""
-        tensors = ("query", "key", "mask", "bias", "sinks", "query_mask")
-        given = {name: getattr(self, name) for name in tensors}
-        return self.replace(
-            **{name: part.detach() for name, part in given.items() if isinstance(part, Tensor)}
-        )
+        parts = vars(self).items()
+        return self.replace(**{name: part.detach() for name, part in parts if isinstance(part, Tensor)})
 
     def products(self) -> ProductLogits:
         """The same with ``scaling q·k`` alone: of what is added, only what it hides."""
@@ -388,7 +317,7 @@ class ProductLogits(AttentionLogits):
         if isinstance(mask, Tensor):
             mask = take(mask)
         elif mask is not None and isinstance(index, Tensor):
-            mask = _renumbered(mask, index)
+            mask = renumbered(mask, index)
         return self.replace(
             query=self.query[index],
             key=self.key[index],
@@ -407,7 +336,7 @@ class ProductLogits(AttentionLogits):
         if isinstance(mask, Tensor):
             mask = take(mask)
         elif mask is not None:
-            mask = _renumbered(mask, start=tokens.start)
+            mask = renumbered(mask, start=tokens.start)
         return self.replace(
             query=self.query[:, :, tokens],
             key=self.key[:, :, tokens],
@@ -418,19 +347,19 @@ class ProductLogits(AttentionLogits):
 
     def in_range(self) -> ProductLogits:
         """The same call in a precision whose range its logits do not leave, with a key for chunks."""
-        source = self.wide()
-        if source.key.numel() == 0 or source.query.numel() == 0 or source.key.dtype not in RANGE:
-            return source
-        size = _size(source)
-        fits = fits_range(size, source.key.dtype)
-        if source.device.type == "cpu":
+        wide = self.wide()
+        if wide.key.numel() == 0 or wide.query.numel() == 0 or wide.key.dtype not in RANGE:
+            return wide
+        size = bound_of_logits(wide.query, wide.key, wide.scaling, wide.softcap, wide.bias, wide.mask)
+        fits = fits_range(size, wide.key.dtype)
+        if is_readable(wide.key):
             if bool(fits.all()):
-                return source
-            source = source.replace(key=source.key.double())
+                return wide
+            wide = wide.replace(key=wide.key.double())
             fits = fits_range(size, torch.float64)
             if bool(fits.all()):
-                return source
-        return source.replace(query=torch.where(fits, source.query, torch.nan))
+                return wide
+        return wide.replace(query=torch.where(fits, wide.query, torch.nan))
 
     def chunk(self, index: slice | Tensor, buffer: Tensor) -> Chunk:
         """Logits of some query rows, and which keys they see; the key is as :meth:`wide` makes it."""
@@ -464,23 +393,19 @@ class ProductLogits(AttentionLogits):
         sinks = None if self.sinks is None else self.sinks.to(logits.dtype).view(1, heads, 1)
         return Chunk(logits, None if visible is None else visible.to(logits.dtype), edge, position, sinks)
 
+    @property
+    def _visibility(self) -> Visibility:
+        sizes = self.query.shape[0], self.query.shape[1]
+        return Visibility(self.mask, self.is_causal, self.sliding_window, sizes, self.query.device)
+
     def visible(self, index: slice | Tensor, position: Tensor, keys: slice) -> Tensor | None:
         """Visibility of some keys to some rows, ``(batch|1, heads|1, rows, keys)``; None: all of them."""
-        visible = None
-        if isinstance(self.mask, Tensor):
-            mask = take_rows(self.mask, index)[..., keys]
-            visible = mask if mask.dtype == torch.bool else mask > MASKED_BELOW
-        elif self.mask is not None:
-            visible = evaluate_mask(self.mask, self.query.shape[:2], index, keys, self.query.device)
-        if self.is_causal or self.sliding_window is not None:
-            places = torch.arange(keys.start, keys.stop, device=position.device)
-            ahead = places - position[:, None, :, None]
-            if self.is_causal:
-                visible = ahead <= 0 if visible is None else visible & (ahead <= 0)
-            if self.sliding_window is not None:
-                near = ahead.abs() < self.sliding_window
-                visible = near if visible is None else visible & near
-        return visible
+        return self._visibility.of(index, position, keys)
+
+
+def _finite_heads(vectors: Tensor, counts: Tensor | None) -> Tensor:
+    finite = vectors.isfinite().all(-1)
+    return (finite if counts is None else finite | ~counts.to(finite)[:, None]).all(-1).all(0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -500,8 +425,7 @@ class GivenLogits(AttentionLogits):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """``(batch, heads, n, m)``."""
-        batch, heads, n, m = self.logits.shape
-        return batch, heads, n, m
+        return (*self.logits.shape[:3], self.logits.shape[3])
 
     @property
     def _values(self) -> Tensor:
@@ -518,7 +442,7 @@ class GivenLogits(AttentionLogits):
             return self
         # What is far below is hidden, and relative logits are 0 at most.
         fits = fits_range(self.largest.float().clamp_min(0), torch.float32)
-        if self.device.type == "cpu":
+        if is_readable(self.largest):
             return self if bool(fits.all()) else self.replace(wide=True)
         return self.replace(fits=fits)
 
@@ -541,9 +465,8 @@ class GivenLogits(AttentionLogits):
 
     def sequences(self, index: slice | Tensor) -> GivenLogits:
         """The same call with some of its sequences; slices are views."""
-        parts = ("logits", "used", "sinks", "largest", "fits")
-        given = {name: getattr(self, name) for name in parts}
-        return self.replace(**{name: part[index] for name, part in given.items() if part is not None})
+        parts = vars(self).items()
+        return self.replace(**{name: part[index] for name, part in parts if isinstance(part, Tensor)})
 
     def tokens(self, tokens: slice) -> GivenLogits:
         """The same call with consecutive tokens, queries and keys alike."""
@@ -572,26 +495,3 @@ class GivenLogits(AttentionLogits):
             sinks = take_rows(self.sinks[..., None], index)[..., 0].to(x.dtype)
             sinks = torch.where(used[:, None], sinks, 0.0)
         return Chunk(x, (~hidden).to(x.dtype), 0, self.positions(index), sinks)
-
-
-def _renumbered(mask: MaskFunction, sequences: Tensor | None = None, start: int = 0) -> MaskFunction:
-    return lambda sequence, head, query, key: mask(
-        sequence if sequences is None else sequences[sequence], head, query + start, key + start
-    )
-
-
-def _size(call: ProductLogits) -> Tensor:
-    """No logit of a sequence and head has a larger modulus, ``(batch|1, heads, 1, 1)``; float64 on the CPU."""
-    wide = torch.float64 if call.device.type == "cpu" else call.key.dtype
-    of_query, of_key = (longest(part, wide) for part in (call.query, call.key))
-    size = of_query * of_key.repeat_interleave(call.query.shape[1] // call.key.shape[1], 1)
-    size = (size * abs(call.scaling))[..., None, None]
-    if call.softcap is not None:
-        size = size.clamp_max(abs(call.softcap))
-    for added in (call.bias, call.mask):
-        if isinstance(added, Tensor) and added.is_floating_point() and added.numel():
-            # A broadcast tensor is read once.
-            own = added[tuple(slice(1) if step == 0 else slice(None) for step in added.stride())]
-            largest = own.amax((2, 3), keepdim=True) if added is call.mask else largest_modulus(own)
-            size = size + largest.to(wide).clamp_min(0)
-    return size

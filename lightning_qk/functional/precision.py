@@ -9,6 +9,12 @@ from torch import Tensor
 
 # Fourth powers of these, and sums of them, keep all their digits in float32.
 _SAFE = 1e-8, 1e8
+_READABLE = ("cpu",)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a look at values costs nothing: those of an accelerator are waited for."""
+    return tensor.device.type in _READABLE
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -28,7 +34,7 @@ def norms(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     if dtype is None:
         dtype = torch.float64 if vectors.dtype == torch.float64 else torch.float32
-    if vectors.dtype != torch.float64 and vectors.device.type == "cpu":
+    if vectors.dtype != torch.float64 and is_readable(vectors):
         plain = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
         if are_safe(plain):
             return plain.to(dtype)
@@ -42,7 +48,7 @@ def norms(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def are_safe(lengths: Tensor) -> bool:
     """Whether no square of vectors of these norms leaves the range of float32; False where looking would wait."""
-    return lengths.device.type == "cpu" and bool(((lengths >= _SAFE[0]) & (lengths <= _SAFE[1])).all())
+    return is_readable(lengths) and bool(((lengths >= _SAFE[0]) & (lengths <= _SAFE[1])).all())
 
 
 def scaled(tensor: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -240,8 +240,13 @@ class TokenMoments:
         """Width of one head."""
         return self.query.mean.shape[1]
 
-    def products(self, scaling: float = 1.0) -> Products:
+    def products(self, scaling: float = 1.0, *, checked: bool = True) -> Products:
         """``Cov(k, q)``, ``Cov(q)`` and ``Cov(k)`` of every head, with the softmax scale on the query.
+
+        Args:
+            scaling: the softmax scale.
+            checked: raise where tokens are too few; False where the caller knows, or takes NaN: to look at their
+                number is to wait for the device.
 
         Raises:
             ValueError: cross-attention, which has no eigenvalues, or fewer than two tokens.
@@ -251,7 +256,7 @@ class TokenMoments:
                 "expected moments of self-attention for a spectrum, got those of cross-attention, where no token "
                 "has both a query and a key: leave the layer out"
             )
-        if float(self.query.count) < 2:
+        if checked and float(self.query.count) < 2:
             raise ValueError(
                 f"expected at least two tokens besides the first of a sequence, got {int(self.query.count)}: "
                 "pass longer sequences"
@@ -270,6 +275,7 @@ class TokenMoments:
         n: int | None = None,
         offset: int | Tensor | None = None,
         rotary: Rotary | None = None,
+        checked: bool = True,
     ) -> dict[str, Tensor]:
         """Moments of the eigenvalues of ``scaling · Σ^½ W_QK Σ^½``, Σ the covariance of tokens but the first.
 
@@ -278,6 +284,7 @@ class TokenMoments:
             n: size of the support; None: ``d_head``.
             offset: relative position of the key, or several ``(offsets,)``. Needs ``rotary``.
             rotary: the layer's rotation.
+            checked: see :meth:`products`.
 
         Returns:
             As :func:`~lightning_qk.functional.qk_moments` with ``sigma=Σ`` (and ``support="head"``), float64.
@@ -285,7 +292,7 @@ class TokenMoments:
         Raises:
             ValueError: cross-attention, too few tokens, or an offset without a rotation.
         """
-        return self._at(scaling, offset, rotary).moments(n or self.d_head)
+        return self._at(scaling, offset, rotary, checked).moments(n or self.d_head)
 
     def eigenvalues(
         self, scaling: float = 1.0, *, offset: int | Tensor | None = None, rotary: Rotary | None = None
@@ -294,8 +301,10 @@ class TokenMoments:
         core = self._at(scaling, offset, rotary).core
         return core_eigenvalues(core.cpu()).to(core.device)
 
-    def _at(self, scaling: float, offset: int | Tensor | None, rotary: Rotary | None) -> Products:
-        products = self.products(scaling)
+    def _at(
+        self, scaling: float, offset: int | Tensor | None, rotary: Rotary | None, checked: bool = True
+    ) -> Products:
+        products = self.products(scaling, checked=checked)
         if offset is None:
             return products
         if rotary is None:
@@ -398,19 +407,18 @@ def _cross(query: Tensor, key: Tensor, mean_query: Tensor, mean_key: Tensor, res
     return (k.repeat_interleave(len(q) // len(k), 0).mT @ q).double()
 
 
-def _like_first(key: Tensor, rest: Tensor, known: SideMoments) -> Tensor | None:
-    """Tokens whose keys are more than half-way to the first token's, ``(batch, n)``; None: that says nothing.
+def _like_first(key: Tensor, rest: Tensor, known: SideMoments) -> Tensor:
+    """Tokens whose keys are more than half-way to the first token's, ``(batch, n)``; none where that says nothing.
 
     Averaged over key heads; along this line the others must spread less than a quarter of the way.
     """
     way = known.first_mean - known.mean
     square = way.square().sum(-1).clamp_min(1e-30)
     spread = torch.einsum("hd,hde,he->h", way, known.covariance, way).clamp_min(0).sqrt() / square
-    if not bool(known.first_count > 0) or not bool(spread.mean() < _APART):
-        return None
+    says_something = (known.first_count > 0) & (spread.mean() < _APART)
     along = way / square[:, None] / len(way)
     share = torch.einsum("bhnd,hd->bn", key.to(along.dtype), along) - (known.mean * along).sum()
-    return rest & (share > 0.5)
+    return rest & (share > 0.5) & says_something
 
 
 def _longer(tensor: Tensor, number: int) -> Tensor:

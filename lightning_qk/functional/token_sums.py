@@ -138,7 +138,7 @@ def token_sums(
             in_slot = wide.new_zeros(2 * _SLOTS).index_add_(0, index, rest)
             parts |= {
                 name: total.repeat_interleave(repeat, 0),
-                f"first_{name}": wide[is_first].sum(0).repeat_interleave(repeat, 0),
+                f"first_{name}": _sum_of(wide, is_first).repeat_interleave(repeat, 0),
                 f"{name}_{name}": raw.repeat_interleave(repeat, 0),
                 f"slot_{name}": by_slot.unflatten(0, (2, -1)).movedim(2, 0).repeat_interleave(repeat, 0),
             }
@@ -166,13 +166,17 @@ def _alike(key: Tensor, weight: Tensor, place: Tensor) -> Tensor:
     count, first_count = rest.sum().double(), first.sum().double()
     key = torch.where(valid[:, None, :, None], key, 0.0)
     by_token = key.double().transpose(1, 2)
-    mean = by_token[rest].sum(0) / count.clamp_min(1)
-    first_mean = by_token[first].sum(0) / first_count.clamp_min(1)
+    mean = _sum_of(by_token, rest) / count.clamp_min(1)
+    first_mean = _sum_of(by_token, first) / first_count.clamp_min(1)
     own = torch.where(rest[:, :, None, None], by_token - mean, 0.0).flatten(0, 1).float().transpose(0, 1)
     nothing = mean.new_zeros(0)
     known = SideMoments(count, mean, (own.mT @ own).double(), first_count, first_mean, nothing, nothing)
-    found = _like_first(key, rest, known)
-    return torch.zeros_like(rest) if found is None else found
+    return _like_first(key, rest, known)
+
+
+def _sum_of(vectors: Tensor, mask: Tensor) -> Tensor:
+    """Sum of some of the vectors ``(…, heads, d_head)``; picking them out would wait for the device."""
+    return torch.where(mask[..., None, None], vectors, 0.0).flatten(0, mask.dim() - 1).sum(0)
 
 
 def moments_of(

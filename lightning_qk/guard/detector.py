@@ -1,7 +1,7 @@
 """All detectors together: one verdict a reading."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_qk.guard.detectors import DETECTORS, LossWatch, Sensitivity, UpdateGrowth
@@ -39,15 +39,6 @@ class Verdict:
     def is_healthy(self) -> bool:
         """Far from an alarm."""
         return self.score < HEALTHY
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> "Verdict":
-        """The verdict that :meth:`state_dict` described."""
-        return cls(**state)
 
 
 class CollapseDetector:

@@ -112,15 +112,9 @@ class Window:
         self._rows = deque(state["rows"], maxlen=self.size)
 
 
-def sure(slope: Tensor, error: Tensor, sigmas: float = 2.0) -> Tensor:
-    """The slope, shrunk by some standard errors; 0 where they are larger.
-
-    Args:
-        slope: any shape.
-        error: its standard error.
-        sigmas: how many of them.
-    """
-    return slope.sign() * (slope.abs() - sigmas * error).clamp_min(0)
+def sure(slope: Tensor, error: Tensor) -> Tensor:
+    """A slope of any shape, shrunk by two of its standard errors; 0 where they are larger."""
+    return slope.sign() * (slope.abs() - 2 * error).clamp_min(0)
 
 
 def median_and_error(values: Iterable[float]) -> tuple[float, float]:

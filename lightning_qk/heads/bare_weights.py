@@ -1,14 +1,14 @@
 """Follows elements of weights that are no projection's: bare parameters, multiplied in a layer's own forward."""
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qk.heads.composition import Part, composed
-from lightning_qk.heads.projection import Projection, StoredWeight, parameter_projection
+from lightning_qk.heads.projection import Part, Projection, StoredWeight, composed, parameter_projection
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.row_numbers import NAMES, SIDES, FoundSide, Numbers, RowFollower, Sample, common_rows
 from lightning_qk.heads.running import Bench, Loose, Seen, constant, tolerance, varied_parameters
@@ -220,7 +220,8 @@ class BareFollower(RowFollower):
                         known = torch.full((weight.plan.rows,), -1)
                     places = known.clone()
                     places[numbers[own] - weight.first] = biases[own] - loose.first
-                    weight.stored.add_bias(loose.owner, loose.name, places)
+                    weight.stored.bias_owner = weakref.ref(loose.owner)
+                    weight.stored.bias_name, weight.stored.places = loose.name, places
 
     def sample(
         self,

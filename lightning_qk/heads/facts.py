@@ -1,4 +1,9 @@
-"""What is known of one attention layer: its facts before its weights are looked for, and their layout."""
+"""What names, attributes and earlier calls tell of one attention layer; nothing is run.
+
+Number and width of heads, and the factor on their dot products, are taken from the layer's own attributes first
+and from the nearest configuration second: attention classes of transformers use many names for the same number,
+and a good third keep no head count at all.
+"""
 
 import inspect
 import math
@@ -8,16 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_qk.architecture.source_code import is_known, names_in
+from lightning_qk.architecture.source_code import names_in
 from lightning_qk.heads.layouts import KnownLayout, borrows_keys, unsupported
-from lightning_qk.heads.norms import NormPlan
-from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, Sizes, UnreadLayer
-from lightning_qk.heads.sharding import flat_root, flat_unit
+from lightning_qk.heads.sharding import FlatUnit, flat_unit
 from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.trials import Trial
 
@@ -85,143 +86,62 @@ def _is_same(one: Finding, other: Finding) -> bool:
     return ways and one._replace(ways=()) == other._replace(ways=())
 
 
-# What torch itself keeps of a module; whether it trains changes with every validation.
-_OF_TORCH = frozenset({*vars(nn.Module()), "training"})
-# After so many changes without any effect an attribute is taken for a counter.
-_HARMLESS_CHANGES = 3
-
-_Places = dict[tuple[int, str], Any]
-
-
-class Constants:
-    """The plain attributes and the buffers of a layer and all modules in it, to see whether they changed.
-
-    A temperature that is annealed, a gate that is closed, an expert that is chosen: what was found out about the
-    layer holds as long as they stay. Nothing of the device is waited for. What changes several times and turns out
-    to change nothing, such as a counter of steps, is not looked at any more.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        self._changes: dict[tuple[int, str], int] = {}
-        self._kept = self._now()
-
-    def are_kept(self) -> bool:
-        """Whether nothing changed since then."""
-        return self._module() is None or not self._changed(self._now())
-
-    def keep(self) -> None:
-        """Take what is there now for what was kept: it was seen to make no difference."""
-        now = self._now()
-        for place in self._changed(now):
-            self._changes[place] = self._changes.get(place, 0) + 1
-        self._kept = now
-
-    def _changed(self, now: _Places) -> list[tuple[int, str]]:
-        return [
-            place
-            for place in {**self._kept, **now}
-            if self._kept.get(place, now) != now.get(place, now)
-            and self._changes.get(place, 0) < _HARMLESS_CHANGES
-        ]
-
-    def _now(self) -> _Places:
-        module = self._module()
-        found: _Places = {}
-        for place, own in enumerate(() if module is None else module.modules()):
-            for name, value in own.__dict__.items():
-                if name not in _OF_TORCH and _is_plain(value):
-                    found[place, name] = value
-            for name, buffer in own._buffers.items():
-                if buffer is not None:
-                    found[place, name] = (id(buffer), _version(buffer))
-        return found
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return len(value) <= 64 and all(isinstance(part, bool | int | float | str) for part in value)
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode do not say."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-_CLIP = "clip_qkv"
-
-
-def configured_clip(module: nn.Module, config: Any) -> float | None:
-    """The bound that a layer's forward clamps its projections to, as OLMo, MPT and DBRX call it; None without."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None or _CLIP not in names_in(code):
-        return None
-    for owner in (module, config):
-        value = getattr(owner, _CLIP, None)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            return float(value)
-    return None
-
-
-class Factor(NamedTuple):
-    """A factor on the coordinates of one side.
+@dataclass(frozen=True)
+class LayerFacts:
+    """What is known of a layer before its weights are looked for. It has no weights and is not kept.
 
     Attributes:
-        side: ``"query"`` or ``"key"``.
-        parameter: attribute of the layer; it has the factor if this is a parameter of more than one number.
-        values: the layer to the factor, which broadcasts to (heads, d_head).
-        normalizes: the layer divides each side by its length besides: cosine attention. The softmax scale of
-            the normalized form, whose vectors have length ``d_head ** 0.5``, is then ``1 / d_head``, and 1 else.
+        layer: in its model.
+        finding: what its real call has shown.
+        trusts_names: the names of its children tell a layout, since its class is a known library's.
+        kv_source: the layer whose keys it uses instead of its own.
+        clip: the bound that its forward clamps q and k to, by its configuration.
+        unit: the FSDP unit that flattens the weights.
     """
 
-    side: str
-    parameter: str
-    values: Callable[[nn.Module], Tensor]
-    normalizes: bool = False
+    layer: AttentionLayer
+    finding: Finding
+    trusts_names: bool
+    kv_source: "KVSource | None"
+    clip: float | None
+    unit: FlatUnit | None
+
+    @property
+    def key_module(self) -> nn.Module:
+        """The layer that has the keys: another one where they are shared."""
+        return self.layer.module if self.kv_source is None else self.kv_source.module
 
 
-def _per_dim(module: nn.Module) -> Tensor:
-    scale = getattr(module, "q_scale", getattr(module, "scaling", 1.0))
-    return F.softplus(module.per_dim_scale) * scale  # type: ignore[arg-type]
+def describe(
+    layer: AttentionLayer, wrappers: tuple[nn.Module, ...] = (), finding: Finding | None = None
+) -> LayerFacts:
+    """What is known of a layer from its class, its names and its earlier calls; nothing is run.
+
+    Args:
+        layer: in its model.
+        wrappers: modules around the model that the layer was found in, nearest first.
+        finding: what its real call has shown; None for what is known of it.
+
+    Raises:
+        UnreadLayer: it is known that it cannot be read.
+    """
+    module = layer.module
+    finding = finding or finding_of(module) or Finding()
+    source, clip = kv_source(layer), configured_clip(layer)
+    trusts_names = layer.is_known and not finding.ways
+    reason = finding.reason or (unsupported(module) if trusts_names else None)
+    if reason is not None:
+        raise UnreadLayer(reason)
+    unit = flat_unit((module, *layer.ancestors, *wrappers))
+    if source is not None and unit is not None:
+        raise InaccessibleWeights(
+            f"its keys are those of {source.name}, which FSDP keeps flat in a unit of its own: use FSDP2 "
+            "(ModelParallelStrategy, see configs/fsdp2.yaml)"
+        )
+    return LayerFacts(layer, finding, trusts_names, source, clip, unit)
 
 
-def _per_dim_key(module: nn.Module) -> Tensor:
-    return torch.as_tensor(getattr(module, "k_scale", 1.0))
-
-
-def _base_two(module: nn.Module) -> Tensor:
-    scaling: Tensor = module.scaling  # type: ignore[assignment]
-    return F.softplus(scaling) * (math.log2(math.e) / math.sqrt(scaling.numel()))
-
-
-def _temperature(module: nn.Module) -> Tensor:
-    scale: Tensor = module.logit_scale  # type: ignore[assignment]
-    return scale.clamp(max=math.log(100.0)).exp().flatten()[:, None]
-
-
-_FACTORS = (
-    # Gemma's audio towers and VideoPrism's pooling head.
-    Factor("query", "per_dim_scale", _per_dim),
-    Factor("key", "per_dim_scale", _per_dim_key),
-    # TimesFM.
-    Factor("query", "scaling", _base_two),
-    # Swin v2: cosine attention with a temperature for each head.
-    Factor("query", "logit_scale", _temperature, normalizes=True),
-)
-
-
-def learnt_factors(module: nn.Module) -> dict[str, Factor]:
-    """The factors that a layer has, by side."""
-    found = {}
-    for factor in _FACTORS:
-        parameter = module._parameters.get(factor.parameter)
-        if parameter is not None and parameter.numel() > 1:
-            found[factor.side] = factor
-    return found
-
-
-# Layers lend to layers of their own kind.
+# A layer reuses the keys of a layer of its own kind.
 _KIND = ("layer_type", "use_rope")
 
 
@@ -271,130 +191,180 @@ def _lends(module: nn.Module, to: nn.Module) -> bool:
     return same and not borrows_keys(module) and getattr(module, "store_full_length_kv", True)
 
 
-@dataclass(frozen=True)
-class LayerFacts:
-    """What is known of a layer before its weights are looked for. It has no weights and is not kept.
-
-    Attributes:
-        layer: in its model.
-        finding: what its real call has shown.
-        trusts_names: the names of its children tell a layout, since its class is a known library's.
-        kv_source: the layer whose keys it uses instead of its own.
-        key_layer: its qualified name.
-        clip: the bound that its forward clamps q and k to, by its configuration.
-        constants: the numbers that it keeps beside its parameters.
-        unit: the FSDP unit that flattens the weights.
-        root: the outermost of all units, where it is known to be.
-    """
-
-    layer: AttentionLayer
-    finding: Finding
-    trusts_names: bool
-    kv_source: nn.Module | None
-    key_layer: str | None
-    clip: float | None
-    constants: Constants
-    unit: "weakref.ref[nn.Module] | None"
-    root: "weakref.ref[nn.Module] | None"
+_CLIP = "clip_qkv"
 
 
-def describe(
-    layer: AttentionLayer, wrappers: tuple[nn.Module, ...] = (), finding: Finding | None = None
-) -> LayerFacts:
-    """What is known of a layer from its class, its names and its earlier calls; nothing is run.
+def configured_clip(layer: AttentionLayer) -> float | None:
+    """The bound that a layer's forward clamps its projections to, as OLMo, MPT and DBRX call it; None without."""
+    code = getattr(inspect.unwrap(type(layer.module).forward), "__code__", None)
+    if code is None or _CLIP not in names_in(code):
+        return None
+    for owner in (layer.module, layer.config):
+        value = getattr(owner, _CLIP, None)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return float(value)
+    return None
+
+
+_D_HEAD = (
+    "head_dim",
+    "attention_head_size",
+    "head_size",
+    "key_value_proj_dim",
+    "dim_head",
+    "dim_per_head",
+    "attn_head_size",
+    "hidden_size_per_attention_head",
+    "d_head",
+    "d_kv",
+)
+_HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "num_attn_heads",
+    "heads",
+    "nhead",
+)
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "num_kv", "multi_query_group_num")
+
+
+def _number(owner: Any, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        try:
+            value = getattr(owner, name, None)
+        except Exception:
+            # A configuration of layers that differ refuses to give one number for all of them.
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _of_layer(module: nn.Module, config: Any) -> Any:
+    """The layer's own configuration, where layers have one each."""
+    index = getattr(module, "layer_idx", None)
+    try:
+        configs = getattr(config, "per_layer_config", None)
+        return config if index is None or configs is None else configs[index]
+    except Exception:
+        # Not every configuration that offers it can make it.
+        return config
+
+
+def head_count(module: nn.Module) -> int | None:
+    """How many heads a layer's own attributes say that it has; None where they do not."""
+    return _number(module, _HEADS)
+
+
+def layer_sizes(
+    module: nn.Module,
+    config: Any,
+    rows: tuple[int, int],
+    blocks: Callable[[int, int], tuple[int, int]],
+    shared: int = 0,
+) -> Sizes:
+    """The head counts and width that explain the rows of a layer's projections.
 
     Args:
-        layer: in its model.
-        wrappers: modules around the model that the layer was found in, nearest first.
-        finding: what its real call has shown; None for what is known of it.
+        module: the attention layer.
+        config: the nearest configuration, or None.
+        rows: of the projections that hold the queries and the keys.
+        blocks: (heads, kv_heads) to how many blocks of d_head rows each of the two has; 0 where values of any
+            width lie among them: among keys alone, or among queries and keys of each head.
+        shared: how many rows, the last ones, all keys have in common.
 
     Raises:
-        UnreadLayer: it is known that it cannot be read.
+        UnreadLayer: no head count is known, or it does not explain the rows.
     """
-    module = layer.module
-    finding = finding or finding_of(module) or Finding()
-    trusts_names = is_known(module) and not finding.ways
-    reason = finding.reason or (unsupported(module) if trusts_names else None)
-    if reason is not None:
-        raise UnreadLayer(reason)
-    source, clip, constants = kv_source(layer), configured_clip(module, layer.config), Constants(module)
-    chain = (module, *layer.ancestors, *wrappers)
-    # The outermost unit of a part of a model need not be the root: it is one where nothing is around it.
-    unit, root = flat_unit(chain), flat_root(chain)
-    if source is not None and unit is not None:
-        raise InaccessibleWeights(
-            f"its keys are those of {source.name}, which FSDP keeps flat in a unit of its own: use FSDP2 "
-            "(ModelParallelStrategy, see configs/fsdp2.yaml)"
-        )
-    return LayerFacts(
-        layer,
-        finding,
-        trusts_names,
-        None if source is None else source.module,
-        None if source is None else source.name,
-        clip,
-        constants,
-        None if unit is None else weakref.ref(unit),
-        weakref.ref(root) if root is not None and root is chain[-1] else None,
+    config = _of_layer(module, config)
+    d_head = _number(module, _D_HEAD)
+    heads = head_count(module) or _number(config, _HEADS)
+    of_query, of_key = (count > 0 for count in blocks(1, 1))
+    if not of_query:
+        d_head = _number(module, ("key_dim",)) or d_head
+        if heads is None or d_head is None:
+            raise UnreadLayer("it does not say how many heads it has and how wide their keys are")
+        if rows[0] % heads or rows[0] // heads < 2 * d_head:
+            raise UnreadLayer(
+                f"its projection has {rows[0]} rows, which heads = {heads} and d_head = {d_head} do not explain"
+            )
+        return Sizes(heads, heads, d_head)
+    if not of_key:
+        if heads is None:
+            raise UnreadLayer("neither it nor its config says how many heads it has")
+        width, own = rows[0] // heads, rows[1] - shared
+        if rows[0] % heads or own % heads or not shared <= width <= own // heads + shared:
+            raise UnreadLayer(
+                f"its projections have {rows[0]} rows of queries and {rows[1]} of keys and values, with {shared} "
+                f"that all keys share, which heads = {heads} do not explain"
+            )
+        return Sizes(heads, heads, width, shared)
+    if heads is None:
+        d_head = d_head or _number(config, _D_HEAD)
+        if d_head is None:
+            raise UnreadLayer("neither it nor its config says how many heads it has or how wide they are")
+    # Without a head count the rows give it, which is possible where they hold nothing but q.
+    count = heads or rows[0] // (d_head or 1)
+    by_rows = 0 if d_head is None else rows[1] // d_head
+    for kv_heads in (_number(module, _KV_HEADS), _number(config, _KV_HEADS), count, by_rows, 1):
+        if not kv_heads or count % kv_heads:
+            continue
+        wanted = blocks(count, kv_heads)
+        width = d_head or rows[0] // wanted[0]
+        if width and (wanted[0] * width, wanted[1] * width) == rows:
+            return Sizes(count, kv_heads, width)
+    known = " and ".join(
+        f"{what} = {value}" for what, value in (("heads", heads), ("d_head", d_head)) if value is not None
     )
+    raise UnreadLayer(f"its projections have {rows[0]} and {rows[1]} rows, which {known} do not explain")
 
 
-class Side(NamedTuple):
-    """Query or key of one layer: where its rows lie, and what to fold into them."""
-
-    projection: Projection
-    pick: Callable[[Tensor, Sizes], Tensor]
-    qk_norm: NormPlan | None
-    factor: Factor | None = None
-    added: tuple[str, ...] = ()
-
-    def view(self, parameter: Tensor, sizes: Sizes) -> Tensor | None:
-        """The part of a tensor of the weight's shape that belongs to this side, (heads, d_head, d_in), as a view.
-
-        None where the layout's order needs a copy.
-        """
-        rows = self.pick(self.projection.as_rows(parameter), sizes)
-        shares = rows.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-        return rows if shares else None
+# Attributes that hold the factor itself, and attributes that hold what the logits are divided by.
+_FACTOR = ("scaling", "scale", "softmax_scale", "inv_norm_factor")
+_DIVISOR = ("scale_attn", "norm_factor")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the weights of one layer are, and what is between them and the softmax.
+def softmax_scaling(module: nn.Module, d_head: int) -> float:
+    """The factor on ``q · k``, with q and k as the projections give them.
 
-    Attributes:
-        name: of the table's entry.
-        query: the query side.
-        key: the key side.
-        sizes: head counts and width of a head.
-        scaling: the softmax scale.
-        normalizes: queries or keys are normalized behind their projections.
-        crosses: queries and keys are known to come from different inputs.
-        is_decided: whether that is known; False where nothing but a call tells.
-        inner_norms: norms that are part of the projections.
-        clip: the bound that q and k are clamped to behind the projections, or None.
-        obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
-        is_capped: large logits are bounded, of a layer that was run.
-        is_added_to: something besides ``q · k`` is added to the logits, of a layer that was run.
-        is_turned: queries and keys change with the token's place, of a layer that was run.
+    Some layers scale q before the attention call and pass a factor of 1; the product is the same.
     """
+    relative = getattr(module, "pos_att_type", None)
+    if relative is not None:
+        # DeBERTa and its kin average over content's product and those with relative positions.
+        return (d_head * (1 + sum(kind in ("c2p", "p2c") for kind in relative))) ** -0.5
+    for name in _FACTOR:
+        value = getattr(module, name, None)
+        if isinstance(value, bool):
+            # A switch: on is the usual factor.
+            return d_head**-0.5 if value else 1.0
+        number = _scalar(value)
+        if number == 1.0 and _takes_inverse_root(module):
+            return d_head**-0.5
+        if number is not None:
+            # The fourth root of d_head goes to q and to k alike.
+            return number**2 if d_head > 1 and math.isclose(number, d_head**-0.25) else number
+    for name in _DIVISOR:
+        number = _scalar(getattr(module, name, None))
+        if number is not None:
+            return 1.0 / number
+    if hasattr(module, "relative_attention_num_buckets"):
+        # T5 and its kin: plain dot products.
+        return 1.0
+    return d_head**-0.5
 
-    name: str
-    query: Side
-    key: Side
-    sizes: Sizes
-    scaling: float
-    normalizes: bool = False
-    crosses: bool = False
-    is_decided: bool = True
-    inner_norms: tuple[nn.Module, ...] = ()
-    clip: float | None = None
-    obstacle: str | None = None
-    is_capped: bool = False
-    is_added_to: bool = False
-    is_turned: bool = False
 
-    @property
-    def qk_norm(self) -> bool:
-        """Whether a norm is between the layer's input and the dot product."""
-        return self.normalizes or self.query.projection.normed or self.key.projection.normed
+def _takes_inverse_root(module: nn.Module) -> bool:
+    """Whether the forward takes a power of -1/2 itself: ESM scales its queries and then calls with 1."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and -0.5 in code.co_consts
+
+
+def _scalar(value: Any) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return None

@@ -5,69 +5,74 @@ the layer makes of random numbers, small and large, in more than one token, and 
 that shows what is between projection and product.
 """
 
-import itertools
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import quietly
-from lightning_qk.architecture.source_code import is_known, uses_interface
 from lightning_qk.heads.bare_weights import BareFollower
+from lightning_qk.heads.facts import LayerFacts, softmax_scaling
 from lightning_qk.heads.layout_check import LayoutCheck, Rejected, Way, cause, is_close, logit_factor
-from lightning_qk.heads.projections import NotTokenAttention, UnreadLayer
+from lightning_qk.heads.layouts import borrows_keys, fitting_layouts
+from lightning_qk.heads.norms import plan_norm_of
+from lightning_qk.heads.projection import Layout, Side
+from lightning_qk.heads.projections import InaccessibleWeights, NotTokenAttention, Sizes, UnreadLayer
 from lightning_qk.heads.row_numbers import FoundSide, NoProduct, RowFollower, grouped, head_pairs
 from lightning_qk.heads.running import Bench, Seen
-from lightning_qk.heads.sharding import device_of
-from lightning_qk.heads.trials import Trial, input_arguments, recorded_trials, trials
+from lightning_qk.heads.sites import AttentionLayer
+from lightning_qk.heads.trials import Trial, input_arguments
 
+BY_RUNNING = "found by running"
+"""Name of layouts that were inferred by running a layer."""
 _CHANNELS = "it attends over channels: its products are sums over tokens, and its softmax is over channels"
 
 
-class Found(NamedTuple):
-    """What a run shows of an attention layer.
+def infer(facts: LayerFacts, refusal: UnreadLayer | None = None) -> Layout:
+    """The layout that a run of the layer alone shows.
 
-    Attributes:
-        query: side of the queries.
-        key: side of the keys, each once: ``(kv_heads, d_head)``; once for each head where heads that share one
-            do not follow each other.
-        scaling: the factor on ``q · k`` as the projections give them (behind a norm: as the norms do), or None
-            where it is unknown.
-        complete: the layer ran to its end.
-        is_decided: whether queries and keys come from the same tokens is known; False where only a call tells,
-            since the layer's forward takes several inputs.
-        clip: the bound that q and k are clamped to between projection and product, or None.
-        is_turned: they change with the token's place by what keeps their lengths, such as a rotation.
-        is_added_to: something besides ``q · k`` is added to the logits, masks apart.
-        is_capped: large logits are bounded.
-        is_exclusive: queries and keys serve nothing but their product.
+    Args:
+        facts: of the layer.
+        refusal: why the entry of the table for it does not fit; what contradicts that entry counts only if the
+            layer runs to its end so.
+
+    Raises:
+        UnreadLayer: no run explains it; ``refusal``, where there is one.
+        NotTokenAttention: its products run over tokens.
     """
-
-    query: FoundSide
-    key: FoundSide
-    scaling: float | None
-    complete: bool
-    is_decided: bool = True
-    clip: float | None = None
-    is_turned: bool = False
-    is_added_to: bool = False
-    is_capped: bool = False
-    is_exclusive: bool = True
-
-    @property
-    def crosses(self) -> bool:
-        """Whether queries and keys were made from different inputs."""
-        return self.query.given != self.key.given
+    module = facts.layer.module
+    if borrows_keys(module):
+        raise refusal or UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
+    try:
+        layout = find_rows(facts.layer, facts.finding.ways)
+    except (InaccessibleWeights, NotTokenAttention):
+        raise
+    except UnreadLayer as reason:
+        raise refusal or UnreadLayer(_why_run(module, reason)) from None
+    if refusal is not None and not layout.is_complete:
+        raise refusal
+    return layout
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a layer's forward, by position and by name."""
+def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
+    """Why a layer is not read that had to be run."""
+    kind = type(module).__name__
+    if next(fitting_layouts(module), None) is not None:
+        return (
+            f"{kind} is no class of a known library, so that the names of its children do not tell its layout, "
+            f"and running it alone does not tell: {reason}"
+        )
+    children = ", ".join(name for name, _ in module.named_children()) or "none"
+    return (
+        f"{kind} has no known layout of q and k (its children: {children}), and running it alone does not tell: "
+        f"{reason}"
+    )
 
 
-def find_rows(
-    module: nn.Module, config: Any = None, calls: Sequence[Call] = (), *, ways: Sequence[Trial] = ()
-) -> Found:
+def find_rows(layer: AttentionLayer, ways: Sequence[Trial] = ()) -> Layout:
     """Find the rows of a layer's projections that reach q and k, by running it alone.
 
     Nothing of the model is changed, no hook is called and the global generators are left as they were. Of a class
@@ -75,11 +80,8 @@ def find_rows(
     only if it explains them.
 
     Args:
-        module: the attention layer.
-        config: the nearest configuration, or None.
-        calls: arguments that the layer's forward really got: it is run on tensors of those shapes then, with one
-            tensor where it got one tensor, instead of on arguments guessed from its signature.
-        ways: how it is called, where that was made from calls before.
+        layer: whose forward is run.
+        ways: how it is called; none for arguments guessed from its signature.
 
     Raises:
         UnreadLayer: it cannot be run alone, reaches no softmax of a product, or its q and k are not rows of
@@ -87,6 +89,7 @@ def find_rows(
         NotTokenAttention: its products run over tokens.
         InaccessibleWeights: the values of its weights are out of this process's reach.
     """
+    module = layer.module
     kind = type(module).__name__
     own = module.__dict__.get("forward")
     if (
@@ -95,21 +98,19 @@ def find_rows(
         and getattr(own, "__self__", None) is not module
     ):
         raise UnreadLayer(f"the forward of this {kind} was replaced by a function that runs the layer itself")
-    is_strict = not is_known(module)
-    bench = Bench(module)
-    benches = [bench] if bench.emitters else []
-    if is_strict:
-        benches.append(Bench(module, is_bare=True))
-    if not any(own.widths() for own in benches):
-        raise UnreadLayer(f"{kind} has no projections that are affine in their input")
+    is_strict = not layer.is_known
+    is_run = False
     # The first of each kind tells most: the likeliest way to call it.
     reasons: list[str] = []
     failures: list[str] = []
     with quietly(module):
-        for bench in benches:
+        for is_bare in (False, True) if is_strict else (False,):
+            bench = Bench(module, layer.config, ways, is_bare=is_bare)
+            if not bench.widths():
+                continue
             bench.check_access()
-            ways_of = ways or _ways(bench, config, calls)
-            for trial in ways_of:
+            is_first, is_run = not is_run, True
+            for trial in bench.trials():
                 search = _Inference(bench, trial, is_strict=is_strict)
                 try:
                     return search.read()
@@ -118,11 +119,12 @@ def find_rows(
                 except NotTokenAttention:
                     raise
                 except Rejected as reason:
-                    first = 0 if bench is benches[0] else len(reasons)
-                    reasons.insert(first, cause(bench, trial) or str(reason))
+                    reasons.insert(0 if is_first else len(reasons), cause(bench, trial) or str(reason))
                     break
                 except UnreadLayer as reason:
                     reasons.append(cause(bench, trial) or str(reason))
+    if not is_run:
+        raise UnreadLayer(f"{kind} has no projections that are affine in their input")
     if reasons:
         raise UnreadLayer(reasons[0])
     raise UnreadLayer(
@@ -130,16 +132,10 @@ def find_rows(
     )
 
 
-def _ways(bench: Bench, config: Any, calls: Sequence[Call]) -> Iterator[Trial]:
-    if calls:
-        return (trial for call in calls for trial in recorded_trials(bench.module, config, *call))
-    return trials(bench.module, config, bench.widths()[:3])
-
-
 _KNOWN: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
 
 
-def check_tokens(module: nn.Module, config: Any = None) -> None:
+def check_tokens(layer: AttentionLayer) -> None:
     """Refuse a layer whose products sum over an axis that grows with the number of tokens.
 
     Seen from a run of the layer alone, once for each class; one that cannot be run passes.
@@ -147,28 +143,23 @@ def check_tokens(module: nn.Module, config: Any = None) -> None:
     Raises:
         NotTokenAttention: it attends over channels.
     """
-    kind: Any = type(module)
-    if uses_interface(module) or isinstance(module, nn.MultiheadAttention):
+    kind: Any = type(layer.module)
+    if layer.is_over_tokens:
         return
     if kind not in _KNOWN:
-        _KNOWN[kind] = _sums_over_tokens(module, config)
+        _KNOWN[kind] = _sums_over_tokens(layer.module, layer.config)
     if _KNOWN[kind]:
         raise NotTokenAttention(_CHANNELS)
 
 
 def _sums_over_tokens(module: nn.Module, config: Any) -> bool:
     try:
-        bench = Bench(module)
+        bench = Bench(module, config)
+        bench.check_access()
     except UnreadLayer:
         return False
-    if device_of(module).type == "meta" or not bench.emitters:
-        return False
     with quietly(module):
-        for trial in itertools.islice(trials(module, config, bench.widths()[:1]), 7):
-            found = None if trial.tokens == 1 else bench.sums_over_tokens(trial)
-            if found is not None:
-                return found
-    return False
+        return bool(bench.emitters) and bench.sums_over_tokens()
 
 
 class _Inference:
@@ -182,7 +173,7 @@ class _Inference:
     def _first(self) -> Seen:
         return self.rows.runs[0]
 
-    def read(self) -> Found:
+    def read(self) -> Layout:
         """What this way to call the layer shows.
 
         Raises:
@@ -192,7 +183,7 @@ class _Inference:
         self.rows.number_rows()
         # The axis that its product sums over grows with the tokens.
         widths = {product.query.shape[-1] for product in self._first.products}
-        if widths == {self.trial.tokens} and self.bench.sums_over_tokens(self.trial):
+        if widths == {self.trial.tokens} and self.bench.runs_over_tokens(self.trial):
             raise NotTokenAttention(_CHANNELS)
         ways, scaling, is_swapped = self._explained()
         check = None if not self.is_strict else LayoutCheck(self.rows, ways, scaling)
@@ -207,22 +198,34 @@ class _Inference:
                 scaling *= numbers.factor / self.rows.factor_at(own.norm, numbers)
         if not self.is_strict and (query.norm is not None or key.norm is not None):
             scaling = None
+        # Of several inputs of one width only a call tells whether they are the same.
         is_decided = (
             not self.is_strict
             or self.trial.is_recorded
             or query.projection.columns != key.projection.columns
             or len(input_arguments(self.bench.module)) <= 1
         )
-        complete = not any(run.failed for run in self.rows.runs)
-        found = Found(query, key, scaling, complete, is_decided)
+        heads, d_head = query.rows.shape
+        layout = Layout(
+            BY_RUNNING,
+            _side(query, "query"),
+            _side(key, "key"),
+            Sizes(heads, len(key.rows), d_head, key.shared),
+            softmax_scaling(self.bench.module, d_head) if scaling is None else scaling,
+            normalizes=any(own.norm is not None or own.projection.norms for own in (query, key)),
+            crosses=is_decided and query.given != key.given,
+            is_decided=is_decided,
+            is_complete=not any(run.failed for run in self.rows.runs),
+        )
         if check is None:
-            return found
-        return found._replace(
+            return layout
+        return replace(
+            layout,
             clip=check.bound,
+            obstacle=None if check.is_exclusive(rows_of_query, rows_of_key) else _NOT_EXCLUSIVE,
             is_turned=check.is_turned,
             is_capped=check.is_capped,
             is_added_to=check.is_added_to(),
-            is_exclusive=check.is_exclusive(rows_of_query, rows_of_key),
         )
 
     def _explained(self) -> tuple[list[Way], float | None, bool]:
@@ -266,3 +269,37 @@ class _Inference:
             ways.append(way)
             known.update(way.pairs)
         return ways, scaling, is_swapped
+
+
+_NOT_EXCLUSIVE = (
+    "which make more than queries and keys (values that are the keys, say), or of which a run of the layer alone "
+    "does not tell: give queries and keys projections of their own"
+)
+
+
+def _side(found: FoundSide, side: str) -> Side:
+    """What is read of one side; a norm whose gain cannot be read rejects the layout."""
+    count, d_head = found.rows.shape
+    try:
+        norm = None if found.norm is None else plan_norm_of(found.norm, count, d_head, side)
+    except InaccessibleWeights:
+        raise
+    except UnreadLayer as reason:
+        raise Rejected(str(reason)) from None
+    return Side(found.projection, _rows_at(found.rows), norm)
+
+
+def _rows_at(places: Tensor) -> Callable[[Tensor, Sizes], Tensor]:
+    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
+    heads, d_head = places.shape
+    start = int(places[0, 0])
+    step = int(places[1, 0]) - start if heads > 1 else d_head
+    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
+    is_view = step >= d_head and torch.equal(places, regular)
+
+    def take(rows: Tensor, sizes: Sizes) -> Tensor:
+        if is_view:
+            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
+        return rows[places.to(rows.device)]
+
+    return take

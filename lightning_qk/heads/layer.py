@@ -1,53 +1,33 @@
-"""Plan for reading one attention layer: located and compiled once, then read from live parameters."""
+"""One attention layer: its weights are located and how to read them is compiled once, then they are read live."""
 
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.rotary import Rotary
-from lightning_qk.heads.facts import (
-    Finding,
-    LayerFacts,
-    Layout,
-    Side,
-    describe,
-    learnt_factors,
-)
-from lightning_qk.heads.inferred_layout import Found, check_tokens, find_rows
-from lightning_qk.heads.layouts import KnownLayout, added_to_queries, borrows_keys, fitting_layouts
+from lightning_qk.heads.facts import Finding, LayerFacts, describe, layer_sizes, softmax_scaling
+from lightning_qk.heads.inferred_layout import BY_RUNNING, check_tokens, infer
+from lightning_qk.heads.layouts import KnownLayout, fitting_layouts
 from lightning_qk.heads.norms import (
     NormPlan,
+    added_to_queries,
     feeding_norm,
     fold_layer_norm,
     fold_qk_norm,
     is_before_projections,
     is_behind_rotation,
-    plan_norm_of,
+    learnt_factors,
     plan_qk_norm,
 )
 from lightning_qk.heads.position import NONE, RELATIVE_BIAS, Rotation, find_position, find_rotation
-from lightning_qk.heads.projection import adapter_around, with_adapter
-from lightning_qk.heads.projections import (
-    Affine,
-    HeadProjections,
-    InaccessibleWeights,
-    NotTokenAttention,
-    Sizes,
-    UnreadLayer,
-    layer_sizes,
-    softmax_scaling,
-)
-from lightning_qk.heads.sharding import alive, gathered, whole
+from lightning_qk.heads.projection import Layout, Side, with_adapter
+from lightning_qk.heads.projections import Affine, HeadProjections, InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.sharding import FlatUnit, alive, gathered, whole
 from lightning_qk.heads.sites import AttentionLayer
-from lightning_qk.heads.trials import input_arguments
-
-_BY_RUNNING = "found by running"
-"""Name of layouts that were inferred by running a layer."""
 
 
 def layer_reader(
@@ -69,8 +49,9 @@ def layer_reader(
         UnreadLayer: it cannot be read.
     """
     facts = describe(layer, wrappers, finding)
-    with gathered(facts.unit, facts.root):
-        return compile_reader(facts, locate(facts), fold_norm)
+    with gathered(facts.unit):
+        layout = locate(facts)
+        return compile_reader(facts, layout, fold_norm)
 
 
 def locate(facts: LayerFacts) -> Layout:
@@ -81,91 +62,24 @@ def locate(facts: LayerFacts) -> Layout:
     Raises:
         UnreadLayer: neither finds them.
     """
-    if facts.finding.layout is not None:
-        return _by_table(facts, facts.finding.layout)
-    first: UnreadLayer | None = None
-    if facts.trusts_names:
-        module = facts.layer.module
-        check_tokens(module, facts.layer.config)
-        for known in fitting_layouts(module, facts.kv_source):
-            try:
-                return replace(_by_table(facts, known), clip=facts.clip)
-            except UnreadLayer as reason:  # noqa: PERF203
-                first = first or reason
-                if not known.tentative:
-                    break
-    if isinstance(first, InaccessibleWeights):
-        raise first
-    return _by_running(facts, first)
-
-
-def _by_running(facts: LayerFacts, first: UnreadLayer | None) -> Layout:
-    """The layout that a run of the layer alone shows; ``first`` is why an entry of the table does not fit."""
-    module = facts.layer.module
-    if borrows_keys(module):
-        raise first or UnreadLayer("it uses the keys of an earlier layer, which no run of it alone tells")
-    try:
-        found = find_rows(module, facts.layer.config, ways=facts.finding.ways)
-        # What contradicts the layer's own sizes counts only if it runs to its end so.
-        if first is None or found.complete:
-            return _inferred(facts, found)
-    except InaccessibleWeights:
-        raise
-    except UnreadLayer as reason:
-        if first is None and isinstance(reason, NotTokenAttention):
-            raise
-        raise first or UnreadLayer(_why_run(module, reason)) from None
-    raise first
-
-
-def _inferred(facts: LayerFacts, found: Found) -> Layout:
-    """The layout that a run of the layer alone shows."""
-    heads, d_head = found.query.rows.shape
-    query, key = (
-        Side(
-            own.projection,
-            _rows_at(own.rows),
-            None if own.norm is None else plan_norm_of(own.norm, len(own.rows), d_head, side),
-        )
-        for side, own in (("query", found.query), ("key", found.key))
-    )
-    return Layout(
-        _BY_RUNNING,
-        query,
-        key,
-        Sizes(heads, len(found.key.rows), d_head, found.key.shared),
-        softmax_scaling(facts.layer.module, d_head) if found.scaling is None else found.scaling,
-        normalizes=any(own.norm is not None or own.normed for own in (found.query, found.key)),
-        # Of several inputs of one width only a call tells whether they are the same.
-        crosses=found.crosses and found.is_decided,
-        is_decided=found.is_decided,
-        clip=found.clip,
-        obstacle=None
-        if found.is_exclusive
-        else (
-            "which make more than queries and keys (values that are the keys, say), or of which a run of the "
-            "layer alone does not tell: give queries and keys projections of their own"
-        ),
-        is_capped=found.is_capped,
-        is_added_to=found.is_added_to,
-        is_turned=found.is_turned,
-    )
-
-
-def _rows_at(places: Tensor) -> Callable[[Tensor, Sizes], Tensor]:
-    """What takes the rows at places (heads, d_head) from a tensor (out, ...): a view where they are regular."""
-    heads, d_head = places.shape
-    start = int(places[0, 0])
-    step = int(places[1, 0]) - start if heads > 1 else d_head
-    regular = start + step * torch.arange(heads)[:, None] + torch.arange(d_head)
-    is_view = step >= d_head and torch.equal(places, regular)
-
-    def take(rows: Tensor, sizes: Sizes) -> Tensor:
-        if is_view:
-            return rows[start : start + (heads - 1) * step + d_head].unfold(0, d_head, step).movedim(-1, 1)
-        return rows[places.to(rows.device)]
-
-    return take
+    shown, refusal = facts.finding.layout, None
+    fitting = fitting_layouts(facts.layer.module, facts.key_module) if facts.trusts_names else ()
+    for known in fitting if shown is None else (shown,):
+        try:
+            layout = _by_table(facts, known)
+        except UnreadLayer as reason:  # noqa: PERF203
+            if shown is not None:
+                raise
+            refusal = refusal or reason
+            if not known.tentative:
+                break
+        else:
+            if shown is None:
+                check_tokens(facts.layer)
+            return layout
+    if isinstance(refusal, InaccessibleWeights):
+        raise refusal
+    return infer(facts, refusal)
 
 
 def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
@@ -174,30 +88,25 @@ def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
     Raises:
         UnreadLayer: it does not go with what the layer has.
     """
-    layer, module = facts.layer, facts.layer.module
-    source = facts.kv_source or module
-    query = known.query.projection(module)
-    key = query if known.key == known.query else known.key.projection(module, facts.kv_source)
-    around = adapter_around(module, layer.ancestors)
-    if around is not None:
-        fused = query is key
-        query = with_adapter(query, around)
-        key = query if fused else with_adapter(key, around)
-    sizes = layer_sizes(module, layer.config, (query.rows, key.rows), known.order.blocks, key.shared)
-    inner = [*known.query.inner_norms(module), *known.key.inner_norms(source)]
+    module, ancestors, key_module = facts.layer.module, facts.layer.ancestors, facts.key_module
+    query = key = with_adapter(known.query.projection(module), module, ancestors)
+    if known.key != known.query:
+        key = with_adapter(known.key.projection(module, key_module), module, ancestors)
+    rows = query.rows, key.rows
+    sizes = layer_sizes(module, facts.layer.config, rows, known.order.blocks, key.shared)
+    scaling = known.scaling or softmax_scaling(module, sizes.d_head)
     factors = learnt_factors(module)
-    norms = (
-        plan_qk_norm(module, "query", sizes, inner),
-        plan_qk_norm(source, "key", sizes, inner),
-    )
-    if norms[0] is not None and is_before_projections(module, norms[0], query.columns):
-        norms = None, None
-    added = (*added_to_queries(module), *facts.finding.added)
     cosine = any(factor.normalizes for factor in factors.values())
     if factors:
         scaling = 1.0 / sizes.d_head if cosine else 1.0
-    else:
-        scaling = softmax_scaling(module, sizes.d_head)
+    added = (*added_to_queries(module), *facts.finding.added)
+    inner = [norm.module for norm in (*query.norms, *key.norms)]
+    norms = (
+        plan_qk_norm(module, "query", sizes, inner),
+        plan_qk_norm(key_module, "key", sizes, inner),
+    )
+    if norms[0] is not None and is_before_projections(module, norms[0], query.columns):
+        norms = None, None
     return Layout(
         known.name,
         Side(query, known.order.query, norms[0], factors.get("query"), added),
@@ -206,95 +115,92 @@ def _by_table(facts: LayerFacts, known: KnownLayout) -> Layout:
         scaling,
         normalizes=cosine or known.normalizes or any(norm is not None for norm in norms),
         crosses=known.crosses,
-        is_decided=facts.finding.layout is None or len(input_arguments(module)) <= 1,
-        inner_norms=tuple(inner),
+        is_decided=facts.finding.layout is None or facts.layer.has_one_input,
+        clip=facts.clip,
     )
 
 
 def compile_reader(facts: LayerFacts, layout: Layout, fold_norm: bool = False) -> "LayerReader":
     """A reader of a layer whose weights were located; ``fold_norm`` looks for the norm that feeds it."""
     layer, sizes, finding = facts.layer, layout.sizes, facts.finding
+    constants = Constants(layer.module)
     query, key = layout.query.projection, layout.key.projection
     self_attention = not layout.crosses and not layer.is_cross
     if finding.self_attention is not None:
         self_attention = finding.self_attention
     self_attention = self_attention and query.columns == key.columns
     behind = [side.qk_norm for side in (layout.query, layout.key) if side.qk_norm is not None]
-    where = (layer.module, layer.ancestors)
     feeding = None
-    if fold_norm and self_attention and facts.key_layer is None:
-        known = [*layout.inner_norms, *(norm.module for norm in behind)]
-        feeding = feeding_norm(*where, query.columns, known)
+    if fold_norm and self_attention and facts.kv_source is None:
+        inner = [norm.module for norm in (*query.norms, *key.norms, *behind)]
+        feeding = feeding_norm(layer.module, layer.ancestors, query.columns, inner)
+    gain_behind = bool(behind) and is_behind_rotation(layer.module, behind[0])
     # Of what all keys share there is one a token.
-    heads = 1 if sizes.shared else sizes.kv_heads
-    rotation = find_rotation(*where, layer.config, sizes.d_head, heads=heads, is_cross=layer.is_cross)
-    position = find_position(*where, layer.config, rotation, is_cross=layer.is_cross)
+    rotation = find_rotation(layer, sizes.d_head, heads=1 if sizes.shared else sizes.kv_heads)
+    position = find_position(layer, rotation)
     # What a run shows weighs more than names that say nothing.
     if position == NONE and layout.is_added_to:
         position = RELATIVE_BIAS
     elif position == NONE and layout.is_turned:
         position = None
-    gain_behind = bool(behind) and is_behind_rotation(layer.module, behind[0])
-    return LayerReader(facts, layout, self_attention, feeding, rotation, position, gain_behind)
+    return LayerReader(
+        **vars(layout),
+        name=layer.name,
+        key_layer=None if facts.kv_source is None else facts.kv_source.name,
+        self_attention=self_attention,
+        position=position,
+        gain_behind_rotation=gain_behind,
+        holder=weakref.ref(layer.module),
+        constants=constants,
+        unit=facts.unit,
+        feeding=feeding,
+        rotation=rotation,
+    )
 
 
-class LayerReader:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerReader(Layout):
     """Reads one layer; it is kept beside a model, refers to modules weakly and holds no weights.
 
     Attributes:
         name: qualified name.
-        sizes: head counts and width of a head.
-        width: d_query and d_key.
-        scaling: the softmax scale.
-        layout: the layout's name.
-        position: what positions do to the logits.
-        qk_norm: a norm is between projection and dot product.
-        normalizes: it acts on the very vectors that are multiplied, and not on a latent within the projections:
-            a factor on those weights is lost.
-        self_attention: queries and keys come from the same tokens.
         key_layer: qualified name of the layer whose keys are used, None for own ones.
-        is_decided: whether `self_attention` is known. False where the layer's forward takes queries and keys as
-            arguments of their own, and nothing but a call tells whether they are the same tensor: taken for
-            self-attention until then, unless names say that it crosses (see `Finding`).
-        clip: the bound that q and k are clamped to behind the projections, or None: the form is that without it.
-        obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
-        is_capped: a layer of no known class bounds its large logits.
+        self_attention: queries and keys come from the same tokens. Where ``is_decided`` is False, nothing but a
+            call tells whether they do (see `Finding`): they are taken to until then, unless names say otherwise.
+        position: what positions do to the logits.
         gain_behind_rotation: the gain of the norm of queries and keys acts on what was rotated.
+        holder: the layer.
+        constants: the numbers that it keeps beside its parameters.
+        unit: the FSDP unit that flattens the weights.
+        feeding: the norm that is folded in, of the layer's input.
+        rotation: how queries and keys are rotated.
     """
 
-    def __init__(
-        self,
-        facts: LayerFacts,
-        layout: Layout,
-        self_attention: bool,
-        feeding: NormPlan | None,
-        rotation: Rotation,
-        position: str | None,
-        gain_behind_rotation: bool,
-    ) -> None:
-        self.name, self.key_layer = facts.layer.name, facts.key_layer
-        self._layer = weakref.ref(facts.layer.module)
-        self._unit, self._root = facts.unit, facts.root
-        self._constants = facts.constants
-        self.layout, self.query, self.key = layout.name, layout.query, layout.key
-        self.sizes, self.scaling = layout.sizes, layout.scaling
-        self.width = layout.query.projection.columns, layout.key.projection.columns
-        self.qk_norm, self.normalizes = layout.qk_norm, layout.normalizes
-        self.is_decided, self.is_capped = layout.is_decided, layout.is_capped
-        self.clip, self.obstacle = layout.clip, layout.obstacle
-        self.self_attention, self.position = self_attention, position
-        self._feeding, self._rotation = feeding, rotation
-        self.gain_behind_rotation = gain_behind_rotation
+    name: str
+    key_layer: str | None
+    self_attention: bool
+    position: str | None
+    gain_behind_rotation: bool
+    holder: "weakref.ref[nn.Module]"
+    constants: "Constants"
+    unit: FlatUnit | None
+    feeding: NormPlan | None
+    rotation: Rotation
+
+    @property
+    def width(self) -> tuple[int, int]:
+        """d_query and d_key."""
+        return self.query.projection.columns, self.key.projection.columns
 
     def is_current(self) -> bool:
         """Whether the numbers that the layer keeps beside its parameters are those that it was compiled with."""
-        return self._constants.are_kept()
+        return self.constants.are_kept()
 
     def reads_as(self, other: "LayerReader") -> bool:
         """Whether another plan of the layer says the same; both are then taken to be current."""
         if self._told() != other._told():
             return False
-        self._constants.keep()
+        self.constants.keep()
         return True
 
     def _told(self) -> tuple[Any, ...]:
@@ -323,7 +229,7 @@ class LayerReader:
         """The layer's rotation as it is now; None too where a gain comes behind it."""
         if self.gain_behind_rotation:
             return None
-        rotary = self._rotation.read()
+        rotary = self.rotation.read()
         if rotary is not None and 2 * rotary.inv_freq.numel() == self.sizes.shared:
             return rotary._replace(start=self.sizes.d_head - self.sizes.shared)
         return rotary
@@ -331,7 +237,7 @@ class LayerReader:
     @property
     def module(self) -> nn.Module:
         """The layer."""
-        return alive(self._layer)
+        return alive(self.holder)
 
     @property
     def heads(self) -> int:
@@ -341,24 +247,24 @@ class LayerReader:
     @property
     def norm_folded(self) -> bool:
         """Whether the norm that feeds the layer is part of what is read."""
-        return self._feeding is not None
+        return self.feeding is not None
 
     @property
     def route(self) -> str:
         """How the weights were found, see :attr:`HeadProjections.route`."""
-        found = "inferred" if self.layout == _BY_RUNNING else "table"
+        found = "inferred" if self.layout == BY_RUNNING else "table"
         runs = self.query.projection.as_matrix or self.key.projection.as_matrix
         return f"{found}, as a matrix" if runs else found
 
     @property
     def norms(self) -> list[NormPlan]:
         """The norms that are folded into the weights."""
-        return [norm for norm in (self._feeding, self.query.qk_norm, self.key.qk_norm) if norm is not None]
+        return [norm for norm in (self.feeding, self.query.qk_norm, self.key.qk_norm) if norm is not None]
 
     @property
     def is_flat(self) -> bool:
         """Whether FSDP's first version flattens the weights: they are whole inside of :meth:`gathered` only."""
-        return self._unit is not None
+        return self.unit is not None
 
     def is_sharded(self) -> bool:
         """Whether reading gathers weights from other processes now; FSDP2 shards and gathers as training goes."""
@@ -378,18 +284,18 @@ class LayerReader:
 
     def gathered(self, *, grads: bool = False) -> AbstractContextManager[None]:
         """Within this block flat parameters are whole; with ``grads`` their gradients too, to be changed."""
-        return gathered(self._unit, self._root, grads=grads)
+        return gathered(self.unit, grads=grads)
 
     def parameters(self, side: str | None = None) -> list[nn.Parameter]:
         """The parameters that the weights of query and key (or of one, by name) depend on, each once."""
-        modules: list[nn.Module] = [] if self._feeding is None else [self._feeding.module]
+        modules: list[nn.Module] = [] if self.feeding is None else [self.feeding.module]
         found: list[nn.Parameter] = []
         for own in (self.query, self.key) if side is None else (self._side(side),):
             found += own.projection.weight_parameters()
             if own.qk_norm is not None:
                 modules.append(own.qk_norm.module)
             if own.factor is not None:
-                found.append(getattr(alive(self._layer), own.factor.parameter))
+                found.append(getattr(self.module, own.factor.parameter))
         return list(
             dict.fromkeys(found + [parameter for module in modules for parameter in module.parameters()])
         )
@@ -406,7 +312,7 @@ class LayerReader:
         """
         own = self._side(side)
         weight = own.projection.plain_weight()
-        folded = (self._feeding, own.qk_norm, own.factor)
+        folded = (self.feeding, own.qk_norm, own.factor)
         if weight is None or any(part is not None for part in folded):
             return None
         if own.view(weight, self.sizes) is None:
@@ -428,8 +334,8 @@ class LayerReader:
         from_query = self.query.projection.read()
         from_key = from_query if self.key.projection is self.query.projection else self.key.projection.read()
         query, key = self._split(self.query, from_query), self._split(self.key, from_key)
-        if self._feeding is not None:
-            norm = self._feeding.read()
+        if self.feeding is not None:
+            norm = self.feeding.read()
             query, key = fold_layer_norm(norm, query), fold_layer_norm(norm, key)
         if self.query.qk_norm is not None:
             query = fold_qk_norm(self.query.qk_norm, query)
@@ -473,25 +379,74 @@ class LayerReader:
         weight = side.pick(affine.weight, self.sizes)
         bias = None if affine.bias is None else side.pick(affine.bias, self.sizes)
         if side.factor is not None:
-            factor = whole(side.factor.values(alive(self._layer)))
+            factor = whole(side.factor.values(self.module))
             weight = weight * factor[..., None]
             bias = None if bias is None else bias * factor
         for name in side.added:
-            numbers = whole(getattr(alive(self._layer), name)).reshape(weight.shape[:2])
+            numbers = whole(getattr(self.module, name)).reshape(weight.shape[:2])
             bias = numbers if bias is None else bias + numbers
         return Affine(weight, bias)
 
 
-def _why_run(module: nn.Module, reason: UnreadLayer) -> str:
-    """Why a layer is not read that had to be run."""
-    kind = type(module).__name__
-    if next(fitting_layouts(module), None) is not None:
-        return (
-            f"{kind} is no class of a known library, so that the names of its children do not tell its layout, "
-            f"and running it alone does not tell: {reason}"
-        )
-    children = ", ".join(name for name, _ in module.named_children()) or "none"
-    return (
-        f"{kind} has no known layout of q and k (its children: {children}), and running it alone does not tell: "
-        f"{reason}"
-    )
+# What torch itself keeps of a module; whether it trains changes with every validation.
+_OF_TORCH = frozenset({*vars(nn.Module()), "training"})
+# After so many changes without any effect an attribute is taken for a counter.
+_HARMLESS_CHANGES = 3
+
+_Places = dict[tuple[int, str], Any]
+
+
+class Constants:
+    """The plain attributes and the buffers of a layer and all modules in it, to see whether they changed.
+
+    A temperature that is annealed, a gate that is closed, an expert that is chosen: what was found out about the
+    layer holds as long as they stay. Nothing of the device is waited for. What changes several times and turns out
+    to change nothing, such as a counter of steps, is not looked at any more.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._changes: dict[tuple[int, str], int] = {}
+        self._kept = self._now()
+
+    def are_kept(self) -> bool:
+        """Whether nothing changed since then."""
+        return self._module() is None or not self._changed(self._now())
+
+    def keep(self) -> None:
+        """Take what is there now for what was kept: it was seen to make no difference."""
+        now = self._now()
+        for place in self._changed(now):
+            self._changes[place] = self._changes.get(place, 0) + 1
+        self._kept = now
+
+    def _changed(self, now: _Places) -> list[tuple[int, str]]:
+        return [
+            place
+            for place in {**self._kept, **now}
+            if self._kept.get(place, now) != now.get(place, now)
+            and self._changes.get(place, 0) < _HARMLESS_CHANGES
+        ]
+
+    def _now(self) -> _Places:
+        module = self._module()
+        found: _Places = {}
+        for place, own in enumerate(() if module is None else module.modules()):
+            for name, value in own.__dict__.items():
+                if name not in _OF_TORCH and _is_plain(value):
+                    found[place, name] = value
+            for name, buffer in own._buffers.items():
+                if buffer is not None:
+                    found[place, name] = (id(buffer), _version(buffer))
+        return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= 64 and all(isinstance(part, bool | int | float | str) for part in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not say."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import gives_back
 from lightning_qk.architecture.source_code import is_named
-from lightning_qk.heads.composition import latent
+from lightning_qk.heads.module_projection import projection_of
 from lightning_qk.heads.norms import NormPlan, plan_norm
 from lightning_qk.heads.projection import (
+    Composition,
+    Part,
     Projection,
+    composed,
     constant_projection,
     parameter_projection,
-    projection_of,
 )
 from lightning_qk.heads.projections import Sizes, UnreadLayer
 from lightning_qk.heads.sharding import alive
@@ -62,10 +64,6 @@ class Source(ABC):
     def weight(self, module: nn.Module) -> Tensor | None:
         """The stored tensor whose first dimension runs over heads, where there is one."""
         return None
-
-    def inner_norms(self, module: nn.Module) -> list[nn.Module]:
-        """Norms that are part of the map."""
-        return []
 
 
 @dataclass(frozen=True)
@@ -170,23 +168,20 @@ class Latent(Source):
             raise UnreadLayer(
                 f"its {self.down!r} gives {down.rows} numbers, and its {self.up!r} takes {up.columns}"
             )
-        shared_norm = self.shared_norm if shared else None
         name = next((name for name in self.factors if hasattr(module, name)), None)
         layer = weakref.ref(module)
-        return latent(
-            down,
-            up,
-            _norm_in(source, self.norm, up.columns),
-            None if shared_norm is None else _norm_in(source, shared_norm, shared),
-            None if name is None else lambda: float(getattr(alive(layer), name)),
-        )
+        factor = None if name is None else lambda: float(getattr(alive(layer), name))
+        below = Composition([Part(torch.arange(up.columns), down, slice(up.columns))])
+        norm = _norm_in(source, self.norm, up.columns)
+        parts = [Part(torch.arange(up.rows), up, slice(None), below, norm, factor)]
+        if shared:
+            places = torch.arange(up.rows, up.rows + shared)
+            norm = None if self.shared_norm is None else _norm_in(source, self.shared_norm, shared)
+            parts.append(Part(places, down, slice(up.columns, None), norm=norm))
+        return composed(parts, up.name, expansion=up, shared=shared)
 
     def weight(self, module: nn.Module) -> Tensor | None:  # noqa: D102
         return Child(self.up).weight(module)
-
-    def inner_norms(self, module: nn.Module) -> list[nn.Module]:  # noqa: D102
-        paths = [self.norm] if self.shared_norm is None else [self.norm, self.shared_norm]
-        return [norm for norm in (_child(module, path) for path in paths) if norm is not None]
 
 
 def _norm_in(module: nn.Module, name: str, width: int) -> NormPlan | None:
@@ -301,6 +296,7 @@ class KnownLayout(NamedTuple):
         tentative: where the head counts do not explain the rows, the next entry that fits is tried.
         crosses: queries and keys come from different inputs whatever the layer is called.
         normalizes: the layer's forward divides queries or keys by their lengths.
+        scaling: the softmax scale, where no attribute of the layer tells.
     """
 
     name: str
@@ -311,6 +307,7 @@ class KnownLayout(NamedTuple):
     tentative: bool = False
     crosses: bool = False
     normalizes: bool = False
+    scaling: float | None = None
 
 
 def _of(name: str, query: str, key: str, order: Order, **options: object) -> KnownLayout:
@@ -386,6 +383,7 @@ LAYOUTS: tuple[KnownLayout, ...] = (
     *(KnownLayout("latent", query, _LATENT_KEY, EXPANDED) for query in _LATENT_QUERIES),
     KnownLayout("latent query", _LATENT_QUERIES[1], Child("kv_proj"), SEPARATE),
     _of("[q,gate] per head + key", "q_proj", "k_proj", GATED, when=_gates_by_query, tentative=True),
+    _of("separate", "q_proj", "k_proj", SEPARATE, when=_class_is("GPTNeoSelfAttention"), scaling=1.0),
     *(_of("separate", query, key, SEPARATE) for query, key in _SEPARATE_NAMES),
     _of("query + [K|V]", "q_attn", "c_attn", QUERY_AND_KEY_VALUE),
     _of("query + [K|V]", "to_q", "to_kv", QUERY_AND_KEY_VALUE),
@@ -446,15 +444,6 @@ def find_layout(module: nn.Module) -> KnownLayout | None:
 def borrows_keys(module: nn.Module) -> bool:
     """Whether a layer uses the keys of an earlier one."""
     return bool(getattr(module, "is_kv_shared_layer", False))
-
-
-# Parameters, as many numbers as there are query rows, that are added to the queries of the content's product.
-_ADDED = ("q_bias", "r_w_bias", "pos_bias_u", "bias_u")
-
-
-def added_to_queries(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a layer that are added to its queries."""
-    return tuple(name for name in _ADDED if module._parameters.get(name) is not None)
 
 
 # A module that a projection's output passes through and that is not linear in the token.

@@ -1,18 +1,28 @@
-"""Norms: what one does (found by running it), which act on queries and keys, and which one feeds a layer."""
+"""What acts on queries, keys and their input beside projections: norms, found by running them, and factors."""
 
 import inspect
+import math
 import re
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_qk.architecture.dry_run import Stop, Through, quietly, run_alone, shadow
+from lightning_qk.architecture.dry_run import (
+    Stop,
+    Through,
+    device_of,
+    quietly,
+    run_alone,
+    shadow,
+    weight_hooks,
+)
 from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
-from lightning_qk.heads.sharding import alive, device_of, is_dtensor, whole
+from lightning_qk.heads.sharding import alive, is_dtensor, whole
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
 _AMPLITUDE = 64.0
@@ -37,23 +47,27 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) or "norm" in type(module).__name__.lower()
 
 
-class NormPlan:
-    """How one norm is read; made once by :func:`plan_norm`, which runs it. The module is referred to weakly.
+class NormPlan(NamedTuple):
+    """How one norm is read; made once by :func:`plan_norm`, which runs it.
 
     Attributes:
+        norm: the module.
         shape: of one input, normalized over its last dimension.
         centered: it removes the mean.
         shifted: it adds an offset.
+        added: the gain is the norm's only parameter plus this number; None where that takes a run.
     """
 
-    def __init__(self, norm: nn.Module, shape: tuple[int, ...], *, centered: bool, shifted: bool) -> None:
-        self._norm = weakref.ref(norm)
-        self.shape, self.centered, self.shifted = shape, centered, shifted
+    norm: "weakref.ref[nn.Module]"
+    shape: tuple[int, ...]
+    centered: bool
+    shifted: bool
+    added: float | None = None
 
     @property
     def module(self) -> nn.Module:
         """The norm."""
-        return alive(self._norm)
+        return alive(self.norm)
 
     def read(self) -> Norm:
         """Gain and offset as they are now, differentiable; collective where they are sharded."""
@@ -66,6 +80,9 @@ class NormPlan:
             gain = torch.ones(self.shape, device=device_of(norm)) if weight is None else weight
             offset = None if bias is None else bias.expand(self.shape)
             return Norm(gain.expand(self.shape), offset, centered=True)
+        if self.added is not None and (stored := _only_parameter(norm, self.shape)) is not None:
+            gain = _wide(whole(stored))
+            return Norm((gain + self.added if self.added else gain).expand(self.shape), None, self.centered)
         signs = _signs(norm, self.shape)
         odd, offset = _odd_and_even(shadow(norm, convert=whole), signs)
         gain = odd / _normalize(_wide(signs), self.centered)
@@ -87,9 +104,10 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
         The plan, or None where the module does not take such an input or is no RMSNorm or LayerNorm.
     """
     if _is_stored(norm, shape):
-        return NormPlan(norm, shape, centered=True, shifted=norm.bias is not None)
+        return NormPlan(weakref.ref(norm), shape, centered=True, shifted=norm.bias is not None)
+    signs = _signs(norm, shape)
     with quietly(norm):
-        run, signs = shadow(norm, convert=whole), _signs(norm, shape)
+        run = shadow(norm, convert=whole)
         uneven = _AMPLITUDE * (1.5 + torch.cos(torch.arange(shape[-1], device=signs.device).double()))
         uneven = uneven.to(signs.dtype).expand(shape)
         try:
@@ -105,8 +123,37 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
             want = gain * _normalize(_wide(uneven), centered) + offset
             scale = float(want.abs().max())
             if scale > 0 and float((_wide(seen) - want).abs().max()) <= tolerance * scale:
-                return NormPlan(norm, shape, centered=centered, shifted=bool(offset.abs().max() > 0))
+                is_shifted = bool(offset.abs().max() > 0)
+                added = None if is_shifted else _added_to_stored(norm, shape, centered)
+                return NormPlan(weakref.ref(norm), shape, centered=centered, shifted=is_shifted, added=added)
     return None
+
+
+def _only_parameter(norm: nn.Module, shape: tuple[int, ...]) -> Tensor | None:
+    """The one tensor that a norm has, in the shape of a gain; None where it has others, or makes it of others."""
+    own = [parameter for parameter in norm._parameters.values() if parameter is not None]
+    if len(own) != 1 or norm._buffers or norm._modules or weight_hooks(norm):
+        return None
+    return own[0] if tuple(own[0].shape) in (shape, shape[-1:]) else None
+
+
+def _added_to_stored(norm: nn.Module, shape: tuple[int, ...], centered: bool) -> float | None:
+    """0 where a norm's gain is its parameter, 1 where it is one more, by a run on other numbers; else None."""
+    stored = _only_parameter(norm, shape)
+    if stored is None:
+        return None
+    size = math.prod(stored.shape)
+    numbers = (0.25 + torch.arange(size, device=device_of(norm)) / max(size, 1)).view(stored.shape)
+    # As stored in half precision, a run would round it and hide what it is.
+    run = shadow(norm, convert=lambda own: numbers if own is stored else own)
+    signs = _signs(norm, shape).float()
+    try:
+        gain = _odd_and_even(run, signs)[0] / _normalize(signs, centered)
+    except Exception:
+        return None
+    if gain.shape != shape:
+        return None
+    return next((added for added in (0.0, 1.0) if torch.allclose(gain, numbers + added, rtol=1e-4)), None)
 
 
 def _is_stored(norm: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -145,33 +192,25 @@ _NORM_OF = {
 }
 
 
-def qk_norm(module: nn.Module, side: str, inner: Collection[nn.Module] = ()) -> nn.Module | None:
-    """The norm that a layer applies to its queries or keys.
-
-    Args:
-        module: the attention layer.
-        side: ``"query"`` or ``"key"``.
-        inner: norms that are part of the projections.
-    """
-    found = None
-    for name, child in module.named_children():
-        if _NORM_OF[side].match(name) and not isinstance(child, nn.Identity) and child not in inner:
-            found = child
-    return found
-
-
 def plan_qk_norm(
     module: nn.Module, side: str, sizes: Sizes, inner: Collection[nn.Module] = ()
 ) -> NormPlan | None:
     """Find out what the norm of a layer's queries or keys does; None where it has none.
 
+    Args:
+        module: the attention layer.
+        side: ``"query"`` or ``"key"``.
+        sizes: of the layer.
+        inner: norms that are part of the projections.
+
     Raises:
         UnreadLayer: it is neither an RMSNorm nor a LayerNorm over heads or over the whole width.
     """
-    norm = qk_norm(module, side, inner)
-    if norm is None:
+    named = [child for name, child in module.named_children() if _NORM_OF[side].match(name)]
+    norms = [child for child in named if not isinstance(child, nn.Identity) and child not in inner]
+    if not norms:
         return None
-    return plan_norm_of(norm, sizes.heads if side == "query" else sizes.kv_heads, sizes.d_head, side)
+    return plan_norm_of(norms[-1], sizes.heads if side == "query" else sizes.kv_heads, sizes.d_head, side)
 
 
 def plan_norm_of(norm: nn.Module, heads: int, d_head: int, side: str) -> NormPlan:
@@ -260,6 +299,72 @@ def fold_qk_norm(plan: NormPlan, rows: Affine) -> Affine:
         return values * gain.view(*gain.shape, *(1,) * (values.dim() - 2))
 
     return Affine(fold(rows.weight), None if rows.bias is None else fold(rows.bias))
+
+
+class Factor(NamedTuple):
+    """A factor on the coordinates of one side.
+
+    Attributes:
+        side: ``"query"`` or ``"key"``.
+        parameter: attribute of the layer; it has the factor if this is a parameter of more than one number.
+        values: the layer to the factor, which broadcasts to (heads, d_head).
+        normalizes: the layer divides each side by its length besides: cosine attention. The softmax scale of
+            the normalized form, whose vectors have length ``d_head ** 0.5``, is then ``1 / d_head``, and 1 else.
+    """
+
+    side: str
+    parameter: str
+    values: Callable[[nn.Module], Tensor]
+    normalizes: bool = False
+
+
+def _per_dim(module: nn.Module) -> Tensor:
+    scale = getattr(module, "q_scale", getattr(module, "scaling", 1.0))
+    return F.softplus(module.per_dim_scale) * scale  # type: ignore[arg-type]
+
+
+def _per_dim_key(module: nn.Module) -> Tensor:
+    return torch.as_tensor(getattr(module, "k_scale", 1.0))
+
+
+def _base_two(module: nn.Module) -> Tensor:
+    scaling: Tensor = module.scaling  # type: ignore[assignment]
+    return F.softplus(scaling) * (math.log2(math.e) / math.sqrt(scaling.numel()))
+
+
+def _temperature(module: nn.Module) -> Tensor:
+    scale: Tensor = module.logit_scale  # type: ignore[assignment]
+    return scale.clamp(max=math.log(100.0)).exp().flatten()[:, None]
+
+
+_FACTORS = (
+    # Gemma's audio towers and VideoPrism's pooling head.
+    Factor("query", "per_dim_scale", _per_dim),
+    Factor("key", "per_dim_scale", _per_dim_key),
+    # TimesFM.
+    Factor("query", "scaling", _base_two),
+    # Swin v2: cosine attention with a temperature for each head.
+    Factor("query", "logit_scale", _temperature, normalizes=True),
+)
+
+
+def learnt_factors(module: nn.Module) -> dict[str, Factor]:
+    """The factors that a layer has, by side."""
+    found = {}
+    for factor in _FACTORS:
+        parameter = module._parameters.get(factor.parameter)
+        if parameter is not None and parameter.numel() > 1:
+            found[factor.side] = factor
+    return found
+
+
+# Parameters, as many numbers as there are query rows, that are added to the queries of the content's product.
+_ADDED = ("q_bias", "r_w_bias", "pos_bias_u", "bias_u")
+
+
+def added_to_queries(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a layer that are added to its queries."""
+    return tuple(name for name in _ADDED if module._parameters.get(name) is not None)
 
 
 _OF_VALUES = re.compile(r"^(v|value)_?\w*(norm|ln)$", re.IGNORECASE)

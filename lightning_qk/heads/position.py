@@ -12,7 +12,7 @@ which pairs, frequencies and scale are taken.
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.functional.rotary import Rotary, rotate_between
-from lightning_qk.heads.rotary import Angles, Call, Layer, Source, angle_sources, holds_angles, tokens_for
+from lightning_qk.heads.rotary import Angles, Call, RotaryRun, Source, holds_angles, tokens_for
+from lightning_qk.heads.sites import AttentionLayer
 
 
 class Fit(NamedTuple):
@@ -52,7 +53,7 @@ _FITS: "weakref.WeakKeyDictionary[nn.Module, dict[Any, Fit | None]]" = weakref.W
 _PROBED = ((0, 1), (2, 5))
 
 
-def remembered_fit(layer: Layer, source: Source, call: Call, d_head: int) -> Fit | None:
+def remembered_fit(layer: RotaryRun, source: Source, call: Call, d_head: int) -> Fit | None:
     """The rotation that a call applies, found once for all layers that share a rotary module; None for none.
 
     Args:
@@ -71,7 +72,7 @@ def remembered_fit(layer: Layer, source: Source, call: Call, d_head: int) -> Fit
     return known[key]
 
 
-def _fit(layer: Layer, source: Source, call: Call, d_head: int) -> Fit | None:
+def _fit(layer: RotaryRun, source: Source, call: Call, d_head: int) -> Fit | None:
     if not call.turned:
         return None
     width = min(call.width, d_head)
@@ -173,22 +174,21 @@ ROTARY, ROTARY_2D = "rotary", "rotary (2-D)"
 _MANY_AXES = re.compile(r"vision|image|pixel|patch|2d|multidim|axial|video|vjepa|vit(?![a-z])", re.IGNORECASE)
 
 
-class Rotation:
+class Rotation(NamedTuple):
     """How a layer rotates queries and keys, kept without the frequencies' values where a buffer has them.
 
     Attributes:
         kind: ``"rotary"``, ``"rotary (2-D)"`` (by coordinates in an image or a video), or None where the
             layer does not rotate.
+        fit: what the rotary function does with what it is given.
+        start: where that begins in a head.
         is_known: whether that could be found out.
     """
 
-    def __init__(
-        self, kind: str | None, fit: Fit | None = None, start: int = 0, *, is_known: bool = True
-    ) -> None:
-        self.kind = kind
-        self.is_known = is_known
-        self._fit = fit
-        self._start = start
+    kind: str | None
+    fit: Fit | None = None
+    start: int = 0
+    is_known: bool = True
 
     def read(self) -> Rotary | None:
         """The rotation as it is now.
@@ -196,7 +196,7 @@ class Rotation:
         None where the layer does not rotate, or in no way that one position in a sequence tells: by
         coordinates in an image, say, or the layer's input in the place of its queries and keys.
         """
-        fit = self._fit
+        fit = self.fit
         if fit is None:
             return None
         holder = None if fit.holder is None else fit.holder()
@@ -206,45 +206,34 @@ class Rotation:
             inv_freq = -buffer if fit.backward else buffer
         else:
             inv_freq = fit.inv_freq
-        return Rotary(inv_freq, fit.interleaved, self._start + fit.start, fit.scale)
+        return Rotary(inv_freq, fit.interleaved, self.start + fit.start, fit.scale)
 
 
 NO_ROTATION = Rotation(None)
 
 
-def find_rotation(
-    module: nn.Module,
-    ancestors: Sequence[nn.Module],
-    config: Any,
-    d_head: int,
-    *,
-    heads: int = 1,
-    is_cross: bool = False,
-) -> Rotation:
+def find_rotation(layer: AttentionLayer, d_head: int, *, heads: int = 1) -> Rotation:
     """Find how a layer rotates its queries and keys with position.
 
     Args:
-        module: the attention layer.
-        ancestors: the modules that contain it, nearest first.
-        config: the nearest configuration, or None.
+        layer: in its model.
         d_head: width of a head.
         heads: where fewer of a token's heads are rotated, no one rotation is that of the layer.
-        is_cross: keys come from other tokens than queries.
     """
-    layer = Layer(module, config, tokens_for(d_head), is_cross)
-    if not layer.functions:
+    run = RotaryRun(layer, tokens_for(d_head))
+    if not run.functions:
         # A rotary module of its own may turn queries and keys itself.
-        holds = any(holds_angles(name, child) for name, child in module.named_children())
+        holds = any(holds_angles(name, child) for name, child in layer.module.named_children())
         return Rotation(None, is_known=False) if holds else NO_ROTATION
     try:
-        return _find(layer, ancestors, d_head, heads)
+        return _find(run, d_head, heads)
     except Exception:  # a forward of any kind may raise anything
         return Rotation(None, is_known=False)
 
 
-def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int, heads: int) -> Rotation:
+def _find(layer: RotaryRun, d_head: int, heads: int) -> Rotation:
     many_axes = unread = None
-    for source in angle_sources(layer.module, layer.parameters, ancestors, layer.config):
+    for source in layer.angle_sources():
         try:
             angles = source.at(1, layer.tokens)
             if angles is None:
@@ -284,7 +273,7 @@ def _find(layer: Layer, ancestors: Sequence[nn.Module], d_head: int, heads: int)
     return Rotation(_kind_by_name(layer, unread))
 
 
-def _blind_call(layer: Layer, *, is_given: bool) -> Call | None:
+def _blind_call(layer: RotaryRun, *, is_given: bool) -> Call | None:
     """Run a layer on unknown angles.
 
     Where no module around it could make any, it may be given none at all.
@@ -295,7 +284,7 @@ def _blind_call(layer: Layer, *, is_given: bool) -> Call | None:
     return layer.call(1, Angles())
 
 
-def _kind_by_name(layer: Layer, holder: nn.Module | None) -> str:
+def _kind_by_name(layer: RotaryRun, holder: nn.Module | None) -> str:
     names = [*layer.functions, type(layer.module).__name__, type(holder).__name__]
     if holder is not None:
         names += inspect.signature(type(holder).forward).parameters
@@ -331,29 +320,22 @@ _SHARED_BIAS = re.compile(r"(\w+_)?(relative_attention|position)_bias\w*")
 _BRINGS_BIAS = re.compile(r"alibi|bias|^rel(ative)?_|^pair|_dists$|^pos_emb$", re.IGNORECASE)
 
 
-def find_position(
-    module: nn.Module,
-    ancestors: Sequence[nn.Module],
-    config: Any,
-    rotation: Rotation,
-    *,
-    is_cross: bool = False,
-) -> str | None:
+def find_position(layer: AttentionLayer, rotation: Rotation) -> str | None:
     """What positions do to the logits of a layer; see :class:`~lightning_qk.heads.projections.HeadProjections`.
 
     Args:
-        module: the attention layer.
-        ancestors: the modules that contain it, nearest first.
-        config: the nearest configuration, or None.
-        rotation: what :func:`~lightning_qk.heads.rotary.find_rotation` found.
-        is_cross: keys come from other tokens than queries.
+        layer: in its model.
+        rotation: what :func:`find_rotation` found.
     """
-    brought = {name for name in _arguments(module) if _BRINGS_BIAS.search(name)}
-    if not is_cross and _adds_alibi(module, config, brought):
+    module, is_cross = layer.module, layer.is_cross
+    arguments = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+    brought = {name for name in arguments if _BRINGS_BIAS.search(name)}
+    if not is_cross and _adds_alibi(module, layer.config, brought):
         return ALIBI
     if rotation.kind is not None:
         return rotation.kind
-    own = {name for name, value in _attributes(module) if _is_set(value)}
+    attributes = {**module._modules, **module._parameters, **vars(module)}
+    own = {name for name, value in attributes.items() if _is_set(value)}
     is_off = any(getattr(module, name, None) is False for name in _SWITCHES)
     if not is_off and any(_PRODUCT.fullmatch(name) for name in own):
         return RELATIVE_PRODUCT
@@ -362,21 +344,11 @@ def find_position(
     if is_cross:
         # Relative positions are those of one sequence.
         return NONE if rotation.is_known else None
-    if _is_shared(module, ancestors):
+    if _is_shared(module, layer.ancestors):
         return RELATIVE_BIAS
     if not rotation.is_known or (brought and not _is_declined(module)):
         return None
     return NONE
-
-
-def _arguments(module: nn.Module) -> Iterator[str]:
-    yield from list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from module._modules.items()
-    yield from module._parameters.items()
-    yield from vars(module).items()
 
 
 def _is_set(value: Any) -> bool:

@@ -1,63 +1,61 @@
-"""One affine map of a layer's input, read live from wherever its weights are kept."""
+"""One affine map of a layer's input, read live from wherever its weights are kept, and the two of a layer.
+
+A projection is a parameter, a module, or composed of others: rows of several, one behind another, a latent between
+two. :class:`Layout` is what a layer has of them: one for its queries, one for its keys.
+"""
 
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
-from lightning_qk.architecture.dry_run import make_weights, quietly, shadow, weight_hooks
-from lightning_qk.architecture.source_code import is_known, is_named
-from lightning_qk.heads.module_as_matrix import ModuleMatrix, is_plain
-from lightning_qk.heads.projections import Affine, InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.norms import Factor, NormPlan
+from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
 from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 
 
+@dataclass(eq=False)
 class StoredWeight:
     """A parameter that is the weight of an affine map, and the parameter that is its bias.
 
     The weight's elements are seen as ``(blocks, columns, stride)`` with the input in the middle: ``(out, in)`` has
     stride 1, ``(in, ...)`` has one block. Rows run over blocks first.
 
-    Args:
-        owner: the module that holds the parameter; it is referred to weakly.
+    Attributes:
+        owner: the module that holds the parameter.
         name: of the parameter.
         columns: width of the input.
         stride: see above.
-        bias: name of the bias in the same module.
+        bias_name: the parameter that is added, or None.
         places: which elements of the bias belong to the rows: a slice, or a tensor with -1 for none.
+        bias_owner: the module that holds the bias, where it is another one.
     """
 
-    def __init__(
-        self,
-        owner: nn.Module,
-        name: str,
-        columns: int,
-        stride: int = 1,
-        bias: str | None = None,
-        places: slice | Tensor = slice(None),
-    ) -> None:
-        self._owner = self._bias_owner = weakref.ref(owner)
-        self.name, self.columns, self.stride = name, columns, stride
-        self._bias, self.places = bias, places
-
-    def add_bias(self, owner: nn.Module, name: str, places: Tensor) -> None:
-        """Set the bias, which another module may hold."""
-        self._bias_owner, self._bias, self.places = weakref.ref(owner), name, places
+    owner: "weakref.ref[nn.Module]"
+    name: str
+    columns: int
+    stride: int = 1
+    bias_name: str | None = None
+    places: slice | Tensor = field(default_factory=lambda: slice(None))
+    bias_owner: "weakref.ref[nn.Module] | None" = None
 
     @property
     def weight(self) -> nn.Parameter | None:
         """The parameter; None while a parametrization or a hook makes the weight from others."""
-        return alive(self._owner)._parameters.get(self.name)
+        return alive(self.owner)._parameters.get(self.name)
 
     @property
     def bias(self) -> Any:
         """The bias's parameter, whole; None without."""
-        return None if self._bias is None else getattr(alive(self._bias_owner), self._bias, None)
+        return (
+            None
+            if self.bias_name is None
+            else getattr(alive(self.bias_owner or self.owner), self.bias_name, None)
+        )
 
     @property
     def transposed(self) -> bool:
@@ -74,7 +72,7 @@ class StoredWeight:
 
     def read(self) -> Affine:
         """Weight and bias as they are now, whole and differentiable."""
-        weight, bias = getattr(alive(self._owner), self.name), self.bias
+        weight, bias = getattr(alive(self.owner), self.name), self.bias
         if bias is None:
             return Affine(self.as_rows(whole(weight)), None)
         flat = whole(bias).flatten()
@@ -87,57 +85,59 @@ class StoredWeight:
         return Affine(self.as_rows(whole(weight)), added)
 
 
+@dataclass(eq=False)
 class Projection:
-    """An affine map of a layer's input. Resolved once; :meth:`read` takes nothing but live tensors.
-
-    Modules are referred to weakly. It is made by one of the functions below: by what holds the weights.
+    """An affine map of a layer's input. Resolved once; :attr:`read` takes nothing but live tensors.
 
     Attributes:
         name: in the layer.
+        holder: the module that applies the map, or that holds its parameters.
         rows: width of the output.
         columns: width of the input.
+        read: weight and bias as they are now, whole and differentiable.
+        weights: the parameters that the weight may depend on; None for those of the module but for biases.
+        sources: everything that is read; None for the weights, and for biases where ``weights`` is None.
         stored: the parameter that is the weight; None where the weight is computed.
         is_submodule: a submodule of the layer applies the map.
         as_matrix: reading runs a module as a linear map.
-        normed: a norm is part of the map.
-        tensors: everything that is read.
+        norms: those that are part of the map.
         expansion: the map from a latent to the first rows, where there is a latent; None without.
         shared: number of rows, the last ones, that bypass the latent.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        rows: int,
-        columns: int,
-        read: Callable[[], Affine],
-        weights: Callable[[], Iterable[nn.Parameter]],
-        *,
-        tensors: Callable[[], Iterable[Tensor]] | None = None,
-        stored: StoredWeight | None = None,
-        is_submodule: bool = False,
-        as_matrix: bool = False,
-        normed: bool = False,
-        expansion: "Projection | None" = None,
-        shared: int = 0,
-    ) -> None:
-        self.name, self.rows, self.columns = name, rows, columns
-        self.read = read
-        self._module = weakref.ref(module)
-        self._weights, self.tensors = weights, tensors or weights
-        self.stored, self.is_submodule = stored, is_submodule
-        self.as_matrix, self.normed = as_matrix, normed
-        self.expansion, self.shared = expansion, shared
+    name: str
+    holder: "weakref.ref[nn.Module]"
+    rows: int
+    columns: int
+    read: Callable[[], Affine]
+    weights: Callable[[], Iterable[nn.Parameter]] | None = None
+    sources: Callable[[], Iterable[Tensor]] | None = None
+    stored: StoredWeight | None = None
+    is_submodule: bool = False
+    as_matrix: bool = False
+    norms: Sequence[NormPlan] = ()
+    expansion: "Projection | None" = None
+    shared: int = 0
 
     @property
     def module(self) -> nn.Module:
         """The module that applies the map, or that holds its parameters."""
-        return alive(self._module)
+        return alive(self.holder)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is read."""
+        return list((self.sources or self.weights or self.module.parameters)())
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """The parameters that the weight may depend on, those of inactive adapters included."""
-        return list(self._weights())
+        if self.weights is not None:
+            return list(self.weights())
+        found = []
+        for name, parameter in self.module.named_parameters():
+            is_bias = name.rpartition(".")[2].startswith("bias") and "parametrizations.weight." not in name
+            if not is_bias and "parametrizations.bias." not in name:
+                found.append(parameter)
+        return found
 
     def plain_weight(self) -> nn.Parameter | None:
         """The parameter itself, where it is stored whole and :meth:`read` gives it as it is."""
@@ -158,89 +158,6 @@ class Projection:
     def as_rows(self, weight: Tensor) -> Tensor:
         """A tensor of the stored weight's shape, as ``(out, in)``."""
         return weight if self.stored is None else self.stored.as_rows(weight)
-
-
-def projection_of(module: nn.Module, name: str) -> Projection:
-    """The affine map that a module applies to each token.
-
-    Weights that are kept as they are, those of ``nn.Linear``, transformers' ``Conv1D``, convolutions over single
-    tokens and modules of a model's own that multiply by their 2-D ``weight``, are read as views, with
-    parametrizations applied and DTensors gathered. Everything else that is affine in its input and takes each
-    token alone, such as a linear layer with an adapter, a quantized one or a chain of several, is run as a linear
-    map on a copy (:mod:`~lightning_qk.heads.module_as_matrix`).
-
-    Args:
-        module: the projection.
-        name: its name in the layer, for messages.
-
-    Raises:
-        UnreadLayer: the module is not affine in its input.
-        InaccessibleWeights: its values are out of this process's reach.
-    """
-    # torch.compile wraps the module.
-    module = module._modules.get("_orig_mod") or module
-    try:
-        return _linear(module, name)
-    except InaccessibleWeights:
-        raise
-    except UnreadLayer as plain:
-        try:
-            return _as_matrix(module, name)
-        except InaccessibleWeights:
-            raise
-        except UnreadLayer as reason:
-            # A single module says more by what is wrong with its weight.
-            raise (reason if any(True for _ in module.children()) else plain) from None
-
-
-def _linear(module: nn.Module, name: str) -> Projection:
-    """A module that multiplies by a weight of its own.
-
-    Raises:
-        UnreadLayer: it does something else.
-    """
-    weight, bias = _own_weight(module, name)
-    transposed = _transposed(module, weight, bias, name)
-    rows, columns = weight.shape[::-1] if transposed else weight.shape
-    stored = StoredWeight(module, "weight", columns, rows if transposed else 1, "bias")
-    reference = weakref.ref(module)
-
-    def read() -> Affine:
-        weight, bias = _own_weight(alive(reference), name)
-        weight = whole(weight)
-        return Affine(weight.T if transposed else weight, None if bias is None else whole(bias))
-
-    return Projection(
-        name,
-        module,
-        rows,
-        columns,
-        read,
-        functools.partial(_weights, reference),
-        tensors=lambda: alive(reference).parameters(),
-        stored=stored,
-        is_submodule=True,
-    )
-
-
-def _as_matrix(module: nn.Module, name: str) -> Projection:
-    """Any module that is affine in its input, read by running it.
-
-    Raises:
-        UnreadLayer: it is not affine.
-    """
-    matrix, reference = ModuleMatrix(module, name), weakref.ref(module)
-    return Projection(
-        name,
-        module,
-        matrix.rows,
-        matrix.columns,
-        matrix.read,
-        functools.partial(_weights, reference),
-        tensors=lambda: alive(reference).parameters(),
-        is_submodule=True,
-        as_matrix=True,
-    )
 
 
 def parameter_projection(
@@ -271,14 +188,14 @@ def parameter_projection(
     check_access(weight, f"its parameter {name!r}")
     columns = columns or (weight.shape[1] if stride == 1 else weight.shape[0])
     rows = weight.numel() // columns
-    stored = StoredWeight(owner, name, columns, stride or rows, bias, slice(part * rows, (part + 1) * rows))
-
     reference = weakref.ref(owner)
+    places = slice(part * rows, (part + 1) * rows)
+    stored = StoredWeight(reference, name, columns, stride or rows, bias, places)
 
     def weights() -> list[nn.Parameter]:
         return [getattr(alive(reference), name)]
 
-    return Projection(path or name, owner, rows, columns, stored.read, weights, stored=stored)
+    return Projection(path or name, reference, rows, columns, stored.read, weights, stored=stored)
 
 
 def constant_projection(owner: nn.Module, name: str) -> Projection:
@@ -290,188 +207,262 @@ def constant_projection(owner: nn.Module, name: str) -> Projection:
         stored = whole(getattr(alive(reference), name)).flatten()
         return Affine(stored.new_zeros(width, width), stored)
 
-    return Projection(
-        name, owner, width, width, read, list, tensors=lambda: [getattr(alive(reference), name)]
-    )
+    def sources() -> list[Tensor]:
+        return [getattr(alive(reference), name)]
+
+    return Projection(name, reference, width, width, read, list, sources)
 
 
-def adapter_around(module: nn.Module, ancestors: Sequence[nn.Module]) -> nn.Module | None:
-    """The adapter that has a whole layer as its base, as PEFT's for torch's MultiheadAttention; None without."""
-    if not ancestors or ancestors[0]._modules.get("base_layer") is not module:
-        return None
-    return ancestors[0] if hasattr(ancestors[0], "active_adapters") else None
+def with_adapter(base: Projection, module: nn.Module, ancestors: Sequence[nn.Module]) -> Projection:
+    """A projection of a layer plus the products of low rank of the adapter around the layer, where there is one.
 
+    PEFT's adapters of torch's MultiheadAttention have the whole layer as their base.
 
-def with_adapter(base: Projection, adapter: nn.Module) -> Projection:
-    """A fused projection of a layer plus the products of low rank of the adapter around the layer.
+    Args:
+        base: of the layer.
+        module: the layer.
+        ancestors: the modules that contain it, nearest first.
 
     Raises:
         UnreadLayer: the adapter does something else than to add such products.
     """
+    adapter = ancestors[0] if ancestors else module
+    if adapter._modules.get("base_layer") is not module or not hasattr(adapter, "active_adapters"):
+        return base
     reference = weakref.ref(adapter)
     for parameter in adapter.parameters():
         check_access(parameter, f"the adapter of its {base.name!r}")
 
     def added(name: str) -> Tensor:
-        layer: Any = alive(reference)
-        down, up = (whole(side[name].weight) for side in (layer.lora_A, layer.lora_B))
+        own: Any = alive(reference)
+        down, up = (whole(side[name].weight) for side in (own.lora_A, own.lora_B))
         with torch.autocast(down.device.type, enabled=False):
-            return layer.scaling[name] * (up @ down)
+            return own.scaling[name] * (up @ down)
 
     def read() -> Affine:
-        layer: Any = alive(reference)
+        own: Any = alive(reference)
         weight, bias = base.read()
-        disabled, merged = bool(layer.disable_adapters), tuple(layer.merged_adapters)
+        disabled, merged = bool(own.disable_adapters), tuple(own.merged_adapters)
         if merged:
             # They are in the weight; the next forward takes them out again where they are disabled.
             products = [-added(name) for name in merged if disabled]
         else:
-            active = (name for name in layer.active_adapters if name in layer.lora_A and not disabled)
+            active = (name for name in own.active_adapters if name in own.lora_A and not disabled)
             products = [added(name) for name in active]
         for product in products:
             weight = weight + product
         return Affine(weight, bias)
 
     def weights() -> list[nn.Parameter]:
-        layer: Any = alive(reference)
-        own = [parameter for side in (layer.lora_A, layer.lora_B) for parameter in side.parameters()]
-        return base.weight_parameters() + own
+        own: Any = alive(reference)
+        products = [parameter for side in (own.lora_A, own.lora_B) for parameter in side.parameters()]
+        return base.weight_parameters() + products
 
-    layer: Any = adapter
-    names = [*layer.lora_A] if isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) else []
-    plain = bool(names) and not getattr(layer, "lora_variant", None)
+    down = getattr(adapter, "lora_A", None)
+    names = [*down] if isinstance(down, nn.ModuleDict) else []
+    plain = bool(names) and not getattr(adapter, "lora_variant", None)
     if not plain or any(added(name).shape != (base.rows, base.columns) for name in names):
         raise UnreadLayer(
             f"an adapter is around it ({type(adapter).__name__}) that does more than add a product of low "
             f"rank to its {base.name!r}"
         )
     return Projection(
-        base.name, base.module, base.rows, base.columns, read, weights, as_matrix=base.as_matrix
+        base.name, base.holder, base.rows, base.columns, read, weights, as_matrix=base.as_matrix
     )
 
 
-def _weights(reference: "weakref.ref[nn.Module]") -> Iterator[nn.Parameter]:
-    """The parameters of a module but for biases."""
-    for name, parameter in alive(reference).named_parameters():
-        own = name.rpartition(".")[2].startswith("bias") and "parametrizations.weight." not in name
-        if not own and "parametrizations.bias." not in name:
-            yield parameter
+class Part(NamedTuple):
+    """Some rows of a composition.
+
+    Attributes:
+        places: which of the composition's rows they are.
+        projection: makes them.
+        rows: which of its rows they are.
+        source: what the projection maps; None for the layer's input.
+        norm: between the two, or, without a source, behind the projection.
+        factor: on the source, behind the norm; None for 1.
+    """
+
+    places: Tensor
+    projection: Projection
+    rows: Tensor | slice
+    source: "Composition | None" = None
+    norm: NormPlan | None = None
+    factor: Callable[[], float] | None = None
 
 
-def _own_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight, ``(out, in)`` or ``(in, out)``, and bias of a single module.
+class Composition:
+    """Rows of several projections, some of which map what others give.
+
+    As in a latent that is expanded behind a norm: the norm's gain is folded in (and the removal of the mean),
+    the normalization itself stays out, and so does what is added behind it.
+
+    Args:
+        parts: all rows, each once.
 
     Raises:
-        UnreadLayer: it has no such weight.
+        UnreadLayer: they map inputs of several widths.
     """
-    kind = type(module).__name__
-    held = [child for child in module._modules if child != "parametrizations"]
-    if held:
-        raise UnreadLayer(
-            f"its projection {name!r} is a {kind} that wraps {', '.join(held)}, not a plain linear map"
-        )
-    weight, bias = _made(module)
-    if isinstance(weight, Tensor):
-        check_access(weight, f"its projection {name!r}")
-        # A convolution's, where it takes each token alone.
-        weight = weight.flatten(1) if weight.dim() > 2 and _is_pointwise(module) else weight
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        raise UnreadLayer(
-            f"its projection {name!r} is a {kind} whose weight has shape {shape}, not (out, in)"
-        )
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise UnreadLayer(f"its projection {name!r} is a {kind} with a quantized weight ({weight.dtype})")
-    if not is_plain(weight):
-        raise UnreadLayer(
-            f"the weight of its projection {name!r} is a {type(weight).__name__}, not a plain tensor"
-        )
-    return weight, bias
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        widths = {part.projection.columns if part.source is None else part.source.columns for part in parts}
+        if len(widths) != 1:
+            raise UnreadLayer("its q or k is computed from inputs of several widths")
+        self.columns: int = widths.pop()
+        places = torch.cat([part.places for part in parts])
+        self._order = None if bool((places.diff() == 1).all()) else places.argsort()
+        self.rows = len(places)
+
+    def projections(self) -> Iterator[Projection]:
+        """All projections of which it consists."""
+        for part in self.parts:
+            yield part.projection
+            if part.source is not None:
+                yield from part.source.projections()
+
+    def norms(self) -> Iterator[NormPlan]:
+        """The norms within."""
+        for part in self.parts:
+            if part.source is not None:
+                yield from part.source.norms()
+            if part.norm is not None:
+                yield part.norm
+
+    def read(self, known: dict[Projection, Affine] | None = None) -> Affine:
+        """The composition as it is now; each projection is read once, those in ``known`` not at all."""
+        known = {} if known is None else known
+        made = [_read_part(part, known) for part in self.parts]
+        dtype = functools.reduce(torch.promote_types, (own.weight.dtype for own in made))
+        weight = self._ordered([own.weight.to(dtype) for own in made])
+        if all(own.bias is None for own in made):
+            return Affine(weight, None)
+        biases = [own.weight.new_zeros(len(own.weight)) if own.bias is None else own.bias for own in made]
+        return Affine(weight, self._ordered([own.to(dtype) for own in biases]))
+
+    def _ordered(self, parts: list[Tensor]) -> Tensor:
+        values = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return values if self._order is None else values[self._order.to(values.device)]
 
 
-def _made(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a single module as its forward finds them, in evaluation mode.
+def composed(
+    parts: Sequence[Part], name: str = "", *, expansion: Projection | None = None, shared: int = 0
+) -> Projection:
+    """A composition as a projection.
 
-    In training mode, to read a weight under spectral normalization would be a step of its power iteration.
+    Raises:
+        UnreadLayer: its parts map inputs of several widths.
     """
-    hooks = weight_hooks(module)
-    if hooks:
-        copy = shadow(module)
-        make_weights(copy, hooks)
-        return getattr(copy, "weight", None), getattr(copy, "bias", None)
-    if parametrize.is_parametrized(module):
-        lists: Any = module.parametrizations
-        made = [
-            shadow(lists[name])() if name in lists else getattr(module, name, None)
-            for name in ("weight", "bias")
-        ]
-        return made[0], made[1]
-    return getattr(module, "weight", None), getattr(module, "bias", None)
+    whole_map = Composition(parts)
+    inner, norms = list(dict.fromkeys(whole_map.projections())), list(whole_map.norms())
 
+    def gains() -> list[nn.Parameter]:
+        return [parameter for norm in norms for parameter in norm.module.parameters()]
 
-def _is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution over one token at a time."""
-    if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward):
-        return False
-    conv: Any = module
-    alone = all(size == 1 for size in conv.kernel_size) and conv.groups == 1
-    return alone and (conv.padding == "valid" or conv.padding == "same" or not any(conv.padding))
-
-
-def _transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, name: str) -> bool:
-    """Whether the weight is stored as (in, out)."""
-    # What a module has beside its weight may be zero now, or one, and take part later. Known kinds of layers, such
-    # as the QuantLinear of I-BERT with its scale, go on doing what they do now.
-    held = () if is_known(module) else (*module._parameters, *module._buffers)
-    extra = [own for own in held if not own.startswith(("weight", "bias"))]
-    if not extra and "forward" not in module.__dict__:
-        forward = type(module).forward
-        if forward is nn.Linear.forward or _is_pointwise(module):
-            return False
-        if is_named(module, "Conv1D") and not parametrize.is_parametrized(module):
-            return True
-    found = None if extra else _multiplies(module, weight, bias)
-    if found is not None:
-        return found
-    raise UnreadLayer(
-        f"its projection {name!r} is a {type(module).__name__}, which does more than multiply by its weight"
+    return Projection(
+        name or " + ".join(part.projection.name for part in parts),
+        parts[0].projection.holder,
+        whole_map.rows,
+        whole_map.columns,
+        whole_map.read,
+        weights=lambda: [*(own for part in inner for own in part.weight_parameters()), *gains()],
+        sources=lambda: [*(own for part in inner for own in part.tensors()), *gains()],
+        as_matrix=any(part.as_matrix for part in inner),
+        norms=norms,
+        expansion=expansion,
+        shared=shared,
     )
 
 
-def _multiplies(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool | None:
-    """Whether a module multiplies by the transpose of its weight, or by the weight; None if by neither.
+def _read_part(part: Part, known: dict[Projection, Affine]) -> Affine:
+    if part.projection not in known:
+        known[part.projection] = part.projection.read()
+    weight, bias = known[part.projection]
+    rows = part.rows if isinstance(part.rows, slice) else part.rows.to(weight.device)
+    weight, bias = weight[rows], None if bias is None else bias[rows]
+    if part.source is None:
+        own = Affine(weight, bias)
+        return own if part.norm is None else _gained(own, part.norm)
+    below = part.source.read(known)
+    if part.norm is not None:
+        below, bias = _gained(below, part.norm), None
+    dtype = torch.promote_types(weight.dtype, below.weight.dtype)
+    weight = weight.to(dtype)
+    if part.factor is not None:
+        weight = part.factor() * weight
+    if below.bias is not None:
+        shift = weight @ below.bias.to(dtype)
+        bias = shift if bias is None else bias + shift
+    return Affine(weight @ below.weight.to(dtype), bias)
 
-    It is seen from what the module does to several vectors at a time, large ones among them. Both are tried, since
-    a square weight does not tell.
+
+def _gained(affine: Affine, plan: NormPlan) -> Affine:
+    """An affine map with a norm's gain, and its removal of the mean, behind it."""
+    norm = plan.read()
+    weight, bias = (None if values is None else values.to(norm.gain.dtype) for values in affine)
+    assert weight is not None
+    if norm.centered:
+        weight = weight - weight.mean(0, keepdim=True)
+        bias = None if bias is None else bias - bias.mean()
+    return Affine(weight * norm.gain[:, None], None if bias is None else bias * norm.gain)
+
+
+class Side(NamedTuple):
+    """Query or key of one layer: where its rows lie, and what to fold into them."""
+
+    projection: Projection
+    pick: Callable[[Tensor, Sizes], Tensor]
+    qk_norm: NormPlan | None
+    factor: Factor | None = None
+    added: tuple[str, ...] = ()
+
+    def view(self, parameter: Tensor, sizes: Sizes) -> Tensor | None:
+        """The part of a tensor of the weight's shape that belongs to this side, (heads, d_head, d_in), as a view.
+
+        None where the layout's order needs a copy.
+        """
+        rows = self.pick(self.projection.as_rows(parameter), sizes)
+        shares = rows.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+        return rows if shares else None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the weights of one layer are, and what is between them and the softmax.
+
+    Attributes:
+        layout: name of the table's entry.
+        query: the query side.
+        key: the key side.
+        sizes: head counts and width of a head.
+        scaling: the softmax scale.
+        normalizes: queries or keys are normalized behind their projections.
+        crosses: queries and keys are known to come from different inputs.
+        is_decided: whether that is known; False where nothing but a call tells.
+        clip: the bound that q and k are clamped to behind the projections, or None.
+        obstacle: why heads must not be scaled by their rows, as a clause about the weights, or None.
+        is_capped: large logits are bounded, of a layer that was run.
+        is_added_to: something besides ``q · k`` is added to the logits, of a layer that was run.
+        is_turned: queries and keys change with the token's place, of a layer that was run.
+        is_complete: the layer ran to its end, of a layer that was run.
     """
-    with quietly(module):
-        weight, bias = whole(weight), None if bias is None else whole(bias)
-        copy = shadow(module, convert=whole)
-        for transposed in (False, True):
-            matrix = weight.T if transposed else weight
-            if all(_maps_by(copy, matrix, bias, tokens) for tokens in _probes(matrix)):
-                return transposed
-    return None
 
+    layout: str
+    query: Side
+    key: Side
+    sizes: Sizes
+    scaling: float
+    normalizes: bool = False
+    crosses: bool = False
+    is_decided: bool = True
+    clip: float | None = None
+    obstacle: str | None = None
+    is_capped: bool = False
+    is_added_to: bool = False
+    is_turned: bool = False
+    is_complete: bool = True
 
-def _probes(matrix: Tensor) -> list[Tensor]:
-    """Three tokens, and three large ones, (1, 3, in): their signs and sizes vary."""
-    wave = torch.arange(3 * matrix.shape[1], device=matrix.device, dtype=torch.float32)
-    tokens = (1.3 * wave).cos().view(1, 3, -1) + 0.2
-    return [(size * tokens).to(matrix) for size in (1.0, 1e3 if matrix.element_size() >= 4 else 64.0)]
-
-
-def _maps_by(module: nn.Module, matrix: Tensor, bias: Tensor | None, tokens: Tensor) -> bool:
-    try:
-        got = module(tokens)
-        # Integer models give a scale beside.
-        got = got[0] if isinstance(got, tuple) and got else got
-        want = F.linear(tokens, matrix, bias)
-    except Exception:
-        return False
-    tolerance = 1e-4 if matrix.element_size() >= 4 else 1e-2
-    return (
-        isinstance(got, Tensor)
-        and got.shape == want.shape
-        and bool((got - want).abs().max() <= tolerance * want.abs().max())
-    )
+    @property
+    def qk_norm(self) -> bool:
+        """Whether a norm is between the layer's input and the dot product."""
+        return self.normalizes or bool(self.query.projection.norms or self.key.projection.norms)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_qk.heads.facts import finding_of
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.projections import HeadProjections, InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sites import attention_sites
+from lightning_qk.heads.sites import AttentionLayer, attention_sites
 
 
 class ProjectionReader(Mapping[str, HeadProjections]):
@@ -32,8 +32,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
 
     Attributes:
         layers: qualified name → what is known of a layer without its values.
-        unread: qualified name → why a layer is left out.
-        refusals: qualified name → the same as an exception: a `NotTokenAttention` has no softmax over tokens.
+        refusals: qualified name → why a layer is left out: a `NotTokenAttention` has no softmax over tokens.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -41,7 +40,6 @@ class ProjectionReader(Mapping[str, HeadProjections]):
     """
 
     layers: dict[str, LayerReader]
-    unread: dict[str, str]
     refusals: dict[str, UnreadLayer]
 
     def __init__(
@@ -73,6 +71,11 @@ class ProjectionReader(Mapping[str, HeadProjections]):
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def unread(self) -> dict[str, str]:
+        """Qualified name → why a layer is left out, as a clause."""
+        return {name: str(reason) for name, reason in self.refusals.items()}
 
     @property
     def model(self) -> nn.Module:
@@ -111,16 +114,13 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         for name in stale:
             if name not in sites:
                 continue
-            try:
-                plan = layer_reader(sites[name], self.fold_norm, self._wrappers(self.model))
-            except UnreadLayer as reason:
-                self.layers.pop(name)
-                self._refuse(name, reason)
+            before = self.layers[name]
+            self._compile(sites[name], self._wrappers(self.model))
+            after = self.layers.get(name)
+            if after is not None and before.reads_as(after):
+                self.layers[name] = before
+            else:
                 is_other = True
-                continue
-            if self.layers[name].reads_as(plan):
-                continue
-            self.layers[name], is_other = plan, True
         return is_other
 
     @contextmanager
@@ -142,48 +142,46 @@ class ProjectionReader(Mapping[str, HeadProjections]):
                 with suppress(Exception):
                     self[name]
 
-    def _refuse(self, name: str, reason: UnreadLayer) -> None:
-        self.unread[name] = str(reason)
-        # Without its frames, which would keep the model alive.
-        self.refusals[name] = type(reason)(str(reason))
-
     def is_sharded(self, name: str) -> bool:
         """Whether reading a layer gathers its weights from other processes."""
         return self.layers[name].is_sharded()
 
     def _plan(self, model: nn.Module) -> None:
         self._identity = list(_identity(model))
-        self.layers, self.unread, self.refusals = {}, {}, {}
+        self.layers, self.refusals = {}, {}
         wrappers = self._wrappers(model)
-        inaccessible = None
         for site in attention_sites(model):
-            try:
-                self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
-            except UnreadLayer as reason:  # noqa: PERF203
-                self._refuse(site.name, reason)
-                if isinstance(reason, InaccessibleWeights):
-                    inaccessible = inaccessible or site.name
-        if self.layers or self._allow_empty:
-            return
-        kind = type(model).__name__
-        if not self.unread:
-            raise ValueError(
+            self._compile(site, wrappers)
+        if not self.layers and not self._allow_empty:
+            raise ValueError(self._why_nothing_is_read(type(model).__name__))
+
+    def _compile(self, site: AttentionLayer, wrappers: tuple[nn.Module, ...]) -> None:
+        """Find out how a layer is read, or why it cannot be."""
+        try:
+            self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
+        except UnreadLayer as reason:
+            self.layers.pop(site.name, None)
+            # Without its frames, which would keep the model alive.
+            self.refusals[site.name] = type(reason)(str(reason))
+
+    def _why_nothing_is_read(self, kind: str) -> str:
+        reasons = [f"{name or kind} because {reason}" for name, reason in self.refusals.items()]
+        if not reasons:
+            return (
                 f"expected a model that contains transformer attention, found none in {kind}: build the network "
                 "in __init__ or configure_model before it is read, or leave out what reads its attention"
             )
-        if inaccessible is not None:
-            raise ValueError(
-                f"expected weights that this process can read, got {len(self.unread)} attention layers in {kind} "
-                f"of which it can read none: of {inaccessible or kind}, {self.unread[inaccessible]}"
-            )
-        listed = "; ".join(
-            f"{name or kind} because {reason}" for name, reason in list(self.unread.items())[:3]
-        )
-        more = f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else ""
-        raise ValueError(
-            f"expected at least one attention layer of a known layout, found {len(self.unread)} in {kind} of "
-            f"which none can be read ({listed}{more}): pass a model whose attention is a softmax over q · k of "
-            "its own projections"
+        for name, reason in self.refusals.items():
+            if isinstance(reason, InaccessibleWeights):
+                return (
+                    f"expected weights that this process can read, got {len(reasons)} attention layers in {kind} "
+                    f"of which it can read none: of {name or kind}, {reason}"
+                )
+        more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        return (
+            f"expected at least one attention layer of a known layout, found {len(reasons)} in {kind} of which "
+            f"none can be read ({'; '.join(reasons[:3])}{more}): pass a model whose attention is a softmax over "
+            "q · k of its own projections"
         )
 
     def _wrappers(self, model: nn.Module) -> tuple[nn.Module, ...]:
@@ -278,13 +276,7 @@ def unread(model: nn.Module) -> dict[str, str]:
         Qualified module name to the reason, as a clause that begins with what the layer is or has, in module
         order. Empty where every layer is read.
     """
-    reasons = {}
-    for site in attention_sites(model):
-        try:
-            layer_reader(site, fold_norm=False)
-        except UnreadLayer as reason:  # noqa: PERF203
-            reasons[site.name] = str(reason)
-    return reasons
+    return ProjectionReader(model, allow_empty=True).unread
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:

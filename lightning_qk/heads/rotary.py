@@ -7,14 +7,15 @@ for one position.
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import Stop, Through, shadow
+from lightning_qk.architecture.dry_run import Stop, Through, device_of, shadow
 from lightning_qk.architecture.source_code import names_in
+from lightning_qk.heads.sites import AttentionLayer
 
 _HOLDS_ANGLES = re.compile(r"rotary|rope(?![a-z])|sinusoidal|position(al)?_?encoder", re.IGNORECASE)
 TAKES_ANGLES = re.compile(
@@ -72,39 +73,6 @@ class Source(NamedTuple):
         return None
 
 
-def angle_sources(
-    module: nn.Module, parameters: Iterable[str], ancestors: Sequence[nn.Module], config: Any
-) -> Iterator[Source]:
-    """What may give a layer its angles, the likeliest first.
-
-    Args:
-        module: the attention layer.
-        parameters: names of its forward's arguments.
-        ancestors: the modules that contain it, nearest first.
-        config: the nearest configuration, or None.
-    """
-    takes_angles = any(TAKES_ANGLES.search(name) for name in parameters)
-    if not takes_angles:
-        held = next((child for name, child in module.named_children() if holds_angles(name, child)), module)
-        yield Source(held, None, own=True)
-    layer_types = _layer_types(module, ancestors, config)
-    for owner in (module, *ancestors):
-        for name, child in owner.named_children():
-            if child is module or not holds_angles(name, child):
-                continue
-            kinds = [name.removesuffix("_inv_freq") for name in child._buffers if name.endswith("_inv_freq")]
-            kinds = [kind for kind in kinds if not kind.endswith("original")]
-            own = [kind for kind in layer_types if kind in kinds]
-            if kinds and not own:
-                served = getattr(config, "layer_types", None) or ()
-                if layer_types and not set(kinds).isdisjoint(served):
-                    # It serves layers of other types.
-                    continue
-                own = kinds
-            given: list[str | None] = [*(own or layer_types[:1])] or [None]
-            yield from (Source(child, kind) for kind in given)
-
-
 def holds_angles(name: str, child: nn.Module) -> bool:
     """Whether a child is named as what holds the angles of positions."""
     if _NAMED_ATTENTION.search(type(child).__name__):
@@ -112,24 +80,9 @@ def holds_angles(name: str, child: nn.Module) -> bool:
     return bool(_HOLDS_ANGLES.search(name) or _HOLDS_ANGLES.search(type(child).__name__))
 
 
-def _layer_types(module: nn.Module, ancestors: Sequence[nn.Module], config: Any) -> list[str]:
-    """What the layer's own kind may be called, the likeliest first."""
-    found = []
-    for owner in (module, *ancestors[:1]):
-        for name in ("rope_layer_type", "rope_type", "layer_type", "attention_type"):
-            value = getattr(owner, name, None)
-            if isinstance(value, str):
-                found.append(value)
-    index, types_ = getattr(module, "layer_idx", None), getattr(config, "layer_types", None)
-    if isinstance(index, int) and types_ is not None and index < len(types_):
-        found.append(types_[index])
-    return found
-
-
 def _run_holder(source: Source, position: int, tokens: int) -> Any:
     holder = source.holder
-    tensors = [*holder.buffers(recurse=False), *holder.parameters(recurse=False)]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = device_of(holder)
     positions = torch.full((1, tokens), position, device=device)
     if isinstance(holder, nn.Embedding):
         return holder.weight[position].detach().expand(1, 1, tokens, -1)
@@ -141,7 +94,10 @@ def _run_holder(source: Source, position: int, tokens: int) -> Any:
         known: dict[str, Any] = {"position_ids": positions}
         if "layer_type" in names:
             known["layer_type"] = source.layer_type
-        rest = [name for name in names if name not in known and _is_required(forward, name)]
+        arguments = inspect.signature(forward).parameters
+        rest = [
+            own for own in names if own not in known and arguments[own].default is inspect.Parameter.empty
+        ]
         x = torch.zeros(1, 1, 1, device=device)
         try:
             given = forward(copy, *(x for _ in rest), **known)
@@ -163,10 +119,6 @@ def _run_holder(source: Source, position: int, tokens: int) -> Any:
         shape[axis] = tokens
         return given.select(axis, position).unsqueeze(axis).expand(shape)
     return None
-
-
-def _is_required(function: Callable[..., Any], name: str) -> bool:
-    return inspect.signature(function).parameters[name].default is inspect.Parameter.empty
 
 
 _NAMED_ROTARY = re.compile(r"rotary|rope(?![a-z])|rotate_(quer|key)", re.IGNORECASE)
@@ -304,14 +256,23 @@ class Call(NamedTuple):
         return self.args[where] if isinstance(where, int) else self.kwargs[where]
 
 
-class Layer:
-    """An attention layer that can be run up to where it rotates."""
+class RotaryRun:
+    """Runs an attention layer up to where it rotates.
 
-    def __init__(self, module: nn.Module, config: Any, tokens: int, is_cross: bool = False) -> None:
-        self.module = module
-        self.is_cross = is_cross or getattr(module, "is_cross_attention", None) is True
-        self.config = config
+    Args:
+        layer: in its model.
+        tokens: on how many it is run.
+
+    Attributes:
+        parameters: arguments of its forward.
+        functions: rotary functions that it calls, by name.
+    """
+
+    def __init__(self, layer: AttentionLayer, tokens: int) -> None:
+        self.module, self.ancestors, self.config = layer.module, layer.ancestors, layer.config
+        self.is_cross = layer.is_cross or getattr(layer.module, "is_cross_attention", None) is True
         self.tokens = tokens
+        module = layer.module
         forward = inspect.unwrap(type(module).forward)
         self.parameters = inspect.signature(forward).parameters
         self.functions: dict[str, Callable[..., Any]] = {
@@ -341,6 +302,46 @@ class Layer:
             elif depth and name not in self._methods:
                 self._methods[name] = method
                 self._collect(method, depth - 1)
+
+    def angle_sources(self) -> Iterator[Source]:
+        """What may give the layer its angles, the likeliest first."""
+        module = self.module
+        if not any(TAKES_ANGLES.search(name) for name in self.parameters):
+            children = module.named_children()
+            yield Source(
+                next((own for name, own in children if holds_angles(name, own)), module), None, own=True
+            )
+        layer_types = self._layer_types()
+        for owner in (module, *self.ancestors):
+            for name, child in owner.named_children():
+                if child is module or not holds_angles(name, child):
+                    continue
+                kinds = [
+                    name.removesuffix("_inv_freq") for name in child._buffers if name.endswith("_inv_freq")
+                ]
+                kinds = [kind for kind in kinds if not kind.endswith("original")]
+                own = [kind for kind in layer_types if kind in kinds]
+                if kinds and not own:
+                    served = getattr(self.config, "layer_types", None) or ()
+                    if layer_types and not set(kinds).isdisjoint(served):
+                        # It serves layers of other types.
+                        continue
+                    own = kinds
+                given: list[str | None] = [*(own or layer_types[:1])] or [None]
+                yield from (Source(child, kind) for kind in given)
+
+    def _layer_types(self) -> list[str]:
+        """What the layer's own kind may be called, the likeliest first."""
+        found = []
+        for owner in (self.module, *self.ancestors[:1]):
+            for name in ("rope_layer_type", "rope_type", "layer_type", "attention_type"):
+                value = getattr(owner, name, None)
+                if isinstance(value, str):
+                    found.append(value)
+        index, types_ = getattr(self.module, "layer_idx", None), getattr(self.config, "layer_types", None)
+        if isinstance(index, int) and types_ is not None and index < len(types_):
+            found.append(types_[index])
+        return found
 
     def call(self, position: int, angles: Any) -> Call | None:
         """Run to the first call of a rotary function; None where the forward does without.
@@ -428,8 +429,7 @@ class Layer:
                 width = width or sizes[0]
             else:
                 stand_ins[child] = Through()
-        tensor = next(iter(self.module.buffers()), next(iter(self.module.parameters()), None))
-        return stand_ins, width, torch.device("cpu") if tensor is None else tensor.device
+        return stand_ins, width, device_of(self.module)
 
 
 def _projection_sizes(child: nn.Module) -> tuple[int, int] | None:

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.composition import Composition, Part, composed
 from lightning_qk.heads.norms import plan_norm
-from lightning_qk.heads.projection import Projection
+from lightning_qk.heads.projection import Composition, Part, Projection, composed
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.running import (
     Bench,
@@ -45,7 +44,6 @@ class FoundSide(NamedTuple):
         rows: which of its rows they are, shape ``(heads, d_head)``.
         norm: a norm that they pass by on their way to the product, or None.
         given: name of the argument that the projection maps.
-        normed: the projection is put together of several, with a norm between them.
         shared: how many coordinates, the last ones of each head, all heads have in common.
     """
 
@@ -53,7 +51,6 @@ class FoundSide(NamedTuple):
     rows: Tensor
     norm: nn.Module | None
     given: str
-    normed: bool = False
     shared: int = 0
 
 
@@ -220,7 +217,7 @@ class RowFollower:
                 f"its {what} are computed from several inputs ({', '.join(sorted(given)) or 'none'})"
             )
         rows = torch.arange(numbers.numel()).view(numbers.shape)
-        return FoundSide(whole_map, rows, norm, given.pop(), whole_map.normed, common_rows(numbers))
+        return FoundSide(whole_map, rows, norm, given.pop(), common_rows(numbers))
 
     def check_rows(self, numbers: Tensor, what: str) -> None:
         """Make sure that rows are those of projections of the layer's input; arguments as for :meth:`side`."""

@@ -1,7 +1,8 @@
 """Run one attention layer alone: its projections give numbers of our choice, its parameters are as we set them."""
 
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import shadow
 from lightning_qk.architecture.products import Following, Product
+from lightning_qk.heads.module_projection import projection_of
 from lightning_qk.heads.norms import is_norm
-from lightning_qk.heads.projection import Projection, projection_of
+from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
-from lightning_qk.heads.trials import Trial
+from lightning_qk.heads.trials import Trial, trials
 
 Emission = Callable[["Emitter", tuple[int, ...]], Tensor]
 """What an emitter gives: shape (..., rows) for its shape."""
@@ -139,6 +141,8 @@ class Bench:
 
     Args:
         module: the layer.
+        config: the nearest configuration, or None.
+        ways: how it is called; none for arguments guessed from its signature.
         is_bare: no projection is replaced: all are run, with weights of our choice.
 
     Attributes:
@@ -148,8 +152,10 @@ class Bench:
         size: number of rows of all projections.
     """
 
-    def __init__(self, module: nn.Module, *, is_bare: bool = False) -> None:
-        self.module = module
+    def __init__(
+        self, module: nn.Module, config: Any = None, ways: Sequence[Trial] = (), *, is_bare: bool = False
+    ) -> None:
+        self.module, self.config, self.ways = module, config, ways
         self.emitters: dict[nn.Module, Emitter] = {}
         self.stand_ins: dict[nn.Module, nn.Module] = {}
         self.loose: list[Loose] = []
@@ -167,6 +173,10 @@ class Bench:
             tensors = [own.parameter for own in self.loose if own.parameter.dim() > 1]
             found += [size for own in tensors for size in own.shape[::-1]]
         return [width for width in dict.fromkeys(found) if width > 1]
+
+    def trials(self, widths: int = 3) -> Iterable[Trial]:
+        """Ways to call the layer, likeliest first; guessed ones on inputs of so many of its likeliest widths."""
+        return self.ways or trials(self.module, self.config, self.widths()[:widths])
 
     def run(self, trial: Trial, emission: Emission, given: Mapping[int, Tensor] | None = None) -> Seen:
         """Run the layer on a copy, its projections giving the emission.
@@ -205,8 +215,16 @@ class Bench:
         sources = {emitter: emitter.given[-1] for emitter in self.emitters.values() if emitter.given}
         return Seen(_distinct(follow.products), list(self._passed), sources, failed, output)
 
-    def sums_over_tokens(self, trial: Trial) -> bool | None:
-        """Whether the axis that the products sum over is that of the tokens; None where no run tells."""
+    def sums_over_tokens(self) -> bool:
+        """Whether the axis that the products sum over is that of the tokens, by the first call that tells."""
+        for trial in itertools.islice(self.trials(1), 7):
+            found = None if trial.tokens == 1 else self.runs_over_tokens(trial)
+            if found is not None:
+                return found
+        return False
+
+    def runs_over_tokens(self, trial: Trial) -> bool | None:
+        """The same of one way to call the layer; None where no run tells."""
         if trial.wider is None or not trial.tokens or trial.tokens == trial.wider.tokens:
             return None
         for own in (trial, trial.wider):

@@ -5,14 +5,12 @@ what was gathered ends on the local shard. The flat parameters of FSDP's first v
 time of a block. Gathering is collective: every process must read the same layers in the same order.
 """
 
-import itertools
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.projections import InaccessibleWeights
@@ -50,12 +48,10 @@ def whole(tensor: Tensor) -> Tensor:
     return sharded.full_tensor()
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: that of its first parameter or buffer, or the CPU."""
-    tensor: Any = next(itertools.chain(module.parameters(), module.buffers()), None)
-    if tensor is None:
-        return torch.device("cpu")
-    return torch.device(tensor.device_mesh.device_type) if is_dtensor(tensor) else tensor.device
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds the numbers that it stands for: neither quantized nor of a class of its own."""
+    known = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)
+    return known and tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def check_access(tensor: Tensor, what: str) -> None:
@@ -80,46 +76,48 @@ def check_access(tensor: Tensor, what: str) -> None:
         )
 
 
-def flat_unit(chain: Iterable[nn.Module]) -> nn.Module | None:
-    """The first of some modules that FSDP's first version wraps; its weights are flat outside the forward."""
+class FlatUnit(NamedTuple):
+    """A module that FSDP's first version wraps: its weights are flat outside the forward.
+
+    Attributes:
+        unit: the innermost one around a layer.
+        root: the one around the whole model, or None where it is not known.
+    """
+
+    unit: "weakref.ref[nn.Module]"
+    root: "weakref.ref[nn.Module] | None"
+
+
+def flat_unit(chain: Sequence[nn.Module]) -> FlatUnit | None:
+    """The unit that a layer is in, from the modules around it, nearest first; None where it is in none."""
     home = sys.modules.get("torch.distributed.fsdp")
-    if home is None:
+    units = [] if home is None else [own for own in chain if isinstance(own, home.FullyShardedDataParallel)]
+    if not units:
         return None
-    return next((module for module in chain if isinstance(module, home.FullyShardedDataParallel)), None)
-
-
-def flat_root(chain: Sequence[nn.Module]) -> nn.Module | None:
-    """The last such module of a chain that goes outwards."""
-    return flat_unit(reversed(chain))
-
-
-def gathered(
-    unit: "weakref.ref[nn.Module] | None", root: "weakref.ref[nn.Module] | None", *, grads: bool = False
-) -> AbstractContextManager[None]:
-    """Within this block the flat parameters of an FSDP unit are whole; with ``grads`` their gradients too."""
-    if unit is None:
-        return nullcontext()
-    own = unit()
-    assert own is not None  # it contains the layer, whose modules are alive
-    return _unflattened(own, None if root is None else root(), grads=grads)
+    # The outermost unit of a part of a model need not be the root: it is one where nothing is around it.
+    return FlatUnit(weakref.ref(units[0]), weakref.ref(units[-1]) if units[-1] is chain[-1] else None)
 
 
 @contextmanager
-def _unflattened(unit: nn.Module, root: nn.Module | None, *, grads: bool = False) -> Iterator[None]:
-    """Make the flat parameters of one FSDP unit whole until the block ends; collective.
+def gathered(flat: FlatUnit | None, *, grads: bool = False) -> Iterator[None]:
+    """Within this block the flat parameters of an FSDP unit are whole; collective.
 
     Args:
-        unit: from :func:`flat_unit`.
-        root: the outermost of all units of the model, or None where it is not known.
+        flat: the unit; nothing is done for None.
         grads: gradients too; what the block adds to them is kept.
 
     Raises:
         InaccessibleWeights: the units have not run yet and their root is not known, or gradients are asked of
             parameters that are flattened for good.
     """
+    if flat is None:
+        yield
+        return
     fsdp: Any = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
-    any_unit: Any = unit
-    if any_unit._is_root is None:
+    unit: Any = flat.unit()
+    assert unit is not None  # it contains the layer, whose modules are alive
+    if unit._is_root is None:
+        root = None if flat.root is None else flat.root()
         if root is None:
             raise InaccessibleWeights(
                 "its weights are in an FSDP unit that has not run yet, and the unit around the whole model is not "
@@ -128,7 +126,7 @@ def _unflattened(unit: nn.Module, root: nn.Module | None, *, grads: bool = False
         # The first unit to be gathered becomes the root, which only the outermost may be.
         with fsdp.summon_full_params(root, recurse=False, writeback=False):
             pass
-    if grads and not any_unit._use_orig_params:
+    if grads and not unit._use_orig_params:
         raise InaccessibleWeights(
             "its weights are flattened by FSDP, so that no gradient can be added to one of them: pass "
             "use_orig_params=True to FSDP, or use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"

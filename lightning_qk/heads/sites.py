@@ -16,7 +16,7 @@ from lightning_qk.heads.layouts import find_layout
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.running import Bench, random, varied_parameters
 from lightning_qk.heads.sharding import is_dtensor
-from lightning_qk.heads.trials import trials
+from lightning_qk.heads.trials import input_arguments
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)
 # What surrounds attention carries its name too: outputs, biases, projections.
@@ -38,9 +38,24 @@ class AttentionLayer(NamedTuple):
 
     name: str
     module: nn.Module
-    ancestors: tuple[nn.Module, ...]
-    config: Any
-    is_cross: bool
+    ancestors: tuple[nn.Module, ...] = ()
+    config: Any = None
+    is_cross: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its forward is a known library's, whose names tell what its children do."""
+        return is_known(self.module)
+
+    @property
+    def has_one_input(self) -> bool:
+        """Whether its forward takes tokens by one argument alone: queries and keys are then made of the same."""
+        return len(input_arguments(self.module)) <= 1
+
+    @property
+    def is_over_tokens(self) -> bool:
+        """Whether it calls an attention function by a way that is known to take its softmax over tokens."""
+        return uses_interface(self.module) or isinstance(self.module, nn.MultiheadAttention)
 
 
 def attention_sites(model: nn.Module) -> Iterator[AttentionLayer]:
@@ -139,7 +154,7 @@ def _reaches_product(module: nn.Module) -> bool:
         return False
     with quietly(module):
         for own in (bench, Bench(module, is_bare=True)):
-            for trial in itertools.islice(trials(module, None, own.widths()[:3]), 12):
+            for trial in itertools.islice(own.trials(), 12):
                 # Of bare parameters other values than their own, as they may be zero.
                 given = {} if own.emitters else varied_parameters(own.loose)
                 doubled = {key: 2.0 * values for key, values in given.items()}
@@ -267,10 +282,8 @@ def local_heads(module: nn.Module, heads: int) -> slice | None:
     Raises:
         ValueError: the shards are not whole heads.
     """
-    layout = find_layout(module)
-    if layout is None:
-        return None
-    weight: Any = layout.query.weight(module)
+    layout = find_layout(module) if any(is_dtensor(own) for own in module.parameters()) else None
+    weight: Any = None if layout is None else layout.query.weight(module)
     if not is_dtensor(weight):
         return None
     rows = weight.shape[0]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.sharding import device_of
+from lightning_qk.architecture.dry_run import device_of
 
 
 class Trial(NamedTuple):

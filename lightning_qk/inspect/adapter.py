@@ -1,6 +1,7 @@
 """Weights with a LoRA adapter of PEFT's added: ``W_0 + s B A``, as merging it would give, in float32."""
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,15 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk._printable import listed
 from lightning_qk.architecture.source_code import is_named
 from lightning_qk.inspect.documents import BadInput, first_matches
-from lightning_qk.inspect.matching import Load, Weights, listed
+from lightning_qk.inspect.matching import Load, Weights
 from lightning_qk.inspect.storage import Get, Storage
 
 _ROOT = "base_model.model."
 _DOWN, _UP, _UP_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-_EMBEDDED = ".lora_embedding"
+_EMBEDDED = {".lora_embedding_A", ".lora_embedding_B"}
+_PARTS = (_DOWN, _UP, _UP_BIAS, *_MAGNITUDES, *_EMBEDDED)
+_Parts = dict[str, str]
+"""Part of a product → the tensor's key."""
 _LARGEST_ALPHA = 1e30
 # Fields that make weights depend on the input, or the adapter no product of low rank.
 _REFUSED = (
@@ -115,7 +120,7 @@ class AdaptedWeights:
         self._config = config
         self._where = where
         self._replaced: dict[str, str] = {}
-        self._low_rank: dict[str, str] = {}
+        self._low_rank: dict[str, _Parts] = {}
         self._used: set[str] = set()
         self._heads: list[str] = []
         modules, names = dict(model.named_modules()), model.state_dict()
@@ -128,31 +133,31 @@ class AdaptedWeights:
 
         if not storage.files:
             raise BadInput(f"expected an adapter's tensors in {where}, got none: save it again")
-        strange = []
+        strange: list[str] = []
+        halves: list[str] = []
+        found: dict[str, _Parts] = defaultdict(dict)
         for key in storage.files:
             path = key.removeprefix(_ROOT)
-            module_path, part = _part_of(path)
-            module = None if module_path is None else own(module_path, modules)
-            if module_path is None:
-                name = own(path, names)
-                if name is not None:
-                    self._replaced[name] = key  # a module that was trained whole
-                elif self._is_head(path):
-                    self._heads.append(path)
-                elif not self._is_embedding(path, own, modules):
-                    strange.append(path)
-            elif part == _EMBEDDED:
-                if module is None:
-                    strange.append(path)  # else no query or key weights: an embedding's
-            elif (
-                module is None
-                or f"{module}.weight" not in names
-                or (part == _UP_BIAS and f"{module}.bias" not in names)
-                or (part == _DOWN and module in self._low_rank)
-            ):
+            part = next((part for part in _PARTS if path.endswith(part)), None)
+            if part is not None:
+                found[path.removesuffix(part)][part] = key
+            elif (name := own(path, names)) is not None:
+                self._replaced[name] = key  # a module that was trained whole
+            elif self._is_head(path):
+                self._heads.append(path)
+            elif not self._is_embedding(path, own, modules):
                 strange.append(path)
-            elif part == _DOWN:
-                self._low_rank[module] = key.removesuffix(_DOWN)
+        for path, parts in found.items():
+            module = own(path, modules)
+            if not parts.keys() - _EMBEDDED and module is not None:
+                continue  # no query or key weights: an embedding's
+            is_known = module is not None and f"{module}.weight" in names and module not in self._low_rank
+            if not is_known or (_UP_BIAS in parts and f"{module}.bias" not in names):
+                strange += [path + part for part in parts]
+            elif _DOWN not in parts:
+                halves += parts.values()
+            elif module is not None:
+                self._low_rank[module] = parts
         if strange:
             raise BadInput(
                 f"expected an adapter to this base, got {where} with {len(strange)} "
@@ -160,25 +165,22 @@ class AdaptedWeights:
                 f"({listed(strange)}): pass the right one with --base, or merge the adapter and pass the "
                 "merged model"
             )
-        for module, path in self._low_rank.items():
-            if path + _UP not in storage.files:
+        for module, parts in self._low_rank.items():
+            if _UP not in parts:
                 raise BadInput(
-                    f"expected both factors of {module!r} in {where}, got no {path + _UP}: save or download "
-                    "the adapter again"
+                    f"expected both factors of {module!r} in {where}, got no "
+                    f"{parts[_DOWN].removesuffix(_DOWN)}{_UP}: save or download the adapter again"
                 )
-        known = set(self._low_rank.values())
-        halves = [
-            key
-            for key in storage.files
-            if (whole := _part_of(key))[0] is not None and whole[1] != _EMBEDDED and whole[0] not in known
-        ]
         if halves:
             raise BadInput(
                 f"expected both factors of each product in {where}, got no first one beside "
                 f"{listed(halves)}: save or download the adapter again"
             )
         given = config.get("alpha_pattern") or {}
-        paths = {module: path.removeprefix(_ROOT) for module, path in self._low_rank.items()}
+        paths = {
+            module: parts[_DOWN].removeprefix(_ROOT).removesuffix(_DOWN)
+            for module, parts in self._low_rank.items()
+        }
         matches = first_matches(given, paths.values(), where) if given else {}
         self._alphas = {
             module: given[matches[path]] for module, path in paths.items() if matches.get(path) is not None
@@ -256,8 +258,7 @@ class AdaptedWeights:
         return value.float()
 
     def _weight(self, weight: Tensor, module: str, get: Get) -> Tensor:
-        prefix = self._low_rank[module]
-        down, up = (get(prefix + part) for part in (_DOWN, _UP))
+        down, up = (get(self._low_rank[module][part]) for part in (_DOWN, _UP))
         if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0] or not len(down):
             raise BadInput(
                 f"expected two matrices of one rank for {module!r} in {self._where}, got shapes "
@@ -285,17 +286,17 @@ class AdaptedWeights:
         return weight.T if turned else weight
 
     def _bias(self, bias: Tensor, module: str, load: Load, get: Get) -> Tensor:
-        prefix = self._low_rank[module]
-        if prefix + _UP_BIAS not in self._storage.files:
+        parts = self._low_rank[module]
+        if _UP_BIAS not in parts:
             return bias
-        rank = get(prefix + _DOWN).shape[0]
-        shift = self._scaling(module, rank) * get(prefix + _UP_BIAS).float()
+        rank = get(parts[_DOWN]).shape[0]
+        shift = self._scaling(module, rank) * get(parts[_UP_BIAS]).float()
         if shift.shape != bias.shape:
             raise BadInput(
                 f"expected a bias of shape {tuple(bias.shape)} of {module!r} in {self._where}, got "
                 f"{tuple(shift.shape)}: pass the right base with --base"
             )
-        if any(prefix + suffix in self._storage.files for suffix in _MAGNITUDES):
+        if parts.keys() & _MAGNITUDES:
             raise BadInput(
                 f"expected DoRA without a bias of its own, got one for {module!r}: merge it and pass the "
                 "merged model"
@@ -304,30 +305,19 @@ class AdaptedWeights:
 
     def _factor(self, module: str, weight: Tensor, get: Get) -> Tensor | None:
         """DoRA's factor of each row, or None."""
-        prefix = self._low_rank[module]
-        for suffix in _MAGNITUDES:
-            if prefix + suffix in self._storage.files:
-                size = get(prefix + suffix).float().flatten()
-                if len(size) != len(weight):
-                    raise BadInput(
-                        f"expected {len(weight)} magnitudes of {module!r} in {self._where}, got {len(size)}: "
-                        "pass the right base with --base"
-                    )
-                return size / weight.norm(dim=1)
-        return None
+        parts = self._low_rank[module]
+        key = next((parts[part] for part in _MAGNITUDES if part in parts), None)
+        if key is None:
+            return None
+        size = get(key).float().flatten()
+        if len(size) != len(weight):
+            raise BadInput(
+                f"expected {len(weight)} magnitudes of {module!r} in {self._where}, got {len(size)}: pass the "
+                "right base with --base"
+            )
+        return size / weight.norm(dim=1)
 
     def _scaling(self, module: str, rank: int) -> float:
         own = self._config.get("lora_alpha")
         alpha = self._alphas.get(module, _ALPHA if own is None else own)
         return float(alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank)
-
-
-def _part_of(path: str) -> tuple[str | None, str]:
-    """The module of a low-rank tensor, and its part of it; None and "" for other tensors."""
-    for part in (_DOWN, _UP, _UP_BIAS, *_MAGNITUDES):
-        if path.endswith(part):
-            return path.removesuffix(part), part
-    for part in (".lora_embedding_A", ".lora_embedding_B"):
-        if path.endswith(part):
-            return path.removesuffix(part), _EMBEDDED
-    return None, ""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_qk.inspect.documents import BadInput, check_counts, one_line, parse_json, read_json
+from lightning_qk._printable import one_line
+from lightning_qk.inspect.documents import BadInput, check_counts, parse_json, read_json
 from lightning_qk.inspect.files import CONFIG, HUB_ID, Fetch, hub_files, local_files, near_hint, path_of
 
 if TYPE_CHECKING:

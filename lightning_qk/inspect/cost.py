@@ -82,6 +82,10 @@ class Cost(NamedTuple):
     on_host: int = 0
 
 
+TOGETHER = 3
+"""Collective calls of all monitors that measure a step: their sums, their maxima, and what one process lacks."""
+
+
 def step_flops(model: Widths, job: Job) -> int:
     """Of a step without callbacks: six a weight and token, and the products of attention, half of them masked."""
     attention = 6 * model.layers * model.heads * model.d_head * job.batch * job.length**2
@@ -113,8 +117,8 @@ def spectrum(model: Widths, job: Job) -> Cost:
         2 * layers * d * d * width * (2 * heads + kv_heads),
         150 + 7 * layers,
         _gathering(model, job) + _all_reduce(sums, job) + _all_reduce(late, job),
-        (2 + 2 * layers * job.sharded) * (job.ranks > 1),
-        sums + 4 * every * d * d,
+        (TOGETHER + 2 * layers * job.sharded) * (job.ranks > 1),
+        2 * sums + 4 * every * d * d,
         10 * every * d**3,
     )
 
@@ -125,13 +129,13 @@ def attention(model: Widths, job: Job) -> Cost:
     rows, n, batch = min(ROWS, job.length), job.length, job.batch
     flops = 2 * batch * rows * n * (heads * (d + 2) + 1)
     runs = _runs(batch * n * (heads + kv_heads) * d, layers)
-    sums, maxima = 4 * 3 * len(MEAN_STATISTICS) * layers * heads, 4 * len(EXTREMES) * layers * heads
+    sums, maxima = 4 * 3 * len(MEAN_STATISTICS) * layers * heads, 8 * len(EXTREMES) * layers * heads
     return Cost(
         layers * flops,
         390 * runs + 12 * layers,
         _all_reduce(sums + maxima, job),
-        4 * (job.ranks > 1),
-        4 * (2 * len(MEAN_STATISTICS) + len(EXTREMES)) * layers * heads,
+        TOGETHER * (job.ranks > 1),
+        8 * (2 * len(MEAN_STATISTICS) + len(EXTREMES) + 1) * layers * heads,
     )
 
 
@@ -142,14 +146,14 @@ def hidden(model: Widths, job: Job) -> Cost:
     few, many = sorted((tokens, width))
     flops = sequences * (2 * tokens * tokens * width + 2 * few * few * many + 2 * job.length * width)
     runs = _runs(sequences * job.length * width, blocks)
-    states = 4 * (2 * len(HIDDEN_MEANS) + len(HIDDEN_EXTREMES)) * blocks
+    states = (8 * len(HIDDEN_MEANS) + 8 * len(HIDDEN_EXTREMES)) * blocks
     statistics = len(HIDDEN_MEANS) + len(HIDDEN_EXTREMES)
     return Cost(
         blocks * flops,
         220 * runs + 8 * blocks,
         _all_reduce(states, job),
-        3 * (job.ranks > 1),
-        4 * statistics * blocks,
+        TOGETHER * (job.ranks > 1),
+        8 * (statistics + 1) * blocks,
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk._printable import one_line
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.storage import Get, Storage, load_torch
 
 INDEX = ".metadata"
@@ -105,7 +106,7 @@ class DistributedStorage(Storage):
             raise BadInput(
                 f"expected a file that may be read, got {index}: change its permissions"
             ) from error
-        except Exception as error:  # what a damaged pickle makes of its reader can be anything
+        except Exception as error:  # a damaged pickle may raise anything
             raise BadInput(
                 f"expected the index of a checkpoint in shards, got {index} ({one_line(error)}): save it again, "
                 "or turn the folder into one file with `python -m torch.distributed.checkpoint.format_utils "

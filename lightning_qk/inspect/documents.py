@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_qk._printable import one_line
+
 _LARGEST = 2**26
 """Bytes of a JSON file; the index of a model of 10⁵ tensors has 10⁷."""
 _DEEPEST = 64
@@ -116,20 +118,6 @@ class BadInput(ValueError):
     """
 
     status = 2
-
-
-_LONGEST = 300
-"""Characters of an error of others that are quoted."""
-
-
-def one_line(error: BaseException) -> str:
-    """The first line that an error says, or its class."""
-    try:
-        lines = str(error).strip().splitlines()
-    except Exception:  # what a library's error holds may have no text
-        lines = []
-    line = lines[0].rstrip(".:") if lines else type(error).__name__
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
 
 _SECONDS = 5.0

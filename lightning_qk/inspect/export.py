@@ -1,7 +1,6 @@
 """Readings as JSON, CSV and HTML. A file appears whole or not at all."""
 
 import csv
-import difflib
 import io
 import json
 import math
@@ -9,13 +8,15 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lightning_qk._printable import cell
+from lightning_qk._printable import cell, did_you_mean
 from lightning_qk._version import __version__
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.read import Reading, record_of
@@ -32,29 +33,27 @@ def check_targets(paths: Sequence[Path | None]) -> None:
     for path in paths:
         if path is None or str(path) == "-":
             continue
-        try:
-            _check_target(path)
-        except BadInput:
-            raise
-        except (OSError, ValueError) as error:  # such as a name that is too long
-            raise BadInput(
-                f"expected a file that may be written, got {path} "
-                f"({getattr(error, 'strerror', None) or error}): pick another place"
-            ) from error
+        with _writing(path):
+            if path.is_dir():
+                raise BadInput(f"expected a file to write, got the folder {path}: add a name")
+            folder = next(one for one in path.parents if one.exists())
+            may_be = os.access(folder, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+            if not folder.is_dir() or not may_be:
+                raise BadInput(f"expected a file that may be written, got {path}: pick another place")
 
 
-def _check_target(path: Path) -> None:
-    if path.is_dir():
-        raise BadInput(f"expected a file to write, got the folder {path}: add a name")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if (
-        not folder.is_dir()
-        or not os.access(folder, os.W_OK)
-        or (path.exists() and not os.access(path, os.W_OK))
-    ):
-        raise BadInput(f"expected a file that may be written, got {path}: pick another place")
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns errors of the system, such as a name that is too long, into one sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"expected a file that may be written, got {path} "
+            f"({getattr(error, 'strerror', None) or error}): pick another place"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,13 +65,8 @@ def write_text(path: Path, text: str) -> None:
     if str(path) == "-":
         sys.stdout.write(text)
         return
-    try:
-        with whole_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BadInput(
-            f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
-        ) from error
+    with _writing(path), whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def as_json(
@@ -107,7 +101,8 @@ def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
         }
         if reading.attention:
             heads["verdict"] = [judged_heads[label, head].verdict for head in range(reading.heads[place])]
-        eigenvalues = reading.eigenvalues.get(label) if with_eigenvalues else None
+        spectrum = reading.eigenvalues.get(label) if with_eigenvalues else None
+        pairs = [] if spectrum is None else torch.view_as_real(spectrum).tolist()
         layers.append(
             {
                 "label": label,
@@ -117,7 +112,11 @@ def _plain(reading: Reading, with_eigenvalues: bool) -> dict[str, Any]:
                 **({"verdict": judged_layers[label].verdict} if reading.attention else {}),
                 **{name: _number(float(flat[place])) for name, flat in reading.layer_values.items()},
                 "per_head": heads,
-                **({} if eigenvalues is None else {"eigenvalues": _pairs(eigenvalues)}),
+                **(
+                    {"eigenvalues": [[[*map(_number, pair)] for pair in head] for head in pairs]}
+                    if pairs
+                    else {}
+                ),
             }
         )
     aggregates = {key: _number(value) for key, value in logged_values(reading).items() if "/head_" not in key}
@@ -145,11 +144,6 @@ def _named(reading: Reading) -> dict[str, Tensor]:
     """All numbers of heads by name, predicted ones as ``predicted/<statistic>``."""
     predicted = {f"predicted/{name}": flat for name, flat in reading.predicted.items()}
     return {**reading.values, **reading.attention, **predicted}
-
-
-def _pairs(values: Tensor) -> list[list[list[float | None]]]:
-    """Real and imaginary parts, by head."""
-    return [[[_number(value.real), _number(value.imag)] for value in head] for head in values.tolist()]
 
 
 def _number(value: float) -> float | None:
@@ -213,12 +207,8 @@ def write_html(path: Path, sources: Sequence[Sequence[Reading]]) -> None:
         record = record_of(list(sources[0]))
     else:
         record = record_of([source[-1] for source in sources], side_by_side=True)
-    try:
+    with _writing(path):
         write_report(record, path)
-    except OSError as error:
-        raise BadInput(
-            f"expected a file that may be written, got {path} ({error.strerror}): pick another place"
-        ) from error
 
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -319,8 +309,7 @@ def check_condition(condition: Condition, values: Mapping[str, float]) -> float 
         BadInput: there is no such number.
     """
     if condition.key not in values:
-        close = difflib.get_close_matches(condition.key, list(values), n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}?" if close else "--json lists the keys"
-        raise BadInput(f"expected a key that was read after --fail-on, got {condition.key!r}; {hint}")
+        hint = did_you_mean(condition.key, values) or "; --json lists the keys"
+        raise BadInput(f"expected a key that was read after --fail-on, got {condition.key!r}{hint}")
     value = values[condition.key]
     return value if condition.holds(value) else None

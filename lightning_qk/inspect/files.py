@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk._printable import one_line
+from lightning_qk.inspect.documents import BadInput
 
 Fetch = Callable[[str], Path | None]
 """The file of a name; None where there is none."""

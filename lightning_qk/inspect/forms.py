@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_qk._printable import one_line
 from lightning_qk.inspect import codes
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.foreign import instead_of
 from lightning_qk.inspect.quantization import PLAIN, Quantization
 from lightning_qk.inspect.storage import Get, Storage
@@ -280,7 +281,7 @@ def as_weights(
 
 
 def _grouped(names: list[str], known: Collection[str]) -> tuple[dict[str, _Group], set[str]]:
-    """Weights that are made of several tensors, and the names of all those tensors."""
+    """Weights that several tensors make up, and the names of all those tensors."""
     own_forms = {_end(name) for name in known if "parametrizations." in name or name.endswith("weight_g")}
     inside: dict[str, set[str]] = defaultdict(set)
     stored = set(names)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.inspect.documents import BadInput, check_counts, one_line
+from lightning_qk._printable import one_line
+from lightning_qk.inspect.documents import BadInput, check_counts
 from lightning_qk.inspect.storage import Get, Storage
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_qk.inspect.documents import BadInput
-from lightning_qk.inspect.read import Reading
-from lightning_qk.record.atomic_write import whole_file
 
 _FOLDER = Path(__file__).parent / "references"
 
@@ -85,43 +83,3 @@ def reference(name: str) -> Reference:
     }
     facts = json.loads(table.schema.metadata[b"lightning_qk"])
     return Reference(name, facts, layers, heads, values)
-
-
-def write_reference(
-    reading: Reading, path: Path, *, more: Mapping[str, Tensor] | None = None, facts: Mapping[str, str]
-) -> None:
-    """Write what was read as a table of one row a head.
-
-    Args:
-        reading: of the model.
-        path: of the file.
-        more: further numbers, one a head.
-        facts: beside those of the reading.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    labels = [label for label, count in zip(reading.labels, reading.heads, strict=True) for _ in range(count)]
-    columns: dict[str, object] = {
-        "layer": pa.array(labels).dictionary_encode(),
-        "head": pa.array([head for count in reading.heads for head in range(count)], pa.int32()),
-    }
-    numbers = {
-        **reading.values,
-        **reading.attention,
-        **{f"predicted/{name}": flat for name, flat in reading.predicted.items()},
-        **{
-            name: flat.repeat_interleave(torch.tensor(reading.heads))
-            for name, flat in reading.layer_values.items()
-        },
-        **(more or {}),
-    }
-    for name, flat in numbers.items():
-        values = [None if one != one else one for one in flat.double().tolist()]
-        if any(value is not None for value in values):
-            columns[name] = pa.array(values, pa.float32())
-    table = pa.table(columns)
-    about = json.dumps({**reading.facts, **facts})
-    table = table.replace_schema_metadata({"lightning_qk": about})
-    with whole_file(path) as partial:
-        pq.write_table(table, partial, compression="zstd", use_dictionary=["layer"])

@@ -5,12 +5,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk._printable import listed, one_line
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.names import Origin, match_names
 from lightning_qk.inspect.storage import Get, Storage
 
@@ -21,9 +23,6 @@ _ADAPTERS = re.compile(
 _NUMBER = re.compile(r"\d+")
 # Constants of attention, not weights, that older versions of transformers also saved.
 _CONSTANTS = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids|relative_position_index)$")
-_NAMED = 4
-"""Names that a message lists; others are counted."""
-
 _ALIGNMENT = 64
 """Bytes: torch's own tensors begin at a multiple of it."""
 
@@ -52,14 +51,7 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """The weights of a skeleton in the tensors of a checkpoint; a :class:`Weights`.
-
-    Attributes:
-        origins: parameter name → where its values are.
-        left_over: what the model would call a tensor that none of its parameters comes from → the tensor's name.
-        others: prefixes of networks of the same kind in the checkpoint that are not read.
-        prefix: below which the network is read that is; empty where its names stand alone.
-    """
+    """The weights of a skeleton in the tensors of a checkpoint; a :class:`Weights`."""
 
     def __init__(
         self,
@@ -84,17 +76,15 @@ class StoredWeights:
         self._storage, self._model = storage, model
         self._where = where = storage.where
         stored = list(storage.files)
-        found = match_names(stored, model, where, within=within, prefix=prefix)
-        self.origins, self.left_over, self.collisions = found.origins, found.left_over, found.collisions
-        self.prefix, self.others = found.prefix, found.others
+        self._match = match_names(stored, model, where, within=within, prefix=prefix)
         self._ties = _tied(model)
-        self._check_adapters(found.names)
-        if not self.origins and any("flat_param" in name for name in stored):
+        self._check_adapters(self._match.names)
+        if not self._match.origins and any("flat_param" in name for name in stored):
             raise BadInput(
                 f"expected tensors by name, got {where}, which holds those that FSDP makes of them: save it with "
                 "FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT) instead"
             )
-        if not self.origins:
+        if not self._match.origins:
             raise BadInput(
                 f"expected the weights of a {type(model).__name__} in {where}, got none of its names among "
                 f"{len(stored)} tensors (such as {', '.join(stored[:3]) or 'none'}): its configuration is "
@@ -103,7 +93,7 @@ class StoredWeights:
 
     def _check_adapters(self, keys: Iterable[str]) -> None:
         """Raises BadInput for adapters beside the weights that they change."""
-        used = {key for origin in self.origins.values() for key, _ in origin.sources}
+        used = {key for origin in self._match.origins.values() for key, _ in origin.sources}
         found = [key for key in keys if key not in used and _ADAPTERS.search(key)]
         if found:
             raise BadInput(
@@ -181,27 +171,29 @@ class StoredWeights:
     def notes(self, layers: Collection[str]) -> list[str]:
         """Notes on tensors that are not read, given the names of the attention layers."""
         notes = []
-        if self.others:
-            choose = " or ".join(f"--prefix {prefix}" for prefix in self.others[:_NAMED])
+        prefix, others, collisions = self._match.prefix, self._match.others, self._match.collisions
+        if others:
+            choose = " or ".join(f"--prefix {other}" for other in others[:5])
             notes.append(
-                f"{self._where} holds {len(self.others) + 1} networks of this kind: read is the one "
-                + (f"below {self.prefix!r}" if self.prefix else "whose names have no prefix")
-                + f", not {listed(self.others)} (pass {choose} to read that)"
+                f"{self._where} holds {len(others) + 1} networks of this kind: read is the one "
+                + (f"below {prefix!r}" if prefix else "whose names have no prefix")
+                + f", not {listed(others)} (pass {choose} to read that)"
             )
-        if self.collisions:
+        if collisions:
             notes.append(
-                f"{len(self.collisions)} parameters have two tensors in {self._where}: read is the first, "
-                f"such as {self.collisions[0][0]}, not {self.collisions[0][1]}"
+                f"{len(collisions)} parameters have two tensors in {self._where}: read is the first, such as "
+                f"{collisions[0][0]}, not {collisions[0][1]}"
             )
         if self._storage.decoded:
             notes.append(f"{self._where} is quantized: the numbers are those that its codes stand for")
         deeper, unknown = self._of_attention(layers)
         if deeper:
+            is_expected = all(self._is_expected(f"{layer}.weight") for layer in deeper)
             notes.append(
                 f"{self._where} is deeper than its configuration: {len(deeper)} attention "
                 f"layer{'s' * (len(deeper) > 1)} that it holds ({listed(deeper)}) "
                 f"{'are' if len(deeper) > 1 else 'is'} not read, only the {len(layers)} of the configuration"
-                + ("" if self._expects(deeper) else "; correct its number of layers to read all")
+                + ("" if is_expected else "; correct its number of layers to read all")
             )
         if unknown:
             notes.append(
@@ -223,7 +215,7 @@ class StoredWeights:
         buffers = {name for name, _ in self._model.named_buffers()}
         deeper: dict[str, str] = {}
         unknown = []
-        for name, key in self.left_over.items():
+        for name, key in self._match.left_over.items():
             if name in buffers or base + name in buffers or name.removeprefix(base) in buffers:
                 continue
             if _CONSTANTS.search(name):
@@ -245,14 +237,11 @@ class StoredWeights:
         patterns = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         return any(re.search(pattern, name) for pattern in patterns)
 
-    def _expects(self, layers: Iterable[str]) -> bool:
-        return all(self._is_expected(f"{layer}.weight") for layer in layers)
-
     def _origin(self, names: Iterable[str]) -> Origin | None:
         for name in names:
             for own in (name, *self._ties.get(name, ())):
-                if own in self.origins:
-                    return self.origins[own]
+                if own in self._match.origins:
+                    return self._match.origins[own]
         return None
 
     def _converted(self, names: list[str], origin: Origin, get: Get) -> Tensor:
@@ -260,7 +249,7 @@ class StoredWeights:
             return get(origin.sources[0][0])
         rule = deepcopy(origin.converter)
         for key, pattern in origin.sources:
-            rule.add_tensor(origin.target, key, pattern, _later(get, key))
+            rule.add_tensor(origin.target, key, pattern, partial(get, key))
         try:
             made = rule.convert(origin.target, model=self._model, config=getattr(self._model, "config", None))
         except BadInput:
@@ -281,13 +270,6 @@ class StoredWeights:
         )
 
 
-def listed(names: Collection[str]) -> str:
-    """The first names, and how many more there are."""
-    first = list(names)[:_NAMED]
-    more = len(names) - len(first)
-    return ", ".join(first) + (f" and {more} more" if more else "")
-
-
 def _aligned(value: Tensor) -> Tensor:
     """The same tensor at an aligned address, as torch allocates it; a mapped file has tensors anywhere.
 
@@ -295,10 +277,6 @@ def _aligned(value: Tensor) -> Tensor:
     same weights must not.
     """
     return value if value.data_ptr() % _ALIGNMENT == 0 else value.clone()
-
-
-def _later(get: Get, key: str) -> Callable[[], Tensor]:
-    return lambda: get(key)
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:

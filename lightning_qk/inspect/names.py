@@ -62,10 +62,10 @@ class Match(NamedTuple):
 
     origins: dict[str, Origin]
     left_over: dict[str, str]
-    collisions: list[tuple[str, str]]
-    prefix: str
-    others: list[str]
-    names: list[str]
+    collisions: Sequence[tuple[str, str]] = ()
+    prefix: str = ""
+    others: Sequence[str] = ()
+    names: Sequence[str] = ()
 
 
 def match_names(
@@ -93,7 +93,7 @@ def match_names(
         return ".".join(filter(None, (prefix, inner)))
 
     own, others = prefix or "", []
-    found = _Found({}, {})
+    found = Match({}, {})
     if not within:
         found = _as_transformers_loads(model, list(below), named)
     if 2 * len(found.origins) < len(named):
@@ -115,20 +115,6 @@ def match_names(
         others,
         list(below.values()),
     )
-
-
-class _Found(NamedTuple):
-    """What was matched of a checkpoint's names.
-
-    Attributes:
-        origins: parameter name → where its values are.
-        left_over: what the model would call a tensor that it has no parameter for → the tensor.
-        collisions: tensors that are read, each with one that could be read in its place.
-    """
-
-    origins: dict[str, Origin]
-    left_over: dict[str, str]
-    collisions: Collection[tuple[str, str]] = ()
 
 
 def _unwrapped(name: str, kept: Collection[str] = ()) -> str:
@@ -175,7 +161,7 @@ def _below(keys: Sequence[str], prefix: str, where: str) -> dict[str, str]:
     )
 
 
-def _as_transformers_loads(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> _Found:
+def _as_transformers_loads(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> Match:
     """By the rules of ``from_pretrained``."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -216,10 +202,10 @@ def _as_transformers_loads(model: nn.Module, keys: list[str], named: Mapping[str
         origin.sources.append((key, pattern))
         for other in made:
             origins.setdefault(other, origin)
-    return _Found(origins, left_over, collisions)
+    return Match(origins, left_over, collisions)
 
 
-def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> dict[str, _Found]:
+def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> dict[str, Match]:
     """Networks in a module that was saved as it is in memory.
 
     Returns:
@@ -252,14 +238,14 @@ def _within(model: nn.Module, keys: list[str], named: Mapping[str, Tensor]) -> d
         left_over = {
             key.removeprefix(start): key for key in keys if key.startswith(start) and key not in used
         }
-        networks[prefix] = _Found(found[prefix], left_over)
+        networks[prefix] = Match(found[prefix], left_over)
     return networks
 
 
-def _equal_networks(others: Iterable[tuple[str, _Found]], read: _Found) -> list[str]:
+def _equal_networks(others: Iterable[tuple[str, Match]], read: Match) -> list[str]:
     """Prefixes of networks that have most of the names of the one that is read, and none of its tensors."""
 
-    def tensors(found: _Found) -> set[str]:
+    def tensors(found: Match) -> set[str]:
         return {source for origin in found.origins.values() for source, _ in origin.sources}
 
     taken = tensors(read)

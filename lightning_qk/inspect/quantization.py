@@ -1,4 +1,4 @@
-"""What a configuration says of how weights are quantized, and which of its forms are read."""
+"""Quantization settings of a configuration, and which of them are supported."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

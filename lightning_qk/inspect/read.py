@@ -144,8 +144,8 @@ def _check_shapes(site: AttentionLayer, weights: Weights) -> None:
             )
 
 
-@contextmanager
-def _stand_ins(model: nn.Module, site: AttentionLayer, fold_norm: bool) -> Iterator[Placed]:
+def _stand_ins(model: nn.Module, site: AttentionLayer, fold_norm: bool) -> Placed:
+    """Stand-ins for what is run to read a layer: itself, the layer whose keys it reuses, the norm in front."""
     modules = [site.module]
     with suppress(UnreadLayer):  # the plan says so
         lender = kv_source(site)
@@ -161,11 +161,7 @@ def _stand_ins(model: nn.Module, site: AttentionLayer, fold_norm: bool) -> Itera
             if not any(True for _ in child.children())
             and all(parameter.numel() <= _LARGEST_NORM for parameter in child.parameters())
         ]
-    placed = Placed(model, modules)
-    try:
-        yield placed
-    finally:
-        placed.take_back()
+    return Placed(model, modules)
 
 
 def _load(plan: LayerReader, placed: Placed, weights: Weights) -> None:
@@ -227,7 +223,29 @@ def read_checkpoint(
         BadInput: the model holds no attention that can be read, or the checkpoint lacks weights.
     """
     with _naming(checkpoint):
-        return _read_checkpoint(checkpoint, support, fold_norm, eigenvalues, summed, trust, progress)
+        model = build_skeleton(
+            checkpoint.config, trust=trust, tensors=checkpoint.tensors, size=checkpoint.size
+        )
+        weights = checkpoint.weights(model)
+        layers = [site.name for site in attention_sites(model)]
+        weights.check_depth(layers)
+        found = _Found(support, eigenvalues, summed)
+        try:
+            for count, (site, plan, heads) in enumerate(
+                iterate_layers(model, weights, fold_norm=fold_norm), 1
+            ):
+                if isinstance(plan, str) or heads is None:
+                    found.unread[site.name] = str(plan)
+                else:
+                    found.add(site.name, plan, heads)
+                del heads
+                if progress is not None:
+                    progress(count, len(layers))
+            found.collect()
+        finally:
+            found.worker.close()
+        checkpoint.notes = [*weights.notes(layers), *checkpoint.notes]
+        return _reading(checkpoint, model, found, fold_norm), model, weights
 
 
 @contextmanager
@@ -239,37 +257,6 @@ def _naming(checkpoint: Checkpoint) -> Iterator[None]:
         if any(part in str(error) for part in checkpoint.title.split(" on ")):
             raise
         raise BadInput(f"{error} (of {checkpoint.title})") from error
-
-
-def _read_checkpoint(
-    checkpoint: Checkpoint,
-    support: Support,
-    fold_norm: bool,
-    eigenvalues: bool,
-    summed: bool,
-    trust: bool,
-    progress: Progress | None,
-) -> tuple[Reading, nn.Module, Weights]:
-    model = build_skeleton(checkpoint.config, trust=trust, tensors=checkpoint.tensors, size=checkpoint.size)
-    weights = checkpoint.weights(model)
-    layers = [site.name for site in attention_sites(model)]
-    weights.check_depth(layers)
-    total = len(layers)
-    found = _Found(support, eigenvalues, summed)
-    try:
-        for count, (site, plan, heads) in enumerate(iterate_layers(model, weights, fold_norm=fold_norm), 1):
-            if isinstance(plan, str) or heads is None:
-                found.unread[site.name] = str(plan)
-            else:
-                found.add(site.name, plan, heads)
-            del heads
-            if progress is not None:
-                progress(count, total)
-        found.collect()
-    finally:
-        found.worker.close()
-    checkpoint.notes = [*weights.notes(layers), *checkpoint.notes]
-    return _reading(checkpoint, model, found, fold_norm), model, weights
 
 
 class _Found:

@@ -6,7 +6,7 @@ not.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_qk._printable import one_line
 from lightning_qk.architecture.source_code import is_named
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput
+from lightning_qk.inspect.matching import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Elements above which a constructor's tensor goes to the meta device.
-_LARGE = 2**22
-_FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
-# Constructors compute with ranges: these are real up to a larger size.
-_LARGE_RANGE = 2**25
+# Constructor → elements above which its tensor goes to the meta device; ranges are computed with.
+_LARGEST = {
+    **dict.fromkeys((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn), 2**22),
+    torch.arange: 2**25,
+}
 # Length of the pattern that stand-ins repeat: prime, so that no row of a matrix is like another.
 _PATTERN = 4099
 
@@ -109,37 +111,13 @@ class _Lean(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.arange and kwargs.get("device") is None and _length(args, kwargs) > _LARGE_RANGE:
-            kwargs["device"] = "meta"
-        if func in _FACTORIES and kwargs.get("device") is None and _numel(args, kwargs) > _LARGE:
-            kwargs["device"] = "meta"
+        kwargs = kwargs or {}
+        largest = _LARGEST.get(func)
+        if largest is not None and kwargs.get("device") is None and kwargs.get("generator") is None:
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if made.numel() > largest:
+                return made
         return func(*args, **kwargs)
-
-
-def _numel(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-    count = 1
-    for length in size if isinstance(size, tuple | list) else ():
-        count *= length if isinstance(length, int) else 1
-    return count
-
-
-def _length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-    """Length of a range."""
-    given = [
-        value
-        for value in (*args, *(kwargs.get(name) for name in ("start", "end", "step")))
-        if value is not None
-    ]
-    numbers = [float(value) for value in given if isinstance(value, int | float)]
-    if len(numbers) == 1:
-        return numbers[0]
-    return (
-        abs((numbers[1] - numbers[0]) / (numbers[2] if len(numbers) > 2 and numbers[2] else 1))
-        if numbers
-        else 0
-    )
 
 
 class _Budget:
@@ -197,7 +175,7 @@ def _without_memory(budget: _Budget) -> Iterator[None]:
 
 
 class Placed:
-    """Stand-ins for a skeleton's tensors, until taken back.
+    """Stand-ins for a skeleton's tensors, until the end of the block.
 
     Attributes:
         names: of the parameters and buffers that have a stand-in.
@@ -244,19 +222,17 @@ class Placed:
             if other[key] is old:
                 other[key] = new
 
-    def take_back(self) -> None:
-        """Leave the skeleton as it was."""
+    def __enter__(self) -> "Placed":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for home, own, old in reversed(self._before):
             home[own] = old
         self._before, self._homes, self._made = [], {}, {}
 
     def _stand_in(self, module: nn.Module, path: str, direct: bool) -> None:
-        homes: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for home in homes:
-            for own, tensor in list(home.items()):
-                if tensor is None or not tensor.is_meta:
-                    continue
-                name = f"{path}.{own}" if path else own
+        for home, own, name, tensor in _tensors(module, path):
+            if tensor.is_meta:
                 if id(tensor) not in self._made:
                     made = _stand_in(tensor, plain=direct and _is_plain_linear(module))
                     if isinstance(tensor, nn.Parameter):
@@ -265,6 +241,53 @@ class Placed:
                 self._before.append((home, own, tensor))
                 home[own] = self._made[id(tensor)]
                 self._homes[name] = (home, own)
+
+
+def _tensors(module: nn.Module, path: str) -> list[tuple[dict[str, Any], str, str, Tensor]]:
+    """A module's own parameters and buffers: where each is kept, its name there, its qualified name, itself."""
+    homes: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    return [
+        (home, own, f"{path}.{own}" if path else own, tensor)
+        for home in homes
+        for own, tensor in home.items()
+        if tensor is not None
+    ]
+
+
+def fill(model: nn.Module, weights: Weights) -> list[str]:
+    """Give a skeleton all its weights, in float32.
+
+    Args:
+        model: from :func:`build_skeleton`; it is a whole model then.
+        weights: of the checkpoint.
+
+    Returns:
+        Names of the parameters that the checkpoint lacks, which are zero.
+
+    Raises:
+        BadInput: the checkpoint holds others.
+    """
+    missing: list[str] = []
+    made: dict[int, Tensor] = {}
+    with weights.reading() as load:
+        for path, module in model.named_modules():
+            for home, own, name, tensor in _tensors(module, path):
+                is_stored = weights.has(name)
+                if not (tensor.is_meta or (is_stored and tensor.is_floating_point())):
+                    continue
+                if id(tensor) not in made:
+                    if not is_stored:
+                        missing.append(name)
+                    made[id(tensor)] = (
+                        load([name], tensor.shape).clone()  # the files are closed afterwards
+                        if is_stored
+                        else torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    )
+                value = made[id(tensor)]
+                home[own] = (
+                    nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+                )
+    return missing
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -4,10 +4,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_qk._printable import listed
 from lightning_qk.inspect.adapter import AdaptedWeights, check_config
 from lightning_qk.inspect.configuration import Options, config_fields, config_of, named_config, read_config
 from lightning_qk.inspect.distributed import INDEX, DistributedStorage, extra_of
@@ -24,7 +26,7 @@ from lightning_qk.inspect.files import (
 )
 from lightning_qk.inspect.foreign import foreign_format
 from lightning_qk.inspect.forms import as_weights
-from lightning_qk.inspect.matching import StoredWeights, Weights, listed
+from lightning_qk.inspect.matching import StoredWeights, Weights
 from lightning_qk.inspect.quantization import PLAIN, Quantization, quantization_of
 from lightning_qk.inspect.storage import (
     Storage,
@@ -212,15 +214,13 @@ def _series(paths: list[Path], options: Options) -> list[Checkpoint]:
     return checkpoints
 
 
-def _step_of(path: str) -> int | None:
-    found = _STEP.search(Path(path).name)
-    return _plausible_step(int(found[1])) if found else None
-
-
-def _plausible_step(step: Any) -> int | None:
-    return (
-        step if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _LARGEST_STEP else None
-    )
+def _step_of(path: str, extra: Mapping[str, Any] = MappingProxyType({})) -> int | None:
+    """The step that a checkpoint says, or else its name."""
+    named = _STEP.search(Path(path).name)
+    for step in (extra.get("global_step"), int(named[1]) if named else None):
+        if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < _LARGEST_STEP:
+            return step
+    return None
 
 
 def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None = None) -> Checkpoint:
@@ -241,19 +241,11 @@ def _pretrained(fetch: Fetch, where: str, options: Options, *, hub: str | None =
     config = given or read_config(fetch, where, options, hub=hub, tensors=len(storage.files))
     if not said.method and any(name.endswith(".qweight") for name in storage.files):
         said = _beside(fetch, where)
-    return Checkpoint(
-        where,
-        config,
-        _weights(storage, said, options),
-        step=_step_of(where),
-        tokenizer=hub or where,
-        tensors=len(storage.files),
-        size=storage.size(),
-    )
+    return _stored(storage, config, options, said, step=_step_of(where), tokenizer=hub or where)
 
 
 def _beside(fetch: Fetch, where: str) -> Quantization:
-    """What a file of its own says of GPTQ, as it was kept before transformers knew it."""
+    """GPTQ settings of ``quantize_config.json``, which older checkpoints have instead of a config field."""
     path = fetch("quantize_config.json")
     if path is None:
         return PLAIN
@@ -262,14 +254,32 @@ def _beside(fetch: Fetch, where: str) -> Quantization:
     )
 
 
-def _weights(
-    storage: Storage, quantization: Quantization, options: Options, *, within: bool = False
-) -> Callable[[nn.Module], Weights]:
+def _stored(
+    storage: Storage,
+    config: "PreTrainedConfig",
+    options: Options,
+    quantization: Quantization | None = None,
+    *,
+    within: bool = False,
+    step: int | None = None,
+    tokenizer: str | None,
+) -> Checkpoint:
+    """A checkpoint of tensors by name; ``within`` as for :class:`StoredWeights`."""
+    said = quantization_of(config, storage.where) if quantization is None else quantization
+
     def weights(model: nn.Module) -> Weights:
-        whole = as_weights(storage, quantization, known=model.state_dict().keys())
+        whole = as_weights(storage, said, known=model.state_dict().keys())
         return StoredWeights(whole, model, within=within, prefix=options.prefix)
 
-    return weights
+    return Checkpoint(
+        storage.where,
+        config,
+        weights,
+        step=step,
+        tokenizer=tokenizer,
+        tensors=len(storage.files),
+        size=storage.size(),
+    )
 
 
 def _adapter(fetch: Fetch, where: str, options: Options) -> Checkpoint:
@@ -334,14 +344,7 @@ def _file(path: Path, options: Options) -> Checkpoint:
         config = named_config(options) or read_config(
             local_files(path.parent), str(path.parent), options, tensors=len(storage.files)
         )
-        return Checkpoint(
-            str(path),
-            config,
-            _weights(storage, quantization_of(config, str(path)), options),
-            tokenizer=str(path.parent),
-            tensors=len(storage.files),
-            size=storage.size(),
-        )
+        return _stored(storage, config, options, tokenizer=str(path.parent))
     if path.suffix == ".gguf":
         return _gguf(path, options)
     if path.suffix not in _TORCH_FILES:
@@ -354,36 +357,19 @@ def _file(path: Path, options: Options) -> Checkpoint:
     if not names:
         raise BadInput(f"expected a checkpoint with a state_dict, got {path}, which holds no tensors by name")
     extra = loaded if isinstance(loaded, Mapping) else {"model": loaded}
-    step = _plausible_step(extra.get("global_step"))
+    step = _step_of(str(path), extra)
     config, tokenizer = config_of(extra, path, options, len(names))
-    del loaded
+    del loaded, extra
     storage = Storage(dict.fromkeys(names, path), str(path), trust=options.trust)
-    return Checkpoint(
-        str(path),
-        config,
-        _weights(storage, quantization_of(config, str(path)), options, within=True),
-        step=_step_of(str(path)) if step is None else step,
-        tokenizer=tokenizer,
-        tensors=len(names),
-        size=storage.size(),
-    )
+    return _stored(storage, config, options, within=True, step=step, tokenizer=tokenizer)
 
 
 def _distributed(path: Path, options: Options) -> Checkpoint:
     """A folder of shards, as torch.distributed.checkpoint and Lightning write it."""
     storage = DistributedStorage(path)
     extra = extra_of(path, trust=options.trust)
-    step = _plausible_step(extra.get("global_step"))
     config, tokenizer = config_of(extra, path, options, len(storage.files))
-    return Checkpoint(
-        str(path),
-        config,
-        _weights(storage, quantization_of(config, str(path)), options),
-        step=_step_of(str(path)) if step is None else step,
-        tokenizer=tokenizer,
-        tensors=len(storage.files),
-        size=storage.size(),
-    )
+    return _stored(storage, config, options, step=_step_of(str(path), extra), tokenizer=tokenizer)
 
 
 def _gguf(path: Path, options: Options) -> Checkpoint:

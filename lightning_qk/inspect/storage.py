@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.inspect.documents import BadInput, one_line, read_json
+from lightning_qk._printable import one_line
+from lightning_qk.inspect.documents import BadInput, read_json
 
 Get = Callable[[str], Tensor]
 """The tensor of a name, valid while the files are open."""
@@ -24,9 +25,8 @@ _NAMES = (
 )
 # How torch says what it refuses to load.
 _REFUSED_KIND = re.compile(r"GLOBAL (\S+) was not an allowed global")
-# Where files of torch's keep the network's tensors: the first that there is. What lies beside it has its
-# key before
-# its names.
+# Keys under which torch files keep the network's tensors; the first that exists counts. Names of other networks
+# keep their key as a prefix.
 _NETWORKS = ("state_dict", "model_state_dict", "model")
 _LARGEST_PICKLE = 2**28
 """Bytes of what torch pickles beside the tensors' values."""
@@ -61,7 +61,7 @@ class Storage:
         return self.files[name]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor as its file tells it, which reads none of its values.
+        """The shape of a tensor from its file's header, without reading its values.
 
         Returns:
             The shape; None where the file is not available, is damaged, or holds no such tensor.
@@ -234,7 +234,7 @@ def _check_contents(path: Path) -> None:
             f"expected a checkpoint as torch writes it, got {path}, {error}: load it with torch and save it "
             "again if you know where it comes from"
         ) from error
-    except Exception as error:  # what a damaged file makes of its readers can be anything
+    except Exception as error:  # a damaged file may raise anything
         raise _damaged(path, error) from error
 
 
@@ -362,7 +362,7 @@ class _Shards(dict[str, Path]):
         self._paths: dict[str, Path] = {}
 
     def at_hand(self, name: str) -> Path | None:
-        """The shard of a tensor where it was fetched or lies beside the index."""
+        """The shard of a tensor if it was fetched or is beside the index."""
         shard = self._names[name]
         beside = self._index.parent / shard
         return self._paths.get(shard) or (beside if beside.is_file() else None)

@@ -12,7 +12,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 from torch import Tensor
 
-from lightning_qk._printable import printable
+from lightning_qk._printable import print_lines, printable
 from lightning_qk.inspect.healthy import Reference
 from lightning_qk.inspect.read import Reading, record_of
 from lightning_qk.record.verdicts import FLAGGED, HeadHealth, format_value, head_health, layer_health
@@ -71,8 +71,7 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
     """Print one line a layer, or a head, and below it what else there is to say."""
     legend = _print_values(reading, _WEIGHTS, console, per_head, _title(reading))
     _print_legend(legend, console)
-    for line in weights_sentences(reading):
-        console.print(printable(line), markup=False, highlight=False)
+    print_lines(console, weights_sentences(reading))
     if reading.attention:
         record = record_of([reading])
         rows = head_health(record)
@@ -80,9 +79,8 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
         found |= {row.label: row.verdict for row in layer_health(record)}
         legend = _print_values(reading, _ATTENTION, console, per_head, "Attention on text", verdicts=found)
         _print_legend(legend, console)
-        for line in [*text_sentences(reading), *verdict_sentences(rows)]:
-            console.print(printable(line), markup=False, highlight=False)
-    console.print(f"Spectra {printable(reading.verification)}", markup=False, highlight=False)
+        print_lines(console, [*text_sentences(reading), *verdict_sentences(rows)])
+    print_lines(console, [f"Spectra {reading.verification}"])
     print_notes(reading.notes, console)
 
 
@@ -139,8 +137,7 @@ def _weighted(reading: Reading, statistic: str) -> float:
 
 def print_notes(notes: Iterable[str], console: Console) -> None:
     """Print what a reader has to know."""
-    for note in notes:
-        console.print(f"Note: {printable(note)}", markup=False, highlight=False, soft_wrap=True)
+    print_lines(console, (f"Note: {note}" for note in notes), soft_wrap=True)
 
 
 def _print_values(
@@ -155,7 +152,7 @@ def _print_values(
     places = _places(reading, per_head)
     last = None if verdicts is None else [verdicts.get(name, "-") for name, _ in places]
     values = [(column, [_value(reading, column, *at) for _, at in places]) for column in columns]
-    return _print_numbers(title, [name for name, _ in places], values, console, _cell, verdicts=last)
+    return _print_table(title, [name for name, _ in places], values, console, _cell, verdicts=last)
 
 
 def _places(reading: Reading, per_head: bool) -> list[tuple[str, tuple[int, int | None]]]:
@@ -172,52 +169,57 @@ def _places(reading: Reading, per_head: bool) -> list[tuple[str, tuple[int, int 
 def _print_table(
     title: str,
     names: Sequence[str],
-    columns: Sequence[tuple[Column, list[str]]],
-    verdicts: Sequence[str] | None,
+    columns: Sequence[tuple[Column, list[float]]],
     console: Console,
+    cell: Callable[[float, int | None], str],
     *,
+    verdicts: Sequence[str] | None = None,
     first: str = "layer",
 ) -> list[str]:
-    """Print what fits: columns of the largest rank are left out first, and no number is cut.
+    """Print what is known and fits: columns of the largest rank are left out first, and no number is cut.
 
     Returns:
         The legends of the columns that are there.
     """
-    columns = list(columns)
+    shown = [
+        (column, [cell(value, column.digits) for value in values])
+        for column, values in columns
+        if not all(map(math.isnan, values))
+    ]
 
     def width() -> int:
         total = max(map(cell_len, (first, *names)), default=0)
-        for column, cells in columns:
+        for column, cells in shown:
             total += 3 + max(map(cell_len, (*column.title.split("\n"), *cells)))
         if verdicts is not None:
             total += 3 + max(map(cell_len, ("verdict", *verdicts)), default=0)
         return total + 2
 
-    while width() > console.width and any(column.rank for column, _ in columns):
-        columns.remove(max(columns, key=lambda one: one[0].rank))
+    while width() > console.width and any(column.rank for column, _ in shown):
+        shown.remove(max(shown, key=lambda one: one[0].rank))
     table = Table(title=escape(title), title_justify="left", pad_edge=False)
     table.add_column(first, justify="left", overflow="fold")
-    for column, _ in columns:
+    for column, _ in shown:
         table.add_column(column.title, justify="right", no_wrap=True)
     if verdicts is not None:
         table.add_column("verdict", justify="left", no_wrap=True)
     for index, name in enumerate(names):
-        cells = [cells[index] for _, cells in columns]
+        cells = [cells[index] for _, cells in shown]
         last = [] if verdicts is None else [_styled(verdicts[index])]
         table.add_row(escape(name), *cells, *last)
     console.print(table)
-    return [column.legend for column, _ in columns if column.legend]
+    return [column.legend for column, _ in shown if column.legend]
 
 
 def _print_legend(legend: Sequence[str], console: Console) -> None:
     if legend:
-        console.print("; ".join(legend) + ".", style="dim", markup=False, highlight=False)
+        print_lines(console, ["; ".join(legend) + "."], style="dim")
 
 
 def print_evolution(readings: Sequence[Reading], console: Console) -> None:
     """Print one line a checkpoint, means over all heads."""
     columns = (*_WEIGHTS, *_ATTENTION) if readings[-1].attention else _WEIGHTS
-    _print_numbers(
+    _print_table(
         f"{len(readings)} checkpoints, means over all heads",
         ["-" if reading.step is None else str(reading.step) for reading in readings],
         [
@@ -234,7 +236,7 @@ def print_comparison(first: Reading, other: Reading, console: Console, *, per_he
     """Print what one model has more of than another, layer by layer."""
     columns = (*_WEIGHTS, *_ATTENTION) if first.attention and other.attention else _WEIGHTS
     places = _places(first, per_head)
-    _print_numbers(
+    _print_table(
         f"{other.title} minus {first.title}",
         [name for name, _ in places],
         [
@@ -260,7 +262,7 @@ def print_against(reading: Reading, known: Reference, console: Console, *, per_h
     heading = f"{reading.title} against {title}: share of its {unit} that lie lower"
     tables = [(heading, _WEIGHTS), ("The same of attention on text", _ATTENTION)]
     for text, columns in tables if reading.attention else tables[:1]:
-        _print_numbers(
+        _print_table(
             text,
             [name for name, _ in places],
             [(column._replace(digits=2), [share(column, at) for _, at in places]) for column in columns],
@@ -270,23 +272,7 @@ def print_against(reading: Reading, known: Reference, console: Console, *, per_h
     lines = [f"0 and 1 are below and above all {unit} of {title}; that is another model, and no fault."]
     if reading.attention:
         lines.append(f"Its attention was measured on {known.facts.get('Text', 'another text')}.")
-    for line in lines:
-        console.print(printable(line), markup=False, highlight=False)
-
-
-def _print_numbers(
-    title: str,
-    names: Sequence[str],
-    columns: Sequence[tuple[Column, list[float]]],
-    console: Console,
-    cell: Callable[[float, int | None], str],
-    *,
-    verdicts: Sequence[str] | None = None,
-    first: str = "layer",
-) -> list[str]:
-    known = [(column, values) for column, values in columns if any(not math.isnan(x) for x in values)]
-    texts = [(column, [cell(value, column.digits) for value in values]) for column, values in known]
-    return _print_table(title, names, texts, verdicts, console, first=first)
+    print_lines(console, lines)
 
 
 def _flat(reading: Reading, statistic: str) -> Tensor:

@@ -3,22 +3,24 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qk._printable import one_line
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import SINK_ATTENTION, AttentionSums, MeanSums, attention_sums
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.position import positional_share
 from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
 from lightning_qk.heads import head_projections
-from lightning_qk.inspect.documents import BadInput, one_line
+from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.matching import Weights
 from lightning_qk.inspect.read import Reading
+from lightning_qk.inspect.skeleton import fill
 from lightning_qk.inspect.sources import Checkpoint
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.collector import AttentionCollector, LayerFacts
@@ -26,46 +28,14 @@ from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.tokens import TokenMomentsWarning, predict_attention, token_moments
 
 _ENOUGH_CHARACTERS = 40  # a token, at most, in any language
-
-
-def fill(model: nn.Module, weights: Weights) -> list[str]:
-    """Give a skeleton all its weights, in float32.
-
-    Args:
-        model: from :func:`~lightning_qk.inspect.skeleton.build_skeleton`; it is a whole model then.
-        weights: of the checkpoint.
-
-    Returns:
-        Names of the parameters that the checkpoint lacks, which are zero.
-
-    Raises:
-        BadInput: the checkpoint holds others.
-    """
-    missing: list[str] = []
-    made: dict[int, Tensor] = {}
-    with weights.reading() as load:
-        for path, module in model.named_modules():
-            for home in (module._parameters, module._buffers):
-                kept = home is module._parameters
-                for own, tensor in list(home.items()):
-                    name = f"{path}.{own}" if path else own
-                    if tensor is None or not (
-                        tensor.is_meta or (weights.has(name) and tensor.is_floating_point())
-                    ):
-                        continue
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _filled(name, tensor, weights, load, missing)
-                    value = made[id(tensor)]
-                    home[own] = nn.Parameter(value, requires_grad=False) if kept else value
-    return missing
-
-
-def _filled(name: str, tensor: Tensor, weights: Weights, load: Any, missing: list[str]) -> Tensor:
-    if weights.has(name):
-        # A copy: the files are closed afterwards.
-        return load([name], tensor.shape).clone()
-    missing.append(name)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+)
 
 
 def tokenizer_of(checkpoint: Checkpoint, named: str | None) -> Any:
@@ -83,7 +53,7 @@ def tokenizer_of(checkpoint: Checkpoint, named: str | None) -> Any:
             "the hub, or 'bytes', with --tokenizer"
         )
     path = Path(name).expanduser()
-    if named is None and path.is_dir() and not _has_tokenizer(path):
+    if named is None and path.is_dir() and not any((path / file).is_file() for file in _TOKENIZER_FILES):
         raise BadInput(
             f"expected a tokenizer for --text, got none in {path}: pass a folder or a name on the hub, or "
             "'bytes', with --tokenizer"
@@ -92,18 +62,6 @@ def tokenizer_of(checkpoint: Checkpoint, named: str | None) -> Any:
         return load_tokenizer(str(path) if path.exists() else name, "--tokenizer")
     except ValueError as error:
         raise BadInput(str(error)) from error
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    names = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "vocab.txt",
-        "vocab.json",
-        "spiece.model",
-    )
-    return any((folder / name).is_file() for name in names)
 
 
 def read_text(source: str, characters: int) -> str:
@@ -323,7 +281,9 @@ def _longest(config: Any) -> int | None:
 
 
 def _blocks(tokenizer: Any, text: str, length: int) -> Tensor:
-    tokens = list(_tokens(tokenizer, text))
+    # Line by line, since some tokenizers warn of, or are slow on, long texts.
+    lines = text.splitlines(keepends=True)
+    tokens = [token for line in lines for token in tokenizer(line, add_special_tokens=False)["input_ids"]]
     if len(tokens) < 2:
         raise BadInput(
             "expected text of at least two tokens after --text, got less: pass another file, or 'stdlib'"
@@ -331,12 +291,6 @@ def _blocks(tokenizer: Any, text: str, length: int) -> Tensor:
     length = min(length, len(tokens))
     count = len(tokens) // length
     return torch.tensor(tokens[: count * length]).view(count, length)
-
-
-def _tokens(tokenizer: Any, text: str) -> Iterator[int]:
-    # Line by line, since some tokenizers warn of, or are slow on, long texts.
-    for line in text.splitlines(keepends=True):
-        yield from tokenizer(line, add_special_tokens=False)["input_ids"]
 
 
 def _arguments(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:

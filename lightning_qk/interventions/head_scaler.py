@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.facts import Side
 from lightning_qk.heads.layer import LayerReader
-from lightning_qk.heads.module_as_matrix import is_plain
-from lightning_qk.heads.projection import Projection, StoredWeight
+from lightning_qk.heads.projection import Projection, Side, StoredWeight
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.sharding import is_dtensor
+from lightning_qk.heads.sharding import is_dtensor, is_plain
 
 
 class StoredRows(NamedTuple):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall
+from lightning_qk.capture.captured import attention_logits
 from lightning_qk.capture.intercept import AttentionInterceptor
 from lightning_qk.capture.registry import Run
-from lightning_qk.capture.verify import attention_logits
 from lightning_qk.functional.entropy import (
     PriorFunction,
     attention_entropy,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.capture.call import AttentionCall, UnsupportedCallError
+from lightning_qk.capture.captured import OWN_SOFTMAX, attention_logits
 from lightning_qk.capture.conventions import soft_cap
 from lightning_qk.capture.intercept import AttentionInterceptor, Wrap
 from lightning_qk.capture.registry import Run
-from lightning_qk.capture.verify import OWN_SOFTMAX, attention_logits
 from lightning_qk.functional.arguments import as_output
 from lightning_qk.functional.hard_attention import hard_attention
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits

@@ -37,7 +37,7 @@ _KINDS = {
 _failures: "WeakKeyDictionary[Logger, int]" = WeakKeyDictionary()
 _defined: "WeakSet[Any]" = WeakSet()
 _summarized: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
-_told: "WeakSet[Any]" = WeakSet()
+_informed: "WeakSet[Any]" = WeakSet()
 _settings: "WeakKeyDictionary[Logger, dict[str, Any]]" = WeakKeyDictionary()
 
 
@@ -120,19 +120,14 @@ def log_histogram(trainer: "Trainer", key: str, values: "ArrayLike", step: int) 
 
     def send(logger: "Logger") -> None:
         kind = _kind(logger)
-        if kind == "wandb":
-            import wandb
-
-            logger.log_metrics({key: wandb.Histogram(np_histogram=_binned(finite))}, step=step)  # type: ignore[dict-item]
+        if kind in ("wandb", "trackio"):
+            histogram = importlib.import_module(kind).Histogram(np_histogram=_binned(finite))
+            logger.log_metrics({key: histogram}, step=step)
         elif kind == "tensorboard":
             logger.experiment.add_histogram(key, finite, step)  # type: ignore[attr-defined]
         elif kind == "comet":
             name = _comet_name(logger, key)
             logger.experiment.log_histogram_3d(finite, name=name, step=step)  # type: ignore[attr-defined]
-        elif kind == "trackio":
-            import trackio
-
-            logger.log_metrics({key: trackio.Histogram(np_histogram=_binned(finite))}, step=step)
 
     _to_each(trainer, key, send)
 
@@ -228,9 +223,9 @@ def describe_config(trainer: "Trainer", settings: Mapping[str, Any]) -> None:
 def _say_what_is_lacking(logger: "Logger") -> None:
     """Once, of loggers of which we know nothing but Lightning's own methods."""
     name = type(logger).__name__
-    if logger in _told or _kind(logger) is not None or name in ("CSVLogger", "DummyLogger"):
+    if logger in _informed or _kind(logger) is not None or name in ("CSVLogger", "DummyLogger"):
         return
-    _told.add(logger)
+    _informed.add(logger)
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
     rank_zero_info(

@@ -84,5 +84,5 @@ class TrackioLogger(Logger):
         self.experiment.config.update({str(name): plain(value) for name, value in given.items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the run, which has threads: a copy goes on with that of its name."""
+        """Without the run, which has threads: a copy resumes it by its name."""
         return {**vars(self), "_run": None}

@@ -84,21 +84,6 @@ class HeadMeans(Metric):
             elif value.shape[1]:
                 state[:, where] = torch.maximum(state[:, where], value.amax(1).to(state))
 
-    def pack(self) -> Tensor | None:
-        """Lay the states that are sums in one piece of memory, and return it, to be reduced at once.
-
-        The states are views of it from then on, which all methods write into in place. None where a subclass has
-        sums of another shape or type.
-        """
-        names = [name for name, kind in self._reductions.items() if kind is self._reductions["total"]]
-        states = [getattr(self, name) for name in names]
-        if len({(state.shape, state.dtype, state.device) for state in states}) > 1:
-            return None
-        packed = torch.stack(states)
-        for name, state in zip(names, packed.unbind(), strict=True):
-            setattr(self, name, state)
-        return packed
-
     def leave_out(self, names: Iterable[str]) -> None:
         """Forget what was seen of some layers."""
         for name in names:

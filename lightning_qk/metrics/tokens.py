@@ -1,6 +1,6 @@
 """Token-aware spectra of every head of a model as a metric."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,18 +103,28 @@ class TokenStatistics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Statistic → values of all heads, flat; NaN where a layer has none, or too few tokens were seen."""
-        moments, columns = self.moments(), []
+        moments, columns = self._moments(), []
         for name, layer in self.layers.items():
             nothing = dict.fromkeys(MOMENTS, self.sums.new_full((layer.heads,), torch.nan))
-            own, n = moments.get(name), layer.d_model if self.support == "model" else layer.d_head
+            own, n = moments[name], layer.d_model if self.support == "model" else layer.d_head
             spectra = [nothing] * (1 + len(self.offsets))
-            if own is not None and layer.self_attention:
-                spectra[0] = own.spectrum(layer.scaling, n=n)
+            if layer.self_attention:
+                spectra[0] = own.spectrum(layer.scaling, n=n, checked=False)
                 for index, offset in enumerate(self.offsets if layer.rotary is not None else ()):
-                    at = own.spectrum(layer.scaling, n=n, offset=-offset, rotary=layer.rotary)
-                    spectra[1 + index] = at
+                    spectra[1 + index] = own.spectrum(
+                        layer.scaling, n=n, offset=-offset, rotary=layer.rotary, checked=False
+                    )
             columns.append(torch.stack([one[statistic] for one in spectra for statistic in MOMENTS]))
-        return dict(zip(self.statistics, torch.cat(columns, 1), strict=True))
+        # Where that is decided by the host, it would wait for the device.
+        values = torch.where(self.weight > 0, torch.cat(columns, 1), torch.nan)
+        return dict(zip(self.statistics, values, strict=True))
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget what was seen of some layers."""
+        parts = self._parts()
+        for name in names:
+            if name in parts:
+                parts[name].zero_()
 
     @property
     def weight(self) -> Tensor:
@@ -127,6 +137,10 @@ class TokenStatistics(Metric):
 
     def moments(self) -> dict[str, TokenMoments]:
         """The moments of every layer that was seen."""
+        parts = self._parts()
+        return {name: own for name, own in self._moments().items() if bool((parts[name][:2, 0] >= 2).all())}
+
+    def _moments(self) -> dict[str, TokenMoments]:
         return {
             name: moments_of(
                 part,
@@ -135,7 +149,6 @@ class TokenStatistics(Metric):
                 self_attention=self.layers[name].self_attention,
             )
             for name, part in self._parts().items()
-            if bool((part[:2, 0] >= 2).all())
         }
 
     def lengths(self) -> dict[str, tuple[int, int]]:

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_qk._printable import listed, one_line
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,19 +33,11 @@ _TOKEN_FIELDS = (
     "mask_token_id",
 )
 
-# Tensors that a line names; a model whose weights are all missing has hundreds.
-_NAMED = 6
-
 
 def _auto_class(task: str) -> Any:
     import transformers
 
     return getattr(transformers, AUTO_CLASS[task])
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def make_config(
@@ -162,7 +156,7 @@ def network_from_pretrained(
     except Exception as error:  # missing files, network, broken JSON: all end in this one line
         raise ValueError(
             "expected a folder with a model, a name on the Hugging Face hub, or the fields of a config as "
-            f"model, got {name!r} ({_first_line(error)}): correct it, or check the network"
+            f"model, got {name!r} ({one_line(error)}): correct it, or check the network"
         ) from error
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if label_names is not None:
@@ -185,13 +179,12 @@ def network_from_pretrained(
         ) from error
     except OSError as error:
         raise ValueError(
-            f"expected the weights of a model in {name!r}, got none that can be read ({_first_line(error)}): "
+            f"expected the weights of a model in {name!r}, got none that can be read ({one_line(error)}): "
             "correct the name, or check the network"
         ) from error
     new = sorted({*loaded["missing_keys"], *(found[0] for found in loaded["mismatched_keys"])})
     if new:
-        named = ", ".join(new[:_NAMED]) + (f" and {len(new) - _NAMED} more" if len(new) > _NAMED else "")
-        rank_zero_info(f"lightning-qk: not in {name}, and random unless a checkpoint has them: {named}")
+        rank_zero_info(f"lightning-qk: not in {name}, and random unless a checkpoint has them: {listed(new)}")
     size = network.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > size:
         raise ValueError(
@@ -266,7 +259,7 @@ def _refused(model_type: str, task: str, attn_implementation: str | None, error:
         )
     return ValueError(
         f"expected a {model_type} that can be built for {task} with "
-        f"attn_implementation={attn_implementation!r}, got {_first_line(error)}: change the one that it names"
+        f"attn_implementation={attn_implementation!r}, got {one_line(error)}: change the one that it names"
     )
 
 

@@ -13,12 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_qk._printable import FORMULA
 from lightning_qk.record.atomic_write import whole_file
 
 _IGNORED = -100
 """The label of tokens that are not targets."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""How a text begins that a spreadsheet would compute."""
 
 
 class PredictionFile(BasePredictionWriter):
@@ -126,12 +125,10 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["row"])
         writer.writeheader()
-        writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
-
-
-def _plain(value: Any) -> Any:
-    """A cell that a spreadsheet shows and does not compute."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+        for row in rows:
+            # Cells that a spreadsheet shows and does not compute.
+            formulas = {n: f"'{v}" for n, v in row.items() if isinstance(v, str) and v.startswith(FORMULA)}
+            writer.writerow(row | formulas)
 
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -40,30 +40,11 @@ class Part(NamedTuple):
         probabilities: ``(batch, heads, rows, keys)``, 0 where a key is hidden and in rows that do not count. Keys
             may end before the last where no row sees the rest.
         shown: pairs of rows that count and keys that they see, ``(batch, heads|1, rows, keys)``.
-        position: of the rows on the axis of the keys, ``(batch|1, rows)``.
     """
 
     rows: slice
     probabilities: Tensor
     shown: Tensor
-    position: Tensor
-
-
-class Received(NamedTuple):
-    """What keys receive.
-
-    Attributes:
-        total: attention summed over rows, ``(batch, heads, m)``.
-        rows: how many of them see the key, the same shape.
-    """
-
-    total: Tensor
-    rows: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean over the rows that see the key; NaN where none does."""
-        return self.total / self.rows
 
 
 def attention_of(call: CapturedCall) -> Attention:
@@ -99,7 +80,7 @@ def row_parts(attention: Attention, keep: Tensor | None = None) -> Iterator[Part
         with full_precision(source.device):
             chunk = source.chunk(rows, source.buffer(rows.stop - rows.start))
             shown = _shown(chunk, keep[:, rows])
-            yield Part(rows, _softmax(chunk, shown), shown, chunk.position)
+            yield Part(rows, _softmax(chunk, shown), shown)
 
 
 def rows_at(attention: Attention, index: Tensor) -> Tensor:
@@ -116,8 +97,12 @@ def rows_at(attention: Attention, index: Tensor) -> Tensor:
         return _softmax(chunk, _shown(chunk, attention.valid.gather(1, index)))
 
 
-def received(attention: Attention, keep: Tensor | None = None) -> Received:
-    """Attention that each key receives from the rows that count; arguments as those of :func:`row_parts`."""
+def received(attention: Attention, keep: Tensor | None = None) -> Tensor:
+    """Attention that each key receives, mean over the rows that see it; arguments as of :func:`row_parts`.
+
+    Returns:
+        Shape ``(batch, heads, m)``, NaN where no row sees the key.
+    """
     batch, heads, _, m = attention.shape
     total = torch.zeros(batch, heads, m, dtype=attention.source.dtype, device=attention.source.device)
     rows = torch.zeros_like(total)
@@ -125,7 +110,7 @@ def received(attention: Attention, keep: Tensor | None = None) -> Received:
         width = part.probabilities.shape[-1]
         total[..., :width] += part.probabilities.sum(-2)
         rows[..., :width] += part.shown.sum(-2)
-    return Received(total, rows)
+    return total / rows
 
 
 def weighted_values(probabilities: Tensor, value: Tensor) -> Tensor:
@@ -153,7 +138,8 @@ def is_causal(attention: Attention) -> bool:
         visible = source.visible(rows, position, slice(0, m))
         keep = attention.valid[:, None, rows, None]
         shown = keep.expand(-1, -1, -1, m) if visible is None else visible & keep
-        if _sees_ahead(shown, position):
+        places = torch.arange(m, device=shown.device)
+        if bool((shown & (places > position[:, None, :, None])).any()):
             return False
     return True
 
@@ -161,11 +147,6 @@ def is_causal(attention: Attention) -> bool:
 def entropy(probabilities: Tensor) -> Tensor:
     """Entropy over the last axis, in nats."""
     return torch.special.entr(probabilities).sum(-1)
-
-
-def _sees_ahead(shown: Tensor, position: Tensor) -> bool:
-    places = torch.arange(shown.shape[-1], device=shown.device)
-    return bool((shown & (places > position[:, None, :, None])).any())
 
 
 def _shown(chunk: Chunk, keep: Tensor) -> Tensor:

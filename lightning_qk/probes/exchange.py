@@ -14,13 +14,10 @@ from lightning_qk.probes._attention import attention_of, rows_at, weighted_value
 from lightning_qk.probes.run import (
     check_marks,
     last_tokens,
+    one_sequence,
     over_tokens,
     own_generator,
-    prepared,
-    refuse_encoder_decoder,
     results,
-    tokens_name,
-    valid_tokens,
 )
 
 # What belongs to a token and moves with it; positions stay.
@@ -73,10 +70,7 @@ def exchangeability(
         raise ValueError(f"expected permutations and rows of at least 1, got {permutations} and {rows}")
     if of not in ("output", "attention"):
         raise ValueError(f"expected of to be 'output' or 'attention', got {of!r}")
-    refuse_encoder_decoder(model, "exchangeability")
-    batch = prepared(model, batch)
-    name = tokens_name(model, batch)
-    valid = valid_tokens(batch, name)
+    batch, valid = one_sequence(model, batch, "exchangeability")
     check_marks(keep, valid.shape, "keep")
     asking = last_tokens(valid, rows)
     movable = valid.scatter(1, asking, False)

@@ -16,14 +16,11 @@ from lightning_qk.probes._output import Where, change, read_output
 from lightning_qk.probes.run import (
     check_marks,
     last_tokens,
+    one_sequence,
     over_tokens,
     own_generator,
     parameters,
-    prepared,
-    refuse_encoder_decoder,
     results,
-    tokens_name,
-    valid_tokens,
 )
 
 
@@ -77,10 +74,7 @@ def attention_as_explanation(
         raise ValueError(
             f"expected read 'last', 'all' or None and rows 'all' or 'last', got {read!r}, {rows!r}"
         )
-    refuse_encoder_decoder(model, "attention as explanation")
-    batch = prepared(model, batch)
-    name = tokens_name(model, batch)
-    valid = valid_tokens(batch, name)
+    batch, valid = one_sequence(model, batch, "attention as explanation")
     check_marks(candidates, valid.shape, "candidates")
     _check_masking(model, batch, mask_token_id, valid)
     keep = torch.zeros_like(valid).scatter(1, last_tokens(valid, 1), True) if rows == "last" else None
@@ -92,7 +86,7 @@ def attention_as_explanation(
         over_tokens(own, valid.shape)
         if not causal:
             causal.append(is_causal(own))
-        attention.setdefault(layer, []).append(received(own, keep).mean)
+        attention.setdefault(layer, []).append(received(own, keep))
 
     with evaluated(model):
         collector = AttentionCollector(model, measure, eager=True)

@@ -28,8 +28,6 @@ _OF_ATTENTION = (
 )
 # A key counts for the top when it is seen by this share of the rows that see the most-seen key, as for sink_rate.
 _MIN_SEEN = 0.25
-# Relative positions at which propagation is predicted: midpoints of ten equal parts of [0, 1], as the monitors do.
-_THETA = torch.linspace(0.05, 0.95, 10)
 
 
 def measure_heads(

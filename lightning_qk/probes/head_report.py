@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_qk._printable import print_lines
 from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.probes.head_classes import HELPERS, KINDS, NUMBERS, HeadThresholds, classify
 from lightning_qk.probes.head_numbers import measure_heads, relative
@@ -125,10 +126,11 @@ class HeadReport:
             ValueError: no batch, or no attention that can be captured.
         """
         values, collector = measure_heads(model, batches)
+        limits = thresholds or HeadThresholds()
         cross = {name for name, own in collector.self_attention.items() if not own}
         labels = layer_labels(list(values), cross=cross)
-        rows = _rows({labels[name]: numbers for name, numbers in values.items()}, thresholds)
-        return cls(rows, thresholds or HeadThresholds(), dict(collector.left_out))
+        rows = _rows({labels[name]: numbers for name, numbers in values.items()}, limits)
+        return cls(rows, limits, dict(collector.left_out))
 
     @classmethod
     def from_history(cls, record: RunRecord, *, thresholds: HeadThresholds | None = None) -> "HeadReport":
@@ -157,7 +159,8 @@ class HeadReport:
             if "frobenius_sq" in numbers:
                 numbers["weight"] = relative(numbers["frobenius_sq"].sqrt())
             values[label] = numbers
-        return cls(_rows(values, thresholds), thresholds or HeadThresholds())
+        limits = thresholds or HeadThresholds()
+        return cls(_rows(values, limits), limits)
 
     def counts(self) -> dict[str, int]:
         """How many heads are of each class; all classes, in the order of the rules."""
@@ -214,14 +217,12 @@ class HeadReport:
             table.add_row(*cells)
         console.print(table)
         counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items() if count)
-        console.print(f"{len(self.rows)} heads: {counts}", markup=False, highlight=False)
-        for layer, reason in self.left_out.items():
-            console.print(f"{layer} left out: {reason}", markup=False, highlight=False)
+        left_out = (f"{layer} left out: {reason}" for layer, reason in self.left_out.items())
+        print_lines(console, [f"{len(self.rows)} heads: {counts}", *left_out])
 
 
-def _rows(values: Mapping[str, Mapping[str, Tensor]], thresholds: HeadThresholds | None) -> list[HeadRow]:
+def _rows(values: Mapping[str, Mapping[str, Tensor]], limits: HeadThresholds) -> list[HeadRow]:
     rows = []
-    limits = thresholds or HeadThresholds()
     for label, own in values.items():
         lists = {name: value.reshape(-1).double().tolist() for name, value in own.items()}
         alike = is_one_key(lists, collapsed=limits.collapsed, one_key=limits.saturated)
@@ -231,7 +232,7 @@ def _rows(values: Mapping[str, Mapping[str, Tensor]], thresholds: HeadThresholds
         table = torch.stack([numbers[name].reshape(-1).double().cpu() for name in names]).T.tolist()
         for head, row in enumerate(table):
             known = dict(zip(names, row, strict=True))
-            kind, reason = classify(known, thresholds)
+            kind, reason = classify(known, limits)
             kept = {name: known[name] for name in NUMBERS if name in known}
             rows.append(HeadRow(label, head, kind, reason, **kept))
     return rows

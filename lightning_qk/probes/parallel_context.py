@@ -12,20 +12,11 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.probes._attention import Attention, attention_of, entropy, is_causal, rows_at
 from lightning_qk.probes._output import read_output
-from lightning_qk.probes.run import (
-    last_tokens,
-    over_tokens,
-    parameters,
-    prepared,
-    refuse_encoder_decoder,
-    results,
-    tokens_name,
-    valid_tokens,
-)
+from lightning_qk.probes.run import last_tokens, one_sequence, over_tokens, parameters, results
 
 # Implementations whose mask is a tensor of four axes.
 _IMPLEMENTATIONS = ("eager", "sdpa")
-# How far outputs of one computation in another order lie apart, by precision.
+# Relative difference of outputs that another order of operations explains, by precision.
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-3}
 _SAME_IN_HALF = 5e-2
 
@@ -88,11 +79,8 @@ def parallel_context_entropy(
     """
     if parts < 1 or rows < 1:
         raise ValueError(f"expected parts and rows of at least 1, got {parts} and {rows}")
-    refuse_encoder_decoder(model, "parallel-context entropy")
+    batch, valid = one_sequence(model, batch, "parallel-context entropy")
     _check_model(model)
-    batch = prepared(model, batch)
-    name = tokens_name(model, batch)
-    valid = valid_tokens(batch, name)
     context = int(valid.sum(1).amin()) - rows
     if context < parts:
         raise ValueError(

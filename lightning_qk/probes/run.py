@@ -74,28 +74,35 @@ def refuse_encoder_decoder(model: nn.Module, what: str) -> None:
         )
 
 
-def tokens_name(model: nn.Module, batch: Mapping[str, Any]) -> str:
-    """Which entry of a batch holds the tokens.
+def one_sequence(model: nn.Module, batch: Mapping[str, Any], what: str) -> tuple[dict[str, Any], Tensor]:
+    """What :func:`prepared` gives, for a probe that changes tokens, and which of them are no padding.
+
+    Args:
+        model: the model.
+        batch: its keyword arguments.
+        what: the probe, for messages.
+
+    Returns:
+        The arguments, and tokens that the batch's two-dimensional attention mask keeps, boolean ``(batch, n)``.
 
     Raises:
-        ValueError: there is none.
+        TypeError: the batch is no mapping.
+        ValueError: the model has an encoder and a decoder, or the batch no tokens.
     """
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(batch.get(name), Tensor):
-            return name
-    raise ValueError(
-        f"expected a batch for {type(model).__name__} with input_ids or inputs_embeds, whose tokens the probe "
-        f"changes, got {sorted(batch)}: models of other inputs have no such probe"
+    refuse_encoder_decoder(model, what)
+    batch = prepared(model, batch)
+    tokens = next(
+        (batch[n] for n in ("input_ids", "inputs_embeds") if isinstance(batch.get(n), Tensor)), None
     )
-
-
-def valid_tokens(batch: Mapping[str, Any], name: str) -> Tensor:
-    """Tokens that are no padding by the batch's two-dimensional attention mask, ``(batch, n)``."""
-    tokens = batch[name]
+    if tokens is None:
+        raise ValueError(
+            f"expected a batch for {type(model).__name__} with input_ids or inputs_embeds, whose tokens the probe "
+            f"changes, got {sorted(batch)}: models of other inputs have no such probe"
+        )
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == tokens.shape[:2]:
-        return mask.to(tokens.device) != 0
-    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return batch, mask.to(tokens.device) != 0
+    return batch, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def last_tokens(valid: Tensor, rows: int) -> Tensor:

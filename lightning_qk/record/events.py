@@ -85,7 +85,7 @@ def _json(value: Any) -> Any:
 
 
 def _identity(step: Any, kind: Any, source: Any, where: Any, message: Any) -> tuple[Any, ...]:
-    """What makes it the same event: a run that goes on from a checkpoint comes to some steps again."""
+    """What identifies an event: a run resumed from a checkpoint repeats some steps."""
     if kind in _SAID_ONCE:
         return kind, source, message
     if kind in _FIRST_TIMES:

@@ -16,7 +16,7 @@ _MAX_FAILURES = 3
 
 
 class Forgotten:
-    """Points that a :class:`~lightning_qk.record.history.History` let go to bound its memory.
+    """Points that a :class:`~lightning_qk.record.history.History` removed to bound its memory.
 
     They lie in a file without a name, which is gone with the process; nothing is opened until a first point comes.
     Where the file cannot be written, points are lost and nothing else: those that were written stay.
@@ -27,7 +27,7 @@ class Forgotten:
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
-        # Of each point its step, the number of its kind and where it lies: 20 bytes, however long the run.
+        # Of each point its step, the number of its kind and its offset: 20 bytes.
         self._steps, self._kinds, self._offsets = array("q"), array("i"), array("q")
         self._names: list[tuple[str, ...]] = []
         self._end = 0
@@ -77,7 +77,7 @@ class Forgotten:
         self._end += len(data)
 
     def cut(self, step: int) -> None:
-        """Let go what came at a step or after it: the run was set back."""
+        """Remove points at or after a step: the run was set back."""
         kept = [index for index, own in enumerate(self._steps) if own < step]
         for name in ("_steps", "_kinds", "_offsets"):
             column = getattr(self, name)
@@ -88,7 +88,7 @@ class Forgotten:
         return len(self._steps)
 
     def places(self, statistic: str, heads: int) -> "tuple[np.ndarray, np.ndarray]":
-        """The steps at which a statistic was let go, in their order, and for :meth:`read` where its values lie."""
+        """Steps of the removed points of a statistic in order, and the offsets of its values for :meth:`read`."""
         import numpy as np
 
         rank = [names.index(statistic) if statistic in names else -1 for names in self._names]

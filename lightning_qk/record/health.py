@@ -4,7 +4,7 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from lightning_qk._printable import printable
+from lightning_qk._printable import print_lines, printable
 from lightning_qk.record.advice import ADVICE, guard_alarms
 from lightning_qk.record.history import STATE, RunRecord
 from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
@@ -53,22 +53,22 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         cells = [escape(texts[title][index]) for title in shown]
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     console.print(table)
-    for line in _lines([_LEGEND[title] for title in shown if title in _LEGEND], console.width):
-        console.print(line, style="dim", markup=False, highlight=False)
+    legend = [_LEGEND[title] for title in shown if title in _LEGEND]
+    print_lines(console, _lines(legend, console.width), style="dim")
     reasons = sorted((row for row in rows if row.reason), key=lambda row: list(VERDICTS).index(row.verdict))
-    for row in reasons[:_MAX_REASONS]:
-        console.print(printable(f"{row.label}: {row.verdict}, {row.reason}"), markup=False, highlight=False)
+    lines = [f"{row.label}: {row.verdict}, {row.reason}" for row in reasons[:_MAX_REASONS]]
     if len(reasons) > _MAX_REASONS:
-        console.print(f"and {len(reasons) - _MAX_REASONS} layers more", markup=False, highlight=False)
-    for verdict in dict.fromkeys(row.verdict for row in reasons):
-        if verdict in ADVICE:
-            console.print(f"What to do ({verdict}): {ADVICE[verdict]}", markup=False, highlight=False)
+        lines.append(f"and {len(reasons) - _MAX_REASONS} layers more")
+    verdicts = dict.fromkeys(row.verdict for row in reasons)
+    lines += [f"What to do ({verdict}): {ADVICE[verdict]}" for verdict in verdicts if verdict in ADVICE]
     alarms = guard_alarms(record)
-    for alarm in alarms[:_MAX_ALARMS]:
-        text = f"{alarm.label or 'the run'}: alarm at step {alarm.step}, {alarm.sentence}"
-        console.print(printable(text), markup=False, highlight=False)
+    lines += [
+        f"{alarm.label or 'the run'}: alarm at step {alarm.step}, {alarm.sentence}"
+        for alarm in alarms[:_MAX_ALARMS]
+    ]
     if len(alarms) > _MAX_ALARMS:
-        console.print(f"and {len(alarms) - _MAX_ALARMS} alarms more", markup=False, highlight=False)
+        lines.append(f"and {len(alarms) - _MAX_ALARMS} alarms more")
+    print_lines(console, lines)
 
 
 # Title → what it shows; the layer is first and the verdict last.

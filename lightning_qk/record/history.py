@@ -44,7 +44,7 @@ class History:
         self.states: list[Tensor | None] = []
         # Label → why a layer has no numbers.
         self.reasons: dict[str, str] = {}
-        # Where points go that thinning takes out; None lets go of them.
+        # Keeps points that thinning removes; None drops them.
         self.forgotten: Forgotten | None = None
         self._stride = 1
         self._seen = 0
@@ -134,7 +134,7 @@ class History:
             self.forgotten.cut(step)
         while self.steps and self.steps[-1] >= step:
             self._drop(len(self.steps) - 1)
-        # Only the last point could lie off the stride, and it is gone.
+        # Only the last point could be off the stride, and it was removed.
         self._seen = (len(self.steps) - 1) * self._stride + 1 if self.steps else 0
 
     def _forget(self, index: int) -> None:
@@ -178,7 +178,7 @@ class History:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on after a resume: plain values and tensors."""
+        """Everything that a resumed run needs: plain values and tensors."""
         return {
             "layers": list(self.layers),
             "heads": list(self.heads),
@@ -239,7 +239,7 @@ def _named(group: str) -> Any:
 
 
 STATE = "State"
-"""The fact of a record that says how the run ended, or that it goes on."""
+"""The fact of a record that says how the run ended, or that it is running."""
 
 
 @dataclass(init=False)

@@ -64,18 +64,17 @@ class KnownLayer:
         growing: dict[int, tuple[float, float]],
     ) -> None:
         self.label = label
-        none = Rows(None)
-        self.spectrum = Newest(rows.get("spectrum", none), label)
-        self.attention = Newest(rows.get("attention", none), label)
+        self.spectrum = Newest(rows.get("spectrum"), label)
+        self.attention = Newest(rows.get("attention"), label)
         self.heads = self.attention.heads or self.spectrum.heads
         values = {
-            **Newest(rows.get("position", none), label).values,
+            **Newest(rows.get("position"), label).values,
             **self.spectrum.values,
             **self.attention.values,
         }
         self.numbers = {name: value.tolist() for name, value in values.items()}
         self._shape = record.shapes.get(label)
-        self.cosine, self.became_alike = _cosine(rows.get("hidden", none), label)
+        self.cosine, self.became_alike = _cosine(rows.get("hidden"), label)
         self.broken = self._broken()
         self.growing = growing
         self.is_random = self._is_random()
@@ -161,15 +160,15 @@ class KnownLayer:
         return found
 
 
-def _cosine(rows: Rows, label: str) -> tuple[float, bool]:
+def _cosine(rows: Rows | None, label: str) -> tuple[float, bool]:
     """Least mean cosine of the tokens that leave a block, over as many newest readings as the guard looks at.
 
     Early in training tokens are alike for a while in healthy runs too. NaN where fewer were measured. Also whether
     tokens were less alike at the first reading than the guard allows.
     """
-    history, window = rows.history, Sensitivity.window
-    if history is None or label not in history.layers or "cosine" not in history.values:
+    if rows is None or label not in rows.history.layers or "cosine" not in rows.history.values:
         return math.nan, False
+    history, window = rows.history, Sensitivity.window
     own, known = rows.place(label), []
     for point in range(len(history) - 1, -1, -1):
         value = _mean(rows.row("cosine", point)[own])

@@ -13,26 +13,20 @@ Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Rows:
-    """A history's rows as arrays, each made once for all layers.
+    """A history's rows as arrays, each made once for all layers."""
 
-    Args:
-        history: the history; None: there is none.
-    """
-
-    def __init__(self, history: History | None) -> None:
+    def __init__(self, history: History) -> None:
         self.history = history
         self._rows: dict[tuple[str, int], Any] = {}
 
     def row(self, name: str, index: int) -> Any:
         """Values of a statistic at a kept step, one a head, in float32."""
-        assert self.history is not None  # callers read from a history
         if (name, index) not in self._rows:
             self._rows[name, index] = self.history.values[name][index].numpy()
         return self._rows[name, index]
 
     def all(self, index: int) -> dict[str, Any]:
         """Statistic → values at a kept step, one a head, in float32."""
-        assert self.history is not None
         names = list(self.history.values)
         if any((name, index) not in self._rows for name in names):
             table = torch.stack([self.history.values[name][index] for name in names]).numpy()
@@ -41,7 +35,6 @@ class Rows:
 
     def states(self, index: int) -> Any:
         """States at a kept step, one a head; None where unknown."""
-        assert self.history is not None
         found = self.history.states[index]
         if found is None:
             return None
@@ -51,7 +44,6 @@ class Rows:
 
     def place(self, label: str) -> slice:
         """Where the heads of a layer are in a row."""
-        assert self.history is not None
         index = self.history.layers.index(label)
         begin = sum(self.history.heads[:index])
         return slice(begin, begin + self.history.heads[index])
@@ -61,7 +53,7 @@ class Newest:
     """What is known of a layer at the newest step that has numbers of it.
 
     Args:
-        rows: the history.
+        rows: the history; None: there is none.
         label: the layer.
 
     Attributes:
@@ -72,14 +64,14 @@ class Newest:
         first_norm: squared norms of its heads' W_QK at the first kept step, of several; None where not recorded.
     """
 
-    def __init__(self, rows: Rows, label: str) -> None:
-        history = rows.history
+    def __init__(self, rows: Rows | None, label: str) -> None:
         self.values: dict[str, Numbers] = {}
         self.states: np.ndarray[Any, np.dtype[np.int8]] | None = None
         self.missing, self.explains_nan, self.heads = "", False, 0
         self.first_norm: Numbers | None = None
-        if history is None or label not in history.layers:
+        if rows is None or label not in rows.history.layers:
             return
+        history = rows.history
         own, reason = rows.place(label), history.reasons.get(label, "")
         self.heads, self.missing = own.stop - own.start, reason
         if not history.steps:
@@ -123,7 +115,6 @@ def _is_cross(rows: Rows, own: slice) -> bool:
     def is_known(name: str, points: range) -> bool:
         return any(bool(np.isfinite(rows.row(name, point)[own]).any()) for point in points)
 
-    assert rows.history is not None
     known, count = rows.history.values, len(rows.history)
     has_singular = "singular_max" in known and is_known("singular_max", range(count - 1, count))
     return has_singular and not ("frobenius_sq" in known and is_known("frobenius_sq", range(count)))

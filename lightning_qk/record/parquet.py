@@ -111,7 +111,7 @@ def _pieces(history: History, statistic: str) -> "Iterator[tuple[np.ndarray, np.
     steps, places = np.asarray(history.steps, dtype=np.int64), np.arange(len(column))
     forgotten = history.forgotten
     if forgotten is not None:
-        # What is in the file is told from what is not by a place below zero.
+        # A place below zero is one in the file.
         earlier, there = forgotten.places(statistic, heads)
         steps, places = np.concatenate([earlier, steps]), np.concatenate([-1 - there, places])
         order = np.argsort(steps, kind="stable")

@@ -1,4 +1,4 @@
-"""The file of a run's record: one safetensors file, which may be damaged or written by somebody else.
+"""The file of a run's record: one safetensors file, which may be damaged or of another program.
 
 The header's JSON has what is small, tensors the rest. Reading compares every part with what it should be: a record
 that was read holds what a monitor could have written.

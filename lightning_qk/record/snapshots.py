@@ -51,7 +51,7 @@ class Snapshots:
             del self.steps[index], self.values[index]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on after a resume."""
+        """Everything that a resumed run needs."""
         return {
             "max_points": self.max_points,
             "steps": list(self.steps),

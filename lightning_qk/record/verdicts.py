@@ -69,24 +69,21 @@ _UNJUDGED = ("no data", "not judged")
 def is_saturated(
     entropy: float,
     max_prob: float,
-    logit: float = math.nan,
     *,
     explained: bool = False,
     collapsed: float = COLLAPSED_ENTROPY,
     one_key: float = SATURATED_PROBABILITY,
 ) -> bool:
-    """Whether measured attention lets next to no signal pass: nearly one key a query, or logits beyond clipping.
+    """Whether measured attention lets next to no signal pass: nearly one key a query.
 
     Args:
         entropy: normalized entropy. NaN is unknown, here and below.
         max_prob: largest probability of a row.
-        logit: largest absolute logit.
         explained: whether a sink or the position explains a large probability.
         collapsed: threshold of the entropy.
         one_key: threshold of the probability.
     """
-    is_one_key = max_prob >= one_key and not math.isnan(entropy) and not explained
-    return logit > QK_CLIP_LOGIT or entropy < collapsed or is_one_key
+    return entropy < collapsed or (max_prob >= one_key and not math.isnan(entropy) and not explained)
 
 
 def is_sink(

@@ -1,5 +1,6 @@
 """Values of the penalty on QK-eigenspectra and their gradients, from d_head × d_head products."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,16 @@ class Form(NamedTuple):
     aim: float | Tensor
 
 
+class Limit(NamedTuple):
+    """``max(0, ln(σ/τ))²`` of every head, with ``σ² = F = ‖W_QK‖_F²``: nothing at all where σ stays below τ.
+
+    Attributes:
+        tau: τ; over tokens, σ and τ are standard deviations of logits.
+    """
+
+    tau: float
+
+
 class _Products(NamedTuple):
     """``Bᵀ = W_q W_kᵀ``, ``W_q W_qᵀ`` (heads) and ``W_k W_kᵀ`` (kv_heads), each ``(..., d_head, d_head)``;
     and the queries of a key one below the other."""
@@ -32,7 +43,7 @@ class _Products(NamedTuple):
     below: Tensor
 
 
-def head_penalties(query: Tensor, key: Tensor, form: Form) -> Tensor:
+def head_penalties(query: Tensor, key: Tensor, form: Form | Limit) -> Tensor:
     r"""The penalty of every head, differentiable.
 
     With ``B = W_k W_qᵀ``, ``μ = tr B / n`` and the Gram matrices G, the gradients are
@@ -50,15 +61,50 @@ def head_penalties(query: Tensor, key: Tensor, form: Form) -> Tensor:
     Returns:
         Shape ``(..., heads)``.
     """
+    if isinstance(form, Limit):
+        with full_precision(query.device):
+            square, _, _ = _frobenius(query.flatten(0, -3), key.flatten(0, -3))
+            return _excess(square, form.tau).square().view(query.shape[:-2])
     flat = _HeadPenalties.apply(query.flatten(0, -3), key.flatten(0, -3), _flat(form))
     return flat.view(query.shape[:-2])
 
 
+def _frobenius(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``F`` of every head, ``(heads,)``; and the Gram matrices of queries (heads) and keys (kv_heads)."""
+    gram_query, gram_key = query @ query.mT, key @ key.mT
+    by_key = _by_key(gram_query, len(key)) * gram_key.unsqueeze(1)
+    return by_key.sum((-2, -1)).flatten(), gram_query, gram_key
+
+
+def _excess(square: Tensor, tau: float) -> Tensor:
+    """``max(0, ln(σ/τ))``; bounded before the logarithm, so that σ = 0 has a gradient of zero."""
+    return 0.5 * (square / tau**2).clamp_min(1.0).log()
+
+
+def _limited(
+    query: Tensor, key: Tensor, tau: float, weight: float | Tensor, sides: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The penalty of :class:`Limit` over all heads, and gradients: with ``c = 2 ln(σ/τ) / F`` above τ, else 0,
+    they are ``c G_k W_q`` and ``c G_q W_k`` (derived): half the products of the other forms."""
+    square, gram_query, gram_key = _frobenius(query, key)
+    excess = _excess(square, tau)
+    # Where F is below τ² the excess is zero, and whatever bounds the quotient will do.
+    factor = (weight * 2 * excess / square.clamp_min(tau**2)).view(-1, 1, 1)
+    groups = len(query) // len(key)
+    for_query = (factor * gram_key.repeat_interleave(groups, 0)) @ query if sides[0] else None
+    for_key = _over_groups(factor * gram_query, len(key)) @ key if sides[1] else None
+    return excess.square().sum(), for_query, for_key
+
+
 def penalty_and_gradients(
-    query: Tensor, key: Tensor, form: Form, weight: float | Tensor, sides: tuple[bool, bool]
+    query: Tensor, key: Tensor, form: Form | Limit, weight: float | Tensor, sides: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The penalty of all heads together, and the gradients of ``weight`` times it for the sides that need one."""
     flat = query.flatten(0, -3), key.flatten(0, -3)
+    if isinstance(form, Limit):
+        with torch.no_grad(), full_precision(query.device):
+            total, *limited = _limited(*flat, form.tau, weight, sides)
+        return total, *_like(limited, query, key)
     form = _flat(form)
     with torch.no_grad(), full_precision(query.device):
         products = _multiply(*flat)
@@ -67,11 +113,16 @@ def penalty_and_gradients(
         squares = (products.small * products.small.mT).sum() + (gram * products.gram_key).sum()
         total = torch.add(squares / (2 * form.n), centred.dot(centred), alpha=form.nu)
         found = _gradients(*flat, products, centred, form, weight, sides, gram)
+    return total, *_like(found, query, key)
+
+
+def _like(found: Sequence[Tensor | None], query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in the shapes of query and key."""
     for_query, for_key = (
         None if gradient is None else gradient.unflatten(0, side.shape[:-2])
         for gradient, side in zip(found, (query, key), strict=True)
     )
-    return total, for_query, for_key
+    return for_query, for_key
 
 
 def _flat(form: Form) -> Form:

@@ -12,7 +12,15 @@ from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, kept_reader, read_together
 from lightning_qk.regularizers.closed_form import head_penalties, penalty_and_gradients
-from lightning_qk.regularizers.settings import Form, Settings, Target, batch_of, batches, select_layers
+from lightning_qk.regularizers.settings import (
+    LIMIT,
+    Form,
+    Settings,
+    Target,
+    batch_of,
+    batches,
+    select_layers,
+)
 from lightning_qk.regularizers.stacks import Stacker
 
 
@@ -26,6 +34,8 @@ def locater_penalty(
     modules: str | Sequence[str] | None = None,
     cross_attention: bool = False,
     moments: Mapping[str, Tensor] | None = None,
+    means: Mapping[str, Tensor] | None = None,
+    limit: float = LIMIT,
 ) -> Tensor:
     r"""The penalty that concentrates the QK-eigenspectrum of every head.
 
@@ -33,12 +43,15 @@ def locater_penalty(
     S the symmetric part of ``W_QK`` and n the size of the support, the sum over heads of
 
     - ``form="variance"``: ``tr S²/n − (tr S/n)²``, which puts no pressure on a shift of all n eigenvalues;
-    - ``form="target"``: ``tr S²/n + ν (tr S/n − c)²``, which pulls the mean to c.
+    - ``form="target"``: ``tr S²/n + ν (tr S/n − c)²``, which pulls the mean to c;
+    - ``form="limit"``: ``max(0, ln(σ/τ))²``, which is nothing where σ is below the limit τ. With ``moments`` only,
+      since ``σ² = s² tr[Cov(q) Cov(k)]``, the sum of the squared singular values of ``s Σ^½ W_QK Σ^½``, is the
+      variance of the head's logits between independent tokens; with ``means``, ``σ² = s² E[qᵀ Cov(k) q]``.
 
     Eigenvalues that are all the same and eigenvalues that are all zero have no variance both: against a weak
     enough loss the variance form shrinks the mean with the scale, and the target form holds it.
 
-    Both forms are ours (derived): the paper's coefficient and the way it holds the mean are not stated in
+    All forms are ours (derived): the paper's coefficient and the way it holds the mean are not stated in
     the text read. The plain ``tr W_QK²`` would be unbounded below for a non-symmetric ``W_QK``.
 
     With ``moments`` it is that of the token-aware spectrum: of ``s Σ^½ W_QK Σ^½``, s the softmax scale and Σ the
@@ -60,7 +73,7 @@ def locater_penalty(
     Args:
         model_or_projections: a module that contains transformers, or what
             :func:`~lightning_qk.head_projections` returned for it.
-        form: ``"variance"`` or ``"target"``.
+        form: ``"variance"``, ``"target"`` or ``"limit"``.
         support: ``"model"``: n = d_model, as in the paper. ``"head"``: n = d_head.
         target: the mean c for ``form="target"``: a number, or a tensor ``(heads,)`` for each layer by name.
         nu: ν, how strongly ``form="target"`` holds the mean, against 1 on the scale.
@@ -71,15 +84,18 @@ def locater_penalty(
         moments: layer name → factor ``(tokens, d_model)`` of the covariance of what enters the layer,
             Σ = factor^T factor, such as :meth:`lightning_qk.tokens.LayerInputs.moments` gives; None: Σ = 1
             and no scale. All penalized layers have to be among them.
+        means: layer name → mean ``(d_model,)`` of what enters the layer, as ``LayerInputs.means`` gives, for
+            ``form="limit"`` alone: queries that have one direction in common make logits too.
+        limit: τ for ``form="limit"``, in units of logits.
 
     Returns:
         A scalar, differentiable in the model's weights, float32 at least. Never negative.
 
     Raises:
         ValueError: unknown form or support, a target missing, of another shape or given to the wrong form, a
-            target or ν that is not finite, patterns that match no layer, no layers, a model without readable
-            attention, moments missing or of another width, or a model that FSDP's first version flattens (use
-            the callback).
+            target or ν that is not finite, a limit without moments, patterns that match no layer, no layers, a
+            model without readable attention, moments missing or of another width, or a model that FSDP's first
+            version flattens (use the callback).
         TypeError: neither a module nor a mapping.
 
     Example:
@@ -90,7 +106,7 @@ def locater_penalty(
         >>> model.h[0].attn.c_attn.weight.grad is not None
         True
     """
-    settings = Settings(form, support, target, nu, moments)
+    settings = Settings(form, support, target, nu, moments, limit, means)
     settings.check()
     projections = model_or_projections
     if isinstance(projections, nn.Module):
@@ -267,7 +283,7 @@ class LocaterPenalty:
                 batch.query, batch.key, settings.of(batch), weight, sides
             )
             totals.append(total)
-            shares.put_whole(stack.shares([batch.back(one) for one in gradients], wanted))
+            shares.put_whole(stack.shares(batch.back(gradients), wanted))
         return {name: layers[name] for name in others}
 
     def _values(self, settings: Settings, part: list[str]) -> list[Tensor]:
@@ -406,7 +422,7 @@ def _gradients(
             )
             totals.append(total)
             if any(sides):
-                shares.put(layers, heads, batch.names, [batch.back(one) for one in gradients], wanted)
+                shares.put(layers, heads, batch.names, batch.back(gradients), wanted)
     return totals
 
 
@@ -470,7 +486,7 @@ def _shares(
         (batch,) = batches({layer.name: head}, settings)
         sides = _wants(layer, "query", wanted), _wants(layer, "key", wanted)
         total, *found = penalty_and_gradients(batch.query, batch.key, settings.of(batch), 1.0, sides)
-        for side, gradient in zip(("query", "key"), map(batch.back, found), strict=True):
+        for side, gradient in zip(("query", "key"), batch.back(found), strict=True):
             if gradient is None:
                 continue
             for parameter, share in _pulled(layer, getattr(head, side), side, gradient[0], wanted):

@@ -15,8 +15,12 @@ from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, group_layers, stack
 from lightning_qk.regularizers import closed_form
 
-Form = Literal["variance", "target"]
+Form = Literal["variance", "target", "limit"]
 Target = float | Mapping[str, Tensor]
+
+LIMIT = 8.0
+"""Standard deviation of a head's logits between independent tokens that the limit form leaves alone: of the 342
+heads of SmolLM2-135M and all-MiniLM-L6-v2 all but one have less on WikiText-2 (``examples/paper/spreads.py``)."""
 
 
 class Settings(NamedTuple):
@@ -27,20 +31,30 @@ class Settings(NamedTuple):
     target: Target | None
     nu: float
     moments: Mapping[str, Tensor] | None = None
+    limit: float = LIMIT
+    means: Mapping[str, Tensor] | None = None
 
     def check(self) -> None:
         """Raise ValueError for an unknown form or support, or a target that does not go with the form."""
         check_form(self.form, self.target)
         number(self.nu, "nu")
+        check_limit(self.limit)
+        if self.form == "limit" and self.moments is None:
+            raise ValueError(
+                "expected moments with form='limit', whose limit is in units of logits, got none: pass moments= "
+                "(LayerInputs.moments gives them), or another form"
+            )
         for aim in self.target.values() if isinstance(self.target, Mapping) else ():
             floating(aim, "target")
         if self.target is not None and not isinstance(self.target, Mapping):
             number(self.target, "target")
         support_size(torch.empty(1, 1), self.support)
 
-    def of(self, batch: "LayerBatch") -> closed_form.Form:
+    def of(self, batch: "LayerBatch") -> closed_form.Form | closed_form.Limit:
         """The form for layers of one shape."""
         n = batch.n
+        if self.form == "limit":
+            return closed_form.Limit(self.limit)
         if self.form == "variance":
             return closed_form.Form(n, -1.0, 0.0)
         if isinstance(self.target, Mapping):
@@ -71,21 +85,24 @@ class LayerBatch(NamedTuple):
         query: ``(layers, heads, d_head, d_model)``, or seen through tokens ``(layers, heads, d_head, tokens)``.
         key: likewise.
         n: size of the support.
-        roots: ``(layers, tokens, d_model)``, scaled, that weights are seen through; None: they are as they are.
+        roots: ``(layers, tokens, d_model)``, scaled, that weights of query and of key are seen through; None: they
+            are as they are.
     """
 
     names: list[str]
     query: Tensor
     key: Tensor
     n: int
-    roots: Tensor | None
+    roots: tuple[Tensor, Tensor] | None
 
-    def back(self, gradient: Tensor | None) -> Tensor | None:
-        """The gradient by weights from that by what is seen of them."""
-        if gradient is None or self.roots is None:
-            return gradient
-        with full_precision(gradient.device):
-            return (gradient.flatten(1, 2) @ self.roots).unflatten(1, gradient.shape[1:3])
+    def back(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients by weights of query and of key from those by what is seen of them."""
+        if self.roots is None:
+            return list(gradients)
+        return [
+            None if gradient is None else _through(gradient, roots)
+            for gradient, roots in zip(gradients, self.roots, strict=True)
+        ]
 
 
 def batches(heads: Mapping[str, HeadProjections], settings: Settings) -> Iterator[LayerBatch]:
@@ -106,10 +123,37 @@ def batch_of(
     n = support_size(query, settings.support)
     if settings.moments is None:
         return LayerBatch(list(layers), query, key, n, None)
-    roots = _roots(settings.moments, layers, query)
-    with full_precision(query.device):
-        query, key = ((side.flatten(1, 2) @ roots.mT).unflatten(1, side.shape[1:3]) for side in (query, key))
+    root = _roots(settings.moments, layers, query)
+    roots = root, root
+    if settings.form == "limit" and settings.means is not None:
+        # Queries count with their mean; that of keys shifts whole rows of logits, which changes nothing.
+        mean = _means(settings.means, layers, query)
+        roots = torch.cat([root, mean], 1), nn.functional.pad(root, (0, 0, 0, 1))
+    query, key = (_through(side, own.mT) for side, own in zip((query, key), roots, strict=True))
     return LayerBatch(list(layers), query, key, n, roots)
+
+
+def _through(side: Tensor, roots: Tensor) -> Tensor:
+    """``(layers, heads, d_head, a)`` times ``(layers, a, b)``."""
+    with full_precision(side.device):
+        return (side.flatten(1, 2) @ roots).unflatten(1, side.shape[1:3])
+
+
+def _means(
+    means: Mapping[str, Tensor], heads: Mapping[str, HeadProjections | LayerReader], like: Tensor
+) -> Tensor:
+    """``√s μ`` of some layers, ``(layers, 1, d_model)``."""
+    found = []
+    for name, head in heads.items():
+        mean = means.get(name)
+        if mean is None or tuple(mean.shape) != (head.width[0],):
+            got = "none" if mean is None else f"shape {tuple(mean.shape)}"
+            raise ValueError(
+                f"expected means of shape ({head.width[0]},) for layer {name!r}, got {got}: pass the mean of what "
+                "enters each penalized layer, or no means"
+            )
+        found.append(mean.detach().to(like) * abs(float(head.scaling)) ** 0.5)
+    return torch.stack(found)[:, None]
 
 
 def _roots(
@@ -133,15 +177,25 @@ def _roots(
 def check_form(form: str, target: object) -> None:
     """Raise ValueError unless form and target go together."""
     if form not in get_args(Form):
-        raise ValueError(f"expected form to be 'variance' or 'target', got {form!r}: pass one of the two")
+        raise ValueError(
+            f"expected form to be 'variance', 'target' or 'limit', got {form!r}: pass one of these"
+        )
     if form == "target" and target is None:
         raise ValueError(
             "expected a target mean with form='target', got None: pass target=, a number or one tensor a layer"
         )
-    if form == "variance" and target is not None:
+    if form != "target" and target is not None:
         raise ValueError(
-            f"expected no target with form='variance', which keeps the mean free, got {target!r}: leave "
+            f"expected no target with form={form!r}, which keeps the mean free, got {target!r}: leave "
             "target out or pass form='target'"
+        )
+
+
+def check_limit(limit: float) -> None:
+    """Raise ValueError for a limit that is no positive finite number."""
+    if number(limit, "limit") <= 0:
+        raise ValueError(
+            f"expected a limit above 0, got {limit}: pass a standard deviation of logits, such as 8"
         )
 
 

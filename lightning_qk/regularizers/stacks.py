@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.heads.facts import Side
 from lightning_qk.heads.layer import LayerReader
+from lightning_qk.heads.projection import Side
 from lightning_qk.heads.reader import LARGEST_BATCH
 
 _MOST_BESIDE = 2

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_qk.record.statistics import Statistic
 
 _INNER = (0.1, 0.9)
-"""The inner heads: limits lie no farther outside of them than they lie apart."""
+"""Quantiles of the inner heads: limits are at most as far outside of them as they are apart."""
 _DECADES = 100.0
 
 

@@ -85,10 +85,10 @@ def heatmap(history: History, statistic: str, index: int = -1) -> "Figure":
     return figure
 
 
-def to_png(figure: "Figure", dpi: int = 130) -> bytes:
+def to_png(figure: "Figure") -> bytes:
     """The figure as PNG on white."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    figure.savefig(buffer, format="png", dpi=130, facecolor="white")
     return buffer.getvalue()
 
 
@@ -222,5 +222,5 @@ def cell_texts(values: list[float]) -> tuple[list[str], int]:
     scale = 10.0**-exponent
     digits = 0 if largest * scale >= 99.5 else 1 if largest * scale >= 9.95 else 2
     texts = [f"{value * scale:.{digits}f}" if math.isfinite(value) else "" for value in values]
-    # -0.00 is a number of its own to nobody.
+    # Without -0.00.
     return [text.lstrip("-") if text and not float(text) else text for text in texts], exponent

@@ -92,9 +92,9 @@ def _headline(heads: list[HeadHealth], flagged: int, alarms: int) -> str:
         return (
             f"No head of {len(heads)} is judged: attention was not measured, and weights alone show no fault."
         )
-    told = {0: "", 1: ", and the guard gave an alarm"}.get(alarms, f", and the guard gave {alarms} alarms")
+    alarmed = {0: "", 1: ", and the guard gave an alarm"}.get(alarms, f", and the guard gave {alarms} alarms")
     if flagged:
-        return f"{flagged} of {judged} heads {'is' if flagged == 1 else 'are'} at fault now{told}."
+        return f"{flagged} of {judged} heads {'is' if flagged == 1 else 'are'} at fault now{alarmed}."
     if alarms:
         gave = "an alarm" if alarms == 1 else f"{alarms} alarms"
         return f"No head of {judged} is at fault now; the guard gave {gave}."

@@ -147,7 +147,7 @@ def _history(history: History, name: str, cut: Cut, pack: Pack) -> dict[str, Any
                 "limits": [scale.low, scale.high],
                 "meaning": style.meaning,
                 "worry": style.worry,
-                # Heads before steps: what a head's history needs stands together.
+                # Heads before steps, so that a head's history is contiguous.
                 "values": pack.add(series.T),
             }
         )
@@ -234,15 +234,11 @@ def _radius(record: RunRecord, label: str, step: int, shape: LayerShape | None, 
         or "frobenius_sq" not in history.values
     ):
         return unknown
-    index = _nearest(history.steps, step)
-    if index is None:
+    if not history.steps:
         return unknown
+    index = min(range(len(history.steps)), key=lambda place: abs(history.steps[place] - step))  # the nearest
     norm = history.split(history.values["frobenius_sq"][index])[history.layers.index(label)]
     return circle_law_radius(norm, shape.d_model) if len(norm) == heads else unknown
-
-
-def _nearest(steps: list[int], step: int) -> int | None:
-    return min(range(len(steps)), key=lambda i: abs(steps[i] - step)) if steps else None
 
 
 def _propagation(record: RunRecord, pack: Pack) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class TokenCalls:
                 sides = [(found[0], weights.query, weights.query_bias)]
                 if head.key_layer is None:
                     sides.append((found[1], weights.key, weights.key_bias))
-                if any(all(_agree(x, *side, rotary) for side in sides) for x in own):
+                if any(bool(torch.stack([_agree(x, *side, rotary) for side in sides]).all()) for x in own):
                     place = position if index is None else position.expand(batch, -1).gather(1, index)
                     return undone(at_least_float32(query), place), undone(at_least_float32(key), place)
         raise UnsupportedCallError(
@@ -304,15 +304,15 @@ def _reordered(vectors: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([vectors[..., : rotary.start], middle, vectors[..., stop:]], -1)
 
 
-def _agree(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None, rotary: Rotary) -> bool:
-    """Whether rotated coordinates ``(1, heads, n, d_head)`` are along the projections of tokens ``(n, width)``."""
+def _agree(x: Tensor, vectors: Tensor, weight: Tensor, bias: Tensor | None, rotary: Rotary) -> Tensor:
+    """Boolean: are rotated coordinates ``(1, heads, n, d_head)`` along projections of tokens ``(n, width)``?"""
     part = slice(rotary.start, rotary.start + 2 * rotary.inv_freq.numel())
     want = torch.einsum("td,hed->hte", x.float(), weight.detach().float())
     if bias is not None:
         want = want + bias.detach().float()[:, None]
     want, got = want[..., part], vectors[0][..., part].float()
     want = want * ((want * got).sum(-1) / want.square().sum(-1).clamp_min(1e-30))[..., None]
-    return bool((got - want).norm() <= _TOLERANCE * got.norm())
+    return (got - want).norm() <= _TOLERANCE * got.norm()
 
 
 def _window(logits: AttentionLogits) -> int | None:

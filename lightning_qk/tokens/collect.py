@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import evaluated
-from lightning_qk.capture import AttentionCapture, CapturedCall
+from lightning_qk.capture import CapturedCall
 from lightning_qk.capture.hooks.modules import hook_before
 from lightning_qk.functional.token_moments import TokenMoments
 from lightning_qk.heads import HeadProjections, ProjectionReader, find_attention
+from lightning_qk.metrics.collector import AttentionCollector
 from lightning_qk.tokens.calls import TokenCalls, call_facts
 
 __all__ = ["TokenMoments", "TokenMomentsWarning", "token_moments"]
@@ -45,30 +46,19 @@ def token_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, TokenMo
     reader = ProjectionReader(model)
     modules = {name: module for name, module in find_attention(model).items() if name in reader}
     collector = _Collector({name: reader[name] for name in modules}, modules)
-    capture = AttentionCapture(
-        {module: name for name, module in modules.items()},
-        collector.add,
-        model=model,
-        eager=True,
-        operands=True,
+    calls = AttentionCollector(
+        model, collector.add, modules=modules, layers=reader.layers, eager=True, operands=True
     )
     ran = False
-    with evaluated(model), collector.inputs():
-        capture.install()
-        try:
-            capture.enabled = True
-            for batch in batches:
-                ran = True
-                collector.calls.position = batch.get("position_ids") if isinstance(batch, Mapping) else None
-                _call(model, batch)
-        finally:
-            capture.remove()
+    with evaluated(model), collector.inputs(), calls:
+        for batch in batches:
+            ran = True
+            collector.calls.position = batch.get("position_ids") if isinstance(batch, Mapping) else None
+            _call(model, batch)
     if not ran:
         raise ValueError("expected at least one batch to take moments of, got none: pass some of the data")
-    left_out = dict(reader.unread) | capture.problems
-    for name in modules:
-        if name not in collector.found:
-            left_out.setdefault(name, "no attention call of it was seen")
+    silent = dict.fromkeys(calls.silent(), "no attention call of it was seen")
+    left_out = dict(reader.unread) | calls.left_out | silent
     for name, reason in left_out.items():
         warnings.warn(f"{name} left out of token moments: {reason}", TokenMomentsWarning, stacklevel=2)
     out = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import matches
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.functional.layer_inputs import covariance_root, sample_tokens
+from lightning_qk.functional.layer_inputs import covariance_root, sample_tokens, token_mean
 from lightning_qk.heads.sites import attention_sites
 
 if TYPE_CHECKING:
@@ -124,6 +124,10 @@ class LayerInputs:
     def moments(self) -> dict[str, Tensor]:
         """Layer name → factor of the covariance of its tokens, for ``locater_penalty(…, moments=)``."""
         return {name: covariance_root(*self._taken[name]) for name in self.names if name in self._taken}
+
+    def means(self) -> dict[str, Tensor]:
+        """Layer name → mean of its tokens, for ``locater_penalty(…, form="limit", means=)``."""
+        return {name: token_mean(*self._taken[name]) for name in self.names if name in self._taken}
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
         if name in self._turned:

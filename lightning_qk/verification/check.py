@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk._printable import one_line
 from lightning_qk.architecture.dry_run import shadow
 from lightning_qk.architecture.source_code import is_known
 from lightning_qk.capture.call import is_recomputation
@@ -16,16 +17,20 @@ from lightning_qk.capture.capture import AttentionCapture
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.capture.hooks.compiled import is_compiled
 from lightning_qk.capture.hooks.modules import hook_after, hook_before, would_notice
-from lightning_qk.heads.facts import Finding, Side, settle
-from lightning_qk.heads.inferred_layout import Call, find_rows
+from lightning_qk.heads.facts import Finding, settle
+from lightning_qk.heads.inferred_layout import find_rows
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.layouts import fitting_layouts
+from lightning_qk.heads.projection import Side
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
 from lightning_qk.heads.trials import Trial, recorded_trials
 from lightning_qk.verification.compare import Added, Match, beyond, compare
 from lightning_qk.verification.vectors import tolerance
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a layer's forward, by position and by name."""
 
 # Tensors that are kept of one call of a layer.
 _MOST = 48
@@ -66,7 +71,8 @@ class Verified(NamedTuple):
         return self.status in (Status.VERIFIED, Status.REREAD)
 
 
-def _unchecked(reason: str) -> Verified:
+def unchecked(reason: str) -> Verified:
+    """What is found where nothing was compared."""
     return Verified(Status.UNCHECKED, float("nan"), float("nan"), reason)
 
 
@@ -109,7 +115,7 @@ class SelfCheck:
             return
         self._is_compiled = is_compiled(self._model)
         if self._is_compiled:
-            return  # a graph that is traced while somebody listens would be traced once more afterwards
+            return  # hooks would cause one more compilation of the graph
         for name, module in self._sites.items():
             if any(would_notice(part) for part in module.modules()):
                 continue  # its capture knows what enters it, or nothing is known
@@ -147,10 +153,10 @@ class SelfCheck:
             verdict = self.verdicts.get(name)
             problem = self._capture.problems.get(name)
             if verdict is not None and verdict.status is Status.DIFFERS and problem is not None:
-                verdict = _unchecked(problem)  # the call that was compared was another one
+                verdict = unchecked(problem)  # the call that was compared was another one
             if verdict is None:
                 silent = "the model is compiled" if self._is_compiled else "its attention was not called"
-                verdict = _unchecked(self._reader.unread.get(name) or problem or silent)
+                verdict = unchecked(self._reader.unread.get(name) or problem or silent)
             found[name] = verdict
         return found
 
@@ -178,8 +184,7 @@ class SelfCheck:
         try:
             found = self._check(name, call, kept)
         except Exception as error:
-            message = str(error).splitlines()[0] if str(error) else "no message"
-            found = _unchecked(f"comparing raised {type(error).__name__}: {message}")
+            found = unchecked(f"comparing raised {type(error).__name__}: {one_line(error)}")
         # A layer may attend several times, to other streams by other weights: one explained call is enough.
         if before is None or found.ok:
             self.verdicts[name] = found
@@ -189,9 +194,9 @@ class SelfCheck:
     def _check(self, name: str, call: CapturedCall, kept: "_Call") -> Verified:
         operands = call.operands
         if operands is None:
-            return _unchecked("it is not known which operand of its softmax is the query and which the key")
+            return unchecked("it is not known which operand of its softmax is the query and which the key")
         if any(hasattr(operand, "to_local") for operand in operands):
-            return _unchecked("its queries are spread over processes")
+            return unchecked("its queries are spread over processes")
         seen = _Seen(call, operands, (*call.inputs, *kept.inputs), kept.has_parts or bool(call.inputs))
         plan = self._reader.layers.get(name)
         first = None if plan is None else _compare(plan, seen)
@@ -201,7 +206,7 @@ class SelfCheck:
         if again is not None:
             return again
         unread = self._reasons.get(name) or self._reader.unread.get(name, "its weights were not read")
-        return first or _unchecked(unread)
+        return first or unchecked(unread)
 
     def _read_again(self, name: str, seen: "_Seen", arguments: Call) -> Verified | None:
         """Read a layer by running it as it was called and compare again; None unless that explains the call.
@@ -265,15 +270,15 @@ def _explains(site: AttentionLayer, finding: Finding, seen: _Seen) -> LayerReade
 
 def _compare(plan: LayerReader, seen: _Seen) -> Verified:
     if plan.is_flat:
-        return _unchecked("its weights are flattened by FSDP's first version")
+        return unchecked("its weights are flattened by FSDP's first version")
     if plan.is_sharded():
-        return _unchecked("its weights are spread over processes")
+        return unchecked("its weights are spread over processes")
     read = plan.read()
     if not all(bool(own.isfinite().all()) for own in (*seen.operands, read.query, read.key)):
-        return _unchecked("its queries and keys, or their weights, are not finite")
+        return unchecked("its queries and keys, or their weights, are not finite")
     match = compare(read, seen.inputs, *seen.operands, (_added(plan, plan.query), _added(plan, plan.key)))
     if match is None:
-        return _unchecked("what enters its projections was not seen")
+        return unchecked("what enters its projections was not seen")
     dtypes = [operand.dtype for operand in seen.operands] + [read.query.dtype]
     kind = seen.operands[0].device.type
     if torch.is_autocast_enabled(kind):
@@ -282,7 +287,7 @@ def _compare(plan: LayerReader, seen: _Seen) -> Verified:
     is_self = _is_same(seen.inputs, match)
     if not match.error <= allowed:
         if not seen.has_inputs:
-            return _unchecked("what enters its projections was not seen")
+            return unchecked("what enters its projections was not seen")
         is_query = match.query > allowed
         side = "queries" if is_query else "keys"
         reason = f"its {side} are not W x + b as read from its weights ({plan.layout})"
@@ -368,7 +373,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same order, by where they lie."""
+    """Whether two tensors share storage, offset, shape and strides."""
     if one is other:
         return True
     return (
@@ -388,13 +393,13 @@ def _is_same(inputs: Sequence[Tensor], match: Match) -> bool | None:
 
 
 def _is_all_that_is_added(site: AttentionLayer, name: str, ways: Sequence[Trial]) -> bool:
-    """Whether running a layer tells its queries and keys once one of its parameters is zero."""
+    """Whether a run of the layer finds queries and keys once this parameter is zero."""
     copy = shadow(site.module)
     parameter = copy._parameters.pop(name)
     assert parameter is not None  # it was listed
     copy.__dict__[name] = torch.zeros_like(parameter, requires_grad=False)
     try:
-        find_rows(copy, site.config, ways=ways)
+        find_rows(site._replace(module=copy), ways)
     except UnreadLayer:
         return False
     return True
@@ -438,7 +443,7 @@ def _wrong_scaling(read: float, call: CapturedCall, match: Match) -> str | None:
 
 
 def summary(verdicts: Mapping[str, Verified], shorten: Callable[[Sequence[str]], str]) -> list[str]:
-    """What to say of a check: how many layers are verified, and of the others which and why.
+    """Sentences on a check: how many layers are verified, and of the others which and why.
 
     Args:
         verdicts: qualified layer name → what was found.

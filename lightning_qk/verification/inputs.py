@@ -250,7 +250,8 @@ class InputMaker:
     def _feed_image_text(self) -> Iterator[dict[str, Any]]:
         for height, width in self.sides()[:2]:
             image = {"pixel_values": self.floats(BATCH, self.channels(), height, width)}
-            token = self._token_id("image_token_id", "image_token_index")
+            tokens = (getattr(self.config, f"image_token_{name}", None) for name in ("id", "index"))
+            token = next((one for one in tokens if isinstance(one, int)), None)
             if token is None or self.field("image_seq_length", "num_image_tokens") is None:
                 yield self._required({"input_ids": self.words(), **image, **self._decoder()})
                 if token is None:
@@ -269,17 +270,11 @@ class InputMaker:
                 ids = torch.cat([self.words(4), torch.full((BATCH, count), token), self.words(4)], 1)
                 yield self._required({"input_ids": ids, **image, **self._decoder()})
 
-    def _token_id(self, *names: str) -> int | None:
-        for name in names:
-            value = getattr(self.config, name, None)
-            if isinstance(value, int):
-                return value
-        return None
-
     def _feed_audio(self) -> Iterator[dict[str, Any]]:
         mel = self.field("num_mel_bins", "n_mels", "input_feat_size", "feature_size", "input_feat_per_channel",
                          "n_mel_bins", "input_dim", "num_mel_bins", "mel_dim", default=80)  # fmt: skip
-        mels = list(dict.fromkeys([mel, *self._linear_widths(), *self._conv_widths()]))
+        conv = [module.in_channels for module in self.model.modules() if isinstance(module, nn.Conv1d)]
+        mels = list(dict.fromkeys([mel, *self._linear_widths(), *conv[:1]]))
         positions = self.field("max_source_positions", default=64)
         for name in ("input_features", "input_values", "audio_values", "spectrogram"):
             if name not in self.parameters:
@@ -308,9 +303,6 @@ class InputMaker:
             return {}
         names = ("encoder_hidden_size", "cross_attention_hidden_size", "cross_hidden_size")
         return {"encoder_hidden_states": self.floats(BATCH, 5, self.width(*names))}
-
-    def _conv_widths(self) -> list[int]:
-        return [module.in_channels for module in self.model.modules() if isinstance(module, nn.Conv1d)][:1]
 
     def _linear_widths(self) -> list[int]:
         return [module.in_features for module in self.model.modules() if isinstance(module, nn.Linear)][:2]

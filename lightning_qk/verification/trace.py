@@ -55,8 +55,6 @@ class Node:
         args: of the call, positional.
         kwargs: of the call.
         tensor: the result. In-place operations may have changed it since.
-        stack: the modules that ran, outermost first.
-        version: of the tensor, at first.
     """
 
     name: str
@@ -64,11 +62,6 @@ class Node:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     tensor: Tensor
-    stack: tuple["Frame", ...]
-    version: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.version = 0 if self.tensor.is_inference() else self.tensor._version
 
     def factor(self) -> float | None:
         """The number that this operation multiplies one tensor by, or None where it does something else."""
@@ -219,9 +212,8 @@ class Trace(TorchDispatchMode):
         given = list(tensors_in((args, kwargs)))
         parents = [self._nodes[id(tensor)] for tensor in given if id(tensor) in self._nodes]
         output = func(*args, **kwargs)
-        stack = tuple(self._stack)
         for tensor in tensors_in(output):
-            node = Node(name, list(parents), args, kwargs, tensor, stack)
+            node = Node(name, list(parents), args, kwargs, tensor)
             self._nodes[id(tensor)] = node
             self._keep.append(tensor)  # an id is only good while its tensor lives
             place = tensor.untyped_storage().data_ptr()

@@ -1,10 +1,14 @@
 """docs/atlas.md is what the references and the comparisons that lie in the repository make it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from lightning_qk.inspect import Options, open_source, read_checkpoint, reference
+from tests import models
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,3 +46,17 @@ def test_quantiles_are_those_of_heads(atlas):
     values = {name: torch.linspace(0, 1, 101).double() for name in atlas.SHOWN}
     known = atlas.Reference("toy", {"Title": "Toy"}, ["a"] * 101, [*range(101)], values)
     assert "| `distance` | 0.05 | 0.5 | 0.95 |" in atlas._quantiles([known])
+
+
+def test_what_is_written_is_read_again(atlas, tmp_path, monkeypatch):
+    models.llama().save_pretrained(tmp_path / "model")
+    (checkpoint,) = open_source(str(tmp_path / "model"), Options())
+    reading, *_ = read_checkpoint(checkpoint)
+    reading = replace(reading, predicted={"entropy": torch.arange(sum(reading.heads)).float()})
+    monkeypatch.setattr("lightning_qk.inspect.healthy._FOLDER", tmp_path)
+    atlas.write_reference(reading, tmp_path / "own.parquet", facts={"Text": "a text"})
+    known = reference("own")
+    assert known.facts["Text"] == "a text"
+    assert len(known.layers) == len(known.heads) == sum(reading.heads)
+    torch.testing.assert_close(known.values["eig_mean"].float(), reading.values["eig_mean"])
+    assert known.values["predicted/entropy"].tolist() == [*range(sum(reading.heads))]

@@ -130,7 +130,7 @@ def run(folder: Path, processes: int) -> None:
     count = CountCollectives()
     every = [kind(2, report=False) for kind in MONITORS]
     with count:
-        models.trainer([count, *every], **{**arguments, "max_steps": 5}).fit(job(), data(processes))
+        models.trainer([count, *every], **{**arguments, "max_steps": 7}).fit(job(), data(processes))
     results["collectives"] = [dict(step) for step in count.steps]
     results["metrics"] = {key: float(value) for key, value in watched.callback_metrics.items()}
     torch.save(results, folder / f"{processes}_{watched.global_rank}.pt")

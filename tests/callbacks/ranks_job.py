@@ -32,6 +32,7 @@ from lightning_qk.callbacks.monitors import (
     tokens,
 )
 from lightning_qk.metrics import eigenvalues, later, means
+from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.record import forgotten, history
 
 SPECTRUM, STATES, CALLS = "QKSpectrumMonitor", "HiddenStateMonitor", "AttentionMonitor"
@@ -46,7 +47,8 @@ PLACES = {
     "predicting": (_predictions, "predict_attention", ("TokenMonitor", CALLS)),
     "measuring states": (later, "hidden_sums", (STATES, CALLS)),
     "pooling": (means.HeadMeans, "update", (CALLS, "SinkMonitor", SPECTRUM)),
-    "copying to the host": (_listening, "flat_values", (CALLS, "PositionMonitor", SPECTRUM)),
+    "values": (AttentionStatistics, "compute", (CALLS, "PositionMonitor", SPECTRUM)),
+    "states of heads": (_listening.ListeningMonitor, "states_of", (CALLS, "PositionMonitor", SPECTRUM)),
     "remembering": (history.History, "append", (SPECTRUM, CALLS)),
     "temporary files": (forgotten.tempfile, "TemporaryFile", (SPECTRUM, STATES)),
     "logging": (_monitor, "log_scalars", (SPECTRUM, CALLS, STATES)),

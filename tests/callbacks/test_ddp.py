@@ -8,8 +8,8 @@ from processes import run_script
 
 from lightning_qk.callbacks.monitors._report import REPORT_NAME
 
-# Of six monitors at a measured step: each agrees before and after what it reduces.
-MOST_COLLECTIVES = 36
+# Of six monitors at a measured step: all sums, all maxima, and what one process could not compute.
+COLLECTIVES = 3
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +41,13 @@ def test_tokens_and_share_of_the_penalty_are_those_of_all_ranks(results):
 
 def test_collective_calls_of_a_step(results):
     assert results["2_0"]["collectives"] == results["2_1"]["collectives"]
-    # The first step has the check of what is read; of the others every second one is measured. Lightning sends a
-    # word on signals at each.
-    ordinary, measured = results["2_0"]["collectives"][2:4]
+    # The first step has the check of what is read, the first measurement settles shapes, the fourth step ends an
+    # epoch; of the others every second one is measured. Lightning sends a word on signals at each.
+    ordinary, measured = results["2_0"]["collectives"][4:6]
     assert ordinary == {"broadcast": 1}
     assert measured.keys() == {"broadcast", "all_reduce"}
     assert measured["broadcast"] == 1
-    assert 0 < measured["all_reduce"] <= MOST_COLLECTIVES
+    assert measured["all_reduce"] == COLLECTIVES
 
 
 def test_attention_is_pooled_over_ranks(results):

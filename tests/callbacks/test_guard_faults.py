@@ -73,7 +73,7 @@ def inner_calls():
     for name in ("log_alert", "run_directory"):
         yield _acting, name
     for name in (
-        "measure",
+        "part",
         "publish",
         "on_train_batch_start",
         "on_train_batch_end",

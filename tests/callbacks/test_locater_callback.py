@@ -348,7 +348,7 @@ def test_weights_that_are_not_finite_do_not_stop_training():
         ({"weight": math.nan}, "expected a finite weight of at least 0, got nan"),
         ({"weight": math.inf}, "got inf"),
         ({"weight": 1.0, "nu": -1.0}, "finite nu"),
-        ({"weight": 1.0, "form": "spread"}, "'variance' or 'target', got 'spread'"),
+        ({"weight": 1.0, "form": "spread"}, "'variance', 'target' or 'limit', got 'spread'"),
         ({"weight": 1.0, "support": "all"}, "support to be"),
         ({"weight": 1.0, "target": 1.0}, "no target with form='variance'"),
         ({"weight": 1.0, "form": "target", "target": math.nan}, "finite target"),

@@ -22,6 +22,7 @@ class Recorder(L.Callback):
         self.locater = locater
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.moments: list[dict[str, torch.Tensor]] = []
+        self.means: list[dict[str, torch.Tensor]] = []
         self.penalties: list[float] = []
 
     def on_fit_start(self, trainer, pl_module):
@@ -33,6 +34,7 @@ class Recorder(L.Callback):
         )
         if self.locater is not None:
             self.moments.append(dict(self.locater.moments))
+            self.means.append(dict(self.locater.token_means))
 
     def on_train_batch_end(self, trainer, *args):
         if "locater/penalty" in trainer.callback_metrics:
@@ -123,11 +125,13 @@ def test_tokens_are_those_of_all_micro_batches_of_the_step_and_no_others():
     recorder = Recorder(locater)
     trainer = models.trainer([locater, Watch(), recorder], accumulate_grad_batches=2, val_check_interval=1)
     trainer.fit(models.Job(), models.tokens(), models.tokens())
-    for step, moments in enumerate(recorder.moments):
+    for step, (moments, means) in enumerate(zip(recorder.moments, recorder.means, strict=True)):
         hidden = torch.cat(seen[2 * step : 2 * step + 2])[:, 1:].flatten(0, 1)
         root = next(own for name, own in moments.items() if ".h.1." in name)
         want = torch.cov(hidden.double().T, correction=0)
         torch.testing.assert_close((root.mT @ root).double(), want, rtol=1e-4, atol=1e-6)
+        mean = next(own for name, own in means.items() if ".h.1." in name)
+        torch.testing.assert_close(mean, hidden.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_padding_and_first_tokens_are_left_out():
@@ -139,9 +143,10 @@ def test_padding_and_first_tokens_are_left_out():
         model(input_ids=batch, attention_mask=mask)
     first = inputs.names[0]
     hidden = model.bert.embeddings(batch)
-    want = torch.cov(hidden[:, 1:][mask[:, 1:].bool()].T, correction=0)
+    counted = hidden[:, 1:][mask[:, 1:].bool()]
     root = inputs.moments()[first]
-    torch.testing.assert_close(root.mT @ root, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(root.mT @ root, torch.cov(counted.T, correction=0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(inputs.means()[first], counted.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_generation_recomputation_and_what_comes_after_are_not_sampled():
@@ -278,3 +283,38 @@ def test_copies_that_do_not_train_are_left_out(copy):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         LocAteR(1.0, **arguments)
+
+
+@pytest.mark.parametrize("make", [models.gpt2, models.llama])
+def test_the_limit_forms_gradient_equals_that_of_a_loss_term(make):
+    locater = LocAteR(WEIGHT, form="limit", limit=0.01, tokens=24)
+    recorder = fit(make, locater, max_steps=1)
+    given = {"form": "limit", "limit": 0.01, "moments": recorder.moments[0], "means": recorder.means[0]}
+    loss = fit(make, loss=lambda job: WEIGHT * locater_penalty(job, **given), max_steps=1)
+    plain = fit(make, max_steps=1)
+    for name, want in loss.gradients[0].items():
+        got = recorder.gradients[0][name]
+        assert (got - want).norm() <= 1e-5 * want.norm().clamp_min(1e-9), name
+    assert any(not torch.allclose(loss.gradients[0][n], g) for n, g in plain.gradients[0].items())
+
+
+def test_without_arguments_it_changes_nothing_while_logits_are_small():
+    locater = LocAteR()
+    assert (locater.form, locater.sigma, locater.weight, locater.limit) == ("limit", "tokens", 1.0, 8.0)
+    callback, without = fit(models.llama, locater), fit(models.llama)
+    assert callback.penalties[-1] == 0
+    for one, other in zip(callback.gradients, without.gradients, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_options_of_the_limit_form():
+    assert LocAteR(0.1).form == "variance"
+    assert LocAteR(0.1).sigma == "identity"
+    with pytest.raises(ValueError, match="expected a weight with form='variance', got none"):
+        LocAteR(form="variance")
+    with pytest.raises(ValueError, match="expected sigma='tokens' with form='limit'"):
+        LocAteR(form="limit", sigma="identity")
+    with pytest.raises(ValueError, match="expected a number for weight with form='limit'"):
+        LocAteR("1%", form="limit")
+    with pytest.raises(ValueError, match="expected a limit above 0, got 0"):
+        LocAteR(limit=0)

@@ -12,8 +12,9 @@ from lightning.pytorch.loggers import Logger
 
 from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor, SinkMonitor
 from lightning_qk.callbacks.monitors import AttentionProbes, Monitor, PositionMonitor, TokenMonitor
+from lightning_qk.record.families import OTHER
 from lightning_qk.record.history import RunRecord
-from lightning_qk.record.statistics import family_of_key
+from lightning_qk.record.statistics import of_key
 from lightning_qk.record.verdicts import healthy_share
 
 
@@ -37,7 +38,10 @@ class Keys(Logger):
     @property
     def families(self) -> set[str]:
         return {
-            family_of_key(key) for _, row in self.rows for key in row if "loss" not in key and key != "epoch"
+            getattr(of_key(key), "family", OTHER)
+            for _, row in self.rows
+            for key in row
+            if "loss" not in key and key != "epoch"
         }
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
 from lightning_qk.callbacks.monitors._report import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import attention_statistics, qk_moments
+from lightning_qk.metrics.spectrum import QKSpectrum
 from lightning_qk.record.history import RunRecord
 
 
@@ -262,7 +263,7 @@ def test_a_monitor_that_fails_does_not_stop_training(monkeypatch):
     def fail(*args):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(spectrum, "measure", fail)
+    monkeypatch.setattr(QKSpectrum, "update", fail)
     trainer = models.trainer([spectrum, attention])
     with pytest.warns(
         UserWarning, match=r"stopped measuring after 3 failures in a row \(RuntimeError: no memory\)"

@@ -55,13 +55,13 @@ def test_nothing_is_logged_or_solved_at_offsets_unasked(tmp_path):
     monitor, _, _ = fit(models.llama(), tmp_path)
     assert not any("offset" in key for key in logged(tmp_path))
     assert all(
-        not name.startswith("offset") for cores in monitor._layers.metric.cores for name in cores.names
+        not name.startswith("offset") for cores in monitor.weight_layers.metric.cores for name in cores.names
     )
 
 
 def test_histograms_and_the_report_have_the_eigenvalues_without_rotation(tmp_path):
     monitor, _, _ = fit(models.llama(), tmp_path, offsets=(3,))
-    assert set(monitor._eigenvalues) == set(monitor._layers.metric.heads)
+    assert set(monitor._eigenvalues) == set(monitor.weight_layers.metric.heads)
 
 
 def test_layers_without_rotation_are_named_once(tmp_path):

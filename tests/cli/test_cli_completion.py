@@ -26,6 +26,7 @@ TYPED = [
     (["lightning-qk", "inspect", "job"], {"job.yaml"}),
     (["lightning-qk", "configs", "qu"], {"quickstart"}),
     (["lightning-qk", "completion", "z"], {"zsh"}),
+    (["lightning-qk", "cost", "--ran"], {"--ranks"}),
 ]
 
 

@@ -1,6 +1,9 @@
 """Configs by their names."""
 
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import yaml
@@ -33,6 +36,21 @@ def test_a_config_is_printed_as_it_is(name: str, capsys: pytest.CaptureFixture[s
 def test_a_misspelt_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs", "quickstrat"]) == 2
     assert capsys.readouterr().err.endswith("got 'quickstrat'; did you mean 'quickstart'?\n")
+
+
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
+    code = (
+        "import sys; from lightning_qk.cli import _configs, main\n"
+        "_configs.run = lambda *_: print('x' * 10**7) or 0\n"
+        "sys.exit(main(['configs']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=PIPE, stderr=PIPE) as command:
+        assert command.stdout is not None
+        assert command.stdout.read(1) == b"x"
+        command.stdout.close()
+        assert command.stderr is not None
+        assert command.stderr.read() == b""
+    assert command.returncode == 0
 
 
 def test_a_job_takes_a_name(

@@ -8,11 +8,10 @@ import time
 import pytest
 
 from lightning_qk.cli import _configs, main
+from lightning_qk.cli._commands import COMMANDS
 from lightning_qk.cli._configs import job_help
 from lightning_qk.cli._lightning_cli import option_names
-from lightning_qk.cli.command import descriptions
 
-COMMANDS = list(descriptions())
 JOBS = ("fit", "validate", "test", "predict")
 
 

@@ -62,7 +62,7 @@ def test_a_run_keeps_what_it_was(config: Path, capsys: pytest.CaptureFixture[str
     assert "rows: train " in info["Data"]
     assert info["Batch"] == "4 rows"
     assert info["Trainer"].startswith("at most 3 steps")
-    assert info["LocAteR"] == "weight 0.02"
+    assert info["LocAteR"] == "weight 0.02, sigma identity, form variance"
     settings = yaml.unsafe_load((first / "hparams.yaml").read_text())["lightning_qk"]
     assert settings["trainer"]["max_steps"] == 3
     assert settings["data"]["batch_size"] == 4

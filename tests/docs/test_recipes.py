@@ -1,18 +1,21 @@
 """CONTRIBUTING: its picture, its walk and its recipes are those of the code."""
 
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 
 import lightning as L
 import models
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from pages import ROOT, blocks
 from test_imports import FLOORS
 
 import lightning_qk
-from lightning_qk import head_projections
+from lightning_qk import AttentionMonitor, head_projections
 from lightning_qk.functional import AttentionLogits
 from lightning_qk.heads import layouts
 from lightning_qk.record import statistics
@@ -41,6 +44,37 @@ def test_every_stop_of_the_walk_is_there():
         text = (package / path).read_text()
         for part in name.split("."):
             assert re.search(rf"^\s*(def|class) {part}\b", text, re.MULTILINE), (path, name)
+
+
+def test_a_query_passes_every_stop_of_the_walk(tmp_path: Path):
+    package = Path(lightning_qk.__file__).parent
+    stops = re.findall(r"^\d+\. `([\w/.]+)`: `(?:\w+\.)?(\w+)`", (ROOT / PAGE).read_text(), re.MULTILINE)
+    passed: list[tuple[str, str]] = []
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_name in names:
+            path = Path(frame.f_code.co_filename)
+            if package in path.parents:
+                passed.append((path.relative_to(package).as_posix(), frame.f_code.co_name))
+
+    names = {name for _, name in stops}
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        callbacks=[AttentionMonitor(1, figures_every=0, report=False)],
+        logger=CSVLogger(tmp_path),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    job, data = models.Job(models.llama()), models.tokens(4)
+    sys.setprofile(note)
+    try:
+        trainer.fit(job, data)
+    finally:
+        sys.setprofile(None)
+    ordered = iter(passed)
+    assert [stop for stop in stops if stop not in ordered] == []
 
 
 def test_a_layout_is_one_line(monkeypatch: pytest.MonkeyPatch):

@@ -87,7 +87,7 @@ def test_the_existing_job_is_unchanged_by_what_looks_on():
     ]
     assert new[0].startswith("from lightning_qk import")
     losses = []
-    for drop in ("# +", "LocAteR(weight"):
+    for drop in ("# +", "LocAteR()"):
         run("existing_job.py", "--steps", "3", drop=drop)
         losses.append(columns()["train/loss"])
         assert any("qk/" in name for name in columns()) == (drop != "# +")

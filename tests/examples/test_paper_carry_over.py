@@ -6,35 +6,42 @@ from typing import Any
 
 import carry_over
 import pytest
-from carry_over import SEEDS, SHARES, Results, decades, described, parts, stable, sweep
+from carry_over import (
+    COMPARED,
+    SEEDS,
+    SWEPT,
+    Results,
+    as_good,
+    described,
+    parts,
+    ratio,
+    smallest_ratio,
+    stable,
+)
 from common import Clock, Options, read
 from train import configuration
+
+NONE = ("baseline", None)
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Results:
     """Losses of 5, less what a parabola in decades gives about a best coefficient of each setting and method."""
     opts = Options(quick=False, out=tmp_path, data=None, jobs=1, seeds=2)
-    made = Results(opts, ["paper", "vit"])
-    best = {
-        ("paper", "tokens"): 1.0,
-        ("vit", "tokens"): 10.0,
-        ("paper", "variance"): 0.01,
-        ("vit", "variance"): 10.0,
-    }
+    made = Results(opts, ["rough", "paper", "llama"])
+    best = {("rough", "tokens"): 1.0, ("llama", "tokens"): 10.0, ("paper", "tokens"): 100.0}
 
     def run(setting: str, key: Any, seed: int, rate: float | None = None) -> None:
         method, value = key
         gain = 0.0
         if (setting, method) in best:
-            gain = 0.3 - 0.1 * abs(math.log10(value / best[setting, method]))
-        elif method == "share":
-            gain = {100: 0.1, 0: 0.2, 1: 0.3}[seed]
-        loss = 5.0 + 0.01 * seed - gain + (0.0 if rate is None else {1e-2: 0.0, 3e-2: 0.4, 1e-1: 0.6}[rate])
-        if rate == 1e-1 and method == "share":
-            loss = math.nan
+            gain = 0.3 - 0.1 * abs(math.log10(value / best[setting, method])) + 0.01 * seed
+        elif method == "limit" and setting == "rough":
+            gain = 0.1 * (seed + 1)
+        broken = {0.1: 0.0, 0.3: 0.4, 0.5: 0.6, 1.0: math.nan if method == "baseline" else 0.6}
+        loss = 5.0 + 0.01 * seed - gain + (0.0 if rate is None else broken[rate])
         found = {"test": {"loss": loss}, "entropy": 0.5 + gain, "sink": 0.1, "max_logit": 4.0}
-        made.runs[setting, key, seed, rate] = found | ({"weight": 2.0 + seed} if method == "share" else {})
+        made.runs[setting, key, seed, rate] = found | ({"weight": 1.0} if method == "limit" else {})
 
     made.run = run  # type: ignore[method-assign]
     return made
@@ -47,62 +54,65 @@ def make_all(results: Results) -> None:
                 results.run(setting, key, seed, rate)
 
 
-def test_coefficients_come_from_one_setting(results: Results) -> None:
-    assert results.chosen() == {}
-    make_all(results)
-    assert results.chosen()["tokens"] == ("tokens", 1.0)
-    assert results.chosen()["variance"] == ("variance", 0.01)
-    assert max(results.tried("vit", "tokens"), key=results.tried("vit", "tokens").__getitem__) == 10.0
-
-
 def test_gains_are_paired_by_seed_and_have_students_interval(results: Results) -> None:
     make_all(results)
-    row = described(results, "paper", SHARES["share"])
-    assert row["seeds"] == len(SEEDS) == 3
-    half = 4.302653 * 0.1 / math.sqrt(3)  # t of 2 degrees of freedom, deviation 0.1
-    assert row["gain"] == pytest.approx([0.2, 0.2 - half, 0.2 + half], rel=1e-5)
-    assert row["weight"] == [2.0, 102.0]
-    assert row["entropy"] - row["entropy_without"] == pytest.approx(0.2)
+    row = described(results, "rough", COMPARED["limit"])
+    assert row["seeds"] == len(SEEDS) == 5
+    half = 2.776445 * 0.1 * math.sqrt(2.5) / math.sqrt(5)  # t of 4 degrees of freedom, gains 0.1 to 0.5
+    assert row["gain"] == pytest.approx([0.3, 0.3 - half, 0.3 + half], rel=1e-5)
+    assert row["same"] == 0
+    assert row["entropy"] - row["entropy_without"] == pytest.approx(0.3)
+    assert described(results, "paper", COMPARED["limit"])["same"] == 5
 
 
-def test_what_is_published_has_the_decades_between_settings(results: Results) -> None:
+def test_coefficients_that_are_as_good_as_the_best() -> None:
+    gains = {0.1: [0.1, 0.3, 0.2], 1.0: [0.3, 0.3, 0.3], 10.0: [0.0, 0.1, 0.0]}
+    # 1 − 0.1: 0.2, 0, 0.1, whose interval is 0.1 ± 0.25; 1 − 10: 0.27 ± 0.14.
+    assert as_good(gains) == (1.0, [0.1, 1.0])
+    assert as_good({0.1: [0.0], 1.0: [0.0], 10.0: [-0.1]}) == (0.1, [0.1, 1.0])
+
+
+def test_decades_between_settings() -> None:
+    assert ratio([0.1, 10.0, 1.0]) == pytest.approx(2.0)
+    assert smallest_ratio([[0.1, 1.0], [10.0, 100.0], [0.01, 100.0, 1.0]]) == pytest.approx(1.0)
+    assert smallest_ratio([[0.1, 1.0], [1.0]]) == 0.0
+
+
+def test_what_is_published(results: Results) -> None:
     make_all(results)
-    carry_over.publish(results, Clock())
+    carry_over.publish(results, Clock(), unigram=4.7)
     found = read("carry_over", results.opts.out)
     carry_over.draw(found, results.opts)
-    assert found["decades"]["tokens"] == pytest.approx(1.0)
-    assert found["decades"]["variance"] == pytest.approx(3.0)
-    vit = next(row for row in found["settings"] if row["setting"] == "vit")
-    assert vit["variance"]["best"] == 10.0
-    assert vit["variance"]["lost"] == pytest.approx(0.3)  # against the one-layer setting's 0.01
+    assert found["decades"]["tokens"] == {"of_best": 2.0, "smallest": 2.0, "settings": 3}
+    rough = next(row for row in found["settings"] if row["setting"] == "rough")
+    assert rough["tokens_sweep"]["as_good"] == [1.0]
+    assert rough["tokens_sweep"]["seeds"] == len(SWEPT)
+    assert {row["method"] for row in rough["others"]} >= {"qk_norm", "qk_clip"}
     assert (results.opts.out / "carry_over.png").is_file()
 
 
-def test_decades_of_nothing_are_none() -> None:
-    assert decades([{"tokens": {}}], "tokens") is None
+def test_the_largest_rate_up_to_which_all_trains(results: Results) -> None:
+    for rate in carry_over.RATES:
+        for key in (NONE, COMPARED["limit"]):
+            results.run("llama", key, 0, rate)
+    found = stable(results, 5.2 - carry_over.TRAINS)["llama"]
+    assert found["baseline"]["largest"] == 0.1  # 5.4 at 0.3 is too much
+    assert found["baseline"]["losses"][3] == math.inf
+    assert stable(results, 5.5 - carry_over.TRAINS)["llama"]["limit"]["largest"] == 0.3
+    assert stable(results, 4.9 - carry_over.TRAINS)["llama"]["limit"]["largest"] is None
 
 
-def test_the_largest_rate_that_trains(results: Results) -> None:
-    for rate in (1e-2, 3e-2, 1e-1):
-        for key in (("baseline", None), SHARES["share"]):
-            results.run("llama", key, SEEDS[0], rate)
-    found = stable(results)["llama"]
-    assert found["baseline"]["largest"] == 3e-2  # 0.6 above the best is more than TRAINS
-    assert found["share"]["largest"] == 3e-2
-    assert found["share"]["losses"][2] == math.inf
-
-
-def test_a_sweep_that_is_not_whole_chooses_nothing(results: Results) -> None:
-    for key in sweep()[:3]:
-        results.run("paper", key, SEEDS[0])
-    assert results.tried("paper", "tokens") == {}
-    assert "tokens" not in results.chosen()
+def test_a_sweep_that_is_not_whole_is_left_out(results: Results) -> None:
+    for key in carry_over.sweep("tokens")[:3]:
+        results.run("rough", key, 0)
+    assert results.swept("rough", "tokens") == {}
 
 
 def test_every_run_has_a_configuration() -> None:
     for setting, changed in carry_over.SHORT.items():
-        for key in sweep():
-            assert configuration(setting, *key, 0, **changed)["steps"] == changed["steps"]
+        for method in carry_over.SWEEP:
+            for key in carry_over.sweep(method):
+                assert configuration(setting, *key, 0, **changed)["steps"] == changed["steps"]
 
 
 @pytest.mark.slow
@@ -110,9 +120,7 @@ def test_the_reduced_run(tmp_path: Path) -> None:
     carry_over.main(["--quick", "--data", "stdlib", "--out", str(tmp_path)])
     found = read("carry_over", tmp_path)
     assert {row["setting"] for row in found["settings"]} == {"paper", "vit"}
-    for row in found["settings"]:
-        assert row["tokens"]["sweep"]
-        assert row["share"]["seeds"] == 1
+    assert all(row["limit"]["seeds"] == 1 for row in found["settings"])
     before = found["runs"]
     carry_over.main(["--quick", "--data", "stdlib", "--out", str(tmp_path)])
     assert read("carry_over", tmp_path)["runs"] == before

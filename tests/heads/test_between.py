@@ -14,6 +14,7 @@ from lightning_qk import head_projections, verify
 from lightning_qk.heads.inferred_layout import check_tokens
 from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import ProjectionReader
+from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.interventions.head_scaler import head_scalers
 
 
@@ -181,12 +182,12 @@ def test_attention_over_channels_is_no_attention_over_tokens(kind):
     assert isinstance(_refusal(kind), NotTokenAttention)
     # What is asked of classes whose names are believed.
     with pytest.raises(NotTokenAttention):
-        check_tokens(kind())
+        check_tokens(AttentionLayer("", kind()))
 
 
 @pytest.mark.parametrize("kind", [ClampedAttention, TemperatureAttention, LengthAttention])
 def test_attention_over_tokens_is_none_over_channels(kind):
-    check_tokens(kind())
+    check_tokens(AttentionLayer("", kind()))
 
 
 def test_a_clamp_is_named_and_its_weights_are_not_edited():

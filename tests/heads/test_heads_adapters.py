@@ -10,7 +10,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.module_as_matrix import ModuleMatrix
+from lightning_qk.heads.module_projection import ModuleMatrix
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.regularizers.locater import LocaterPenalty, Settings
 

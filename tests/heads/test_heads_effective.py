@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_qk.heads.projection import projection_of
+from lightning_qk.heads.module_projection import projection_of
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 
 

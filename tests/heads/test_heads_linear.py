@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lightning_qk.heads.projection import projection_of
+from lightning_qk.heads.module_projection import projection_of
 from lightning_qk.heads.projections import UnreadLayer
 
 

@@ -75,3 +75,46 @@ def test_half_precision_gains_are_read_exactly(dtype):
 )
 def test_what_is_no_such_norm_is_refused(module):
     assert plan_norm(module.eval(), (6,)) is None
+
+
+class Squared(nn.Module):
+    """A gain that is no parameter plus a number, and looks like one while all are 1."""
+
+    def __init__(self, width: int, power: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.power = power
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight**self.power * x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def counted(plan) -> int:
+    """Runs of the norm in one reading."""
+    calls = []
+    kind = type(plan.module)
+    forward = kind.forward
+    kind.forward = lambda self, x: calls.append(1) or forward(self, x)
+    try:
+        plan.read()
+    finally:
+        kind.forward = forward
+    return len(calls)
+
+
+@pytest.mark.parametrize(
+    ("norm", "runs"),
+    [(LlamaRMSNorm(6), 0), (GemmaRMSNorm(6), 0), (T5LayerNorm(6), 0), (Squared(6, 1), 0), (Squared(6, 2), 2)],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_gain_is_taken_as_stored_where_it_is_the_parameter(norm, runs):
+    plan = plan_norm(norm, (6,))
+    assert counted(plan) == runs
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    want = norm.double()(x)
+    gain = plan.read().gain
+    torch.testing.assert_close(
+        (gain * x / x.square().mean(-1, keepdim=True).sqrt()).to(want), want, rtol=1e-4, atol=1e-4
+    )

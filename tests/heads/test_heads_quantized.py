@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 
 from lightning_qk import head_projections, locater_penalty
 from lightning_qk.functional import qk_moments
-from lightning_qk.heads.projection import projection_of
+from lightning_qk.heads.module_projection import projection_of
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.regularizers.locater import LocaterPenalty, Settings

@@ -14,7 +14,7 @@ from lightning_qk.heads.inferred_layout import find_rows
 from lightning_qk.heads.layer import layer_reader
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.reader import unread
-from lightning_qk.heads.sites import attention_sites
+from lightning_qk.heads.sites import AttentionLayer, attention_sites
 
 WIDTH, HEADS, D_HEAD = 24, 4, 6
 
@@ -33,15 +33,15 @@ def test_the_entries_name_what_a_run_finds(name):
         plan = layer_reader(site, fold_norm=False)
         if getattr(plan, "key_layer", None) is not None:
             continue  # the keys come with the call
-        found = find_rows(site.module, site.config)
+        found = find_rows(site)
         # As stored: norms on q and k are compared by name below.
         by_name = [side.pick(side.projection.read().weight, plan.sizes) for side in (plan.query, plan.key)]
-        by_run = [side.projection.read().weight[side.rows] for side in (found.query, found.key)]
+        by_run = [side.pick(side.projection.read().weight, found.sizes) for side in (found.query, found.key)]
         want = _forms(*by_name, plan.scaling)
-        got = _forms(*by_run, plan.scaling if found.scaling is None else found.scaling)
+        got = _forms(*by_run, found.scaling)
         torch.testing.assert_close(got, want.to(got), rtol=1e-5, atol=1e-7)
-        for side, own in ((plan.query, found.query), (plan.key, found.key)):
-            assert (None if side.qk_norm is None else side.qk_norm.module) is own.norm
+        for one, other in ((plan.query.qk_norm, found.query.qk_norm), (plan.key.qk_norm, found.key.qk_norm)):
+            assert (None if one is None else one.module) is (None if other is None else other.module)
         seen += 1
     assert seen
 
@@ -144,7 +144,7 @@ def test_chains_shared_keys_and_norms_are_read():
 def test_the_factor_behind_a_product_is_found():
     site = next(iter(attention_sites(_model(NestedAttention))))
     site.module.sharpen = nn.Identity()
-    assert find_rows(site.module).scaling == pytest.approx(0.3, rel=1e-6)
+    assert find_rows(site).scaling == pytest.approx(0.3, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [InterleavedAttention, NestedAttention])
@@ -228,7 +228,7 @@ class WantingAttention(_Base):
 def test_what_cannot_be_found_is_named(kind, reason):
     model = _model(kind)
     with pytest.raises(UnreadLayer, match=reason):
-        find_rows(model[1])
+        find_rows(AttentionLayer("", model[1]))
     (told,) = unread(model).values()
     assert told.startswith(
         f"{kind.__name__} has no known layout of q and k (its children: mix, leave), and running"
@@ -238,7 +238,7 @@ def test_what_cannot_be_found_is_named(kind, reason):
 
 def test_weights_without_values_are_named():
     with pytest.raises(InaccessibleWeights, match="meta device"):
-        find_rows(InterleavedAttention().to("meta"))
+        find_rows(AttentionLayer("", InterleavedAttention().to("meta")))
 
 
 def test_a_search_leaves_no_trace():
@@ -248,7 +248,7 @@ def test_a_search_leaves_no_trace():
         module.register_forward_pre_hook(lambda *args: heard.append(args))
     state = torch.get_rng_state()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    find_rows(model[1])
+    find_rows(AttentionLayer("", model[1]))
     assert torch.equal(state, torch.get_rng_state())
     assert not heard
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -257,6 +257,8 @@ def test_a_search_leaves_no_trace():
 
 def test_half_precision_layers_are_found():
     model = _model(InterleavedAttention).to(torch.bfloat16)
-    found = find_rows(model[1])
-    assert found.query.rows.tolist() == [[18 * h + 3 * i for i in range(D_HEAD)] for h in range(HEADS)]
-    assert found.key.rows.tolist() == [[18 * h + 3 * i + 1 for i in range(D_HEAD)] for h in range(HEADS)]
+    found = find_rows(AttentionLayer("", model[1]))
+    rows = torch.arange(3 * WIDTH)
+    query, key = (side.pick(rows, found.sizes).tolist() for side in (found.query, found.key))
+    assert query == [[18 * h + 3 * i for i in range(D_HEAD)] for h in range(HEADS)]
+    assert key == [[18 * h + 3 * i + 1 for i in range(D_HEAD)] for h in range(HEADS)]

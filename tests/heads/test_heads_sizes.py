@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_qk.heads.facts import layer_sizes, softmax_scaling
 from lightning_qk.heads.layouts import CONTIGUOUS, SEPARATE
-from lightning_qk.heads.projections import Sizes, UnreadLayer, head_sizes, softmax_scaling
+from lightning_qk.heads.projections import Sizes, UnreadLayer
 
 
 class Bag:
@@ -36,7 +37,7 @@ def layer(**attributes):
     ],
 )
 def test_sizes_explain_the_rows(attributes, config, rows, order, sizes):
-    assert head_sizes(layer(**attributes), config, rows, order.blocks) == Sizes(*sizes)
+    assert layer_sizes(layer(**attributes), config, rows, order.blocks) == Sizes(*sizes)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_sizes_explain_the_rows(attributes, config, rows, order, sizes):
 )
 def test_sizes_that_do_not_explain_the_rows_are_refused(attributes, rows, message):
     with pytest.raises(UnreadLayer, match=message):
-        head_sizes(layer(**attributes), None, rows, SEPARATE.blocks)
+        layer_sizes(layer(**attributes), None, rows, SEPARATE.blocks)
 
 
 @pytest.mark.parametrize(

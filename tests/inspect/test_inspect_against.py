@@ -2,16 +2,14 @@
 
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 from pretrained import package_folder
 
 from lightning_qk.cli import main
-from lightning_qk.inspect import Options, open_source, read_checkpoint, reference, reference_names
-from lightning_qk.inspect.healthy import Reference, write_reference
-from tests import models
+from lightning_qk.inspect import reference, reference_names
+from lightning_qk.inspect.healthy import Reference
 
 
 def toy():
@@ -28,20 +26,6 @@ def test_shares_of_heads_and_of_layers():
     assert known.share_below("eig_mean", 7.0, of_layers=True) == pytest.approx(2 / 3)
     assert math.isnan(known.share_below("eig_mean", math.nan))
     assert math.isnan(known.share_below("other", 1.0))
-
-
-def test_what_is_written_is_read_again(tmp_path, monkeypatch):
-    models.llama().save_pretrained(tmp_path / "model")
-    (checkpoint,) = open_source(str(tmp_path / "model"), Options())
-    reading, *_ = read_checkpoint(checkpoint)
-    reading = replace(reading, predicted={"entropy": torch.arange(sum(reading.heads)).float()})
-    monkeypatch.setattr("lightning_qk.inspect.healthy._FOLDER", tmp_path)
-    write_reference(reading, tmp_path / "own.parquet", facts={"Text": "a text"})
-    known = reference("own")
-    assert known.facts["Text"] == "a text"
-    assert len(known.layers) == len(known.heads) == sum(reading.heads)
-    torch.testing.assert_close(known.values["eig_mean"].float(), reading.values["eig_mean"])
-    assert known.values["predicted/entropy"].tolist() == [*range(sum(reading.heads))]
 
 
 def test_references_are_of_healthy_models():

@@ -181,8 +181,7 @@ def test_a_model_that_has_a_form_itself_keeps_it(tmp_path: Path) -> None:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     from lightning_qk.inspect import Options, open_source
-    from lightning_qk.inspect.skeleton import build_skeleton
-    from lightning_qk.inspect.text import fill
+    from lightning_qk.inspect.skeleton import build_skeleton, fill
 
     config = Wav2Vec2Config(
         hidden_size=32,

@@ -31,7 +31,7 @@ from lightning_qk.callbacks.monitors import TokenMonitor
 from lightning_qk.loggers.loggers import WANDB_SECTIONS, WANDB_STEP
 from lightning_qk.loggers.workspace import GROUPS
 from lightning_qk.record.families import OTHER
-from lightning_qk.record.statistics import family_of_key
+from lightning_qk.record.statistics import of_key
 
 LAYERS = HEADS = 32
 # What W&B's documentation advises for one value and for one call, and its code for a histogram.
@@ -255,7 +255,7 @@ def test_charts_of_tokens_and_predictions_have_values(tokens: WandbRun) -> None:
 def test_every_key_is_in_a_family(big: Big, tokens: WandbRun) -> None:
     logged = {key for row in (*big.run.history, *tokens.history) for key in row}
     ours = {key for key in logged if any(key.startswith(section[:-1]) for section in WANDB_SECTIONS)}
-    families = {key: family_of_key(key) for key in ours}
+    families = {key: getattr(of_key(key), "family", OTHER) for key in ours}
     assert OTHER not in families.values(), [key for key, family in families.items() if family == OTHER]
     assert {"health", "entropy", "spectrum", "tokens", "predictions", "guard", "interventions"} <= set(
         families.values()

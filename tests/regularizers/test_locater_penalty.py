@@ -159,7 +159,7 @@ def test_bf16_weights_under_autocast():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"form": "spread"}, "'variance' or 'target', got 'spread'"),
+        ({"form": "spread"}, "'variance', 'target' or 'limit', got 'spread'"),
         ({"form": "target"}, "target mean"),
         ({"target": 1.0}, "no target with form='variance'"),
         ({"support": "all"}, "support to be"),

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from lightning_qk import HeadProjections, TokenMoments, locater_penalty
-from lightning_qk.functional.layer_inputs import covariance_root, sample_tokens
+from lightning_qk.functional.layer_inputs import covariance_root, sample_tokens, token_mean
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.regularizers.locater import LocaterPenalty
 from lightning_qk.regularizers.settings import Settings
@@ -149,6 +149,11 @@ def test_a_root_keeps_its_digits_beside_a_large_mean_and_leaves_out_what_does_no
     want = torch.cov(tokens[10:].double().T, aweights=weight[10:].double(), correction=0)
     torch.testing.assert_close((root.mT @ root).double(), want, rtol=1e-3, atol=1e-4)
     assert not covariance_root(tokens, torch.zeros(50)).any()
+    shares = weight[10:].double() / weight[10:].double().sum()
+    torch.testing.assert_close(
+        token_mean(tokens, weight).double(), shares @ tokens[10:].double(), rtol=1e-6, atol=0
+    )
+    assert not token_mean(tokens, torch.zeros(50)).any()
 
 
 def test_as_many_tokens_as_there_are_take_each_once_and_no_first_one():

@@ -7,11 +7,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_qk._packages import either
 from lightning_qk.callbacks._event_log import EventLog, write_events
-from lightning_qk.callbacks._ranks import all_or_none
+from lightning_qk.callbacks._ranks import all_or_none, reason_of
 from lightning_qk.callbacks._trainer import logging_step, say
 from lightning_qk.callbacks.callback import Callback
 from lightning_qk.callbacks.guard._healthy import CHECKPOINT_NAME, HealthyCheckpoint
-from lightning_qk.callbacks.guard._pending import in_words
 from lightning_qk.callbacks.guard._rate import RateLimit
 from lightning_qk.callbacks.guard._remedy import Dormant
 from lightning_qk.callbacks.guard._watch import ReadingSource
@@ -50,7 +49,7 @@ class Acting(Callback):
 
     action: str
     _remedies: list[Any]
-    _watch: ReadingSource | None
+    _watch: ReadingSource
     rollback: bool
     lr_factor: float
     lr_warmup: int
@@ -93,7 +92,7 @@ class Acting(Callback):
             return run_directory(trainer)
         except Exception as error:
             self._say_once(
-                f"the run's folder is not known ({in_words(error)}): {trainer.default_root_dir} is taken"
+                f"the run's folder is not known ({reason_of(error)}): {trainer.default_root_dir} is taken"
             )
             return str(trainer.default_root_dir)
 
@@ -102,14 +101,14 @@ class Acting(Callback):
         try:
             action()
         except Exception as error:
-            self._say_once(f"{otherwise} ({in_words(error)}); training goes on", otherwise)
+            self._say_once(f"{otherwise} ({reason_of(error)}); training goes on", otherwise)
 
     def _keep(self, trainer: Trainer, step: int, is_healthy: bool) -> None:
         """Confirm or drop the checkpoint that waits for it; write the next where due."""
         if not is_healthy:
             self._healthy.doubt(trainer)
             return
-        self._confirm(trainer)
+        self._with_files(lambda: self._healthy.confirm(trainer))
         last = self._healthy.step
         if (
             self.checkpoint_every > 0
@@ -119,25 +118,21 @@ class Acting(Callback):
             self._save(trainer, step)
 
     def _save(self, trainer: Trainer, step: int) -> None:
-        """A full disk is no reason to end a run."""
         if not self._cannot_save:
             self._with_files(lambda: self._healthy.save(trainer, step))
 
-    def _confirm(self, trainer: Trainer, at_once: bool = False) -> None:
-        self._with_files(lambda: self._healthy.confirm(trainer, at_once=at_once))
-
     def _with_files(self, action: Callable[[], object]) -> None:
-        """What fails here fails on all ranks."""
+        """What fails here fails on all ranks; a full disk is no reason to end a run."""
         try:
             action()
         except Exception as error:
             if not self._cannot_save:
                 self._cannot_save = True
-                self._say(f"it keeps no more checkpoints ({in_words(error)}); training goes on")
+                self._say(f"it keeps no more checkpoints ({reason_of(error)}); training goes on")
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         done = []
-        reason = verdict.reason if self._watch is None else self._watch.with_labels(verdict.reason)
+        reason = self._watch.with_labels(verdict.reason)
         if self.action == "stop":
             trainer.should_stop = True
             done.append("training is stopped")
@@ -161,10 +156,7 @@ class Acting(Callback):
 
     def _where(self, verdict: Verdict) -> str:
         """The layer as log keys name it, and the head."""
-        watch = self._watch
-        monitors = [] if watch is None else [watch.attention, watch.spectrum]
-        labels = {name: label for one in monitors if one is not None for name, label in one.labels.items()}
-        layer = labels.get(verdict.layer, verdict.layer)
+        layer = self._watch.labels.get(verdict.layer, verdict.layer)
         return layer if verdict.head is None else f"{layer}/head_{verdict.head:02d}"
 
     def _help(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -183,11 +175,8 @@ class Acting(Callback):
             done.append(f"{' and '.join(names)} set in")
         if done:
             self.detector.restart()
-            self.forget_weights()
+            self._watch.forget_weights()  # what they are next is no update of training's
         return done
-
-    def forget_weights(self) -> None:
-        """Weights may have been put back: what they are next is no update of training's."""
 
     def _tightened(self, trainer: Trainer, went_back: bool) -> bool:
         """On all ranks or on none."""
@@ -206,7 +195,7 @@ class Acting(Callback):
         except Exception as error:
             if before is not None:
                 self._rate.load_state_dict(before)
-            self._say_once(f"learning rates cannot be multiplied ({in_words(error)}); training goes on")
+            self._say_once(f"learning rates cannot be multiplied ({reason_of(error)}); training goes on")
             return False
 
     def _restored(self, trainer: Trainer) -> bool:
@@ -214,7 +203,8 @@ class Acting(Callback):
             return self._healthy.restore(trainer)
         except Exception as error:
             self._say(
-                f"it could not go back to {CHECKPOINT_NAME} ({in_words(error)}); training goes on from where it is"
+                f"it could not go back to {CHECKPOINT_NAME} ({reason_of(error)}); training goes on from where it "
+                "is"
             )
             return False
 

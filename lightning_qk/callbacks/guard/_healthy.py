@@ -6,6 +6,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_qk.callbacks._ranks import all_agree, from_zero, is_distributed
+from lightning_qk.callbacks._ranks import FailedTogether, all_agree, from_zero, is_distributed, reason_of
 from lightning_qk.callbacks._trainer import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 CHECKPOINT_NAME = "lightning_qk_healthy.ckpt"
@@ -107,7 +108,7 @@ class HealthyCheckpoint:
         return None if before is None or self._current is not None else before.step
 
     def _look(self) -> tuple[Identity | None, Identity | None]:
-        """The two where they are now. A candidate goes on to be one in any case: what follows decides about it."""
+        """Both with their present paths. A candidate stays one even if its file is not found."""
         current = self._current and self._found(self._current)
         return current, self._candidate and (self._found(self._candidate) or self._candidate)
 
@@ -127,7 +128,7 @@ class HealthyCheckpoint:
         """Save the current state as the candidate checkpoint (collective).
 
         Raises:
-            RuntimeError: some rank could not, on all of them. Nothing of it is left.
+            FailedTogether: some rank could not, on all of them. Nothing of it is left.
         """
         identity = Identity(self._run, step, from_zero(trainer, uuid.uuid4().hex), self._path(".new"))
         partial = Path(self._path(f".new.{self._run[:8]}.partial"))
@@ -155,7 +156,7 @@ class HealthyCheckpoint:
             if trainer.is_global_zero and not is_whole:
                 _remove(partial)
         if not is_whole:
-            raise RuntimeError(_words(error)) from error
+            raise _failed(error) from error
         self._candidate, self._followed = identity, 0
 
     def _put(self, partial: Path, identity: Identity) -> None:
@@ -172,7 +173,7 @@ class HealthyCheckpoint:
         """One more healthy reading: after enough of them the candidate is it. Every rank calls it.
 
         Raises:
-            RuntimeError: the file is gone or cannot be put in its place, on all ranks.
+            FailedTogether: the file is gone or cannot be put in its place, on all ranks.
         """
         if self._candidate is None:
             return
@@ -185,10 +186,10 @@ class HealthyCheckpoint:
             try:
                 answer = self._promoted(candidate), ""
             except Exception as error:
-                answer = None, _words(error)
+                answer = None, reason_of(error)
         confirmed, reason = from_zero(trainer, answer)
         if confirmed is None:
-            raise RuntimeError(reason)
+            raise FailedTogether(reason)
         self._current = confirmed
 
     def _promoted(self, candidate: Identity) -> Identity:
@@ -203,7 +204,7 @@ class HealthyCheckpoint:
         return replace(found, path=str(path))
 
     def _make_room(self, path: Path) -> None:
-        """Set the one before aside where a checkpoint refers to it; remove a folder that stands in the way."""
+        """Keep the replaced checkpoint if a checkpoint of the run refers to it; remove a folder at its path."""
         before = self._current
         if self.keeps_replaced and before is not None and before.key in self._referred:
             if before.path == str(path) and path.exists():
@@ -250,14 +251,14 @@ class HealthyCheckpoint:
         data's position.
 
         Raises:
-            RuntimeError: the file is gone, is another or cannot be read, on all ranks; nothing was changed.
+            FailedTogether: the file is gone, is another or cannot be read, on all ranks; nothing was changed.
         """
         current = self._current
         if current is None:
             return False
         found = from_zero(trainer, self._found(current) if trainer.is_global_zero else None)
         if found is None:
-            raise RuntimeError("it is gone, or what lies there is another")
+            raise FailedTogether("it is gone, or what lies there is another")
         checkpoint: dict[str, Any] = {}
         error: Exception | None = None
         settings = [
@@ -270,7 +271,7 @@ class HealthyCheckpoint:
         except Exception as own:
             error = own
         if not all_agree(trainer, error is None):
-            raise RuntimeError(_words(error)) from error
+            raise _failed(error) from error
         trainer.strategy.load_model_state_dict(checkpoint)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
         for optimizer, groups in zip(trainer.optimizers, settings, strict=True):
@@ -312,7 +313,7 @@ class HealthyCheckpoint:
 
 
 def holds(path: Path, mark: str) -> bool:
-    """Whether a checkpoint says of itself that it is the one that is meant. Nothing in it is run.
+    """Whether a checkpoint holds an identity's mark. Nothing in it is executed.
 
     Args:
         path: a file, or the folder of a sharded checkpoint.
@@ -370,29 +371,24 @@ def _check(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         raise ValueError("the optimizers have other parameters than at that step")
 
 
-class _at_once:
+@contextmanager
+def _at_once(trainer: Trainer) -> Iterator[None]:
     """The file is whole when saving returns, also under a plugin that writes in a thread."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._strategy = trainer.strategy
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        own = getattr(self._strategy, "checkpoint_io", None)
-        inner = getattr(own, "checkpoint_io", None)
-        if inner is not None and any(kind.__name__ == "AsyncCheckpointIO" for kind in type(own).__mro__):
-            self._before, self._strategy.checkpoint_io = own, inner
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            self._strategy.checkpoint_io = self._before
+    own: Any = getattr(trainer.strategy, "checkpoint_io", None)
+    inner = getattr(own, "checkpoint_io", None)
+    if inner is None or not any(kind.__name__ == "AsyncCheckpointIO" for kind in type(own).__mro__):
+        yield
+        return
+    trainer.strategy.checkpoint_io = inner
+    try:
+        yield
+    finally:
+        trainer.strategy.checkpoint_io = own
 
 
-def _words(error: BaseException | None) -> str:
-    if error is None:
-        return "another process failed"
-    words = " ".join(str(error).split())
-    return words if isinstance(error, RuntimeError) else f"{type(error).__name__}: {words}"
+def _failed(error: Exception | None) -> FailedTogether:
+    """What to raise on every rank; None: it failed on another one."""
+    return FailedTogether("another process failed" if error is None else reason_of(error))
 
 
 def _quietly(action: Any) -> Any:

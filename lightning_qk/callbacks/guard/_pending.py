@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk.callbacks._loss import batch_loss
-from lightning_qk.callbacks._ranks import FailedTogether, is_distributed, total
+from lightning_qk.callbacks._ranks import is_distributed, total
 from lightning_qk.guard.reading import Place
 
 
@@ -68,7 +68,7 @@ class StepLosses:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a checkpoint's run."""
+        """Restore the losses of a checkpoint."""
         self._losses = [torch.tensor(float(loss)) for loss in state.get("losses", ())]
         self._micro = [torch.tensor(float(loss)) for loss in state.get("micro", ())]
 
@@ -103,9 +103,3 @@ class Pending:
         """The reading that :meth:`state_dict` described."""
         places = {group: [Place(*place) for place in own] for group, own in state["places"].items()}
         return cls(**{**state, "places": places})
-
-
-def in_words(error: BaseException) -> str:
-    """Kind and message of an error; of those that say it all the message alone."""
-    words = " ".join(str(error).split())
-    return words if type(error) in (RuntimeError, FailedTogether) else f"{type(error).__name__}: {words}"

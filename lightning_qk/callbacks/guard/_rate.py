@@ -51,7 +51,7 @@ class RateLimit:
     # Hooks of the optimizers
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Stand before and after the steps of optimizers, those before are left."""
+        """Hook the steps of these optimizers, and no longer those before."""
         self.detach()
         self.optimizers = list(optimizers)
         for number, optimizer in enumerate(self.optimizers):
@@ -69,7 +69,7 @@ class RateLimit:
         self._handles, self.optimizers = [], []
 
     def settle(self) -> None:
-        """Between steps: undo what a step that did not end left behind, and stand next to the step itself.
+        """Between steps: restore rates that an interrupted step left scaled, and be the last pre-step hook.
 
         A hook of the optimizer that runs before this one reads and sets the unscaled rate.
         """
@@ -78,7 +78,7 @@ class RateLimit:
         self.stand_last()
 
     def stand_last(self) -> None:
-        """Come after all other hooks before a step, and before all others after it."""
+        """Be the last of the hooks before a step, and the first after it."""
         for optimizer, (before, after) in zip(self.optimizers, self._handles, strict=True):
             first = getattr(optimizer, "_optimizer_step_pre_hooks", None)
             then = getattr(optimizer, "_optimizer_step_post_hooks", None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.callbacks._ranks import agree, is_distributed, total
+from lightning_qk.callbacks._ranks import agree, is_distributed, reason_of, total
 from lightning_qk.callbacks.interventions._base import Intervention
 
 
@@ -76,7 +76,7 @@ class Dormant:
             if count and index not in self._is_out:
                 self._is_out.add(index)
                 error = self._failed.get(index)
-                reason = "another process failed" if error is None else f"{type(error).__name__}: {error}"
+                reason = "another process failed" if error is None else reason_of(error)
                 self.say(f"{type(self.callbacks[index]).__name__} is left out from here on ({reason})")
                 self._take_away(index, trainer, pl_module)
         self._failed.clear()
@@ -85,7 +85,7 @@ class Dormant:
         try:
             self.callbacks[index].teardown(trainer, pl_module, "fit")
         except Exception as error:
-            self.say(f"{type(self.callbacks[index]).__name__} could not be taken away ({error})")
+            self.say(f"{type(self.callbacks[index]).__name__} could not be taken away ({reason_of(error)})")
 
     def wake(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Begin; whether there was something to begin. Every rank calls it."""
@@ -112,9 +112,7 @@ class Dormant:
                 states.append(own)
             except Exception as error:  # noqa: PERF203 (once a checkpoint)
                 states.append({})
-                self.say(
-                    f"the state of {type(callback).__name__} is not saved ({type(error).__name__}: {error})"
-                )
+                self.say(f"the state of {type(callback).__name__} is not saved ({reason_of(error)})")
         return {"is_awake": self.is_awake, "states": states, "is_out": sorted(self._is_out)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_qk.callbacks._ranks import total
 from lightning_qk.callbacks._trainer import logging_step, say, stepped_parameters
 from lightning_qk.callbacks.monitors import AttentionMonitor, Monitor, QKSpectrumMonitor
 from lightning_qk.capture.hooks import generate
@@ -23,6 +22,7 @@ ATTENTION = ("entropy_normalized", "logit_std", "max_abs_logit")
 SPECTRUM = ("sym_var", "frobenius_sq")
 UPDATES = ("update_delta2_norm", "update_delta2_stable_rank")
 COSINE = "hidden/cosine"
+_TOKENS = 64
 _M = TypeVar("_M", bound=Monitor)
 
 
@@ -42,16 +42,26 @@ class _Quiet(Monitor):
         self._steps_measured = 1
         self.find_layers(trainer, pl_module)
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Measure, with no other monitor."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        self.measure_due_alone(trainer, pl_module)
+
+    def remember_step(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """Remember the newest values alone."""
         self.history = History(self.history.layers, self.history.heads, max_points=2)
         self.history.append(logging_step(trainer), values)
 
-    def share(self, *args: Any, **kwargs: Any) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """Nothing is logged."""
+        self.after_measuring(trainer)
 
-    def count_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """There are no aggregates."""
+    def gaps(self, part: Any) -> dict[str, Tensor]:
+        """There are no values besides."""
+        return {}
+
+    def filled(self, part: Any, values: dict[str, Tensor]) -> None:
+        """There are none."""
 
     def after_measuring(self, trainer: Trainer) -> None:
         """No eigenproblem is solved."""
@@ -89,10 +99,10 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
             self.attempt(lambda: self._solve_updates(self.step_of(trainer)), "solving eigenproblems")
 
     def _solve_updates(self, step: int) -> None:
-        if self._layers is None or self._layers.singular is None:
+        if self.weight_layers is None or self.weight_layers.singular is None:
             return
-        spectra, _ = solve_each([part for part in self._cores if part.names[0].startswith(UPDATE_FORMS)])
-        self.history.complete(step, self._layers.singular.values(step, spectra))
+        spectra, _ = solve_each([part for part in self.cores if part.names[0].startswith(UPDATE_FORMS)])
+        self.history.complete(step, self.weight_layers.singular.values(step, spectra))
 
     def recall(self, state: dict[str, Any] | None) -> None:
         """Take up what the next update is against, of a checkpoint; collective where weights are sharded."""
@@ -101,9 +111,9 @@ class QuietSpectrum(_Quiet, QKSpectrumMonitor):
 
     def forget_weights(self) -> None:
         """Weights were put back: the next difference is not an update of training."""
-        if self._layers is not None and self._layers.singular is not None:
-            self._layers.singular.forget()
-            self._step_of_weights = None
+        if self.weight_layers is not None and self.weight_layers.singular is not None:
+            self.weight_layers.singular.forget()
+            self.step_of_weights = None
 
     def contribute(self, record: RunRecord) -> None:
         """Nothing is left to report."""
@@ -115,21 +125,19 @@ class HiddenCosine:
     Forwards without gradients, and those within transformers' ``generate``, do not count. Rank collapse drives it
     to 1. With unit vectors u of T tokens it is ``(‖Σ u‖² − T) / (T² − T)``, at a cost
     linear in T. Tokens are those that the batch's own ``attention_mask`` of shape ``(batch, T)`` keeps; without
-    one, all of them.
+    one, all of them. Of each sequence 64 at most are taken, evenly spaced.
 
     Args:
         model: any module with attention layers.
-        tokens: of each sequence, at most so many are taken, evenly spaced.
     """
 
-    def __init__(self, model: nn.Module, tokens: int = 64) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.modules = find_attention(model)
-        self.tokens = tokens
         self._model = model
         self._sums: dict[str, Tensor] = {}
         self._give_back: list[Callable[[], None]] = []
         self._keep: Tensor | None = None
-        self._problem: str | None = None
+        self._problem: Exception | None = None
 
     @property
     def places(self) -> list[Place]:
@@ -163,13 +171,13 @@ class HiddenCosine:
                     self._sums[name] = self._sums[name] + found if name in self._sums else found
             except Exception as error:
                 # The model's forward goes on.
-                self._problem = f"{type(error).__name__}: {error}"
+                self._problem = error
 
         return hook
 
     def _cosines(self, hidden: Tensor) -> Tensor:
         """Sum over sequences of their mean cosines, and how many sequences."""
-        stride = -(-hidden.shape[1] // self.tokens)
+        stride = -(-hidden.shape[1] // _TOKENS)
         unit = nn.functional.normalize(hidden[:, ::stride].float(), dim=-1)
         if self._keep is not None and self._keep.shape == hidden.shape[:2]:
             unit = unit * (self._keep[:, ::stride] != 0).float().unsqueeze(-1)
@@ -184,27 +192,23 @@ class HiddenCosine:
         """Sum of cosines and number of sequences of all layers since the last call, ``(layers, 2)``, this rank's.
 
         Raises:
-            RuntimeError: they could not be computed.
+            Exception: what a forward raised in place of them.
         """
         sums, self._sums = self._sums, {}
         problem, self._problem = self._problem, None
         if problem is not None:
-            raise RuntimeError(problem)
+            raise problem
         if not self.modules:
             return torch.zeros(0, 2, device=device)
         return torch.stack([sums.get(name, torch.zeros(2)).to(device) for name in self.modules])
 
-    def compute(self, trainer: Trainer, device: torch.device) -> Tensor:
-        """Means of all layers since the last call, over ranks, ``(layers,)``; a collective call."""
-        sums = total(trainer, self.take(device))
-        return (sums[:, 0] / sums[:, 1]).float().cpu()
-
 
 class ReadingSource:
-    """Everything that a guard reads of a trainer, measured at a guard's steps.
+    """Everything that a guard reads of a trainer within one fit, measured at the guard's steps.
 
     A monitor of the trainer is read where it measures at all of these steps; else a quiet one measures. Without
-    attention that can be watched nothing is read, and the training loss is all that a guard has.
+    attention that can be watched nothing is read, and the training loss is all that a guard has; so before
+    :meth:`begin` and after :meth:`leave`.
 
     Args:
         every_n_steps: cadence of the guard; None follows the trainer's ``log_every_n_steps``.
@@ -230,6 +234,7 @@ class ReadingSource:
         """
         callbacks = list(callbacks)
         every = _cadence(trainer, self.every_n_steps)
+        self.quiet, self.spectrum = [], None
         self.attention = _fitting(callbacks, AttentionMonitor, trainer, every)
         if not self.updates:
             self.spectrum = _fitting(callbacks, QKSpectrumMonitor, trainer, every)
@@ -256,20 +261,15 @@ class ReadingSource:
         watched = [(type(one).__name__, one.watched()) for one in self.quiet]
         return repr((watched, self.spectrum is None, list(self.hidden.modules)))
 
-    def updates_state(self, global_step: int) -> dict[str, Any] | None:
-        """What a resumed run needs to miss no update."""
-        spectrum = self.spectrum if self.updates else None
-        return spectrum.singular_state(global_step) if isinstance(spectrum, QuietSpectrum) else None
-
-    def recall(self, state: dict[str, Any] | None) -> None:
-        """Take up what :meth:`updates_state` described, once the checkpoint's weights are there."""
-        if self.updates and isinstance(self.spectrum, QuietSpectrum) and state is not None:
-            self.spectrum.recall(state)
+    @property
+    def updated(self) -> "QuietSpectrum | None":
+        """The monitor of updates, where they are looked at."""
+        return self.spectrum if self.updates and isinstance(self.spectrum, QuietSpectrum) else None
 
     def forget_weights(self) -> None:
         """Weights were put back."""
-        if isinstance(self.spectrum, QuietSpectrum):
-            self.spectrum.forget_weights()
+        if self.updated is not None:
+            self.updated.forget_weights()
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was: nothing is watched any more."""
@@ -306,7 +306,7 @@ class ReadingSource:
             monitor._is_due = False
 
     def is_ready(self, step: int) -> bool:
-        """Whether the trainer's monitors have measured a step: a guard may stand before them."""
+        """Whether the trainer's monitors have measured a step; the guard may be called before them."""
         return all(
             monitor is None or not monitor.history.layers or monitor.history.steps[-1:] == [step]
             for monitor in (self.attention, self.spectrum)
@@ -347,12 +347,15 @@ class ReadingSource:
                 values[f"{group}/{name}"] = newest
         return values, places
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Qualified layer name → the name that tables, keys and the report give it."""
+        monitors = (self.attention, self.spectrum)
+        return {name: label for one in monitors if one is not None for name, label in one.labels.items()}
+
     def with_labels(self, sentence: str) -> str:
-        """A sentence whose layers also have the names that tables and the report give them."""
-        labels: dict[str, str] = {}
-        for monitor in (self.attention, self.spectrum):
-            labels |= {} if monitor is None else monitor.labels
-        for name, label in labels.items():
+        """A sentence whose layers also have their labels."""
+        for name, label in self.labels.items():
             if name != label:
                 # Not within a longer name.
                 found = rf"(?<![\w.]){re.escape(name)}(?![\w.]*\w)"

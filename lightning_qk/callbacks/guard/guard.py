@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -9,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_qk.callbacks._event_log import write_events
-from lightning_qk.callbacks._ranks import all_or_none, from_zero, total
+from lightning_qk.callbacks._ranks import all_or_none, from_zero, reason_of, total
 from lightning_qk.callbacks._trainer import is_logged_step, logging_step
 from lightning_qk.callbacks.callback import EDITS, JUDGES, Callback, check_lightning
 from lightning_qk.callbacks.guard._acting import Acting, Action, remedies_of
-from lightning_qk.callbacks.guard._pending import Pending, StepLosses, in_words
+from lightning_qk.callbacks.guard._pending import Pending, StepLosses
 from lightning_qk.callbacks.guard._watch import COSINE, ReadingSource
 from lightning_qk.guard.detector import CollapseDetector, Sensitivity, Verdict
 from lightning_qk.guard.reading import Reading
@@ -142,8 +143,8 @@ class CollapseGuard(Acting):
         """As for a new run."""
         super().begin()
         self.verdicts: list[Verdict] = []
-        self._watch: ReadingSource | None = None
-        # What a checkpoint had for the next update of the weights.
+        self._watch = ReadingSource(self.every_n_steps, self.rows, updates=self.sensitivity.watches_updates)
+        # What the newest checkpoint has for the next update of the weights.
         self._updates_state: dict[str, Any] | None = None
         self._losses = StepLosses()
         self._pending: Pending | None = None
@@ -197,25 +198,22 @@ class CollapseGuard(Acting):
         self._trouble, self._lost, self._gave_up, self._cannot_save = None, 0, False, False
         self._said.clear()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        watch = self._watch = ReadingSource(
-            self.every_n_steps, self.rows, updates=self.sensitivity.watches_updates
-        )
         try:
-            all_or_none(trainer, lambda: watch.begin(trainer, pl_module, callbacks), facts=str)
+            all_or_none(trainer, lambda: self._watch.begin(trainer, pl_module, callbacks), facts=str)
         except Exception as error:
             self._say_once(
-                f"attention cannot be watched, the training loss is ({in_words(error)}); training goes on"
+                f"attention cannot be watched, the training loss is ({reason_of(error)}); training goes on"
             )
-            self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
+            self._try(lambda: self._watch.leave(trainer, pl_module), "its hooks could not all be removed")
         self._remedy.check("on_fit_start", trainer, pl_module)
         if self.lr_factor < 1:
             self._try(lambda: self._attach_rate(trainer), "learning rates cannot be multiplied")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where training starts is what there is to go back to at first; a remedy that was awake goes on."""
-        watch, state = self._watch, self._updates_state
-        if watch is not None:
-            self._try(lambda: watch.recall(state), "the update since the last reading is not known")
+        """Save the state that training starts with, to roll back to; resume a remedy that was awake."""
+        updated, state = self._watch.updated, self._updates_state
+        if updated is not None and state is not None:
+            self._try(lambda: updated.recall(state), "the update since the last reading is not known")
         gone = self._healthy.begin(trainer, self._folder(trainer))
         if gone is not None:
             self._say(
@@ -224,7 +222,7 @@ class CollapseGuard(Acting):
             )
         if self.rollback and self._healthy.step is None and self.rolled_back_to is None:
             self._save(trainer, logging_step(trainer) - 1)
-            self._confirm(trainer, at_once=True)
+            self._with_files(lambda: self._healthy.confirm(trainer, at_once=True))
         self._remedy.call("on_train_start", trainer, pl_module)
         self._remedy.agree(trainer, pl_module)
 
@@ -236,9 +234,8 @@ class CollapseGuard(Acting):
         self._try(self._rate.settle, "learning rates cannot be multiplied")
         self._steps_before = trainer.global_step
         self._is_due = self._is_due or is_logged_step(trainer, self.every_n_steps)
-        watch = self._watch
-        if watch is not None and not self._gave_up:
-            self._attempt(lambda: watch.begin_batch(trainer, pl_module, batch, batch_idx, self._is_due))
+        if not self._gave_up:
+            self._attempt(lambda: self._watch.begin_batch(trainer, pl_module, batch, batch_idx, self._is_due))
         self._remedy.call("on_train_batch_start", trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
@@ -263,23 +260,22 @@ class CollapseGuard(Acting):
         """Remember the loss; once the optimizer has stepped, read and judge where due."""
         self._remedy.call("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
         self._remedy.agree(trainer, pl_module)
-        watch = self._watch
-        if watch is None or self._gave_up:
+        if self._gave_up:
             return
         has_stepped = trainer.global_step != self._steps_before
-        self._attempt(watch.hidden.stop)
+        self._attempt(self._watch.hidden.stop)
         self._attempt(lambda: self._losses.add(trainer, pl_module, outputs, self.loss))
         if has_stepped:
             self._attempt(lambda: self._losses.close_step(trainer, pl_module.device))
         is_read = has_stepped and self._is_due
         if is_read:
             self._is_due = False
-            self._pending = self._gather(trainer, pl_module, watch)
+            self._pending = self._gather(trainer, pl_module)
         if self._pending is None or self._pending.trouble is None:
             # A collective call where they measure.
-            self._attempt(lambda: watch.end_batch(trainer, pl_module, outputs, batch, batch_idx))
+            self._attempt(lambda: self._watch.end_batch(trainer, pl_module, outputs, batch, batch_idx))
         else:
-            self._attempt(watch.skip_batch)
+            self._attempt(self._watch.skip_batch)
         if is_read:
             self._judge(trainer, pl_module)
 
@@ -300,25 +296,22 @@ class CollapseGuard(Acting):
         self._leave(trainer, pl_module)
 
     def _leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        watch, self._watch = self._watch, None
         self._try(self._rate.detach, "learning rates could not be left")
-        if watch is not None:
-            quiet = list(watch.quiet)
-            # For a checkpoint after the fit.
-            step = trainer.global_step
-            self._try(lambda: self._remember_updates(watch, step), "the newest update is not remembered")
-            self._try(lambda: watch.leave(trainer, pl_module), "its hooks could not all be removed")
-            for monitor in quiet:
-                monitor.stop()  # each by itself, whatever became of the others
+        self._remember_updates(trainer)  # for a checkpoint after the fit
+        quiet = list(self._watch.quiet)
+        self._try(lambda: self._watch.leave(trainer, pl_module), "its hooks could not all be removed")
+        for monitor in quiet:
+            monitor.stop()  # each by itself, whatever became of the others
         if trainer.is_global_zero:
             self._try(self._healthy.sweep, "its files could not be removed")
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen, what was said, and the remedy's state."""
+        self._remember_updates(self.running()[0])
         return {
             "detector": self.detector.state_dict(),
             "account": self.event_log.state_dict(),
-            "verdicts": [verdict.state_dict() for verdict in self.verdicts],
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "rolled_back_to": self.rolled_back_to,
             "remedy": self._remedy.state_dict(),
             "rate": self._rate.state_dict(),
@@ -326,31 +319,26 @@ class CollapseGuard(Acting):
             **self._losses.state_dict(),
             "is_due": self._is_due,
             "pending": None if self._pending is None else self._pending.state_dict(),
-            "updates": self._updates_now(),
+            "updates": self._updates_state,
         }
 
-    def _updates_now(self) -> dict[str, Any] | None:
-        """What a resumed run needs to miss no update; None where none is looked at."""
-        trainer, _ = self.running()
-        watch = self._watch
-        if trainer is not None and watch is not None:
-            step = trainer.global_step
-            self._try(lambda: self._remember_updates(watch, step), "the newest update is not remembered")
-        return self._updates_state
-
-    def _remember_updates(self, watch: ReadingSource, step: int) -> None:
+    def _remember_updates(self, trainer: Trainer | None) -> None:
+        """Keep what a resumed run needs to miss no update, while updates are looked at."""
+        updated = self._watch.updated
+        if trainer is None or updated is None:
+            return
         self._updates_state = None
-        self._updates_state = watch.updates_state(step)
+        step = trainer.global_step
 
-    def forget_weights(self) -> None:
-        """The next update would be a step back."""
-        if self._watch is not None:
-            self._watch.forget_weights()
+        def remember() -> None:
+            self._updates_state = updated.singular_state(step)
+
+        self._try(remember, "the newest update is not remembered")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what a checkpoint's run had seen."""
         self.detector.load_state_dict(state_dict["detector"])
-        self.verdicts = [Verdict.from_state_dict(state) for state in state_dict["verdicts"]]
+        self.verdicts = [Verdict(**state) for state in state_dict["verdicts"]]
         self.event_log.load_state_dict(state_dict.get("account", {}))
         write_events(self.running()[0], self.event_log.kept)
         self.rolled_back_to = state_dict["rolled_back_to"]
@@ -368,7 +356,7 @@ class CollapseGuard(Acting):
         try:
             action()
         except Exception as error:
-            self._trouble = self._trouble or in_words(error)
+            self._trouble = self._trouble or reason_of(error)
 
     def _lose(self, reason: str) -> None:
         """A reading that failed, on all ranks: the next is tried, and after a few in a row no more."""
@@ -382,13 +370,14 @@ class CollapseGuard(Acting):
 
     # Reading and judging
 
-    def _gather(self, trainer: Trainer, pl_module: LightningModule, watch: ReadingSource) -> Pending:
+    def _gather(self, trainer: Trainer, pl_module: LightningModule) -> Pending:
         """What ranks have to add up for a reading, and whether something failed on one; one collective call."""
-        flat = torch.zeros(1 + 2 * len(watch.hidden.modules), device=pl_module.device)
+        hidden = self._watch.hidden
+        flat = torch.zeros(1 + 2 * len(hidden.modules), device=pl_module.device)
         try:
-            flat[1:] = watch.hidden.take(pl_module.device).flatten()
+            flat[1:] = hidden.take(pl_module.device).flatten()
         except Exception as error:
-            self._trouble = self._trouble or in_words(error)
+            self._trouble = self._trouble or reason_of(error)
         flat[0] = float(self._trouble is not None)
         total(trainer, flat)
         found = flat.cpu()
@@ -401,7 +390,7 @@ class CollapseGuard(Acting):
             pending.losses = self._losses.take(pl_module.device)
         except Exception as error:
             # Rank zero alone judges.
-            pending.trouble = pending.trouble or in_words(error)
+            pending.trouble = pending.trouble or reason_of(error)
         return pending
 
     def _judge(
@@ -411,7 +400,7 @@ class CollapseGuard(Acting):
         is_last_call: bool = False,
         has_ended: bool = False,
     ) -> None:
-        """What to make of the reading that waits, if one does, on rank zero for all; a collective call.
+        """Judge the pending reading, if there is one, on rank zero for all ranks (collective).
 
         Args:
             trainer: the trainer.
@@ -419,16 +408,16 @@ class CollapseGuard(Acting):
             is_last_call: judge what is there; else wait where the trainer's monitors have not measured yet.
             has_ended: training has.
         """
-        pending, watch = self._pending, self._watch
-        if pending is None or watch is None or self._gave_up:
+        pending = self._pending
+        if pending is None or self._gave_up:
             self._pending = None
             return
         answer: tuple[str, Any] = ("", None)
         if trainer.is_global_zero:
             try:
-                answer = self._answer(trainer, pl_module, pending, watch, is_last_call)
+                answer = self._answer(trainer, pl_module, pending, is_last_call)
             except Exception as error:
-                answer = "failed", in_words(error)
+                answer = "failed", reason_of(error)
         kind, found = from_zero(trainer, answer)
         if kind == "wait":
             return
@@ -446,13 +435,9 @@ class CollapseGuard(Acting):
         self._keep(trainer, verdict.step, verdict.is_healthy)
 
     def _answer(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        pending: Pending,
-        watch: ReadingSource,
-        is_last_call: bool,
+        self, trainer: Trainer, pl_module: LightningModule, pending: Pending, is_last_call: bool
     ) -> tuple[str, Any]:
+        watch = self._watch
         if pending.trouble is not None:
             return "failed", pending.trouble
         values, places = watch.read(trainer, pl_module, pending.step)

@@ -8,10 +8,25 @@ import torch
 from torch import Tensor
 
 from lightning_qk.functional.spectrum import Support, support_size
-from lightning_qk.regularizers.settings import Form, Settings, check_form
+from lightning_qk.regularizers.settings import Form, Settings, check_form, check_limit
 
 Schedule = Literal["constant", "linear"]
 Sigma = Literal["identity", "tokens"]
+
+
+def filled(
+    weight: float | str | None, form: Form | None, sigma: Sigma | None
+) -> tuple[float | str, Form, Sigma]:
+    """Weight, form and sigma, where None stands for what goes with the others."""
+    if form is None:
+        form = "limit" if weight is None else "variance"
+    if weight is None:
+        if form != "limit":
+            raise ValueError(
+                f"expected a weight with form={form!r}, got none: pass a number, or a share such as '1%'"
+            )
+        weight = 1.0
+    return weight, form, sigma or ("tokens" if form == "limit" else "identity")
 
 
 def check_options(
@@ -24,8 +39,21 @@ def check_options(
     schedule: str,
     warmup_steps: int,
     cross_attention: bool,
+    limit: float,
+    share: float | None,
 ) -> None:
     """Raise ValueError for an option that is out of range, or does not go with another."""
+    check_limit(limit)
+    if form == "limit" and sigma != "tokens":
+        raise ValueError(
+            f"expected sigma='tokens' with form='limit', whose limit is in units of logits, got {sigma!r}: leave "
+            "sigma out"
+        )
+    if form == "limit" and share is not None:
+        raise ValueError(
+            f"expected a number for weight with form='limit', which has no gradient in most steps, got "
+            f"'{100 * share:g}%': leave weight out (1)"
+        )
     if not math.isfinite(nu) or nu < 0:
         raise ValueError(f"expected a finite nu of at least 0, got {nu}: pass 0 to switch it off")
     if target is not None and not math.isfinite(target):

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_qk.callbacks._ranks import gathered
-from lightning_qk.functional.layer_inputs import covariance_root
+from lightning_qk.functional.layer_inputs import covariance_root, token_mean
 from lightning_qk.tokens.layer_inputs import LayerInputs
 
 
@@ -58,8 +58,8 @@ class StepInputs:
         missing = [name for name in self.widths if name not in self._inputs.seen]
         return {name: self._inputs.problems.get(name, "no forward of it was seen") for name in missing}
 
-    def pool(self) -> tuple[dict[str, Tensor], Exception | None]:
-        """Layer → factor of the covariance of its tokens, and what failed here; a collective call.
+    def pool(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Exception | None]:
+        """Layer → factor of the covariance of its tokens, → their mean, and what failed here; a collective call.
 
         Every process sends as many rows a layer; those that it has not have no weight. A layer of which no process
         has tokens has a covariance of zero, and no penalty.
@@ -74,13 +74,14 @@ class StepInputs:
         except Exception as failed:
             error = failed
         every = [own.split(sizes) for own in gathered(self._trainer, flat)]
-        moments = {}
+        moments, means = {}, {}
         for index, (name, width) in enumerate(self.widths.items()):
             table = torch.cat([own[index].view(self._rows, width + 1) for own in every])
             tokens, weight = table[:, :-1], table[:, -1]
             # A token that is not finite is the training's trouble, and does not spread by the penalty.
-            moments[name] = covariance_root(tokens, torch.where(tokens.isfinite().all(-1), weight, 0.0))
-        return moments, error
+            weight = torch.where(tokens.isfinite().all(-1), weight, 0.0)
+            moments[name], means[name] = covariance_root(tokens, weight), token_mean(tokens, weight)
+        return moments, means, error
 
     def _fill(self, table: Tensor, name: str) -> None:
         taken = self._inputs.taken(name)

@@ -12,7 +12,7 @@ from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
 from lightning_qk.callbacks._trainer import stepped_parameters
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
-from lightning_qk.heads.projections import head_count
+from lightning_qk.heads.facts import head_count
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.interventions.attention_mask import GatedAttention, OffsetGates

@@ -12,7 +12,7 @@ from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, chosen_sites
 from lightning_qk.callbacks.interventions._attention import PenaltyIntervention
 from lightning_qk.functional.entropy import PriorFunction
-from lightning_qk.heads.projections import head_count
+from lightning_qk.heads.facts import head_count
 from lightning_qk.interventions.penalties import Kind, is_positional, named_prior, prior_measure
 
 

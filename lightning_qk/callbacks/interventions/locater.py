@@ -34,6 +34,7 @@ from lightning_qk.callbacks.interventions._locater_step import (
     Sigma,
     Step,
     check_options,
+    filled,
 )
 from lightning_qk.callbacks.interventions._share import GradientShare, parse_weight
 from lightning_qk.callbacks.interventions._step_inputs import StepInputs
@@ -41,14 +42,22 @@ from lightning_qk.functional.spectrum import Support
 from lightning_qk.interventions.layers import matching_unread
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.regularizers.locater import LocaterPenalty
-from lightning_qk.regularizers.settings import Form, Settings, left_out
+from lightning_qk.regularizers.settings import LIMIT, Form, Settings, left_out
 
 
 class LocAteR(Intervention):
     r"""Regularizes the QK-eigenspectra of a model while it trains: localized attention regularization.
 
     After Bao et al., ICML 2024 (arXiv 2402.02098): a small variance of the eigenvalues of ``W_QK`` with a mean
-    that is not zero localizes attention. The callback adds the gradient of
+    that is not zero localizes attention.
+
+    ``LocAteR()`` is the limit form, which needs no choice: it adds nothing while the standard deviation σ of a
+    head's logits between independent tokens is below 8, as it is in all but one of the 342 heads of two pretrained
+    models, and ``ln(σ/8)²`` above. So a training whose logits stay small is the same with it as without. Its
+    weight, 1, is in nats of the loss for logits that are e times as large as the limit. ``LocAteR(weight)`` is
+    the variance form.
+
+    The callback adds the gradient of
     ``weight * locater_penalty(model)`` to the gradients right before the optimizer steps, once per step: after
     gradient accumulation, the reduction over ranks and fp16 unscaling, before clipping. The gradient equals
     that of the penalty as a term of the loss. Logged losses do not contain it, and neither does the loss that
@@ -76,12 +85,14 @@ class LocAteR(Intervention):
     trainer has several of these callbacks, ``locater/<name>/penalty`` and ``locater/<name>/weight``.
 
     Args:
-        weight: ``"10%"``: a share. Over the first ten steps the norm of the penalty's gradient on query and key
-            weights is that share of the norm of the loss's; the coefficient that this takes (their median) is
-            logged and kept. Or a number, the coefficient itself, whose scale depends on the model;
-            ``examples/paper`` has the sweeps.
-        sigma: ``"identity"``: of the weights alone. ``"tokens"``: over the tokens of each step.
-        form: ``"variance"`` or ``"target"``, see :func:`~lightning_qk.locater_penalty`.
+        weight: None: 1, in the limit form. ``"10%"``: a share, in the other forms. Over the first ten steps the
+            norm of the penalty's gradient on query and key weights is that share of the norm of the loss's; the
+            coefficient that this takes (their median) is logged and kept. Or a number, the coefficient itself,
+            whose scale depends on the model in the variance and target forms; ``examples/paper`` has the sweeps.
+        sigma: ``"identity"``: of the weights alone. ``"tokens"``: over the tokens of each step. None: the former,
+            but in the limit form, which is of tokens.
+        form: ``"variance"``, ``"target"`` or ``"limit"``, see :func:`~lightning_qk.locater_penalty`. None: the
+            limit form without a weight, else the variance form.
         support: ``"model"`` or ``"head"``, see :func:`~lightning_qk.functional.qk_moments`.
         target: for ``form="target"`` the mean that eigenvalues are held at; None holds each head at its mean at
             the start of training (kept in checkpoints).
@@ -93,6 +104,7 @@ class LocAteR(Intervention):
             None for all.
         cross_attention: also regularize cross-attention between spaces of one width.
         name: tells several of these callbacks in one trainer apart; None numbers them from 1.
+        limit: for ``form="limit"``, the standard deviation of logits up to which there is no penalty.
 
     Raises:
         TypeError: the trainer is none of Lightning's.
@@ -101,14 +113,14 @@ class LocAteR(Intervention):
             the gradients.
     """
 
-    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest", "_inputs", "moments")
+    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest", "_inputs", "moments", "token_means")
 
     def __init__(
         self,
-        weight: float | str,
+        weight: float | str | None = None,
         *,
-        sigma: Sigma = "identity",
-        form: Form = "variance",
+        sigma: Sigma | None = None,
+        form: Form | None = None,
         support: Support = "model",
         target: float | None = None,
         nu: float = 1.0,
@@ -118,9 +130,14 @@ class LocAteR(Intervention):
         modules: Patterns = None,
         cross_attention: bool = False,
         name: str | None = None,
+        limit: float = LIMIT,
     ) -> None:
+        weight, form, sigma = filled(weight, form, sigma)
         coefficient, share = parse_weight(weight)
-        check_options(sigma, form, support, target, nu, tokens, schedule, warmup_steps, cross_attention)
+        check_options(
+            sigma, form, support, target, nu, tokens, schedule, warmup_steps, cross_attention, limit, share
+        )
+        self.limit = float(limit)
         self.weight: float | str = coefficient if share is None else f"{100 * share:g}%"
         self._asked_share = share
         self.sigma: Sigma = sigma
@@ -143,6 +160,7 @@ class LocAteR(Intervention):
         self._penalty: LocaterPenalty | None = None
         self._inputs: StepInputs | None = None
         self.moments: dict[str, Tensor] | None = None
+        self.token_means: dict[str, Tensor] | None = None
         self._aims: dict[str, Tensor] | None = None
         self._prefix = "locater"
         self._batches = 0
@@ -248,7 +266,7 @@ class LocAteR(Intervention):
             agree(trainer, error or own)
 
         if self._inputs is not None:
-            self.moments, own = self._inputs.pool()
+            self.moments, self.token_means, own = self._inputs.pool()
             error = error or own
         try:
             step = self._prepare(trainer, pl_module, optimizer, penalty)
@@ -322,7 +340,15 @@ class LocAteR(Intervention):
         scale = loss_scale(trainer, optimizer)
         # With several optimizers every parameter still gets it once: each its own.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        settings = Settings(self.form, self.support, self._aim(pl_module), self.nu, self.moments)
+        settings = Settings(
+            self.form,
+            self.support,
+            self._aim(pl_module),
+            self.nu,
+            self.moments,
+            self.limit,
+            self.token_means,
+        )
         return Step(settings, weight, weight if scale is None else weight * scale, parameters)
 
     def _lose(self, trainer: Trainer, error: Exception) -> None:
@@ -453,7 +479,7 @@ class LocAteR(Intervention):
         """Drop all references to the model."""
         if self._inputs is not None:
             self._inputs.remove()
-        self._inputs, self.moments = None, None
+        self._inputs, self.moments, self.token_means = None, None, None
         self._penalty, self._newest, self._aims = None, None, None
 
     def contribute(self, record: RunRecord) -> None:

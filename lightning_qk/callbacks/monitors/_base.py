@@ -3,9 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, TypedDict, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,7 +11,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_qk.architecture.labels import shorten
-from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
 from lightning_qk.callbacks._loss import LossCurve, batch_loss
 from lightning_qk.callbacks._output import log_agreed, log_at_step
@@ -21,19 +18,17 @@ from lightning_qk.callbacks._ranks import has_others
 from lightning_qk.callbacks._run_facts import run_settings
 from lightning_qk.callbacks._self_check import add_self_check
 from lightning_qk.callbacks._trainer import (
-    describe_error,
     is_last_chance,
     is_logged_step,
     logging_step,
 )
 from lightning_qk.callbacks.callback import OBSERVES, check_lightning, observe_last
 from lightning_qk.callbacks.monitors._keys import Families, PerLayer, without_errors
-from lightning_qk.callbacks.monitors._live import LivePage
-from lightning_qk.callbacks.monitors._report import write_run
-from lightning_qk.callbacks.monitors._watching import OnUnreadable, Watching
-from lightning_qk.callbacks.run_directory import run_directory
-from lightning_qk.loggers.loggers import describe_config, log_scalars, shows_pictures
-from lightning_qk.loggers.pictures import Pictures
+from lightning_qk.callbacks.monitors._reporting import Reporting
+from lightning_qk.callbacks.monitors._round import Part, measure_together
+from lightning_qk.callbacks.monitors._session import join_session, measure_due
+from lightning_qk.callbacks.monitors._watching import OnUnreadable
+from lightning_qk.loggers.loggers import describe_config, log_scalars
 from lightning_qk.record.forgotten import Forgotten
 from lightning_qk.record.history import History, RunRecord
 from lightning_qk.record.snapshots import Snapshots
@@ -77,13 +72,7 @@ def at_least(least: int, **values: int | None) -> None:
             raise ValueError(f"expected {name} to be at least {least}, or None for all of them, got {value}")
 
 
-def _draw_heatmap(history: History, statistic: str) -> bytes:
-    from lightning_qk.report.figures import heatmap, to_png
-
-    return to_png(heatmap(history, statistic))
-
-
-class Monitor(Watching):
+class Monitor(Reporting):
     """Base of the monitors, and what they share.
 
     A subclass sets the class attributes, finds its layers in :meth:`find_layers` and measures them in
@@ -130,8 +119,6 @@ class Monitor(Watching):
     has_heads: bool = True
     """Whether layers have heads to be named; without, each has one value."""
 
-    live: ClassVar[tuple[str, ...]] = ("_pictures", "_ended_by", "_page")
-
     def __init__(
         self,
         every_n_steps: int | None = None,
@@ -176,11 +163,7 @@ class Monitor(Watching):
         super().begin()
         self.states: Tensor | None = None
         self._snapshots = Snapshots()
-        self._pictures = Pictures()
         self._loss = LossCurve()
-        self._directory: str | None = None
-        self._ended_by: BaseException | None = None
-        self._page: LivePage | None = None
         self._steps_before = 0
         self._at_the_end = False
         self._begin_counting(0)
@@ -194,7 +177,7 @@ class Monitor(Watching):
     def _begin_counting(self, first_step: int) -> None:
         self._found_non_finite = False
         self._logged, self._is_due = 0, False
-        self._drawn: int | None = None
+        self._drawn = None
         self._steps_measured, self._steps_a_batch = 0, 1
         self._first_step = first_step
         self._last_step: int | None = None
@@ -217,6 +200,7 @@ class Monitor(Watching):
         check_lightning(trainer, type(self).__name__)
         if stage == "fit":
             self.begin_fit(trainer, pl_module)
+            join_session(trainer, self)
             observe_last(trainer)
             if self.has_heads:
                 add_self_check(trainer)
@@ -225,7 +209,7 @@ class Monitor(Watching):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Agree on where the report goes, and find the layers: the same on every process, or raise on all."""
-        self._directory = run_directory(trainer)
+        self.find_folder(trainer)
         self.start_counting(trainer)
         self.start_together(trainer, lambda: self.find_layers(trainer, pl_module))
 
@@ -244,26 +228,26 @@ class Monitor(Watching):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left of earlier steps, before any callback logs this one."""
         if self._is_due:
-            self.log_late(trainer, pl_module)
+            self.log_late(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure and log once the optimizer has stepped."""
+        """Stop listening; the trainer's monitors measure together, when all of them have come here."""
         if self._is_due:
             self.attempt(lambda: self._loss.hear(batch_loss(trainer, pl_module, outputs)), "keeping the loss")
         self.here(self.end_batch)
-        self._end_step(trainer, pl_module)
 
-    def _end_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end_step(self, trainer: Trainer) -> bool:
+        """Whether the step is to be measured that this batch was the last of, the same on every process."""
         steps = trainer.global_step - self._steps_before
         if not steps:
-            return
+            return False
+        self._steps_before = trainer.global_step
         self._steps_a_batch, self._last_step = max(steps, 1), logging_step(trainer)
-        if self._is_due:
-            self._is_due = False
-            self._steps_measured += 1
-            self._measure_and_publish(trainer, pl_module)
+        was_due, self._is_due = self._is_due, False
+        self._steps_measured += was_due
+        return was_due
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left of earlier steps, before the validation logs this one."""
@@ -307,7 +291,11 @@ class Monitor(Watching):
             return
         if self._is_due and trainer.global_step != self._steps_before:
             self.end_batch()
-            self._end_step(trainer, pl_module)
+            self.measure_due_alone(trainer, pl_module)
+
+    def measure_due_alone(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure a step that is due now, without the trainer's other monitors; collective calls."""
+        measure_due(trainer, pl_module, [self])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint."""
@@ -321,12 +309,8 @@ class Monitor(Watching):
     # What a monitor says
 
     @abstractmethod
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Statistic → flat values of all heads after a step, reduced over ranks; None if there is nothing.
-
-        Collective calls are made by all processes or by none: what may fail before one of them goes through
-        :func:`~lightning_qk.callbacks._ranks.all_or_none`. What comes after the last one may fail as it likes.
-        """
+    def part(self, trainer: Trainer, pl_module: LightningModule) -> Part:
+        """What it does in a measurement of a step."""
 
     def contribute(self, record: RunRecord) -> None:
         """Add the history to the run's record, and the loss and the means of some statistics as curves."""
@@ -393,10 +377,24 @@ class Monitor(Watching):
         else:
             log_at_step(trainer, pl_module, overall)
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
-        """Send the statistics of one step to the history and the loggers."""
-        history = self.history
-        step = self.step_of(trainer)
+    def gaps(self, part: Part) -> dict[str, Tensor]:
+        """Values besides that another process may have where they are NaN here; the same names on every process.
+
+        May not fail.
+        """
+        return {}
+
+    def filled(self, part: Part, values: dict[str, Tensor]) -> None:
+        """Take the values of :meth:`gaps`, the same on every process now, whatever became of the part."""
+
+    def remember_step(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        """Keep a step, and the layers that count in it."""
+        self.count_layers(trainer, pl_module)
+        self.attempt(lambda: self.remember(trainer, values), "remembering")
+
+    def remember(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
+        """Keep the statistics of one step in the history, and judge by them; no collective call."""
+        history, step = self.history, self.step_of(trainer)
         if trainer.is_global_zero and self.report and history.forgotten is None:
             history.forgotten = Forgotten()
         history.append(step, values, self.states)
@@ -405,7 +403,20 @@ class Monitor(Watching):
             self.note(history.forgotten.problem)
         self.note_non_finite(self.states, step)
         self.attempt(lambda: self.conclude(trainer, step), "judging heads")
-        # Of its own: what a logger does not take is still remembered.
+
+    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        """Send the statistics of one step to ``trainer.callback_metrics`` and the loggers, on every process."""
+        if not self._at_the_end:  # no module may log then
+            self.share(trainer, pl_module, values)
+        self.attempt(lambda: self._log_step(trainer, values), "remembering")
+        self.after_measuring(trainer)
+        if trainer.is_global_zero and self.report and not self._at_the_end:
+            self.attempt(lambda: self.rewrite(trainer, pl_module), "rewriting the report")
+
+    def _log_step(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
+        step = self.step_of(trainer)
+        if self.history.steps[-1:] != [step]:
+            return  # it could not be remembered, which was said
         self.attempt(lambda: self.log_values(trainer, without_errors(values), step))
         if not trainer.is_global_zero:
             return
@@ -425,51 +436,6 @@ class Monitor(Watching):
     def of_run(self, step: int) -> dict[str, float]:
         """Numbers of the whole run that are logged with the aggregates of a step."""
         return {}
-
-    def log_figures(self, trainer: Trainer, step: int) -> None:
-        """Draw layer × head heatmaps of the newest values, once a step, in a thread."""
-        history = self.history
-        if step == self._drawn or self._failed.get("drawing", 0) >= MOST_FAILURES:
-            return
-        if not shows_pictures(trainer):
-            return
-        self._drawn = step
-        for name in self.figure_statistics:
-            is_drawn = self.is_logged(name) and name in history.values
-            if is_drawn and history.values[name][-1].isfinite().any():
-                # Of its own: the history goes on.
-                newest = History(history.layers, history.heads)
-                newest.append(step, {name: history.values[name][-1]})
-                self._pictures.draw(
-                    f"{self.group}/heatmap/{name}", step, partial(_draw_heatmap, newest, name)
-                )
-
-    def log_late(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
-        """Log what was begun at earlier steps in a thread; no collective call.
-
-        Args:
-            trainer: the trainer.
-            pl_module: where its ``log`` may be called.
-        """
-        self.attempt(lambda: self._pictures.log(trainer), "drawing")
-
-    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Last figures, then, from the last of the monitors, the report of all of them."""
-        if not trainer.is_global_zero or self._reported or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        self._reported = True
-        monitors = [callback for callback in trainer.callbacks if isinstance(callback, Monitor)]  # type: ignore[attr-defined]
-        for page in (monitor._page for monitor in monitors if monitor._page is not None):
-            page.close()
-        try:
-            if self.figures_every and len(self.history):
-                self.log_figures(trainer, self.history.steps[-1])
-            self.log_late(trainer)
-            if self.report and all(monitor._reported for monitor in monitors if monitor.report):
-                folder = Path(self._directory or trainer.default_root_dir)
-                write_run(trainer, pl_module, folder, self.note, self._ended_by)
-        except Exception as error:
-            self.note(f"the report could not be written ({describe_error(error)})")
 
     def note_non_finite(self, states: Tensor | None, step: int) -> None:
         """Name the layers and heads that are not finite, the first time: NaN soon spreads to all."""
@@ -508,37 +474,18 @@ class Monitor(Watching):
             return
         self._at_the_end, self._is_due = True, False
         try:
-            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
-            if values is not None:
-                # No module may log now.
-                self.attempt(lambda: self.publish(trainer, None, values), "remembering")
-                self.after_measuring(trainer)
+            self.measure_alone(self.part(trainer, pl_module))
         finally:
             self._at_the_end = False
+
+    def measure_alone(self, part: Part) -> None:
+        """Measure where the other monitors have nothing to measure; collective calls."""
+        if not self.gave_up:
+            measure_together([part])
 
     def nothing_measured(self, sentence: str) -> None:
         """Say that training ended without a measurement."""
         self.note(sentence)
-
-    def _measure_and_publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.log_late(trainer, pl_module)
-        values = self.together(trainer, lambda: self.measure(trainer, pl_module))
-        if values is None:
-            return
-        self.count_layers(trainer, pl_module)
-        self.share(trainer, pl_module, values)
-        self.attempt(lambda: self.publish(trainer, pl_module, values), "remembering")
-        self.after_measuring(trainer)
-        if trainer.is_global_zero and self.report:
-            self.attempt(lambda: self._rewrite(trainer, pl_module), "rewriting the report")
-
-    def _rewrite(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The report of the run up to now: from the monitor that measures most often, the last of several."""
-        monitors = [one for one in reversed(trainer.callbacks) if isinstance(one, Monitor) and one.report]  # type: ignore[attr-defined]
-        often = min(monitors, key=lambda one: one.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if self is often and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._page = self._page or LivePage.as_asked(one.report_every for one in monitors)
-            self._page.keep(trainer, pl_module, Path(self._directory or trainer.default_root_dir))
 
     def after_measuring(self, trainer: Trainer) -> None:
         """After a measurement that every process has: begin what is logged late."""

@@ -15,7 +15,7 @@ from lightning_qk.callbacks._output import log_agreed
 from lightning_qk.callbacks._trainer import logging_step
 from lightning_qk.callbacks.monitors._base import MonitorOptions
 from lightning_qk.callbacks.monitors._keys import without_errors
-from lightning_qk.callbacks.monitors._listening import ListeningMonitor
+from lightning_qk.callbacks.monitors._listening import CallsPart, ListeningMonitor
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import find_attention
@@ -267,12 +267,9 @@ class CaptureMonitor(ListeningMonitor):
         for index in range(dataloaders):
             suffix = f"/dataloader_idx_{index}" if dataloaders > 1 else ""
             pool = self._evaluation.get(index, SumAccumulator())
-            values = self.together(trainer, partial(self.compute, trainer, pl_module, pool))
-            if values is not None:
-                # Where it fails here, no process goes on with the next dataloader.
-                self.here(partial(self._share_evaluation, trainer, pl_module, values, stage, suffix))
+            self.measure_alone(_EvaluationPart(self, trainer, pl_module, pool, stage, suffix))
 
-    def _share_evaluation(
+    def share_evaluation(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -280,6 +277,7 @@ class CaptureMonitor(ListeningMonitor):
         stage: str,
         suffix: str,
     ) -> None:
+        """Log the statistics of a loop, on every process."""
         self.count_layers(trainer, pl_module)
         means = without_errors(values)
         overall = self.over_the_model(means, f"{self.group}/{stage}", states=self.states)
@@ -298,3 +296,37 @@ class CaptureMonitor(ListeningMonitor):
         logged = self.worth_logging(over_all, is_evaluation=True)
         scalars = {key + suffix: value for key, value in (logged | layers).items()}
         log_scalars(trainer, scalars, logging_step(trainer))
+
+
+class _EvaluationPart(CallsPart):
+    """Statistics of the calls of a dataloader's loop, which are logged and not remembered."""
+
+    monitor: CaptureMonitor
+
+    def __init__(
+        self,
+        monitor: CaptureMonitor,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        pool: SumAccumulator,
+        stage: str,
+        suffix: str,
+    ) -> None:
+        super().__init__(monitor, trainer, pl_module, pool, is_step=False)
+        self._stage, self._suffix = stage, suffix
+
+    def remember(self) -> None:
+        """Nothing."""
+
+    def gaps(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def filled(self, values: dict[str, Tensor]) -> None:
+        """Nothing."""
+
+    def publish(self) -> None:
+        """Log the loop's statistics."""
+        self.monitor.share_evaluation(
+            self.trainer, self.pl_module, self.values or {}, self._stage, self._suffix
+        )

@@ -1,6 +1,6 @@
 """The attention that a training run's token moments predict, beside what was measured."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,6 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_qk.architecture.labels import shorten
-from lightning_qk.callbacks._ranks import all_or_none, fill_from_others
 from lightning_qk.callbacks._trainer import describe_error
 from lightning_qk.callbacks.monitors._keys import LogKeys
 from lightning_qk.functional.token_moments import TokenMoments
@@ -51,11 +50,9 @@ class Predictions(LogKeys):
         """Go on with the history of a checkpoint."""
         self.history = History.from_state_dict(state)
 
-    def predict(
+    def own_share(
         self,
         trainer: Trainer,
-        step: int,
-        labels: Mapping[str, str],
         heads: Mapping[str, HeadProjections],
         pooled: TokenStatistics,
         facts: Mapping[str, Mapping[str, Any]],
@@ -63,44 +60,61 @@ class Predictions(LogKeys):
         surrogates: int,
         seed: int,
         note: Callable[[str], None],
-    ) -> None:
-        """Predict the attention of one step, each process that of its share of the layers; a collective call.
+    ) -> dict[str, Tensor]:
+        """The predicted attention of one step, of this process' share of the layers; raises nothing.
 
         Args:
             trainer: the trainer.
-            step: of the moments.
-            labels: layer name → label, the same on every process.
             heads: layer name → what is known of it.
             pooled: the moments, reduced over ranks.
             facts: layer name → what this process' calls say besides.
             surrogates: sequences to draw.
             seed: of a generator of their own.
             note: called once with what cannot be predicted.
+
+        Returns:
+            Statistic → values of all heads, NaN where another process predicts or nothing can be.
         """
-
-        def own() -> dict[str, Tensor]:
+        rows = {name: torch.full((len(PREDICTED), head.heads), torch.nan) for name, head in heads.items()}
+        own = [name for index, name in enumerate(heads) if index % trainer.world_size == trainer.global_rank]
+        reasons: dict[str, list[str]] = {}
+        try:
             moments, lengths = pooled.moments(), pooled.lengths()
-            rows = {name: torch.full((len(PREDICTED), head.heads), torch.nan) for name, head in heads.items()}
-            reasons: dict[str, list[str]] = {}
-            for index, name in enumerate(heads):
-                if (
-                    index % trainer.world_size != trainer.global_rank
-                    or not {name} <= moments.keys() & facts.keys()
-                ):
-                    continue
-                try:
-                    known = dict(facts[name])
-                    found = _predicted(heads[name], moments[name], lengths[name], known, surrogates, seed)
-                    rows[name] = torch.stack([found[key].float().cpu() for key in PREDICTED])
-                except Exception as error:
-                    if _are_finite(moments[name]):  # else that is said
-                        reasons.setdefault(describe_error(error), []).append(name)
-            for reason, names in reasons.items():
-                note(f"the attention of {shorten(names)} is not predicted: {reason}")
-            return dict(zip(PREDICTED, torch.cat(list(rows.values()), 1), strict=True))
+        except Exception as error:
+            reasons[describe_error(error)], own = own, []
+        for name in own:
+            if not {name} <= moments.keys() & facts.keys():
+                continue
+            try:
+                known = dict(facts[name])
+                found = _predicted(heads[name], moments[name], lengths[name], known, surrogates, seed)
+                rows[name] = torch.stack([found[key].float().cpu() for key in PREDICTED])
+            except Exception as error:
+                if _are_finite(moments[name]):  # else that is said
+                    reasons.setdefault(describe_error(error), []).append(name)
+        for reason, names in reasons.items():
+            note(f"the attention of {shorten(names)} is not predicted: {reason}")
+        return dict(zip(PREDICTED, torch.cat(list(rows.values()), 1), strict=True))
 
-        self._values = fill_from_others(trainer, all_or_none(trainer, own))
-        shape = tuple(labels[name] for name in heads), tuple(head.heads for head in heads.values())
+    def take(
+        self,
+        step: int,
+        labels: Mapping[str, str],
+        values: dict[str, Tensor],
+        heads: Sequence[int],
+        states: Tensor | None,
+    ) -> None:
+        """Take the predictions of all layers at a step, the same on every process.
+
+        Args:
+            step: of the moments.
+            labels: layer name → label.
+            values: statistic → values of all heads.
+            heads: of each layer.
+            states: of all heads, or None.
+        """
+        self._values, self.states = values, states
+        shape = tuple(labels.values()), tuple(heads)
         if (self.history.layers, self.history.heads) != shape:
             self.history = History(*shape)
         self.step = step
@@ -142,6 +156,12 @@ class Predictions(LogKeys):
         if share is not None:
             self.history.complete(step, {SEMANTIC_SHARE: share})
             self._log(trainer, monitor, {SEMANTIC_SHARE: share}, step)
+
+
+def nothing_predicted(heads: Mapping[str, HeadProjections]) -> dict[str, Tensor]:
+    """What :meth:`Predictions.own_share` gives of a process that predicts nothing."""
+    nothing = torch.full((sum(head.heads for head in heads.values()),), torch.nan)
+    return {name: nothing.clone() for name in PREDICTED}
 
 
 def _are_finite(moments: TokenMoments) -> bool:

@@ -1,7 +1,7 @@
 """Callback: where attention goes while a model trains."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,17 +11,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_qk.callbacks._output import log_at_step
-from lightning_qk.callbacks._ranks import (
-    all_or_none,
-    alone,
-    fill_from_others,
-    is_distributed,
-    packed,
-    reduce_states,
-)
 from lightning_qk.callbacks.callback import SUMS_UP
 from lightning_qk.callbacks.monitors._base import Monitor, at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
+from lightning_qk.callbacks.monitors._round import Part
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import (
     POSITION_STATISTICS,
@@ -33,6 +26,7 @@ from lightning_qk.functional.attention import (
 from lightning_qk.functional.logits import AttentionLogits
 from lightning_qk.functional.propagation import PROFILE_BINS, profile_sums
 from lightning_qk.metrics.attention import AttentionStatistics
+from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.later import Later, attention_later
 from lightning_qk.metrics.means import HeadMeans
 from lightning_qk.record.history import History, RunRecord
@@ -151,47 +145,44 @@ class AttentionMonitor(CaptureMonitor):
         count = self._measured
         return self.report and (count % _PROFILE_EVERY == 0 or count & (count - 1) == 0)
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Statistics of all heads, and the report's curves where they are due; a collective call."""
+    def metrics(self, heads: dict[str, int]) -> list[Any]:
+        """The statistics, and the report's curves."""
+        return [*super().metrics(heads), HeadMeans(heads, [str(part) for part in range(PROFILE_BINS)])]
+
+    def begin_measuring(self) -> int:
+        """With the report's curves where they are due."""
         is_due = self._profile_is_due()
         self._measured += 1
-        sums, lost = self._step_pool.sums(_PROFILE), set(self._step_pool.lost)
-        values = super().measure(trainer, pl_module)
-        if values is not None and is_due:
-            left_out = self._told | lost
-            kept = {name: [one] for name, one in sums.items() if name not in left_out}
-            self._measure_profile(trainer, pl_module, kept)
-        return values
+        return 1 + is_due
 
-    def _measure_profile(
-        self, trainer: Trainer, pl_module: LightningModule, sums: Mapping[str, Sequence[MeanSums]]
-    ) -> None:
-        history = self.history
+    def fill(self, metrics: Sequence[Any], pool: SumAccumulator) -> None:
+        """Add statistics and curves."""
+        super().fill(metrics, pool)
+        for profile in metrics[1:]:
+            pool.into(profile, _PROFILE)
 
-        def pooled() -> tuple[HeadMeans, Tensor | None]:
-            heads = dict(zip(self.labels, history.heads, strict=True))
-            metric = HeadMeans(heads, [str(part) for part in range(PROFILE_BINS)]).to(pl_module.device)
-            metric.update(sums)
-            return packed(trainer, metric)
+    def take_more(self, tables: Sequence[Tensor], left_out: Collection[str]) -> None:
+        """Keep the curves of the step."""
+        trainer, _ = self.running()
+        for table in tables:
+            parts = zip(self.labels.items(), table.float().mT.split(list(self.history.heads)), strict=True)
+            nothing = torch.full((), torch.nan)
+            curves = {
+                label: nothing.expand_as(curve).clone() if name in left_out else curve
+                for (name, label), curve in parts
+            }
+            self._snapshots.append(self.step_of(trainer), curves)
 
-        metric, whole = all_or_none(trainer, pooled)
-        reduce_states(trainer, alone(metric), whole)
-        curves = torch.stack(list(metric.compute().values())).reshape(PROFILE_BINS, -1).mT.float().cpu()
-        parts = zip(self.labels.values(), curves.split(list(history.heads)), strict=True)
-        self._snapshots.append(self.step_of(trainer), dict(parts))
+    def gaps(self, part: Part) -> dict[str, Tensor]:
+        """The share of healthy heads: a process that could not remember the step has none."""
+        known = self._health_at(self.step_of(part.trainer))
+        return {HEALTH: torch.tensor([known.get(HEALTH, math.nan)])}
 
-    def after_measuring(self, trainer: Trainer) -> None:
-        """Give ``trainer.callback_metrics`` what the step comes to, alike on all processes; a collective call."""
-        super().after_measuring(trainer)
-        _, pl_module = self.running()
-        if pl_module is None or self._at_the_end:
-            return  # no module may log now
-        health = self._health_at(self.step_of(trainer)).get(HEALTH, math.nan)
-        if is_distributed(trainer):
-            # Where one process could not remember the step it has another number, or none.
-            health = float(fill_from_others(trainer, {HEALTH: torch.tensor([health])})[HEALTH])
-        if math.isfinite(health):
-            log_at_step(trainer, pl_module, {HEALTH: health})
+    def filled(self, part: Part, values: dict[str, Tensor]) -> None:
+        """Give ``trainer.callback_metrics`` what the step comes to."""
+        health = float(values[HEALTH].numpy()[0])
+        if part.error is None and math.isfinite(health) and not self._at_the_end:  # no module may log then
+            log_at_step(part.trainer, part.pl_module, {HEALTH: health})
 
     def conclude(self, trainer: Trainer, step: int) -> None:
         """Judge the heads that count, by what all monitors have measured."""
@@ -213,7 +204,7 @@ class AttentionMonitor(CaptureMonitor):
         """Nothing where no head was judged."""
         if self._health.steps[-1:] != [step]:
             return {}
-        value = float(self._health.values["health"][-1])
+        value = float(self._health.values["health"][-1].numpy()[0])
         return {HEALTH: value} if math.isfinite(value) else {}
 
     def state_dict(self) -> dict[str, Any]:

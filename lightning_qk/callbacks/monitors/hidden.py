@@ -1,6 +1,6 @@
 """Callback: collapse of rank, alignment of tokens and massive activations while a model trains."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -182,9 +182,9 @@ class HiddenStateMonitor(ListeningMonitor):
         """Means and maxima."""
         return HiddenStatistics(list(heads))
 
-    def fill(self, metric: HiddenStatistics, pool: SumAccumulator) -> None:
+    def fill(self, metrics: Sequence[HiddenStatistics], pool: SumAccumulator) -> None:
         """Add what was pooled; every rank takes part."""
-        metric.update(pool.sums())
+        metrics[0].update(pool.sums())
 
     def name_missing(self, seen: Collection[str]) -> None:
         """Name the blocks that were not called, and those with calls or masks that are not known."""

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from lightning_qk.architecture.labels import matches
 from lightning_qk.callbacks._layers import Patterns, matching
 from lightning_qk.callbacks._output import log_agreed
-from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, packed, reduce_states
+from lightning_qk.callbacks._ranks import all_or_none, alone, is_distributed, reduce_packed
 from lightning_qk.callbacks._trainer import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -24,6 +24,7 @@ from lightning_qk.callbacks._trainer import (
 from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable, flat_values
 from lightning_qk.callbacks.monitors._keys import Families, PerLayer
 from lightning_qk.callbacks.monitors._recorder import CallRecorder, models_and_doors
+from lightning_qk.callbacks.monitors._round import Part
 from lightning_qk.callbacks.run_directory import run_directory
 from lightning_qk.heads.reader import find_attention, kept_reader
 from lightning_qk.loggers.loggers import log_scalars
@@ -215,8 +216,9 @@ class AttentionProbes(Monitor):
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
+    def end_step(self, trainer: Trainer) -> bool:
+        """Nothing is due."""
+        return False
 
     # Validation
 
@@ -306,9 +308,9 @@ class AttentionProbes(Monitor):
 
     # Probing
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
+    def part(self, trainer: Trainer, pl_module: LightningModule) -> Part:
         """Nothing: there is nothing to measure at a step."""
-        return None
+        return Part(self, trainer, pl_module)
 
     def _probe(
         self, trainer: Trainer, pl_module: LightningModule, recorder: CallRecorder
@@ -322,17 +324,17 @@ class AttentionProbes(Monitor):
         if not heads:
             return None
 
-        def pooled() -> tuple[ProbeMeans, Tensor | None]:
+        def pooled() -> ProbeMeans:
             self.remember_layers(heads, cross)
             statistics = [statistic for name in self.probes for statistic in STATISTICS[name]]
-            metric = ProbeMeans(heads, statistics).to(pl_module.device)
+            metric = alone(ProbeMeans(heads, statistics)).to(pl_module.device)
             for values in found:
                 for statistic, layers in values.items():
                     metric.update(statistic, layers)
-            return packed(trainer, metric)
+            return metric
 
-        metric, sums = all_or_none(trainer, pooled)
-        reduce_states(trainer, alone(metric), sums)
+        metric = all_or_none(trainer, pooled)
+        reduce_packed(trainer, [metric], [])
         return flat_values(metric)
 
     def _run_all(

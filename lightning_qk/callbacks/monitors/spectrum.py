@@ -1,9 +1,8 @@
 """Callback: per-head QK-eigenspectra while a model trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -11,9 +10,11 @@ from typing_extensions import Unpack
 
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import WatchedReader
-from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others, reduce_states
+from lightning_qk.callbacks._ranks import all_or_none, alone, fill_from_others
 from lightning_qk.callbacks._self_check import self_check_of
-from lightning_qk.callbacks.monitors._base import Monitor, MonitorOptions, flat_values
+from lightning_qk.callbacks.monitors._base import Monitor, MonitorOptions
+from lightning_qk.callbacks.monitors._round import Part
+from lightning_qk.callbacks.monitors._weights import StartPart, WeightLayers, WeightsPart
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.position import ADDED_TO_LOGITS, ALIBI, RELATIVE_BIAS, RELATIVE_PRODUCT
@@ -26,10 +27,8 @@ from lightning_qk.metrics.spectrum import (
     QKSpectrum,
     at_offset,
     extreme_values,
-    reading_order,
 )
 from lightning_qk.record.history import History, LayerShape, RunRecord
-from lightning_qk.record.states import KNOWN, LEFT_OUT, NO_VALUE, NOT_FINITE
 from lightning_qk.record.statistics import logged_as_heatmap, logged_by_layer, logged_extremes
 
 _ADDED = {
@@ -40,14 +39,6 @@ _ADDED = {
 """What is added to the logits, in words."""
 
 _REPLACED = "it was replaced during training by something of another shape"
-
-
-class _Layers(NamedTuple):
-    """The layers of a fit and what their weights are measured with."""
-
-    reader: WatchedReader
-    metric: QKSpectrum
-    singular: SingularValues | None
 
 
 class QKSpectrumMonitor(Monitor):
@@ -111,7 +102,14 @@ class QKSpectrumMonitor(Monitor):
 
     record_field = "spectrum"
 
-    live: ClassVar[tuple[str, ...]] = ("_reader", "_layers", "_cores", "_worker", "_unshared", "_late_values")
+    live: ClassVar[tuple[str, ...]] = (
+        "_reader",
+        "weight_layers",
+        "cores",
+        "_worker",
+        "_unshared",
+        "_late_values",
+    )
 
     def __init__(
         self,
@@ -153,10 +151,10 @@ class QKSpectrumMonitor(Monitor):
         super().begin()
         self._reader: WatchedReader | None = None
         # None while no layer can be read.
-        self._layers: _Layers | None = None
+        self.weight_layers: WeightLayers | None = None
         self._shapes: dict[str, LayerShape] = {}
         self._cross: set[str] = set()
-        self._cores: list[Cores] = []
+        self.cores: list[Cores] = []
         self._worker = EigenvalueWorker()
         self._eigenvalues: Mapping[str, Tensor] = {}
         self._eigenvalues_step: int | None = None
@@ -168,7 +166,7 @@ class QKSpectrumMonitor(Monitor):
         # Whether it was said that an eigenproblem failed.
         self._told_failed = False
         # The trainer's step after which weights were measured last.
-        self._step_of_weights: int | None = None
+        self.step_of_weights: int | None = None
         # The step with spectra that ``trainer.callback_metrics`` have yet to get, the same on every process.
         self._unshared: int | None = None
         # Values of solved spectra that are not shared yet.
@@ -176,7 +174,7 @@ class QKSpectrumMonitor(Monitor):
 
     @property
     def _heads(self) -> dict[str, int]:
-        return {} if self._layers is None else self._layers.metric.heads
+        return {} if self.weight_layers is None else self.weight_layers.metric.heads
 
     def watched(self) -> Mapping[str, Any]:
         """Name of each layer → its heads."""
@@ -194,7 +192,7 @@ class QKSpectrumMonitor(Monitor):
         if not self._choose(reader, {} if self._awaits else reader.unread):
             return
         if not layers:
-            self._layers = None
+            self.weight_layers = None
             return
         if self.fold_norm and (plain := [name for name, layer in layers.items() if not layer.norm_folded]):
             self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
@@ -206,9 +204,9 @@ class QKSpectrumMonitor(Monitor):
             for name, layer in layers.items()
         }
         self._note_positions(layers)
-        metric = QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False)
+        metric = alone(QKSpectrum(heads, self.support, offsets=self.offsets, eigenvalues=False))
         singular = SingularValues(heads, values=self.singular, updates=self.updates)
-        self._layers = _Layers(reader, metric, singular if singular.statistics else None)
+        self.weight_layers = WeightLayers(reader, metric, singular if singular.statistics else None)
         self._late_values = self._no_late_values()
 
     def _choose(self, reader: WatchedReader, left_out: Mapping[str, str]) -> bool:
@@ -249,9 +247,7 @@ class QKSpectrumMonitor(Monitor):
         if not is_changed:
             return
         if not self.idle and trainer.global_step == 0:
-            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
-            if values is not None:
-                self.attempt(lambda: self._remember_start(values))
+            self.measure_alone(StartPart(self, trainer, pl_module))
 
     def _settle(
         self, trainer: Trainer, pl_module: LightningModule, reader: WatchedReader
@@ -272,20 +268,19 @@ class QKSpectrumMonitor(Monitor):
         if self._goes_on:
             self.attempt(self._recall_weights, "remembering weights")
         elif trainer.global_step == 0:
-            values = self.together(trainer, lambda: self.measure(trainer, pl_module))
-            if values is not None:
-                self.attempt(lambda: self._remember_start(values))
+            self.measure_alone(StartPart(self, trainer, pl_module))
 
-    def _remember_start(self, values: dict[str, Tensor]) -> None:
+    def remember_start(self, values: dict[str, Tensor]) -> None:
+        """Keep what a run starts from, and begin to solve its eigenproblems."""
         self.history.append(-1, values, self.states)
         self.note_non_finite(self.states, -1)
-        self._worker.submit(-1, self._cores)
+        self._worker.submit(-1, self.cores)
 
     def _recall_weights(self) -> None:
         """Load the weights that the next change is measured against, in a resumed run."""
-        if self._layers is None or self._layers.singular is None or self._singular_state is None:
+        if self.weight_layers is None or self.weight_layers.singular is None or self._singular_state is None:
             return
-        reader, _, singular = self._layers
+        reader, _, singular = self.weight_layers
         assert singular is not None  # checked above
         # Where there are none, they were measured at the step of the checkpoint, and are the weights that were
         # loaded.
@@ -322,10 +317,10 @@ class QKSpectrumMonitor(Monitor):
 
     def singular_state(self, global_step: int) -> dict[str, Any] | None:
         """What the next change of the weights is against, if anything; weights only where they changed since."""
-        if self._layers is None or self._layers.singular is None:
+        if self.weight_layers is None or self.weight_layers.singular is None:
             return None
-        is_new = global_step == self._step_of_weights
-        state = self._layers.singular.state_dict(weights=not is_new)
+        is_new = global_step == self.step_of_weights
+        state = self.weight_layers.singular.state_dict(weights=not is_new)
         return state if is_new or state["before"] else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -347,58 +342,11 @@ class QKSpectrumMonitor(Monitor):
         """The weights are there."""
         return True
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Moments of all heads, reduced over ranks; None while no layer can be read yet."""
-        layers = self._layers
-        if layers is None:
-            return None
-        all_or_none(trainer, lambda: self._prepare(layers, pl_module), facts=repr)
-        all_or_none(trainer, lambda: self._read_weights(layers))
-        self._step_of_weights = trainer.global_step
-        reduce_states(trainer, alone(layers.metric))
-        values = flat_values(layers.metric)
-        self.states = self._states(layers, values)
-        return values
+    def part(self, trainer: Trainer, pl_module: LightningModule) -> Part:
+        """Moments of all heads; nothing while no layer can be read yet."""
+        return WeightsPart(self, trainer, pl_module)
 
-    def _prepare(self, layers: _Layers, pl_module: LightningModule) -> list[str]:
-        """Get ready to read the layers as the model is now; their names."""
-        layers.metric.to(pl_module.device).reset()
-        if layers.reader.refresh():
-            self._keep_known(layers)
-        return list(layers.reader.layers)
-
-    def _read_weights(self, layers: _Layers) -> None:
-        """No collective calls but those that gather sharded weights, which are made whatever fails."""
-        reader, metric, singular = layers
-        order = reading_order(reader.layers)
-        if singular is not None:
-            order += singular.reading_order(reader.layers)
-        with reader.to_the_end(order):
-            metric.update(reader)
-            self._cores = metric.cores
-            if singular is not None:
-                self._cores = [*metric.cores, *singular.cores(reader)]
-
-    def _states(self, layers: _Layers, values: Mapping[str, Tensor]) -> Tensor:
-        """State of every head: cross-attention has no eigenvalues, and yet weights that may not be finite."""
-        reader, metric, _ = layers
-        broken = {
-            name: ~matrices.isfinite().all(-1).all(-1)
-            for cores in metric.cores
-            if not cores.bilinear
-            for name, matrices in zip(cores.names, cores.matrices, strict=True)
-        }
-        finite = np.isfinite(values["trace"].numpy()) & np.isfinite(values["frobenius_sq"].numpy())
-        states, end = np.where(finite, KNOWN, NOT_FINITE), 0
-        for name, heads in metric.heads.items():
-            own, end = slice(end, end + heads), end + heads
-            if name not in reader.layers:
-                states[own] = LEFT_OUT
-            elif name in broken:
-                states[own] = np.where(broken[name].cpu().numpy(), NOT_FINITE, NO_VALUE)
-        return torch.from_numpy(states)
-
-    def _keep_known(self, layers: _Layers) -> None:
+    def keep_known(self, layers: WeightLayers) -> None:
         """Where modules were replaced, go on with the layers that are what they were at the start."""
         reader, heads = layers.reader, layers.metric.heads
         kept = {name: layer for name, layer in reader.layers.items() if heads.get(name) == layer.heads}
@@ -411,30 +359,41 @@ class QKSpectrumMonitor(Monitor):
         """Start on the eigenvalues."""
         step = self.step_of(trainer)
         self._unshared = step
-        self.attempt(lambda: self._worker.submit(step, self._cores), "solving eigenproblems")
+        self.attempt(lambda: self._worker.submit(step, self.cores), "solving eigenproblems")
+
+    def gaps(self, part: Part) -> dict[str, Tensor]:
+        """Spectra of the measurement before: every process solves the same, and one that could not has none."""
+        return self._late_values if self._unshared is not None else {}
+
+    def filled(self, part: Part, values: dict[str, Tensor]) -> None:
+        """Share the spectra of the measurement before."""
+        if values:
+            self._share_late(part.trainer, part.pl_module, values)
 
     def log_late(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
         """Log spectra that were left to the worker; then as every monitor.
 
         Every process solves the same eigenproblems. With a module, which every process comes with, one that could
         not solve some takes the others' values, in a collective call; without, nothing is reduced, so that it may
-        run after an exception.
+        run after an exception, and before the next measurement, which reduces them with its own.
         """
-        late = None
         if self._worker.pending is not None:
             late = self.attempt(self._take, "solving eigenproblems")
-        if pl_module is not None and self._unshared is not None:
-            self._unshared = None
-            values = fill_from_others(trainer, self._late_values if late is None else late[1])
-            self._late_values = self._no_late_values()
-            self.share(trainer, pl_module, values)
             if late is not None:
-                late = late[0], values
-        elif late is not None:
-            self._late_values = late[1]
-        if late is not None:
-            self.attempt(lambda: self._log_solved(trainer, *late), "remembering")
+                self._late_values = late[1]
+                self.attempt(lambda: self._log_solved(trainer, *late), "remembering")
+        if pl_module is not None and self._unshared is not None:
+            self._share_late(trainer, pl_module, fill_from_others(trainer, self._late_values))
         super().log_late(trainer, pl_module)
+
+    def _share_late(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
+        """Give ``trainer.callback_metrics`` late values, and the history those that others have solved."""
+        step, self._unshared = self._unshared, None
+        is_own = all(values[name] is own for name, own in self._late_values.items())
+        self._late_values = self._no_late_values()
+        self.share(trainer, pl_module, values)
+        if not is_own and step in self.history.steps:
+            self.attempt(lambda: self.history.complete(step, values), "remembering")
 
     def _take(self) -> tuple[Solved, dict[str, Tensor]] | None:
         try:
@@ -448,8 +407,8 @@ class QKSpectrumMonitor(Monitor):
         if solved is None:
             return None
         values = extreme_values(solved.spectra, self._heads, self.offsets)
-        if self._layers is not None and self._layers.singular is not None:
-            values |= self._layers.singular.values(solved.step, solved.spectra)
+        if self.weight_layers is not None and self.weight_layers.singular is not None:
+            values |= self.weight_layers.singular.values(solved.step, solved.spectra)
         if solved.failed and not self._told_failed:
             self._told_failed = True
             self.note(
@@ -461,9 +420,9 @@ class QKSpectrumMonitor(Monitor):
     def _no_late_values(self) -> dict[str, Tensor]:
         """What a process has where it solved nothing."""
         nothing_solved = extreme_values({}, self._heads, self.offsets)
-        if self._layers is not None and self._layers.singular is not None:
+        if self.weight_layers is not None and self.weight_layers.singular is not None:
             nothing = torch.full((sum(self._heads.values()),), torch.nan)
-            nothing_solved |= {name: nothing.clone() for name in self._layers.singular.statistics}
+            nothing_solved |= {name: nothing.clone() for name in self.weight_layers.singular.statistics}
         return nothing_solved
 
     def _complete_history(self) -> None:

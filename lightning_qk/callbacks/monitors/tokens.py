@@ -8,13 +8,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from lightning_qk.callbacks._guarded import MOST_FAILURES
 from lightning_qk.callbacks._layers import WatchedReader
 from lightning_qk.callbacks._output import log_at_step
-from lightning_qk.callbacks._trainer import describe_error, ends_with_epoch
+from lightning_qk.callbacks._ranks import fill_from_others
+from lightning_qk.callbacks._trainer import ends_with_epoch
 from lightning_qk.callbacks.monitors._base import at_least
 from lightning_qk.callbacks.monitors._captured import CaptureMonitor, CaptureOptions
-from lightning_qk.callbacks.monitors._predictions import LENGTH, Predictions
+from lightning_qk.callbacks.monitors._predictions import LENGTH, Predictions, nothing_predicted
+from lightning_qk.callbacks.monitors._round import Part
 from lightning_qk.callbacks.monitors.spectrum import checked_offsets
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.captured import CapturedCall
@@ -22,7 +23,7 @@ from lightning_qk.functional.spectrum import MOMENTS, Support, support_size
 from lightning_qk.functional.token_sums import TokenSums, token_sums
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
-from lightning_qk.metrics.collector import AttentionCollector
+from lightning_qk.metrics.collector import AttentionCollector, SumAccumulator
 from lightning_qk.metrics.spectrum import at_offset
 from lightning_qk.metrics.tokens import TokenLayer, TokenStatistics
 from lightning_qk.record.history import RunRecord
@@ -137,7 +138,7 @@ class TokenMonitor(CaptureMonitor):
         # The newest measurement, reduced over ranks.
         self._pooled: TokenStatistics | None = None
         self._pooled_step = -1
-        self._lost_predictions = 0
+        self._predicts_now = False
 
     # Layers
 
@@ -236,27 +237,22 @@ class TokenMonitor(CaptureMonitor):
             )
         return TokenStatistics(layers, self.support, self.offsets)
 
-    def fill(self, metric: TokenStatistics, pool: Any) -> None:
+    def fill(self, metrics: Sequence[TokenStatistics], pool: SumAccumulator) -> None:
         """Add what was pooled to the metric."""
-        metric.update(pool.sums())
+        metrics[0].update(pool.sums())
 
     def adjust(self, metric: TokenStatistics, values: dict[str, Tensor]) -> None:
         """Remember the moments of a step."""
         if self._predicts and self._pool is self._step_pool:
             self._pooled = metric
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor] | None:
-        """Spectra of all heads, and predictions where they are due; a collective call."""
-        is_due = self._prediction_is_due()
+    def begin_measuring(self) -> int:
+        """With predictions where they are due."""
+        self._predicts_now = self._prediction_is_due()
         self._measured += 1
         self.pool_into(self._step_pool)
-        values = super().measure(trainer, pl_module)
-        self._renewed.clear()
-        if values is not None and self._pooled is not None:
-            self._pooled_step = self.step_of(trainer)
-            if is_due:
-                self._predict(trainer)
-        return values
+        self._pooled = None
+        return super().begin_measuring()
 
     # Predictions
 
@@ -268,26 +264,35 @@ class TokenMonitor(CaptureMonitor):
         """Whether attention is predicted: where no logger is to get it, it is not worth its time."""
         return self.predict_every > 0 and self.logs_family("predictions")
 
-    def _predict(self, trainer: Trainer) -> None:
-        """Predict the attention of the newest measurement; a collective call. Where it fails, it does on all."""
-        if self._pooled is None or self._lost_predictions >= MOST_FAILURES:
-            return
-        try:
-            self._predictions.predict(
-                trainer,
-                self._pooled_step,
-                self.labels,
-                {name: self._known[name] for name in self.labels},
-                self._pooled,
-                self._facts,
-                surrogates=self.surrogates,
-                seed=self.seed,
-                note=self.note,
-            )
-            self._predictions.states = self.states
-        except Exception as error:
-            self._lost_predictions += 1
-            self.note(f"attention is not predicted at one step ({describe_error(error)}); training goes on")
+    def gaps(self, part: Part) -> dict[str, Tensor]:
+        """Predictions of this process' share of the layers, where they are due."""
+        return self._own_predictions(part.trainer) if self._predicts_now and self.known_layers() else {}
+
+    def filled(self, part: Part, values: dict[str, Tensor]) -> None:
+        """Take the predictions of all layers."""
+        self._renewed.clear()
+        is_measured = self._predicts and part.error is None and part.values is not None
+        self._pooled_step = self.step_of(part.trainer) if is_measured else -1
+        if is_measured and values:
+            self._take_predictions(values)
+
+    def _own_predictions(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Predictions of the newest measurement, of this process' share of the layers; NaN elsewhere."""
+        heads = {name: self._known[name] for name in self.known_layers()}
+        if self._pooled is None:
+            return nothing_predicted(heads)
+        return self._predictions.own_share(
+            trainer,
+            heads,
+            self._pooled,
+            self._facts,
+            surrogates=self.surrogates,
+            seed=self.seed,
+            note=self.note,
+        )
+
+    def _take_predictions(self, values: dict[str, Tensor]) -> None:
+        self._predictions.take(self._pooled_step, self.labels, values, self.history.heads, self.states)
 
     def share(
         self, trainer: Trainer, pl_module: LightningModule, values: Mapping[str, Tensor], **where: Any
@@ -297,11 +302,11 @@ class TokenMonitor(CaptureMonitor):
         if self._predictions.step == self._pooled_step:
             log_at_step(trainer, pl_module, self._predictions.overall(self.counted))
 
-    def publish(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, Tensor]) -> None:
+    def publish(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         """Send spectra, and predictions where there are new ones, to histories and loggers."""
         super().publish(trainer, pl_module, values)
         if self._predictions.step == self._pooled_step:
-            self._predictions.publish(trainer, self)
+            self.attempt(lambda: self._predictions.publish(trainer, self), "remembering")
 
     def log_late(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
         """Compare predictions with what AttentionMonitor measured at the same step; then as every monitor."""
@@ -320,11 +325,10 @@ class TokenMonitor(CaptureMonitor):
 
     def _predict_the_last(self, trainer: Trainer) -> bool:
         """Whether there is a new prediction; a collective call."""
-        if self.idle or self._pooled is None or self._predictions.step == self._pooled_step:
+        if self.idle or self._pooled_step < 0 or self._predictions.step == self._pooled_step:
             return False
-        self.together(trainer, lambda: self._predict(trainer))
-        if self._predictions.step != self._pooled_step:
-            return False
+        own = self._own_predictions(trainer)
+        self._take_predictions(fill_from_others(trainer, own))
         self.attempt(lambda: self._predictions.publish(trainer, self), "remembering")
         return True
 

@@ -28,10 +28,7 @@ def patch_interface() -> Callable[[], None]:
     if modeling is None:  # there is no model of theirs
         return lambda: None
     interface = modeling.AttentionInterface
-    undo = [
-        patch(interface, "get_interface", _tap_get_interface),
-        patch(interface, "__getitem__", _tap_getitem),  # some models subscript it
-    ]
+    undo = [patch(interface, name, _tap_look_up) for name in ("get_interface", "__getitem__")]
 
     def give_back() -> None:
         for one in reversed(undo):
@@ -40,29 +37,19 @@ def patch_interface() -> Callable[[], None]:
     return give_back
 
 
-def _tap_get_interface(get_interface: Callable[..., Any], own: Patch) -> Callable[..., Any]:
-    @functools.wraps(get_interface)
-    def tapped_get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
-        function = get_interface(self, attn_implementation, default)
-        return _taken(function, attn_implementation) if own.active else function
+def _tap_look_up(look_up: Callable[..., Any], own: Patch) -> Callable[..., Any]:
+    """A look-up that gives functions with interceptors and captures before them."""
 
-    return tapped_get_interface
+    @functools.wraps(look_up)
+    def tapped_look_up(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
+        function = look_up(self, attn_implementation, *args, **kwargs)
+        if not own.active:
+            return function
+        if STATE.intercepting:
+            return registry.intercepted(function, attn_implementation, _tap)
+        return _tap(function, attn_implementation)
 
-
-def _tap_getitem(getitem: Callable[..., Any], own: Patch) -> Callable[..., Any]:
-    @functools.wraps(getitem)
-    def tapped_getitem(self: Any, name: str) -> Any:
-        function = getitem(self, name)
-        return _taken(function, name) if own.active else function
-
-    return tapped_getitem
-
-
-def _taken(function: Any, implementation: str | None) -> Any:
-    """The function with interceptors and captures before it."""
-    if STATE.intercepting:
-        return registry.intercepted(function, implementation, _tap)
-    return _tap(function, implementation)
+    return tapped_look_up
 
 
 _taps: dict[tuple[Any, str], Callable[..., Any]] = {}

@@ -56,7 +56,7 @@ def patch_sdpa(modules: Iterable[nn.Module], model: nn.Module | None) -> Iterato
     for module in {id(module): module for module in (*layers, *around)}.values():
         for name, value in list(vars(module).items()):
             if _original(value) is function:
-                yield patch(vars(module), name, _tap_attribute)
+                yield patch(vars(module), name, lambda function, own: Wrapped(_tap(function, own), function))
     unobservable = {
         _defines_forward(type(module))
         for module in layers
@@ -94,10 +94,6 @@ def _tap(function: Callable[..., Any], own: Patch) -> Callable[..., Any]:
 
     tapped._lightning_qk_original = _original(function)  # type: ignore[attr-defined]
     return tapped
-
-
-def _tap_attribute(function: Callable[..., Any], own: Patch) -> Wrapped:
-    return Wrapped(_tap(function, own), function)
 
 
 def _tap_forward(function: Callable[..., Any], own: Patch, *, unobservable: bool) -> Callable[..., Any]:

@@ -1,12 +1,13 @@
-"""The affine map of a module that is no plain linear layer, found by running it.
+"""The affine map of a module: the weight that it multiplies by, or else what running it gives.
 
-Adapters, quantized weights, products of linear maps, layers of a user's own: whatever is affine in its input and
-treats each token alone. The columns of the weight are what the module makes of the unit vectors, the bias is what
-it makes of zero.
+Linear layers, transformers' ``Conv1D``, convolutions over single tokens and modules of a model's own that
+multiply by their 2-D ``weight`` are read as they are stored. Whatever else is affine in its input and treats each
+token alone (adapters, quantized weights, products of linear maps, layers of a user's own) is run on a copy: the
+columns of the weight are what the module makes of the unit vectors, the bias is what it makes of zero.
 """
 
 import copy
-import sys
+import functools
 import warnings
 import weakref
 from collections.abc import Hashable
@@ -15,11 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from lightning_qk.architecture.dry_run import quietly, shadow
+from lightning_qk.architecture.dry_run import device_of, make_weights, quietly, shadow, weight_hooks
+from lightning_qk.architecture.source_code import is_known, is_named
 from lightning_qk.functional.precision import at_least_float32, full_precision
-from lightning_qk.heads.projections import Affine, UnreadLayer
-from lightning_qk.heads.sharding import alive, check_access, device_of, is_dtensor, whole
+from lightning_qk.heads.adapters import adapter_state, closed_form
+from lightning_qk.heads.projection import Projection, StoredWeight
+from lightning_qk.heads.projections import Affine, InaccessibleWeights, UnreadLayer
+from lightning_qk.heads.sharding import alive, check_access, is_dtensor, is_plain, whole
 
 # Unit vectors that a module is run on at a time.
 _BLOCK = 1024
@@ -27,6 +32,180 @@ _BLOCK = 1024
 _SMALL = 2**16
 # Layers that quantize what they are given round it to one part in 127.
 _QUANTIZED_TOLERANCE = 3e-2
+
+
+def projection_of(module: nn.Module, name: str) -> Projection:
+    """The affine map that a module applies to each token, with parametrizations applied and DTensors gathered.
+
+    Args:
+        module: the projection.
+        name: its name in the layer, for messages.
+
+    Raises:
+        UnreadLayer: the module is not affine in its input.
+        InaccessibleWeights: its values are out of this process's reach.
+    """
+    # torch.compile wraps the module.
+    module = module._modules.get("_orig_mod") or module
+    try:
+        return _linear(module, name)
+    except InaccessibleWeights:
+        raise
+    except UnreadLayer as plain:
+        for tensor in (*module.parameters(), *module.buffers()):
+            check_access(tensor, f"its projection {name!r}")
+        try:
+            matrix = ModuleMatrix(module, name)
+        except InaccessibleWeights:
+            raise
+        except UnreadLayer as reason:
+            # A single module says more by what is wrong with its weight.
+            raise (reason if any(True for _ in module.children()) else plain) from None
+    holder = weakref.ref(module)
+    return Projection(
+        name, holder, matrix.rows, matrix.columns, matrix.read, is_submodule=True, as_matrix=True
+    )
+
+
+def _linear(module: nn.Module, name: str) -> Projection:
+    """A module that multiplies by a weight of its own.
+
+    Raises:
+        UnreadLayer: it does something else.
+    """
+    weight, bias = _own_weight(module, name)
+    transposed = _transposed(module, weight, bias, name)
+    rows, columns = weight.shape[::-1] if transposed else weight.shape
+    holder = weakref.ref(module)
+    stored = StoredWeight(holder, "weight", columns, rows if transposed else 1, "bias")
+
+    read = functools.partial(_read_weight, holder, name, transposed)
+    return Projection(name, holder, rows, columns, read, stored=stored, is_submodule=True)
+
+
+def _read_weight(holder: "weakref.ref[nn.Module]", name: str, transposed: bool) -> Affine:
+    weight, bias = _own_weight(alive(holder), name)
+    weight = whole(weight)
+    return Affine(weight.T if transposed else weight, None if bias is None else whole(bias))
+
+
+def _own_weight(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight, ``(out, in)`` or ``(in, out)``, and bias of a single module.
+
+    Raises:
+        UnreadLayer: it has no such weight.
+    """
+    kind = type(module).__name__
+    held = [child for child in module._modules if child != "parametrizations"]
+    if held:
+        raise UnreadLayer(
+            f"its projection {name!r} is a {kind} that wraps {', '.join(held)}, not a plain linear map"
+        )
+    weight, bias = _made(module)
+    if isinstance(weight, Tensor):
+        check_access(weight, f"its projection {name!r}")
+        # A convolution's, where it takes each token alone.
+        weight = weight.flatten(1) if weight.dim() > 2 and _is_pointwise(module) else weight
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.numel() == 0:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        raise UnreadLayer(
+            f"its projection {name!r} is a {kind} whose weight has shape {shape}, not (out, in)"
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise UnreadLayer(f"its projection {name!r} is a {kind} with a quantized weight ({weight.dtype})")
+    if not is_plain(weight):
+        raise UnreadLayer(
+            f"the weight of its projection {name!r} is a {type(weight).__name__}, not a plain tensor"
+        )
+    return weight, bias
+
+
+def _made(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a single module as its forward finds them, in evaluation mode.
+
+    In training mode, to read a weight under spectral normalization would be a step of its power iteration.
+    """
+    hooks = weight_hooks(module)
+    if hooks:
+        copy = shadow(module)
+        make_weights(copy, hooks)
+        return getattr(copy, "weight", None), getattr(copy, "bias", None)
+    if parametrize.is_parametrized(module):
+        lists: Any = module.parametrizations
+        made = [
+            shadow(lists[name])() if name in lists else getattr(module, name, None)
+            for name in ("weight", "bias")
+        ]
+        return made[0], made[1]
+    return getattr(module, "weight", None), getattr(module, "bias", None)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution over one token at a time."""
+    if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward):
+        return False
+    conv: Any = module
+    alone = all(size == 1 for size in conv.kernel_size) and conv.groups == 1
+    return alone and (conv.padding == "valid" or conv.padding == "same" or not any(conv.padding))
+
+
+def _transposed(module: nn.Module, weight: Tensor, bias: Tensor | None, name: str) -> bool:
+    """Whether the weight is stored as (in, out)."""
+    # What a module has beside its weight may be zero now, or one, and take part later. Known kinds of layers, such
+    # as the QuantLinear of I-BERT with its scale, go on doing what they do now.
+    held = () if is_known(module) else (*module._parameters, *module._buffers)
+    extra = [own for own in held if not own.startswith(("weight", "bias"))]
+    if not extra and "forward" not in module.__dict__:
+        forward = type(module).forward
+        if forward is nn.Linear.forward or _is_pointwise(module):
+            return False
+        if is_named(module, "Conv1D") and not parametrize.is_parametrized(module):
+            return True
+    found = None if extra else _multiplies(module, weight, bias)
+    if found is not None:
+        return found
+    raise UnreadLayer(
+        f"its projection {name!r} is a {type(module).__name__}, which does more than multiply by its weight"
+    )
+
+
+def _multiplies(module: nn.Module, weight: Tensor, bias: Tensor | None) -> bool | None:
+    """Whether a module multiplies by the transpose of its weight, or by the weight; None if by neither.
+
+    It is seen from what the module does to several vectors at a time, large ones among them. Both are tried, since
+    a square weight does not tell.
+    """
+    with quietly(module):
+        weight, bias = whole(weight), None if bias is None else whole(bias)
+        copy = shadow(module, convert=whole)
+        for transposed in (False, True):
+            matrix = weight.T if transposed else weight
+            if all(_maps_by(copy, matrix, bias, tokens) for tokens in _probes(matrix)):
+                return transposed
+    return None
+
+
+def _probes(matrix: Tensor) -> list[Tensor]:
+    """Three tokens, and three large ones, (1, 3, in): their signs and sizes vary."""
+    wave = torch.arange(3 * matrix.shape[1], device=matrix.device, dtype=torch.float32)
+    tokens = (1.3 * wave).cos().view(1, 3, -1) + 0.2
+    return [(size * tokens).to(matrix) for size in (1.0, 1e3 if matrix.element_size() >= 4 else 64.0)]
+
+
+def _maps_by(module: nn.Module, matrix: Tensor, bias: Tensor | None, tokens: Tensor) -> bool:
+    try:
+        got = module(tokens)
+        # Integer models give a scale beside.
+        got = got[0] if isinstance(got, tuple) and got else got
+        want = F.linear(tokens, matrix, bias)
+    except Exception:
+        return False
+    tolerance = 1e-4 if matrix.element_size() >= 4 else 1e-2
+    return (
+        isinstance(got, Tensor)
+        and got.shape == want.shape
+        and bool((got - want).abs().max() <= tolerance * want.abs().max())
+    )
 
 
 class _Way(NamedTuple):
@@ -69,13 +248,13 @@ class ModuleMatrix:
         # Adapter state → whether the shorter way is right.
         self._is_closed: dict[Hashable, bool] = {}
         what = f"its projection {name!r} is a {type(module).__name__}"
-        for tensor in (*module.parameters(), *module.buffers()):
-            check_access(tensor, f"its projection {name!r}")
         with quietly(module):
             self._way, self.rows = self._find_way(module, what)
             self.columns = self._way.columns
             if not self._closed(module):
-                self._check_affine(module, what)
+                varied = self._runnable(module, vary=True)
+                if not self._agrees(varied, self._run_copy(varied)):
+                    raise UnreadLayer(f"{what} whose output is not W x + b of its input, token by token")
             self._has_bias = bool(self._offset(self._runnable(module)).any()) or any(
                 own.rpartition(".")[2].startswith("bias") for own, _ in module.named_parameters()
             )
@@ -87,7 +266,7 @@ class ModuleMatrix:
             affine = closed_form(module) if self._closed(module) else None
             if affine is not None:
                 return _widened(affine)
-            affine = self._run(module)
+            affine = self._run_copy(self._runnable(module))
         return affine if self._has_bias else affine._replace(bias=None)
 
     def _closed(self, module: nn.Module) -> bool:
@@ -103,11 +282,6 @@ class ModuleMatrix:
                     and self._agrees(varied, _widened(affine))
                 )
         return self._is_closed[state]
-
-    def _check_affine(self, module: nn.Module, what: str) -> None:
-        varied = self._runnable(module, vary=True)
-        if not self._agrees(varied, self._run_copy(varied)):
-            raise UnreadLayer(f"{what} whose output is not W x + b of its input, token by token")
 
     def _find_way(self, module: nn.Module, what: str) -> tuple[_Way, int]:
         """Try widths, arrangements and types until the module gives a token for every token."""
@@ -165,9 +339,6 @@ class ModuleMatrix:
                 # In evaluation mode a quantized layer may repack its codes, and keep them so.
                 layer.training = True
         return copied
-
-    def _run(self, module: nn.Module) -> Affine:
-        return self._run_copy(self._runnable(module))
 
     def _run_copy(self, copied: nn.Module) -> Affine:
         eye = _unit_vectors(self._way.columns, self._way.dtype, device_of(copied))
@@ -294,104 +465,3 @@ def _unit_vectors(width: int, dtype: torch.dtype, device: torch.device) -> Tenso
     if eye is None:
         eye = _IDENTITIES[key] = torch.eye(width, dtype=dtype, device=device)
     return eye
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds the numbers that it stands for: neither quantized nor of a class of its own."""
-    known = type(tensor) in (Tensor, nn.Parameter) or is_dtensor(tensor)
-    return known and tensor.is_floating_point() and tensor.element_size() > 1
-
-
-def adapter_state(module: nn.Module) -> Hashable:
-    """What decides which of a module's adapters take part now; the same for ever where it has none."""
-    return tuple(
-        (
-            bool(getattr(layer, "disable_adapters", False)),
-            tuple(getattr(layer, "merged_adapters", ())),
-            tuple(getattr(layer, "active_adapters", ())),
-        )
-        for layer in module.modules()
-        if hasattr(layer, "active_adapters")
-    )
-
-
-def closed_form(module: nn.Module) -> Affine | None:
-    """The map of a module with adapters of low rank, or with a quantized weight, from what it stores.
-
-    For PEFT's LoRA, rsLoRA and DoRA layers ``W = W_0 + s B A``, and with DoRA's magnitudes m
-    ``m / ‖W_0 + s B A‖ (W_0 + s B A)``, row by row, whose norm is a constant to the gradient as it is in the
-    layer's own forward. Gathers DTensors.
-
-    Returns:
-        The map in the widest type that takes part, differentiable; None where the module is nothing of the kind.
-    """
-    base: Any = module._modules.get("base_layer")
-    if base is None:
-        weight = stored_weight(module)
-        return None if weight is None else Affine(weight, _bias(module))
-    layer: Any = module
-    disabled, merged = getattr(layer, "disable_adapters", False), getattr(layer, "merged", False)
-    if disabled and merged:
-        # The next forward takes the adapters out of the weights again.
-        return None
-    if not all(isinstance(getattr(layer, name, None), nn.ModuleDict) for name in ("lora_A", "lora_B")):
-        return None
-    weight = stored_weight(base)
-    if weight is None:
-        return None
-    if getattr(layer, "fan_in_fan_out", False):
-        weight = weight.T
-    bias = _bias(base)
-    if disabled or merged:
-        return Affine(weight, bias)
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        down, up, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-        added, shift = scaling * (whole(up.weight) @ whole(down.weight)), _bias(up)
-        weight = weight + added
-        if name in (getattr(layer, "lora_magnitude_vector", None) or ()):
-            magnitude = whole(layer.lora_magnitude_vector[name].weight)
-            factor = magnitude / weight.detach().norm(dim=1)
-            weight = factor[:, None] * weight
-            shift = None if shift is None else factor * shift
-        if shift is not None:
-            bias = scaling * shift if bias is None else bias + scaling * shift
-    return Affine(weight, bias)
-
-
-def stored_weight(module: nn.Module) -> Tensor | None:
-    """The ``weight`` of a module as plain numbers, in the shape in which it is kept; None where there is none."""
-    weight: Any = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or isinstance(getattr(module, "parametrizations", None), nn.Module):
-        return None
-    if is_plain(weight):
-        return whole(weight) if weight.dim() == 2 else None
-    kind = type(weight).__name__
-    if kind == "Params4bit":
-        library, state = _bitsandbytes(), getattr(weight, "quant_state", None)
-        # In evaluation mode codes may be packed for the processor, in another order.
-        if library is None or getattr(state, "packing_format_for_cpu", False):
-            return None
-        return library.dequantize_4bit(weight.data, state)
-    if kind == "Int8Params":
-        # The codes and the scale of each row move from the parameter to the module's state at its first run.
-        state = getattr(module, "state", None)
-        for holder in (state, weight):
-            codes, scales = getattr(holder, "CB", None), getattr(holder, "SCB", None)
-            if codes is not None and scales is not None:
-                return codes.float() * (scales.float() / 127.0)[:, None]
-        return None
-    if weight.dim() == 2 and weight.is_floating_point() and hasattr(type(weight), "dequantize"):
-        plain = weight.dequantize()
-        return plain if type(plain) is Tensor and plain.shape == weight.shape else None
-    return None
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return whole(bias) if isinstance(bias, Tensor) else None
-
-
-def _bitsandbytes() -> Any:
-    return getattr(sys.modules.get("bitsandbytes"), "functional", None)
