@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_qk.functional.chunks import MASKED_BELOW, evaluate_mask
+from lightning_qk.functional.chunks import MASKED_BELOW
 from lightning_qk.functional.logits import AttentionLogits, ProductLogits
+from lightning_qk.functional.visibility import evaluate_mask
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Registers and shared memory hold a block of vectors whole.
