@@ -39,7 +39,10 @@ class Selection:
         self.logits = logits.without_padding(self._counted)
         self.may_be_padded = self._counted.keys is not None
         n = logits.shape[2]
-        self.index = None if rows is None or rows >= n else sample_rows(self.valid, rows, generator)
+        # In order, so that a block of rows in a causal kernel sees no more keys than its last one.
+        self.index = (
+            None if rows is None or rows >= n else sample_rows(self.valid, rows, generator).sort(1)[0]
+        )
         self.used = self.valid if self.index is None else self.valid.gather(1, self.index)
 
     @property

@@ -8,16 +8,17 @@ means are unbiased, with standard errors of a stratified sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_qk.functional._kernel import Collected, kernel_rows
+from lightning_qk.functional._kernel import Collected, Wanted, kernel_rows
 from lightning_qk.functional._row_statistics import EXTREMES, ROW_STATISTICS, collect_rows
 from lightning_qk.functional._rows import Selection, eligible_keys, key_norm_sums, probabilities, query_norms
 from lightning_qk.functional.arguments import as_logits
-from lightning_qk.functional.checks import boolean, dense
+from lightning_qk.functional.checks import KindError, boolean, dense
 from lightning_qk.functional.logits import AttentionLogits, AttentionOptions, ProductLogits
 from lightning_qk.functional.precision import full_precision
 
@@ -58,6 +59,7 @@ def attention_statistics(
     key: Tensor | None = None,
     *,
     rows: int | None = None,
+    only: Collection[str] | None = None,
     per_sequence: bool = False,
     generator: torch.Generator | None = None,
     **options: Unpack[AttentionOptions],
@@ -99,6 +101,8 @@ def attention_statistics(
         query: ``(batch, heads, n, d_head)`` as the attention function gets it, or an :class:`AttentionLogits`.
         key: shape ``(batch, kv_heads, m, d_head)``; ``kv_heads`` divides ``heads``.
         rows: how many query rows to sample in each sequence; None for all.
+        only: names of the statistics to return; None for all. On a GPU linear_share and sink_rate take a sweep
+            over ``q·kᵀ`` each that the others do not need.
         per_sequence: return ``(batch, heads)`` instead of ``(heads,)``.
         generator: where sampled rows are drawn from; None is torch's global generator.
         options: mask, scaling and so on: :class:`~lightning_qk.functional.AttentionOptions`.
@@ -112,7 +116,7 @@ def attention_statistics(
         row counts.
 
     Raises:
-        ValueError: shapes that do not fit, a mask of another form, or ``rows`` below 1.
+        ValueError: shapes that do not fit, a mask of another form, ``rows`` below 1, or other names in ``only``.
 
     Example:
         >>> query, key = torch.zeros(1, 1, 4, 8), torch.randn(1, 1, 4, 8)  # all logits are 0
@@ -122,10 +126,13 @@ def attention_statistics(
     """
     boolean(per_sequence, "per_sequence")
     logits = as_logits(query, key, options)
-    sums = attention_sums(logits, rows=rows, generator=generator)
-    return means(
+    sums = attention_sums(logits, rows=rows, only=only, generator=generator)
+    found = means(
         sums, per_sequence=per_sequence, standard_errors=rows is not None, has_sinks=logits.sinks is not None
     )
+    if only is None:
+        return found
+    return {name: value for name, value in found.items() if name.removesuffix("_se") in only}
 
 
 def logit_statistics(
@@ -206,26 +213,31 @@ def attention_sums(
     key: Tensor | None = None,
     *,
     rows: int | None = None,
+    only: Collection[str] | None = None,
     generator: torch.Generator | None = None,
     **options: Unpack[AttentionOptions],
 ) -> AttentionSums:
     """The additive form of :func:`attention_statistics`, for accumulation; same arguments."""
     logits = as_logits(query, key, options)
+    wanted = _wanted(only)
     with full_precision(logits.device):
         selection = Selection(logits, rows=rows, generator=generator)
         logits, used, index = selection.logits, selection.used, selection.index
-        collected = kernel_rows(logits, used, index)
+        collected = kernel_rows(logits, used, index, wanted)
         if collected is None:
             collected = collect_rows(logits, used, index)
         if logits.query_offset is None:
             for name in POSITION_STATISTICS:
                 collected.counted[ROW_STATISTICS.index(name)] = False
+        if not wanted.linear_share:
+            collected.counted[ROW_STATISTICS.index("linear_share")] = False
         if logits.relative:
             collected.maximum.fill_(-math.inf)
         if not isinstance(logits, ProductLogits):
-            return _pool(collected, selection.valid, used)
+            return _pool(collected, wanted, selection.valid, used)
         return _pool(
             collected,
+            wanted,
             selection.valid,
             used,
             query_norms(logits.query, index),
@@ -233,8 +245,22 @@ def attention_sums(
         )
 
 
+def _wanted(only: Collection[str] | None) -> Wanted:
+    """What of the statistics that take a sweep of their own is asked for."""
+    is_several = isinstance(only, Collection) and not isinstance(only, str | bytes)
+    names = STATISTICS if only is None else tuple(only) if is_several else (only,)
+    unknown = [repr(name) for name in names if name not in STATISTICS]
+    if unknown:
+        raise KindError(
+            f"expected only= to be a collection of names among {', '.join(STATISTICS)}, got {', '.join(unknown)}: "
+            "choose among these"
+        )
+    return Wanted(*(name in names for name in Wanted._fields))
+
+
 def _pool(
     rows: Collected,
+    wanted: Wanted,
     valid: Tensor,
     used: Tensor,
     query_norm: Tensor | None = None,
@@ -264,14 +290,17 @@ def _pool(
     finite_population = population.square() * (1 - sampled / population.clamp_min(1)) / sampled.clamp_min(1)
     variance = torch.where((sampled < population)[:, None], finite_population[:, None] * spread, 0.0)
 
-    rate, rate_variance = _sink_rate(received, received_sq, seen, (sampled < population)[:, None])
+    rate = rate_variance = has_keys = torch.zeros_like(row_total[0])
     has_rows = (sampled > 0)[:, None].expand_as(rate).to(dtype)
+    if wanted.sink_rate:
+        rate, rate_variance = _sink_rate(received, received_sq, seen, (sampled < population)[:, None])
+        has_keys = has_rows
     # All keys are used, so that their mean has no sampling variance.
     key_total, key_number = (torch.zeros_like(rate),) * 2 if key_norm is None else key_norm
     return AttentionSums(
-        total=torch.stack([*(row_total * scale), rate * has_rows, key_total.to(dtype) * has_rows]),
-        weight=torch.stack([*(row_weight * scale), has_rows, key_number.to(dtype) * has_rows]),
-        variance=torch.stack([*variance, rate_variance * has_rows, torch.zeros_like(rate)]),
+        total=torch.stack([*(row_total * scale), rate * has_keys, key_total.to(dtype) * has_rows]),
+        weight=torch.stack([*(row_weight * scale), has_keys, key_number.to(dtype) * has_rows]),
+        variance=torch.stack([*variance, rate_variance * has_keys, torch.zeros_like(rate)]),
         maximum=maximum,
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracles import dense_attention
 
-from lightning_qk.functional import _kernel, attention_statistics
+from lightning_qk.functional import _kernel, _triton_keys, _triton_rows, attention_statistics
 from lightning_qk.functional import attention as localization
 from lightning_qk.functional._kernel import Blocks
 
@@ -27,9 +27,10 @@ def shapes(request, monkeypatch):
     """Every call runs the kernel, in small blocks, so that a short sequence has whole blocks and parts of them."""
     chosen = getattr(request, "param", SQUARE)
 
-    def kernel_rows(source, used, index):
-        assert _kernel.fits(source)
-        return _kernel.launch(source, used, index, every=source.every_row_counts, shapes=chosen)
+    def kernel_rows(source, used, index, wanted):
+        assert _kernel.fits(source, index)
+        every = source.every_row_counts
+        return _kernel.launch(source, used, index, every=every, wanted=wanted, shapes=chosen)
 
     monkeypatch.setattr(localization, "kernel_rows", kernel_rows)
 
@@ -247,6 +248,140 @@ def test_sampled_rows_as_by_chunks(arguments, monkeypatch):
             patch.setattr(localization, "kernel_rows", lambda *_, **__: None)
             want = attention_statistics(query, key, generator=torch.Generator().manual_seed(1), **draw)
         check(got, want)
+
+
+WINDOWED = {"is_causal": True, "sliding_window": 9}
+
+
+@pytest.mark.parametrize("how", ["causal", "bidirectional", "window", "mask", more("bias")])
+@pytest.mark.parametrize("left_out", [("linear_share", "sink_rate"), more("linear_share")])
+def test_one_sweep_gives_the_rest(how, left_out):
+    """What needs a second sweep is left out; what is left is the same."""
+    query, key = tensors(n=40, m=40)
+    i, j = positions(40, 40)
+    documents = (i // 13 == j // 13)[None, None]
+    bias = torch.randn(1, HEADS, 40, 40)
+    visible = {
+        "bidirectional": None,
+        "window": causal(40, 40) & (i - j < 9),
+        "mask": documents & causal(40, 40),
+    }
+    arguments = {
+        "causal": {"is_causal": True},
+        "bidirectional": {},
+        "window": WINDOWED,
+        "mask": {"mask": documents, "is_causal": True},
+        "bias": {"is_causal": True, "bias": bias, "softcap": 2.0},
+    }[how]
+    extra = {"bias": bias, "softcap": 2.0} if how == "bias" else {}
+    want = dense_attention(query, key, visible.get(how, causal(40, 40)), **extra)
+    only = [name for name in want if name not in left_out]
+    got = attention_statistics(query, key, only=only, **arguments)
+    check(got, {name: want[name] for name in only})
+    assert not {"linear_share"} & set(got)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Counts the tiles of q·kᵀ that are computed, by kernel."""
+    counts = {"rows": 0, "keys": 0}
+    for name, module in (("rows", _triton_rows), ("keys", _triton_keys)):
+
+        def counted(*arguments, own=module.product_of, name=name):
+            counts[name] += 1
+            return own(*arguments)
+
+        monkeypatch.setattr(module, "product_of", counted)
+    return counts
+
+
+N_BLOCKS = 6
+CAUSAL_TILES = N_BLOCKS * (N_BLOCKS + 1) // 2
+ONE_SWEEP = ("entropy", "max_logit", "max_abs_logit", "distance", "sink_first", "logit_std", "participation")
+SAMPLED = torch.Generator()
+
+
+def documents(batch, head, query, key):
+    return (query // 32 == key // 32) & (key <= query)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "only", "rows", "keys"),
+    [
+        # One sweep over the visible blocks, and none of the other kernel.
+        ({"is_causal": True}, ONE_SWEEP, CAUSAL_TILES, 0),
+        ({}, ONE_SWEEP, N_BLOCKS**2, 0),
+        # The linear share: the diagonal once more, where the mean follows from sums of keys.
+        ({"is_causal": True}, (*ONE_SWEEP, "linear_share"), CAUSAL_TILES + N_BLOCKS, 0),
+        ({"is_causal": True}, (*ONE_SWEEP, "sink_rate"), CAUSAL_TILES, CAUSAL_TILES),
+        # A window of 16 touches two blocks of 16, of the first row of blocks one.
+        (WINDOWED, ONE_SWEEP, 2 * N_BLOCKS - 1, 0),
+        (WINDOWED, None, 2 * (2 * N_BLOCKS - 1), 2 * N_BLOCKS - 1),
+        # Three packed documents of two blocks each, as a mask.
+        ("documents", ONE_SWEEP, 9, 0),
+        ("documents", None, 2 * 9, 9),
+        # A window as a mask.
+        ("window", ONE_SWEEP, 2 * N_BLOCKS - 1, 0),
+        # Half of a sequence is padding: its rows have no tiles, and no row has tiles of its keys.
+        ("padding", ONE_SWEEP, 6, 0),
+    ],
+)
+def test_only_visible_tiles_are_computed(tiles, arguments, only, rows, keys):
+    n = 16 * N_BLOCKS
+    # Small logits: a row with one that is far above its mean is visited once more.
+    query, key = (0.3 * torch.randn(2, 1, 1, n, 8)).unbind()
+    i, j = positions(n, n)
+    masks = {
+        "documents": documents(None, None, i, j),
+        "window": (i - j < 9) & (j <= i),
+        "padding": (j <= i) & (j < n // 2),
+    }
+    extra = {}
+    if isinstance(arguments, str):
+        visible = masks[arguments][None, None]
+        if arguments == "padding":
+            extra = {"padding": (torch.arange(n) < n // 2)[None]}
+            arguments = {"mask": visible, "query_mask": extra["padding"]}
+        else:
+            arguments = {"mask": visible}
+    else:
+        visible = causal(n, n) if "is_causal" in arguments else None
+        if "sliding_window" in arguments:
+            visible = masks["window"][None, None]
+    got = attention_statistics(query, key, only=only, **arguments)
+    assert tiles == {"rows": rows, "keys": keys}
+    want = dense_attention(query, key, visible, **extra)
+    check(got, {name: value for name, value in want.items() if only is None or name in only})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "most"), [({}, 4), ({"is_causal": True}, 3), ({"is_causal": True, "sliding_window": 9}, 2)]
+)
+def test_sampled_rows_are_computed_alone(tiles, arguments, most):
+    """One block of 16 rows, of the keys that the furthest of them sees; as many as there are rows at most."""
+    n = 64
+    query, key = torch.randn(2, 1, 1, n, 8).unbind()
+    keep = (torch.arange(n) >= 28) & (torch.arange(n) < 44)
+    attention_statistics(
+        query,
+        key,
+        rows=16,
+        query_mask=keep[None],
+        only=ONE_SWEEP,
+        generator=SAMPLED.manual_seed(0),
+        **arguments,
+    )
+    assert tiles == {"rows": most, "keys": 0}
+
+
+def test_a_mask_function_on_sampled_rows(tiles, monkeypatch):
+    """It is evaluated for these rows, and the kernel has its values; of all rows it goes by chunks."""
+    query, key = tensors(n=96, m=96)
+    draw = {"mask": documents, "rows": 20}
+    got = attention_statistics(query, key, generator=SAMPLED.manual_seed(1), **draw)
+    assert tiles["rows"] > 0
+    monkeypatch.setattr(localization, "kernel_rows", lambda *_, **__: None)
+    check(got, attention_statistics(query, key, generator=SAMPLED.manual_seed(1), **draw))
 
 
 def test_per_sequence():

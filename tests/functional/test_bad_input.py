@@ -63,7 +63,7 @@ CALLS = {
     "uniform_prior": None,
     "attention_entropy": attention(normalized=True, reduction="sequence"),
     "attention_on_keys": attention(marked=torch.arange(N) > 2, per_sequence=False, **sampled()),
-    "attention_statistics": attention(per_sequence=False, **sampled()),
+    "attention_statistics": attention(only=("entropy", "sink_rate"), per_sequence=False, **sampled()),
     "circle_law_radius": {"frobenius_sq": torch.rand(3), "d_model": 8},
     "circle_law_share": {"modulus": torch.rand(3), "d_head": 2, "d_model": 8},
     "effective_rank": {"singular_values": torch.rand(3, 4)},
