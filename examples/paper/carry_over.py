@@ -67,8 +67,8 @@ BASELINES: list[Key] = [
 ]
 COMPARED_IN = "llama"
 """The setting of the comparison with other methods, over learning rates."""
-MANY = ("collapse", "rough", "fast", "paper")
-FEW: dict[str, int] = {"sst2": 3, "smollm2": 1, "smollm2_full": 1}
+MANY = ("collapse", "rough", "fast", "llama")
+FEW: dict[str, int] = {"paper": 3, "sst2": 3, "smollm2": 1, "smollm2_full": 1}
 """All seeds are run in :data:`MANY`. Where the limit is never reached a run with it is the same as without, to the
 bit, which two seeds show; fine-tuning, whose runs take long, has as many as here."""
 
@@ -114,8 +114,8 @@ TITLES = {
     "gpt_post": "OPT-like, 4 layers, post-LN",
     "llama": "Llama-like, 4 layers, rotary, grouped keys",
     "vit": "ViT on digits, 4 layers",
-    "fast": "Llama-like, learning rate 0.01, no warm-up",
-    "rough": "the same, W_q and W_k drawn 8 times as large",
+    "fast": "Llama-like, rate 0.01, no warm-up",
+    "rough": "Llama-like, rate 0.01, W_q and W_k drawn 8 times as large",
     "sst2": "MiniLM, fine-tuned on SST-2",
     "collapse": "Granite, 12 layers, entropy collapse's start",
     "smollm2": "SmolLM2-135M, LoRA on WikiText-2",
@@ -146,11 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         without += ["smollm2", "smollm2_full"]
     names = opts.pick(list(SHORT), ["paper", "vit"])
     results = Results(opts, [name for name in names if name not in without])
+    unigram = word_frequencies(results)
     for part in parts(results):
         for setting, key, seed, rate in part:
             late = given.until is not None and datetime.now().strftime("%H:%M") >= given.until
             results.run(setting, key, seed, rate, only_kept=late)
-        publish(results, clock)
+        publish(results, clock, unigram)
     draw(read(NAME, opts.out), opts)
 
 
@@ -176,21 +177,15 @@ def parts(results: "Results") -> Iterator[list[Run]]:
     yield compared(first)
     if results.opts.quick:
         return
-    yield from map(compared, later[:2])
     for setting in RATED:
         yield rated(setting, (_BASE, default))
+    yield from map(compared, later)
     for seed in SWEPT:
-        yield [
-            (setting, key, seed, None)
-            for setting in SWEPT_IN["limit"]
-            if setting in MANY or seed == first
-            for key in sweep("limit")
-        ]
-    yield from map(compared, later[2:])
+        yield [(setting, key, seed, None) for setting in SWEPT_IN["limit"] for key in sweep("limit")]
+    yield rated(COMPARED_IN, BASELINES)
     yield [
         (setting, key, seed, None) for setting in ("rough", "llama") for seed in SEEDS[:3] for key in others
     ]
-    yield rated(COMPARED_IN, BASELINES)
     yield [("rough", key, seed, None) for seed in SWEPT for key in BASELINES]
     for seed in SWEPT:
         for method in ("variance", "tokens"):
@@ -353,7 +348,7 @@ def spent(results: Results) -> float:
     return len(results.runs) * sum(known) / len(known) if known else math.nan
 
 
-def publish(results: Results, clock: Clock, unigram: float | None = None) -> None:
+def publish(results: Results, clock: Clock, unigram: float) -> None:
     """Write what there is."""
     table: list[dict[str, Any]] = []
     alike: dict[str, list[tuple[float, list[float]]]] = {}
@@ -386,8 +381,6 @@ def publish(results: Results, clock: Clock, unigram: float | None = None) -> Non
             if (own := described(results, setting, key))["seeds"]
         ]
         table.append(row)
-    if unigram is None:
-        unigram = word_frequencies(results)
     found = {
         "compared": {name: key[1] for name, key in COMPARED.items()},
         "limit": LIMIT,
@@ -411,41 +404,48 @@ def publish(results: Results, clock: Clock, unigram: float | None = None) -> Non
 
 
 def draw(found: Mapping[str, Any], opts: Options) -> None:
-    """Gain over coefficients in each setting, of the three forms, and loss over learning rates."""
-    fig, axes = figure(1, 4, width=4.2, height=3.4)
-    for axis, method in zip(axes[0], SWEEP, strict=False):
+    """Gain over coefficients in each setting, and loss and largest logit over learning rates."""
+    swept = [name for name in SWEEP if any(f"{name}_sweep" in row for row in found["settings"])]
+    fig, axes = figure(1, len(swept) + 2, width=4.2, height=3.4)
+    for axis, method in zip(axes[0], swept, strict=False):
         for number, row in enumerate(found["settings"]):
             own = row.get(f"{method}_sweep")
             if own is None:
                 continue
             gains = [mean for mean, _, _ in own["gains"]]
-            low = [mean - (low if math.isfinite(low) else mean) for mean, low, _ in own["gains"]]
+            half = [mean - low if math.isfinite(low) else 0.0 for mean, low, _ in own["gains"]]
             style = {"color": f"C{number}", "marker": "o", "ms": 3, "capsize": 2, "linewidth": 1}
-            axis.errorbar(own["values"], gains, yerr=[low, low], label=row["title"], **style)
+            axis.errorbar(own["values"], gains, yerr=half, label=row["title"], **style)
             top = own["values"].index(own["best"])
             axis.plot(own["best"], gains[top], "*", color=f"C{number}", ms=11)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xscale("log")
-        axis.set_yscale("symlog", linthresh=0.02)
-        axis.set(xlabel=LABELS[method])
-        axis.legend(fontsize=5)
-    axes[0][0].set_ylabel("held-out loss: gain over none [nats]")
-    axes[0][1].set_title("stars: each setting's best; bars: 95 % intervals")
+        axis.set(xlabel=LABELS[method], ylabel="held-out loss: gain over none [nats]")
+        axis.set_title("stars: each setting's best; bars: 95 % intervals", fontsize=8)
+        axis.legend(fontsize=6)
+    losses, logits = axes[0][-2:]
     for number, (setting, methods) in enumerate(found["rates"].items()):
-        for method in ("baseline", DEFAULT):
-            if method not in methods:
+        for method, own in methods.items():
+            if method not in ("baseline", DEFAULT):
                 continue
-            own = methods[method]
-            losses = [loss if math.isfinite(loss) else math.nan for loss in own["losses"]]
-            label = f"{TITLES[setting]}, {'none' if method == 'baseline' else 'LocAteR'}"
-            style = "--" if method == "baseline" else "-"
-            axes[0][3].plot(own["rates"], losses, style, color=f"C{number}", marker="o", ms=3, label=label)
+            label = f"{TITLES[setting]}, {'none' if method == 'baseline' else 'LocAteR()'}"
+            style = {
+                "color": f"C{number}",
+                "ls": "--" if method == "baseline" else "-",
+                "marker": "o",
+                "ms": 3,
+            }
+            shown = [loss if math.isfinite(loss) else math.nan for loss in own["losses"]]
+            losses.plot(own["rates"], shown, label=label, **style)
+            logits.plot(own["rates"], own["max_logits"], **style)
     if found["rates"]:
-        axes[0][3].axhline(found["unigram"], color="black", linewidth=0.8, linestyle=":")
-        axes[0][3].set_xscale("log")
-        axes[0][3].set_yscale("log")
-        axes[0][3].set(xlabel="learning rate (dotted: word frequencies)", ylabel="held-out loss [nats]")
-        axes[0][3].legend(fontsize=5)
+        losses.axhline(found["unigram"] + found["trains"], color="black", linewidth=0.8, linestyle=":")
+        losses.set_title("dotted: above it a run does not train any more", fontsize=8)
+        losses.legend(fontsize=6)
+    for axis, title in ((losses, "held-out loss [nats]"), (logits, "largest logit")):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set(xlabel="learning rate", ylabel=title)
     save(fig, NAME, opts)
 
 

@@ -218,6 +218,18 @@ def evaluated(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch on its device: a mapping by name, a sequence by position, else one argument."""
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(value) for name, value in batch.items()})
+    return model(*map(moved, batch if isinstance(batch, list | tuple) else [batch]))
+
+
 def _uncompiled() -> AbstractContextManager[Any]:
     """No graphs of torch.compile."""
     if "torch._dynamo.eval_frame" not in sys.modules:

@@ -96,7 +96,6 @@ class Attempts(GuardedHooks, Callback):
         """Nothing was said and nothing failed yet."""
         super().begin()
         self.notes: list[str] = []
-        self._reported = False
         # What failed on this process alone: the others learn of it at the next measurement.
         self._failure: Exception | None = None
         self.forget_failures()
@@ -130,7 +129,6 @@ class Attempts(GuardedHooks, Callback):
             f"it stopped {'reporting' if ends else 'watching'}, since {hook} failed ({describe_error(error)}); "
             "training goes on"
         )
-        self._reported = self._reported or ends
         if has_others() and not ends:
             # The other processes are not left alone: at the next measurement it is given up on all of them.
             self._failure = error

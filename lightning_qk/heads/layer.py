@@ -62,20 +62,18 @@ def locate(facts: LayerFacts) -> Layout:
     Raises:
         UnreadLayer: neither finds them.
     """
-    shown, refusal = facts.finding.layout, None
-    fitting = fitting_layouts(facts.layer.module, facts.key_module) if facts.trusts_names else ()
-    for known in fitting if shown is None else (shown,):
+    if facts.finding.layout is not None:
+        return _by_table(facts, facts.finding.layout)
+    refusal = None
+    for known in fitting_layouts(facts.layer.module, facts.key_module) if facts.trusts_names else ():
         try:
             layout = _by_table(facts, known)
         except UnreadLayer as reason:  # noqa: PERF203
-            if shown is not None:
-                raise
             refusal = refusal or reason
             if not known.tentative:
                 break
         else:
-            if shown is None:
-                check_tokens(facts.layer)
+            check_tokens(facts.layer)
             return layout
     if isinstance(refusal, InaccessibleWeights):
         raise refusal

@@ -51,11 +51,8 @@ class StoredWeight:
     @property
     def bias(self) -> Any:
         """The bias's parameter, whole; None without."""
-        return (
-            None
-            if self.bias_name is None
-            else getattr(alive(self.bias_owner or self.owner), self.bias_name, None)
-        )
+        owner = alive(self.bias_owner or self.owner)
+        return None if self.bias_name is None else getattr(owner, self.bias_name, None)
 
     @property
     def transposed(self) -> bool:

@@ -423,23 +423,17 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
     first, newest = readings[0], readings[-1]
     for other in readings[1:]:
         check_same_layers(first, other)
-    titles = [reading.title for reading in readings]
-    record = RunRecord(
-        info={
-            "Checkpoints" if side_by_side else "Checkpoint": ", ".join(titles)
-            if side_by_side
-            else newest.title
-        }
-    )
-    record.info.update(newest.facts)
-    record.info["Spectra"] = newest.verification
+    titles = ", ".join(reading.title for reading in readings)
+    subject = {"Checkpoints": titles} if side_by_side else {"Checkpoint": newest.title}
+    record = RunRecord(info={**subject, **newest.facts, "Spectra": newest.verification})
     record.shapes = dict(newest.shapes)
     points = max(len(readings), 2)
-    record.spectrum = History(first.labels, first.heads, points)
-    if any(reading.attention for reading in readings):
-        record.attention = History(first.labels, first.heads, points)
-    if any(reading.predicted for reading in readings):
-        record.histories["pred"] = History(first.labels, first.heads, points)
+    parts = {"spectrum": "values", "attention": "attention", "pred": "predicted"}
+    record.histories = {
+        group: History(first.labels, first.heads, points)
+        for group, part in parts.items()
+        if any(getattr(reading, part) for reading in readings)
+    }
     spectra, profiles = Snapshots(points if side_by_side else 4), Snapshots(points)
     for place, reading in enumerate(readings):
         step = place if side_by_side or reading.step is None else reading.step
@@ -447,20 +441,17 @@ def record_of(readings: list[Reading], *, side_by_side: bool = False) -> RunReco
             record.points[step] = reading.title
         elif len(readings) == 1 and reading.step is None:
             record.points[step] = "this checkpoint"
-        record.spectrum.append(step, reading.values)
-        if reading.attention and record.attention is not None:
-            record.attention.append(step, reading.attention)
-        if reading.predicted:
-            record.histories["pred"].append(step, reading.predicted)
+        for group, history in record.histories.items():
+            if values := getattr(reading, parts[group]):
+                history.append(step, values)
         if reading.eigenvalues:
             spectra.append(step, reading.eigenvalues)
         if reading.profile:
             profiles.append(step, reading.profile)
     record.eigenvalues = newest.eigenvalues
-    record.eigenvalues_step = record.spectrum.steps[-1] if newest.eigenvalues else None
-    for kind, kept in (("eigenvalues", spectra), ("linear_profile", profiles)):
-        if len(kept):
-            record.snapshots[kind] = kept
+    record.eigenvalues_step = step if newest.eigenvalues else None
+    kept = {"eigenvalues": spectra, "linear_profile": profiles}
+    record.snapshots = {kind: own for kind, own in kept.items() if len(own)}
     record.notes = list(dict.fromkeys(note for reading in readings for note in reading.notes))
     return record
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import evaluated
+from lightning_qk.architecture.dry_run import call, evaluated
 from lightning_qk.capture import CapturedCall
 from lightning_qk.capture.hooks.modules import hook_before
 from lightning_qk.functional.token_moments import TokenMoments
@@ -54,7 +54,7 @@ def token_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, TokenMo
         for batch in batches:
             ran = True
             collector.calls.position = batch.get("position_ids") if isinstance(batch, Mapping) else None
-            _call(model, batch)
+            call(model, batch)
     if not ran:
         raise ValueError("expected at least one batch to take moments of, got none: pass some of the data")
     silent = dict.fromkeys(calls.silent(), "no attention call of it was seen")
@@ -70,20 +70,6 @@ def token_moments(model: nn.Module, batches: Iterable[Any]) -> dict[str, TokenMo
             f"{len(left_out)} ({next(iter(left_out.items()))}): see the layers' reasons"
         )
     return out
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    device = next((parameter.device for parameter in model.parameters()), None)
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{name: moved(value) for name, value in batch.items()})
-    elif isinstance(batch, list | tuple):
-        model(*map(moved, batch))
-    else:
-        model(moved(batch))
 
 
 class _Collector:

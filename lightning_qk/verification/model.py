@@ -1,11 +1,10 @@
 """Check one model by one batch."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from lightning_qk.architecture.dry_run import quietly
+from lightning_qk.architecture.dry_run import call, quietly
 from lightning_qk.heads.reader import ProjectionReader
 from lightning_qk.verification.check import SelfCheck, Verified
 
@@ -42,12 +41,3 @@ def verify(model: nn.Module, batch: Any) -> dict[str, Verified]:
     with SelfCheck(model, reader).looking() as check, quietly(model):
         call(model, batch)
         return check.conclude()
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: by name, by position, or with one argument."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, list | tuple):
-        return model(*batch)
-    return model(batch)

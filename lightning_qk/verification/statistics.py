@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.dry_run import quietly
+from lightning_qk.architecture.dry_run import call, quietly
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.attention import attention_sums, means
 from lightning_qk.heads.reader import find_attention
 from lightning_qk.metrics.collector import AttentionCollector, LayerFacts
-from lightning_qk.verification.model import call
 from lightning_qk.verification.trace import Event, Trace
 
 TOLERANCE = 1e-4

@@ -99,6 +99,7 @@ def run(folder: Path, processes: int) -> None:
         "callback": (job(), [LocAteR(WEIGHT)]),
         # As many tokens as the eight sequences of all processes have besides their first ones: all of them.
         "share by tokens": (job(), [LocAteR("20%", sigma="tokens", tokens=8 * 15)]),
+        "limit": (job(), [LocAteR(limit=0.01, tokens=8 * 15)]),
     }
     for name, (module, callbacks) in cases.items():
         keep = KeepGradients()

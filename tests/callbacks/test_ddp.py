@@ -31,8 +31,9 @@ def test_the_callbacks_gradient_is_that_of_a_loss_term(results):
     assert error(results["2_0"]["callback"], results["1_0"]["callback"]) < 1e-4
 
 
-def test_tokens_and_share_of_the_penalty_are_those_of_all_ranks(results):
-    one, other, alone = (results[run]["share by tokens"] for run in ("2_0", "2_1", "1_0"))
+@pytest.mark.parametrize("case", ["share by tokens", "limit"])
+def test_tokens_and_share_of_the_penalty_are_those_of_all_ranks(results, case):
+    one, other, alone = (results[run][case] for run in ("2_0", "2_1", "1_0"))
     for name, gradient in one.items():
         assert torch.equal(gradient, other[name]), name
     assert error(one, alone) < 1e-4

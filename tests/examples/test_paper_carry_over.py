@@ -62,7 +62,7 @@ def test_gains_are_paired_by_seed_and_have_students_interval(results: Results) -
     assert row["gain"] == pytest.approx([0.3, 0.3 - half, 0.3 + half], rel=1e-5)
     assert row["same"] == 0
     assert row["entropy"] - row["entropy_without"] == pytest.approx(0.3)
-    assert described(results, "paper", COMPARED["limit"])["same"] == 5
+    assert described(results, "paper", COMPARED["limit"])["same"] == 3
 
 
 def test_coefficients_that_are_as_good_as_the_best() -> None:

@@ -23,8 +23,8 @@ from lightning_qk.callbacks._trainer import (
     logging_step,
 )
 from lightning_qk.callbacks.callback import OBSERVES, check_lightning, observe_last
+from lightning_qk.callbacks.monitors._drawing import Drawing
 from lightning_qk.callbacks.monitors._keys import Families, PerLayer, without_errors
-from lightning_qk.callbacks.monitors._reporting import Reporting
 from lightning_qk.callbacks.monitors._round import Part, measure_together
 from lightning_qk.callbacks.monitors._session import join_session, measure_due
 from lightning_qk.callbacks.monitors._watching import OnUnreadable
@@ -72,7 +72,7 @@ def at_least(least: int, **values: int | None) -> None:
             raise ValueError(f"expected {name} to be at least {least}, or None for all of them, got {value}")
 
 
-class Monitor(Reporting):
+class Monitor(Drawing):
     """Base of the monitors, and what they share.
 
     A subclass sets the class attributes, finds its layers in :meth:`find_layers` and measures them in
@@ -171,7 +171,7 @@ class Monitor(Reporting):
     def start_counting(self, trainer: Trainer) -> None:
         """Nothing is measured, said or lost yet."""
         self._begin_counting(trainer.global_step)
-        self._reported = False
+        self._is_finished = False
         self.forget_failures()
 
     def _begin_counting(self, first_step: int) -> None:
@@ -208,8 +208,7 @@ class Monitor(Reporting):
             self.attempt(lambda: describe_config(trainer, run_settings(trainer)), "describing the run")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree on where the report goes, and find the layers: the same on every process, or raise on all."""
-        self.find_folder(trainer)
+        """Find the layers: the same on every process, or raise on all."""
         self.start_counting(trainer)
         self.start_together(trainer, lambda: self.find_layers(trainer, pl_module))
 
@@ -255,18 +254,16 @@ class Monitor(Reporting):
             self.log_late(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what no step was measured of, log the last figures and leave the report."""
+        """Measure what no step was measured of, and log the last figures."""
         if not self.idle:
             self._measure_at_the_end(trainer, pl_module)
         self.finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the report of what was seen until then, and the model as it was: teardown may not follow."""
-        self._ended_by = exception
+        """Log the last figures, and leave the model as it was: teardown may not follow."""
         try:
             self.finish(trainer, pl_module)
         finally:
-            self._ended_by = None
             self.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -410,8 +407,6 @@ class Monitor(Reporting):
             self.share(trainer, pl_module, values)
         self.attempt(lambda: self._log_step(trainer, values), "remembering")
         self.after_measuring(trainer)
-        if trainer.is_global_zero and self.report and not self._at_the_end:
-            self.attempt(lambda: self.rewrite(trainer, pl_module), "rewriting the report")
 
     def _log_step(self, trainer: Trainer, values: dict[str, Tensor]) -> None:
         step = self.step_of(trainer)

@@ -176,6 +176,7 @@ class AttentionProbes(Monitor):
         super().begin()
         self.head_report: HeadReport | None = None
         self._validations = 0
+        self._directory: str | None = None
         self._recorder: CallRecorder | None = None
         # Whether this validation is to be probed, the same on every process.
         self._is_probed = False
