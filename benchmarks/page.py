@@ -33,6 +33,12 @@ def render(figures: dict[str, Any]) -> str:
         **figures["machine"],
         table="\n".join(rows),
         inspection=inspection(found),
+        kernels=kernels(figures["kernels"]),
+        triton=figures["kernels"]["triton"],
+        wide=wide(figures["wide"]["shapes"]),
+        exponents=exponents(figures["wide"]["exponents"]),
+        whole_run=whole_run(figures["whole_run"]["results"]),
+        whole_steps=figures["whole_run"]["steps"],
         inspected=f"{found['layers']} layers, {found['bytes'] / 1e9:.2f} GB of query and key weights",
         repeats=found["repeats"],
         inspect_threads=found["threads"],
@@ -40,6 +46,68 @@ def render(figures: dict[str, Any]) -> str:
         load=f"{found['load']:g}",
         **{name: f"{found[name]:.2g}" for name in ("ratio_work", "bare_work", "moments_read_work")},
     )
+
+
+def kernels(found: dict[str, Any]) -> str:
+    """The table of what the compiled kernels take."""
+    chips = list(next(iter(found["kernels"].values())))
+    rows = [f"| | {' | '.join(chips)} |", "|---|" + "---:|" * len(chips)]
+    for name, by in found["kernels"].items():
+        used = (f"{registers} / {spilt} / {shared / 1024:.0f} K" for registers, spilt, shared in by.values())
+        rows.append(f"| {name} | {' | '.join(used)} |")
+    return "\n".join(rows)
+
+
+_VARIANTS = {
+    "none": "none",
+    "spectrum": "QKSpectrumMonitor",
+    "attention": "AttentionMonitor",
+    "locater": "LocAteR",
+    "all": "all three",
+}
+
+
+def wide(shapes: dict[str, Any]) -> str:
+    """The table of many layers and many heads."""
+    rows = [
+        "| layers × heads | callbacks | a step | first step | end | memory | keys | report | record |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for shape, by in shapes.items():
+        kind, layers, heads = shape.split(":")
+        for variant, title in _VARIANTS.items():
+            own, base = by[variant], by["none"]
+            seconds = (f"{own[part]:.2f} s" for part in ("step", "first", "end"))
+            more = "" if own is base else f"+{own['memory'] - base['memory']:.0f} MB"
+            sizes = (f"{own[part]:.1f} MB" if own[part] else "" for part in ("report", "record"))
+            place = f"{layers} × {heads}, {kind}" if own is base else ""
+            keys = own["keys"] or ""
+            rows.append(
+                f"| {place} | {title} | {' | '.join(seconds)} | {more} | {keys} | {' | '.join(sizes)} |"
+            )
+    return "\n".join(rows)
+
+
+def exponents(found: dict[str, dict[str, float]]) -> str:
+    """How what is added to a step grows, in words."""
+    return "; ".join(
+        f"in {along} " + ", ".join(f"{_VARIANTS[name]} {value:.2f}" for name, value in by.items())
+        for along, by in found.items()
+    )
+
+
+def whole_run(found: dict[str, Any]) -> str:
+    """The table of whole runs of a small model."""
+    titles = {
+        "default": "three callbacks at the default cadence",
+        "every": "monitors on every step",
+        "locater": "LocAteR alone",
+    }
+    rows = ["| | ratio | bar | detail |", "|---|---:|---:|---|"]
+    for name, own in found.items():
+        value = f"{own['value']:.3f}" if own["value"] <= own["bar"] else f"**{own['value']:.3f}, missed**"
+        rows.append(f"| {titles[name]} | {value} | ≤ {own['bar']} | {own['detail']} |")
+    return "\n".join(rows)
 
 
 def inspection(found: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ PLACES = {
     "predicting": (_predictions, "predict_attention", ("TokenMonitor", CALLS)),
     "measuring states": (later, "hidden_sums", (STATES, CALLS)),
     "pooling": (means.HeadMeans, "update", (CALLS, "SinkMonitor", SPECTRUM)),
+    "building a metric": (AttentionMonitor, "metric", (CALLS, "PositionMonitor", SPECTRUM)),
     "values": (AttentionStatistics, "compute", (CALLS, "PositionMonitor", SPECTRUM)),
     "states of heads": (_listening.ListeningMonitor, "states_of", (CALLS, "PositionMonitor", SPECTRUM)),
     "remembering": (history.History, "append", (SPECTRUM, CALLS)),
@@ -58,7 +59,7 @@ PLACES = {
     "the end": (_monitor.Monitor, "finish", (SPECTRUM, CALLS, "SinkMonitor", "PositionMonitor", STATES)),
 }
 """What fails → where, and what watches: monitors that it concerns, and one that goes on."""
-ONCE = ("eigenproblems", "measuring a call", "pooling")
+ONCE = ("eigenproblems", "measuring a call", "pooling", "building a metric")
 """What also fails at one call alone."""
 
 

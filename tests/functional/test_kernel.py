@@ -1,6 +1,7 @@
 """The Triton kernels: in the interpreter, by the compiler for a GPU that is not here, and on one that is."""
 
 import importlib.util
+import json
 import os
 import resource
 import subprocess
@@ -57,6 +58,18 @@ def test_registers_of_the_compiled_code(tmp_path):
     check = ("benchmarks/registers.py", "--check", "docs/performance.json")
     out = run(*check, *cases, **environment)
     assert all(case in out for case in cases)
+
+
+def test_registers_are_kept_of_every_case():
+    kept = json.loads((HERE.parents[1] / "docs" / "performance.json").read_text())["kernels"]["kernels"]
+    assert len(kept) >= 18
+    for name, by in kept.items():
+        assert set(by) == {"sm_80", "sm_90", "sm_100"}, name
+        for registers, spilt, shared in by.values():
+            assert 0 < registers <= 255
+            # A few numbers of a thread at most, but where a call has all that there is.
+            assert spilt <= (200 if "sinks" in name else 60), name
+            assert shared <= 160 * 1024, name
 
 
 def test_nothing_is_launched_on_the_cpu(monkeypatch):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_qk import AttentionMonitor, QKSpectrumMonitor
-from lightning_qk.callbacks.monitors import _base as _monitor
+from lightning_qk.callbacks.monitors import _drawing as _monitor
 from lightning_qk.loggers import pictures as module
 from lightning_qk.loggers.pictures import Pictures
 

@@ -245,6 +245,12 @@ class CallsPart(Part):
             monitor.step_metrics, monitor.heads_of_step = found, heads
         self.metrics = found[: self._needed]
 
+    def unsettle(self) -> None:
+        """The next measurement builds the metric."""
+        super().unsettle()
+        if self._is_step:
+            self.monitor.step_metrics, self.monitor.heads_of_step = [], {}
+
     # What this process has
 
     def prepare(self) -> None:

@@ -88,6 +88,10 @@ class Part:
     def settle(self, facts: Sequence[Sequence[int]]) -> None:
         """Where it is new: build :attr:`metrics` by the largest of each of :meth:`facts`."""
 
+    def unsettle(self) -> None:
+        """Where :meth:`settle` failed on some process: nothing is reduced now, and shapes are new again."""
+        self.metrics = ()
+
     def prepare(self) -> None:
         """Fill :attr:`metrics` with what this process has."""
 
@@ -188,8 +192,11 @@ def _settle(trainer: Trainer, parts: Sequence[Part]) -> None:
     for part, own in zip(new, facts, strict=True):
         rows = [next(largest) for _ in own][1:]
         part.attempt(partial(part.settle, rows))
-    failed = _largest(trainer, [(int(part.error is not None),) for part in new])
-    _give_up(trainer, new, [bool(flag) for (flag,) in failed], [False] * len(new))
+    failed = [bool(flag) for (flag,) in _largest(trainer, [(int(part.error is not None),) for part in new])]
+    _give_up(trainer, new, failed, [False] * len(new))
+    for part, has_failed in zip(new, failed, strict=True):
+        if has_failed:
+            part.unsettle()
 
 
 def _largest(trainer: Trainer, rows: Sequence[Sequence[int]]) -> list[list[int]]:
