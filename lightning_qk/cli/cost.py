@@ -52,8 +52,8 @@ def run(args: list[str], prog: str) -> int:
         f"\n*: a measured step, 1 of {options.every}. launches: calls of torch's operators.\n"
         "network: bytes that a rank sends, in so many collective calls, which monitors\n"
         "make together. to host: bytes. LAPACK: flops of eigenproblems in a thread.\n"
-        "Formulas of the code for the callbacks' defaults, checked against counts; none\n"
-        "is a time."
+        "Formulas of the code for the monitors' defaults and LocAteR's variance form,\n"
+        "checked against counts; none is a time."
     )
     return 0
 

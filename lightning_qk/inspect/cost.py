@@ -93,7 +93,7 @@ def step_flops(model: Widths, job: Job) -> int:
 
 
 def locater(model: Widths, job: Job) -> Cost:
-    """LocAteR, at every step: three products of the value and four of the gradient."""
+    """LocAteR's variance form, at every step: three products of the value and four of the gradient."""
     layers, heads, kv_heads, d, width = model[:5]
     flops = layers * d * d * width * (10 * heads + 4 * kv_heads)
     if job.sharded:
