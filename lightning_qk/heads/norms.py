@@ -88,6 +88,13 @@ class NormPlan(NamedTuple):
         gain = odd / _normalize(_wide(signs), self.centered)
         return Norm(gain, offset if self.shifted else None, self.centered)
 
+    def stored_gain(self) -> tuple[nn.Parameter, float] | None:
+        """The parameter that the gain is, plus a number, where nothing else is folded in; None elsewhere."""
+        if self.added is None or self.centered or self.shifted:
+            return None
+        own = _only_parameter(self.module, self.shape)
+        return None if own is None or is_dtensor(own) else (own, self.added)
+
     def is_sharded(self) -> bool:
         """Whether reading gathers."""
         return any(is_dtensor(parameter) for parameter in self.module.parameters())
@@ -129,7 +136,7 @@ def plan_norm(norm: nn.Module, shape: tuple[int, ...]) -> NormPlan | None:
     return None
 
 
-def _only_parameter(norm: nn.Module, shape: tuple[int, ...]) -> Tensor | None:
+def _only_parameter(norm: nn.Module, shape: tuple[int, ...]) -> nn.Parameter | None:
     """The one tensor that a norm has, in the shape of a gain; None where it has others, or makes it of others."""
     own = [parameter for parameter in norm._parameters.values() if parameter is not None]
     if len(own) != 1 or norm._buffers or norm._modules or weight_hooks(norm):

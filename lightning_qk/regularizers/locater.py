@@ -276,14 +276,16 @@ class LocaterPenalty:
         """Add the layers that can be read together to shares and totals; gives the others."""
         stacks, others = self._stacker.stacks(layers, layers)
         for stack in stacks:
-            query, key = stack.read()
-            batch = batch_of(query, key, {name: layers[name] for name in stack.names}, settings)
+            weights = stack.read()
+            batch = batch_of(
+                weights.query, weights.key, {name: layers[name] for name in stack.names}, settings
+            )
             sides = stack.reaches(wanted)
             total, *gradients = penalty_and_gradients(
                 batch.query, batch.key, settings.of(batch), weight, sides
             )
             totals.append(total)
-            shares.put_whole(stack.shares(batch.back(gradients), wanted))
+            shares.put_whole(stack.shares(batch.back(gradients), weights, wanted))
         return {name: layers[name] for name in others}
 
     def _values(self, settings: Settings, part: list[str]) -> list[Tensor]:

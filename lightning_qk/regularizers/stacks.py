@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.functional.precision import at_least_float32
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projection import Side
 from lightning_qk.heads.reader import LARGEST_BATCH
@@ -40,12 +41,41 @@ class _View(NamedTuple):
         return stacked.as_strided((len(stacked), *size), (stacked.stride(0), *stride), self.offset)
 
 
+class _Gain(NamedTuple):
+    """A gain of the rows of a side, ``parameter + added``, of one head or of all heads."""
+
+    shape: tuple[int, ...]
+    added: float
+
+
 class _Place(NamedTuple):
     """What is equal in layers that are read together."""
 
     shapes: tuple[torch.Size, ...]
     query: _View
     key: _View
+    gains: tuple[_Gain | None, _Gain | None]
+
+
+class _Folded(NamedTuple):
+    """One side's weight as it is stored, and its gain, which the weight that was read is the product of."""
+
+    weight: Tensor
+    gain: Tensor
+
+
+class Weights(NamedTuple):
+    """What :meth:`Stack.read` gives.
+
+    Attributes:
+        query: ``(layers, heads, d_head, d_in)``, a detached copy.
+        key: likewise.
+        folded: of each side that has a gain, what its weight is made of.
+    """
+
+    query: Tensor
+    key: Tensor
+    folded: tuple[_Folded | None, _Folded | None]
 
 
 class Stack(NamedTuple):
@@ -54,32 +84,55 @@ class Stack(NamedTuple):
     Attributes:
         names: of the layers.
         parameters: of each side that has some of its own, one a layer: one list where both sides share them.
+        gains: of each side, one parameter a layer; empty where it has none.
         place: where query and key lie in them.
     """
 
     names: list[str]
     parameters: list[list[nn.Parameter]]
+    gains: tuple[list[nn.Parameter], list[nn.Parameter]]
     place: _Place
 
     @torch.no_grad()
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Query and key weights, ``(layers, heads, d_head, d_in)``, detached copies."""
+    def read(self) -> Weights:
+        """Query and key weights of all layers."""
         stacked = [torch.stack(tuple(own)) for own in self.parameters]
-        return self.place.query.read(stacked[0]), self.place.key.read(stacked[-1])
+        weights = self.place.query.read(stacked[0]), self.place.key.read(stacked[-1])
+        query, key = (self._fold(side, weight) for side, weight in enumerate(weights))
+        return Weights(query[0], key[0], (query[1], key[1]))
+
+    def _fold(self, side: int, weight: Tensor) -> tuple[Tensor, _Folded | None]:
+        kind = self.place.gains[side]
+        if kind is None:
+            return weight, None
+        gain = at_least_float32(torch.stack(tuple(self.gains[side])))
+        gain = (gain + kind.added if kind.added else gain).view(len(weight), -1, weight.shape[2], 1)
+        return weight * gain, _Folded(weight, gain)
 
     def reaches(self, wanted: Collection[int]) -> tuple[bool, bool]:
         """Whether the weights of query and of key depend on a wanted parameter."""
         found = [any(id(parameter) in wanted for parameter in own) for own in self.parameters]
-        return found[0], found[-1]
+        of_gains = [any(id(parameter) in wanted for parameter in own) for own in self.gains]
+        return found[0] or of_gains[0], found[-1] or of_gains[1]
 
     @torch.no_grad()
     def shares(
-        self, gradients: Sequence[Tensor | None], wanted: Collection[int]
+        self, gradients: Sequence[Tensor | None], weights: Weights, wanted: Collection[int]
     ) -> list[tuple[nn.Parameter, Tensor]]:
         """Gradients by the wanted parameters from those by what :meth:`read` gave, for query and key."""
-        sides = list(zip((self.place.query, self.place.key), gradients, strict=True))
+        found: list[tuple[nn.Parameter, Tensor]] = []
+        by_stored: list[Tensor | None] = []
+        for gradient, folded, gains in zip(gradients, weights.folded, self.gains, strict=True):
+            if gradient is None or folded is None:
+                by_stored.append(gradient)
+                continue
+            by_stored.append(gradient * folded.gain)
+            by_gain = (gradient * folded.weight).sum(-1)
+            if folded.gain.shape[1] == 1:
+                by_gain = by_gain.sum(1)
+            found += zip(gains, by_gain.reshape(len(gains), *gains[0].shape).unbind(0), strict=True)
+        sides = list(zip((self.place.query, self.place.key), by_stored, strict=True))
         is_shared = len(self.parameters) == 1
-        found = []
         for index, parameters in enumerate(self.parameters):
             parts = [(view, own) for view, own in (sides if is_shared else [sides[index]]) if own is not None]
             if not parts:
@@ -92,8 +145,8 @@ class Stack(NamedTuple):
                 whole = gradient.new_zeros(shape)
                 for view, gradient in parts:
                     view.of(whole).copy_(gradient)
-            found += [pair for pair in zip(parameters, whole.unbind(0), strict=True) if id(pair[0]) in wanted]
-        return found
+            found += zip(parameters, whole.unbind(0), strict=True)
+        return [pair for pair in found if id(pair[0]) in wanted]
 
 
 class Stacker:
@@ -106,54 +159,79 @@ class Stacker:
         self, layers: Mapping[str, LayerReader], names: Iterable[str]
     ) -> tuple[list[Stack], list[str]]:
         """Layers that are read together, in batches of bounded size; and the names of the others."""
-        own: dict[str, list[nn.Parameter]] = {}
+        own: dict[str, _Own] = {}
         holders: dict[int, int] = {}
         others: list[str] = []
         for name in names:
-            parameters = _parameters(layers[name])
-            if parameters is None:
+            found = _parameters(layers[name])
+            if found is None:
                 others.append(name)
                 continue
-            own[name] = parameters
-            for parameter in parameters:
+            own[name] = found
+            for parameter in found.all:
                 holders[id(parameter)] = holders.get(id(parameter), 0) + 1
         groups: dict[tuple[object, ...], list[Stack]] = {}
-        for name, parameters in own.items():
-            place = self._place(name, layers[name], parameters)
-            if place is None or any(holders[id(parameter)] > 1 for parameter in parameters):
+        for name, found in own.items():
+            place = self._place(name, layers[name], found)
+            if place is None or any(holders[id(parameter)] > 1 for parameter in found.all):
                 others.append(name)
                 continue
-            kinds = tuple((parameter.dtype, parameter.device) for parameter in parameters)
+            kinds = tuple((parameter.dtype, parameter.device) for parameter in found.all)
             stacks = groups.setdefault((place, kinds), [])
-            size = sum(parameter.numel() for parameter in parameters)
+            size = sum(parameter.numel() for parameter in found.weights)
             if not stacks or (len(stacks[-1].names) + 1) * size > LARGEST_BATCH:
-                stacks.append(Stack([], [[] for _ in parameters], place))
+                stacks.append(Stack([], [[] for _ in found.weights], ([], []), place))
             stacks[-1].names.append(name)
-            for column, parameter in zip(stacks[-1].parameters, parameters, strict=True):
+            for column, parameter in zip(stacks[-1].parameters, found.weights, strict=True):
                 column.append(parameter)
+            for gains, gain in zip(stacks[-1].gains, found.gains, strict=True):
+                gains += [] if gain is None else [gain[0]]
         return [stack for stacks in groups.values() for stack in stacks], others
 
-    def _place(self, name: str, layer: LayerReader, parameters: list[nn.Parameter]) -> _Place | None:
-        kind = tuple((parameter.shape, parameter.stride()) for parameter in parameters)
+    def _place(self, name: str, layer: LayerReader, own: "_Own") -> _Place | None:
+        kind = tuple((parameter.shape, parameter.stride()) for parameter in own.all)
         known = self._places.get(name)
         if known is None or known[0] is not layer or known[1] != kind:
-            known = layer, kind, _find(layer, parameters)
+            known = layer, kind, _find(layer, own)
             self._places[name] = known
         return known[2]
 
 
-def _parameters(layer: LayerReader) -> list[nn.Parameter] | None:
-    """The parameters of query and key, one where they share it; None where the weights are no plain parameters."""
-    if not layer.is_view() or layer.is_flat:
+class _Own(NamedTuple):
+    """The parameters of a layer's query and key.
+
+    Attributes:
+        weights: one where both share it.
+        gains: of each side, with what is added; None where it has none.
+    """
+
+    weights: list[nn.Parameter]
+    gains: tuple[tuple[nn.Parameter, float] | None, tuple[nn.Parameter, float] | None]
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        """All of them."""
+        return self.weights + [gain[0] for gain in self.gains if gain is not None]
+
+
+def _parameters(layer: LayerReader) -> _Own | None:
+    """The parameters of query and key; None where the weights are not these, but for gains of their rows."""
+    sides = layer.query, layer.key
+    norms = [side.qk_norm for side in sides if side.qk_norm is not None]
+    if layer.is_flat or len(layer.norms) != len(norms):
         return None
-    query, key = layer.query.projection.plain_weight(), layer.key.projection.plain_weight()
-    if query is None or key is None:
+    if any(side.factor is not None or not side.projection.is_view() for side in sides):
         return None
-    return [query] if query is key else [query, key]
+    query, key = (side.projection.plain_weight() for side in sides)
+    of_query, of_key = (None if side.qk_norm is None else side.qk_norm.stored_gain() for side in sides)
+    if query is None or key is None or len(norms) != sum(gain is not None for gain in (of_query, of_key)):
+        return None
+    return _Own([query] if query is key else [query, key], (of_query, of_key))
 
 
 @torch.no_grad()
-def _find(layer: LayerReader, parameters: list[nn.Parameter]) -> _Place | None:
+def _find(layer: LayerReader, own: _Own) -> _Place | None:
+    parameters = own.weights
     query, key = (
         _view(side, parameter, layer)
         for side, parameter in ((layer.query, parameters[0]), (layer.key, parameters[-1]))
@@ -170,7 +248,8 @@ def _find(layer: LayerReader, parameters: list[nn.Parameter]) -> _Place | None:
     # All that is copied, against what is taken of it.
     if sum(parameter.numel() for parameter in parameters) > _MOST_BESIDE * layer.numel:
         return None
-    return _Place(tuple(parameter.shape for parameter in parameters), query, key)
+    of_query, of_key = (None if gain is None else _Gain(tuple(gain[0].shape), gain[1]) for gain in own.gains)
+    return _Place(tuple(parameter.shape for parameter in parameters), query, key, (of_query, of_key))
 
 
 def _view(side: Side, parameter: nn.Parameter, layer: LayerReader) -> _View | None:
