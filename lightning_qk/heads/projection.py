@@ -100,6 +100,7 @@ class Projection:
         norms: those that are part of the map.
         expansion: the map from a latent to the first rows, where there is a latent; None without.
         shared: number of rows, the last ones, that bypass the latent.
+        composition: what is read, where the map is one of several projections.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Projection:
     norms: Sequence[NormPlan] = ()
     expansion: "Projection | None" = None
     shared: int = 0
+    composition: "Composition | None" = None
 
     @property
     def module(self) -> nn.Module:
@@ -368,6 +370,7 @@ def composed(
         norms=norms,
         expansion=expansion,
         shared=shared,
+        composition=whole_map,
     )
 
 

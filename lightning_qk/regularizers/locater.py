@@ -12,6 +12,7 @@ from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, kept_reader, read_together
 from lightning_qk.regularizers.closed_form import head_penalties, penalty_and_gradients
+from lightning_qk.regularizers.latents import LatentStacker
 from lightning_qk.regularizers.settings import (
     LIMIT,
     Form,
@@ -166,7 +167,7 @@ class LocaterPenalty:
         self._modules = modules
         self._cross_attention = cross_attention
         self._by_tokens = by_tokens
-        self._stacker = Stacker()
+        self._stacker, self._latents = Stacker(), LatentStacker()
         self.names = self._select()
 
     def refresh(self) -> bool:
@@ -274,7 +275,9 @@ class LocaterPenalty:
         totals: list[Tensor],
     ) -> dict[str, LayerReader]:
         """Add the layers that can be read together to shares and totals; gives the others."""
-        stacks, others = self._stacker.stacks(layers, layers)
+        plain, others = self._stacker.stacks(layers, layers)
+        latent, others = self._latents.stacks(layers, others)
+        stacks: list[Any] = [*plain, *latent]
         for stack in stacks:
             weights = stack.read()
             batch = batch_of(

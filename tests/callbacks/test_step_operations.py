@@ -41,7 +41,7 @@ WAITING = (
     "aten::equal",
     "aten::repeat_interleave",
 )
-MOST_OF_LOCATER, MORE_WITH_NORMS = 60, 20
+MOST_OF_LOCATER, MORE_WITH_NORMS, MORE_WITH_LATENTS = 60, 20, 50
 
 
 class _Count(TorchDispatchMode):
@@ -195,7 +195,9 @@ def test_a_step_that_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watched[0] == plain[0]
 
 
-@pytest.mark.parametrize(("make", "more"), [(_llama, 0), (_gpt2, 0), (_with_norms, MORE_WITH_NORMS)])
+@pytest.mark.parametrize(
+    ("make", "more"), [(_llama, 0), (_gpt2, 0), (_with_norms, MORE_WITH_NORMS), (_mla, MORE_WITH_LATENTS)]
+)
 def test_a_step_of_locater(make: Any, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
     added = []
     for layers in (2, 5):
