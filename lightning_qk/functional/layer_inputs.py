@@ -29,24 +29,45 @@ def sample_tokens(
         Tokens ``(tokens, d)``, a copy, and how many of the batch's each stands for, ``(tokens,)``, float32: 0
         where the batch has none.
     """
-    valid = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask
-    counted = (valid & (valid.long().cumsum(1) > 1)).flatten().long().cumsum(0)
-    total = counted[-1]
-    drawn = torch.rand(tokens, generator=generator, dtype=torch.float64).to(hidden.device)
-    place = (torch.arange(tokens, device=hidden.device) + drawn) * (total.double() / tokens)
-    # The (place + 1)-th token that counts; the end of the last one's interval rounds into it.
-    wanted = torch.minimum(place.long(), (total - 1).clamp_min(0)) + 1
-    index = torch.searchsorted(counted, wanted).clamp_max(len(counted) - 1)
-    weight = (total.float() / tokens).expand(tokens)
+    index, weight = sample_places(hidden.shape[:2], mask, tokens, device=hidden.device, generator=generator)
     return hidden.flatten(0, 1).index_select(0, index), weight
 
 
-def covariance_root(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
-    r"""The factor of the tokens' covariance, ``(tokens, d)``: Σ = root^T root.
+def sample_places(
+    shape: tuple[int, ...],
+    mask: Tensor | None,
+    tokens: int,
+    *,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Places of :func:`sample_tokens` in a batch of that shape ``(batch, n)``, counted row by row, and weights.
 
     Args:
-        tokens: ``(tokens, d)``, floating.
-        weight: how many tokens each stands for, ``(tokens,)``; 0 leaves it out, whatever it holds. None: one each.
+        shape: of the batch.
+        mask: see :func:`sample_tokens`.
+        tokens: see :func:`sample_tokens`.
+        device: of the tokens.
+        generator: see :func:`sample_tokens`.
+    """
+    valid = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
+    counted = (valid & (valid.long().cumsum(1) > 1)).flatten().long().cumsum(0)
+    total = counted[-1]
+    drawn = torch.rand(tokens, generator=generator, dtype=torch.float64).to(device)
+    place = (torch.arange(tokens, device=device) + drawn) * (total.double() / tokens)
+    # The (place + 1)-th token that counts; the end of the last one's interval rounds into it.
+    wanted = torch.minimum(place.long(), (total - 1).clamp_min(0)) + 1
+    index = torch.searchsorted(counted, wanted).clamp_max(len(counted) - 1)
+    return index, (total.float() / tokens).expand(tokens)
+
+
+def covariance_root(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
+    r"""The factor of the tokens' covariance, ``(…, tokens, d)``: Σ = root^T root.
+
+    Args:
+        tokens: ``(…, tokens, d)``, floating; leading axes are of other layers.
+        weight: how many tokens each stands for, ``(…, tokens)``; 0 leaves it out, whatever it holds. None: one
+            each.
 
     Returns:
         float32 at least; all zero where no token counts.
@@ -58,25 +79,27 @@ def covariance_root(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
     with torch.no_grad(), full_precision(tokens.device):
         counted, share = _shares(tokens, weight)
         # About a token, so that a large mean takes no digits from the spread.
-        about = counted - counted[(weight > 0).long().argmax()]
-        return share.sqrt()[:, None] * torch.where((weight > 0)[:, None], about - share @ about, 0.0)
+        first = (weight > 0).long().argmax(-1)[..., None, None]
+        about = counted - torch.take_along_dim(counted, first, -2)
+        spread = about - share[..., None, :] @ about
+        return share.sqrt()[..., None] * torch.where((weight > 0)[..., None], spread, 0.0)
 
 
 def token_mean(tokens: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The tokens' mean, ``(d,)``, with the arguments of :func:`covariance_root`; zero where no token counts."""
+    """The tokens' mean, ``(…, d)``, with the arguments of :func:`covariance_root`; zero where no token counts."""
     weight = _checked(tokens, weight)
     with torch.no_grad(), full_precision(tokens.device):
         counted, share = _shares(tokens, weight)
-        return share @ counted
+        return (share[..., None, :] @ counted)[..., 0, :]
 
 
 def _checked(tokens: Tensor, weight: Tensor | None) -> Tensor:
     floating(tokens, "tokens")
     if weight is None:
-        weight = tokens.new_ones(len(tokens))
-    if tokens.dim() != 2 or tuple(weight.shape) != (len(tokens),):
+        weight = tokens.new_ones(tokens.shape[:-1])
+    if tokens.dim() < 2 or weight.shape != tokens.shape[:-1]:
         raise ValueError(
-            f"expected tokens (tokens, d) and one weight each, got {tuple(tokens.shape)} and "
+            f"expected tokens (…, tokens, d) and one weight each, got {tuple(tokens.shape)} and "
             f"{tuple(weight.shape)}: flatten batch and sequence into one axis"
         )
     return weight
@@ -85,5 +108,5 @@ def _checked(tokens: Tensor, weight: Tensor | None) -> Tensor:
 def _shares(tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens, zero where they do not count, and what share of all each stands for."""
     kind = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    share = weight.to(kind) / weight.sum().clamp_min(torch.finfo(kind).tiny)
-    return torch.where((weight > 0)[:, None], tokens.to(kind), 0.0), share
+    share = weight.to(kind) / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(kind).tiny)
+    return torch.where((weight > 0)[..., None], tokens.to(kind), 0.0), share

@@ -152,8 +152,22 @@ def _means(
                 f"expected means of shape ({head.width[0]},) for layer {name!r}, got {got}: pass the mean of what "
                 "enters each penalized layer, or no means"
             )
-        found.append(mean.detach().to(like) * abs(float(head.scaling)) ** 0.5)
-    return torch.stack(found)[:, None]
+        found.append(mean)
+    return _scaled(found, heads, like)[:, None]
+
+
+def _scaled(
+    parts: Sequence[Tensor], heads: Mapping[str, HeadProjections | LayerReader], like: Tensor
+) -> Tensor:
+    """Tensors of layers, one below the other, times the root of each layer's softmax scale; detached."""
+    with torch.no_grad():
+        if len({(part.dtype, part.device) for part in parts}) > 1:
+            parts = [part.to(like) for part in parts]
+        stacked = torch.stack(tuple(parts)).to(like)
+        scales = [abs(float(head.scaling)) ** 0.5 for head in heads.values()]
+        if len(set(scales)) == 1:
+            return stacked * scales[0]
+        return stacked * torch.tensor(scales).to(like).view(-1, *(1,) * (stacked.dim() - 1))
 
 
 def _roots(
@@ -169,9 +183,11 @@ def _roots(
                 f"expected moments of shape (tokens, {head.width[0]}) for layer {name!r}, got {got}: pass a "
                 "factor of the covariance of what enters each penalized layer"
             )
-        found.append(root.detach().to(like) * abs(float(head.scaling)) ** 0.5)
+        found.append(root)
     longest = max(len(root) for root in found)
-    return torch.stack([nn.functional.pad(root, (0, 0, 0, longest - len(root))) for root in found])
+    if any(len(root) < longest for root in found):
+        found = [nn.functional.pad(root, (0, 0, 0, longest - len(root))) for root in found]
+    return _scaled(found, heads, like)
 
 
 def check_form(form: str, target: object) -> None:

@@ -1,14 +1,14 @@
 """Sample the tokens that enter attention layers, in the forwards of a running model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import matches
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.functional.layer_inputs import covariance_root, sample_tokens, token_mean
+from lightning_qk.functional.layer_inputs import covariance_root, sample_places, token_mean
 from lightning_qk.heads.sites import attention_sites
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ class LayerInputs:
     """Takes tokens of what enters each attention layer of a model, besides the first one of every sequence.
 
     A context manager; within it every forward is sampled, save those of ``generate`` and those that a checkpoint
-    repeats. Padding is left out where a two-dimensional ``attention_mask`` says what it is. Tokens are constants:
+    repeats; all layers of a forward have theirs at the same places. Padding is left out where a two-dimensional ``attention_mask`` says what it is. Tokens are constants:
     they carry no gradient. Compiled models are sampled too.
 
     Args:
@@ -76,6 +76,8 @@ class LayerInputs:
             generated=lambda name: None,
         )
         self._taken: dict[str, tuple[Tensor, Tensor]] = {}
+        # Batch, mask → places in it and weights, and the layers that had them: a forward's layers share them.
+        self._places: dict[tuple[Any, ...], tuple[Tensor | None, Tensor, Tensor, set[str]]] = {}
 
     def __enter__(self) -> "Self":
         self.install()
@@ -116,6 +118,7 @@ class LayerInputs:
     def clear(self) -> None:
         """Forget what was taken."""
         self._taken.clear()
+        self._places.clear()
 
     def taken(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Tokens ``(tokens, d)`` of a layer and how many each stands for; None where there are none."""
@@ -132,10 +135,25 @@ class LayerInputs:
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
         if name in self._turned:
             states = states.transpose(0, 1)
-        if mask is not None:
-            mask = mask.to(states.device)
-        tokens, weight = sample_tokens(states, mask, self.tokens, generator=self._generator)
+        index, weight = self._drawn(name, states, mask)
+        tokens = states.detach().flatten(0, 1).index_select(0, index)
         before = self._taken.get(name)
         if before is not None and before[0].shape[1] == tokens.shape[1]:
             tokens, weight = torch.cat([before[0], tokens]), torch.cat([before[1], weight])
-        self._taken[name] = tokens[-self._keep :], weight[-self._keep :]
+        if len(tokens) > self._keep:
+            tokens, weight = tokens[-self._keep :], weight[-self._keep :]
+        self._taken[name] = tokens, weight
+
+    def _drawn(self, name: str, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Places of tokens and their weights; others where the layer has had these, in another forward."""
+        key = states.shape[:2], states.device, id(mask)
+        kept = self._places.get(key)
+        if kept is None or name in kept[3]:
+            own = None if mask is None else mask.to(states.device)
+            places = sample_places(
+                states.shape[:2], own, self.tokens, device=states.device, generator=self._generator
+            )
+            # The mask is kept, so that no other gets its id.
+            kept = self._places[key] = mask, *places, set()
+        kept[3].add(name)
+        return kept[1], kept[2]

@@ -41,6 +41,7 @@ WAITING = (
     "aten::equal",
     "aten::repeat_interleave",
 )
+MOST_OF_LIMIT, MOST_OF_TOKENS_A_LAYER = 250, 5
 MOST_OF_LOCATER, MORE_WITH_NORMS, MORE_WITH_LATENTS = 60, 20, 50
 
 
@@ -206,3 +207,15 @@ def test_a_step_of_locater(make: Any, more: int, monkeypatch: pytest.MonkeyPatch
         added.append(penalized.total() - plain.total())
         assert penalized["aten::_local_scalar_dense"] == plain["aten::_local_scalar_dense"]
     assert 0 < added[0] == added[1] <= MOST_OF_LOCATER + more
+
+
+def test_a_step_of_the_limit_form(monkeypatch: pytest.MonkeyPatch, as_on_an_accelerator: None) -> None:
+    """Tokens are taken in each layer's forward, and looked at together."""
+    added = {}
+    for layers in (2, 5):
+        plain = _steps(_llama(layers), [], monkeypatch, logged=100)[-1]
+        (*_, penalized) = _steps(_llama(layers), [LocAteR()], monkeypatch, logged=100)
+        added[layers] = penalized.total() - plain.total()
+        assert waits(penalized) == waits(plain)
+    assert added[5] - added[2] <= 3 * MOST_OF_TOKENS_A_LAYER
+    assert added[5] <= MOST_OF_LIMIT

@@ -205,7 +205,7 @@ def test_a_misspelt_config_gets_one_line(
                 "--trainer.callbacks=lightning_qk.LocAteR",
                 "--trainer.callbacks.form=x",
             ],
-            "expected form of lightning_qk.LocAteR to be one of variance, target, limit or null, got 'x'; correct it",
+            "form of lightning_qk.LocAteR to be one of variance, target, limit or null, got 'x'; correct it",
         ),
         (["fit", "--config", "job.yaml", "--model.model.model_type", "gpt22"], "did you mean 'gpt2'?"),
         (["fit", "--config", "job.yaml", "--model.model.n_layr", "2"], "did you mean 'n_layer'?"),

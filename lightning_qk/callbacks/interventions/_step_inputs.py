@@ -65,23 +65,55 @@ class StepInputs:
         has tokens has a covariance of zero, and no penalty.
         """
         self._is_spent = True
-        sizes = [self._rows * (width + 1) for width in self.widths.values()]
-        flat = torch.zeros(sum(sizes), device=self._trainer.strategy.root_device)
+        by_width: dict[int, list[str]] = {}
+        for name, width in self.widths.items():
+            by_width.setdefault(width, []).append(name)
         error: Exception | None = None
-        try:
-            for part, (name, width) in zip(flat.split(sizes), self.widths.items(), strict=True):
-                self._fill(part.view(self._rows, width + 1), name)
-        except Exception as failed:
-            error = failed
-        every = [own.split(sizes) for own in gathered(self._trainer, flat)]
-        moments, means = {}, {}
-        for index, (name, width) in enumerate(self.widths.items()):
-            table = torch.cat([own[index].view(self._rows, width + 1) for own in every])
-            tokens, weight = table[:, :-1], table[:, -1]
+        tables = []
+        for width, names in by_width.items():
+            try:
+                tables.append(self._table(names, width))
+            except Exception as failed:  # noqa: PERF203 (a few widths)
+                error = error or failed
+                device = self._trainer.strategy.root_device
+                tables.append(torch.zeros(len(names), self._rows, width + 1, device=device))
+        every = self._of_all(tables)
+        moments: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
+        for names, table in zip(by_width.values(), every, strict=True):
+            tokens, weight = table[..., :-1], table[..., -1]
             # A token that is not finite is the training's trouble, and does not spread by the penalty.
             weight = torch.where(tokens.isfinite().all(-1), weight, 0.0)
-            moments[name], means[name] = covariance_root(tokens, weight), token_mean(tokens, weight)
+            moments |= zip(names, covariance_root(tokens, weight).unbind(0), strict=True)
+            means |= zip(names, token_mean(tokens, weight).unbind(0), strict=True)
         return moments, means, error
+
+    def _table(self, names: list[str], width: int) -> Tensor:
+        """Tokens and weights of layers of one width, ``(layers, rows, width + 1)``, float32."""
+        taken = [self._inputs.taken(name) for name in names]
+        device = self._trainer.strategy.root_device
+        kinds = {None if own is None else (tuple(own[0].shape), own[0].device, own[0].dtype) for own in taken}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is not None and kind[:2] == ((self._rows, width), device):
+            tokens, weights = zip(*(own for own in taken if own is not None), strict=True)
+            return torch.cat([torch.stack(tokens).float(), torch.stack(weights)[..., None].float()], -1)
+        table = torch.zeros(len(names), self._rows, width + 1, device=device)
+        for name, part in zip(names, table.unbind(0), strict=True):
+            self._fill(part, name)
+        return table
+
+    def _of_all(self, tables: list[Tensor]) -> list[Tensor]:
+        """The same with the rows of all processes; a collective call."""
+        flat = torch.cat([table.flatten() for table in tables]) if len(tables) > 1 else tables[0].flatten()
+        every = gathered(self._trainer, flat)
+        if len(every) == 1:
+            return tables
+        sizes = [table.numel() for table in tables]
+        parts = zip(*(own.split(sizes) for own in every), strict=True)
+        return [
+            torch.cat([part.view(table.shape) for part in of_ranks], 1)
+            for table, of_ranks in zip(tables, parts, strict=True)
+        ]
 
     def _fill(self, table: Tensor, name: str) -> None:
         taken = self._inputs.taken(name)
