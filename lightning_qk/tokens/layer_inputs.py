@@ -19,8 +19,9 @@ class LayerInputs:
     """Takes tokens of what enters each attention layer of a model, besides the first one of every sequence.
 
     A context manager; within it every forward is sampled, save those of ``generate`` and those that a checkpoint
-    repeats; all layers of a forward have theirs at the same places. Padding is left out where a two-dimensional ``attention_mask`` says what it is. Tokens are constants:
-    they carry no gradient. Compiled models are sampled too.
+    repeats; all layers of a forward have theirs at the same places. Padding is left out where a two-dimensional
+    ``attention_mask`` says what it is. Tokens are constants: they carry no gradient. Compiled models are sampled
+    too.
 
     Args:
         model: any module that contains attention.
