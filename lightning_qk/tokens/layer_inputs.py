@@ -14,6 +14,9 @@ from lightning_qk.heads.sites import attention_sites
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_MOST_PLACES = 8
+"""Batches and masks whose places are kept: layers of one forward have few, of encoder and decoder, say."""
+
 
 class LayerInputs:
     """Takes tokens of what enters each attention layer of a model, besides the first one of every sequence.
@@ -154,6 +157,8 @@ class LayerInputs:
             places = sample_places(
                 states.shape[:2], own, self.tokens, device=states.device, generator=self._generator
             )
+            if len(self._places) >= _MOST_PLACES:
+                self._places.pop(next(iter(self._places)))
             # The mask is kept, so that no other gets its id.
             kept = self._places[key] = mask, *places, set()
         kept[3].add(name)
