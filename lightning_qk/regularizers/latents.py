@@ -1,6 +1,5 @@
 """Layers of one shape whose weights are products of several, as of a latent that is expanded, read together."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projection import Composition, Projection, Side
-from lightning_qk.heads.reader import LARGEST_BATCH
+from lightning_qk.regularizers.stacks import grouped
 
 
 class _Step(NamedTuple):
@@ -18,19 +17,94 @@ class _Step(NamedTuple):
 
     places: tuple[int, ...]
     weight: int
-    rows: tuple[int, ...] | None
+    rows: tuple[int, ...]
     source: "tuple[_Step, ...] | None"
     gain: int | None
     added: float
 
 
-class _Program(NamedTuple):
-    """How the weights of query and key follow from a layer's parameters; what is equal in layers read together."""
+class _Kind(NamedTuple):
+    """How the weights of query and key follow from a layer's parameters: what is equal in layers read together.
 
-    query: tuple[_Step, ...]
-    key: tuple[_Step, ...]
-    heads: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
-    kinds: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+    Attributes:
+        steps: of query and of key.
+        heads: of each, the rows of each head.
+        parameters: what these are.
+    """
+
+    steps: tuple[tuple[_Step, ...], ...]
+    heads: tuple[tuple[tuple[int, ...], ...], ...]
+    parameters: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+
+
+class _Rows:
+    """Takes some rows of each of several tables: a view where they are next to each other."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._run = slice(rows[0], rows[-1] + 1)
+        is_run = list(rows) == list(range(self._run.start, self._run.stop))
+        self._index = None if is_run else torch.tensor(rows)
+
+    def of(self, table: Tensor) -> Tensor:
+        """Of ``(tables, rows, ...)``."""
+        if self._index is None:
+            return table if self._run == slice(0, table.shape[1]) else table[:, self._run]
+        self._index = self._index.to(table.device)
+        return table.index_select(1, self._index)
+
+
+class _Composed:
+    """A composition of stacked parameters, ready to be run.
+
+    Args:
+        steps: of the composition.
+        rows: which of its rows are wanted, in their order.
+    """
+
+    def __init__(self, steps: tuple[_Step, ...], rows: Sequence[int]) -> None:
+        self._steps = [
+            (
+                step,
+                _Rows(step.rows),
+                None if step.source is None else _Composed(step.source, range(_number_of_rows(step.source))),
+            )
+            for step in steps
+        ]
+        made = {place: row for row, place in enumerate(place for step in steps for place in step.places)}
+        self._wanted = _Rows([made[row] for row in rows])
+
+    def of(self, parameters: Sequence[Tensor]) -> Tensor:
+        """``(layers, rows, d_in)``."""
+        parts = []
+        for step, rows, source in self._steps:
+            made = rows.of(parameters[step.weight])
+            gain = None if step.gain is None else (parameters[step.gain] + step.added)[..., None]
+            if source is not None:
+                below = source.of(parameters)
+                made = made @ (below if gain is None else below * gain)
+            elif gain is not None:
+                made = made * gain
+            parts.append(made)
+        return self._wanted.of(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
+
+
+def _number_of_rows(steps: tuple[_Step, ...]) -> int:
+    return sum(len(step.places) for step in steps)
+
+
+class _Program:
+    """Makes the weights of query and key of layers of one kind; it is the same object for all of them."""
+
+    def __init__(self, kind: _Kind) -> None:
+        self.parameters = kind.parameters
+        self._sides = [
+            (_Composed(steps, [row for head in heads for row in head]), len(heads))
+            for steps, heads in zip(kind.steps, kind.heads, strict=True)
+        ]
+
+    def run(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Query and key of stacked parameters, ``(layers, heads, d_head, d_in)``."""
+        return [composed.of(parameters).unflatten(1, (heads, -1)) for composed, heads in self._sides]
 
 
 class LatentWeights(NamedTuple):
@@ -66,10 +140,7 @@ class LatentStack(NamedTuple):
             leaves = [torch.stack(tuple(column)).requires_grad_() for column in self.parameters]
         with torch.enable_grad(), full_precision(leaves[0].device):
             wide = [at_least_float32(leaf) for leaf in leaves]
-            query, key = (
-                _by_heads(_run(steps, wide), heads)
-                for steps, heads in zip(self.program[:2], self.program.heads, strict=True)
-            )
+            query, key = self.program.run(wide)
         return LatentWeights(query, key, leaves)
 
     def reaches(self, wanted: Collection[int]) -> tuple[bool, bool]:
@@ -109,13 +180,12 @@ class _Known(NamedTuple):
     program: _Program | None
     sources: list[Callable[[], nn.Parameter | None]]
 
-    def parameters(self) -> list[nn.Parameter] | None:
-        """The layer's parameters, where they are what the program is of."""
-        if self.program is None:
-            return None
+    def parameters(self) -> list[nn.Parameter]:
+        """The layer's parameters, where they are what the program is of; else none."""
         own = [source() for source in self.sources]
         found = [one for one in own if one is not None]
-        return found if tuple(map(_kind, found)) == self.program.kinds else None
+        kept = self.program is not None and tuple(map(_kind, found)) == self.program.parameters
+        return found if kept else []
 
 
 class LatentStacker:
@@ -123,38 +193,48 @@ class LatentStacker:
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
+        self._programs: dict[_Kind, _Program] = {}
 
     def stacks(
         self, layers: Mapping[str, LayerReader], names: Iterable[str]
     ) -> tuple[list[LatentStack], list[str]]:
         """Layers that are read together, in batches of bounded size; and the names of the others."""
-        own: dict[str, list[nn.Parameter]] = {}
-        holders: Counter[int] = Counter()
-        others: list[str] = []
+        own: dict[str, tuple[_Program | None, list[nn.Parameter]]] = {}
         for name in names:
             known = self._known.get(name)
             if known is None or known.layer is not layers[name]:
-                known = self._known[name] = _look_at(layers[name])
+                known = self._known[name] = self._look_at(layers[name])
             parameters = known.parameters()
-            if parameters is None:
-                others.append(name)
-                continue
-            own[name] = parameters
-            holders.update(map(id, parameters))
-        groups: dict[_Program | None, list[LatentStack]] = {}
-        for name, parameters in own.items():
-            program = self._known[name].program
-            if program is None or any(holders[id(parameter)] > 1 for parameter in parameters):
-                others.append(name)
-                continue
-            stacks = groups.setdefault(program, [])
-            size = sum(parameter.numel() for parameter in parameters)
-            if not stacks or (len(stacks[-1].names) + 1) * size > LARGEST_BATCH:
-                stacks.append(LatentStack([], [[] for _ in parameters], program))
-            stacks[-1].names.append(name)
-            for column, parameter in zip(stacks[-1].parameters, parameters, strict=True):
-                column.append(parameter)
-        return [stack for stacks in groups.values() for stack in stacks], others
+            own[name] = known.program if parameters else None, parameters
+        batches, others = grouped(own)
+        stacks = []
+        for batch in batches:
+            program = own[batch[0]][0]
+            assert program is not None  # those without one are others
+            columns = zip(*(own[name][1] for name in batch), strict=True)
+            stacks.append(LatentStack(batch, [list(column) for column in columns], program))
+        return stacks, others
+
+    @torch.no_grad()
+    def _look_at(self, layer: LayerReader) -> _Known:
+        sides = layer.query, layer.key
+        sources: dict[object, Callable[[], nn.Parameter | None]] = {}
+        try:
+            if layer.is_flat or layer.feeding is not None:
+                raise _NotStacked
+            steps = tuple(_steps_of(side, sources) for side in sides)
+            own = [source() for source in sources.values()]
+            found = tuple(_kind(one) for one in own if one is not None)
+            if len(found) != len(own):
+                raise _NotStacked
+        except _NotStacked:
+            return _Known(layer, None, [])
+        rows = [side.pick(torch.arange(side.projection.rows), layer.sizes).tolist() for side in sides]
+        kind = _Kind(steps, tuple(tuple(map(tuple, heads)) for heads in rows), found)
+        program = self._programs.get(kind)
+        if program is None:
+            program = self._programs[kind] = _Program(kind)
+        return _Known(layer, program, list(sources.values()))
 
 
 def _kind(parameter: nn.Parameter) -> tuple[torch.Size, torch.dtype, torch.device]:
@@ -165,37 +245,14 @@ class _NotStacked(Exception):
     """Something else than products of plain parameters is in a layer's weights."""
 
 
-@torch.no_grad()
-def _look_at(layer: LayerReader) -> _Known:
-    sides = layer.query, layer.key
-    sources: dict[object, Callable[[], nn.Parameter | None]] = {}
-    try:
-        if layer.is_flat or layer.feeding is not None:
-            raise _NotStacked
-        steps, heads = zip(*(_steps_of(side, layer, sources) for side in sides), strict=True)
-        own = [source() for source in sources.values()]
-        kinds = tuple(_kind(one) for one in own if one is not None)
-        if len(kinds) != len(own):
-            raise _NotStacked
-        return _Known(
-            layer, _Program(steps[0], steps[1], (heads[0], heads[1]), kinds), list(sources.values())
-        )
-    except _NotStacked:
-        return _Known(layer, None, [])
-
-
-def _steps_of(
-    side: Side, layer: LayerReader, sources: dict[object, Callable[[], nn.Parameter | None]]
-) -> tuple[tuple[_Step, ...], tuple[tuple[int, ...], ...]]:
-    """The steps of one side, and which of the rows belong to each head."""
+def _steps_of(side: Side, sources: dict[object, Callable[[], nn.Parameter | None]]) -> tuple[_Step, ...]:
     projection = side.projection
     if side.qk_norm is not None or side.factor is not None:
         raise _NotStacked
-    rows = side.pick(torch.arange(projection.rows), layer.sizes)
-    heads = tuple(map(tuple, rows.tolist()))
     if projection.composition is not None:
-        return _steps(projection.composition, sources), heads
-    return (_Step(tuple(range(projection.rows)), _number(projection, sources), None, None, None, 0.0),), heads
+        return _steps(projection.composition, sources)
+    every = tuple(range(projection.rows))
+    return (_Step(every, _number(projection, sources), every, None, None, 0.0),)
 
 
 def _steps(
@@ -216,8 +273,7 @@ def _steps(
             added, plan = stored[1], part.norm
             sources.setdefault(plan, lambda plan=plan: (plan.stored_gain() or (None,))[0])  # type: ignore[misc]
             gain = list(sources).index(plan)
-        whole = rows == tuple(range(part.projection.rows))
-        found.append(_Step(tuple(part.places.tolist()), weight, None if whole else rows, source, gain, added))
+        found.append(_Step(tuple(part.places.tolist()), weight, rows, source, gain, added))
     return tuple(found)
 
 
@@ -230,35 +286,3 @@ def _number(projection: Projection, sources: dict[object, Callable[[], nn.Parame
         raise _NotStacked
     sources.setdefault(projection, projection.plain_weight)
     return list(sources).index(projection)
-
-
-def _run(steps: tuple[_Step, ...], parameters: Sequence[Tensor]) -> Tensor:
-    """The composition of stacked parameters, ``(layers, rows, d_in)``."""
-    parts = []
-    for step in steps:
-        made = parameters[step.weight]
-        if step.rows is not None:
-            made = _rows(made, step.rows)
-        gain = None if step.gain is None else parameters[step.gain] + step.added
-        if step.source is not None:
-            below = _run(step.source, parameters)
-            made = made @ (below if gain is None else below * gain[..., None])
-        elif gain is not None:
-            made = made * gain[..., None]
-        parts.append(made)
-    whole = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-    places = [place for step in steps for place in step.places]
-    order = sorted(range(len(places)), key=places.__getitem__)
-    return _rows(whole, order)
-
-
-def _rows(table: Tensor, rows: Sequence[int]) -> Tensor:
-    """Some rows of each of several tables: a view where they are next to each other."""
-    first, last = rows[0], rows[-1] + 1
-    if list(rows) == list(range(first, last)):
-        return table if last - first == table.shape[1] else table[:, first:last]
-    return table.index_select(1, torch.tensor(rows, device=table.device))
-
-
-def _by_heads(table: Tensor, heads: tuple[tuple[int, ...], ...]) -> Tensor:
-    return _rows(table, [row for head in heads for row in head]).unflatten(1, (len(heads), -1))

@@ -334,14 +334,16 @@ class _Shares:
         self._made: dict[nn.Parameter, Tensor] = {}
         self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._pulled: list[tuple[nn.Parameter, Tensor]] = []
-        self._whole: list[tuple[nn.Parameter, Tensor]] = []
+        self._whole: dict[nn.Parameter, Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self._views or self._pulled or self._whole)
 
     def put_whole(self, shares: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Gradients in the shape of parameters that no other call names; :meth:`squares` does not know them."""
-        self._whole += shares
+        """Gradients in the shape of parameters; :meth:`squares` does not know them."""
+        for parameter, share in shares:
+            before = self._whole.get(parameter)
+            self._whole[parameter] = share if before is None else before + share
 
     def put(
         self,
@@ -389,12 +391,15 @@ class _Shares:
 
     def add(self) -> None:
         """Add all of it."""
-        for parameter, _ in self._whole:
+        for parameter in self._whole:
             if parameter.grad is None:
                 self._made[parameter] = torch.zeros_like(parameter)
         for parameter, grad in self._made.items():
             parameter.grad = grad
-        pairs = [*self._views.values(), *((parameter.grad, share) for parameter, share in self._whole)]
+        pairs = [
+            *self._views.values(),
+            *((parameter.grad, share) for parameter, share in self._whole.items()),
+        ]
         if pairs:
             into, parts = zip(*pairs, strict=True)
             torch._foreach_add_(list(into), list(parts))

@@ -1,6 +1,7 @@
 """Layers of one shape, read from their parameters and given gradients by as many operators as one layer takes."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,32 @@ class Stack(NamedTuple):
         return [pair for pair in found if id(pair[0]) in wanted]
 
 
+def grouped(
+    found: Mapping[str, tuple[Hashable, list[nn.Parameter]]],
+) -> tuple[list[list[str]], list[str]]:
+    """Names of layers that are read together, in batches of bounded size; and those of the others.
+
+    Args:
+        found: name → what is equal in layers that are read together, None for nothing; and parameters. Layers that
+            share some with others, whose gradients would be written twice, are among the others.
+    """
+    holders = Counter(id(parameter) for _, own in found.values() for parameter in own)
+    batches: dict[Hashable, list[list[str]]] = {}
+    others = []
+    sizes: dict[Hashable, int] = {}
+    for name, (kind, own) in found.items():
+        if kind is None or any(holders[id(parameter)] > 1 for parameter in own):
+            others.append(name)
+            continue
+        size = sum(parameter.numel() for parameter in own)
+        if kind not in batches or sizes[kind] + size > LARGEST_BATCH:
+            batches.setdefault(kind, []).append([])
+            sizes[kind] = 0
+        batches[kind][-1].append(name)
+        sizes[kind] += size
+    return [batch for of_kind in batches.values() for batch in of_kind], others
+
+
 class Stacker:
     """Finds layers that can be read together; where their weights lie, once for parameters of one shape."""
 
@@ -159,34 +186,26 @@ class Stacker:
         self, layers: Mapping[str, LayerReader], names: Iterable[str]
     ) -> tuple[list[Stack], list[str]]:
         """Layers that are read together, in batches of bounded size; and the names of the others."""
-        own: dict[str, _Own] = {}
-        holders: dict[int, int] = {}
-        others: list[str] = []
-        for name in names:
-            found = _parameters(layers[name])
-            if found is None:
-                others.append(name)
-                continue
-            own[name] = found
-            for parameter in found.all:
-                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-        groups: dict[tuple[object, ...], list[Stack]] = {}
+        own = {name: _parameters(layers[name]) for name in names}
+        kinds: dict[str, tuple[Hashable, list[nn.Parameter]]] = {}
         for name, found in own.items():
-            place = self._place(name, layers[name], found)
-            if place is None or any(holders[id(parameter)] > 1 for parameter in found.all):
-                others.append(name)
-                continue
-            kinds = tuple((parameter.dtype, parameter.device) for parameter in found.all)
-            stacks = groups.setdefault((place, kinds), [])
-            size = sum(parameter.numel() for parameter in found.weights)
-            if not stacks or (len(stacks[-1].names) + 1) * size > LARGEST_BATCH:
-                stacks.append(Stack([], [[] for _ in found.weights], ([], []), place))
-            stacks[-1].names.append(name)
-            for column, parameter in zip(stacks[-1].parameters, found.weights, strict=True):
-                column.append(parameter)
-            for gains, gain in zip(stacks[-1].gains, found.gains, strict=True):
-                gains += [] if gain is None else [gain[0]]
-        return [stack for stacks in groups.values() for stack in stacks], others
+            place = None if found is None else self._place(name, layers[name], found)
+            parameters = [] if found is None else found.all
+            kind = place, tuple((parameter.dtype, parameter.device) for parameter in parameters)
+            kinds[name] = None if place is None else kind, parameters
+        batches, others = grouped(kinds)
+        stacks = []
+        for batch in batches:
+            found_of = [found for found in map(own.get, batch) if found is not None]
+            place = self._places[batch[0]][2]
+            assert place is not None  # those without one are others
+            weights = [list(column) for column in zip(*(found.weights for found in found_of), strict=True)]
+            of_query, of_key = (
+                [gain[0] for found in found_of if (gain := found.gains[side]) is not None]
+                for side in range(2)
+            )
+            stacks.append(Stack(batch, weights, (of_query, of_key), place))
+        return stacks, others
 
     def _place(self, name: str, layer: LayerReader, own: "_Own") -> _Place | None:
         kind = tuple((parameter.shape, parameter.stride()) for parameter in own.all)

@@ -1,7 +1,7 @@
 """Sample the tokens that enter attention layers, in the forwards of a running model."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 _MOST_PLACES = 8
 """Batches and masks whose places are kept: layers of one forward have few, of encoder and decoder, say."""
+
+
+class _Places(NamedTuple):
+    """Places of tokens in a batch and their weights, its mask, and the layers that had them."""
+
+    mask: Tensor | None
+    where: Tensor
+    weight: Tensor
+    had: set[str]
 
 
 class LayerInputs:
@@ -80,8 +89,8 @@ class LayerInputs:
             generated=lambda name: None,
         )
         self._taken: dict[str, tuple[Tensor, Tensor]] = {}
-        # Batch, mask → places in it and weights, and the layers that had them: a forward's layers share them.
-        self._places: dict[tuple[Any, ...], tuple[Tensor | None, Tensor, Tensor, set[str]]] = {}
+        # Batch, mask → places in it: a forward's layers share them.
+        self._places: dict[tuple[Any, ...], _Places] = {}
 
     def __enter__(self) -> "Self":
         self.install()
@@ -152,7 +161,7 @@ class LayerInputs:
         """Places of tokens and their weights; others where the layer has had these, in another forward."""
         key = states.shape[:2], states.device, id(mask)
         kept = self._places.get(key)
-        if kept is None or name in kept[3]:
+        if kept is None or name in kept.had:
             own = None if mask is None else mask.to(states.device)
             places = sample_places(
                 states.shape[:2], own, self.tokens, device=states.device, generator=self._generator
@@ -160,6 +169,6 @@ class LayerInputs:
             if len(self._places) >= _MOST_PLACES:
                 self._places.pop(next(iter(self._places)))
             # The mask is kept, so that no other gets its id.
-            kept = self._places[key] = mask, *places, set()
-        kept[3].add(name)
-        return kept[1], kept[2]
+            kept = self._places[key] = _Places(mask, *places, set())
+        kept.had.add(name)
+        return kept.where, kept.weight

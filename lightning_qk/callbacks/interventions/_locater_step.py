@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,25 @@ def filled(
             )
         weight = 1.0
     return weight, form, sigma or ("tokens" if form == "limit" else "identity")
+
+
+def label_among(own: Any, others: Sequence[Any]) -> str | None:
+    """What tells a callback from others of its kind in the trainer; None where it is alone.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    # Another callback's, which will switch it on, is not among them.
+    mine = others if any(one is own for one in others) else [*others, own]
+    labels = [str(place) if one.name is None else one.name for place, one in enumerate(mine, start=1)]
+    if len(set(labels)) < len(labels):
+        raise ValueError(
+            f"expected LocAteR callbacks of different names in one trainer, got {', '.join(labels)}: pass "
+            "each its own name="
+        )
+    return (
+        None if len(mine) == 1 else next(text for text, one in zip(labels, mine, strict=True) if one is own)
+    )
 
 
 def check_options(

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from lightning_qk.callbacks._ranks import gathered
+from lightning_qk.callbacks._ranks import gathered, is_distributed
 from lightning_qk.functional.layer_inputs import covariance_root, token_mean
 from lightning_qk.tokens.layer_inputs import LayerInputs
 
@@ -69,61 +70,59 @@ class StepInputs:
         for name, width in self.widths.items():
             by_width.setdefault(width, []).append(name)
         error: Exception | None = None
-        tables = []
+        tables: list[tuple[Tensor, Tensor]] = []
         for width, names in by_width.items():
             try:
                 tables.append(self._table(names, width))
             except Exception as failed:  # noqa: PERF203 (a few widths)
                 error = error or failed
-                device = self._trainer.strategy.root_device
-                tables.append(torch.zeros(len(names), self._rows, width + 1, device=device))
-        every = self._of_all(tables)
+                tables.append(self._nothing(width, len(names)))
         moments: dict[str, Tensor] = {}
         means: dict[str, Tensor] = {}
-        for names, table in zip(by_width.values(), every, strict=True):
-            tokens, weight = table[..., :-1], table[..., -1]
+        for names, (tokens, weight) in zip(by_width.values(), self._of_all(tables), strict=True):
             # A token that is not finite is the training's trouble, and does not spread by the penalty.
             weight = torch.where(tokens.isfinite().all(-1), weight, 0.0)
             moments |= zip(names, covariance_root(tokens, weight).unbind(0), strict=True)
             means |= zip(names, token_mean(tokens, weight).unbind(0), strict=True)
         return moments, means, error
 
-    def _table(self, names: list[str], width: int) -> Tensor:
-        """Tokens and weights of layers of one width, ``(layers, rows, width + 1)``, float32."""
-        taken = [self._inputs.taken(name) for name in names]
-        device = self._trainer.strategy.root_device
-        kinds = {None if own is None else (tuple(own[0].shape), own[0].device, own[0].dtype) for own in taken}
-        kind = kinds.pop() if len(kinds) == 1 else None
-        if kind is not None and kind[:2] == ((self._rows, width), device):
-            tokens, weights = zip(*(own for own in taken if own is not None), strict=True)
-            return torch.cat([torch.stack(tokens).float(), torch.stack(weights)[..., None].float()], -1)
-        table = torch.zeros(len(names), self._rows, width + 1, device=device)
-        for name, part in zip(names, table.unbind(0), strict=True):
-            self._fill(part, name)
-        return table
+    def _nothing(self, width: int, *layers: int) -> tuple[Tensor, Tensor]:
+        """No tokens: rows without weight."""
+        tokens = torch.zeros(*layers, self._rows, width, device=self._trainer.strategy.root_device)
+        return tokens, tokens.new_zeros(tokens.shape[:-1])
 
-    def _of_all(self, tables: list[Tensor]) -> list[Tensor]:
-        """The same with the rows of all processes; a collective call."""
-        flat = torch.cat([table.flatten() for table in tables]) if len(tables) > 1 else tables[0].flatten()
-        every = gathered(self._trainer, flat)
-        if len(every) == 1:
-            return tables
-        sizes = [table.numel() for table in tables]
-        parts = zip(*(own.split(sizes) for own in every), strict=True)
-        return [
-            torch.cat([part.view(table.shape) for part in of_ranks], 1)
-            for table, of_ranks in zip(tables, parts, strict=True)
-        ]
+    def _table(self, names: list[str], width: int) -> tuple[Tensor, Tensor]:
+        """Tokens of layers of one width, ``(layers, rows, width)``, and their weights, float32."""
+        tokens, weights = zip(*(self._rows_of(name, width) for name in names), strict=True)
+        return torch.stack(tokens).float(), torch.stack(weights).float()
 
-    def _fill(self, table: Tensor, name: str) -> None:
+    def _rows_of(self, name: str, width: int) -> tuple[Tensor, Tensor]:
+        """Tokens of a layer and their weights; rows without weight make them as many as of any other."""
         taken = self._inputs.taken(name)
         if taken is None:
-            return
-        tokens, weight = taken
-        if tokens.shape[1] != table.shape[1] - 1:
+            return self._nothing(width)
+        tokens, weight = (own.to(self._trainer.strategy.root_device) for own in taken)
+        if tokens.shape[1] != width:
             raise ValueError(
-                f"expected inputs of width {table.shape[1] - 1} in {name}, got {tokens.shape[1]}: leave the layer "
-                "out by modules="
+                f"expected inputs of width {width} in {name}, got {tokens.shape[1]}: leave the layer out by "
+                "modules="
             )
-        table[: len(tokens), :-1] = tokens
-        table[: len(tokens), -1] = weight
+        missing = self._rows - len(tokens)
+        if missing:
+            tokens, weight = pad(tokens, (0, 0, 0, missing)), pad(weight, (0, missing))
+        return tokens, weight
+
+    def _of_all(self, tables: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """The same with the rows of all processes; a collective call."""
+        if not is_distributed(self._trainer):
+            return tables
+        own = [part for table in tables for part in table]
+        sizes = [part.numel() for part in own]
+        every = gathered(self._trainer, torch.cat([part.flatten() for part in own]))
+        parts = [
+            torch.cat([of_rank.view(part.shape) for of_rank in of_ranks], 1)
+            for part, of_ranks in zip(
+                own, zip(*(flat.split(sizes) for flat in every), strict=True), strict=True
+            )
+        ]
+        return list(zip(parts[::2], parts[1::2], strict=True))

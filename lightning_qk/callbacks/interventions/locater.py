@@ -35,6 +35,7 @@ from lightning_qk.callbacks.interventions._locater_step import (
     Step,
     check_options,
     filled,
+    label_among,
 )
 from lightning_qk.callbacks.interventions._share import GradientShare, parse_weight
 from lightning_qk.callbacks.interventions._step_inputs import StepInputs
@@ -492,17 +493,8 @@ class LocAteR(Intervention):
 
     def _label(self, trainer: Trainer) -> str | None:
         """What tells this callback from others of its kind in the trainer; None where it is alone."""
-        mine = [callback for callback in trainer.callbacks if isinstance(callback, LocAteR)]  # type: ignore[attr-defined]
-        if not any(own is self for own in mine):
-            mine.append(self)  # another callback's, which will switch it on
-        labels = [str(place) if own.name is None else own.name for place, own in enumerate(mine, start=1)]
-        if len(set(labels)) < len(labels):
-            raise ValueError(
-                f"expected LocAteR callbacks of different names in one trainer, got {', '.join(labels)}: pass "
-                "each its own name="
-            )
-        place = next(index for index, own in enumerate(mine) if own is self)
-        return None if len(mine) == 1 else labels[place]
+        others = [one for one in trainer.callbacks if isinstance(one, LocAteR)]  # type: ignore[attr-defined]
+        return label_among(self, others)
 
     def _aim(self, pl_module: LightningModule) -> float | Mapping[str, Tensor] | None:
         if self.form != "target" or self.target is not None:
