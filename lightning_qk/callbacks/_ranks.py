@@ -66,7 +66,7 @@ def agree(trainer: Trainer, error: Exception | None = None, *, facts: str = "") 
     torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
     failed, largest, smallest = word.tolist()
     if failed:
-        raise FailedTogether(_first_error(error)) from error
+        raise failed_together(every_process(trainer, error and describe_error(error)), error)
     if largest != -smallest:
         raise FailedTogether("the attention layers are not the same on every process")
 
@@ -76,12 +76,17 @@ def device_of(trainer: Trainer) -> torch.device:
     return trainer.strategy.root_device
 
 
-def _first_error(error: Exception | None) -> str:
-    own = None if error is None else describe_error(error)
-    found: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    rank, text = next((rank, text) for rank, text in enumerate(found) if text is not None)
-    return f"{text}, in process {rank} of {len(found)}"
+def failed_together(texts: Sequence[str | None], cause: Exception | None) -> FailedTogether:
+    """What is raised on every process where some have failed.
+
+    Args:
+        texts: of each process what has failed there, or None; one at least.
+        cause: what has failed on this one, if anything.
+    """
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+    error = FailedTogether(f"{text}, in process {rank} of {len(texts)}")
+    error.__cause__ = cause
+    return error
 
 
 def all_or_none(
@@ -259,7 +264,7 @@ def failed_anywhere(trainer: Trainer, names: Sequence[str], reasons: Mapping[str
     flags = combine(trainer, [(int(name in reasons),) for name in names])
     if not any(flag for (flag,) in flags):
         return {}
-    every = reasons_of_all(trainer, reasons)
+    every = first_of_each(every_process(trainer, dict(reasons)))
     return {name: every[name] for name, (flag,) in zip(names, flags, strict=True) if flag}
 
 
@@ -270,11 +275,6 @@ def every_process(trainer: Trainer, value: Any) -> list[Any]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, value)
     return found
-
-
-def reasons_of_all(trainer: Trainer, reasons: Mapping[str, str]) -> dict[str, str]:
-    """Name → reason, from the first process that has one; a collective call."""
-    return first_of_each(every_process(trainer, dict(reasons)))
 
 
 def first_of_each(found: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -187,8 +187,9 @@ def launch(
     wide = max(16, _power_of_two(d_head))
 
     mask, bias = source.mask, source.bias
-    own_mask = not isinstance(mask, Tensor) and mask is not None
-    if not isinstance(mask, Tensor) and mask is not None:
+    own_mask = False
+    if mask is not None and not isinstance(mask, Tensor):
+        own_mask = True
         assert index is not None  # it fits
         mask = evaluate_mask(mask, (batch, heads), index, slice(0, m), device)
     step = _strides(mask)

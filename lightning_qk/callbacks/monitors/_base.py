@@ -8,7 +8,6 @@ from typing import Any, TypedDict, get_args
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns, kept_patterns
@@ -47,18 +46,6 @@ class MonitorOptions(TypedDict, total=False):
     report_every: float | None
     modules: Patterns
     on_unreadable: OnUnreadable
-
-
-def flat_values(metric: Metric) -> dict[str, Tensor]:
-    """What a metric computes, one value a head, in float32 on the CPU.
-
-    torchmetrics makes scalars of a model's only head. One copy from the device brings all statistics.
-    """
-    with torch.no_grad():
-        values = metric.compute()
-        flat = [value if value.dim() == 1 else value.reshape(-1) for value in values.values()]
-        table = torch.stack(flat).to("cpu", torch.float32)
-        return dict(zip(values, table.unbind(), strict=True))
 
 
 def at_least(least: int, **values: int | None) -> None:

@@ -19,6 +19,7 @@ from lightning_qk.callbacks._ranks import (
     FailedTogether,
     combine,
     every_process,
+    failed_together,
     fill_from_others,
     is_distributed,
     reduce_packed,
@@ -231,14 +232,7 @@ def _give_up(trainer: Trainer, parts: Sequence[Part], failed: Sequence[bool], as
     every = every_process(trainer, own)
     for index, part in enumerate(parts):
         if failed[index] and is_distributed(trainer) and not isinstance(part.error, FailedTogether):
-            rank, text = next(
-                (rank, of_rank[index][0])
-                for rank, of_rank in enumerate(every)
-                if of_rank[index][0] is not None
-            )
-            together = FailedTogether(f"{text}, in process {rank} of {len(every)}")
-            together.__cause__ = part.error
-            part.error = together
+            part.error = failed_together([of_rank[index][0] for of_rank in every], part.error)
         if asks[index]:
             part.attempt(partial(part.learn, [one[index][1] for one in every]))
 

@@ -21,7 +21,7 @@ from lightning_qk.callbacks._trainer import (
     ModelParallelStrategy,
     logging_step,
 )
-from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable, flat_values
+from lightning_qk.callbacks.monitors._base import Monitor, OnUnreadable
 from lightning_qk.callbacks.monitors._keys import Families, PerLayer
 from lightning_qk.callbacks.monitors._recorder import CallRecorder, models_and_doors
 from lightning_qk.callbacks.monitors._round import Part
@@ -336,7 +336,10 @@ class AttentionProbes(Monitor):
 
         metric = all_or_none(trainer, pooled)
         reduce_packed(trainer, [metric], [])
-        return flat_values(metric)
+        # torchmetrics makes scalars of a model's only head. One copy from the device brings all statistics.
+        values = metric.compute()
+        table = torch.stack([value.reshape(-1) for value in values.values()]).to("cpu", torch.float32)
+        return dict(zip(values, table.unbind(), strict=True))
 
     def _run_all(
         self, trainer: Trainer, pl_module: LightningModule, recorder: CallRecorder
