@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from training import Job
 
 from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor
+from lightning_qk.callbacks.callback import WRITES, Callback
 
 LENGTH, BATCH, VOCABULARY = 256, 4, 4000
 RUN, CADENCE = 200, 50
@@ -52,10 +53,14 @@ def variants(often: int) -> dict[str, list[L.Callback]]:
     }
 
 
-class Turn(L.Callback):
+class Turn(Callback):
     """From the end of one step to the end of the next it is this training's turn; so it is before and after."""
 
+    # A step ends when all callbacks have seen its end: monitors move behind callbacks of other classes.
+    place = WRITES
+
     def __init__(self, locks: Sequence[threading.Semaphore], index: int) -> None:
+        super().__init__()
         self.locks, self.index = locks, index
         self.seconds: list[float] = []  # the beginning with the first step, each step, the end
         self.spectrum: QKSpectrumMonitor | None = None
@@ -91,7 +96,6 @@ def train(steps: int, often: int, seed: int) -> dict[str, list[float]]:
             job = Job(config())
             trainer = L.Trainer(
                 max_steps=steps,
-                # Last: a step ends when all callbacks have seen its end.
                 callbacks=[*chosen[name], turn],
                 logger=CSVLogger(folder),
                 log_every_n_steps=often,
