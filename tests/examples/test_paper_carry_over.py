@@ -31,27 +31,35 @@ def results(tmp_path: Path) -> Results:
     made = Results(opts, ["rough", "paper", "llama"])
     best = {("rough", "tokens"): 1.0, ("llama", "tokens"): 10.0, ("paper", "tokens"): 100.0}
 
-    def run(setting: str, key: Any, seed: int, rate: float | None = None) -> None:
+    def train(setting: str, key: Any, seed: int, rate: float | None) -> dict[str, Any]:
         method, value = key
         gain = 0.0
         if (setting, method) in best:
             gain = 0.3 - 0.1 * abs(math.log10(value / best[setting, method])) + 0.01 * seed
         elif method == "limit" and setting == "rough":
             gain = 0.1 * (seed + 1)
-        broken = {0.1: 0.0, 0.3: 0.4, 0.5: 0.6, 1.0: math.nan if method == "baseline" else 0.6}
+        broken = {
+            0.01: 0.0,
+            0.03: 0.0,
+            0.1: 0.0,
+            0.3: 0.4,
+            0.5: 0.6,
+            1.0: math.nan if method == "baseline" else 0.6,
+        }
         loss = 5.0 + 0.01 * seed - gain + (0.0 if rate is None else broken[rate])
         found = {"test": {"loss": loss}, "entropy": 0.5 + gain, "sink": 0.1, "max_logit": 4.0}
-        made.runs[setting, key, seed, rate] = found | ({"weight": 1.0} if method == "limit" else {})
+        return found | ({"weight": 1.0} if method == "limit" else {})
 
-    made.run = run  # type: ignore[method-assign]
+    def make(runs: list[Any]) -> None:
+        made.runs |= {run: train(*run) for run in runs}
+
+    made.make = make  # type: ignore[method-assign, assignment]
     return made
 
 
 def make_all(results: Results) -> None:
     for part in parts(results):
-        for setting, key, seed, rate in part:
-            if setting in results.settings:
-                results.run(setting, key, seed, rate)
+        results.make([run for run in part if run[0] in results.settings])
 
 
 def test_gains_are_paired_by_seed_and_have_students_interval(results: Results) -> None:
@@ -86,7 +94,7 @@ def test_what_is_published(results: Results) -> None:
     assert found["decades"]["tokens"] == {"of_best": 2.0, "smallest": 2.0, "settings": 3}
     rough = next(row for row in found["settings"] if row["setting"] == "rough")
     assert rough["tokens_sweep"]["as_good"] == [1.0]
-    assert rough["tokens_sweep"]["seeds"] == len(SWEPT)
+    assert rough["tokens_sweep"]["seeds"] == len(SWEPT["tokens"])
     assert {row["method"] for row in rough["others"]} >= {"qk_norm", "qk_clip"}
     assert (results.opts.out / "carry_over.png").is_file()
 
@@ -94,17 +102,20 @@ def test_what_is_published(results: Results) -> None:
 def test_the_largest_rate_up_to_which_all_trains(results: Results) -> None:
     for rate in carry_over.RATES:
         for key in (NONE, COMPARED["limit"]):
-            results.run("llama", key, 0, rate)
+            results.make([("llama", key, 0, rate), ("llama", key, 1, rate)])
     found = stable(results, 5.2 - carry_over.TRAINS)["llama"]
     assert found["baseline"]["largest"] == 0.1  # 5.4 at 0.3 is too much
-    assert found["baseline"]["losses"][3] == math.inf
+    assert found["baseline"]["learns"] is None  # 5.0 at 0.01
+    assert stable(results, 5.02)["llama"]["baseline"]["learns"] == 0.1
+    assert stable(results, 5.005)["llama"]["baseline"]["learns"] is None  # one seed of two
+    assert found["baseline"]["losses"][0] == pytest.approx(5.005)
+    assert found["baseline"]["losses"][-1] == math.inf
     assert stable(results, 5.5 - carry_over.TRAINS)["llama"]["limit"]["largest"] == 0.3
     assert stable(results, 4.9 - carry_over.TRAINS)["llama"]["limit"]["largest"] is None
 
 
 def test_a_sweep_that_is_not_whole_is_left_out(results: Results) -> None:
-    for key in carry_over.sweep("tokens")[:3]:
-        results.run("rough", key, 0)
+    results.make([("rough", key, 0, None) for key in carry_over.sweep("tokens")[:3]])
     assert results.swept("rough", "tokens") == {}
 
 
