@@ -2,25 +2,37 @@
 
 import re
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lightning_qk._printable import print_lines, printable
 from lightning_qk.record.advice import ADVICE, guard_alarms
 from lightning_qk.record.history import STATE, RunRecord
-from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
+from lightning_qk.record.verdicts import (
+    FLAGGED,
+    VERDICTS,
+    LayerHealth,
+    format_value,
+    head_health,
+    layer_health,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MAX_REASONS, _MAX_ALARMS = 12, 4
+_MAX_ROWS, _MAX_REASONS, _MAX_ALARMS = 20, 12, 4
 _STYLES = {"ok": "green", "no data": "dim", "not judged": "dim", **dict.fromkeys(FLAGGED, "red")}
 
 
 def print_health(record: RunRecord, console: "Console | None" = None) -> None:
-    """Print the layers' health as a table, below it the reasons, the worst layers first, and what to do.
+    """Print how many layers have which verdict, a table of the worst, the reasons, and what to do.
 
-    Where the console is narrow, columns that matter less are left out, and titles take two lines; numbers and
-    verdicts are never cut, and a name that is longer than what is left goes on in the next line.
+    The table has at most 20 layers, in the order of the model: the worst, and among those that are equally well,
+    some from the first to the last. Where the console is narrow, columns that matter less are left out, and titles
+    take two lines; numbers and verdicts are never cut, and a name that is longer than what is left goes on in the
+    next line.
 
     Args:
         record: the run.
@@ -34,28 +46,35 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
     if not rows:
         return
     console = console or Console()
+    print_lines(console, [f"Attention health{_at_steps(record)}: {_counted(rows)}"], style="bold")
+    worst_first = _worst_first(rows, record)
+    chosen = _worth_a_row(worst_first)
+    shown_rows = [row for row in rows if row.label in chosen]
     texts = {
         title: [
             printable(value) if isinstance(value := getattr(row, name), str) else format_value(value)
-            for row in rows
+            for row in shown_rows
         ]
         for title, name in _COLUMNS.items()
     }
-    table = Table(title=f"Attention health{_at_steps(record)}", title_justify="left", pad_edge=False)
+    table = Table(pad_edge=False)
     shown = _columns_that_fit(texts, console.width)
     for title, header in shown.items():
         left = title in ("layer", "verdict")
         table.add_column(
             header, justify="left" if left else "right", no_wrap=title != "layer", overflow="fold"
         )
-    for index, row in enumerate(rows):
+    for index, row in enumerate(shown_rows):
         style = _STYLES.get(row.verdict, "default")
         cells = [escape(texts[title][index]) for title in shown]
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     console.print(table)
+    left_out = [row for row in rows if row.label not in chosen]
+    if left_out:
+        print_lines(console, [f"not shown: {_counted(left_out)}"])
     legend = [_LEGEND[title] for title in shown if title in _LEGEND]
     print_lines(console, _lines(legend, console.width), style="dim")
-    reasons = sorted((row for row in rows if row.reason), key=lambda row: list(VERDICTS).index(row.verdict))
+    reasons = [row for row in worst_first if row.reason]
     lines = [f"{row.label}: {row.verdict}, {row.reason}" for row in reasons[:_MAX_REASONS]]
     if len(reasons) > _MAX_REASONS:
         lines.append(f"and {len(reasons) - _MAX_REASONS} layers more")
@@ -96,6 +115,41 @@ _LEGEND = {
 # What is left out where a console is narrow: first all of these, then one after the other of those.
 _ONLY_WIDE = ("eig mean", "asym")
 _NEXT_OUT = ("linear share", "sink", "sym var")
+
+
+def _counted(rows: Sequence[LayerHealth]) -> str:
+    """How many layers have which verdict, the worst first."""
+    counts = Counter(row.verdict for row in rows)
+    layers = f"{len(rows)} layer{'s' if len(rows) > 1 else ''}"
+    if len(counts) == 1:
+        return f"{layers}, {'all ' if len(rows) > 1 else ''}{rows[0].verdict}"
+    return f"{layers}, " + ", ".join(
+        f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]
+    )
+
+
+def _worst_first(rows: Sequence[LayerHealth], record: RunRecord) -> list[LayerHealth]:
+    """Layers by verdict, and those at fault by their worst head."""
+    verdicts, heads = list(VERDICTS), {}
+    for place, head in enumerate(head_health(record)):
+        heads.setdefault(head.label, place)
+
+    def place(row: LayerHealth) -> tuple[int, int]:
+        return verdicts.index(row.verdict), heads.get(row.label, 0) if row.verdict in FLAGGED else 0
+
+    return sorted(rows, key=place)
+
+
+def _worth_a_row(worst_first: Sequence[LayerHealth]) -> set[str]:
+    """Labels of the worst layers; where not all of one harmless verdict have room, some over the whole depth."""
+    labels: list[str] = []
+    for verdict, group in groupby(worst_first, key=lambda row: row.verdict):
+        own = [row.label for row in group]
+        room = min(_MAX_ROWS - len(labels), len(own))
+        if verdict not in FLAGGED and 1 < room < len(own):
+            own = [own[index * (len(own) - 1) // (room - 1)] for index in range(room)]
+        labels += own[:room]
+    return set(labels)
 
 
 def _lines(parts: list[str], width: int) -> list[str]:

@@ -155,6 +155,33 @@ def test_many_reasons_are_cut_and_the_worst_come_first() -> None:
     assert advice[-1] == "What to do (sink): Nothing: common in language models."
 
 
+@pytest.mark.parametrize("sick", [0, 3, 50])
+def test_many_layers_take_no_more_than_a_screen(sick: int) -> None:
+    """The worst layers have a row, and those that are well some over the whole depth."""
+    record = simulated_record(layers=200, heads=2)
+    logits = record.attention.values["max_abs_logit"][-1]
+    for index in range(sick):
+        logits[2 * (index * 3 + 7)] = 200.0 + index
+    out = io.StringIO()
+    print_health(record, Console(file=out, width=80))
+
+    first, *table = out.getvalue().split("┘")[0].splitlines()
+    counted = f"{sick} saturated, {200 - sick} ok" if sick else "all ok"
+    assert first == f"Attention health at step 40: 200 layers, {counted}"
+    labels = [line.strip("│").split()[0] for line in table if line.startswith("│")]
+    assert len(labels) == 20
+    assert labels == sorted(labels, key=lambda label: int(label.split("_")[1]))
+    at_fault = [f"layer_{index * 3 + 7:02d}" for index in range(sick)]
+    assert set(at_fault[-20:]) <= set(labels)
+    if sick < 20:
+        assert {"layer_00", "layer_199"} <= set(labels)
+    below = out.getvalue().split("┘")[1].strip().splitlines()
+    assert below[0] == "not shown: 180 layers, " + ("30 saturated, 150 ok" if sick == 50 else "all ok")
+    if sick:
+        worst = next(line for line in below if line.startswith("layer_"))
+        assert worst.startswith(f"{at_fault[-1]}: saturated, head 0 has an absolute logit of {199 + sick}")
+
+
 def test_the_legend_has_the_unit_of_every_column() -> None:
     record = simulated_record(layers=2, heads=2)
     record.attention.values["linear_share"] = [
@@ -192,9 +219,9 @@ def test_the_title_says_where_the_last_steps_were_not_measured() -> None:
     """A run that is shorter than two of its cadences is measured at the end of its first epoch alone."""
     record = attention_of(**HEALTHY)
     for state, title in {
-        "finished at step 1,039 of 2,000": "Attention health at step 3 of 1,039",
-        "finished at step 4 of 4": "Attention health at step 3",
-        "": "Attention health at step 3",
+        "finished at step 1,039 of 2,000": "Attention health at step 3 of 1,039: 1 layer, ok",
+        "finished at step 4 of 4": "Attention health at step 3: 1 layer, ok",
+        "": "Attention health at step 3: 1 layer, ok",
     }.items():
         record.info["State"] = state
         out = io.StringIO()
