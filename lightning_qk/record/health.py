@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lightning_qk._printable import print_lines, printable
+from lightning_qk._printable import listed, print_lines, printable
 from lightning_qk.record.advice import ADVICE, guard_alarms
 from lightning_qk.record.history import STATE, RunRecord
 from lightning_qk.record.verdicts import (
     FLAGGED,
+    UNJUDGED,
     VERDICTS,
     LayerHealth,
     format_value,
@@ -22,7 +23,7 @@ from lightning_qk.record.verdicts import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MAX_ROWS, _MAX_REASONS, _MAX_ALARMS = 20, 12, 4
+_MAX_ROWS, _MAX_REASONS, _MAX_HARMLESS, _MAX_ALARMS = 20, 12, 2, 4
 _STYLES = {"ok": "green", "no data": "dim", "not judged": "dim", **dict.fromkeys(FLAGGED, "red")}
 
 
@@ -46,7 +47,7 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
     if not rows:
         return
     console = console or Console()
-    print_lines(console, [f"Attention health{_at_steps(record)}: {_counted(rows)}"], style="bold")
+    print_lines(console, [f"Attention health{_at_steps(record)}: {_judged(rows)}"], style="bold")
     worst_first = _worst_first(rows, record)
     chosen = _worth_a_row(worst_first)
     shown_rows = [row for row in rows if row.label in chosen]
@@ -71,13 +72,11 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
     console.print(table)
     left_out = [row for row in rows if row.label not in chosen]
     if left_out:
-        print_lines(console, [f"not shown: {_counted(left_out)}"])
+        print_lines(console, [f"{len(left_out)} layers more, {_counted(left_out)}"])
     legend = [_LEGEND[title] for title in shown if title in _LEGEND]
     print_lines(console, _lines(legend, console.width), style="dim")
     reasons = [row for row in worst_first if row.reason]
-    lines = [f"{row.label}: {row.verdict}, {row.reason}" for row in reasons[:_MAX_REASONS]]
-    if len(reasons) > _MAX_REASONS:
-        lines.append(f"and {len(reasons) - _MAX_REASONS} layers more")
+    lines = _reasons(reasons)
     verdicts = dict.fromkeys(row.verdict for row in reasons)
     lines += [f"What to do ({verdict}): {ADVICE[verdict]}" for verdict in verdicts if verdict in ADVICE]
     alarms = guard_alarms(record)
@@ -117,15 +116,38 @@ _ONLY_WIDE = ("eig mean", "asym")
 _NEXT_OUT = ("linear share", "sink", "sym var")
 
 
+def _judged(rows: Sequence[LayerHealth]) -> str:
+    """How many layers are at fault, and how many have which verdict."""
+    at_fault = sum(row.verdict in FLAGGED for row in rows)
+    if at_fault and len(rows) > 1:
+        return f"{at_fault} of {len(rows)} layers at fault: {_counted(rows)}"
+    kinds = {row.verdict for row in rows}
+    if len(kinds) > 1 and not kinds & set(UNJUDGED):
+        return f"none of {len(rows)} layers at fault: {_counted(rows)}"
+    return f"{len(rows)} layer{'s' if len(rows) > 1 else ''}, {_counted(rows)}"
+
+
 def _counted(rows: Sequence[LayerHealth]) -> str:
     """How many layers have which verdict, the worst first."""
     counts = Counter(row.verdict for row in rows)
-    layers = f"{len(rows)} layer{'s' if len(rows) > 1 else ''}"
     if len(counts) == 1:
-        return f"{layers}, {'all ' if len(rows) > 1 else ''}{rows[0].verdict}"
-    return f"{layers}, " + ", ".join(
-        f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]
-    )
+        return f"{'all ' if len(rows) > 1 else ''}{rows[0].verdict}"
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+
+
+def _reasons(rows: Sequence[LayerHealth]) -> list[str]:
+    """Why layers have their verdicts: of faults a dozen, of what is none a few."""
+    lines = []
+    for verdict, group in groupby(rows, key=lambda row: row.verdict):
+        labels: dict[str, list[str]] = {}
+        for row in group:
+            labels.setdefault(row.reason, []).append(row.label)
+        told = list(labels.items())[: _MAX_REASONS if verdict in FLAGGED else _MAX_HARMLESS]
+        lines += [f"{listed(own, 3)}: {verdict}, {reason}" for reason, own in told]
+        more = sum(map(len, labels.values())) - sum(len(own) for _, own in told)
+        if more:
+            lines.append(f"and {more} more {verdict}")
+    return lines
 
 
 def _worst_first(rows: Sequence[LayerHealth], record: RunRecord) -> list[LayerHealth]:

@@ -63,7 +63,8 @@ VERDICTS = {
 """Verdict → what it says: faults, the worst first, then what is no fault."""
 FLAGGED = ("non-finite", "saturated", "growing", "collapsed")
 """Faults, by measurement. The other verdicts describe."""
-_UNJUDGED = ("no data", "not judged")
+UNJUDGED = ("no data", "not judged")
+"""Of which nothing can be said."""
 
 
 def is_saturated(
@@ -209,7 +210,7 @@ def healthy_share(record: RunRecord, layers: Collection[str] | None = None) -> f
     known = [
         row
         for row in head_health(record)
-        if row.verdict not in _UNJUDGED and (layers is None or row.label in layers)
+        if row.verdict not in UNJUDGED and (layers is None or row.label in layers)
     ]
     return sum(row.verdict not in FLAGGED for row in known) / len(known) if known else math.nan
 

@@ -142,7 +142,7 @@ def test_long_names_cut_no_number_and_no_verdict(width: int) -> None:
 
 def test_many_reasons_are_cut_and_the_worst_come_first() -> None:
     record = simulated_record(layers=30, heads=2)
-    record.attention.values["sink_first"][-1][:] = 0.9
+    record.attention.values["sink_first"][-1][:] = torch.linspace(0.4, 0.9, 60)
     record.attention.values["max_abs_logit"][-1][-1] = 150.0
     out = io.StringIO()
     print_health(record, Console(file=out, width=100))
@@ -150,9 +150,30 @@ def test_many_reasons_are_cut_and_the_worst_come_first() -> None:
     while not below[0].startswith("layer_29"):
         del below[0]  # the legend
     assert below[0].startswith("layer_29: saturated")
-    advice = below[below.index("and 18 layers more") + 1 :]
+    # What is no fault takes a few lines, and none hides a fault.
+    assert [line.split(",")[0] for line in below[1:3]] == ["layer_00: sink", "layer_01: sink"]
+    advice = below[below.index("and 27 more sink") + 1 :]
     assert advice[0].startswith("What to do (saturated): Lower the learning rate")
     assert advice[-1] == "What to do (sink): Nothing: common in language models."
+
+
+def test_the_first_line_is_the_judgement() -> None:
+    """Sinks are no fault; what was not measured is not said to be well; like reasons are one line."""
+    record = simulated_record(layers=3, heads=2)
+    attention = record.attention.values
+    attention["sink_first"][-1][:2] = 0.9
+    assert printed(record)[0] == "Attention health at step 40: none of 3 layers at fault: 1 sink, 2 ok"
+    for values in attention.values():
+        values[-1][2:] = math.nan
+    lines = printed(record)
+    assert lines[0] == "Attention health at step 40: 3 layers, 2 no data, 1 sink"
+    assert any(line.startswith("layer_01, layer_02: no data, every attention") for line in lines)
+
+
+def printed(record: RunRecord) -> list[str]:
+    out = io.StringIO()
+    print_health(record, Console(file=out, width=80))
+    return out.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("sick", [0, 3, 50])
@@ -166,8 +187,10 @@ def test_many_layers_take_no_more_than_a_screen(sick: int) -> None:
     print_health(record, Console(file=out, width=80))
 
     first, *table = out.getvalue().split("┘")[0].splitlines()
-    counted = f"{sick} saturated, {200 - sick} ok" if sick else "all ok"
-    assert first == f"Attention health at step 40: 200 layers, {counted}"
+    judged = (
+        f"{sick} of 200 layers at fault: {sick} saturated, {200 - sick} ok" if sick else "200 layers, all ok"
+    )
+    assert first == f"Attention health at step 40: {judged}"
     labels = [line.strip("│").split()[0] for line in table if line.startswith("│")]
     assert len(labels) == 20
     assert labels == sorted(labels, key=lambda label: int(label.split("_")[1]))
@@ -176,7 +199,7 @@ def test_many_layers_take_no_more_than_a_screen(sick: int) -> None:
     if sick < 20:
         assert {"layer_00", "layer_199"} <= set(labels)
     below = out.getvalue().split("┘")[1].strip().splitlines()
-    assert below[0] == "not shown: 180 layers, " + ("30 saturated, 150 ok" if sick == 50 else "all ok")
+    assert below[0] == "180 layers more, " + ("30 saturated, 150 ok" if sick == 50 else "all ok")
     if sick:
         worst = next(line for line in below if line.startswith("layer_"))
         assert worst.startswith(f"{at_fault[-1]}: saturated, head 0 has an absolute logit of {199 + sick}")
