@@ -49,7 +49,7 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
     console = console or Console()
     print_lines(console, [f"Attention health{_at_steps(record)}: {_judged(rows)}"], style="bold")
     worst_first = _worst_first(rows, record)
-    chosen = _worth_a_row(worst_first)
+    chosen = _worth_a_row(rows, worst_first)
     shown_rows = [row for row in rows if row.label in chosen]
     texts = {
         title: [
@@ -162,16 +162,14 @@ def _worst_first(rows: Sequence[LayerHealth], record: RunRecord) -> list[LayerHe
     return sorted(rows, key=place)
 
 
-def _worth_a_row(worst_first: Sequence[LayerHealth]) -> set[str]:
-    """Labels of the worst layers; where not all of one harmless verdict have room, some over the whole depth."""
-    labels: list[str] = []
-    for verdict, group in groupby(worst_first, key=lambda row: row.verdict):
-        own = [row.label for row in group]
-        room = min(_MAX_ROWS - len(labels), len(own))
-        if verdict not in FLAGGED and 1 < room < len(own):
-            own = [own[index * (len(own) - 1) // (room - 1)] for index in range(room)]
-        labels += own[:room]
-    return set(labels)
+def _worth_a_row(rows: Sequence[LayerHealth], worst_first: Sequence[LayerHealth]) -> set[str]:
+    """Labels of the worst layers, and where not all others have room, of some over the whole depth."""
+    labels = [row.label for row in worst_first if row.verdict in FLAGGED][:_MAX_ROWS]
+    others = [row.label for row in rows if row.verdict not in FLAGGED]
+    room = _MAX_ROWS - len(labels)
+    if 1 < room < len(others):
+        others = [others[index * (len(others) - 1) // (room - 1)] for index in range(room)]
+    return {*labels, *others[:room]}
 
 
 def _lines(parts: list[str], width: int) -> list[str]:
