@@ -75,9 +75,8 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
         print_lines(console, [f"{len(left_out)} layers more, {_counted(left_out)}"])
     legend = [_LEGEND[title] for title in shown if title in _LEGEND]
     print_lines(console, _lines(legend, console.width), style="dim")
-    reasons = [row for row in worst_first if row.reason]
-    lines = _reasons(reasons)
-    verdicts = dict.fromkeys(row.verdict for row in reasons)
+    lines = _reasons(worst_first)
+    verdicts = dict.fromkeys(row.verdict for row in worst_first)
     lines += [f"What to do ({verdict}): {ADVICE[verdict]}" for verdict in verdicts if verdict in ADVICE]
     alarms = guard_alarms(record)
     lines += [
@@ -141,7 +140,9 @@ def _reasons(rows: Sequence[LayerHealth]) -> list[str]:
     for verdict, group in groupby(rows, key=lambda row: row.verdict):
         labels: dict[str, list[str]] = {}
         for row in group:
-            labels.setdefault(row.reason, []).append(row.label)
+            reason = row.reason or ("" if verdict == "ok" else VERDICTS[verdict])
+            if reason:
+                labels.setdefault(reason, []).append(row.label)
         told = list(labels.items())[: _MAX_REASONS if verdict in FLAGGED else _MAX_HARMLESS]
         lines += [f"{listed(own, 3)}: {verdict}, {reason}" for reason, own in told]
         more = sum(map(len, labels.values())) - sum(len(own) for _, own in told)
@@ -152,14 +153,15 @@ def _reasons(rows: Sequence[LayerHealth]) -> list[str]:
 
 def _worst_first(rows: Sequence[LayerHealth], record: RunRecord) -> list[LayerHealth]:
     """Layers by verdict, and those at fault by their worst head."""
-    verdicts, heads = list(VERDICTS), {}
+    heads: dict[str, int] = {}
     for place, head in enumerate(head_health(record)):
         heads.setdefault(head.label, place)
+    verdicts = list(VERDICTS)
 
-    def place(row: LayerHealth) -> tuple[int, int]:
+    def key(row: LayerHealth) -> tuple[int, int]:
         return verdicts.index(row.verdict), heads.get(row.label, 0) if row.verdict in FLAGGED else 0
 
-    return sorted(rows, key=place)
+    return sorted(rows, key=key)
 
 
 def _worth_a_row(rows: Sequence[LayerHealth], worst_first: Sequence[LayerHealth]) -> set[str]:

@@ -384,7 +384,7 @@ def _layer_verdict(layer: KnownLayer, is_fresh: bool) -> tuple[str, str]:
     if _is_uniform(layer):
         head, value = layer.worst("entropy_normalized")
         return "uniform", (
-            f"mean normalized entropy {entropy:.3f}, most in head {head} ({value:.3f}): "
+            f"mean normalized entropy {entropy:.3f}, most in head {head} ({value:.3f})"
             + _what_uniform_means(layer)
         )
     sinks = _sinks(layer.numbers)
@@ -399,8 +399,8 @@ def _layer_verdict(layer: KnownLayer, is_fresh: bool) -> tuple[str, str]:
 
 def _what_uniform_means(layer: KnownLayer) -> str:
     if math.isnan(layer.cosine):
-        return "whether tokens become alike, as in rank collapse, HiddenStateMonitor tells over time"
-    return f"tokens of mean cosine {layer.cosine:.2f} leave it, which is no rank collapse"
+        return ""
+    return f": tokens of mean cosine {layer.cosine:.2f} leave it, which is no rank collapse"
 
 
 def _judge_heads(layer: KnownLayer, is_fresh: bool) -> Iterator[HeadHealth]:
