@@ -1,5 +1,6 @@
 """The ready configs: one folder, ``configs/`` in a clone and ``lightning_qk/configs`` where it is installed."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def run(args: Sequence[str], prog: str) -> int:
         width = max(map(len, known))
         print(f"in {folder()}:")
         for name in known:
-            print(f"  {name:<{width}}  {describe(name)}")
+            begin = f"  {name:<{width}}  "
+            print(textwrap.fill(describe(name), 80, initial_indent=begin, subsequent_indent=" " * len(begin)))
         return 0
     given = given.removesuffix(".yaml")
     if given not in known:

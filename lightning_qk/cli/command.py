@@ -108,7 +108,9 @@ def _help() -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(printable(f"{PROG}: error: {message}"), file=sys.stderr)
+    from lightning_qk.cli._quiet import in_lines
+
+    print(in_lines(printable(f"{PROG}: error: {message}")), file=sys.stderr)
     return status
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -311,6 +312,7 @@ def _pairs(sources: "list[list[Reading]]") -> "list[tuple[Reading, Reading]]":
 def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> list[str]:
     """The conditions that hold, as sentences."""
     from lightning_qk.inspect.export import check_condition, logged_values
+    from lightning_qk.record.statistics import describe
     from lightning_qk.record.verdicts import format_value
 
     lines: list[str] = []
@@ -320,6 +322,10 @@ def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> li
             value = check_condition(condition, values)
             if value is not None:
                 shown = "unknown" if value != value else format_value(value)
+                # The table has logits where keys are as runs log them.
+                group, *_, name = re.sub("/(mean|min|max)$", "", condition.key).split("/")
+                unit = describe(name, group).unit
+                shown += f" {unit}" if unit.startswith("unscaled") else ""
                 lines.append(f"{condition.text} holds of {readings[-1].title}: {condition.key} is {shown}")
     return lines
 
