@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from lightning_qk.inspect.sources import Checkpoint
 
 _DESCRIPTION = """\
-Read the query and key weights of one or more checkpoints, layer by layer, and print the spectrum of each attention
-layer. No model is built and nothing is run (but for --text), so that large checkpoints are read in little memory.
+Read the query and key weights of one or more checkpoints, layer by layer, and
+print the spectrum of each attention layer. No model is built and nothing is run
+(but for --text), so that large checkpoints are read in little memory.
 
 A checkpoint is one of:
   a folder that save_pretrained wrote, of one file or of shards
@@ -33,12 +34,14 @@ A checkpoint is one of:
   a folder of checkpoints, shown over their steps
 """
 _EPILOG = """\
-keys of --fail-on: qk/STATISTIC/mean, /min and /max over all heads; qk/layer_03/STATISTIC, the mean of a layer;
-  qk/layer_03/head_05/STATISTIC; attn/... with --text. --json lists them. Of a folder of checkpoints the newest
-  counts. A condition on a number that is not known, since weights are NaN, holds.
+keys of --fail-on: qk/STATISTIC/mean, /min and /max over all heads, those of
+  eigenvalues without the softmax scale; qk/layer_03/STATISTIC, the mean of a
+  layer; qk/layer_03/head_05/STATISTIC; attn/... with --text. --json lists them.
+  Of a folder of checkpoints the newest counts. A condition on a number that is
+  not known, since weights are NaN, holds.
 
-exit status: 0 fine; 1 a --fail-on condition holds; 2 wrong options or a checkpoint that cannot be read;
-  130 interrupted.
+exit status: 0 fine; 1 a --fail-on condition holds; 2 wrong options or a
+  checkpoint that cannot be read; 130 interrupted.
 
 examples:
   lightning-qk inspect gpt2
