@@ -118,6 +118,12 @@ def test_a_job_from_fit_to_predict(
         assert main([command, "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
     assert not said
     printed = capsys.readouterr()
+    # Another model than the checkpoint's is named by what differs first.
+    line = ["validate", "--config", str(config), "--ckpt_path", str(checkpoint), "--model.model.n_embd", "12"]
+    assert main(line) == 1
+    wrong = error_of(capsys)
+    assert "got another's (size mismatch for model.transformer.wte.weight: " in wrong
+    assert "lightning_qk_config.yaml" in wrong
     # What nobody has trained is said to be that.
     assert main(["test", "--config", str(config)]) == 0
     assert said == ["lightning-qk: the weights are random: --ckpt_path names a checkpoint of a run"]
