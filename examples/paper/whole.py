@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from common import HERE, Clock, options, write
 
-SCRIPTS = ("theory", "heads", "spreads", "failures", "carry_over", "positional", "locater")
+SCRIPTS = ("theory", "heads", "failures", "positional", "spreads", "carry_over", "locater")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
