@@ -28,17 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in SCRIPTS:
         if name in found["done"]:
             continue
-        clock, before = Clock(), found["seconds"].get(name, 0.0)
+        clock, before, status = Clock(), found["seconds"].get(name, 0.0), None
         try:
-            done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *given], check=False)
+            status = subprocess.run(
+                [sys.executable, str(HERE / f"{name}.py"), *given], check=False
+            ).returncode
         finally:
             found["seconds"][name] = before + clock.seconds()
+            found["done"] += [name] if status == 0 else []
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(found))
-        if done.returncode:
-            print(f"{name}.py ended with status {done.returncode}", file=sys.stderr)
-            return done.returncode
-        found["done"].append(name)
+        if status:
+            print(f"{name}.py ended with status {status}", file=sys.stderr)
+            return status
     del found["done"]
     write("whole", found, opts, whole)
     kept.unlink()  # the next call is a new run, of what the cache does not have
