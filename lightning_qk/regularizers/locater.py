@@ -11,6 +11,7 @@ from lightning_qk.functional.spectrum import Support
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, kept_reader, read_together
+from lightning_qk.regularizers._shares import Shares, pulled, summed, wants
 from lightning_qk.regularizers.closed_form import head_penalties, penalty_and_gradients
 from lightning_qk.regularizers.latents import LatentStacker
 from lightning_qk.regularizers.settings import (
@@ -131,7 +132,7 @@ def locater_penalty(
     if alone:
         parameters = list(dict.fromkeys(p for layer in alone for p in layer.parameters()))
         totals.append(_OneByOne.apply(alone, settings, *parameters))
-    return _sum(totals)
+    return summed(totals)
 
 
 def _raise(error: Exception | None) -> None:
@@ -201,7 +202,7 @@ class LocaterPenalty:
     def value(self, settings: Settings) -> Tensor:
         """The penalty, detached. Layers are gathered to the end whatever fails."""
         with self.reader.to_the_end(self.names):
-            return _sum([total for part in self._parts() for total in self._values(settings, part)])
+            return summed([total for part in self._parts() for total in self._values(settings, part)])
 
     def add_gradient(
         self,
@@ -235,7 +236,7 @@ class LocaterPenalty:
             weight = number(weight, "weight")
         wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
         totals: list[Tensor] = []
-        shares = _Shares()
+        shares = Shares()
         reached = False
         error: Exception | None = None
         for part in self._parts():
@@ -243,7 +244,7 @@ class LocaterPenalty:
             # Only a layer that is alone in its part can be flat.
             (first, *_) = layers.values()
             with first.gathered(grads=first.is_flat):
-                own = _Shares() if first.is_flat else shares
+                own = Shares() if first.is_flat else shares
                 try:
                     # Norms of what is there are taken of the weights of query and key alone.
                     if weigh is None:
@@ -256,7 +257,7 @@ class LocaterPenalty:
                     own.add()
                     reached = reached or bool(own)
         try:
-            total = _sum(totals)
+            total = summed(totals)
         except Exception as failed:
             error, total = error or failed, torch.empty(())
         agree(error)
@@ -271,7 +272,7 @@ class LocaterPenalty:
         settings: Settings,
         weight: float | Tensor,
         wanted: Collection[int],
-        shares: "_Shares",
+        shares: Shares,
         totals: list[Tensor],
     ) -> dict[str, LayerReader]:
         """Add the layers that can be read together to shares and totals; gives the others."""
@@ -314,108 +315,12 @@ def _match(query: Tensor, key: Tensor) -> Tensor:
     return key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
 
 
-def _sum(totals: list[Tensor], dim: int | None = None) -> Tensor:
-    if len(totals) == 1:
-        return totals[0]
-    # Layers may live on several devices; the sum is taken where the first one is.
-    return torch.stack([total.to(totals[0].device) for total in totals]).sum(dim)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The shard of this process."""
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
-
-
-class _Shares:
-    """Gradients to add to those of parameters; nothing is changed before :meth:`add`."""
-
-    def __init__(self) -> None:
-        self._made: dict[nn.Parameter, Tensor] = {}
-        self._views: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._pulled: list[tuple[nn.Parameter, Tensor]] = []
-        self._whole: dict[nn.Parameter, Tensor] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._views or self._pulled or self._whole)
-
-    def put_whole(self, shares: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Gradients in the shape of parameters; :meth:`squares` does not know them."""
-        for parameter, share in shares:
-            before = self._whole.get(parameter)
-            self._whole[parameter] = share if before is None else before + share
-
-    def put(
-        self,
-        layers: Mapping[str, LayerReader],
-        heads: Mapping[str, HeadProjections],
-        names: Sequence[str],
-        gradients: Sequence[Tensor | None],
-        wanted: Collection[int],
-    ) -> None:
-        """Split gradients of stacked projections, (layers, ...) for query and key, into those of parameters."""
-        for side, stacked in zip(("query", "key"), gradients, strict=True):
-            if stacked is None:
-                continue
-            for name, gradient in zip(names, stacked.unbind(0), strict=True):
-                layer = layers[name]
-                if not _wants(layer, side, wanted):
-                    continue
-                view = layer.gradient_view(side, self._made)
-                if view is None:
-                    self._pulled += _pulled(layer, getattr(heads[name], side), side, gradient, wanted)
-                    continue
-                place = view.data_ptr(), view.numel()
-                # Tied weights have one gradient for several layers.
-                before = self._views.get(place)
-                self._views[place] = view, gradient if before is None else before[1] + gradient
-
-    def squares(self) -> Tensor:
-        """Squared norms of the gradients that are there and of what is to be added, ``(2,)``, of local shards."""
-        pulled: dict[nn.Parameter, Tensor] = {}
-        for parameter, share in self._pulled:
-            pulled[parameter] = share + pulled[parameter] if parameter in pulled else share
-        pairs = [
-            *self._views.values(),
-            *((torch.zeros_like(one) if own.grad is None else own.grad, one) for own, one in pulled.items()),
-        ]
-        sums = [
-            torch.stack([_local(side).to(torch.float32).square().sum() for side in pair]) for pair in pairs
-        ]
-        return _sum(sums, 0) if sums else torch.zeros(2)
-
-    def scale(self, factor: float | Tensor) -> None:
-        """Multiply all of it."""
-        self._views = {place: (view, part * factor) for place, (view, part) in self._views.items()}
-        self._pulled = [(parameter, share * factor) for parameter, share in self._pulled]
-
-    def add(self) -> None:
-        """Add all of it."""
-        for parameter in self._whole:
-            if parameter.grad is None:
-                self._made[parameter] = torch.zeros_like(parameter)
-        for parameter, grad in self._made.items():
-            parameter.grad = grad
-        pairs = [
-            *self._views.values(),
-            *((parameter.grad, share) for parameter, share in self._whole.items()),
-        ]
-        if pairs:
-            into, parts = zip(*pairs, strict=True)
-            torch._foreach_add_(list(into), list(parts))
-        for parameter, share in self._pulled:
-            if parameter.grad is None:
-                parameter.grad = share
-            else:
-                parameter.grad += share
-
-
 def _gradients(
     layers: Mapping[str, LayerReader],
     settings: Settings,
     weight: float | Tensor,
     wanted: Collection[int],
-    shares: _Shares,
+    shares: Shares,
 ) -> list[Tensor]:
     """Penalties of layers, gradients put into ``shares``; a function, so that gathered weights are freed."""
     with torch.enable_grad():
@@ -439,33 +344,7 @@ def _gradients(
 def _any_wanted(
     layers: Mapping[str, LayerReader], names: Sequence[str], side: str, wanted: Collection[int]
 ) -> bool:
-    return any(_wants(layers[name], side, wanted) for name in names)
-
-
-def _wants(layer: LayerReader, side: str, wanted: Collection[int]) -> bool:
-    """Whether the weight of one side of a layer depends on a wanted parameter."""
-    parameters = layer.parameters(side)
-    if layer.is_flat:
-        # FSDP has no gradient for a parameter that has none on any process.
-        parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    return any(id(parameter) in wanted for parameter in parameters)
-
-
-def _pulled(
-    layer: LayerReader, projection: Tensor, side: str, gradient: Tensor, wanted: Collection[int]
-) -> list[tuple[nn.Parameter, Tensor]]:
-    """Gradients of the parameters from that of a projection; of sharded ones, for the local shard."""
-    if not projection.requires_grad:
-        # A merged or disabled adapter takes no part.
-        return []
-    parameters = [parameter for parameter in layer.parameters(side) if id(parameter) in wanted]
-    # Query and key may come from one gathered weight, through one graph.
-    shares = torch.autograd.grad(
-        projection, parameters, gradient.to(projection.dtype), retain_graph=True, allow_unused=True
-    )
-    return [
-        (parameter, share) for parameter, share in zip(parameters, shares, strict=True) if share is not None
-    ]
+    return any(wants(layers[name], side, wanted) for name in names)
 
 
 class _OneByOne(torch.autograd.Function):
@@ -477,7 +356,7 @@ class _OneByOne(torch.autograd.Function):
         gradients: dict[int, Tensor] = {}
         totals = [_shares(layer, settings, wanted, gradients) for layer in layers]
         ctx.gradients = [gradients.get(id(parameter)) for parameter in parameters]
-        return _sum(totals)
+        return summed(totals)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -494,12 +373,12 @@ def _shares(
         head = layer.copy() if layer.is_flat else layer.read()
     with torch.no_grad():
         (batch,) = batches({layer.name: head}, settings)
-        sides = _wants(layer, "query", wanted), _wants(layer, "key", wanted)
+        sides = wants(layer, "query", wanted), wants(layer, "key", wanted)
         total, *found = penalty_and_gradients(batch.query, batch.key, settings.of(batch), 1.0, sides)
         for side, gradient in zip(("query", "key"), batch.back(found), strict=True):
             if gradient is None:
                 continue
-            for parameter, share in _pulled(layer, getattr(head, side), side, gradient[0], wanted):
+            for parameter, share in pulled(layer, getattr(head, side), side, gradient[0], wanted):
                 before = gradients.get(id(parameter))
                 gradients[id(parameter)] = share if before is None else before + share
     return total

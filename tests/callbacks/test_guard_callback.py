@@ -277,7 +277,7 @@ def test_named_remedies(tmp_path, action):
     (remedy,) = guard.remedies
     assert isinstance(remedy, {"locater": LocAteR, "qk_clip": QKClip}[action])
     if action == "locater":
-        assert remedy._start_means is not None  # it took the moment of the alarm as the start
+        assert remedy._held.start is not None  # it took the moment of the alarm as the start
 
 
 def test_a_loss_that_is_no_number_is_an_alarm(tmp_path):

@@ -169,9 +169,9 @@ def test_means_at_the_start_survive_a_resume(tmp_path):
     first, trainer = fit(3)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = fit(6, tmp_path / "half.ckpt")
-    for name, mean in whole._start_means.items():
-        assert torch.equal(resumed._start_means[name], mean)
-        assert torch.equal(first._start_means[name], mean)
+    for name, mean in whole._held.start.items():
+        assert torch.equal(resumed._held.start[name], mean)
+        assert torch.equal(first._held.start[name], mean)
     assert resumed.history.steps == whole.history.steps
     for a, b in zip(
         resumed.history.values["locater/penalty"], whole.history.values["locater/penalty"], strict=True

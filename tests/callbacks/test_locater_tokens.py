@@ -201,11 +201,11 @@ def test_the_target_form_holds_the_means_of_the_first_tokens(tmp_path):
 
     first, trainer = job_and_callback(1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    assert first._start_means
-    assert all(mean.any() for mean in first._start_means.values())
+    assert first._held.start
+    assert all(mean.any() for mean in first._held.start.values())
     resumed, _ = job_and_callback(3, tmp_path / "one.ckpt")
-    for name, mean in first._start_means.items():
-        assert torch.equal(resumed._start_means[name], mean)
+    for name, mean in first._held.start.items():
+        assert torch.equal(resumed._held.start[name], mean)
 
 
 def test_inputs_that_are_not_seen_are_told_and_cost_no_training():

@@ -1,13 +1,14 @@
 """LocAteR's options, and what one of its steps adds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_qk.functional.spectrum import Support, support_size
+from lightning_qk.regularizers.locater import LocaterPenalty
 from lightning_qk.regularizers.settings import Form, Settings, check_form, check_limit
 
 Schedule = Literal["constant", "linear"]
@@ -95,6 +96,48 @@ def check_options(
             f"expected warmup_steps above 0 with schedule='linear' and 0 with 'constant', got {warmup_steps} "
             f"with {schedule!r}: set both"
         )
+
+
+class HeldMeans:
+    """The mean eigenvalue that the target form holds each head at: a given one, or that at the start of training.
+
+    Attributes:
+        start: qualified name of a layer → means of its heads when it was first seen, on the host.
+    """
+
+    def __init__(self, form: Form, target: float | None) -> None:
+        self._target = target
+        self._is_asked = form == "target" and target is None
+        self.start: dict[str, Tensor] = {}
+        self._aims: dict[str, Tensor] = {}
+
+    def take(self, penalty: LocaterPenalty, support: Support, moments: Mapping[str, Tensor] | None) -> None:
+        """Take the means of layers that have none yet: all at the start, else those that joined."""
+        if not self._is_asked:
+            return
+        new = [name for name in penalty.names if name not in self.start]
+        if moments is not None:
+            new = [name for name in new if bool(moments[name].any())]
+        if new:
+            found = penalty.means(support, moments)
+            self.start = {**self.start, **{name: found[name].cpu() for name in new}}
+
+    def aims(self, penalty: LocaterPenalty, device: torch.device) -> float | Mapping[str, Tensor] | None:
+        """The mean of every head, ``(heads,)`` a layer; of layers of which no token was seen yet, zeros."""
+        if not self._is_asked:
+            return self._target
+        for name in penalty.names:
+            start = self.start.get(name)
+            if start is not None and name not in self._aims:
+                # Once, since copying to the device waits for it.
+                self._aims[name] = start.to(device)
+        unseen = [name for name in penalty.names if name not in self._aims]
+        layers = penalty.reader.layers
+        return self._aims | {name: torch.zeros(layers[name].heads, device=device) for name in unseen}
+
+    def release(self) -> None:
+        """Drop what is on the device."""
+        self._aims = {}
 
 
 class Step(NamedTuple):

@@ -30,6 +30,7 @@ from lightning_qk.callbacks._trainer import (
 from lightning_qk.callbacks.interventions._base import Intervention
 from lightning_qk.callbacks.interventions._locater_step import (
     NOTHING,
+    HeldMeans,
     Schedule,
     Sigma,
     Step,
@@ -114,7 +115,7 @@ class LocAteR(Intervention):
             the gradients.
     """
 
-    live: ClassVar[tuple[str, ...]] = ("_penalty", "_aims", "_newest", "_inputs", "moments", "token_means")
+    live: ClassVar[tuple[str, ...]] = ("_penalty", "_newest", "_inputs", "moments", "token_means")
 
     def __init__(
         self,
@@ -156,13 +157,12 @@ class LocAteR(Intervention):
         """Forget the fit before."""
         super().begin()
         self.history = History(["model"], [1])
-        self._start_means: dict[str, Tensor] = {}
+        self._held = HeldMeans(self.form, self.target)
         self._left: dict[str, str] = {}
         self._penalty: LocaterPenalty | None = None
         self._inputs: StepInputs | None = None
         self.moments: dict[str, Tensor] | None = None
         self.token_means: dict[str, Tensor] | None = None
-        self._aims: dict[str, Tensor] | None = None
         self._prefix = "locater"
         self._batches = 0
         self._stepped = False
@@ -229,13 +229,12 @@ class LocAteR(Intervention):
         self._choose(trainer, pl_module, penalty)
         if by_tokens:
             self._listen(trainer, pl_module, penalty)
-        self._aims = None
         self._batches, self._stepped, self._is_due = 0, False, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the heads' means at the start, unless a checkpoint brought them; those of tokens come later."""
         if self._penalty is not None and self.sigma == "identity":
-            self._hold_means(self._penalty)
+            self._held.take(self._penalty, self.support, None)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -336,7 +335,7 @@ class LocAteR(Intervention):
                 self._listen(trainer, pl_module, penalty)
                 self._trained = None  # those that joined have tokens from the next step on
             penalty.keep_only([name for name in penalty.names if name in (self.moments or {})])
-        self._hold_means(penalty)
+        self._held.take(penalty, self.support, self.moments)
         weight = self.current_weight(logging_step(trainer))
         scale = loss_scale(trainer, optimizer)
         # With several optimizers every parameter still gets it once: each its own.
@@ -344,7 +343,7 @@ class LocAteR(Intervention):
         settings = Settings(
             self.form,
             self.support,
-            self._aim(pl_module),
+            self._held.aims(penalty, pl_module.device),
             self.nu,
             self.moments,
             self.limit,
@@ -390,18 +389,6 @@ class LocAteR(Intervention):
         penalty.keep_only([name for name in penalty.names if name in names])
         if not penalty.names:
             raise ValueError("no layer is left that can be penalized")
-
-    def _hold_means(self, penalty: LocaterPenalty) -> None:
-        """Take the means of layers that have none yet: all at the start, else those that joined."""
-        if self.form != "target" or self.target is not None:
-            return
-        new = [name for name in penalty.names if name not in self._start_means]
-        if self.moments is not None:
-            new = [name for name in new if bool(self.moments[name].any())]
-        if new:
-            found = penalty.means(self.support, self.moments)
-            self._start_means = {**self._start_means, **{name: found[name].cpu() for name in new}}
-            self._aims = None
 
     def _listen(self, trainer: Trainer, pl_module: LightningModule, penalty: LocaterPenalty) -> None:
         """Sample what enters the layers, from the next forward on."""
@@ -465,13 +452,13 @@ class LocAteR(Intervention):
 
     def kept(self) -> dict[str, Any]:
         """The heads' means at the start and the penalty's history."""
-        kept = {**super().kept(), "start_means": self._start_means, "history": self.history.state_dict()}
+        kept = {**super().kept(), "start_means": self._held.start, "history": self.history.state_dict()}
         return kept if self.share is None else {**kept, "share": self.share.state_dict()}
 
     def go_on(self, kept: Mapping[str, Any]) -> None:
         """Hold the means that the first run started from."""
         super().go_on(kept)
-        self._start_means, self._aims = kept["start_means"] or {}, None
+        self._held.start = kept["start_means"] or {}
         self.history = History.from_state_dict(kept["history"])
         if self.share is not None:
             self.share.load_state_dict(kept.get("share", {}))
@@ -481,7 +468,8 @@ class LocAteR(Intervention):
         if self._inputs is not None:
             self._inputs.remove()
         self._inputs, self.moments, self.token_means = None, None, None
-        self._penalty, self._newest, self._aims = None, None, None
+        self._penalty, self._newest = None, None
+        self._held.release()
 
     def contribute(self, record: RunRecord) -> None:
         """Add the penalty's curve to a run's record."""
@@ -495,15 +483,3 @@ class LocAteR(Intervention):
         """What tells this callback from others of its kind in the trainer; None where it is alone."""
         others = [one for one in trainer.callbacks if isinstance(one, LocAteR)]  # type: ignore[attr-defined]
         return label_among(self, others)
-
-    def _aim(self, pl_module: LightningModule) -> float | Mapping[str, Tensor] | None:
-        if self.form != "target" or self.target is not None:
-            return self.target
-        if self._aims is None:
-            # Once, since copying to the device waits for it.
-            self._aims = {name: mean.to(pl_module.device) for name, mean in self._start_means.items()}
-            if self._penalty is not None:
-                for name in self._penalty.names:  # of which no token was seen yet
-                    heads = self._penalty.reader.layers[name].heads
-                    self._aims.setdefault(name, torch.zeros(heads, device=pl_module.device))
-        return self._aims
