@@ -24,11 +24,15 @@ def has_vectors(layer: LayerReader | HeadProjections) -> bool:
         return not layer.qk_norm
     if layer.feeding is not None:
         return False
-    return not layer.normalizes or _is_cosine(layer) or any(side.qk_norm is not None for side in _sides(layer))
+    return (
+        not layer.normalizes or _is_cosine(layer) or any(side.qk_norm is not None for side in _sides(layer))
+    )
 
 
 def token_vectors(layer: LayerReader | HeadProjections, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries ``(heads, d_head, tokens)`` and keys ``(kv_heads, d_head, tokens)``, float32 at least, differentiable.
+    """Queries ``(heads, d_head, tokens)`` and keys ``(kv_heads, d_head, tokens)``, at least float32.
+
+    Differentiable.
 
     Weights are gathered in the order in which :meth:`LayerReader.read` gathers them, for processes that do so.
 
@@ -115,7 +119,7 @@ def _split(layer: LayerReader, side: Side, rows: Tensor) -> Tensor:
 
 
 def _normalized(plan: NormPlan, vectors: Tensor) -> Tensor:
-    """Vectors ``(heads, d_head, tokens)`` behind a norm of each head, of all heads at once, or of one gain a head."""
+    """Vectors ``(heads, d_head, tokens)`` behind a norm of each head, of all at once, or of one gain a head."""
     by_token = vectors.movedim(-1, 0)
     heads, d_head = vectors.shape[:2]
     if plan.shape == (d_head,):

@@ -52,6 +52,10 @@ class Shares:
                 before = self._views.get(place)
                 self._views[place] = view, gradient if before is None else before[1] + gradient
 
+    def put_pulled(self, shares: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Gradients in the shape of parameters, or of their local shards."""
+        self._pulled += shares
+
     def squares(self) -> Tensor:
         """Squared norms of the gradients that are there and of what is to be added, ``(2,)``, of local shards."""
         together: dict[nn.Parameter, Tensor] = {}

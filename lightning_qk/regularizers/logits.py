@@ -1,7 +1,7 @@
 """Layers whose logits take more than a bilinear form: queries with biases, norms behind projections, bounds.
 
-The limit form is of logits. Of plain projections it follows from weights and covariances; of these layers, from the
-queries and keys that they make of the tokens themselves.
+The limit form is of logits. Of plain projections it follows from weights and covariances; of these layers, from
+the queries and keys that they make of the tokens themselves.
 """
 
 import weakref
@@ -21,7 +21,7 @@ _BILINEAR: "weakref.WeakKeyDictionary[LayerReader, bool]" = weakref.WeakKeyDicti
 
 
 def takes_vectors(layer: LayerReader | HeadProjections) -> bool:
-    """Whether a layer's logits between tokens do not follow from its weights and the tokens' covariance and mean."""
+    """Whether a layer's logits between tokens do not follow from its weights and their covariance and mean."""
     if isinstance(layer, HeadProjections):
         return layer.query_bias is not None or layer.qk_norm or layer.clip is not None
     if layer.qk_norm or layer.clip is not None or layer.is_sharded():
