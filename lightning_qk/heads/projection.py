@@ -339,10 +339,10 @@ class Composition:
         biases = [own.weight.new_zeros(len(own.weight)) if own.bias is None else own.bias for own in made]
         return Affine(weight, self.ordered([own.to(dtype) for own in biases]))
 
-    def ordered(self, parts: list[Tensor]) -> Tensor:
+    def ordered(self, parts: list[Tensor], dim: int = 0) -> Tensor:
         """What the parts make, one below the other, as the rows of the composition."""
-        values = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return values if self._order is None else values[self._order.to(values.device)]
+        values = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+        return values if self._order is None else values.index_select(dim, self._order.to(values.device))
 
 
 def composed(

@@ -133,6 +133,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def summed(totals: list[Tensor], dim: int | None = None) -> Tensor:
     """The sum of tensors, or along a dimension of their stack."""
+    if not totals:
+        return torch.zeros(())  # of no layers
     if len(totals) == 1:
         return totals[0]
     # Layers may live on several devices; the sum is taken where the first one is.

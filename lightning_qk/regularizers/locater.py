@@ -14,7 +14,7 @@ from lightning_qk.heads.reader import ProjectionReader, kept_reader, read_togeth
 from lightning_qk.regularizers._shares import Shares, pulled, summed, wants
 from lightning_qk.regularizers.closed_form import head_penalties, penalty_and_gradients
 from lightning_qk.regularizers.latents import LatentStacker
-from lightning_qk.regularizers.logits import limit_gradients, limit_penalty, parameters_of, takes_vectors
+from lightning_qk.regularizers.logits import limit_gradients, limit_penalties, parameters_of, takes_vectors
 from lightning_qk.regularizers.settings import (
     LIMIT,
     Form,
@@ -134,8 +134,8 @@ def locater_penalty(
     layers: Mapping[str, Any] = (
         projections.layers if isinstance(projections, ProjectionReader) else projections
     )
-    by_vectors = [name for name in whole if form == "limit" and takes_vectors(layers[name])]
-    totals = [limit_penalty(name, layers[name], settings) for name in by_vectors]
+    by_vectors = {name: layers[name] for name in whole if form == "limit" and takes_vectors(layers[name])}
+    totals = list(limit_penalties(by_vectors, settings))
     totals += [
         head_penalties(batch.query, batch.key, settings.of(batch)).sum()
         for batch in batches({name: projections[name] for name in whole if name not in by_vectors}, settings)
@@ -320,7 +320,7 @@ class LocaterPenalty:
                 others.append(name)
                 continue
             with self.reader.taken(name) as layer:
-                totals.append(limit_penalty(name, layer, settings))
+                totals += limit_penalties({name: layer}, settings)
         return totals + [
             head_penalties(batch.query, batch.key, settings.of(batch)).sum()
             for batch in batches({name: self.reader[name] for name in others}, settings)

@@ -341,3 +341,50 @@ def test_several_forwards_of_a_step_have_their_share_of_the_tokens():
             # Of 60 rows half are of each forward; they stand for all tokens but first ones.
             torch.testing.assert_close(weight[:30].sum(), torch.tensor(batch * (length - 1.0)))
             torch.testing.assert_close(weight[30:].sum(), torch.tensor(batch * 3.0))
+
+
+class _Turns(models.Job):
+    """Two networks of one optimizer take turns; the first is replaced in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner["other"] = models.gpt2()
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        name = "network" if self.steps % 2 else "other"
+        return self.inner[name](input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def test_a_network_that_waits_for_its_turn_is_left_alone(recwarn):
+    """No gradient of zero, by which AdamW would move it, and no word that it is never run."""
+    ends = []
+    for callbacks in ([], [LocAteR()]):
+        L.seed_everything(3, verbose=False)
+        job = _Turns()
+        models.trainer(callbacks, max_steps=4).fit(job, models.tokens())
+        ends.append(job.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not [one for one in recwarn if "has no penalty" in str(one.message)]
+
+
+def test_a_step_without_any_known_layer_has_no_penalty_and_later_ones_have():
+    """Merging adapters gives all layers other names."""
+
+    class Merged(models.Job):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.inner["network"] = self.inner["network"].merge_and_unload()
+                self.trainer.optimizers[0].param_groups[0]["params"] = list(self.parameters())
+                self.requires_grad_(True)
+
+    locater = LocAteR(WEIGHT, form="limit", limit=1e-3)
+    recorder = Recorder(locater)
+    models.trainer([locater, recorder], max_steps=4).fit(Merged(still(lora())), models.tokens())
+    first, empty, *later = recorder.penalties
+    assert empty == 0
+    assert min(first, *later) > 0

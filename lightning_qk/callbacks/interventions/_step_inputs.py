@@ -15,6 +15,9 @@ from lightning_qk.tokens.layer_inputs import LayerInputs
 _MOST_RUNS = 16
 """Runs of a layer in one micro-batch (shared layers, several forwards) whose tokens are kept until the step."""
 
+_STEPS_TO_BE_SEEN = 20
+"""A layer that was not run in as many steps is said to have no penalty."""
+
 Inputs = tuple[Tensor, Tensor]
 """Tokens ``(tokens, width)`` of a layer, and how many each stands for."""
 
@@ -39,6 +42,7 @@ class StepInputs:
             model, modules=list(widths), tokens=each, keep=_MOST_RUNS * self._rows, seed=trainer.global_rank
         )
         self._is_spent = False
+        self._steps = 0
 
     def install(self) -> None:
         """Hook the layers."""
@@ -58,12 +62,20 @@ class StepInputs:
         """Stop listening: a validation between two micro-batches is not training."""
         self._inputs.enabled = False
 
-    def unseen(self) -> dict[str, str]:
-        """Layers without a forward that was sampled here, once a step was made: name → why."""
-        if not self._is_spent:
-            return {}
+    def unseen(self, *, at_end: bool = False) -> dict[str, str]:
+        """Layers without a forward that was sampled here: name → why.
+
+        Those that just were not run are among them at the end, or after some steps: networks take turns.
+        """
         missing = [name for name in self.widths if name not in self._inputs.seen]
-        return {name: self._inputs.problems.get(name, "no forward of it was seen") for name in missing}
+        if not self._steps:
+            return {}
+        is_known = at_end or self._steps >= _STEPS_TO_BE_SEEN
+        return {
+            name: self._inputs.problems.get(name, "no forward of it was seen")
+            for name in missing
+            if is_known or name in self._inputs.problems
+        }
 
     def pool(self) -> tuple[dict[str, Inputs], Exception | None]:
         """Layer → its tokens and how many each stands for, and what failed here; a collective call.
@@ -72,6 +84,7 @@ class StepInputs:
         has tokens has none with a weight, and no penalty.
         """
         self._is_spent = True
+        self._steps += 1
         by_width = self._by_width()
         error: Exception | None = None
         tables: list[tuple[Tensor, Tensor]] = []

@@ -430,15 +430,16 @@ class LocAteR(Intervention):
         """Remember the penalty of logged steps, and say so once when it is not finite."""
         if self._inputs is not None:
             self._inputs.end_batch()
-            for name, why in self._inputs.unseen().items():
-                self.say(
-                    f"{name} has no penalty: what enters it is not known, since {why}", key=f"unseen {why}"
-                )
+            self._tell_unseen(self._inputs.unseen())
         value = self._newest
         if not self._is_due or value is None:
             return
         self._is_due = False
         self.log_safely(lambda: self._remember(logging_step(trainer), value))
+
+    def _tell_unseen(self, reasons: Mapping[str, str]) -> None:
+        for name, why in reasons.items():
+            self.say(f"{name} has no penalty: what enters it is not known, since {why}", key=f"unseen {why}")
 
     def _remember(self, step: int, value: Tensor) -> None:
         self.history.append(step, {"locater/penalty": value.reshape(1)})
@@ -450,7 +451,9 @@ class LocAteR(Intervention):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where Lightning saw batches but no optimizer step."""
+        """Say so where Lightning saw batches but no optimizer step, or no forward of a layer."""
+        if self._inputs is not None:
+            self._tell_unseen(self._inputs.unseen(at_end=True))
         if self._batches and not self._stepped and not trainer.global_step:
             say(
                 "LocAteR: expected optimizer steps that Lightning sees, got none, so that the penalty changed "
