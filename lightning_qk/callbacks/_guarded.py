@@ -240,7 +240,7 @@ class Attempts(GuardedHooks, Callback):
         # A layer that no monitor can measure has its reason once.
         if colon and any(
             other is not self and sentence in getattr(other, "notes", ())
-            for other in (trainer.callbacks if trainer is not None else ())  # type: ignore[attr-defined]
+            for other in (trainer.callbacks if trainer is not None else ())
         ):
             told = f"{what}, as said above"
         say(f"{type(self).__name__}: {told}")
