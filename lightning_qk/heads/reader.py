@@ -66,6 +66,15 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             self._owed.remove(name)
         return layer.copy() if layer.is_flat else layer.read()
 
+    @contextmanager
+    def taken(self, name: str) -> Iterator[LayerReader]:
+        """A layer to be read in another way within this block, its parameters whole; see :meth:`to_the_end`."""
+        if name in self._owed:
+            self._owed.remove(name)
+        layer = self.layers[name]
+        with layer.gathered():
+            yield layer
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
 

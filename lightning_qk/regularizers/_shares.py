@@ -52,6 +52,10 @@ class Shares:
                 before = self._views.get(place)
                 self._views[place] = view, gradient if before is None else before[1] + gradient
 
+    def put_pulled(self, shares: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Gradients in the shape of parameters, or of their local shards."""
+        self._pulled += shares
+
     def squares(self) -> Tensor:
         """Squared norms of the gradients that are there and of what is to be added, ``(2,)``, of local shards."""
         together: dict[nn.Parameter, Tensor] = {}
@@ -129,6 +133,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def summed(totals: list[Tensor], dim: int | None = None) -> Tensor:
     """The sum of tensors, or along a dimension of their stack."""
+    if not totals:
+        return torch.zeros(())  # of no layers
     if len(totals) == 1:
         return totals[0]
     # Layers may live on several devices; the sum is taken where the first one is.

@@ -1,6 +1,6 @@
 """LocAteR: localized attention regularization, a penalty on the scale of QK-eigenspectra."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_qk.heads.reader import ProjectionReader, kept_reader, read_togeth
 from lightning_qk.regularizers._shares import Shares, pulled, summed, wants
 from lightning_qk.regularizers.closed_form import head_penalties, penalty_and_gradients
 from lightning_qk.regularizers.latents import LatentStacker
+from lightning_qk.regularizers.logits import limit_gradients, limit_penalties, parameters_of, takes_vectors
 from lightning_qk.regularizers.settings import (
     LIMIT,
     Form,
@@ -36,8 +37,8 @@ def locater_penalty(
     modules: str | Sequence[str] | None = None,
     cross_attention: bool = False,
     moments: Mapping[str, Tensor] | None = None,
-    means: Mapping[str, Tensor] | None = None,
     limit: float = LIMIT,
+    inputs: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     r"""The penalty that concentrates the QK-eigenspectrum of every head.
 
@@ -46,9 +47,9 @@ def locater_penalty(
 
     - ``form="variance"``: ``tr S²/n − (tr S/n)²``, which puts no pressure on a shift of all n eigenvalues;
     - ``form="target"``: ``tr S²/n + ν (tr S/n − c)²``, which pulls the mean to c;
-    - ``form="limit"``: ``max(0, ln(σ/τ))²``, which is nothing where σ is below the limit τ. With ``moments`` only,
-      since ``σ² = s² tr[Cov(q) Cov(k)]``, the sum of the squared singular values of ``s Σ^½ W_QK Σ^½``, is the
-      variance of the head's logits between independent tokens; with ``means``, ``σ² = s² E[qᵀ Cov(k) q]``.
+    - ``form="limit"``: ``max(0, ln(σ/τ))²``, which is nothing where σ is below the limit τ. With ``inputs`` only,
+      since ``σ² = s² E[qᵀ Cov(k) q]`` is the variance of the head's logits between independent tokens: with
+      biases, with norms of queries and keys, and before positions turn them.
 
     Eigenvalues that are all the same and eigenvalues that are all zero have no variance both: against a weak
     enough loss the variance form shrinks the mean with the scale, and the target form holds it.
@@ -74,7 +75,7 @@ def locater_penalty(
 
     Args:
         model_or_projections: a module that contains transformers, or what
-            :func:`~lightning_qk.head_projections` returned for it.
+            :func:`~lightning_qk.head_projections` returned for it, which does not know norms.
         form: ``"variance"``, ``"target"`` or ``"limit"``.
         support: ``"model"``: n = d_model, as in the paper. ``"head"``: n = d_head.
         target: the mean c for ``form="target"``: a number, or a tensor ``(heads,)`` for each layer by name.
@@ -85,19 +86,19 @@ def locater_penalty(
             spectrum relates two spaces, so that it is left out unless asked for. Not with ``moments``.
         moments: layer name → factor ``(tokens, d_model)`` of the covariance of what enters the layer,
             Σ = factor^T factor, such as :meth:`lightning_qk.tokens.LayerInputs.moments` gives; None: Σ = 1
-            and no scale. All penalized layers have to be among them.
-        means: layer name → mean ``(d_model,)`` of what enters the layer, as ``LayerInputs.means`` gives, for
-            ``form="limit"`` alone: queries that have one direction in common make logits too.
+            and no scale. All penalized layers have to be among them. Not with ``form="limit"``.
         limit: τ for ``form="limit"``, in units of logits.
+        inputs: for ``form="limit"``, layer name → tokens ``(tokens, d_model)`` that enter the layer and how many
+            each stands for, ``(tokens,)``, as ``LayerInputs.inputs`` gives.
 
     Returns:
         A scalar, differentiable in the model's weights, float32 at least. Never negative.
 
     Raises:
         ValueError: unknown form or support, a target missing, of another shape or given to the wrong form, a
-            target or ν that is not finite, a limit without moments, patterns that match no layer, no layers, a
-            model without readable attention, moments missing or of another width, or a model that FSDP's first
-            version flattens (use the callback).
+            target or ν that is not finite, a limit without inputs, patterns that match no layer, no layers, a
+            model without readable attention, moments or inputs missing or of another width, or a model that
+            FSDP's first version flattens (use the callback).
         TypeError: neither a module nor a mapping.
 
     Example:
@@ -108,13 +109,17 @@ def locater_penalty(
         >>> model.h[0].attn.c_attn.weight.grad is not None
         True
     """
-    settings = Settings(form, support, target, nu, moments, limit, means)
+    settings = Settings(form, support, target, nu, moments, limit, inputs)
     settings.check()
     projections = model_or_projections
     if isinstance(projections, nn.Module):
         projections = kept_reader(projections)
     names = select_layers(
-        projections, modules=modules, cross_attention=cross_attention, by_tokens=moments is not None
+        projections,
+        modules=modules,
+        cross_attention=cross_attention,
+        by_tokens=moments is not None or inputs is not None,
+        limited=form == "limit",
     )
     alone: list[LayerReader] = []
     if isinstance(projections, ProjectionReader):
@@ -125,12 +130,19 @@ def locater_penalty(
                 "use the callback LocAteR, or FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
             )
     sharded = {layer.name for layer in alone}
-    totals = [
+    whole = [name for name in names if name not in sharded]
+    layers: Mapping[str, Any] = (
+        projections.layers if isinstance(projections, ProjectionReader) else projections
+    )
+    by_vectors = {name: layers[name] for name in whole if form == "limit" and takes_vectors(layers[name])}
+    totals = list(limit_penalties(by_vectors, settings))
+    totals += [
         head_penalties(batch.query, batch.key, settings.of(batch)).sum()
-        for batch in batches({name: projections[name] for name in names if name not in sharded}, settings)
+        for batch in batches({name: projections[name] for name in whole if name not in by_vectors}, settings)
     ]
     if alone:
-        parameters = list(dict.fromkeys(p for layer in alone for p in layer.parameters()))
+        of_layer = parameters_of if form == "limit" else LayerReader.parameters
+        parameters = list(dict.fromkeys(p for layer in alone for p in of_layer(layer)))
         totals.append(_OneByOne.apply(alone, settings, *parameters))
     return summed(totals)
 
@@ -151,6 +163,7 @@ class LocaterPenalty:
         modules: see :func:`locater_penalty`.
         cross_attention: see :func:`locater_penalty`.
         by_tokens: only layers that have a token-aware spectrum.
+        limited: only layers whose logits between tokens are known.
 
     Raises:
         ValueError: patterns match no layer.
@@ -163,11 +176,13 @@ class LocaterPenalty:
         modules: str | Sequence[str] | None = None,
         cross_attention: bool = False,
         by_tokens: bool = False,
+        limited: bool = False,
     ) -> None:
         self.reader = reader
         self._modules = modules
         self._cross_attention = cross_attention
         self._by_tokens = by_tokens
+        self._limited = limited
         self._stacker, self._latents = Stacker(), LatentStacker()
         self.names = self._select()
 
@@ -238,6 +253,10 @@ class LocaterPenalty:
         totals: list[Tensor] = []
         shares = Shares()
         reached = False
+        if settings.form == "limit":
+            # What the loss does not train in this step is not made to move by a gradient of zero.
+            trained = {id(one) for one in parameters if one.grad is not None} & wanted
+            reached, wanted = bool(wanted) and not trained, trained
         error: Exception | None = None
         for part in self._parts():
             layers = {name: self.reader.layers[name] for name in part}
@@ -247,6 +266,8 @@ class LocaterPenalty:
                 own = Shares() if first.is_flat else shares
                 try:
                     # Norms of what is there are taken of the weights of query and key alone.
+                    if settings.form == "limit":
+                        layers = _limit(layers, settings, weight, wanted, own, totals)
                     if weigh is None:
                         layers = self._stack(layers, settings, weight, wanted, own, totals)
                     totals += _gradients(layers, settings, weight, wanted, own)
@@ -293,9 +314,17 @@ class LocaterPenalty:
         return {name: layers[name] for name in others}
 
     def _values(self, settings: Settings, part: list[str]) -> list[Tensor]:
-        return [
+        totals: list[Tensor] = []
+        others = []
+        for name in part:
+            if settings.form != "limit" or not takes_vectors(self.reader.layers[name]):
+                others.append(name)
+                continue
+            with self.reader.taken(name) as layer:
+                totals += limit_penalties({name: layer}, settings)
+        return totals + [
             head_penalties(batch.query, batch.key, settings.of(batch)).sum()
-            for batch in batches({name: self.reader[name] for name in part}, settings)
+            for batch in batches({name: self.reader[name] for name in others}, settings)
         ]
 
     def _select(self) -> list[str]:
@@ -304,6 +333,7 @@ class LocaterPenalty:
             modules=self._modules,
             cross_attention=self._cross_attention,
             by_tokens=self._by_tokens,
+            limited=self._limited,
         )
 
     def _parts(self) -> Iterator[list[str]]:
@@ -315,6 +345,22 @@ def _match(query: Tensor, key: Tensor) -> Tensor:
     return key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
 
 
+def _limit(
+    layers: Mapping[str, LayerReader],
+    settings: Settings,
+    weight: float | Tensor,
+    wanted: Collection[int],
+    shares: Shares,
+    totals: list[Tensor],
+) -> dict[str, LayerReader]:
+    """Add the layers whose logits take queries and keys themselves to shares and totals; gives the others."""
+    own = {name: layer for name, layer in layers.items() if takes_vectors(layer)}
+    found, given = limit_gradients(own, settings, weight, wanted)
+    totals += found
+    shares.put_pulled(given)
+    return {name: layer for name, layer in layers.items() if name not in own}
+
+
 def _gradients(
     layers: Mapping[str, LayerReader],
     settings: Settings,
@@ -323,6 +369,8 @@ def _gradients(
     shares: Shares,
 ) -> list[Tensor]:
     """Penalties of layers, gradients put into ``shares``; a function, so that gathered weights are freed."""
+    if not layers:
+        return []
     with torch.enable_grad():
         heads = {name: layer.read() for name, layer in layers.items()}
     totals = []
@@ -369,6 +417,10 @@ def _shares(
     layer: LayerReader, settings: Settings, wanted: Collection[int], gradients: dict[int, Tensor]
 ) -> Tensor:
     """The penalty of one layer; its gradients are added to those of the parameters, by id."""
+    if settings.form == "limit":
+        (total,), given = limit_gradients({layer.name: layer}, settings, 1.0, wanted)
+        _add_up(given, gradients)
+        return total
     with torch.enable_grad():
         head = layer.copy() if layer.is_flat else layer.read()
     with torch.no_grad():
@@ -378,7 +430,11 @@ def _shares(
         for side, gradient in zip(("query", "key"), batch.back(found), strict=True):
             if gradient is None:
                 continue
-            for parameter, share in pulled(layer, getattr(head, side), side, gradient[0], wanted):
-                before = gradients.get(id(parameter))
-                gradients[id(parameter)] = share if before is None else before + share
+            _add_up(pulled(layer, getattr(head, side), side, gradient[0], wanted), gradients)
     return total
+
+
+def _add_up(shares: Iterable[tuple[nn.Parameter, Tensor]], gradients: dict[int, Tensor]) -> None:
+    for parameter, share in shares:
+        before = gradients.get(id(parameter))
+        gradients[id(parameter)] = share if before is None else before + share

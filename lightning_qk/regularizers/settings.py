@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.functional.checks import floating, number
+from lightning_qk.functional.layer_inputs import covariance_root, token_mean
 from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.functional.spectrum import Support, support_size
 from lightning_qk.heads.layer import LayerReader
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.heads.reader import ProjectionReader, group_layers, stack
+from lightning_qk.heads.token_vectors import has_vectors
 from lightning_qk.regularizers import closed_form
 
 Form = Literal["variance", "target", "limit"]
@@ -32,17 +34,18 @@ class Settings(NamedTuple):
     nu: float
     moments: Mapping[str, Tensor] | None = None
     limit: float = LIMIT
-    means: Mapping[str, Tensor] | None = None
+    inputs: Mapping[str, tuple[Tensor, Tensor]] | None = None
 
     def check(self) -> None:
         """Raise ValueError for an unknown form or support, or a target that does not go with the form."""
         check_form(self.form, self.target)
         number(self.nu, "nu")
         check_limit(self.limit)
-        if self.form == "limit" and self.moments is None:
+        if (self.form == "limit") != (self.inputs is not None) or (self.form == "limit" and self.moments):
+            given = " and ".join(name for name in ("inputs", "moments") if getattr(self, name)) or "neither"
             raise ValueError(
-                "expected moments with form='limit', whose limit is in units of logits, got none: pass moments= "
-                "(LayerInputs.moments gives them), or another form"
+                "expected inputs with form='limit', whose limit is in units of logits, and moments with others "
+                f"alone, got {given} with form={self.form!r}: pass what LayerInputs.inputs gives, or its moments"
             )
         for aim in self.target.values() if isinstance(self.target, Mapping) else ():
             floating(aim, "target")
@@ -62,6 +65,17 @@ class Settings(NamedTuple):
             return closed_form.Form(n, self.nu, torch.stack(aims))
         assert self.target is not None  # check_form
         return closed_form.Form(n, self.nu, float(self.target))
+
+    def input_of(self, name: str, width: int) -> tuple[Tensor, Tensor]:
+        """Tokens ``(tokens, width)`` that enter a layer, and how many each stands for."""
+        tokens, weight = (self.inputs or {}).get(name, (None, None))
+        if tokens is None or weight is None or tokens.dim() != 2 or tokens.shape[1] != width:
+            got = "none" if tokens is None else f"shape {tuple(tokens.shape)}"
+            raise ValueError(
+                f"expected inputs of shape (tokens, {width}) for layer {name!r}, got {got}: pass the tokens that "
+                "enter each penalized layer, and how many each stands for"
+            )
+        return tokens, weight
 
     def _aim(self, name: str, query: Tensor) -> Tensor:
         """The target of a layer's heads, beside its weights."""
@@ -121,14 +135,15 @@ def batch_of(
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)
     n = support_size(query, settings.support)
-    if settings.moments is None:
-        return LayerBatch(list(layers), query, key, n, None)
-    root = _roots(settings.moments, layers, query)
-    roots = root, root
-    if settings.form == "limit" and settings.means is not None:
+    if settings.form == "limit":
+        root, mean = _about(settings, layers, query)
         # Queries count with their mean; that of keys shifts whole rows of logits, which changes nothing.
-        mean = _means(settings.means, layers, query)
         roots = torch.cat([root, mean], 1), nn.functional.pad(root, (0, 0, 0, 1))
+    elif settings.moments is None:
+        return LayerBatch(list(layers), query, key, n, None)
+    else:
+        root = _roots(settings.moments, layers, query)
+        roots = root, root
     query, key = (_through(side, own.mT) for side, own in zip((query, key), roots, strict=True))
     return LayerBatch(list(layers), query, key, n, roots)
 
@@ -139,21 +154,26 @@ def _through(side: Tensor, roots: Tensor) -> Tensor:
         return (side.flatten(1, 2) @ roots).unflatten(1, side.shape[1:3])
 
 
-def _means(
-    means: Mapping[str, Tensor], heads: Mapping[str, HeadProjections | LayerReader], like: Tensor
-) -> Tensor:
-    """``√s μ`` of some layers, ``(layers, 1, d_model)``."""
-    found = []
-    for name, head in heads.items():
-        mean = means.get(name)
-        if mean is None or tuple(mean.shape) != (head.width[0],):
-            got = "none" if mean is None else f"shape {tuple(mean.shape)}"
-            raise ValueError(
-                f"expected means of shape ({head.width[0]},) for layer {name!r}, got {got}: pass the mean of what "
-                "enters each penalized layer, or no means"
-            )
-        found.append(mean)
-    return _scaled(found, heads, like)[:, None]
+def _about(
+    settings: Settings, layers: Mapping[str, HeadProjections | LayerReader], like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Factors of ``s Σ`` of what enters some layers, ``(layers, tokens, d_model)``, and ``√s μ`` as one row."""
+    found = [settings.input_of(name, layer.width[0]) for name, layer in layers.items()]
+    longest = max(len(weight) for _, weight in found)
+    rows = [longest - len(weight) for _, weight in found]
+    tokens, weights = (
+        torch.stack(
+            [
+                nn.functional.pad(own[side], (0, 0, 0, more)[2 * side :]) if more else own[side]
+                for own, more in zip(found, rows, strict=True)
+            ]
+        )
+        for side in range(2)
+    )
+    return (
+        _scaled(covariance_root(tokens, weights).unbind(0), layers, like),
+        _scaled(token_mean(tokens, weights).unbind(0), layers, like)[:, None],
+    )
 
 
 def _scaled(
@@ -221,6 +241,7 @@ def select_layers(
     modules: str | Sequence[str] | None = None,
     cross_attention: bool = False,
     by_tokens: bool = False,
+    limited: bool = False,
 ) -> list[str]:
     """Names of the penalized layers, by name pattern and kind; nothing is gathered.
 
@@ -242,17 +263,17 @@ def select_layers(
     chosen = [
         name
         for name, layer in layers.items()
-        if matches(name, modules) and left_out(layer, cross_attention, by_tokens) is None
+        if matches(name, modules) and left_out(layer, cross_attention, by_tokens, limited) is None
     ]
     if not chosen:
         matched = [name for name in layers if matches(name, modules)]
         if matched:
-            reason = left_out(layers[matched[0]], cross_attention, by_tokens)
+            reason = left_out(layers[matched[0]], cross_attention, by_tokens, limited)
             more = f" (and {len(matched) - 1} more)" if len(matched) > 1 else ""
             raise ValueError(
                 "expected at least one attention layer whose spectrum can be penalized, got "
                 f"{matched[0]}{more}, {reason}: "
-                f"{_way_out(layers, matched, cross_attention, by_tokens)}"
+                f"{_way_out(layers, matched, cross_attention, by_tokens, limited)}"
             )
         unread = projections.unread if isinstance(projections, ProjectionReader) else {}
         unread = {name: reason for name, reason in unread.items() if matches(name, modules)}
@@ -261,11 +282,16 @@ def select_layers(
 
 
 def left_out(
-    layer: LayerReader | HeadProjections, cross_attention: bool, by_tokens: bool = False
+    layer: LayerReader | HeadProjections,
+    cross_attention: bool,
+    by_tokens: bool = False,
+    limited: bool = False,
 ) -> str | None:
     """Why a layer has no penalty, as a clause about it; None where it has one."""
     if by_tokens and layer.self_attention and layer.key_layer is not None:
         return f"whose keys are those of {layer.key_layer}, so that its queries and keys have other inputs"
+    if layer.self_attention and limited and not has_vectors(layer):
+        return "whose queries and keys are divided by what its projections alone do not tell"
     if layer.self_attention:
         return None
     if by_tokens:
@@ -282,7 +308,10 @@ def _way_out(
     matched: Sequence[str],
     cross_attention: bool,
     by_tokens: bool,
+    limited: bool,
 ) -> str:
+    if limited and any(left_out(layers[name], False, True) is None for name in matched):
+        return "pass a model and not its projections, or another form"
     if by_tokens:
         return "leave moments (or sigma='tokens') out, or such layers by modules="
     if not cross_attention and any(left_out(layers[name], True) is None for name in matched):

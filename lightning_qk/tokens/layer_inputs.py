@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.labels import matches
 from lightning_qk.capture.hidden import HiddenCapture
-from lightning_qk.functional.layer_inputs import covariance_root, sample_places, token_mean
+from lightning_qk.functional.layer_inputs import covariance_root, sample_places
 from lightning_qk.heads.sites import attention_sites
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class LayerInputs:
     """Takes tokens of what enters each attention layer of a model, besides the first one of every sequence.
 
     A context manager; within it every forward is sampled, save those of ``generate`` and those that a checkpoint
-    repeats; all layers of a forward have theirs at the same places. Padding is left out where a two-dimensional
+    repeats; of a layer that a forward runs several times, every run is. All layers of a forward have theirs at the
+    same places. Padding is left out where a two-dimensional
     ``attention_mask`` says what it is. Tokens are constants: they carry no gradient. Compiled models are sampled
     too.
 
@@ -87,6 +88,7 @@ class LayerInputs:
             },
             model=model,
             generated=lambda name: None,
+            every_run=True,
         )
         self._taken: dict[str, tuple[Tensor, Tensor]] = {}
         # Batch, mask → places in it: a forward's layers share them.
@@ -141,9 +143,9 @@ class LayerInputs:
         """Layer name → factor of the covariance of its tokens, for ``locater_penalty(…, moments=)``."""
         return {name: covariance_root(*self._taken[name]) for name in self.names if name in self._taken}
 
-    def means(self) -> dict[str, Tensor]:
-        """Layer name → mean of its tokens, for ``locater_penalty(…, form="limit", means=)``."""
-        return {name: token_mean(*self._taken[name]) for name in self.names if name in self._taken}
+    def inputs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer name → tokens and how many each stands for, for ``locater_penalty(…, inputs=)``."""
+        return {name: self._taken[name] for name in self.names if name in self._taken}
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
         if name in self._turned:

@@ -22,7 +22,7 @@ class Recorder(L.Callback):
         self.locater = locater
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.moments: list[dict[str, torch.Tensor]] = []
-        self.means: list[dict[str, torch.Tensor]] = []
+        self.inputs: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
         self.penalties: list[float] = []
 
     def on_fit_start(self, trainer, pl_module):
@@ -33,8 +33,8 @@ class Recorder(L.Callback):
             {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
         )
         if self.locater is not None:
-            self.moments.append(dict(self.locater.moments))
-            self.means.append(dict(self.locater.token_means))
+            self.moments.append(dict(self.locater.moments or {}))
+            self.inputs.append(dict(self.locater.inputs))
 
     def on_train_batch_end(self, trainer, *args):
         if "locater/penalty" in trainer.callback_metrics:
@@ -125,12 +125,13 @@ def test_tokens_are_those_of_all_micro_batches_of_the_step_and_no_others():
     recorder = Recorder(locater)
     trainer = models.trainer([locater, Watch(), recorder], accumulate_grad_batches=2, val_check_interval=1)
     trainer.fit(models.Job(), models.tokens(), models.tokens())
-    for step, (moments, means) in enumerate(zip(recorder.moments, recorder.means, strict=True)):
+    for step, (moments, inputs) in enumerate(zip(recorder.moments, recorder.inputs, strict=True)):
         hidden = torch.cat(seen[2 * step : 2 * step + 2])[:, 1:].flatten(0, 1)
         root = next(own for name, own in moments.items() if ".h.1." in name)
         want = torch.cov(hidden.double().T, correction=0)
         torch.testing.assert_close((root.mT @ root).double(), want, rtol=1e-4, atol=1e-6)
-        mean = next(own for name, own in means.items() if ".h.1." in name)
+        tokens, weight = next(own for name, own in inputs.items() if ".h.1." in name)
+        mean = (weight @ tokens) / weight.sum()
         torch.testing.assert_close(mean, hidden.mean(0), rtol=1e-4, atol=1e-6)
 
 
@@ -146,7 +147,9 @@ def test_padding_and_first_tokens_are_left_out():
     counted = hidden[:, 1:][mask[:, 1:].bool()]
     root = inputs.moments()[first]
     torch.testing.assert_close(root.mT @ root, torch.cov(counted.T, correction=0), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(inputs.means()[first], counted.mean(0), rtol=1e-4, atol=1e-6)
+    tokens, weight = inputs.inputs()[first]
+    mean = (weight @ tokens) / weight.sum()
+    torch.testing.assert_close(mean, counted.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_generation_recomputation_and_what_comes_after_are_not_sampled():
@@ -289,7 +292,7 @@ def test_bad_arguments(arguments, message):
 def test_the_limit_forms_gradient_equals_that_of_a_loss_term(make):
     locater = LocAteR(WEIGHT, form="limit", limit=0.01, tokens=24)
     recorder = fit(make, locater, max_steps=1)
-    given = {"form": "limit", "limit": 0.01, "moments": recorder.moments[0], "means": recorder.means[0]}
+    given = {"form": "limit", "limit": 0.01, "inputs": recorder.inputs[0]}
     loss = fit(make, loss=lambda job: WEIGHT * locater_penalty(job, **given), max_steps=1)
     plain = fit(make, max_steps=1)
     for name, want in loss.gradients[0].items():
@@ -318,3 +321,70 @@ def test_options_of_the_limit_form():
         LocAteR("1%", form="limit")
     with pytest.raises(ValueError, match="expected a limit above 0, got 0"):
         LocAteR(limit=0)
+
+
+def test_several_forwards_of_a_step_have_their_share_of_the_tokens():
+    class Pairs(models.Job):
+        """Embeds two texts with one network, as siamese encoders do."""
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + super().training_step(batch[:, :4], batch_idx)
+
+    L.seed_everything(3, verbose=False)
+    batch, length = next(iter(models.tokens())).shape
+    locater = LocAteR(tokens=60)
+    recorder = Recorder(locater)
+    models.trainer([locater, recorder], max_steps=2).fit(Pairs(), models.tokens())
+    for step in recorder.inputs:
+        for tokens, weight in step.values():
+            assert tokens.shape == (60, 32)
+            # Of 60 rows half are of each forward; they stand for all tokens but first ones.
+            torch.testing.assert_close(weight[:30].sum(), torch.tensor(batch * (length - 1.0)))
+            torch.testing.assert_close(weight[30:].sum(), torch.tensor(batch * 3.0))
+
+
+class _Turns(models.Job):
+    """Two networks of one optimizer take turns; the first is replaced in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner["other"] = models.gpt2()
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        name = "network" if self.steps % 2 else "other"
+        return self.inner[name](input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def test_a_network_that_waits_for_its_turn_is_left_alone(recwarn):
+    """No gradient of zero, by which AdamW would move it, and no word that it is never run."""
+    ends = []
+    for callbacks in ([], [LocAteR()]):
+        L.seed_everything(3, verbose=False)
+        job = _Turns()
+        models.trainer(callbacks, max_steps=4).fit(job, models.tokens())
+        ends.append(job.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not [one for one in recwarn if "has no penalty" in str(one.message)]
+
+
+def test_a_step_without_any_known_layer_has_no_penalty_and_later_ones_have():
+    """Merging adapters gives all layers other names."""
+
+    class Merged(models.Job):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.inner["network"] = self.inner["network"].merge_and_unload()
+                self.trainer.optimizers[0].param_groups[0]["params"] = list(self.parameters())
+                self.requires_grad_(True)
+
+    locater = LocAteR(WEIGHT, form="limit", limit=1e-3)
+    recorder = Recorder(locater)
+    models.trainer([locater, recorder], max_steps=4).fit(Merged(still(lora())), models.tokens())
+    first, empty, *later = recorder.penalties
+    assert empty == 0
+    assert min(first, *later) > 0

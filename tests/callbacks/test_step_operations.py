@@ -209,13 +209,24 @@ def test_a_step_of_locater(make: Any, more: int, monkeypatch: pytest.MonkeyPatch
     assert 0 < added[0] == added[1] <= MOST_OF_LOCATER + more
 
 
-def test_a_step_of_the_limit_form(monkeypatch: pytest.MonkeyPatch, as_on_an_accelerator: None) -> None:
-    """Tokens are taken in each layer's forward, and looked at together."""
+@pytest.mark.parametrize(
+    ("make", "more", "more_a_layer"),
+    [
+        (_llama, 0, 0),
+        (_gpt2, 0, 5),
+        (_with_norms, 100, 9),
+        pytest.param(_mla, 200, 13, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_of_the_limit_form(
+    make: Any, more: int, more_a_layer: int, monkeypatch: pytest.MonkeyPatch, as_on_an_accelerator: None
+) -> None:
+    """Tokens are taken in each layer's forward, and looked at together; biases and norms are read in each."""
     added = {}
     for layers in (2, 5):
-        plain = _steps(_llama(layers), [], monkeypatch, logged=100)[-1]
-        (*_, penalized) = _steps(_llama(layers), [LocAteR()], monkeypatch, logged=100)
+        plain = _steps(make(layers), [], monkeypatch, logged=100)[-1]
+        (*_, penalized) = _steps(make(layers), [LocAteR()], monkeypatch, logged=100)
         added[layers] = penalized.total() - plain.total()
         assert waits(penalized) == waits(plain)
-    assert added[5] - added[2] <= 3 * MOST_OF_TOKENS_A_LAYER
-    assert added[5] <= MOST_OF_LIMIT
+    assert added[5] - added[2] <= 3 * (MOST_OF_TOKENS_A_LAYER + more_a_layer)
+    assert added[5] <= MOST_OF_LIMIT + more

@@ -1,4 +1,4 @@
-"""The covariance of what entered attention layers during an optimizer step, the same on every process."""
+"""What entered attention layers during an optimizer step, the same on every process."""
 
 import math
 from collections.abc import Mapping
@@ -9,8 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lightning_qk.callbacks._ranks import gathered, is_distributed
-from lightning_qk.functional.layer_inputs import covariance_root, token_mean
+from lightning_qk.functional.layer_inputs import covariance_root
 from lightning_qk.tokens.layer_inputs import LayerInputs
+
+_MOST_RUNS = 16
+"""Runs of a layer in one micro-batch (shared layers, several forwards) whose tokens are kept until the step."""
+
+_STEPS_TO_BE_SEEN = 20
+"""A layer that was not run in as many steps is said to have no penalty."""
+
+Inputs = tuple[Tensor, Tensor]
+"""Tokens ``(tokens, width)`` of a layer, and how many each stands for."""
 
 
 class StepInputs:
@@ -30,9 +39,10 @@ class StepInputs:
         self._rows = each * micro
         self.widths = dict(widths)
         self._inputs = LayerInputs(
-            model, modules=list(widths), tokens=each, keep=self._rows, seed=trainer.global_rank
+            model, modules=list(widths), tokens=each, keep=_MOST_RUNS * self._rows, seed=trainer.global_rank
         )
         self._is_spent = False
+        self._steps = 0
 
     def install(self) -> None:
         """Hook the layers."""
@@ -52,23 +62,30 @@ class StepInputs:
         """Stop listening: a validation between two micro-batches is not training."""
         self._inputs.enabled = False
 
-    def unseen(self) -> dict[str, str]:
-        """Layers without a forward that was sampled here, once a step was made: name → why."""
-        if not self._is_spent:
-            return {}
-        missing = [name for name in self.widths if name not in self._inputs.seen]
-        return {name: self._inputs.problems.get(name, "no forward of it was seen") for name in missing}
+    def unseen(self, *, at_end: bool = False) -> dict[str, str]:
+        """Layers without a forward that was sampled here: name → why.
 
-    def pool(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Exception | None]:
-        """Layer → factor of the covariance of its tokens, → their mean, and what failed here; a collective call.
+        Those that just were not run are among them at the end, or after some steps: networks take turns.
+        """
+        missing = [name for name in self.widths if name not in self._inputs.seen]
+        if not self._steps:
+            return {}
+        is_known = at_end or self._steps >= _STEPS_TO_BE_SEEN
+        return {
+            name: self._inputs.problems.get(name, "no forward of it was seen")
+            for name in missing
+            if is_known or name in self._inputs.problems
+        }
+
+    def pool(self) -> tuple[dict[str, Inputs], Exception | None]:
+        """Layer → its tokens and how many each stands for, and what failed here; a collective call.
 
         Every process sends as many rows a layer; those that it has not have no weight. A layer of which no process
-        has tokens has a covariance of zero, and no penalty.
+        has tokens has none with a weight, and no penalty.
         """
         self._is_spent = True
-        by_width: dict[int, list[str]] = {}
-        for name, width in self.widths.items():
-            by_width.setdefault(width, []).append(name)
+        self._steps += 1
+        by_width = self._by_width()
         error: Exception | None = None
         tables: list[tuple[Tensor, Tensor]] = []
         for width, names in by_width.items():
@@ -77,14 +94,27 @@ class StepInputs:
             except Exception as failed:  # noqa: PERF203 (a few widths)
                 error = error or failed
                 tables.append(self._nothing(width, len(names)))
-        moments: dict[str, Tensor] = {}
-        means: dict[str, Tensor] = {}
+        inputs: dict[str, Inputs] = {}
         for names, (tokens, weight) in zip(by_width.values(), self._of_all(tables), strict=True):
             # A token that is not finite is the training's trouble, and does not spread by the penalty.
             weight = torch.where(tokens.isfinite().all(-1), weight, 0.0)
-            moments |= zip(names, covariance_root(tokens, weight).unbind(0), strict=True)
-            means |= zip(names, token_mean(tokens, weight).unbind(0), strict=True)
-        return moments, means, error
+            inputs |= zip(names, zip(tokens.unbind(0), weight.unbind(0), strict=True), strict=True)
+        return inputs, error
+
+    def moments(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
+        """Layer → factor of the covariance of its tokens, of what :meth:`pool` gave."""
+        found: dict[str, Tensor] = {}
+        for names in self._by_width().values():
+            tokens, weight = (torch.stack([inputs[name][part] for name in names]) for part in range(2))
+            found |= zip(names, covariance_root(tokens, weight).unbind(0), strict=True)
+        return found
+
+    def _by_width(self) -> dict[int, list[str]]:
+        """Width of what enters layers → their names."""
+        by_width: dict[int, list[str]] = {}
+        for name, width in self.widths.items():
+            by_width.setdefault(width, []).append(name)
+        return by_width
 
     def _nothing(self, width: int, *layers: int) -> tuple[Tensor, Tensor]:
         """No tokens: rows without weight."""
@@ -108,6 +138,11 @@ class StepInputs:
                 "modules="
             )
         missing = self._rows - len(tokens)
+        if missing < 0:
+            # Of more runs than micro-batches: some tokens of each stand for the others.
+            share = len(tokens) / self._rows
+            place = ((torch.arange(self._rows, device=tokens.device) + 0.5) * share).long()
+            return tokens[place], weight[place] * share
         if missing:
             tokens, weight = pad(tokens, (0, 0, 0, missing)), pad(weight, (0, missing))
         return tokens, weight

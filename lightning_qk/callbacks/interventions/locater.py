@@ -56,8 +56,8 @@ class LocAteR(Intervention):
     ``LocAteR()`` is the limit form, which needs no choice: it adds nothing while the standard deviation σ of a
     head's logits between independent tokens is below 8, as it is in all but one of the 342 heads of two pretrained
     models, and ``ln(σ/8)²`` above. So a training whose logits stay small is the same with it as without. Its
-    weight, 1, is in nats of the loss for logits that are e times as large as the limit. ``LocAteR(weight)`` is
-    the variance form.
+    weight, 1, is in nats of the loss for logits that are e times as large as the limit. Logits are those of the
+    queries and keys that the layer makes, with biases and norms. ``LocAteR(weight)`` is the variance form.
 
     The callback adds the gradient of
     ``weight * locater_penalty(model)`` to the gradients right before the optimizer steps, once per step: after
@@ -115,7 +115,7 @@ class LocAteR(Intervention):
             the gradients.
     """
 
-    live: ClassVar[tuple[str, ...]] = ("_penalty", "_newest", "_inputs", "moments", "token_means")
+    live: ClassVar[tuple[str, ...]] = ("_penalty", "_newest", "_inputs", "moments", "inputs")
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class LocAteR(Intervention):
         self._penalty: LocaterPenalty | None = None
         self._inputs: StepInputs | None = None
         self.moments: dict[str, Tensor] | None = None
-        self.token_means: dict[str, Tensor] | None = None
+        self.inputs: dict[str, tuple[Tensor, Tensor]] | None = None
         self._prefix = "locater"
         self._batches = 0
         self._stepped = False
@@ -207,19 +207,24 @@ class LocAteR(Intervention):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; raise here, before any work, where there are none."""
         reader = projection_reader(trainer, pl_module)
-        by_tokens = self.sigma == "tokens"
+        by_tokens, limited = self.sigma == "tokens", self.form == "limit"
         if self.share is not None and any(plan.is_flat for plan in reader.layers.values()):
             raise ValueError(
                 f"expected a number for weight where FSDP flattens the weights, got {self.weight}: pass a number, "
                 "or use FSDP2 (ModelParallelStrategy, see configs/fsdp2.yaml)"
             )
         penalty = LocaterPenalty(
-            reader, modules=self.modules, cross_attention=self.cross_attention, by_tokens=by_tokens
+            reader,
+            modules=self.modules,
+            cross_attention=self.cross_attention,
+            by_tokens=by_tokens,
+            limited=limited,
         )
         for name, reason in matching_unread(reader, self.modules).items():
             self.say(f"{name} is left out: {reason}")
         reasons = {
-            name: left_out(plan, self.cross_attention, by_tokens) for name, plan in reader.layers.items()
+            name: left_out(plan, self.cross_attention, by_tokens, limited)
+            for name, plan in reader.layers.items()
         }
         others = [name for name, reason in reasons.items() if reason]
         if others and self.modules is None:
@@ -266,7 +271,7 @@ class LocAteR(Intervention):
             agree(trainer, error or own)
 
         if self._inputs is not None:
-            self.moments, self.token_means, own = self._inputs.pool()
+            self.inputs, own = self._inputs.pool()
             error = error or own
         try:
             step = self._prepare(trainer, pl_module, optimizer, penalty)
@@ -334,7 +339,9 @@ class LocAteR(Intervention):
             if not set(penalty.names) <= set(self._inputs.widths):
                 self._listen(trainer, pl_module, penalty)
                 self._trained = None  # those that joined have tokens from the next step on
-            penalty.keep_only([name for name in penalty.names if name in (self.moments or {})])
+            penalty.keep_only([name for name in penalty.names if name in (self.inputs or {})])
+            if self.form != "limit":
+                self.moments = self._inputs.moments(self.inputs or {})
         self._held.take(penalty, self.support, self.moments)
         weight = self.current_weight(logging_step(trainer))
         scale = loss_scale(trainer, optimizer)
@@ -347,7 +354,7 @@ class LocAteR(Intervention):
             self.nu,
             self.moments,
             self.limit,
-            self.token_means,
+            self.inputs if self.form == "limit" else None,
         )
         return Step(settings, weight, weight if scale is None else weight * scale, parameters)
 
@@ -423,15 +430,16 @@ class LocAteR(Intervention):
         """Remember the penalty of logged steps, and say so once when it is not finite."""
         if self._inputs is not None:
             self._inputs.end_batch()
-            for name, why in self._inputs.unseen().items():
-                self.say(
-                    f"{name} has no penalty: what enters it is not known, since {why}", key=f"unseen {why}"
-                )
+            self._tell_unseen(self._inputs.unseen())
         value = self._newest
         if not self._is_due or value is None:
             return
         self._is_due = False
         self.log_safely(lambda: self._remember(logging_step(trainer), value))
+
+    def _tell_unseen(self, reasons: Mapping[str, str]) -> None:
+        for name, why in reasons.items():
+            self.say(f"{name} has no penalty: what enters it is not known, since {why}", key=f"unseen {why}")
 
     def _remember(self, step: int, value: Tensor) -> None:
         self.history.append(step, {"locater/penalty": value.reshape(1)})
@@ -443,7 +451,9 @@ class LocAteR(Intervention):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where Lightning saw batches but no optimizer step."""
+        """Say so where Lightning saw batches but no optimizer step, or no forward of a layer."""
+        if self._inputs is not None:
+            self._tell_unseen(self._inputs.unseen(at_end=True))
         if self._batches and not self._stepped and not trainer.global_step:
             say(
                 "LocAteR: expected optimizer steps that Lightning sees, got none, so that the penalty changed "
@@ -467,7 +477,7 @@ class LocAteR(Intervention):
         """Drop all references to the model."""
         if self._inputs is not None:
             self._inputs.remove()
-        self._inputs, self.moments, self.token_means = None, None, None
+        self._inputs, self.moments, self.inputs = None, None, None
         self._penalty, self._newest = None, None
         self._held.release()
 
