@@ -99,7 +99,7 @@ def locater(model: Widths, job: Job) -> Cost:
 
     Plain weights are seen through covariance and mean of the tokens, and the gradient goes back the same way.
     Sharded layers, and those with norms or biases of queries, make queries and keys of the tokens; the gradient
-    goes through these. Products are of d_head × d_model and d_model × tokens in both, with Gram matrices between them.
+    goes through these. Both are products of d_head × d_model and d_model × tokens, and Gram matrices.
     """
     layers, heads, kv_heads, d, width = model[:5]
     each = max(2, math.ceil(STEP_TOKENS / job.ranks))
