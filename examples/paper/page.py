@@ -12,7 +12,16 @@ from typing import Any
 from common import HERE
 from jinja2 import Environment, StrictUndefined
 
-SCRIPTS = ("theory", "heads", "locater", "spreads", "carry_over", "failures", "positional")
+PARTS = {
+    "theory": "theory against simulation",
+    "heads": "real heads",
+    "locater": "LocAteR",
+    "spreads": "how large real logits are",
+    "carry_over": "one choice for all settings",
+    "failures": "two failure modes",
+    "positional": "positional and semantic learning",
+}
+SCRIPTS = tuple(PARTS)
 NAMES = {
     "encoder": "all-MiniLM-L6-v2",
     "gpt2": "GPT-2-like, 4 layers",
@@ -81,6 +90,7 @@ def training_seconds(settings: dict[str, Any]) -> float:
 def render(folder: Path = HERE / "results") -> str:
     """The page's text."""
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in SCRIPTS}
+    whole = folder / "whole.json"  # of a run of all scripts
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -106,6 +116,8 @@ def render(folder: Path = HERE / "results") -> str:
             and run["label"] == "variance"
             and run["coefficient"] == files["locater"]["results"]["settings"]["paper"]["chosen"]["variance"]
         },
+        parts=PARTS,
+        whole=json.loads(whole.read_text())["results"] if whole.is_file() else None,
         training_seconds=training_seconds(files["locater"]["results"]["settings"]),
         failing=failing,
         judged=lambda method: judged(files["carry_over"]["results"]["settings"], method),
