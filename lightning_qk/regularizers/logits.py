@@ -92,8 +92,9 @@ def limit_gradients(
         own = [parameter for parameter in every if id(parameter) in wanted]
         with torch.enable_grad():
             total = _penalty({name: layers[name] for name in names}, settings)
+            weighted = weight * total  # optimizers step without gradients
         totals.append(total.detach())
         if own and total.requires_grad:
-            given = torch.autograd.grad(weight * total, own, allow_unused=True)
+            given = torch.autograd.grad(weighted, own, allow_unused=True)
             shares += [pair for pair in zip(own, given, strict=True) if pair[1] is not None]
     return totals, shares

@@ -55,7 +55,7 @@ def flops(action: Callable[[], object]) -> int:
 
 def calls(action: Callable[[], object]) -> int:
     """Of torch's operators."""
-    with _Calls() as mode:
+    with torch.no_grad(), _Calls() as mode:
         action()
     return mode.count
 
