@@ -23,7 +23,8 @@ import torch
 from common import Clock, Options, figure, in_parallel, interval, options, read, save, write
 from failures import unigram_loss
 from locater import cache_key, cached_train
-from train import SETTINGS, configuration, decoder, words
+from material import decoder, words
+from settings import SETTINGS, configuration
 
 from lightning_qk.regularizers.settings import LIMIT
 
@@ -79,7 +80,7 @@ _WORDS = {"kind": "words", "vocab_size": 1000, "block_size": 64, "batch_size": 8
 
 
 def _narrow(setting: str, steps: int, **optimizer: float) -> dict[str, Any]:
-    """A setting of :mod:`train` on 1,000 words, in a network of half the width."""
+    """A setting of :mod:`settings` on 1,000 words, in a network of half the width."""
     own = SETTINGS[setting]
     halved = ("n_embd", "hidden_size", "word_embed_proj_dim", "ffn_dim", "intermediate_size")
     model = {name: value // 2 if name in halved else value for name, value in own["model"].items()}
@@ -110,7 +111,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "smollm2": _short("smollm2", 24, block_size=32),
     "smollm2_full": _short("smollm2_full", 16, block_size=32),
 }
-"""What is changed of the settings of :mod:`train`."""
+"""What is changed of the settings of :mod:`settings`."""
 TITLES = {
     "paper": "1 layer, 1 head, post-LN",
     "gpt_pre": "GPT-2-like, 4 layers, pre-LN",

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from common import Clock, Options, cached, figure, in_parallel, interval, options, save, write
+from material import hub_copy, words
 from torch import Tensor
-from train import hub_copy, token_similarity, words
+from train import token_similarity
 
 _FORMAT = 1  # part of the cache's keys: raise it where the same arguments give other numbers
 WIDTH, HEADS = 64, 2

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from common import Clock, Options, cached, figure, in_parallel, interval, options, save, write
+from material import encoder, hub_copy
 from observe import LAGS, Observed, observe
 from predict import independent, midpoints, scaled_moments, walk
 from torch import Tensor, nn
-from train import encoder, hub_copy
 
 _FORMAT = 1  # part of the cache's keys: raise it where the same arguments give other numbers
 BINS = 16
@@ -88,7 +88,7 @@ def trained(
 ) -> tuple[nn.Module, list[dict[str, Tensor]], float]:
     """A small language model of words, trained on the validation text."""
     import lightning as L
-    from train import words
+    from material import words
 
     from lightning_qk import TransformerModule
 

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from common import Clock, Interval, Options, figure, in_parallel, interval, options, read, save, write
-from train import SETTINGS, SPECTRA, configuration, train, words
+from material import words
+from settings import SETTINGS, configuration
+from train import SPECTRA, train
 
 NAME = "locater"
 _CURVES = ("steps", *SPECTRA, "entropy_steps", "entropy")

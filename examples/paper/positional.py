@@ -277,7 +277,7 @@ def summarize(alphas: Sequence[float], runs: list[dict[str, dict[str, list[float
 
 def text_batches(opts: Options, path: str, count: int) -> list[Tensor]:
     """WikiText-2 in the encoder's tokens, between its own first and last one, ``(SEQUENCES, BLOCK)`` each."""
-    from train import hub_copy
+    from material import hub_copy
 
     from lightning_qk import TextDataModule
 
@@ -334,8 +334,8 @@ def shares(network: nn.Module, batch: Tensor) -> Tensor:
 
 def real_heads(opts: Options) -> dict[str, Any]:
     """The measure on the pretrained encoder: on text, on shuffled text, and before any training."""
+    from material import encoder
     from scipy.stats import spearmanr
-    from train import encoder
     from transformers import AutoConfig, AutoModel
 
     count = opts.pick(max(opts.seeds, 5), 2)

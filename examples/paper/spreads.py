@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 from common import Clock, options, write
-from train import decoder, encoder, hub_copy
+from material import decoder, encoder, hub_copy
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_qk import head_projections, locater_penalty

@@ -234,8 +234,16 @@ class Attempts(GuardedHooks, Callback):
         if sentence in self.notes:
             return
         self.notes.append(sentence)
-        say(f"{type(self).__name__}: {sentence}")
         trainer, _ = self.running()
+        told = sentence
+        what, colon, _ = sentence.partition(": ")
+        # A layer that no monitor can measure has its reason once.
+        if colon and any(
+            other is not self and sentence in getattr(other, "notes", ())
+            for other in (trainer.callbacks if trainer is not None else ())
+        ):
+            told = f"{what}, as said above"
+        say(f"{type(self).__name__}: {told}")
         if trainer is not None:
             at = logging_step(trainer) if step is None else step
             write_events(trainer, [Event(at, kind, type(self).__name__, sentence, where)])

@@ -55,7 +55,9 @@ def describe_run(trainer: Trainer) -> dict[str, str]:
         "Trainer": _in_words(trainer),
     }
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Callback) and callback.place != OBSERVES:
+        # What others put among them is nothing that a job has chosen.
+        is_ours = "._" in type(callback).__module__
+        if isinstance(callback, Callback) and callback.place != OBSERVES and not is_ours:
             found[type(callback).__name__] = _changed(callback) or "as it is by default"
     return {title: text for title, text in found.items() if text}
 

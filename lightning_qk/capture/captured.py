@@ -84,7 +84,7 @@ class CapturedCall(ABC):
 
     def _output(self) -> AttentionOutput:
         raise UnsupportedCallError(
-            "it takes its softmax in its own forward, where logits are seen but not queries, keys and values: "
+            "the softmax is taken in a forward of its own, where logits are seen, not queries, keys and values: "
             "AttentionMonitor measures what follows from logits alone"
         )
 

@@ -1,5 +1,6 @@
 """The ready configs: one folder, ``configs/`` in a clone and ``lightning_qk/configs`` where it is installed."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def run(args: Sequence[str], prog: str) -> int:
         width = max(map(len, known))
         print(f"in {folder()}:")
         for name in known:
-            print(f"  {name:<{width}}  {describe(name)}")
+            print(_entry(name, describe(name), width + 1))
         return 0
     given = given.removesuffix(".yaml")
     if given not in known:
@@ -128,7 +129,7 @@ _WHAT = {
     "fit": "Train a model, validate it on the way, and leave a report.",
     "validate": "Evaluate a model on the validation data of a job.",
     "test": "Evaluate a model on the test data of a job.",
-    "predict": "Run a model over the test data of a job, and write a row for each input into a file.",
+    "predict": "Run a model over the test data of a job, a row for each input, into a file.",
 }
 # Name and meaning of the options that are needed most.
 _MODEL = (
@@ -203,4 +204,10 @@ def job_help(command: str, prog: str) -> str:
 
 
 def _table(title: str, rows: "list[tuple[str, str]] | tuple[tuple[str, str], ...]") -> list[str]:
-    return ["", f"{title}:", *(f"  {name:<31} {text}" for name, text in rows)]
+    return ["", f"{title}:", *(_entry(name, text, 31) for name, text in rows)]
+
+
+def _entry(name: str, text: str, width: int) -> str:
+    """A name and its text in 80 columns."""
+    begin = f"  {name:<{width}} "
+    return textwrap.fill(text, 80, initial_indent=begin, subsequent_indent=" " * len(begin))

@@ -51,6 +51,12 @@ class _JobCLI(LightningCLI):
             rank_zero_info(f"lightning-qk: from {options['ckpt_path']}")
         else:
             _check_checkpoint(options.get("ckpt_path"))
+        if subcommand != "fit" and options.get("ckpt_path") is None:
+            name = self.config[subcommand].model.model
+            weights = "random" if isinstance(name, dict) else f"those of {name}"
+            rank_zero_info(
+                f"lightning-qk: the weights are {weights}: --ckpt_path names a checkpoint of a run"
+            )
         return options
 
     def before_predict(self) -> None:

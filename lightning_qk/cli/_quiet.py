@@ -33,13 +33,13 @@ class _StandardError:
     """``sys.stderr`` as it is when something is written, such as rich's that keeps lines apart from a bar."""
 
     def write(self, text: str) -> int:
-        return sys.stderr.write(_in_lines(text))
+        return sys.stderr.write(in_lines(text))
 
     def flush(self) -> None:
         sys.stderr.flush()
 
 
-def _in_lines(text: str) -> str:
+def in_lines(text: str) -> str:
     """Text whose lines end between words where a terminal would break them anywhere."""
     if not sys.stderr.isatty():
         return text
@@ -51,7 +51,7 @@ def _in_lines(text: str) -> str:
 
 def _without_place(message: Any, category: Any, *place: Any, **options: Any) -> str:
     """A warning without the place in a library that raised it."""
-    return _in_lines(f"{message}\n")
+    return in_lines(f"{message}\n")
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

@@ -1,7 +1,7 @@
 """``lightning-qk report``: a run's HTML report again, from the record that the monitors leave."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_qk._printable import one_line, printable
@@ -18,7 +18,10 @@ def parser(prog: str) -> OneLineParser:
         epilog=f"example: {prog} runs/quickstart/csv/version_0/lightning_qk_record.safetensors",
     )
     own.add_argument(
-        "record", metavar="RECORD", type=Path, help="lightning_qk_record.safetensors in the run's log folder"
+        "record",
+        metavar="RECORD",
+        type=Path,
+        help="lightning_qk_record.safetensors in the run's log folder, or the folder",
     )
     own.add_argument(
         "--output",
@@ -47,6 +50,7 @@ def run(args: list[str], prog: str) -> int:
         BadInput: a wrong command line, or no record; status 1 where a file cannot be read or written.
     """
     options = parser(prog).parse(args)
+    options.record = _in_folder(options.record)
     _check_record(options.record)
     page = options.output or options.record.with_name("lightning_qk_report.html")
     table = options.parquet
@@ -86,6 +90,14 @@ def run(args: list[str], prog: str) -> int:
     return 0
 
 
+def _in_folder(path: Path) -> Path:
+    """The newest record of a folder, as ``watch`` takes it; what has none is refused later."""
+    with suppress(OSError, ValueError):
+        records = path.rglob("lightning_qk_record.safetensors") if path.is_dir() else ()
+        return max(records, key=lambda one: one.stat().st_mtime_ns, default=path)
+    return path
+
+
 def _check_record(path: Path) -> None:
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -95,10 +107,10 @@ def _check_record(path: Path) -> None:
             f"expected a record that a monitor wrote, got {path} ({reason}); correct it"
         ) from error
     if not is_file:
-        got = "the folder" if is_folder else "no such file:"
+        got = "a folder without one:" if is_folder else "no such file:"
         raise BadInput(
             f"expected a record that a monitor wrote, got {got} {path}; name a run's "
-            "lightning_qk_record.safetensors"
+            "lightning_qk_record.safetensors, or its folder"
         )
 
 

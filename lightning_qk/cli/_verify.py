@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from lightning_qk.verification.statistics import Agreement
 
 _DESCRIPTION = """\
-Run a model once, with its real weights in float32 on the CPU, and compare, layer by layer:
-  q, k        the queries and keys that its attention received, with W x + b as read from its weights
-  statistics  what monitors would measure, with dense softmax in double precision
+Run a model once, with its real weights in float32 on the CPU, and compare,
+layer by layer:
+  q, k        the queries and keys that its attention received, with W x + b as
+              read from its weights
+  statistics  what monitors would measure, with dense softmax in float64
 Each column is the largest relative difference.
 
-Models of text run on two pieces of text, with padding at the end of one; images and sounds are random numbers.
+Models of text run on two pieces of text, with padding at the end of one; images
+and sounds are random numbers.
 """
 _EPILOG = """\
-exit status: 0 every layer is verified; 1 a layer differs, or was not read or not compared; 2 wrong options, or a
-  model that cannot be opened or run; 130 interrupted.
+exit status: 0 every layer is verified; 1 a layer differs, or was not read or
+  not compared; 2 wrong options, or a model that cannot be opened or run;
+  130 interrupted.
 
 examples:
   lightning-qk verify runs/tuned

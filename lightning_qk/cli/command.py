@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from lightning_qk._printable import did_you_mean, printable
 from lightning_qk.cli._commands import COMMANDS, JOBS, PROG
 
+_MISFIT = "Error(s) in loading state_dict"
+"""How torch begins to say that a checkpoint is not of the model."""
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -108,7 +111,9 @@ def _help() -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(printable(f"{PROG}: error: {message}"), file=sys.stderr)
+    from lightning_qk.cli._quiet import in_lines
+
+    print(in_lines(printable(f"{PROG}: error: {message}")), file=sys.stderr)
     return status
 
 
@@ -121,12 +126,19 @@ def _can_be_mended(error: Exception) -> bool:
         or (isinstance(error, OSError) and error.filename is not None)
         or "MisconfigurationException" in names
         or "wandb" in modules
+        or str(error).startswith(_MISFIT)
     )
 
 
 def _mend(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"expected a place that may be read and written, got {error.filename} ({error.strerror})"
+    if str(error).startswith(_MISFIT):
+        first = " ".join("".join(str(error).splitlines()[1:2]).split(",")[0].split())
+        return (
+            f"expected a checkpoint whose weights are those of the job's model, got another's ({first}): pass the "
+            "lightning_qk_config.yaml of the checkpoint's run with --config"
+        )
     # Where a class of a config refuses its arguments, jsonargparse lists that among other reasons.
     reason = _OUR_REASON.search(str(error))
     text = " ".join((reason["reason"] if reason else str(error)).split())

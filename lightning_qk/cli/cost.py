@@ -3,6 +3,12 @@
 from lightning_qk.cli._arguments import OneLineParser
 from lightning_qk.inspect.documents import BadInput
 
+_FORMS = {
+    "limit": "LocAteR()",
+    "variance": "LocAteR(weight)",
+}
+"""Form → how it is asked for."""
+
 
 def run(args: list[str], prog: str) -> int:
     """Print a table.
@@ -18,7 +24,7 @@ def run(args: list[str], prog: str) -> int:
         if getattr(options, name) < 1:
             raise BadInput(f"expected --{name} of at least 1, got {getattr(options, name)}: correct it")
     from lightning_qk.cli.inspect import quiet
-    from lightning_qk.inspect.cost import CALLBACKS, TOGETHER, Cost, Job, read_widths, step_flops
+    from lightning_qk.inspect.cost import CALLBACKS, FORMS, TOGETHER, Cost, Job, read_widths, step_flops
 
     with quiet():
         model = read_widths(options.model)
@@ -26,7 +32,7 @@ def run(args: list[str], prog: str) -> int:
     step = step_flops(model, job)
     print(
         f"{model.layers} layers, {model.heads} heads of {model.d_head} over {model.kv_heads} keys, width "
-        f"{model.d_model}, {_short(model.parameters)} parameters"
+        f"{model.d_model}, {_short(model.parameters)} weights"
         + (f" ({_short(model.active)} a token)" if model.active != model.parameters else "")
     )
     print(
@@ -38,7 +44,7 @@ def run(args: list[str], prog: str) -> int:
         f"{'LAPACK':>8}"
     )
     average = [0.0] * len(Cost._fields)
-    for name, cost_of in CALLBACKS.items():
+    for name, cost_of in (CALLBACKS | {"LocAteR": FORMS[options.locater]}).items():
         cost = cost_of(model, job)
         every = 1 if name == "LocAteR" else options.every
         average = [total + part / every for total, part in zip(average, cost, strict=True)]
@@ -52,7 +58,7 @@ def run(args: list[str], prog: str) -> int:
         f"\n*: a measured step, 1 of {options.every}. launches: calls of torch's operators.\n"
         "network: bytes that a rank sends, in so many collective calls, which monitors\n"
         "make together. to host: bytes. LAPACK: flops of eigenproblems in a thread.\n"
-        "Formulas of the code for the monitors' defaults and LocAteR's variance form,\n"
+        f"Formulas of the code for the monitors' defaults and {_FORMS[options.locater]},\n"
         "checked against counts; none is a time."
     )
     return 0
@@ -81,6 +87,13 @@ def parser(prog: str) -> OneLineParser:
         own.add_argument(
             f"--{name}", type=int, default=default, metavar="N", help=f"{text}; default: %(default)s"
         )
+    own.add_argument(
+        "--locater",
+        default="limit",
+        choices=_FORMS,
+        help="form of the penalty: that of LocAteR(), over tokens of the step, or of LocAteR(weight), of weights "
+        "alone; default: %(default)s",
+    )
     own.add_argument("--sharded", action="store_true", help="every rank has a part of each weight (FSDP2)")
     own.add_argument(
         "--weight-bytes", type=int, default=2, choices=(2, 4), help="bytes of a weight; default: %(default)s"

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
     from lightning_qk.inspect.sources import Checkpoint
 
 _DESCRIPTION = """\
-Read the query and key weights of one or more checkpoints, layer by layer, and print the spectrum of each attention
-layer. No model is built and nothing is run (but for --text), so that large checkpoints are read in little memory.
+Read the query and key weights of one or more checkpoints, layer by layer, and
+print the spectrum of each attention layer. No model is built and nothing is run
+(but for --text), so that large checkpoints are read in little memory.
 
 A checkpoint is one of:
   a folder that save_pretrained wrote, of one file or of shards
@@ -32,12 +34,14 @@ A checkpoint is one of:
   a folder of checkpoints, shown over their steps
 """
 _EPILOG = """\
-keys of --fail-on: qk/STATISTIC/mean, /min and /max over all heads; qk/layer_03/STATISTIC, the mean of a layer;
-  qk/layer_03/head_05/STATISTIC; attn/... with --text. --json lists them. Of a folder of checkpoints the newest
-  counts. A condition on a number that is not known, since weights are NaN, holds.
+keys of --fail-on: qk/STATISTIC/mean, /min and /max over all heads, those of
+  eigenvalues without the softmax scale; qk/layer_03/STATISTIC, the mean of a
+  layer; qk/layer_03/head_05/STATISTIC; attn/... with --text. --json lists them.
+  Of a folder of checkpoints the newest counts. A condition on a number that is
+  not known, since weights are NaN, holds.
 
-exit status: 0 fine; 1 a --fail-on condition holds; 2 wrong options or a checkpoint that cannot be read;
-  130 interrupted.
+exit status: 0 fine; 1 a --fail-on condition holds; 2 wrong options or a
+  checkpoint that cannot be read; 130 interrupted.
 
 examples:
   lightning-qk inspect gpt2
@@ -311,6 +315,7 @@ def _pairs(sources: "list[list[Reading]]") -> "list[tuple[Reading, Reading]]":
 def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> list[str]:
     """The conditions that hold, as sentences."""
     from lightning_qk.inspect.export import check_condition, logged_values
+    from lightning_qk.record.statistics import describe
     from lightning_qk.record.verdicts import format_value
 
     lines: list[str] = []
@@ -320,6 +325,10 @@ def _broken(conditions: "list[Condition]", sources: "list[list[Reading]]") -> li
             value = check_condition(condition, values)
             if value is not None:
                 shown = "unknown" if value != value else format_value(value)
+                # The table has logits where keys are as runs log them.
+                group, *_, name = re.sub("/(mean|min|max)$", "", condition.key).split("/")
+                unit = describe(name, group).unit
+                shown += f" {unit}" if unit.startswith("unscaled") else ""
                 lines.append(f"{condition.text} holds of {readings[-1].title}: {condition.key} is {shown}")
     return lines
 

@@ -17,6 +17,8 @@ from lightning_qk.metrics.spectrum import EXTREME_STATISTICS, SPECTRUM_STATISTIC
 
 ROWS, TOKENS, SEQUENCES = 64, 64, 8
 """Sampled query rows, tokens and sequences: defaults of the monitors."""
+STEP_TOKENS = 512
+"""Tokens of a step, over all processes, that LocAteR's limit form looks at: its default."""
 _MOST_LAYERS = 2000
 _MAY_WAIT = 2**24
 """Numbers that measurements of small layers keep on a device until they are made together."""
@@ -93,17 +95,33 @@ def step_flops(model: Widths, job: Job) -> int:
 
 
 def locater(model: Widths, job: Job) -> Cost:
-    """LocAteR's variance form, at every step: three products of the value and four of the gradient."""
+    """``LocAteR()``, the limit form over tokens of the step, at every step.
+
+    Weights are seen through the tokens, and the gradient goes back the same way: products of d_head × d_model and
+    d_model × tokens. Between them are the Gram matrices of queries and keys, and their products with these.
+    """
+    layers, heads, kv_heads, d, width = model[:5]
+    each = max(2, math.ceil(STEP_TOKENS / job.ranks))
+    tokens = each * job.ranks
+    # With their mean.
+    flops = 4 * layers * (tokens + 1) * d * (heads + kv_heads) * (width + d)
+    # Of the covariance and the mean.
+    flops += 4 * layers * tokens * width
+    launches = 83 + 4 * layers + (126 * layers if job.sharded else 103 * _stacks(model))
+    # Every process has the tokens of all: a ring passes each on once.
+    sampled = 4 * layers * each * (width + 1) * (job.ranks - 1)
+    network = _gathering(model, job) + _all_reduce(24, job) + sampled
+    return Cost(flops, launches, network, (2 + 2 * layers * job.sharded) * (job.ranks > 1))
+
+
+def locater_variance(model: Widths, job: Job) -> Cost:
+    """``LocAteR(weight)``, the variance form: three products of the value and four of the gradient."""
     layers, heads, kv_heads, d, width = model[:5]
     flops = layers * d * d * width * (10 * heads + 4 * kv_heads)
-    if job.sharded:
-        # Each layer alone; two weights are gathered.
-        launches, collectives = 75 * layers, 2 * layers
-    else:
-        at_once = max(1, LARGEST_BATCH // _weights(model))
-        launches, collectives = 56 * math.ceil(layers / at_once) + 8, 0
+    # Sharded layers are read each alone; two weights are gathered.
+    launches = 75 * layers if job.sharded else 53 * _stacks(model)
     network = _gathering(model, job) + _all_reduce(24, job)
-    return Cost(flops, launches, network, (collectives + 1) * (job.ranks > 1))
+    return Cost(flops, launches, network, (1 + 2 * layers * job.sharded) * (job.ranks > 1))
 
 
 def spectrum(model: Widths, job: Job) -> Cost:
@@ -164,6 +182,13 @@ CALLBACKS = {
     "HiddenStateMonitor": hidden,
 }
 """LocAteR acts at every step, the others at measured ones."""
+FORMS = {"limit": locater, "variance": locater_variance}
+"""LocAteR by its form."""
+
+
+def _stacks(model: Widths) -> int:
+    """In how many batches the layers' weights are read."""
+    return math.ceil(model.layers / max(1, LARGEST_BATCH // _weights(model)))
 
 
 def _weights(model: Widths) -> int:

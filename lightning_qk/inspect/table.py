@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_qk._printable import print_lines, printable
 from lightning_qk.inspect.healthy import Reference
-from lightning_qk.inspect.read import Reading, record_of
+from lightning_qk.inspect.read import NOT_VERIFIED, Reading, record_of
 from lightning_qk.record.verdicts import FLAGGED, HeadHealth, format_value, head_health, layer_health
 
 
@@ -80,7 +80,10 @@ def print_reading(reading: Reading, console: Console, *, per_head: bool = False)
         legend = _print_values(reading, _ATTENTION, console, per_head, "Attention on text", verdicts=found)
         _print_legend(legend, console)
         print_lines(console, [*text_sentences(reading), *verdict_sentences(rows)])
-    print_lines(console, [f"Spectra {reading.verification}"])
+    more = (
+        "; lightning-qk verify compares them with a forward" if reading.verification == NOT_VERIFIED else ""
+    )
+    print_lines(console, [f"Spectra {reading.verification}{more}"])
     print_notes(reading.notes, console)
 
 

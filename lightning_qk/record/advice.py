@@ -17,8 +17,8 @@ ADVICE = {
     "not judged": "Measure attention: add AttentionMonitor() to the trainer's callbacks, or pass --text to "
     "lightning-qk inspect.",
     "fresh": "Nothing yet: look again after some hundred steps.",
-    "uniform": "Nothing in the first steps. Where it stays after the warm-up, add HiddenStateMonitor(), which "
-    "tells whether tokens become alike.",
+    "uniform": "Nothing in the first steps. Where it stays after the warm-up, HiddenStateMonitor() tells over "
+    "eight measurements whether tokens become alike, which is rank collapse.",
     "sharp": "Nothing for single heads. The entropy of their layer, over time, should not fall towards 0.",
     "positional": "Nothing: heads that look at a distance are common.",
     "sink": "Nothing: common in language models.",

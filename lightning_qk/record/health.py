@@ -2,25 +2,38 @@
 
 import re
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from lightning_qk._printable import print_lines, printable
+from lightning_qk._printable import listed, print_lines, printable
 from lightning_qk.record.advice import ADVICE, guard_alarms
 from lightning_qk.record.history import STATE, RunRecord
-from lightning_qk.record.verdicts import FLAGGED, VERDICTS, format_value, layer_health
+from lightning_qk.record.verdicts import (
+    FLAGGED,
+    UNJUDGED,
+    VERDICTS,
+    LayerHealth,
+    format_value,
+    head_health,
+    layer_health,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MAX_REASONS, _MAX_ALARMS = 12, 4
+_MAX_ROWS, _MAX_REASONS, _MAX_HARMLESS, _MAX_ALARMS = 20, 12, 2, 4
 _STYLES = {"ok": "green", "no data": "dim", "not judged": "dim", **dict.fromkeys(FLAGGED, "red")}
 
 
 def print_health(record: RunRecord, console: "Console | None" = None) -> None:
-    """Print the layers' health as a table, below it the reasons, the worst layers first, and what to do.
+    """Print how many layers have which verdict, a table of the worst, the reasons, and what to do.
 
-    Where the console is narrow, columns that matter less are left out, and titles take two lines; numbers and
-    verdicts are never cut, and a name that is longer than what is left goes on in the next line.
+    The table has at most 20 layers, in the order of the model: the worst, and among those that are equally well,
+    some from the first to the last. Where the console is narrow, columns that matter less are left out, and titles
+    take two lines; numbers and verdicts are never cut, and a name that is longer than what is left goes on in the
+    next line.
 
     Args:
         record: the run.
@@ -34,32 +47,36 @@ def print_health(record: RunRecord, console: "Console | None" = None) -> None:
     if not rows:
         return
     console = console or Console()
+    print_lines(console, [f"Attention health{_at_steps(record)}: {_judged(rows)}"], style="bold")
+    worst_first = _worst_first(rows, record)
+    chosen = _worth_a_row(rows, worst_first)
+    shown_rows = [row for row in rows if row.label in chosen]
     texts = {
         title: [
             printable(value) if isinstance(value := getattr(row, name), str) else format_value(value)
-            for row in rows
+            for row in shown_rows
         ]
         for title, name in _COLUMNS.items()
     }
-    table = Table(title=f"Attention health{_at_steps(record)}", title_justify="left", pad_edge=False)
+    table = Table(pad_edge=False)
     shown = _columns_that_fit(texts, console.width)
     for title, header in shown.items():
         left = title in ("layer", "verdict")
         table.add_column(
             header, justify="left" if left else "right", no_wrap=title != "layer", overflow="fold"
         )
-    for index, row in enumerate(rows):
+    for index, row in enumerate(shown_rows):
         style = _STYLES.get(row.verdict, "default")
         cells = [escape(texts[title][index]) for title in shown]
         table.add_row(*cells[:-1], f"[{style}]{cells[-1]}[/{style}]")
     console.print(table)
+    left_out = [row for row in rows if row.label not in chosen]
+    if left_out:
+        print_lines(console, [f"{len(left_out)} layers more, {_counted(left_out)}"])
     legend = [_LEGEND[title] for title in shown if title in _LEGEND]
     print_lines(console, _lines(legend, console.width), style="dim")
-    reasons = sorted((row for row in rows if row.reason), key=lambda row: list(VERDICTS).index(row.verdict))
-    lines = [f"{row.label}: {row.verdict}, {row.reason}" for row in reasons[:_MAX_REASONS]]
-    if len(reasons) > _MAX_REASONS:
-        lines.append(f"and {len(reasons) - _MAX_REASONS} layers more")
-    verdicts = dict.fromkeys(row.verdict for row in reasons)
+    lines = _reasons(worst_first)
+    verdicts = dict.fromkeys(row.verdict for row in worst_first)
     lines += [f"What to do ({verdict}): {ADVICE[verdict]}" for verdict in verdicts if verdict in ADVICE]
     alarms = guard_alarms(record)
     lines += [
@@ -96,6 +113,65 @@ _LEGEND = {
 # What is left out where a console is narrow: first all of these, then one after the other of those.
 _ONLY_WIDE = ("eig mean", "asym")
 _NEXT_OUT = ("linear share", "sink", "sym var")
+
+
+def _judged(rows: Sequence[LayerHealth]) -> str:
+    """How many layers are at fault, and how many have which verdict."""
+    at_fault = sum(row.verdict in FLAGGED for row in rows)
+    if at_fault and len(rows) > 1:
+        return f"{at_fault} of {len(rows)} layers at fault: {_counted(rows)}"
+    kinds = {row.verdict for row in rows}
+    if len(kinds) > 1 and not kinds & set(UNJUDGED):
+        return f"none of {len(rows)} layers at fault: {_counted(rows)}"
+    return f"{len(rows)} layer{'s' if len(rows) > 1 else ''}, {_counted(rows)}"
+
+
+def _counted(rows: Sequence[LayerHealth]) -> str:
+    """How many layers have which verdict, the worst first."""
+    counts = Counter(row.verdict for row in rows)
+    if len(counts) == 1:
+        return f"{'all ' if len(rows) > 1 else ''}{rows[0].verdict}"
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+
+
+def _reasons(rows: Sequence[LayerHealth]) -> list[str]:
+    """Why layers have their verdicts: of faults a dozen, of what is none a few."""
+    lines = []
+    for verdict, group in groupby(rows, key=lambda row: row.verdict):
+        labels: dict[str, list[str]] = {}
+        for row in group:
+            reason = row.reason or ("" if verdict == "ok" else VERDICTS[verdict])
+            if reason:
+                labels.setdefault(reason, []).append(row.label)
+        told = list(labels.items())[: _MAX_REASONS if verdict in FLAGGED else _MAX_HARMLESS]
+        lines += [f"{listed(own, 3)}: {verdict}, {reason}" for reason, own in told]
+        more = sum(map(len, labels.values())) - sum(len(own) for _, own in told)
+        if more:
+            lines.append(f"and {more} more {verdict}")
+    return lines
+
+
+def _worst_first(rows: Sequence[LayerHealth], record: RunRecord) -> list[LayerHealth]:
+    """Layers by verdict, and those at fault by their worst head."""
+    heads: dict[str, int] = {}
+    for place, head in enumerate(head_health(record)):
+        heads.setdefault(head.label, place)
+    verdicts = list(VERDICTS)
+
+    def key(row: LayerHealth) -> tuple[int, int]:
+        return verdicts.index(row.verdict), heads.get(row.label, 0) if row.verdict in FLAGGED else 0
+
+    return sorted(rows, key=key)
+
+
+def _worth_a_row(rows: Sequence[LayerHealth], worst_first: Sequence[LayerHealth]) -> set[str]:
+    """Labels of the worst layers, and where not all others have room, of some over the whole depth."""
+    labels = [row.label for row in worst_first if row.verdict in FLAGGED][:_MAX_ROWS]
+    others = [row.label for row in rows if row.verdict not in FLAGGED]
+    room = _MAX_ROWS - len(labels)
+    if 1 < room < len(others):
+        others = [others[index * (len(others) - 1) // (room - 1)] for index in range(room)]
+    return {*labels, *others[:room]}
 
 
 def _lines(parts: list[str], width: int) -> list[str]:

@@ -63,7 +63,8 @@ VERDICTS = {
 """Verdict → what it says: faults, the worst first, then what is no fault."""
 FLAGGED = ("non-finite", "saturated", "growing", "collapsed")
 """Faults, by measurement. The other verdicts describe."""
-_UNJUDGED = ("no data", "not judged")
+UNJUDGED = ("no data", "not judged")
+"""Of which nothing can be said."""
 
 
 def is_saturated(
@@ -209,7 +210,7 @@ def healthy_share(record: RunRecord, layers: Collection[str] | None = None) -> f
     known = [
         row
         for row in head_health(record)
-        if row.verdict not in _UNJUDGED and (layers is None or row.label in layers)
+        if row.verdict not in UNJUDGED and (layers is None or row.label in layers)
     ]
     return sum(row.verdict not in FLAGGED for row in known) / len(known) if known else math.nan
 
@@ -383,7 +384,7 @@ def _layer_verdict(layer: KnownLayer, is_fresh: bool) -> tuple[str, str]:
     if _is_uniform(layer):
         head, value = layer.worst("entropy_normalized")
         return "uniform", (
-            f"mean normalized entropy {entropy:.3f}, most in head {head} ({value:.3f}): "
+            f"mean normalized entropy {entropy:.3f}, most in head {head} ({value:.3f})"
             + _what_uniform_means(layer)
         )
     sinks = _sinks(layer.numbers)
@@ -398,8 +399,8 @@ def _layer_verdict(layer: KnownLayer, is_fresh: bool) -> tuple[str, str]:
 
 def _what_uniform_means(layer: KnownLayer) -> str:
     if math.isnan(layer.cosine):
-        return "whether tokens become alike, as in rank collapse, HiddenStateMonitor tells over time"
-    return f"tokens of mean cosine {layer.cosine:.2f} leave it, which is no rank collapse"
+        return ""
+    return f": tokens of mean cosine {layer.cosine:.2f} leave it, which is no rank collapse"
 
 
 def _judge_heads(layer: KnownLayer, is_fresh: bool) -> Iterator[HeadHealth]:

@@ -314,7 +314,8 @@ class LocaterPenalty:
         return {name: layers[name] for name in others}
 
     def _values(self, settings: Settings, part: list[str]) -> list[Tensor]:
-        totals, others = [], []
+        totals: list[Tensor] = []
+        others = []
         for name in part:
             if settings.form != "limit" or not takes_vectors(self.reader.layers[name]):
                 others.append(name)

@@ -130,7 +130,9 @@ class TokenCalls:
             query, key = self._unrotated(name, head, call, query, key, picked.rows)
         elif head.position not in ("none", "alibi", "relative bias", "relative product"):
             raise UnsupportedCallError(
-                "its rotation by position is not known" if head.position else "what positions do is not known"
+                "its rotation by position is not known"
+                if head.position
+                else "how positions act on its queries and keys is not known"
             )
         return Tokens(query, key, picked.weight, chosen.weight, picked.place, chosen.place, logits)
 

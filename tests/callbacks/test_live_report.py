@@ -85,6 +85,7 @@ def test_the_page_follows_the_run(tmp_path: Path) -> None:
     text = (tmp_path / PAGE).read_text(encoding="utf-8")
     assert "data-written" not in text
     assert RunRecord.load(tmp_path / RECORD).info["State"] == "finished at step 6 of 6"
+    assert not {"Session", "SelfCheck"} & set(RunRecord.load(tmp_path / RECORD).info)  # no choice of the job
     assert not list(tmp_path.glob(".*partial*"))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections
+from lightning_qk import AttentionMonitor, LocAteR, PositionMonitor, QKSpectrumMonitor, head_projections
 from lightning_qk.callbacks.monitors._report import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import attention_statistics, qk_moments
 from lightning_qk.metrics.spectrum import QKSpectrum
@@ -413,11 +413,15 @@ def test_layers_left_out_for_one_reason_are_one_sentence():
     try:
         model = models.gpt2()
         model.set_attn_implementation("own_kernel")
-        callback = AttentionMonitor(report=False)
+        callbacks = [AttentionMonitor(report=False), PositionMonitor(report=False)]
         with pytest.warns(
             UserWarning, match=r"\(2 layers\) are left out: the output of attention function 'own_kernel'"
-        ):
-            models.trainer([callback]).fit(models.Job(model), models.tokens())
+        ) as said:
+            models.trainer(callbacks).fit(models.Job(model), models.tokens())
     finally:
         AttentionInterface._global_mapping.pop("own_kernel")
-    assert len(callback.notes) == 1
+    assert all(len(callback.notes) == 1 for callback in callbacks)
+    # The reason is not repeated by whoever cannot measure them either.
+    told = [str(one.message) for one in said if "left out" in str(one.message)]
+    assert len(told) == 2
+    assert told[1].endswith("(2 layers) are left out, as said above")

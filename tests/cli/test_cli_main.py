@@ -97,7 +97,9 @@ def test_python_runs_the_command(module: str) -> None:
     assert "did you mean 'fit'?" in line
 
 
-def test_a_job_from_fit_to_predict(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_from_fit_to_predict(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["fit", "--config", str(config), "--model.lr", "1e-3", "--seed_everything", "3"]) == 0
 
     saved = yaml.safe_load(Path("logs/lightning_qk_config.yaml").read_text())
@@ -110,9 +112,24 @@ def test_a_job_from_fit_to_predict(config: Path, capsys: pytest.CaptureFixture[s
     hparams = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
     assert hparams["task"] == "causal_lm"
 
+    said: list[str] = []
+    monkeypatch.setattr("lightning_qk.cli._lightning_cli.rank_zero_info", said.append)
     for command in ("validate", "test", "predict"):
         assert main([command, "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
+    assert not said
     printed = capsys.readouterr()
+    # Another model than the checkpoint's is named by what differs first.
+    line = ["validate", "--config", str(config), "--ckpt_path", "last", "--model.model.n_embd", "12"]
+    capsys.readouterr()
+    assert main(line) == 1
+    wrong = error_of(capsys)
+    assert "got another's (size mismatch for model.transformer.wte.weight: " in wrong
+    assert "lightning_qk_config.yaml" in wrong
+    said.clear()
+    # What nobody has trained is said to be that.
+    assert main(["test", "--config", str(config)]) == 0
+    assert said == ["lightning-qk: the weights are random: --ckpt_path names a checkpoint of a run"]
+    capsys.readouterr()
     assert "test/perplexity" in printed.out
     rows = pq.read_table("predictions.parquet").to_pylist()
     assert [row["row"] for row in rows] == list(range(len(rows)))

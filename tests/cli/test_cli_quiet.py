@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 
+from lightning_qk.cli import main
 from lightning_qk.cli._quiet import quiet_libraries
 
 PATH = "runs/classification/lightning-qk/c3whgqhl/checkpoints/" + "x" * 60 + ".ckpt"
@@ -39,6 +40,18 @@ def test_lines_end_between_words_on_a_terminal(
         assert [line for line in lines if len(line) > 80] == [PATH, PATH]
     else:
         assert lines == [SENTENCE, SENTENCE]
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_an_error_too_ends_its_lines_between_words(
+    kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stderr", out := kind())
+    assert main(["inspekt"]) == 2
+    lines = out.getvalue().splitlines()
+    assert (max(map(len, lines)) <= 80) == (kind is Terminal)
+    assert " ".join(lines).endswith("got 'inspekt'; did you mean 'inspect'?; see lightning-qk --help")
 
 
 def test_what_nobody_can_act_on_is_not_said(

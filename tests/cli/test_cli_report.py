@@ -39,6 +39,19 @@ def test_a_page_beside_the_record(record: Path, capsys: pytest.CaptureFixture[st
     assert (record.parent / "lightning_qk_report.html").read_text().rstrip().endswith("</html>")
 
 
+def test_the_newest_record_of_a_folder(
+    record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = tmp_path / "older" / record.name
+    older.parent.mkdir()
+    older.write_bytes(record.read_bytes())
+    os.utime(older, (1, 1))
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(str(record.with_name("lightning_qk_report.html")))
+    (tmp_path / "nothing").mkdir()
+    assert "got a folder without one: " in refusal(capsys, tmp_path / "nothing")
+
+
 def test_a_record_that_was_cut_short(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = record.read_bytes()
     for size in (len(whole) - 20, 20, 0):

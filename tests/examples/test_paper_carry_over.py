@@ -19,7 +19,7 @@ from carry_over import (
     stable,
 )
 from common import Clock, Options, read
-from train import configuration
+from settings import configuration
 
 NONE = ("baseline", None)
 

@@ -19,9 +19,11 @@ from baselines import (
 )
 from common import read
 from locater import Runs, cache_key, cached_train, choose, main
+from material import digits
+from settings import configuration
 from torch import Tensor
 from torch.utils.data import DataLoader
-from train import configuration, digits, token_similarity
+from train import token_similarity
 from transformers import AutoConfig, AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "paper"

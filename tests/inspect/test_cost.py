@@ -1,8 +1,10 @@
 """The formulas of what callbacks cost, against counts of what they do."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_qk import LocAteR
+from lightning_qk.callbacks.interventions._step_inputs import StepInputs
 from lightning_qk.cli import main
 from lightning_qk.functional import AttentionLogits
 from lightning_qk.functional.attention import attention_sums
@@ -21,9 +25,9 @@ from lightning_qk.inspect import cost
 from lightning_qk.metrics.attention import AttentionStatistics
 from lightning_qk.metrics.hidden import HiddenStatistics
 from lightning_qk.metrics.spectrum import QKSpectrum
-from lightning_qk.regularizers import stacks
+from lightning_qk.regularizers import latents, stacks
 from lightning_qk.regularizers.locater import LocaterPenalty
-from lightning_qk.regularizers.settings import Settings
+from lightning_qk.regularizers.settings import LIMIT, Settings
 
 SETTINGS = Settings("variance", "model", None, 1.0)
 SIZES = [
@@ -69,30 +73,83 @@ def widths(model: transformers.PreTrainedModel, folder: Path) -> cost.Widths:
     return cost.read_widths(folder)
 
 
+class Step:
+    """What the callback does in a step of a trainer, form by form: what it samples, pools and adds."""
+
+    def __init__(self, model: transformers.PreTrainedModel, form: str, ranks: int = 1) -> None:
+        reader = ProjectionReader(model)
+        self.penalty = LocaterPenalty(reader, by_tokens=form == "limit")
+        self.parameters, self.form = list(model.parameters()), form
+        self.inputs: StepInputs | None = None
+        ids = torch.randint(16, (2, 96))
+        self.forward = lambda: model(input_ids=ids)
+        if form == "limit":
+            trainer: Any = SimpleNamespace(
+                accumulate_grad_batches=1,
+                world_size=ranks,
+                global_rank=0,
+                strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            )
+            widths = {name: reader.layers[name].width[0] for name in self.penalty.names}
+            tokens = inspect.signature(LocAteR).parameters["tokens"].default
+            self.inputs = StepInputs(trainer, model, widths, tokens)
+            self.inputs.install()
+
+    def __call__(self) -> None:
+        if self.inputs is not None:
+            self.inputs.begin_batch()
+        self.forward()
+        settings = SETTINGS
+        if self.inputs is not None:
+            self.inputs.end_batch()
+            moments, means, error = self.inputs.pool()
+            assert error is None
+            settings = Settings("limit", "model", None, 1.0, moments, LIMIT, means)
+        self.penalty.add_gradient(settings, 0.1, self.parameters)
+
+    def more(self, count: Callable[[Callable[[], object]], int]) -> int:
+        """Than the forward alone, once places of weights are known."""
+        self()
+        return count(self) - count(self.forward)
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_products_of_weights(sizes: dict[str, int], tmp_path: Path) -> None:
     model = llama(sizes)
     own, reader = widths(model, tmp_path), ProjectionReader(model)
     assert own.parameters == own.active == sum(parameter.numel() for parameter in model.parameters())
-    penalty, parameters = LocaterPenalty(reader), list(model.parameters())
     metric = QKSpectrum({name: layer.heads for name, layer in reader.layers.items()})
-    told = cost.locater(own, cost.Job()), cost.spectrum(own, cost.Job())
-    assert flops(lambda: penalty.add_gradient(SETTINGS, 0.1, parameters)) == told[0].flops
-    assert flops(lambda: metric.update(reader)) == told[1].flops
-    counted = calls(lambda: penalty.add_gradient(SETTINGS, 0.1, parameters))
-    assert 0.6 * told[0].launches <= counted <= told[0].launches
+    told = cost.spectrum(own, cost.Job())
+    assert flops(lambda: metric.update(reader)) == told.flops
     counted = calls(lambda: (metric.update(reader), metric.compute()))
-    assert 0.9 * told[1].launches <= counted <= 1.1 * told[1].launches
+    assert 0.9 * told.launches <= counted <= 1.1 * told.launches
 
 
-def test_layers_that_are_gathered_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", cost.FORMS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_products_of_the_penalty(sizes: dict[str, int], form: str, tmp_path: Path) -> None:
+    model = llama(sizes)
+    told, step = cost.FORMS[form](widths(model, tmp_path), cost.Job()), Step(model, form)
+    assert step.more(flops) == told.flops
+    assert 0.7 * told.launches <= step.more(calls) <= told.launches
+
+
+@pytest.mark.parametrize("form", cost.FORMS)
+def test_layers_that_are_gathered_one_by_one(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = llama(SIZES[0] | {"num_hidden_layers": 1})
-    told = cost.locater(widths(model, tmp_path), cost.Job(sharded=True)).launches
-    monkeypatch.setattr(stacks.Stacker, "stacks", lambda _, layers, names: ([], list(names)))
+    told = cost.FORMS[form](widths(model, tmp_path), cost.Job(sharded=True)).launches
+    for stacker in (stacks.Stacker, latents.LatentStacker):
+        monkeypatch.setattr(stacker, "stacks", lambda _, layers, names: ([], list(names)))
     monkeypatch.setattr(LayerReader, "gradient_view", lambda *_: None)
-    penalty = LocaterPenalty(ProjectionReader(model))
-    counted = calls(lambda: penalty.add_gradient(SETTINGS, 0.1, list(model.parameters())))
-    assert 0.7 * told <= counted <= told
+    assert 0.7 * told <= Step(model, form).more(calls) <= told
+
+
+def test_the_form_of_the_callback_is_what_is_told() -> None:
+    assert LocAteR().form == next(iter(cost.FORMS)) == "limit"
+    assert LocAteR(0.1).form == "variance"
+    assert LocAteR().tokens == cost.STEP_TOKENS
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -135,8 +192,13 @@ def test_traffic_is_that_of_the_metrics(tmp_path: Path) -> None:
         of(own, cost.Job()).network == of(own, cost.Job()).collectives == 0 for of in cost.CALLBACKS.values()
     )
     gathered = own.layers * (own.heads + own.kv_heads) * own.d_head * own.d_model * 2
-    sharded = cost.locater(own, cost.Job(ranks=4, sharded=True)).network
-    assert sharded == gathered * 3 // 4 + 36
+    four = cost.Job(ranks=4, sharded=True)
+    assert cost.locater_variance(own, four).network == gathered * 3 // 4 + 36
+    step = Step(llama(SIZES[0]), "limit", ranks=4)
+    step()
+    assert step.inputs is not None
+    sent = sum(part.nbytes for part in step.inputs._table(step.penalty.names, own.d_model))
+    assert cost.locater(own, four).network == gathered * 3 // 4 + 36 + 3 * sent
 
 
 def test_experts_are_counted_as_far_as_a_token_meets_them(tmp_path: Path) -> None:
@@ -162,6 +224,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     row = next(line for line in shown.splitlines() if line.startswith("all, a step"))
     assert row.split()[-5] == f"{round(average):,}"
     assert max(map(len, shown.splitlines())) <= 80
+    assert "LocAteR(),\n" in shown
+    assert main(["cost", "--model", str(tmp_path), "--locater", "variance"]) == 0
+    other = capsys.readouterr().out
+    assert "LocAteR(weight),\n" in other
+    assert other.splitlines()[4] != shown.splitlines()[4]
 
 
 LONG = json.dumps({"model_type": "llama", "num_hidden_layers": 10**7})

@@ -112,7 +112,11 @@ def test_conditions_decide_the_status(llama: Path, capsys: pytest.CaptureFixture
     seen = capsys.readouterr()
     assert seen.err.count("\n") == 1
     assert "qk/layer_01/asymmetry>=0 holds of" in seen.err
+    assert "unscaled" not in seen.err
     assert "layer_00" in seen.out
+    # What the table has times the softmax scale.
+    assert main(["inspect", str(llama), "--fail-on", "qk/eig_var/max>-1"]) == 1
+    assert capsys.readouterr().err.endswith(" unscaled logits²\n")
 
 
 def test_models_side_by_side(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,6 +212,43 @@ def test_every_figure_draws(opened: Any) -> None:
     assert names == ["random walk, step 40", "measured, step 40"]
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axes_say_what_they_are(opened: Any, width: int) -> None:
+    """Titles stay in their drawing and say no word twice; steps are whole numbers, and no share passes 1."""
+    record = simulated_record()
+    record.spectrum.steps = [step // 10 for step in record.spectrum.steps]
+    record.scalars = {"attn/health": ([0, 1, 2], [1.0, 1.0, 1.0]), "train/loss": ([0, 2], [3.0, 2.0])}
+    predicted = History(record.attention.layers, record.attention.heads)
+    measured = record.attention.values["entropy_normalized"][-1]
+    predicted.append(record.attention.steps[-1], {"entropy_normalized": measured.square()})
+    record.histories = {**record.histories, "pred": predicted}
+    page = opened(record)
+    page.set_viewport_size({"width": width, "height": 900})
+    plots = page.locator("[data-plot]")
+    for index in range(plots.count()):
+        plots.nth(index).scroll_into_view_if_needed()
+        plots.nth(index).locator(".chart-svg").wait_for()
+    titles = page.evaluate(
+        """[...document.querySelectorAll(".chart-svg .title")].map((one) => {
+            const [own, all] = [one, one.closest("svg")].map((each) => each.getBoundingClientRect());
+            const inside = own.left >= all.left - 1 && own.right <= all.right + 1;
+            return [(one.querySelector("title") || one).textContent, inside];
+        })"""
+    )
+    assert len(titles) > 10
+    assert all(inside for _, inside in titles), titles
+    assert not [words for words, _ in titles if re.search(r"\b(\w+) \1\b", words)]
+    axes = page.evaluate(
+        """[...document.querySelectorAll("[data-plot]")].filter((one) => one.chart).map((one) =>
+            ({ x: one.chart.axes.x, y: one.chart.axes.y }))"""
+    )
+    steps = [tick["text"] for one in axes if one["x"]["title"] == "step" for tick in one["x"]["ticks"]]
+    assert len(steps) > 4
+    assert all(re.fullmatch("[0-9]+", text) for text in steps)
+    (health,) = [one["y"] for one in axes if one["y"]["title"] == "health"]
+    assert health["range"][1] < 1.1
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark(opened: Any, scheme: str) -> None:
     page = opened(simulated_record(), color_scheme=scheme)

@@ -53,7 +53,7 @@ class Axis {
       }
     }
     this.range = [low, high];
-    if (!this.ticks) this.ticks = this.log ? Axis.powers(low, high, this.count) : Axis.even(low, high, this.count, this.percent);
+    if (!this.ticks) this.ticks = this.log ? Axis.powers(low, high, this.count) : Axis.even(low, high, this.count, this);
     const [least, most] = [Math.min(low, high), Math.max(low, high)];
     this.ticks = this.ticks.filter(({ at }) => at >= least - 1e-9 * Math.abs(least) && at <= most + 1e-9 * Math.abs(most));
   }
@@ -65,10 +65,11 @@ class Axis {
     return this;
   }
 
-  static even(low, high, count, percent) {
+  static even(low, high, count, { percent, whole } = {}) {
     const rough = (high - low) / count;
     const power = 10 ** Math.floor(Math.log10(rough));
-    const step = power * [1, 2, 5, 10].find((one) => one * power >= rough * 0.7);
+    const found = power * [1, 2, 5, 10].find((one) => one * power >= rough * 0.7);
+    const step = whole ? Math.max(1, found) : found;
     const ticks = [];
     const first = Math.ceil(low / step - 1e-9);
     for (let i = first; i * step <= high + 1e-9 * step && ticks.length < 40; i++) ticks.push(i * step);
@@ -118,7 +119,7 @@ const Chart = {
     const longest = Math.max(1, ...y.ticks.map(({ text }) => label(text).length));
     const left = Math.ceil(10 + 6.4 * longest + (y.title ? 18 : 0));
     const barTexts = chart.bar ? chart.bar.ticks.map(({ text }) => label(text)) : [];
-    const right = chart.bar ? 28 + Math.ceil(6.4 * Math.max(1, ...barTexts.map((text) => text.length))) + (chart.bar.title ? 16 : 0) : 12;
+    const right = chart.bar ? 28 + Math.ceil(6.4 * Math.max(1, ...barTexts.map((text) => text.length))) + (chart.bar.title ? 22 : 0) : 12;
     const box = { left, top: 8, right: width - right, bottom: chart.height - bottom };
     let x = new Axis(chart.x, chart.x.range ? [] : values("x"), box.right - box.left, 64);
     if (chart.same) {
@@ -176,7 +177,7 @@ const Chart = {
     line(box.left, box.bottom, box.right, box.bottom, "frame");
     line(box.left, box.top, box.left, box.bottom, "frame");
     const middle = (box.left + box.right) / 2;
-    if (x.title) group.append(Chart.title(x.title, width - 8, middle, height - 6));
+    if (x.title) group.append(Chart.title(x.title, width - 8, middle, height - 6, width));
     if (y.title) {
       const title = Chart.title(y.title, box.bottom - box.top + 12, 0, 0);
       title.setAttribute("transform", `translate(12 ${(box.top + box.bottom) / 2}) rotate(-90)`);
@@ -197,8 +198,12 @@ const Chart = {
     return x.ticks.filter((_, i) => i % every === 0);
   },
 
-  title(words, room, x, y) {
-    return Shape.text(Numbers.shorten(words, Math.max(8, Math.floor(room / 6.1)), true), x, y, { class: "title", "text-anchor": "middle" }, words);
+  // About x, or beside it where it would else pass an end of a drawing of some width.
+  title(words, room, x, y, width = Infinity) {
+    const text = Numbers.shorten(words, Math.max(8, Math.floor(room / 6.1)), true);
+    const half = 3.05 * text.length + 4;
+    const place = Number.isFinite(width) ? Math.max(Math.min(x, width - half), Math.min(half, width / 2)) : x;
+    return Shape.text(text, place, y, { class: "title", "text-anchor": "middle" }, words);
   },
 
   rule({ x: at, color, dash = "dot", width = 1.5 }, x, box) {
@@ -319,7 +324,7 @@ const Chart = {
     );
     if (title) {
       const words = Chart.title(title, height + 8, 0, 0);
-      const place = x + 26 + 6.4 * Math.max(1, ...texts.map((text) => text.length));
+      const place = x + 32 + 6.4 * Math.max(1, ...texts.map((text) => text.length));
       words.setAttribute("transform", `translate(${place} ${(box.top + box.bottom) / 2}) rotate(-90)`);
       group.append(words);
     }

@@ -187,7 +187,7 @@ const Plots = {
   stepAxis(steps, name) {
     const ticks = name ? steps.map((at) => ({ at, text: name(at) })) : null;
     const one = steps.length === 1 ? { range: [steps[0] - 1, steps[0] + 1], ticks: [{ at: steps[0], text: String(steps[0]) }] } : {};
-    return { ...one, ...(ticks ? { ticks } : {}) };
+    return { whole: true, ...one, ...(ticks ? { ticks } : {}) };
   },
 
   now(step) {
@@ -227,11 +227,11 @@ const Plots = {
     const few = layers.length <= 10;
     const line = { kind: "line", x: [0, 1], y: [0, 1], color: Style.color("soft"), dash: "dash", width: 1, shown: diagonal };
     const label = (one) => (one.unit ? `${one.title} (${one.unit})` : one.title);
-    const before = diagonal ? ["predicted ", "measured "] : ["", ""];
+    const named = (words, one) => (diagonal && !one.title.startsWith(words) ? words : "") + label(one);
     return {
       height: 400,
-      x: { title: before[0] + label(x), ...(diagonal ? { range: [-0.03, 1.03] } : Style.valueAxis(x, points.x)) },
-      y: { title: before[1] + label(y), ...(diagonal ? { range: [-0.03, 1.03] } : Style.valueAxis(y, points.y)) },
+      x: { title: named("predicted ", x), ...(diagonal ? { range: [-0.03, 1.03] } : Style.valueAxis(x, points.x)) },
+      y: { title: named("measured ", y), ...(diagonal ? { range: [-0.03, 1.03] } : Style.valueAxis(y, points.y)) },
       legend: few ? layers.map((layer, i) => ({ name: layer, color: Style.layerColor(i, layers.length), symbol: SYMBOLS[i % SYMBOLS.length] })) : [],
       bar: few ? null : Plots.layerBar(layers),
       marks: [points, line],
@@ -378,8 +378,8 @@ const Plots = {
     return {
       height,
       rules: events.map(([step]) => ({ x: step, color: Style.color("bad"), dash: "dash", width: 1 })),
-      x: { title: "step", ...(first < last ? { range: [first, last] } : Plots.stepAxis(steps)) },
-      y: { title: name.split("/").pop().replaceAll("_", " "), ...(low > 0 && Numbers.range(line.y)[1] > 100 * low ? { log: true } : {}) },
+      x: { title: "step", ...(first < last ? { range: [first, last], whole: true } : Plots.stepAxis(steps)) },
+      y: { title: name.split("/").pop().replaceAll("_", " "), ...(name.endsWith("/health") ? { range: [-0.03, 1.03] } : {}), ...(low > 0 && Numbers.range(line.y)[1] > 100 * low ? { log: true } : {}) },
       marks,
     };
   },
