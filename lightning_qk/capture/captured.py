@@ -84,8 +84,8 @@ class CapturedCall(ABC):
 
     def _output(self) -> AttentionOutput:
         raise UnsupportedCallError(
-            "the softmax is taken in a forward of its own, where logits are seen, not queries, keys and values: "
-            "AttentionMonitor measures what follows from logits alone"
+            "the softmax is taken in a forward of its own, where logits are seen but not queries, keys and "
+            "values: AttentionMonitor measures what follows from logits alone"
         )
 
     def logits(self, *, self_attention: bool | None = None, heads: int | None = None) -> AttentionLogits:

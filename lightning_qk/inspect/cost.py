@@ -97,17 +97,20 @@ def step_flops(model: Widths, job: Job) -> int:
 def locater(model: Widths, job: Job) -> Cost:
     """``LocAteR()``, the limit form over tokens of the step, at every step.
 
-    Weights are seen through the tokens, and the gradient goes back the same way: products of d_head × d_model and
-    d_model × tokens. Between them are the Gram matrices of queries and keys, and their products with these.
+    Plain weights are seen through covariance and mean of the tokens, and the gradient goes back the same way.
+    Sharded layers, and those with norms or biases of queries, make queries and keys of the tokens; the gradient
+    goes through these. Both are products of d_head × d_model and d_model × tokens, and Gram matrices.
     """
     layers, heads, kv_heads, d, width = model[:5]
     each = max(2, math.ceil(STEP_TOKENS / job.ranks))
     tokens = each * job.ranks
-    # With their mean.
-    flops = 4 * layers * (tokens + 1) * d * (heads + kv_heads) * (width + d)
-    # Of the covariance and the mean.
-    flops += 4 * layers * tokens * width
-    launches = 83 + 4 * layers + (126 * layers if job.sharded else 103 * _stacks(model))
+    if job.sharded:
+        flops = layers * tokens * d * ((heads + kv_heads) * (4 * width + 6 * d) + 4 * kv_heads)
+        launches = 53 + 154 * layers
+    else:
+        # The mean is one row more; and what covariance and mean take.
+        flops = 4 * layers * ((tokens + 1) * d * (heads + kv_heads) * (width + d) + tokens * width)
+        launches = 53 + 4 * layers + 138 * _stacks(model)
     # Every process has the tokens of all: a ring passes each on once.
     sampled = 4 * layers * each * (width + 1) * (job.ranks - 1)
     network = _gathering(model, job) + _all_reduce(24, job) + sampled

@@ -194,7 +194,7 @@ def test_layers_that_show_no_values_are_named_once():
     )
     callbacks = [AttentionMonitor(**QUIET), sinks(), position()]
     trainer = models.trainer(callbacks)
-    with pytest.warns(UserWarning, match=r"\(2 layers\) are left out: it takes its softmax") as caught:
+    with pytest.warns(UserWarning, match=r"\(2 layers\) are left out: the softmax is taken") as caught:
         trainer.fit(models.Job(models.build(CodeGenForCausalLM, config)), models.tokens())
     said = [str(one.message) for one in caught if "left out" in str(one.message)]
     assert [one.split(":")[0] for one in said] == ["SinkMonitor"]
