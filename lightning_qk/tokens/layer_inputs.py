@@ -135,6 +135,10 @@ class LayerInputs:
         self._taken.clear()
         self._places.clear()
 
+    def seed(self, seed: int) -> None:
+        """Draw places from here on as from the start with this seed."""
+        self._generator.manual_seed(seed)
+
     def taken(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Tokens ``(tokens, d)`` of a layer and how many each stands for; None where there are none."""
         return self._taken.get(name)

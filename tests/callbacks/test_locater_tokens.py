@@ -388,3 +388,24 @@ def test_a_step_without_any_known_layer_has_no_penalty_and_later_ones_have():
     first, empty, *later = recorder.penalties
     assert empty == 0
     assert min(first, *later) > 0
+
+
+def test_a_resumed_run_draws_the_tokens_of_one_that_was_not_stopped(tmp_path):
+    def ended(steps, checkpoint=None, seed=3):
+        L.seed_everything(seed, verbose=False)
+        locater = LocAteR(form="limit", limit=1e-3, tokens=24)
+        recorder = Recorder(locater)
+        trainer = models.trainer(
+            [locater, recorder], max_steps=steps, max_epochs=-1, default_root_dir=tmp_path
+        )
+        trainer.fit(models.Job(still(models.gpt2())), data, ckpt_path=checkpoint)
+        return trainer, recorder.inputs
+
+    # One batch again and again: Lightning begins with the first one of an epoch that was left.
+    data = torch.utils.data.DataLoader([next(iter(models.tokens()))] * 8, batch_size=None)
+    _, whole = ended(3)
+    trainer, _ = ended(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = ended(3, tmp_path / "half.ckpt", seed=5)
+    for name, (tokens, _) in whole[2].items():
+        torch.testing.assert_close(resumed[0][name][0], tokens)

@@ -38,9 +38,7 @@ class StepInputs:
         self._trainer = trainer
         self._rows = each * micro
         self.widths = dict(widths)
-        self._inputs = LayerInputs(
-            model, modules=list(widths), tokens=each, keep=_MOST_RUNS * self._rows, seed=trainer.global_rank
-        )
+        self._inputs = LayerInputs(model, modules=list(widths), tokens=each, keep=_MOST_RUNS * self._rows)
         self._is_spent = False
         self._steps = 0
 
@@ -56,6 +54,10 @@ class StepInputs:
         """Listen; forget the tokens of a step that was made."""
         if self._is_spent:
             self._inputs.clear()
+        # By the batch, so that a resumed run draws what the first one would have drawn.
+        trainer = self._trainer
+        batch = trainer.fit_loop.epoch_loop.total_batch_idx
+        self._inputs.seed(batch * trainer.world_size + trainer.global_rank)
         self._is_spent, self._inputs.enabled = False, True
 
     def end_batch(self) -> None:
