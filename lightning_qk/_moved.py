@@ -88,7 +88,7 @@ MOVED = {
     "lightning_qk.heads.search": "lightning_qk.heads.inferred_layout",
     "lightning_qk.heads.sizes": "lightning_qk.heads.facts",
     "lightning_qk.heads.sources": "lightning_qk.heads.layouts",
-    "lightning_qk.heads.stored": "lightning_qk.heads.adapters",
+    "lightning_qk.heads.stored": "lightning_qk.heads.live_weights",
     "lightning_qk.inspect.conditions": "lightning_qk.inspect.export",
     "lightning_qk.inspect.errors": "lightning_qk.inspect.documents",
     "lightning_qk.inspect.patterns": "lightning_qk.inspect.documents",

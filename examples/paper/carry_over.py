@@ -1,4 +1,4 @@
-"""Does one choice of LocAteR carry over, and does it pay? Unchanged in nine settings, and over learning rates.
+"""Does one choice of LocAteR carry over, and does it pay? Unchanged in eleven settings, and over learning rates.
 
     python examples/paper/carry_over.py [--quick] [--until 22:00] [--without smollm2]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.source_code import names_in
 from lightning_qk.heads.layouts import KnownLayout, borrows_keys, unsupported
+from lightning_qk.heads.live_weights import FlatUnit, flat_unit
 from lightning_qk.heads.projections import InaccessibleWeights, Sizes, UnreadLayer
-from lightning_qk.heads.sharding import FlatUnit, flat_unit
 from lightning_qk.heads.sites import AttentionLayer
 from lightning_qk.heads.trials import Trial
 

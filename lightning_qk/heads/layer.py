@@ -12,6 +12,7 @@ from lightning_qk.functional.rotary import Rotary
 from lightning_qk.heads.facts import Finding, LayerFacts, describe, layer_sizes, softmax_scaling
 from lightning_qk.heads.inferred_layout import BY_RUNNING, check_tokens, infer
 from lightning_qk.heads.layouts import KnownLayout, fitting_layouts
+from lightning_qk.heads.live_weights import FlatUnit, alive, gathered, whole
 from lightning_qk.heads.norms import (
     NormPlan,
     added_to_queries,
@@ -26,7 +27,6 @@ from lightning_qk.heads.norms import (
 from lightning_qk.heads.position import NONE, RELATIVE_BIAS, Rotation, find_position, find_rotation
 from lightning_qk.heads.projection import Layout, Side, with_adapter
 from lightning_qk.heads.projections import Affine, HeadProjections, InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sharding import FlatUnit, alive, gathered, whole
 from lightning_qk.heads.sites import AttentionLayer
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import gives_back
 from lightning_qk.architecture.source_code import is_named
+from lightning_qk.heads.live_weights import alive
 from lightning_qk.heads.module_projection import projection_of
 from lightning_qk.heads.norms import NormPlan, plan_norm
 from lightning_qk.heads.projection import (
@@ -29,7 +30,6 @@ from lightning_qk.heads.projection import (
     parameter_projection,
 )
 from lightning_qk.heads.projections import Sizes, UnreadLayer
-from lightning_qk.heads.sharding import alive
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:

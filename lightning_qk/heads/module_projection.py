@@ -21,10 +21,17 @@ from torch.nn.utils import parametrize
 from lightning_qk.architecture.dry_run import device_of, make_weights, quietly, shadow, weight_hooks
 from lightning_qk.architecture.source_code import is_known, is_named
 from lightning_qk.functional.precision import at_least_float32, full_precision
-from lightning_qk.heads.adapters import adapter_state, closed_form
+from lightning_qk.heads.live_weights import (
+    adapter_state,
+    alive,
+    check_access,
+    closed_form,
+    is_dtensor,
+    is_plain,
+    whole,
+)
 from lightning_qk.heads.projection import Projection, StoredWeight
 from lightning_qk.heads.projections import Affine, InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sharding import alive, check_access, is_dtensor, is_plain, whole
 
 # Unit vectors that a module is run on at a time.
 _BLOCK = 1024

@@ -21,8 +21,8 @@ from lightning_qk.architecture.dry_run import (
     shadow,
     weight_hooks,
 )
+from lightning_qk.heads.live_weights import alive, is_dtensor, whole
 from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
-from lightning_qk.heads.sharding import alive, is_dtensor, whole
 
 # The probe's size: large enough that no norm's epsilon matters, small enough for float16.
 _AMPLITUDE = 64.0

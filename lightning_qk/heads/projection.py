@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_qk.heads.live_weights import alive, check_access, is_dtensor, whole
 from lightning_qk.heads.norms import Factor, NormPlan
 from lightning_qk.heads.projections import Affine, Sizes, UnreadLayer
-from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 
 
 @dataclass(eq=False)

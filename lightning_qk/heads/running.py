@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import shadow
 from lightning_qk.architecture.products import Following, Product
+from lightning_qk.heads.live_weights import alive, check_access, is_dtensor, whole
 from lightning_qk.heads.module_projection import projection_of
 from lightning_qk.heads.norms import is_norm
 from lightning_qk.heads.projection import Projection
 from lightning_qk.heads.projections import InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sharding import alive, check_access, is_dtensor, whole
 from lightning_qk.heads.trials import Trial, trials
 
 Emission = Callable[["Emitter", tuple[int, ...]], Tensor]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_qk.architecture.dry_run import quietly
 from lightning_qk.architecture.source_code import calls_sdpa, is_known, names_softmax, uses_interface
 from lightning_qk.heads.layouts import find_layout
+from lightning_qk.heads.live_weights import is_dtensor
 from lightning_qk.heads.projections import UnreadLayer
 from lightning_qk.heads.running import Bench, random, varied_parameters
-from lightning_qk.heads.sharding import is_dtensor
 from lightning_qk.heads.trials import input_arguments
 
 _ATTENTION = re.compile(r"att(ention|n)|mhs?a|multi_?head", re.IGNORECASE)

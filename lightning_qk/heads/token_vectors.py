@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_qk.functional.precision import at_least_float32, full_precision
 from lightning_qk.heads.layer import LayerReader
+from lightning_qk.heads.live_weights import whole
 from lightning_qk.heads.norms import NormPlan
 from lightning_qk.heads.projection import Composition, Projection, Side
 from lightning_qk.heads.projections import Affine, HeadProjections
-from lightning_qk.heads.sharding import whole
 
 _KINDS: "weakref.WeakKeyDictionary[LayerReader, Hashable]" = weakref.WeakKeyDictionary()
 _Known = dict[Projection, Affine]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk.heads.layer import LayerReader
+from lightning_qk.heads.live_weights import is_dtensor, is_plain
 from lightning_qk.heads.projection import Projection, Side, StoredWeight
 from lightning_qk.heads.reader import ProjectionReader
-from lightning_qk.heads.sharding import is_dtensor, is_plain
 
 
 class StoredRows(NamedTuple):
