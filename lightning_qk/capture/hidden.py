@@ -19,8 +19,11 @@ from lightning_qk.capture.call import UnsupportedCallError, is_recomputation
 from lightning_qk.capture.capture import Capture
 from lightning_qk.capture.hooks import compiled, generate
 from lightning_qk.capture.hooks.modules import Handle, hook_after, hook_before
+from lightning_qk.heads.sites import PADDING, takes_padding
 
 HiddenListener = Callable[[str, Tensor, Tensor | None], None]
+
+_MASKS = PADDING | {"attention_mask"}
 
 OUTPUT, INPUT, MASK, TOKENS = "output", "input", "mask", "tokens"
 """What a hook hands on: hidden states behind and before a block; a mask, and the tokens that a model is given."""
@@ -54,9 +57,12 @@ class HiddenCapture(Capture):
         outputs: the blocks whose outputs are wanted, and the name of each. The first tensor of an output counts.
         inputs: the blocks whose inputs are wanted, and the name of each. Of a block that is run several times
             within its model (shared layers) only the first input counts.
-        models: block → Hugging Face models that contain it, nearest first. The mask of its tokens is the
-            two-dimensional ``attention_mask`` of the nearest one that is given one; where the nearest one is given
-            None, there is no padding.
+        models: block → modules around it, nearest first, and maybe itself. The mask of its tokens is the
+            two-dimensional ``attention_mask`` of the nearest one that is given one, or the opposite of what
+            torch's encoders and their parts are given as padding; where the nearest model is given None, there is
+            none.
+        turned: blocks whose states are ``(tokens, batch, width)`` → true; None where that is not known, so that
+            they are handed on only where the shape of their mask tells.
         listener: called with the name, the states ``(batch, n, d)`` and the mask ``(batch, n)``, boolean, or None,
             with autograd off, in the thread of the forward. It must not modify the states, nor keep them.
         model: what the blocks are part of, asked whether it was compiled before.
@@ -79,6 +85,7 @@ class HiddenCapture(Capture):
         *,
         inputs: Mapping[nn.Module, str] | None = None,
         models: Mapping[nn.Module, Sequence[nn.Module]] | None = None,
+        turned: Mapping[nn.Module, bool | None] | None = None,
         model: nn.Module | None = None,
         generated: Callable[[str], None] | None = None,
         every_run: bool = False,
@@ -91,9 +98,10 @@ class HiddenCapture(Capture):
         self._first = list(inputs)
         # Those that take a mask.
         self._models = {
-            id(block): [owner for owner in owners if "attention_mask" in _parameters(owner)]
+            id(block): [owner for owner in owners if not _MASKS.isdisjoint(_parameters(owner))]
             for block, owners in models.items()
         }
+        self._turned = {id(block): order for block, order in (turned or {}).items()}
         self._listener = listener
         self._every_run = every_run
         self._masks: dict[int, Tensor | None] = {}
@@ -116,9 +124,10 @@ class HiddenCapture(Capture):
         owners = {id(owner): owner for part in self._models.values() for owner in part}
         if self._generated is not None:
             undo.extend(generate.patch_generate(self._model))
+        # Before the inputs: a module may be given its tokens' mask itself.
+        undo.extend(_hook(owner, MASK) for owner in owners.values())
         undo.extend(_hook(module, OUTPUT) for module in self._blocks if (id(module), OUTPUT) in self._names)
         undo.extend(_hook(module, INPUT) for module in self._first)
-        undo.extend(_hook(owner, MASK) for owner in owners.values())
         self._label((*self._blocks, *owners.values()), undo)
         _captures = (*_captures, self)
         self.enabled = self._enabled
@@ -172,20 +181,38 @@ class HiddenCapture(Capture):
             raise UnsupportedCallError(
                 "its hidden states are sharded over processes (sequence parallel), and no process has them whole"
             )
+        if tensor.is_nested and tensor.layout == torch.strided:
+            # torch's encoder in evaluation: padding is gone, and the longest sequence may be shorter.
+            lengths = torch.tensor([len(one) for one in tensor.unbind()], device=tensor.device)
+            states = torch.nested.to_padded_tensor(tensor.detach(), 0.0)
+            return states, torch.arange(states.shape[1], device=tensor.device) < lengths[:, None]
         if tensor.dim() != 3 or not tensor.is_floating_point():
             raise UnsupportedCallError(
                 f"its hidden states are {tensor.dtype} of shape {tuple(tensor.shape)}, not floating (batch, "
                 "tokens, width)"
             )
-        states = tensor.detach()
+        turned = self._turned.get(id(module), False)
+        states = tensor.detach().transpose(0, 1) if turned else tensor.detach()
         size, other = tuple(states.shape[:2]), (states.shape[1], states.shape[0])
-        owners = self._models.get(id(module), ())
+        owners, is_unmasked = self._models.get(id(module), ()), False
         for owner in owners:
             mask = self._masks.get(id(owner), _OTHER_MASK)
-            if mask is None or mask.shape in (size, other):
+            if mask is None and takes_padding(owner):
+                # Models around it may know more.
+                is_unmasked = True
+                continue
+            if mask is None or mask.shape == size or (mask.shape == other and not turned):
                 shape = self._sizes.get(id(owner)) if mask is None else tuple(mask.shape)
-                return (states.transpose(0, 1) if shape == other != size else states), mask
-        if owners:
+                if turned is None and (shape not in (size, other) or size == other):
+                    break
+                is_other = shape == other != size and not turned
+                return (states.transpose(0, 1) if is_other else states), mask
+        if turned is None:
+            raise UnsupportedCallError(
+                "its nn.MultiheadAttention takes (tokens, batch, width), and whether the block does is not known: "
+                "pass batch_first=True"
+            )
+        if owners and not is_unmasked:
             self.unmasked.add(name)
         return states, None
 
@@ -261,10 +288,22 @@ def _before_model(
                 tokens = value
                 break
         _hand_on(module, TOKENS, tokens)
-        mask = _argument("attention_mask", names, args, kwargs)
-        if mask is not None and not isinstance(mask, Tensor):
-            mask = torch.zeros((), device="cpu")  # a dictionary of masks, a BlockMask
-        _hand_on(module, MASK, mask)
+        _hand_on(module, MASK, _mask_of(names, args, kwargs))
+
+
+def _mask_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask of tokens that a module is given. Traced."""
+    if "attention_mask" not in names:
+        for name in sorted(PADDING.intersection(names)):
+            mask = _argument(name, names, args, kwargs)
+            if isinstance(mask, Tensor):
+                # Inside of torch's layers it is a number that is added to logits.
+                return ~mask if mask.dtype == torch.bool else mask == 0
+        return None
+    mask = _argument("attention_mask", names, args, kwargs)
+    if mask is not None and not isinstance(mask, Tensor):
+        return torch.zeros((), device="cpu")  # a dictionary of masks, a BlockMask
+    return mask
 
 
 def _argument(name: str, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

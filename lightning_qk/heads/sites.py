@@ -189,6 +189,11 @@ def _is_cross(name: str, module: nn.Module, ancestors: tuple[nn.Module, ...]) ->
 
 
 _BLOCK_LISTS = (nn.ModuleList, nn.Sequential)
+_TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_TAKE_PADDING = (nn.TransformerEncoder, nn.TransformerDecoder, nn.MultiheadAttention, *_TORCH_LAYERS)
+PADDING = frozenset({"key_padding_mask", "src_key_padding_mask", "tgt_key_padding_mask"})
+"""Arguments of torch's encoders, decoders and attention, ``(batch, tokens)``: true, or not zero, where a token is
+padding."""
 
 
 class Block(NamedTuple):
@@ -196,13 +201,17 @@ class Block(NamedTuple):
 
     Attributes:
         module: the block.
-        models: Hugging Face models that contain it, nearest first: they are given the mask of the tokens.
+        models: modules around it that are given the mask of the tokens, nearest first: Hugging Face models, and
+            what takes a mask of padding as torch's encoders do.
+        is_turned: whether its hidden states are ``(tokens, batch, width)``, as in torch's layers by default; None
+            where that is not known.
         is_first: it is the first of its stack, so that its input is what comes out of the embedding.
     """
 
     module: nn.Module
     models: tuple[nn.Module, ...]
     is_first: bool
+    is_turned: bool | None = False
 
 
 def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
@@ -238,8 +247,8 @@ def find_blocks(model: nn.Module) -> tuple[dict[str, Block], dict[str, str]]:
             continue
         placed[id(module)] = name
         stack = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        models = tuple(owner for owner in site.ancestors if _is_model(owner))
-        blocks[name] = Block(module, models, is_first=stack not in stacks)
+        models = tuple(owner for owner in site.ancestors if _is_model(owner) or takes_padding(owner))
+        blocks[name] = Block(module, models, stack not in stacks, _is_turned(module, site.module))
         stacks.add(stack)
     return blocks, without
 
@@ -258,6 +267,23 @@ def _block_of(site: AttentionLayer, own: list[str]) -> tuple[str, nn.Module] | N
         if sum(other.startswith(f"{name}.") for other in own) <= 1:
             return name, module
     return candidates[0] if candidates else None
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether an attention layer takes ``(tokens, batch, width)``."""
+    return isinstance(module, nn.MultiheadAttention) and not module.batch_first
+
+
+def _is_turned(block: nn.Module, attention: nn.Module) -> bool | None:
+    if not is_turned(attention):
+        return False
+    # Others may turn their tokens for the attention, or not.
+    return True if isinstance(block, _TORCH_LAYERS) else None
+
+
+def takes_padding(module: nn.Module) -> bool:
+    """Whether a module is given a mask of padding as torch's encoders and decoders are."""
+    return isinstance(module, _TAKE_PADDING)
 
 
 def _is_model(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_qk.architecture.labels import matches
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.layer_inputs import covariance_root, sample_places
-from lightning_qk.heads.sites import attention_sites
+from lightning_qk.heads.sites import attention_sites, is_turned, takes_padding
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,19 +73,19 @@ class LayerInputs:
         self._generator = torch.Generator().manual_seed(seed)
         sites = [site for site in attention_sites(model) if matches(site.name, modules)]
         self.names = [site.name for site in sites]
-        # nn.MultiheadAttention may have the tokens on its first axis.
-        self._turned = {
-            site.name
-            for site in sites
-            if isinstance(site.module, nn.MultiheadAttention) and not site.module.batch_first
-        }
         self._capture = HiddenCapture(
             {},
             self._hear,
             inputs={site.module: site.name for site in sites},
             models={
-                site.module: [owner for owner in site.ancestors if hasattr(owner, "config")] for site in sites
+                site.module: [
+                    owner
+                    for owner in (site.module, *site.ancestors)
+                    if takes_padding(owner) or (owner is not site.module and hasattr(owner, "config"))
+                ]
+                for site in sites
             },
+            turned={site.module: is_turned(site.module) for site in sites},
             model=model,
             generated=lambda name: None,
             every_run=True,
@@ -152,8 +152,6 @@ class LayerInputs:
         return {name: self._taken[name] for name in self.names if name in self._taken}
 
     def _hear(self, name: str, states: Tensor, mask: Tensor | None) -> None:
-        if name in self._turned:
-            states = states.transpose(0, 1)
         index, weight = self._drawn(name, states, mask)
         tokens = states.detach().flatten(0, 1).index_select(0, index)
         before = self._taken.get(name)

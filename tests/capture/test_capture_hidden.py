@@ -23,6 +23,7 @@ class Probe:
             self.listen,
             inputs={block.module: f"{name} input" for name, block in blocks.items() if block.is_first},
             models={block.module: block.models for block in blocks.values()},
+            turned={block.module: block.is_turned for block in blocks.values()},
             model=model,
         )
         self.capture.install()
@@ -252,3 +253,59 @@ def test_compiled_models_are_heard_and_left_alone(mode, before, use_reentrant, t
             torch.testing.assert_close(states, eager.found[name][0][0], rtol=1e-5, atol=1e-5)
             assert torch.equal(mask, MASK.bool())
     torch._dynamo.reset()
+
+
+class Turning(nn.Module):
+    """A block of (batch, tokens, width) whose attention has the tokens first."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        turned = x.transpose(0, 1)
+        return x + self.attention(turned, turned, turned)[0].transpose(0, 1)
+
+
+def torch_encoder(*, batch_first, train):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
+    # What takes padding out in evaluation is tried with tokens on the second axis alone.
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first).train(train)
+
+
+def encoder_batch(*, padded):
+    torch.manual_seed(0)
+    x, keep = torch.randn(3, 5, 16), torch.ones(3, 5, dtype=torch.bool)
+    if padded:
+        keep[0, 3:] = keep[2, 4:] = False
+    return x, keep
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_torchs_encoders_have_their_axes_and_their_padding(batch_first, train, padded):
+    x, keep = encoder_batch(padded=padded)
+    model, probe_model = (torch_encoder(batch_first=batch_first, train=train) for _ in range(2))
+    probe_model.load_state_dict(model.state_dict())
+    given = {"src_key_padding_mask": ~keep} if padded else {}
+    entered = x if batch_first else x.transpose(0, 1)
+    with torch.no_grad():
+        want = model(entered, **given)
+        probe = Probe(probe_model)
+        assert torch.equal(probe.run(entered, **given), want)
+    want = want if batch_first else want.transpose(0, 1)
+    (before, _), (after, mask) = probe.found["layers.0 input"][0], probe.found["layers.1"][0]
+    torch.testing.assert_close(before[keep], x[keep])
+    torch.testing.assert_close(after[keep], want[keep])
+    assert torch.equal(keep, torch.ones_like(keep) if mask is None else mask)
+    assert probe.capture.problems == {}
+    assert probe.capture.unmasked == set()
+
+
+def test_a_block_that_may_turn_its_tokens_is_left_out():
+    probe = Probe(nn.Sequential(Turning(), Turning()))
+    probe.run(torch.randn(2, 5, 16))
+    assert probe.found == {}
+    assert all("pass batch_first=True" in why for why in probe.capture.problems.values())

@@ -148,6 +148,7 @@ class HiddenStateMonitor(ListeningMonitor):
             self._hear,
             inputs=inputs,
             models={block.module: block.models for block in blocks.values()},
+            turned={block.module: block.is_turned for block in blocks.values()},
             model=pl_module,
             generated=None if self.cached_calls else self._leave_call_out,
         )
