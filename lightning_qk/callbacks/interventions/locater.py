@@ -75,9 +75,9 @@ class LocAteR(Intervention):
     scale s and the covariance Σ of what enters each layer: in units of logits, whatever the model's width, norms
     and initialization. Σ is that of ``tokens`` tokens of the step itself, from all its micro-batches and processes
     (first tokens of sequences and padding left out), held constant, so that every process has the same gradient.
-    Of a rotary head it is the form at distance 0, as of the weights, and of norms of queries and keys it has the gains
-    and not the division, in all forms but the limit form. Layers whose inputs cannot be seen are named
-    once and have no penalty.
+    Of a rotary head it is the form at distance 0, as of the weights; of norms of queries and keys it has the gains
+    and not the division, but in the limit form. Layers whose inputs cannot be seen are named once and have no
+    penalty.
 
     Layers of networks that do not train (teachers, frozen references, averaged copies) have no penalty. A layer
     that cannot be read is left out, which is said; once training has begun nothing is raised: where the penalty
