@@ -144,7 +144,7 @@ def _reasons(rows: Sequence[LayerHealth]) -> list[str]:
             if reason:
                 labels.setdefault(reason, []).append(row.label)
         told = list(labels.items())[: _MAX_REASONS if verdict in FLAGGED else _MAX_HARMLESS]
-        lines += [f"{listed(own, 3)}: {verdict}, {reason}" for reason, own in told]
+        lines += [f"{listed(sorted(own), 3)}: {verdict}, {reason}" for reason, own in told]
         more = sum(map(len, labels.values())) - sum(len(own) for _, own in told)
         if more:
             lines.append(f"and {more} more {verdict}")

@@ -227,7 +227,7 @@ def test_a_misspelt_config_gets_one_line(
         (["fit", "--config", "job.yaml", "--model.model.model_type", "gpt22"], "did you mean 'gpt2'?"),
         (["fit", "--config", "job.yaml", "--model.model.n_layr", "2"], "did you mean 'n_layer'?"),
         (["report", "none.safetensors"], "expected a record that a monitor wrote, got no such file"),
-        (["report", "."], "expected a record that a monitor wrote, got the folder ."),
+        (["report", "."], "expected a record that a monitor wrote, got a folder without one: ."),
         (["report"], "expected RECORD, got none; see lightning-qk report --help"),
         (["report", "--outpt", "x", "y"], "got '--outpt'; did you mean '--output'?"),
         (["inspect", "gpt2", "--lenght", "2"], "got '--lenght'; did you mean '--length'?"),

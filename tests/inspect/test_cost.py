@@ -89,6 +89,7 @@ class Step:
                 world_size=ranks,
                 global_rank=0,
                 strategy=SimpleNamespace(root_device=torch.device("cpu")),
+                fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=0)),
             )
             widths = {name: reader.layers[name].width[0] for name in self.penalty.names}
             tokens = inspect.signature(LocAteR).parameters["tokens"].default
