@@ -194,25 +194,25 @@ class HiddenCapture(Capture):
         turned = self._turned.get(id(module), False)
         states = tensor.detach().transpose(0, 1) if turned else tensor.detach()
         size, other = tuple(states.shape[:2]), (states.shape[1], states.shape[0])
-        owners, is_unmasked = self._models.get(id(module), ()), False
-        for owner in owners:
-            mask = self._masks.get(id(owner), _OTHER_MASK)
-            if mask is None and takes_padding(owner):
-                # Models around it may know more.
-                is_unmasked = True
-                continue
+        is_unknown = False
+        for owner in self._models.get(id(module), ()):
+            is_torchs = takes_padding(owner)
+            mask = self._masks.get(id(owner), None if is_torchs else _OTHER_MASK)
+            if mask is None and is_torchs:
+                continue  # models around it may know more
             if mask is None or mask.shape == size or (mask.shape == other and not turned):
                 shape = self._sizes.get(id(owner)) if mask is None else tuple(mask.shape)
                 if turned is None and (shape not in (size, other) or size == other):
                     break
                 is_other = shape == other != size and not turned
                 return (states.transpose(0, 1) if is_other else states), mask
+            is_unknown = True
         if turned is None:
             raise UnsupportedCallError(
                 "its nn.MultiheadAttention takes (tokens, batch, width), and whether the block does is not known: "
                 "pass batch_first=True"
             )
-        if owners and not is_unmasked:
+        if is_unknown:
             self.unmasked.add(name)
         return states, None
 

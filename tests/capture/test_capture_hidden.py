@@ -309,3 +309,30 @@ def test_a_block_that_may_turn_its_tokens_is_left_out():
     probe.run(torch.randn(2, 5, 16))
     assert probe.found == {}
     assert all("pass batch_first=True" in why for why in probe.capture.problems.values())
+
+
+def test_a_mask_of_another_form_is_not_known_though_torchs_layer_has_none():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = torch_encoder(batch_first=True, train=True)
+
+        def forward(self, x, attention_mask):
+            return self.encoder(x, mask=attention_mask)
+
+    model = Model()
+    blocks, _ = find_blocks(model)
+    probe = Probe(model)
+    probe.capture.remove()
+    probe.capture = HiddenCapture(
+        {block.module: name for name, block in blocks.items()},
+        probe.listen,
+        models={block.module: (*block.models, model) for block in blocks.values()},
+    )
+    probe.capture.install()
+    x, _ = encoder_batch(padded=False)
+    probe.run(x, torch.zeros(5, 5))
+    assert probe.capture.unmasked == set(blocks)
+    probe.capture.unmasked.clear()
+    probe.run(x, torch.zeros(6, 5, 5))
+    assert probe.capture.unmasked == set(blocks)
