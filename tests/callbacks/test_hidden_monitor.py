@@ -7,9 +7,10 @@ import torch
 import transformers
 from lightning.pytorch.loggers import CSVLogger
 from test_monitors import read_csv
+from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_qk import AttentionMonitor, HiddenStateMonitor
+from lightning_qk import AttentionMonitor, HiddenStateMonitor, QKSpectrumMonitor
 from lightning_qk.callbacks.monitors._report import RECORD_NAME, REPORT_NAME
 from lightning_qk.functional import hidden_statistics
 from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
@@ -288,3 +289,42 @@ def test_a_compiled_job(where):
         torch.testing.assert_close(
             compiled.history.series(name), plain.history.series(name), rtol=1e-4, atol=1e-4, msg=name
         )
+
+
+class OddBlock(nn.Module):
+    """Attention under a name that the caller chooses, so that layers of one list form several families."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.MultiheadAttention(16, 2, batch_first=True))
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, states):
+        read = self.norm(states)
+        return states + self.get_submodule(self.name)(read, read, read, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("names", [("attn", "attn"), ("local_attn", "attn"), ("attn", "global_attn", "attn")])
+def test_a_block_has_the_label_of_its_attention(names):
+    class Odd(models.Job):
+        def __init__(self):
+            super().__init__(models.gpt2())
+            self.inner = nn.ModuleDict(
+                {
+                    "embedding": nn.Embedding(128, 16),
+                    "blocks": nn.ModuleList(OddBlock(name) for name in names),
+                    "head": nn.Linear(16, 128),
+                }
+            )
+
+        def training_step(self, batch, batch_idx):
+            states = self.inner["embedding"](batch)
+            for block in self.inner["blocks"]:
+                states = block(states)
+            return nn.functional.cross_entropy(self.inner["head"](states).flatten(0, 1), batch.flatten())
+
+    hidden, spectrum = monitor(), QKSpectrumMonitor(every_n_steps=1)
+    models.trainer([hidden, spectrum], max_steps=1).fit(Odd(), models.tokens())
+    assert len(spectrum.history.layers) == len(names)
+    assert hidden.history.layers[1:] == spectrum.history.layers

@@ -17,8 +17,7 @@ from lightning_qk.callbacks.monitors._listening import ListeningMonitor
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
-from lightning_qk.heads.reader import find_attention
-from lightning_qk.heads.sites import find_blocks
+from lightning_qk.heads.sites import AttentionLayer, attention_sites, find_blocks
 from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.hidden import HiddenStatistics, with_heads
 from lightning_qk.metrics.later import hidden_later
@@ -114,8 +113,11 @@ class HiddenStateMonitor(ListeningMonitor):
     def find_layers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks and stand behind them before the first forward."""
         blocks, without = find_blocks(pl_module)
-        inside = find_attention(pl_module)
-        named_in = {name: [name, *(own for own in inside if own.startswith(f"{name}."))] for name in blocks}
+        inside = list(attention_sites(pl_module))
+        named_in = {
+            name: [name, *(site.name for site in inside if site.name.startswith(f"{name}."))]
+            for name in blocks
+        }
         blocks = {name: blocks[name] for name, names in named_in.items() if matching(names, self.modules)}
         without = {name: reason for name, reason in without.items() if matches(name, self.modules)}
         if not self.choose(
@@ -130,12 +132,13 @@ class HiddenStateMonitor(ListeningMonitor):
         ):
             return
         labels = layer_labels(list(blocks))
+        as_attention = _labels_of_attention(inside, labels)
         named: dict[str, str] = {}
         for name, block in blocks.items():
             before, is_layer, _ = labels[name].rpartition("layer")
             if block.is_first and is_layer and f"{before}embedding" not in named.values():
                 named[_EMBEDDING + name] = f"{before}embedding"
-            named[name] = labels[name]
+            named[name] = as_attention.get(name, labels[name])
         outputs = {block.module: name for name, block in blocks.items()}
         inputs = {
             block.module: _EMBEDDING + name for name, block in blocks.items() if _EMBEDDING + name in named
@@ -232,3 +235,22 @@ class HiddenStateMonitor(ListeningMonitor):
                 f"Hidden states are those of at most {self.sequences} sampled sequences of each micro-batch; "
                 "largest activations are lower bounds."
             )
+
+
+def _labels_of_attention(attention: Sequence[AttentionLayer], blocks: Mapping[str, str]) -> dict[str, str]:
+    """Block → label of its one layer of self-attention: verdicts look for a layer under one label everywhere.
+
+    Empty where two blocks would then have the same.
+
+    Args:
+        attention: all attention layers.
+        blocks: block → label among the blocks.
+    """
+    labels = layer_labels([layer.name for layer in attention], {own.name for own in attention if own.is_cross})
+    own = {
+        name: [labels[one.name] for one in attention if f"{one.name}.".startswith(f"{name}.") and not one.is_cross]
+        for name in blocks
+    }
+    found = {name: its[0] for name, its in own.items() if len(its) == 1}
+    after = list((dict(blocks) | found).values())
+    return found if len(set(after)) == len(after) else {}
