@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_qk.architecture.labels import matches, no_match
+from lightning_qk.architecture.labels import layer_labels, matches, no_match
 from lightning_qk.callbacks._trainer import describe_error, stepped_parameters
 from lightning_qk.heads.layer import layer_reader
 from lightning_qk.heads.projections import UnreadLayer
@@ -141,6 +141,22 @@ class WatchedReader(ProjectionReader):
                 self._plan_each(model)  # one layer took the others with it
         self.layers = {name: layer for name, layer in self.layers.items() if self._is_watched(name)}
         self.refusals = {name: own for name, own in self.refusals.items() if self._is_watched(name)}
+
+    def go_by(self, labels: Mapping[str, str], heads: Mapping[str, int]) -> None:
+        """Keep the layers under the names that they had before modules were replaced.
+
+        An adapter that is merged and unloaded takes its wrapper's part of all names away: layers without a name
+        of before that have the same labels and heads, all of them, are the same.
+
+        Args:
+            labels: name → label, of the layers as they were.
+            heads: name → heads, in the model's order.
+        """
+        cross = {name for name, layer in self.layers.items() if not layer.self_attention}
+        now = layer_labels(list(self.layers), cross)
+        same = [(now[name], layer.heads) for name, layer in self.layers.items()]
+        if same == [(labels[name], count) for name, count in heads.items()]:
+            self.layers = dict(zip(heads, self.layers.values(), strict=True))
 
     def _is_watched(self, name: str) -> bool:
         return matches(name, self._modules_watched)

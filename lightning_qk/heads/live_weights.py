@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from lightning_qk.heads.projections import Affine, InaccessibleWeights
 
 
+class ModuleGone(RuntimeError):
+    """A module that was read first is not part of any model any more."""
+
+
 def alive(reference: "weakref.ref[nn.Module]") -> nn.Module:
     """The module behind a weak reference.
 
     Raises:
-        RuntimeError: it is gone.
+        ModuleGone: as its name says.
     """
     module = reference()
     if module is None:
-        raise RuntimeError(
+        raise ModuleGone(
             "expected the modules of the model that was read first, got one that is gone: keep a reference to the "
             "model, and call refresh() on the reader after replacing modules"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_qk.heads.facts import finding_of
 from lightning_qk.heads.layer import LayerReader, layer_reader
+from lightning_qk.heads.live_weights import ModuleGone, is_dtensor
 from lightning_qk.heads.projections import HeadProjections, InaccessibleWeights, UnreadLayer
 from lightning_qk.heads.sites import AttentionLayer, attention_sites
 
@@ -120,9 +121,10 @@ class ProjectionReader(Mapping[str, HeadProjections]):
             return False
         is_other = False
         sites = {site.name: site for site in attention_sites(self.model)}
+        if not sites.keys() >= set(stale):  # layers that are kept under names of before
+            self._plan(self.model)
+            return True
         for name in stale:
-            if name not in sites:
-                continue
             before = self.layers[name]
             self._compile(sites[name], self._wrappers(self.model))
             after = self.layers.get(name)
@@ -154,6 +156,13 @@ class ProjectionReader(Mapping[str, HeadProjections]):
     def is_sharded(self, name: str) -> bool:
         """Whether reading a layer gathers its weights from other processes."""
         return self.layers[name].is_sharded()
+
+    def gathers(self) -> bool:
+        """Whether reading gathers weights of some layer; of replaced modules, whether any of the model would."""
+        try:
+            return any(layer.is_sharded() for layer in self.layers.values())
+        except ModuleGone:
+            return any(is_dtensor(parameter) for parameter in self.model.parameters())
 
     def _plan(self, model: nn.Module) -> None:
         self._identity = list(_identity(model))

@@ -7,10 +7,18 @@ import models
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from peft import LoraConfig, get_peft_model
 from test_monitors import read_csv
 from transformers.modeling_utils import AttentionInterface
 
-from lightning_qk import AttentionMonitor, LocAteR, QKSpectrumMonitor, head_projections, locater_penalty
+from lightning_qk import (
+    AttentionMonitor,
+    LocAteR,
+    QKSpectrumMonitor,
+    TokenMonitor,
+    head_projections,
+    locater_penalty,
+)
 from lightning_qk.functional import qk_moments
 
 WEIGHT = 0.5
@@ -302,3 +310,27 @@ def test_trainers_in_threads_do_not_disturb_each_other():
             for name in a.history.statistics:
                 torch.testing.assert_close(a.history.series(name), b.history.series(name), equal_nan=True)
     assert (AttentionInterface.get_interface, torch.nn.functional.scaled_dot_product_attention) == before
+
+
+def test_monitors_go_on_when_adapters_are_merged_and_unloaded():
+    """All layers then have other names, and projections that were read are gone."""
+
+    class Merged(models.Job):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 2:
+                self.inner["network"] = self.inner["network"].merge_and_unload().requires_grad_(True)
+                self.trainer.optimizers[0].param_groups[0]["params"] = list(self.parameters())
+
+    job = Merged(
+        get_peft_model(
+            models.llama(),
+            LoraConfig(r=2, target_modules=["q_proj", "k_proj"], init_lora_weights=False),
+        )
+    )
+    tokens = TokenMonitor(every_n_steps=1, report=False)
+    watched = [*monitors(every_n_steps=1), tokens]
+    fit(job, watched, max_steps=4)
+    check_spectrum(watched[0], job)
+    for monitor in watched:
+        assert monitor.notes == []
+        assert all(row.isfinite().all() for row in monitor.history.values[monitor.history.statistics[0]])

@@ -60,7 +60,7 @@ class WeightsPart(Part):
         if layers is None:
             self.monitor.check_whole()
             return
-        if any(layer.is_sharded() for layer in layers.reader.layers.values()):
+        if layers.reader.gathers():
             self._names = all_or_none(self.trainer, lambda: self._get_ready(layers), facts=str)
         else:
             self._names = self._get_ready(layers)

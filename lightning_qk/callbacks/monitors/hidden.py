@@ -246,9 +246,15 @@ def _labels_of_attention(attention: Sequence[AttentionLayer], blocks: Mapping[st
         attention: all attention layers.
         blocks: block → label among the blocks.
     """
-    labels = layer_labels([layer.name for layer in attention], {own.name for own in attention if own.is_cross})
+    labels = layer_labels(
+        [layer.name for layer in attention], {own.name for own in attention if own.is_cross}
+    )
     own = {
-        name: [labels[one.name] for one in attention if f"{one.name}.".startswith(f"{name}.") and not one.is_cross]
+        name: [
+            labels[one.name]
+            for one in attention
+            if f"{one.name}.".startswith(f"{name}.") and not one.is_cross
+        ]
         for name in blocks
     }
     found = {name: its[0] for name, its in own.items() if len(its) == 1}

@@ -349,6 +349,7 @@ class QKSpectrumMonitor(Monitor):
     def keep_known(self, layers: WeightLayers) -> None:
         """Where modules were replaced, go on with the layers that are what they were at the start."""
         reader, heads = layers.reader, layers.metric.heads
+        reader.go_by(self.labels, heads)
         kept = {name: layer for name, layer in reader.layers.items() if heads.get(name) == layer.heads}
         lost = {name: reader.unread.get(name, _REPLACED) for name in heads if name not in kept}
         reader.layers = kept

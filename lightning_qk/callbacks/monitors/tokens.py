@@ -22,6 +22,7 @@ from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.functional.spectrum import MOMENTS, Support, support_size
 from lightning_qk.functional.token_sums import TokenSums, token_sums
 from lightning_qk.heads.layer import LayerReader
+from lightning_qk.heads.live_weights import ModuleGone
 from lightning_qk.heads.projections import HeadProjections
 from lightning_qk.metrics.collector import AttentionCollector, SumAccumulator
 from lightning_qk.metrics.spectrum import at_offset
@@ -168,6 +169,17 @@ class TokenMonitor(CaptureMonitor):
 
     def _weights(self, name: str) -> HeadProjections:
         """The projections of a layer as they are now; no collective call."""
+        reader = self._reader
+        try:
+            return self._read(name)
+        except ModuleGone:  # an adapter was merged and unloaded, say
+            if reader is None:
+                raise
+            reader.refresh()
+            reader.go_by(self.labels, self.known_layers())
+            return self._read(name)
+
+    def _read(self, name: str) -> HeadProjections:
         layer = None if self._reader is None else self._reader.layers.get(name)
         if layer is None:
             raise UnsupportedCallError(
