@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_qk.architecture.labels import layer_labels, matches, no_match
+from lightning_qk.architecture.labels import matches, no_match
 from lightning_qk.callbacks._trainer import describe_error, stepped_parameters
 from lightning_qk.heads.layer import layer_reader
 from lightning_qk.heads.projections import UnreadLayer
@@ -113,12 +113,7 @@ class WatchedReader(ProjectionReader):
         modules: glob pattern or patterns on qualified names; None for all layers.
         fold_norm: see there.
         root: see there.
-
-    Attributes:
-        found: qualified names of all attention layers, whether or not a pattern matches.
     """
-
-    found: list[str]
 
     def __init__(
         self,
@@ -132,7 +127,7 @@ class WatchedReader(ProjectionReader):
         super().__init__(model, fold_norm=fold_norm, root=root)
 
     def _plan(self, model: nn.Module) -> None:
-        self.found = [site.name for site in attention_sites(model)]
+        self.found = {site.name: site.is_cross for site in attention_sites(model)}
         self.layers, self.refusals = {}, {}
         try:
             super()._plan(model)
@@ -152,8 +147,7 @@ class WatchedReader(ProjectionReader):
             labels: name → label, of the layers as they were.
             heads: name → heads, in the model's order.
         """
-        cross = {name for name, layer in self.layers.items() if not layer.self_attention}
-        now = layer_labels(list(self.layers), cross)
+        now = self.labels
         same = [(now[name], layer.heads) for name, layer in self.layers.items()]
         if same == [(labels[name], count) for name, count in heads.items()]:
             self.layers = dict(zip(heads, self.layers.values(), strict=True))

@@ -207,7 +207,6 @@ def _described(batch: dict[str, Any], text: str) -> str:
 
 
 def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) -> list[Layer]:
-    from lightning_qk.architecture.labels import layer_labels
     from lightning_qk.heads.reader import ProjectionReader
     from lightning_qk.verification.check import unchecked
     from lightning_qk.verification.model import verify
@@ -216,11 +215,10 @@ def _compare(model: "nn.Module", batch: dict[str, Any], missing: Sequence[str]) 
     reader = ProjectionReader(model, allow_empty=True)
     weights = verify(model, batch)
     heads = {name: plan.heads for name, plan in reader.layers.items()}
-    cross = [name for name, plan in reader.layers.items() if not plan.self_attention]
     statistics = check_statistics(model, batch, heads)
     uncalled = Agreement(math.nan, "its attention was not called")
     names = list(dict.fromkeys([*weights, *statistics]))
-    labels = layer_labels(names, cross)
+    labels = reader.labels
     layers = []
     for name in names:
         own = weights.get(name) or unchecked("its attention layer was not found")

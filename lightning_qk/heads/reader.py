@@ -12,7 +12,7 @@ from lightning_qk.heads.facts import finding_of
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.live_weights import ModuleGone, is_dtensor
 from lightning_qk.heads.projections import HeadProjections, InaccessibleWeights, UnreadLayer
-from lightning_qk.heads.sites import AttentionLayer, attention_sites
+from lightning_qk.heads.sites import AttentionLayer, attention_sites, label_layers
 
 
 class ProjectionReader(Mapping[str, HeadProjections]):
@@ -34,6 +34,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
     Attributes:
         layers: qualified name → what is known of a layer without its values.
         refusals: qualified name → why a layer is left out: a `NotTokenAttention` has no softmax over tokens.
+        found: qualified name → whether it is cross-attention, of all attention layers.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -42,6 +43,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
 
     layers: dict[str, LayerReader]
     refusals: dict[str, UnreadLayer]
+    found: dict[str, bool]
 
     def __init__(
         self,
@@ -86,6 +88,11 @@ class ProjectionReader(Mapping[str, HeadProjections]):
     def unread(self) -> dict[str, str]:
         """Qualified name → why a layer is left out, as a clause."""
         return {name: str(reason) for name, reason in self.refusals.items()}
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Label of every attention layer of the model, of those too that are not read."""
+        return label_layers(self.found, {name: own.self_attention for name, own in self.layers.items()})
 
     @property
     def model(self) -> nn.Module:
@@ -168,7 +175,9 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         self._identity = list(_identity(model))
         self.layers, self.refusals = {}, {}
         wrappers = self._wrappers(model)
-        for site in attention_sites(model):
+        sites = list(attention_sites(model))
+        self.found = {site.name: site.is_cross for site in sites}
+        for site in sites:
             self._compile(site, wrappers)
         if not self.layers and not self._allow_empty:
             raise ValueError(self._why_nothing_is_read(type(model).__name__))
@@ -177,6 +186,7 @@ class ProjectionReader(Mapping[str, HeadProjections]):
         """Find out how a layer is read, or why it cannot be."""
         try:
             self.layers[site.name] = layer_reader(site, self.fold_norm, wrappers)
+            self.found[site.name] = not self.layers[site.name].self_attention
         except UnreadLayer as reason:
             self.layers.pop(site.name, None)
             # Without its frames, which would keep the model alive.

@@ -4,13 +4,14 @@ import itertools
 import re
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qk.architecture.dry_run import quietly
+from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.architecture.source_code import calls_sdpa, is_known, names_softmax, uses_interface
 from lightning_qk.heads.layouts import find_layout
 from lightning_qk.heads.live_weights import is_dtensor
@@ -86,6 +87,27 @@ def attention_sites(model: nn.Module) -> Iterator[AttentionLayer]:
             yield AttentionLayer(
                 name, module, ancestors, _config(module, ancestors), _is_cross(name, module, ancestors)
             )
+
+
+def attention_labels(model: nn.Module, self_attention: Mapping[str, bool | None]) -> dict[str, str]:
+    """Label of every attention layer of a model, of those too that are not read or not measured.
+
+    A label depends on the names of all layers: whoever labels some of them alone would give another layer's.
+
+    Args:
+        model: any module.
+        self_attention: layer name → whether it is self-attention, where weights or calls have told; of the others
+            names and flags tell.
+    """
+    return label_layers({layer.name: layer.is_cross for layer in attention_sites(model)}, self_attention)
+
+
+def label_layers(found: Mapping[str, bool], self_attention: Mapping[str, bool | None]) -> dict[str, str]:
+    """Labels as :func:`attention_labels` has them, of layers ``found``: name → whether it is cross-attention."""
+    known = {name: own for name, own in self_attention.items() if own is not None}
+    return layer_labels(
+        list(found), {name for name, crosses in found.items() if not known.get(name, not crosses)}
+    )
 
 
 def _parents(name: str) -> list[str]:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.functional.spectrum import Support
 from lightning_qk.heads.facts import kv_source
 from lightning_qk.heads.layer import LayerReader, layer_reader
 from lightning_qk.heads.position import ADDED_TO_LOGITS
 from lightning_qk.heads.projections import HeadProjections, UnreadLayer
-from lightning_qk.heads.sites import AttentionLayer, attention_sites
+from lightning_qk.heads.sites import AttentionLayer, attention_labels, attention_sites
 from lightning_qk.inspect.documents import BadInput
 from lightning_qk.inspect.layer_values import (
     OF_ANY_ATTENTION,
@@ -329,8 +328,8 @@ def _reading(checkpoint: Checkpoint, model: nn.Module, found: _Found, fold_norm:
         raise BadInput(
             f"expected a model with attention layers, got {checkpoint.title} ({kind}), which has none"
         )
-    cross = [name for name, plan in plans.items() if not plan.self_attention]
-    labels = layer_labels(list(plans), cross)
+    every = attention_labels(model, {name: plan.self_attention for name, plan in plans.items()})
+    labels = {name: every[name] for name in plans}
     notes = list(checkpoint.notes)
     notes += [f"{name} is not read: {reason}" for name, reason in unread.items()]
     if facts["positions"] & ADDED_TO_LOGITS:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qk._printable import print_lines
-from lightning_qk.architecture.labels import layer_labels
+from lightning_qk.heads.sites import attention_labels
 from lightning_qk.probes.head_classes import HELPERS, KINDS, NUMBERS, HeadThresholds, classify
 from lightning_qk.probes.head_numbers import measure_heads, relative
 from lightning_qk.record.history import History, RunRecord
@@ -127,8 +127,7 @@ class HeadReport:
         """
         values, collector = measure_heads(model, batches)
         limits = thresholds or HeadThresholds()
-        cross = {name for name, own in collector.self_attention.items() if not own}
-        labels = layer_labels(list(values), cross=cross)
+        labels = attention_labels(model, collector.self_attention)
         rows = _rows({labels[name]: numbers for name, numbers in values.items()}, limits)
         return cls(rows, limits, dict(collector.left_out))
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk._deprecated import OldName, old_spellings
-from lightning_qk.architecture.labels import layer_labels, shorten
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import all_or_none, failed_anywhere, is_distributed, reason_of
 from lightning_qk.callbacks._trainer import describe_error, logging_step, projection_reader, refuse_deepspeed
@@ -171,8 +171,7 @@ class QKClip(Intervention):
             self.say(f"{name} is not clipped: {reason}")
         self._heads = {name: editor.heads for name, editor in editors.items()}
         self._editors = editors
-        cross = {name for name, plan in reader.layers.items() if not plan.self_attention}
-        self._labels = layer_labels(list(reader.layers), cross=cross)
+        self._labels = reader.labels
         self._listen(pl_module, reader)
 
     def leave_alone(self, reasons: Mapping[str, str]) -> None:

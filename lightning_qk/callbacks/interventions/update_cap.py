@@ -8,7 +8,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_qk._deprecated import OldName, old_spellings
-from lightning_qk.architecture.labels import layer_labels
 from lightning_qk.callbacks._layers import Patterns
 from lightning_qk.callbacks._ranks import failed_anywhere
 from lightning_qk.callbacks._trainer import projection_reader, refuse_deepspeed
@@ -126,8 +125,7 @@ class UpdateCap(Intervention):
         capper.load_state_dict(self._resumed)
         self._capper = capper
         self._ends = [capper.follow(optimizer, self._note) for optimizer in trainer.optimizers]
-        cross = {name for name, plan in reader.layers.items() if not plan.self_attention}
-        self._labels = layer_labels(list(reader.layers), cross=cross)
+        self._labels = reader.labels
         self._is_due = False
 
     def leave_alone(self, reasons: Mapping[str, str]) -> None:

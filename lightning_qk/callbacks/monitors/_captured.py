@@ -165,7 +165,10 @@ class CaptureMonitor(ListeningMonitor):
 
     def remember_known(self, heads: dict[str, int]) -> None:
         """Fix the layers of the history."""
-        self.remember_layers(heads, {name for name, own in self._self_attention.items() if not own})
+        if self._reader is not None:
+            # Layers keep the names of before where modules were replaced.
+            is_same = heads.keys() <= self._reader.found.keys()
+            self.remember_layers(heads, self._reader.labels if is_same else self.labels)
 
     def nothing_measured(self, sentence: str) -> None:
         """Say so in place of a verdict too."""

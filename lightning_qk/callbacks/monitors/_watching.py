@@ -1,12 +1,12 @@
 """Which layers a monitor watches, and what it says of those that it does not."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_qk.architecture.labels import layer_labels, shorten
+from lightning_qk.architecture.labels import shorten
 from lightning_qk.callbacks._guarded import Attempts, Refused
 from lightning_qk.callbacks._layers import Patterns, matching, training_layers
 from lightning_qk.callbacks._ranks import FailedTogether, all_or_none
@@ -45,17 +45,14 @@ class Watching(LogKeys, Attempts):
         """Name of each module that is watched → facts that collective calls rely on to be everywhere the same."""
         return {}
 
-    def remember_layers(
-        self, heads: Mapping[str, int], cross: Iterable[str], labels: Mapping[str, str] | None = None
-    ) -> None:
+    def remember_layers(self, heads: Mapping[str, int], labels: Mapping[str, str]) -> None:
         """Fix the layers; a new history begins where they are others than before (of a changed model).
 
         Args:
             heads: layer name → number of heads, in the model's order.
-            cross: those of them that are cross-attention.
-            labels: layer name → label in log keys; None makes them of the names.
+            labels: layer name → label in log keys, of these layers among others.
         """
-        self.labels = layer_labels(list(heads), cross=set(cross)) if labels is None else dict(labels)
+        self.labels = {name: labels[name] for name in heads}
         layers = tuple(self.labels[name] for name in heads)
         if (self.history.layers, self.history.heads) != (layers, tuple(heads.values())):
             self.history = History(layers, list(heads.values()))

@@ -17,7 +17,7 @@ from lightning_qk.callbacks.monitors._listening import ListeningMonitor
 from lightning_qk.capture.call import UnsupportedCallError
 from lightning_qk.capture.hidden import HiddenCapture
 from lightning_qk.functional.hidden import HIDDEN_STATISTICS, hidden_sums
-from lightning_qk.heads.sites import AttentionLayer, attention_sites, find_blocks
+from lightning_qk.heads.sites import AttentionLayer, attention_sites, find_blocks, label_layers
 from lightning_qk.metrics.collector import SumAccumulator
 from lightning_qk.metrics.hidden import HiddenStatistics, with_heads
 from lightning_qk.metrics.later import hidden_later
@@ -145,7 +145,7 @@ class HiddenStateMonitor(ListeningMonitor):
         }
         self.begin_listening()
         self._names = tuple(named)
-        self.remember_layers(self.known_layers(), (), labels=named)
+        self.remember_layers(self.known_layers(), named)
         capture = HiddenCapture(
             outputs,
             self._hear,
@@ -246,9 +246,7 @@ def _labels_of_attention(attention: Sequence[AttentionLayer], blocks: Mapping[st
         attention: all attention layers.
         blocks: block → label among the blocks.
     """
-    labels = layer_labels(
-        [layer.name for layer in attention], {own.name for own in attention if own.is_cross}
-    )
+    labels = label_layers({layer.name: layer.is_cross for layer in attention}, {})
     own = {
         name: [
             labels[one.name]

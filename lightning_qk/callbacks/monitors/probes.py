@@ -27,6 +27,7 @@ from lightning_qk.callbacks.monitors._recorder import CallRecorder, models_and_d
 from lightning_qk.callbacks.monitors._round import Part
 from lightning_qk.callbacks.run_directory import run_directory
 from lightning_qk.heads.reader import find_attention, kept_reader
+from lightning_qk.heads.sites import attention_labels
 from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.probes import ProbeMeans
 from lightning_qk.probes.exchange import exchangeability
@@ -326,7 +327,8 @@ class AttentionProbes(Monitor):
             return None
 
         def pooled() -> ProbeMeans:
-            self.remember_layers(heads, cross)
+            own = {name: name not in cross for name in heads}
+            self.remember_layers(heads, attention_labels(pl_module, own))
             statistics = [statistic for name in self.probes for statistic in STATISTICS[name]]
             metric = alone(ProbeMeans(heads, statistics)).to(pl_module.device)
             for values in found:

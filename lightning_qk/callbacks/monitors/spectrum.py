@@ -198,7 +198,7 @@ class QKSpectrumMonitor(Monitor):
             self.note(f"no norm was found to fold into {shorten(plain)}: their weights are taken as they are")
         heads = {name: layer.heads for name, layer in layers.items()}
         self._cross = {name for name, layer in layers.items() if not layer.self_attention}
-        self.remember_layers(heads, self._cross)
+        self.remember_layers(heads, reader.labels)
         self._shapes = {
             self.labels[name]: LayerShape(layer.sizes.d_head, layer.width[0], float(layer.scaling))
             for name, layer in layers.items()
