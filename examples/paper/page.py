@@ -87,6 +87,23 @@ def training_seconds(settings: dict[str, Any]) -> float:
     )
 
 
+def carried(settings: dict[str, Any]) -> dict[str, Any]:
+    """The variance form's coefficient that the one-layer setting's sweep and other settings share, its gains there."""
+    swept, other = (
+        {run["coefficient"]: run["gain"] for run in runs if run["label"] == "variance"}
+        for runs in (settings["paper"]["tuning"]["runs"], settings["gpt_post"]["main"]["runs"])
+    )
+    coefficient = max(other)
+    best = settings["paper"]["chosen"]["variance"]
+    return {
+        "coefficient": coefficient,
+        "there": swept[coefficient],
+        "best": best,
+        "gain_of_best": swept[best],
+        "beyond": other[coefficient],
+    }
+
+
 def render(folder: Path = HERE / "results") -> str:
     """The page's text."""
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in SCRIPTS}
@@ -108,14 +125,7 @@ def render(folder: Path = HERE / "results") -> str:
             for value in own
             if value <= files["spreads"]["results"]["limit"]
         ],
-        shared={
-            name: run["gain"]
-            for name, own in files["locater"]["results"]["settings"].items()
-            for run in own["main"]["runs"]
-            if name != "paper"
-            and run["label"] == "variance"
-            and run["coefficient"] == files["locater"]["results"]["settings"]["paper"]["chosen"]["variance"]
-        },
+        carried=carried(files["locater"]["results"]["settings"]),
         parts=PARTS,
         whole=json.loads(whole.read_text())["results"] if whole.is_file() else None,
         training_seconds=training_seconds(files["locater"]["results"]["settings"]),

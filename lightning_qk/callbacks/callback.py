@@ -1,6 +1,5 @@
 """The base of all callbacks: of both Lightning packages, with their arguments, order, state of a fit, record."""
 
-import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -8,10 +7,12 @@ from typing import Any, ClassVar
 import lightning.pytorch
 from lightning.pytorch import Trainer
 from torch import nn
+from typing_extensions import Self
 
 from lightning_qk._deprecated import OldName
 from lightning_qk._packages import is_lightning, loaded_package
 from lightning_qk.callbacks._event_log import resumed_steps
+from lightning_qk.callbacks._types import annotations_of, check_types
 from lightning_qk.record.history import RunRecord
 
 EDITS, OBSERVES, SUMS_UP, MEASURES, JUDGES, WRITES = range(6)
@@ -33,6 +34,11 @@ class Callback(lightning.pytorch.Callback):
     account = OldName("event_log")
 
     _fit: "tuple[weakref.ref[Any], weakref.ref[nn.Module]] | None" = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A callback, if its arguments are of the types that it says; copies and pickles come without any."""
+        check_types(cls, args, kwargs)
+        return super().__new__(cls)
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,15 +136,7 @@ def check_lightning(trainer: object, name: str) -> None:
 
 def arguments(kind: type) -> list[str]:
     """Names of the arguments of a class, with those of the bases that its ``__init__`` passes ``**options`` to."""
-    names: list[str] = []
-    for base in kind.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        _, *parameters = inspect.signature(inspect.unwrap(vars(base)["__init__"])).parameters.values()
-        names += [one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
-            break
-    return list(dict.fromkeys(names))
+    return list(annotations_of(kind))
 
 
 def _plain(value: Any) -> Any:

@@ -85,8 +85,8 @@ class HeadMeans(Metric):
                 state[:, where] = torch.maximum(state[:, where], value.amax(1).to(state))
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Forget what was seen of some layers."""
-        for name in names:
+        """Forget what was seen of some layers; of those that it does not have there is nothing to forget."""
+        for name in self.heads.keys() & set(names):
             for state in self._defaults:
                 getattr(self, state)[:, self._slices[name]] = -torch.inf if state == "maximum" else 0.0
 

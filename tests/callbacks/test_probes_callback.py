@@ -320,7 +320,7 @@ def test_sharded_models_are_not_run(monkeypatch):
     ("arguments", "words"),
     [
         ({"probes": ["explanations"]}, "probes among explanation"),
-        ({"probes": "explanation"}, "a list of names"),
+        ({"probes": "explanation"}, "a list of strings"),
         ({"probes": ["irrelevant"]}, "together"),
         ({"irrelevant": [3]}, "together"),
         ({"every_n_validations": 0}, "every_n_validations of at least 1, got 0"),

@@ -59,6 +59,17 @@ def test_heads_of_other_processes():
     check(metric.compute(), pooled(batches))
 
 
+def test_leaves_out_layers_that_it_never_knew():
+    """A layer that calls show to be no attention over tokens has no heads here, and is left out as others are."""
+    batches = calls()
+    metric = HeadMeans({"layer": 4, "other": 4}, SINK_STATISTICS)
+    metric.update({name: [sink_sums(*one, is_causal=True) for one in batches] for name in metric.heads})
+    metric.leave_out({"other", "unknown"})
+    got = metric.compute()
+    check(got, pooled(batches), slice(4))
+    assert got["sink_number"][4:].isnan().all()
+
+
 def test_refuses_unknown_layers():
     sums = MeanSums(torch.ones(1, 2, 4), torch.ones(1, 2, 4))
     for heads in ({"a": 4}, {"b": 3}):

@@ -1,6 +1,6 @@
 """What a guard does when it has fired, and the files that it keeps for that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
@@ -36,7 +36,9 @@ def remedies_of(action: Any) -> tuple[str, list[Any]]:
     if isinstance(action, str) and action in get_args(Action):
         return action, []
     callbacks = [action] if isinstance(action, _AnyCallback) else action
-    if isinstance(callbacks, str) or not all(isinstance(callback, _AnyCallback) for callback in callbacks):
+    if not isinstance(callbacks, Sequence | set) or not all(
+        isinstance(one, _AnyCallback) for one in callbacks
+    ):
         raise ValueError(
             f"expected action to be one of {', '.join(get_args(Action))}, or callbacks such as QKClip(), got "
             f"{action!r}: correct it"

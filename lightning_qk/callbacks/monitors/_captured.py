@@ -19,6 +19,7 @@ from lightning_qk.callbacks.monitors._listening import CallsPart, ListeningMonit
 from lightning_qk.capture.captured import CapturedCall
 from lightning_qk.heads.projections import NotTokenAttention
 from lightning_qk.heads.reader import find_attention
+from lightning_qk.heads.sites import label_layers
 from lightning_qk.loggers.loggers import log_scalars
 from lightning_qk.metrics.collector import AttentionCollector, SumAccumulator
 from lightning_qk.record.states import NO_VALUE
@@ -79,6 +80,8 @@ class CaptureMonitor(ListeningMonitor):
         """Forget the calls of the layers found before."""
         super().begin_listening()
         self._reader: WatchedReader | None = None
+        # All attention layers of the model: name → whether it is cross-attention.
+        self._every: dict[str, bool] = {}
         self._collector: AttentionCollector | None = None
         self._evaluation: dict[int, SumAccumulator] = {}
         # Known before the first call wherever the weights can be read; of the others once processes have agreed.
@@ -145,6 +148,7 @@ class CaptureMonitor(ListeningMonitor):
     def _take_facts(self, collector: AttentionCollector, reader: WatchedReader) -> list[str]:
         """Take what the weights say of heads and inputs; names of the layers of which it is new."""
         changed = collector.know(reader.layers)
+        self._every = dict(reader.found)
         self._heads |= {name: layer.heads for name, layer in reader.layers.items()}
         self._self_attention = {name: layer.self_attention for name, layer in reader.layers.items()}
         # Their softmax is none over tokens.
@@ -165,10 +169,9 @@ class CaptureMonitor(ListeningMonitor):
 
     def remember_known(self, heads: dict[str, int]) -> None:
         """Fix the layers of the history."""
-        if self._reader is not None:
-            # Layers keep the names of before where modules were replaced.
-            is_same = heads.keys() <= self._reader.found.keys()
-            self.remember_layers(heads, self._reader.labels if is_same else self.labels)
+        # Calls may have shown that a layer is none.
+        every = {**dict.fromkeys(heads, False), **self._every}
+        self.remember_layers(heads, label_layers(every, self._self_attention))
 
     def nothing_measured(self, sentence: str) -> None:
         """Say so in place of a verdict too."""
