@@ -88,7 +88,7 @@ def training_seconds(settings: dict[str, Any]) -> float:
 
 
 def carried(settings: dict[str, Any]) -> dict[str, Any]:
-    """The variance form's coefficient that the one-layer setting's sweep and other settings share, its gains there."""
+    """The coefficient of the variance form that other settings had from the one-layer sweep, and its gains."""
     swept, other = (
         {run["coefficient"]: run["gain"] for run in runs if run["label"] == "variance"}
         for runs in (settings["paper"]["tuning"]["runs"], settings["gpt_post"]["main"]["runs"])

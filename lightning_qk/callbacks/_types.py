@@ -37,8 +37,10 @@ def check_types(kind: type, given: Sequence[Any], named: Mapping[str, Any]) -> N
         KindError: one does not.
     """
     annotations = annotations_of(kind)
-    # Arguments of bases come by name alone, behind those of the class itself.
-    for name, value in {**dict(zip(annotations, given, strict=False)), **named}.items():
+    own = inspect.signature(inspect.unwrap(kind.__init__)).parameters.values()  # type: ignore[misc]
+    # Of one that takes its arguments by name alone, those of before in their old order are not known here.
+    places = [one.name for one in own if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
+    for name, value in {**dict(zip(places, given, strict=False)), **named}.items():
         annotation = annotations.get(name, Any)
         if not fits(value, annotation):
             raise KindError(
