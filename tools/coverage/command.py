@@ -78,7 +78,7 @@ def _parser(prog: str) -> OneLineParser:
         "--timeout", type=float, metavar="S", default=120.0, help="seconds for a type (default: 120)"
     )
     parser.add_argument(
-        "--memory", type=int, metavar="MIB", default=2048, help="MiB of memory for a type (default: 2048)"
+        "--memory", type=int, metavar="MIB", default=6144, help="MiB of memory for a type (default: 6144)"
     )
     return parser
 

@@ -49,7 +49,7 @@ def run_each(
     *,
     jobs: int = 1,
     timeout: float = 120.0,
-    memory: int = 2048,
+    memory: int = 6144,
 ) -> Iterator[Outcome]:
     """Call a function on each name in a forked process.
 
