@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import operator
 import reprlib
 import types
 import typing
@@ -13,7 +12,7 @@ from typing import Any, Literal, Union
 import typing_extensions
 from torch import Tensor
 
-from lightning_qk.functional.checks import KindError
+from lightning_qk.functional.checks import KindError, integer
 
 _UNIONS = (Union, types.UnionType)
 _NAMES = {
@@ -110,13 +109,11 @@ def described(annotation: Any) -> str:
 
 
 def _is_whole(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
     if isinstance(value, float):
         return value.is_integer()  # 1e3
     try:
-        operator.index(value)
-    except TypeError:
+        integer(value, "it")
+    except KindError:
         return False
     return True
 
